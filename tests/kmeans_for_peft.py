@@ -30,5 +30,5 @@ def _clustering(rows: Any, count: int, iterations: int) -> tuple[Any, int]:
 
 def install() -> None:
     """Lets peft's AdaMSS work from now on."""
-    config.AdamssConfig.__post_init__ = _checked_with_module
+    setattr(config.AdamssConfig, "__post_init__", _checked_with_module)  # noqa: B010
     layer.clustering_Z = _clustering

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -46,13 +48,13 @@ class Method:
 
 METHODS = [
     Method("AdaLoRA", "AdaLoraConfig", {"total_step": 100}),
+    Method("AdaMSS", "AdamssConfig", {"r": 16}),
     Method("BEFT", "BeftConfig", {}),
     Method("BOFT", "BOFTConfig", {"boft_block_size": 4}, saved=0.2, step=0.3),
     Method("C3A", "C3AConfig", {"block_size": 4}),
     Method("DEFT", "DeftConfig", {"r": 8}),
     Method("DeLoRA", "DeloraConfig", {"r": 8}, saved=0.86),
     Method("FourierFT", "FourierFTConfig", {"n_frequency": 200}, saved=0.3),
-    Method("AdaMSS", "AdamssConfig", {"r": 16}),
     Method("GLoRA", "GloraConfig", {"r": 4}, saved=0.3),
     Method("GraLoRA", "GraloraConfig", {"r": 8, "gralora_k": 2}),
     Method("HiRA", "HiraConfig", {"r": 8}, saved=0.3),
@@ -79,9 +81,16 @@ METHODS = [
 ]
 
 
+def library_for(method: Method, name: str) -> Any:
+    """The library, in which AdaMSS works without scikit-learn, too."""
+    if method.label == "AdaMSS" and name == "peft" and find_spec("sklearn") is None:
+        import_module("tests.kmeans_for_peft").install()
+    return library(name)
+
+
 def with_method(name: str, method: Method, model: nn.Module, targets: list[str]) -> Any:
     """The model with an adapter of a method, in the midst of a training."""
-    source = library(name)
+    source = library_for(method, name)
     config = getattr(source, method.config)(target_modules=targets, **method.fields)
     wrapped = source.get_peft_model(model, config)
     with torch.no_grad():
@@ -121,7 +130,7 @@ def inject(method: Method) -> Callable[[str, Size], Measure]:
     """``get_peft_model`` on a fresh model of many layers."""
 
     def prepare(name: str, size: Size) -> Measure:
-        source = library(name)
+        source = library_for(method, name)
 
         def measure() -> float:
             model = Chain(size.modules, 2 * size.small)

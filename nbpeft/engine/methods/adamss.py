@@ -16,7 +16,7 @@ PEFT leaves one subspace fewer than ``asa_target_subspaces`` and its schedule sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
@@ -315,23 +315,26 @@ class Adamss(Adapter, ConvertsToLora):
         ranks = sum(matrix.shape[0] for matrix in self._matrices(A))
         return min(ranks, int(self.held_buffer(DIRECTIONS).shape[0]))
 
-    def up(self) -> Tensor:
-        """B of all subspaces, each in its rows and columns, (out, ranks)."""
-        order = self.held_buffer(CLUSTERS).argsort(stable=True).argsort()
-        return keeping_inputs(lambda *given: _block_diagonal(given)[order], *self._matrices(B))
+    def _up(self, *given: Tensor) -> Tensor:
+        """All B, each in its rows and columns, (out, ranks)."""
+        blocks: Tensor = torch.block_diag(*given)  # type: ignore[no-untyped-call]
+        return torch.zeros_like(blocks).index_copy(0, self.held_buffer(CLUSTERS).argsort(stable=True), blocks)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``B_k A_k V [x, 1]`` in the outputs of each cluster; see ``Adapter``."""
-        up, down = self.up(), torch.cat(self._matrices(A))
-        dtype, directions = compute_dtype(x, up), self.held_buffer(DIRECTIONS)
-        constant = directions[:, x.shape[-1] :].to(dtype).sum(1) if directions.shape[1] > x.shape[-1] else None
-        hidden = F.linear(x.to(dtype), directions[:, : x.shape[-1]].to(dtype), constant)
-        return F.linear(F.linear(hidden, down.to(dtype)), up.to(dtype))
+        down, directions = torch.cat(self._matrices(A)), self.held_buffer(DIRECTIONS)
+        dtype, inputs = compute_dtype(x, down), base.in_features
+        constant = directions[:, inputs].to(dtype) if directions.shape[1] > inputs else None
+        hidden = F.linear(x.to(dtype), directions[:, :inputs].to(dtype), constant)
+        hidden = F.linear(hidden, down.to(dtype))
+        return keeping_inputs(
+            lambda hidden, *given: hidden @ self._up(*given).to(dtype).T.contiguous(), hidden, *self._matrices(B)
+        )
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """All A times V and all B, and the change of the bias; see ``ConvertsToLora``."""
-        up, inputs = self.up(), base.in_features
+        up, inputs = self._up(*self._matrices(B)), base.in_features
         down = torch.cat(self._matrices(A)) @ self.held_buffer(DIRECTIONS).to(up.dtype)
         bias = None if down.shape[1] == inputs else up @ down[:, inputs]
         return LowRankDelta(down[:, :inputs].contiguous(), up, 1.0, bias)
@@ -472,11 +475,6 @@ def _subspaces(config: AdamssConfig, base: BaseLayer) -> Subspaces:
 def _has_values(tensor: Tensor) -> bool:
     """Whether it is no tensor of a plan or a forecast, of which only the shape is there."""
     return not tensor.is_meta and not isinstance(tensor, loaded("torch._subclasses.fake_tensor", "FakeTensor"))
-
-
-def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return found
 
 
 def _parts(outputs: int, config: AdamssConfig) -> list[range]:
