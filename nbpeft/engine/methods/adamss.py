@@ -19,7 +19,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from nbpeft.engine.allocator import Allocator, update_and_allocate
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import compute_dtype, stamp
+from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register, resolve_backend
 from nbpeft.engine.storage import loaded
 from nbpeft.engine.targets import usual_targets
@@ -167,7 +166,9 @@ class AdamssConfig(LayersConfig):
             return sizes
         backend = resolve_backend(module)
         assert backend is not None
-        return _subspaces(self, BaseLayer(module, kind, backend)).sizes
+        found = _subspaces(self, BaseLayer(module, kind, backend))
+        self.__dict__.setdefault("parted", _Parted())[path] = found
+        return found.sizes
 
 
 class SubspaceAllocator(Allocator):
@@ -291,10 +292,9 @@ class Adamss(Adapter, ConvertsToLora):
         if CLUSTERS in given:
             _check_clusters(given[CLUSTERS], site)
         if tensors is None or not given.keys() >= {DIRECTIONS, CLUSTERS}:
-            found = _subspaces(config, site.base)
+            found = vars(config).get("parted", {}).pop(site.path, None) or _subspaces(config, site.base)
             if tensors is not None and CLUSTERS not in given:
                 _check_sizes(found, site)
-            _planned.pop(site.base.module, None)
             given = {**_start(found, config, site), **given} if tensors is None else given
             given = {DIRECTIONS: found.directions, CLUSTERS: found.clusters.to(torch.int16), **given}
         assert isinstance(site.shared, SubspaceAllocator)
@@ -439,8 +439,11 @@ class Subspaces:
     sizes: Sizes
 
 
-_planned: WeakKeyDictionary[nn.Module, tuple[Any, Subspaces]] = WeakKeyDictionary()
-"""Layer -> what its weight was parted into last, until an adapter is made of it."""
+class _Parted(dict[str, Subspaces]):
+    """Path -> what a plan found in a weight, until an adapter is made of it; copies of a config have none."""
+
+    def __deepcopy__(self, memo: Any) -> _Parted:
+        return _Parted()
 
 
 def _matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
@@ -459,17 +462,8 @@ def _subspaces(config: AdamssConfig, base: BaseLayer) -> Subspaces:
         sizes = tuple((len(part), min(len(part), config.subspace_rank)) for part in _parts(outputs, config))
         options: Any = {"device": weight.device, "dtype": torch.float32}
         return Subspaces(torch.empty(rank, inputs, **options), torch.empty(outputs, rank, **options), clusters, sizes)
-    fields = (rank, config.num_subspaces, config.subspace_rank, config.use_dynamic_rank, config.svd_threshold)
-    stamps = [stamp(one, deep=True) for one in (weight, bias) if one is not None]
-    key = None if None in stamps else (stamps, *fields, config.random_seed)
-    known = _planned.pop(base.module, (None, None))
-    if known[1] is not None and key is not None and known[0] == key:
-        found = known[1]
-    else:
-        matrix = weight.float() if bias is None else torch.cat((weight.float(), bias.float()[:, None]), 1)
-        found = _parted(config, matrix, rank)
-    _planned[base.module] = key, found
-    return found
+    matrix = weight.float() if bias is None else torch.cat((weight.float(), bias.float()[:, None]), 1)
+    return _parted(config, matrix, rank)
 
 
 def _has_values(tensor: Tensor) -> bool:

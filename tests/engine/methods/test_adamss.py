@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft.tuners.adamss import model as peft_model
 from safetensors.torch import load_file, save_file
 
 import nbpeft
+from nbpeft.engine.methods import adamss
 from nbpeft.engine.methods.adamss import main_directions, row_clusters
 from nbpeft.errors import BaseMismatchError, ConfigError
 from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
@@ -78,6 +80,14 @@ def test_start_is_that_of_peft(changes: dict[str, Any]) -> None:
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     names = [[name for name, one in model.named_parameters() if one.requires_grad] for model in (ours, theirs)]
     assert names[0] == names[1]
+
+
+def test_a_weight_is_parted_once_and_a_config_keeps_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, parted = [], adamss.main_directions
+    monkeypatch.setattr(adamss, "main_directions", lambda *given: counted.append(1) or parted(*given))
+    model = get_peft_model(llama(), nbpeft.AdamssConfig(**FIELDS))
+    assert len(counted) == 4
+    assert not vars(model.peft_config["default"]).get("parted")
 
 
 def test_a_dynamic_rank_is_that_of_peft() -> None:
@@ -213,14 +223,13 @@ def test_what_is_gone_stays_gone_and_a_second_call_does_nothing(tmp_path: Path) 
 @pytest.mark.parametrize("tracks", [False, True])
 def test_a_trainer_with_peft_s_callback_or_a_run_drops_them(tmp_path: Path, tracks: bool) -> None:
     from datasets import Dataset
-    from nbpeft.tuners.adamss.asa_callback import AdamssAsaCallback
     from transformers import Trainer, TrainingArguments
 
     model = get_peft_model(llama(), nbpeft.AdamssConfig(**FIELDS | SCHEDULE))
     rows = [{"input_ids": row, "labels": row} for row in tokens().tolist()] * 10
     options = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     arguments = TrainingArguments(str(tmp_path), max_steps=10, per_device_train_batch_size=1, **options)
-    callbacks = [] if tracks else [AdamssAsaCallback()]
+    callbacks = [] if tracks else [import_module("nbpeft.tuners.adamss.asa_callback").AdamssAsaCallback()]
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), callbacks=callbacks)
     with nbpeft.track(model) if tracks else contextlib.nullcontext():
         trainer.train()
