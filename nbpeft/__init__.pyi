@@ -10,6 +10,8 @@ from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.cartridge import CartridgeConfig as CartridgeConfig
 from .engine.methods.cartridge import CartridgeEncoder as CartridgeEncoder
+from .engine.methods.cpt import CPTConfig as CPTConfig
+from .engine.methods.cpt import CPTEmbedding as CPTEmbedding
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig

@@ -136,7 +136,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
 CONFIGS = sorted(
     {"PeftConfig", "LoraRuntimeConfig", *(method.config_class.__name__ for method in methods())} & vars(peft).keys()
 )
-NEEDED = {"AdaLoraConfig": {"total_step": 1}}
+NEEDED = {"AdaLoraConfig": {"total_step": 1}, "CPTConfig": {"task_type": "CAUSAL_LM"}}
 """Config -> fields without which there is none."""
 TASKS = (
     *("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
