@@ -8,7 +8,8 @@ A ``ModelAdapter`` puts trained vectors in front of what a model reads:
 
 It hangs at the input embedding, which it leaves as it is: so it moves, trains, is saved and is copied with the model
 as every adapter does. ``model_calls`` puts what it gives into a call, with mask, positions and labels. One that
-``WeighsTokens`` says besides which tokens a language model learns, its own among them, and how much each counts.
+``WeighsTokens`` says besides which tokens a language model learns, its own among them, and how much each counts. One
+that ``AddsInside`` adds to what modules inside the model give (``inner_calls``).
 """
 
 from __future__ import annotations
@@ -163,4 +164,29 @@ class WeighsTokens(ABC):
 
         Returns:
             New labels, and float32 weights, both (rows, positions).
+        """
+
+
+class AddsInside(ABC):
+    """Adds to what some modules inside the model give, such as the attentions of some layers; a ``ModelAdapter``.
+
+    Attributes:
+        places: paths of the modules in the base model.
+    """
+
+    places: tuple[str, ...]
+
+    @abstractmethod
+    def addition(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
+    ) -> Tensor:
+        """What to add to the output of a module, or to the first part of it; shaped like that.
+
+        Args:
+            path: of the module.
+            module: the module; layers inside it act as in its own call.
+            args: what it was called with.
+            kwargs: likewise.
+            rows: rows to call those layers with where they are called with something else than the input: 1, or as
+                many as the input has where each is served by an adapter of its own.
         """

@@ -21,7 +21,7 @@ from nbpeft.engine.active_state import Rows
 from nbpeft.engine.adapter_names import check_scale
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_adapter import ModelAdapter, WeighsTokens
+from nbpeft.engine.model_adapter import AddsInside, ModelAdapter, WeighsTokens
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
@@ -94,7 +94,7 @@ def take_hooks(model: nn.Module, layers: Collection[int], change: Transaction) -
         layers: the ids of what is taken out.
         change: records the hooks of the modules.
     """
-    for module in dict.fromkeys(filter(None, (model, part_with_cache(model), _encoder_of(model)))):
+    for module in reached_modules(model):
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -107,7 +107,7 @@ def take_hooks(model: nn.Module, layers: Collection[int], change: Transaction) -
 
 
 def _layer_of(hook: Any) -> AdaptedLayer | None:
-    return hook.layer if isinstance(hook, _CallHook | _LossHook) else None
+    return hook.layer if isinstance(hook, LayerHook) else None
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:
@@ -135,15 +135,19 @@ class _Call(dict[str, Any]):
     learned: tuple[Tensor, Tensor] | None = None
 
 
-class _CallHook:
-    """A hook that transforms the arguments of each call of a module.
+class LayerHook:
+    """A hook on a module of a model that lets the model adapters of a layer act.
 
     Args:
-        layer: the adapted input embedding, where the model adapters hang.
+        layer: the adapted input embedding, where they hang.
     """
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self.layer = layer
+
+
+class _CallHook(LayerHook):
+    """A hook that transforms the arguments of each call of a module."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -195,15 +199,8 @@ class _ModelHook(_CallHook):
             _take_labels(call, prompts, length)
 
 
-class _LossHook:
-    """A hook that computes the loss of a call whose labels an adapter weighs.
-
-    Args:
-        layer: the adapted input embedding, where the model adapters hang.
-    """
-
-    def __init__(self, layer: AdaptedLayer) -> None:
-        self.layer = layer
+class _LossHook(LayerHook):
+    """A hook that computes the loss of a call whose labels an adapter weighs."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         learned = kwargs.learned if isinstance(kwargs, _Call) else None
@@ -493,7 +490,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
     found: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
     for name, scale in zip(names, scales, strict=True):
         adapter = layer.adapters._modules.get(name)
-        if not isinstance(adapter, ModelAdapter):
+        if not isinstance(adapter, ModelAdapter) or isinstance(adapter, AddsInside):
             continue
         if scale != 1.0:
             check_scale(name, scale, fixed=True)
