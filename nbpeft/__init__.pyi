@@ -5,6 +5,9 @@ Configs come from the registry, whether they have a line here or not: it makes t
 
 from typing import Any
 
+from .engine.methods.adaption_prompt import AdaptedAttention as AdaptedAttention
+from .engine.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+from .engine.methods.adaption_prompt import AdaptionPromptModel as AdaptionPromptModel
 from .engine.methods.beft import BeftConfig as BeftConfig
 from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig

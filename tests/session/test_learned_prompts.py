@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.engine.prompt_config import PromptLearningConfig
 from nbpeft.engine.registry import methods
 from nbpeft.errors import AdapterError, MergeError
 from nbpeft.memory import forecast
@@ -16,7 +17,7 @@ from tests.char_tokenizer import CharTokenizer
 from tests.session.support import alone
 from tests.tiny_models import llama, logits, randomize
 
-METHODS = [method for method in methods() if method.transforms_calls]
+METHODS = [method for method in methods() if issubclass(method.config_class, PromptLearningConfig)]
 SAMPLES = [
     pytest.param(method, dict(next(iter(method.sample_configs.values()))), id=method.peft_type.lower())
     for method in METHODS

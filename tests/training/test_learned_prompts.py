@@ -20,7 +20,7 @@ CONFIGS = {
         task_type="CAUSAL_LM", **fields | ({"num_tasks": 1} if "num_tasks" in fields else {})
     )
     for method in methods()
-    if method.transforms_calls
+    if issubclass(method.config_class, nbpeft.PromptLearningConfig)
     for name, fields in method.sample_configs.items()
 }
 pytestmark = pytest.mark.filterwarnings("ignore")

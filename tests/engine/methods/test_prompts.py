@@ -35,6 +35,7 @@ from transformers import (
 
 import nbpeft
 from nbpeft.engine.kept import keep, put_back
+from nbpeft.engine.prompt_config import PromptLearningConfig
 from nbpeft.engine.registry import Method, methods
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
@@ -43,7 +44,7 @@ from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
 from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, logits, randomize, same_state, state, tokens
 
-METHODS = [method for method in methods() if method.transforms_calls]
+METHODS = [method for method in methods() if issubclass(method.config_class, PromptLearningConfig)]
 SAMPLES = [
     pytest.param(method, dict(fields), id=f"{method.peft_type.lower()}-{name}")
     for method in METHODS
