@@ -42,6 +42,8 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "how PEFT makes prompts; the engine gives them their values and puts them into calls": (
         "peft*: *Embedding: no parameter word_embeddings",
+        "peft*: AdaptedAttention: no parameter *",
+        "peft*: AdaptionPromptModel: no parameter *",
         "peft*: *_model_postprocess_past_key_value refuses",
         "peft*: map_cache_to_layer_device_map refuses",
         "peft.utils: _prepare_prompt_learning_config refuses",
