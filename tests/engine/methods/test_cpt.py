@@ -146,6 +146,32 @@ def test_accumulated_batches_count_by_their_tokens() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_training_takes_the_types_of_its_rows(tmp_path: Path) -> None:
+    kinds = [[1, 2, 3, 4], [1, 2, 2, 3, 4, 4]]
+    rows: list[dict[str, Any]] = [
+        {"input_ids": (ids := tokens(1, len(one))[0].tolist()), "labels": ids, "input_type_mask": one} for one in kinds
+    ]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 0.1}
+    found = {}
+    for size, name in ((128, "chunks"), (0, "whole")):
+        model = cpt()
+        result = nbpeft.train(model, rows, output_dir=str(tmp_path / name), loss_chunk_size=size, **settings)
+        found[name] = model.prompt_encoder["default"].delta_embedding.weight
+    assert result.steps == 2 and found["whole"].any()
+    torch.testing.assert_close(found["chunks"], found["whole"])
+    padded, types = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    labels = torch.full((2, 6), -100)
+    for place, row in enumerate(rows):
+        length = len(row["input_ids"])
+        padded[place, :length] = labels[place, :length] = torch.tensor(row["input_ids"])
+        types[place, :length] = torch.tensor(row["input_type_mask"])
+    first = nbpeft.train(
+        cpt(), rows, output_dir=str(tmp_path / "one"), **settings | {"max_steps": 1, "logging_steps": 1}
+    )
+    expected = cpt()(input_ids=padded, attention_mask=(types > 0).long(), labels=labels, input_type_mask=types).loss
+    assert first.loss == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_a_file_has_both_parts_and_one_of_peft_their_sum(tmp_path: Path) -> None:
     ours, theirs = cpt(), of_peft()
     steps(ours, 3)
