@@ -115,9 +115,9 @@ class UniVector(SharedState):
         made, bound = torch.empty(shapes[THETA], device=device, dtype=dtype), config.init_theta_d_bound
         return cls(made.uniform_(-bound, bound) if config.init_weights else made.normal_(), config)
 
-    def place(self, features: Mapping[str, tuple[int, int]]) -> None:
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Remembers the sizes of the layers; see ``SharedState``."""
-        self.__dict__["features"] = dict(features)
+        self.__dict__["features"] = {path: (base.in_features, base.out_features) for path, base in layers.items()}
 
     def indices_of(self, path: str) -> tuple[Tensor, Tensor]:
         """Which number each entry of A, (r, in), and of B, (out, r), of a layer is; int64, on the CPU."""
