@@ -21,6 +21,9 @@ class SharedState(nn.Module):
     made_from: ClassVar[tuple[str, ...]] = ()
     """Fields that say, with its shapes, what ``create`` makes where no file holds it."""
 
+    named_first: ClassVar[tuple[str, ...]] = ()
+    """Of its modules, those of which PEFT has the tensors by their own names first, and then by those of adapters."""
+
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of its tensors.
