@@ -13,6 +13,7 @@ from .engine.methods.cartridge import CartridgeEncoder as CartridgeEncoder
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.frod import FrodConfig as FrodConfig
 from .engine.methods.glora import GloraConfig as GloraConfig
 from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig

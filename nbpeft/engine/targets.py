@@ -30,7 +30,7 @@ _USUAL_TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
     ("q", "v"): "mt5 t5",
     ("q", "v", "q_proj", "v_proj"): "blip-2",
-    ("query", "value"): "bert dinov2 electra layoutlm roberta xlm-roberta",
+    ("query", "value"): "bert dinov2 electra layoutlm roberta vit xlm-roberta",
     ("query_proj", "value_proj"): "deberta-v2",
     ("in_proj",): "deberta",
     ("query_key_value",): "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
