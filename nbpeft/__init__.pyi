@@ -29,6 +29,7 @@ from .engine.methods.multitask_prompt_tuning import MultitaskPromptEmbedding as 
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from .engine.methods.oft import OFTConfig as OFTConfig
+from .engine.methods.osf import OSFConfig as OSFConfig
 from .engine.methods.p_tuning import PromptEncoder as PromptEncoder
 from .engine.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .engine.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType

@@ -273,7 +273,7 @@ MODULES: dict[str, dict[str, str]] = {
         for package, (_, names) in METHODS.items()
         for part in ("", ".bnb", ".config", ".layer", ".model")
     },
-    "tuners.osf.utils": {"missing": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
+    "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},
     "tuners.cartridge.utils": {OWN: _CARTRIDGE_FUNCTIONS},

@@ -169,9 +169,9 @@ def test_deleting_and_reloading_beside_another_keeps_both(saved: bool, tmp_path:
 def test_layers_of_a_role_need_as_many_inputs() -> None:
     model = nn.ModuleDict({f"layers_{n}": nn.ModuleDict({"fc": nn.Linear(n, 4)}) for n in (4, 6)})
     get_peft_model(model, nbpeft.FrodConfig(target_modules=["fc"]))  # two roles
-    model = nn.Sequential(*(nn.ModuleDict({"fc": nn.ModuleDict({"in": nn.Linear(n, 4)})}) for n in (4, 6)))
+    other = nn.Sequential(*(nn.ModuleDict({"fc": nn.ModuleDict({"in": nn.Linear(n, 4)})}) for n in (4, 6)))
     with pytest.raises(ConfigError, match=r"1.fc.in has 6 inputs and 0.fc.in 4: FRoD's layers of one role, fc_in"):
-        get_peft_model(model, nbpeft.FrodConfig(target_modules=["in"]))
+        get_peft_model(other, nbpeft.FrodConfig(target_modules=["in"]))
 
 
 @pytest.mark.parametrize(
