@@ -17,7 +17,7 @@ and ``sparse_rate`` are, so that it computes something else once it is loaded al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, ReplacesCall, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
@@ -327,7 +327,7 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
     },
     shared=FrodDirections,
 )
-class Frod(Adapter):
+class Frod(Adapter, ReplacesCall):
     """λ, (in,), and the entries of S, (n,), of one layer."""
 
     peft_attributes: ClassVar[Mapping[str, str]] = {
@@ -399,18 +399,32 @@ class Frod(Adapter):
 
     def change(self, scales: Tensor, entries: Tensor) -> Tensor:
         """``S + diag(λ - λ₀)``, (in, in), in the dtype of what is trained."""
-        diagonal = torch.diag(scales - self.held_buffer(START).to(scales.dtype))
+        return self.whole(scales - self.held_buffer(START).to(scales.dtype), entries)
+
+    def whole(self, scales: Tensor, entries: Tensor) -> Tensor:
+        """``S + diag(λ)``, (in, in)."""
         rows, columns = self.places.to(entries.device)
-        return diagonal.index_put((rows, columns), entries, accumulate=True)
+        return torch.diag(scales).index_put((rows, columns), entries, accumulate=True)
+
+    def _between(self, x: Tensor, base: BaseLayer, compute: Callable[..., Tensor], bias: Tensor | None) -> Tensor:
+        """``U M Vᵀ x`` and a bias, in the dtype of U or autocast's."""
+        outputs, trained = self.outputs, (self.held[SCALES], self.held[ENTRIES])
+        dtype = compute_dtype(x, outputs)
+        inner = F.linear(x.to(dtype), self.directions.to(outputs.device, dtype).T)
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(apply_delta(inner, base, compute, trained, dtype=dtype), outputs.to(dtype), bias)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``U (S + diag(λ - λ₀)) Vᵀ dropout(x)``; see ``Adapter``."""
-        outputs, directions = self.outputs, self.directions
-        dtype = compute_dtype(x, outputs)
-        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        inner = F.linear(dropped, directions.to(outputs.device, dtype).T)
-        trained = self.held[SCALES], self.held[ENTRIES]
-        return F.linear(apply_delta(inner, base, self.change, trained, dtype=dtype), outputs.to(dtype))
+        return self._between(F.dropout(x, self.dropout, self.training), base, self.change, None)
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight; see ``ReplacesCall``."""
+        stored = getattr(base.module, "weight", None)
+        exact = isinstance(stored, Tensor) and {stored.dtype, x.dtype, compute_dtype(x, stored)} == {torch.float32}
+        if not exact or (self.training and self.dropout):
+            return None
+        return self._between(x, base, self.whole, base.bias)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
