@@ -376,6 +376,9 @@ class Adapter(nn.Module):
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
+    names_in_modules: ClassVar[Mapping[str, str]] = {}
+    """Such a parameter -> its name there, where that is another one."""
+
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
 

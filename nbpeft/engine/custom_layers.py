@@ -340,6 +340,11 @@ class CustomLayer(AdaptedLayer):
             raise NotSupportedError(f"a {self._get_name()} acts at its trained strength: set the scale to 1")
         return self.custom(*args, **kwargs)
 
+    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+        """Takes the place of the frozen layer among the modules of its parent, with its object."""
+        super().hang(modules, attribute, change)
+        self.show_adapters()
+
     # The object as the adapters are
 
     def show_adapters(self) -> None:

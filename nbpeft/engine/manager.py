@@ -303,7 +303,7 @@ class AdapterManager:
         prepared = built()
 
         def put() -> InjectionPlan:
-            with self.transaction() as change:
+            with self.transaction() as change, CollectionPaused():
                 _, made, parts = prepared if prepared[0] == self.revision else built()
                 self._keep_structure(change)
                 if not self.configs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbpeft.engine.adapter import AdapterConfig, LearnsWithHooks
@@ -24,6 +24,11 @@ def learns_with_hooks(config: AdapterConfig) -> bool:
     """Whether a method takes part in training beside the gradient."""
     method = method_of(config)
     return any(issubclass(kind, LearnsWithHooks) for kind in (method.adapter_class, method.shared or object))
+
+
+def call_arguments(configs: Iterable[AdapterConfig]) -> set[str]:
+    """Names of the arguments of a call that are for methods alone, and not for the model."""
+    return {name for config in configs for name in method_of(config).call_arguments}
 
 
 def call_contexts(

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,8 +37,7 @@ _QUANTIZED_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "h
 # Modules and names
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One place where a module hangs in its parent."""
 
     parent: nn.Module

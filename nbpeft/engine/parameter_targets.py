@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -74,7 +73,7 @@ def _of_module(site: Site, names: Sequence[str]) -> list[Site]:
         view, path = ParameterView(site.module, name), f"{site.path}.{name}"
         if len(view.shape) not in (2, 3):
             raise LayerKindError(f"{path} has {len(view.shape)} dimensions; only 2 and 3 can be adapted", path=path)
-        found.append(replace(site, path=path, module=view, wrapper=wrappers.get(name)))
+        found.append(site._replace(path=path, module=view, wrapper=wrappers.get(name)))
     return found
 
 

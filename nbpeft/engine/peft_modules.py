@@ -102,10 +102,9 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     """
     if "." in own:  # of a module inside the adapter
         return f"{adapter.parts_shown_as}.{name}.{own}"
-    for tail in ("weight", "bias"):
-        wrapped = own if tail == "weight" else own.removesuffix("_bias")
-        if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
-            return f"{wrapped}.{name}.{tail}"
+    for wrapped in (own, own.removesuffix("_bias")):
+        if wrapped in adapter.wrapped_parameters:
+            return f"{wrapped}.{name}.{adapter.names_in_modules.get(own, 'weight') if wrapped == own else 'bias'}"
     return ".".join(filter(None, (adapter.peft_container, own, name)))
 
 
@@ -139,7 +138,7 @@ class Observed(nn.Module):
 
 
 class ParameterModule(Observed, _Shows):
-    """One parameter of an adapter as a module: ``weight``, and ``bias``, which is None where there is none.
+    """One parameter of an adapter as a module, its ``weight`` mostly, and ``bias``, which is None where there is none.
 
     Subclasses compute with it.
     """
@@ -147,23 +146,26 @@ class ParameterModule(Observed, _Shows):
     @property
     def adapter(self) -> Any:
         """The adapter that owns the parameter."""
-        slots: dict[str, Slot] = self.__dict__["_parameters"].slots
-        return slots["weight"][0]
+        return self._shown[0]
 
     @property
     def shown_parameter(self) -> str:
         """The adapter's own name of the parameter."""
+        return self._shown[1]
+
+    @property
+    def _shown(self) -> Slot:
         slots: dict[str, Slot] = self.__dict__["_parameters"].slots
-        return slots["weight"][1]
+        return next(iter(slots.values()))
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
-        return str(tuple(self.weight.shape))
+        return str(tuple(self.adapter.held[self.shown_parameter].shape))
 
 
-def show_parameter(module: nn.Module, adapter: nn.Module, name: str) -> None:
-    """Makes a parameter of an adapter the ``weight`` of a module, and its ``<name>_bias`` the ``bias``."""
-    slots: dict[str, Slot] = {"weight": (adapter, name)}
+def show_parameter(module: nn.Module, adapter: Adapter, name: str) -> None:
+    """Makes a parameter of an adapter the ``weight`` of a module, or what it is there, and ``<name>_bias`` the bias."""
+    slots: dict[str, Slot] = {adapter.names_in_modules.get(name, "weight"): (adapter, name)}
     if f"{name}_bias" in adapter._parameters:
         slots["bias"] = (adapter, f"{name}_bias")
     else:
@@ -318,6 +320,7 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
                 if isinstance(leaf, Remainder):
                     adapters[name].__dict__.update(_buffers=leaf._buffers, _modules=leaf._modules)
                 elif isinstance(leaf, ParameterModule):
-                    held = {"weight": shown_as, "bias": f"{shown_as}_bias"}
+                    own_name = adapters[name].names_in_modules.get(shown_as, "weight")
+                    held = {own_name: shown_as, "bias": f"{shown_as}_bias"}
                     given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
                     adapters[name].__dict__.update(given)

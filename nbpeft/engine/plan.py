@@ -228,7 +228,7 @@ def plan(
     method = method_of(config)
     layer_map = pending_replication(model, config)
     model = model if layer_map is None else replicated(model, layer_map)
-    sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
+    sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))

@@ -15,8 +15,10 @@ def reached_modules(model: nn.Module) -> list[nn.Module]:
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
+        if id(module) in found:
+            continue
+        found[id(module)] = module
+        if module._modules:  # most have none
             children = getattr(type(module), "reached_children", nn.Module.children)(module)
             waiting.extend(reversed(list(children)))
     return list(found.values())

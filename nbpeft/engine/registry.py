@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -171,6 +172,7 @@ class _Ranked(Protocol):
 
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 KindClass = TypeVar("KindClass", bound=type[Any])
+Matching = TypeVar("Matching", Backend, LayerKind, Any)
 
 _methods: list[Method] = []
 _layer_kinds: list[LayerKind] = []
@@ -328,23 +330,30 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
 def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> LayerKind | None:
     """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
     kinds = _layer_kinds if method is None or not method.layer_kinds else method.layer_kinds
-    return next((kind for kind in kinds if kind.matches(module)), None)
+    return _first_match(kinds, module)
 
 
 def composite_kind(module: nn.Module) -> Any:
     """The kind of a module that computes with several weights itself, a ``Composite``; None of any other module."""
-    return next((kind for kind in _composites if kind.matches(module)), None)
+    return _first_match(_composites, module)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:
     """The backend that reads a module's weight, or None."""
-    return next((backend for backend in _backends if backend.matches(module)), None)
+    return _first_match(_backends, module)
+
+
+def _first_match(ranked: Sequence[Matching], module: nn.Module) -> Matching | None:
+    for one in ranked:  # asked of every module of a model: a generator costs as much again
+        if one.matches(module):
+            return one
+    return None
 
 
 def layer_kind_named(name: str) -> LayerKind:
     """The kind of a name that ``resolve_layer_kind`` gave."""
     own = (kind for method in _methods for kind in method.layer_kinds)
-    return next(kind for kind in (*_layer_kinds, *own) if kind.name == name)
+    return next(kind for kind in chain(_layer_kinds, own) if kind.name == name)
 
 
 def backend_named(name: str) -> Backend:

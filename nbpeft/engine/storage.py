@@ -181,4 +181,6 @@ def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 def loaded(module_name: str, *names: str) -> tuple[type[Any], ...]:
     """Classes of an optional library, if somebody has imported it; never imports it."""
     library = sys.modules.get(module_name)
+    if library is None:
+        return ()
     return tuple(found for name in names if isinstance(found := getattr(library, name, None), type))

@@ -231,6 +231,14 @@ def in_one_product(
     return apply_delta(x, base, lambda *given: changed(weight, *given), parameters, dtype=dtype, bias=base.bias)
 
 
+def with_entries(weight: Tensor, places: Tensor, entries: Tensor) -> Tensor:
+    """A weight with entries, (n,), added at places of its flat form, (n,), int64; not in place.
+
+    In one dimension, in which torch adds many times faster than by rows and columns.
+    """
+    return weight.reshape(-1).index_add(0, places, entries.to(weight.dtype)).view_as(weight)
+
+
 def _map(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return base.kind.apply(base.module, x, weight) if bias is None else F.linear(x, weight, bias.to(weight.dtype))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -329,7 +329,6 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
     batch: dict[str, Any] = dict(
         setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
     )
-    batch |= _for_adapter(setting)
     if setting.packing:  # with a cache, models of transformers see one row a sequence
         batch["use_cache"] = False
     with ExitStack() as block:
@@ -338,7 +337,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
             if setting.on_cpu:
                 block.enter_context(grouped_heads(model))
         with chunked_head(model, setting.loss_chunk_size), without_logits(model):
-            output = model(**batch)
+            output = _output(model, setting, batch)
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = next(tensors_in(dict(output))).sum()
@@ -349,18 +348,22 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
 
 def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> Any:
     batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
-    batch |= _for_adapter(setting)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1
     with torch.no_grad():
-        output = model(**batch)
+        output = _output(model, setting, batch)
     return next((value for value in dict(output).values() if not isinstance(value, torch.Tensor)), None)
 
 
-def _for_adapter(setting: Setting) -> dict[str, Any]:
-    """Arguments that the method of the adapter takes from each call: one number for each row."""
+def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any:
+    """What the model gives for a batch; what the method of the adapter takes from each call is one number a row."""
     names = () if setting.adapter_config is None else method_of(setting.adapter_config).call_arguments
-    return {name: torch.zeros(setting.batch_size, dtype=torch.long) for name in names}
+    manager = manager_of(model)
+    if manager is None or not names:
+        return model(**batch)
+    given = {name: torch.zeros(setting.batch_size, dtype=torch.long) for name in names}
+    with manager.active_state.call(lambda: manager.in_call(manager.active_state.current(), (), given)):
+        return model(**batch)
 
 
 def _make_room(cache: dict[str, Any]) -> None:

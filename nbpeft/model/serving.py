@@ -12,7 +12,7 @@ from nbpeft.engine.active_state import NONE_ACTIVE, Active, Rows
 from nbpeft.engine.adapter_names import BASE_NAME
 from nbpeft.engine.combination import check_weights
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.method_hooks import call_arguments
 from nbpeft.errors import AdapterError
 
 
@@ -52,7 +52,7 @@ def serving(
 
 def of_the_model(manager: AdapterManager, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a call without those that are for the adapters alone."""
-    own = {name for config in manager.configs.values() for name in method_of(config).call_arguments}
+    own = call_arguments(manager.configs.values())
     return {name: value for name, value in kwargs.items() if name not in own}
 
 

@@ -13,9 +13,9 @@ from nbpeft import hooks
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_calls import checkpoints_gradients
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type, shared_by_name
-from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import Method, methods, methods_of_type
 from nbpeft.engine.targets import usual_model_types
 from nbpeft.engine.tied_weights import modules_tied_to_embedding
@@ -382,8 +382,7 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
         change: records the hooks that are added to the embeddings.
     """
     enable = getattr(model, "enable_input_require_grads", None)
-    active = any(module.__dict__.get("gradient_checkpointing", False) for module in reached_modules(model))
-    if active and callable(enable):
+    if callable(enable) and checkpoints_gradients(model):
         embeddings = embedding_of(model)
         if embeddings is not None:
             change.keep(embeddings._forward_hooks)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft.engine.method_hooks import call_arguments
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import methods
 
@@ -36,6 +37,11 @@ def trained_names(model: Any) -> tuple[str, ...]:
     names = active_names(model)
     frozen = getattr(manager_of(model), "frozen", ())
     return tuple(name for name in names if name not in frozen) or names
+
+
+def call_columns(model: Any) -> tuple[str, ...]:
+    """Columns of rows that the methods of a model's adapters take from each call, beside those that the base takes."""
+    return tuple(sorted(call_arguments(getattr(manager_of(model), "configs", {}).values())))
 
 
 def main_dtype(base: nn.Module) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, with_article
-from nbpeft.training.adapted import base_of
+from nbpeft.training.adapted import base_of, call_columns
 from nbpeft.training.data import (
     Collator,
     StreamedRows,
@@ -163,9 +163,8 @@ def _prepared(
     model: nn.Module, data: Any, *, tokenizer: Any, max_length: int | None, columns: Mapping[str, str] | None
 ) -> Any:
     check_reading(tokenizer, max_length)
-    rows = prepare_data(
-        data, tokenizer, max_length=max_length, encoder_decoder=is_encoder_decoder(model), columns=columns
-    )
+    apart, also = is_encoder_decoder(model), call_columns(model)
+    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns, also=also)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {"vocabulary": size if isinstance(size, int) else None, "causal": is_causal(model)}
     if isinstance(rows, StreamedRows):

@@ -17,6 +17,7 @@ from nbpeft.errors import ConfigError
 from nbpeft.losses import ChunkedHead, LazyLogits, check_chunk_size, chunked_head, is_compiled
 from nbpeft.losses import without_logits as without_lazy_logits
 from nbpeft.names import LOSS_CHUNK_SIZE
+from nbpeft.training.adapted import call_columns
 from nbpeft.training.trainer_patch import patch_trainer
 
 logger = logging.getLogger("nbpeft.training")
@@ -58,6 +59,13 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None:
             self.label_smoother = _ChunkedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the columns of rows that adapters take from each call, as those that the model takes."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            columns += call_columns(self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._recomputing():

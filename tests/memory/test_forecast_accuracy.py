@@ -18,6 +18,7 @@ from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.processor import onednn_multiplies
 from nbpeft.names import LOSS_CHUNK_SIZE
+from tests.effort import effort
 from tests.memory.measured_peak import SHAPES, real_peak
 
 OPTIMIZERS: dict[str, Any] = {
@@ -116,12 +117,12 @@ def check_copies_of_the_head(batch_size: int) -> None:
 
 
 @pytest.mark.slow
-def test_sixty_four_combinations():
+def test_drawn_combinations():
     # Collections before every measurement would go over all that the libraries made on import.
     gc.collect()
     gc.freeze()
     try:
-        errors = errors_of(combinations(64))
+        errors = errors_of(combinations(effort(16, full=32, long=64)))
     finally:
         gc.unfreeze()
     assert statistics.median(errors) <= 0.03

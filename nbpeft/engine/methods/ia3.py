@@ -29,7 +29,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.combination import Combination, Member
 from nbpeft.engine.config_checks import check_target_fields
 from nbpeft.engine.registry import register
-from nbpeft.engine.targets import Matcher
+from nbpeft.engine.targets import Matcher, matches_segment_names
 from nbpeft.errors import AdapterError, ConfigError
 
 VECTOR = "ia3_l"
@@ -119,7 +119,8 @@ class IA3Config(AdapterConfig):
 
     def scales_input(self, path: str) -> bool:
         """Whether the layer at a path is a feed-forward one."""
-        return Matcher(self.feedforward_modules or ()).matches(path)
+        inputs = self.feedforward_modules or ()
+        return Matcher(inputs).matches(path) if isinstance(inputs, str) else matches_segment_names(path, inputs)
 
 
 def _scaled(config: IA3Config) -> str:

@@ -19,12 +19,11 @@ from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.config_checks import check_count
 from nbpeft.engine.prompt_config import PROMPT_KEY, InitialisedPromptConfig
 from nbpeft.engine.registry import register
-from nbpeft.engine.storage import loaded
+from nbpeft.engine.task_ids import TASK_IDS, checked_task_ids
 from nbpeft.engine.token_prompt import TokenPrompt
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.errors import ConfigError
 
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
-_TASK_IDS = "task_ids"
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
@@ -79,7 +78,7 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
 
 
 def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get(_TASK_IDS)
+    return kwargs.get(TASK_IDS)
 
 
 @register(
@@ -98,7 +97,7 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
     listed_with={"num_virtual_tokens": 20},
     sample_configs={"two-tasks": {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 2}},
     call_context=_task_ids,
-    call_arguments=(_TASK_IDS,),
+    call_arguments=(TASK_IDS,),
 )
 class MultitaskPromptEmbedding(TokenPrompt):
     """The prompt, and two factors for each task.
@@ -108,7 +107,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
         prefix_task_rows: (tasks, r, features).
     """
 
-    call_argument: ClassVar[str] = _TASK_IDS
+    call_argument: ClassVar[str] = TASK_IDS
     prefix_task_cols: nn.Parameter
     prefix_task_rows: nn.Parameter
 
@@ -141,20 +140,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
 
     def _prompts(self, base: BaseLayer) -> Tensor:
         """The prompts (rows, tokens, features) of the tasks that the call names."""
-        ids = base.context
-        if ids is None and len(self.prefix_task_cols) == 1:
-            ids = torch.zeros(1, dtype=torch.long)
-        if not isinstance(ids, Tensor):
-            raise AdapterError(
-                "task_ids cannot be None: say which task each row is of, as task_ids=torch.tensor([0, …])"
-            )
-        count = len(self.prefix_task_cols)
-        without_data = isinstance(ids, loaded("torch._subclasses.fake_tensor", "FakeTensor"))  # in a forecast
-        if ids.dim() != 1 or not (without_data or bool(((ids >= 0) & (ids < count)).all())):
-            raise AdapterError(
-                f"task_ids must be one number for each row, from 0 to {count - 1}, not {ids.tolist()!s:.60}"
-            )
-        ids = ids.to(self.prefix_task_cols.device)
+        ids = checked_task_ids(base.context, len(self.prefix_task_cols)).to(self.prefix_task_cols.device)
         return self.embedding.weight * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
 
     def input_tokens(self, base: BaseLayer) -> Tensor:

@@ -21,7 +21,7 @@ from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, in_one_product
+from nbpeft.engine.weight_delta import WeightDelta, in_one_product, with_entries
 from nbpeft.errors import ConfigError
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
@@ -144,10 +144,13 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """Zeros, and the entries at their places; see ``WeightDelta``."""
-        entries = parameters[0] * self.scaling
-        rows, columns = self.held_indices.to(entries.device).long()
-        dense = torch.zeros(base.out_features, base.in_features, device=entries.device, dtype=entries.dtype)
-        return dense.index_put((rows, columns), entries)
+        entries = parameters[0]
+        return self._added(entries.new_zeros(base.out_features, base.in_features), entries)
+
+    def _added(self, weight: Tensor, entries: Tensor) -> Tensor:
+        """A weight, (out, in), with the entries added at their places."""
+        rows, columns = self.held_indices.to(weight.device).long()
+        return with_entries(weight, rows * weight.shape[1] + columns, entries * self.scaling)
 
     @property
     def held_indices(self) -> Tensor:
@@ -156,11 +159,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
-
-        def changed(weight: Tensor, entries: Tensor) -> Tensor:
-            return weight + self.delta(base, entries).to(weight.dtype)
-
-        return in_one_product(x, base, changed, self.tensors)
+        return in_one_product(x, base, self._added, self.tensors)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The entries and their places; see ``Adapter``."""

@@ -25,7 +25,7 @@ from nbpeft.engine.numerics import FLOATS, compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, apply_delta, in_one_product, uniform
+from nbpeft.engine.weight_delta import WeightDelta, apply_delta, in_one_product, uniform, with_entries
 from nbpeft.errors import ConfigError, shown
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
@@ -159,8 +159,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall):
 
     def entries_in(self, weight: Tensor, entries: Tensor) -> Tensor:
         """A weight with the entries added at their places; not in place."""
-        places = self.places.to(weight.device).long()
-        return weight.reshape(-1).scatter_add(0, places, (entries * self.scaling).to(weight.dtype)).view_as(weight)
+        return with_entries(weight, self.places.to(weight.device).long(), entries * self.scaling)
 
     def entries_alone(self, base: BaseLayer, entries: Tensor) -> Tensor:
         """Zeros, (out, in), and the entries at their places."""

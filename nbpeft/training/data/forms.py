@@ -114,6 +114,18 @@ class Row:
             raise self.error(f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text.")
         return value
 
+    def whole_number(self, name: str) -> int:
+        """The whole number of a column.
+
+        Raises:
+            TrainingError: it holds something else.
+        """
+        value = self.value(name)
+        number = value.item() if hasattr(value, "item") else value  # pandas and Parquet give numbers of numpy
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise self.error(f"{name!r} is {with_article(value)} ({value!r:.40}), not a whole number.")
+        return number
+
     def optional(self, name: str) -> str:
         """The text of a column that may be missing or empty."""
         value = self.values.get(self.columns.get(name, name))

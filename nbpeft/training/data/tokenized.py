@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,7 @@ class CodedRow:
         limit: Tokens it is cut to.
         encoder_decoder: Whether the labels stand for themselves, and not beside the ids.
         empty: What is empty though it should be learned; nothing if there is nothing such.
+        more: What the row holds beside tokens and labels, by column.
     """
 
     number: int
@@ -131,11 +132,13 @@ class CodedRow:
     limit: int
     encoder_decoder: bool = False
     empty: str = ""
+    more: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def row(self) -> dict[str, Any]:
         """What a model is trained on."""
-        return {"input_ids": self.whole.input_ids[: self.limit], "labels": self.whole.labels[: self.limit]}
+        ids, labels = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit]
+        return {"input_ids": ids, "labels": labels, **self.more}
 
     @property
     def cut(self) -> bool:
@@ -163,6 +166,7 @@ class Reading:
         tokenizer: of the model.
         limit: tokens a row is cut to.
         encoder_decoder: whether prompt and completion go to different halves of the model.
+        also: columns whose whole numbers rows keep beside tokens and labels.
     """
 
     rows: Any
@@ -171,6 +175,7 @@ class Reading:
     tokenizer: Any = None
     limit: int = DEFAULT_MAX_LENGTH
     encoder_decoder: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def has_template(self) -> bool:
@@ -198,7 +203,9 @@ class Reading:
                 continue
             example = self.example(value, number)
             whole = _encode(example, number, self.tokenizer, self.encoder_decoder)
-            yield CodedRow(number, whole, self.limit, self.encoder_decoder, _empty_part(example))
+            row = row_of(value, number, self.columns)
+            more = {name: row.whole_number(name) for name in self.also}
+            yield CodedRow(number, whole, self.limit, self.encoder_decoder, _empty_part(example), more)
 
     def _as_it_is(self, value: Any, number: int) -> CodedRow:
         """A tokenised row; the batches copy labels from the ids where a row has none."""
@@ -217,6 +224,7 @@ def reading(
     max_length: int | None = None,
     encoder_decoder: bool = False,
     columns: Mapping[str, str] | None = None,
+    also: Collection[str] = (),
 ) -> Reading:
     """How data is read; see :func:`prepare_data`.
 
@@ -231,7 +239,8 @@ def reading(
         return Reading(rows, None, mapping, tokenizer, encoder_decoder=encoder_decoder)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=found)
-    return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), encoder_decoder)
+    limit, more = max_length or default_length(tokenizer), tuple(name for name in also if name in found)
+    return Reading(rows, form, mapping, tokenizer, limit, encoder_decoder, more)
 
 
 def default_length(tokenizer: Any) -> int:
@@ -246,6 +255,7 @@ def prepare_data(
     max_length: int | None = None,
     encoder_decoder: bool = False,
     columns: Mapping[str, str] | None = None,
+    also: Collection[str] = (),
 ) -> Any:
     """Turns rows into something a Trainer can be given.
 
@@ -256,11 +266,12 @@ def prepare_data(
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
         encoder_decoder: Whether prompt and completion go to different halves of the model.
         columns: What the columns are called: ``{"prompt": "question", "completion": "answer"}``.
+        also: Columns whose whole numbers rows keep beside tokens and labels, where there are such: ``task_ids``.
 
     Raises:
         TrainingError: the data has another form; the message names what was found.
     """
-    how = reading(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder, columns=columns)
+    how = reading(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder, columns=columns, also=also)
     if how.form is None:
         if how.columns:
             return _renamed_rows(how.rows, how.columns)

@@ -21,7 +21,7 @@ from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
-from nbpeft.training.adapted import base_of, main_dtype, trained_names
+from nbpeft.training.adapted import base_of, call_columns, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream, open_data
 from nbpeft.training.data.tokenized import reading
 from nbpeft.training.rows import is_encoder_decoder, training_rows
@@ -236,7 +236,10 @@ def _rows(
     )
     apart = is_encoder_decoder(model)
     readings = [
-        reading(part, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns) for part in opened
+        reading(
+            part, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns, also=call_columns(model)
+        )
+        for part in opened
     ]
     loaded = None
     texts = [how for how in readings if how.form is not None]

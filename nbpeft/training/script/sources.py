@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.logs import collapsed
 from nbpeft.memory.architecture import silenced
-from nbpeft.training.data.forms import Form, row_of
+from nbpeft.training.data.forms import row_of
 from nbpeft.training.data.sources import place_in
 from nbpeft.training.data.tokenized import Reading, default_length
 
@@ -124,12 +124,12 @@ def text_rows(how: Reading) -> str:
     """Rows as JSON lines with the columns that are read of them, which say in a script what they say here."""
     form = how.form
     assert form is not None
-    return json_lines(_kept(row, number, form, how.columns) for number, row in enumerate(how.rows))
+    wanted = {how.columns.get(name, name) for name in (*form.needs, *form.may)}.union(how.also)
+    return json_lines(_kept(row, number, wanted) for number, row in enumerate(how.rows))
 
 
-def _kept(value: Any, number: int, form: Form, columns: Mapping[str, str]) -> dict[str, Any]:
+def _kept(value: Any, number: int, wanted: Collection[str]) -> dict[str, Any]:
     row = dict(row_of(value, number, {}).values)
-    wanted = {columns.get(name, name) for name in (*form.needs, *form.may)}
     return {name: item for name, item in row.items() if name in wanted}
 
 

@@ -70,10 +70,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
 
 
 COMPILED = ("quanto-int4", "quanto-int2")
-"""For these quanto compiles an extension in a fresh environment, a minute long."""
+"""For these quanto compiles an extension in a fresh environment, for minutes."""
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in COMPILED)) for name in LAYERS])
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.long] * (name in COMPILED)) for name in LAYERS])
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, float]:
     make, name, tolerance = LAYERS[request.param]
     layer = make()

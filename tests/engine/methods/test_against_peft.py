@@ -187,7 +187,14 @@ def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftMode
     ours = get_peft_model(llama(), method.config_class(task_type="CAUSAL_LM", **targets(method) | fields))
     randomize(ours, scale=0.1)
     ours.save_pretrained(folder)
-    return ours.eval(), peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
+    theirs = peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
+    if method.call_arguments:  # which peft wants with one task, too
+        theirs.register_forward_pre_hook(of_the_first_task, with_kwargs=True)
+    return ours.eval(), theirs
+
+
+def of_the_first_task(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "task_ids": torch.zeros(len(kwargs["input_ids"]), dtype=torch.long)}
 
 
 @every_method_alike
@@ -226,7 +233,11 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
         with pytest.raises((NotImplementedError, ValueError), match=r"not supported|has no bias"):
             theirs.merge_and_unload()
         return
+    expected = logits(ours)
     merged = logits(ours.merge_and_unload())
+    if method.call_arguments:  # which peft does not merge
+        torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-3)
+        return
     torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
 
 
@@ -259,6 +270,7 @@ def test_what_layers_share_has_the_names_of_peft(method: Method, tmp_path: Path)
 
 def trained(model: Any, steps: int = 8) -> list[float]:
     ids, losses = tokens(), []
+    torch.manual_seed(0)  # of what is drawn
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for _ in range(steps):
