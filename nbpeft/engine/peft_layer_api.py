@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -404,7 +404,7 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[s
     holders = {own: state._modules[name] for own, state in states.items() if name in state.named_first}
     if holders:
         keys = dict.fromkeys(key for holder in holders.values() for key in holder._buffers)
-        return {key: PerAdapterView(holders, key, lambda holder, key=key: holder._buffers[key]) for key in keys}
+        return {key: PerAdapterView(holders, key, itemgetter(key)) for key in keys}
     found = PerAdapterView(states, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
     return found if found and name.isidentifier() else None
 

@@ -22,7 +22,7 @@ class SharedState(nn.Module):
     """Fields that say, with its shapes, what ``create`` makes where no file holds it."""
 
     named_first: ClassVar[tuple[str, ...]] = ()
-    """Of its modules, those of which PEFT has the tensors by their own names first, and then by those of adapters."""
+    """Of its modules, which give tensors by name, those of which PEFT has these by name first and then by adapter."""
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
