@@ -5,11 +5,16 @@ Configs come from the registry, whether they have a line here or not: it makes t
 
 from typing import Any
 
+from .engine.methods.adaption_prompt import AdaptedAttention as AdaptedAttention
+from .engine.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+from .engine.methods.adaption_prompt import AdaptionPromptModel as AdaptionPromptModel
 from .engine.methods.beft import BeftConfig as BeftConfig
 from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.cartridge import CartridgeConfig as CartridgeConfig
 from .engine.methods.cartridge import CartridgeEncoder as CartridgeEncoder
+from .engine.methods.cpt import CPTConfig as CPTConfig
+from .engine.methods.cpt import CPTEmbedding as CPTEmbedding
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig

@@ -169,7 +169,7 @@ class AdapterConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """PEFT's question; no method here is an adaption prompt."""
+        """PEFT's question: whether the method adds the attention to prompts inside the model."""
         return False
 
     def fill_in(self, model_type: str | None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, SharedState
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import AdaptedParameter
@@ -21,9 +22,9 @@ Slot = tuple[dict[str, nn.Parameter | None], str]
 def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
     """Returns where the trained tensors of an adapter hang, those of copied modules last."""
     found: dict[int, Slot] = {}
-    for owner in _owners(layers, copies, name):
+    for owner, frozen in _owners(layers, copies, name):
         for key, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and key not in _frozen(owner):
+            if parameter is not None and parameter.is_floating_point() and key not in frozen:
                 found.setdefault(id(parameter), (owner._parameters, key))  # copies of tied modules share theirs
     return list(found.values())
 
@@ -35,19 +36,20 @@ def is_half(layers: Layers, name: str) -> bool:
     return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
 
 
-def _frozen(owner: nn.Module) -> tuple[str, ...]:
-    return owner.frozen_parameters if isinstance(owner, Adapter) else ()
-
-
-def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[nn.Module]:
+def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[tuple[nn.Module, Collection[str]]]:
+    """Yields what has parameters of an adapter, and the names of those there that are never trained."""
     for layer in layers.values():
-        adapter = layer.adapters._modules.get(name)
-        if adapter is not None:
-            yield from adapter.modules() if adapter._modules else (adapter,)
+        adapter: Any = layer.adapters._modules.get(name)
+        if adapter is not None and not adapter._modules:
+            yield adapter, adapter.frozen_parameters
+        elif adapter is not None:
+            frozen = [key.rpartition(".") for key in adapter.frozen_parameters]
+            for path, owner in adapter.named_modules():
+                yield owner, [key for place, _, key in frozen if place == path]
     for copied in copies.values():
         trained = copied.modules_to_save._modules.get(name)
         if trained is not None:
-            yield from trained.modules()
+            yield from ((owner, ()) for owner in trained.modules())
 
 
 def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> AdapterWeights:

@@ -19,6 +19,7 @@ from nbpeft.engine.base import BaseLayer, Composite, offloading
 from nbpeft.engine.composite_layer import AdaptedComposite
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
+from nbpeft.engine.inner_calls import put_inner_hooks
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_calls import put_hooks, take_hooks
@@ -304,6 +305,7 @@ def commit(
         layers[layer.path_at(sites[0].path)] = layer
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
+            put_inner_hooks(parts.model, layer, change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:

@@ -7,11 +7,14 @@ A ``ModelAdapter`` puts trained vectors in front of what a model reads:
     cached_states    keys and values in front of those that attention caches (a prefix)
 
 It hangs at the input embedding, which it leaves as it is: so it moves, trains, is saved and is copied with the model
-as every adapter does. ``model_calls`` puts what it gives into a call, with mask, positions and labels.
+as every adapter does. ``model_calls`` puts what it gives into a call, with mask, positions and labels. One that
+``WeighsTokens`` says besides which tokens a language model learns, its own among them, and how much each counts. One
+that ``AddsInside`` adds to what modules inside the model give (``inner_calls``).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -143,3 +146,47 @@ class ModelAdapter(Adapter, TransformsOutput):
         """Overwrites all parameters with zeros."""
         for parameter in self.parameters():
             parameter.detach().zero_()
+
+
+class WeighsTokens(ABC):
+    """Says what of a call with labels a language model learns; a ``ModelAdapter`` with tokens in front of the input."""
+
+    @abstractmethod
+    def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
+        """The labels of a call as the adapter wants them, and how much each counts in the mean.
+
+        Args:
+            labels: int64 (rows, positions), for all that is in front of the input, and then the input; -100 where
+                nothing is learned. Those of the adapter's own tokens are among them, -100 so far.
+            start: the position of its own tokens.
+            front: that of the input.
+            base: the input embedding; its ``context`` is what the method prepared for the call.
+
+        Returns:
+            New labels, and float32 weights, both (rows, positions).
+        """
+
+
+class AddsInside(ABC):
+    """Adds to what some modules inside the model give, such as the attentions of some layers; a ``ModelAdapter``.
+
+    Attributes:
+        places: paths of the modules in the base model.
+    """
+
+    places: tuple[str, ...]
+
+    @abstractmethod
+    def addition(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
+    ) -> Tensor:
+        """What to add to the output of a module, or to the first part of it; shaped like that.
+
+        Args:
+            path: of the module.
+            module: the module; layers inside it act as in its own call.
+            args: what it was called with.
+            kwargs: likewise.
+            rows: rows to call those layers with where they are called with something else than the input: 1, or as
+                many as the input has where each is served by an adapter of its own.
+        """

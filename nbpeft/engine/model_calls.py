@@ -2,14 +2,15 @@
 
 A hook on the model transforms each of its calls, whoever makes it: ``forward`` of a handle, each step of
 ``generate``, a Trainer. It reads what is active as every layer does, so threads, ``use`` and mixed batches act here
-too. In a mixed batch the tokens of rows that have fewer are padded on the left and masked.
+too. In a mixed batch the tokens of rows that have fewer are padded on the left and masked. Where an adapter weighs
+the tokens that are learned, the model gets no labels, and a second hook computes the loss of what it returns.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from nbpeft.engine.active_state import Rows
 from nbpeft.engine.adapter_names import check_scale
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_adapter import ModelAdapter
+from nbpeft.engine.model_adapter import AddsInside, ModelAdapter, WeighsTokens
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
@@ -79,6 +80,10 @@ def put_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> Non
         if type(hook) not in present:
             change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
             module.register_forward_pre_hook(hook, with_kwargs=True)
+    weighs = any(isinstance(adapter, WeighsTokens) for adapter in layer.adapters._modules.values())
+    if weighs and not any(_layer_of(hook) is layer for hook in model._forward_hooks.values()):
+        change.keep(model._forward_hooks, model._forward_hooks_with_kwargs)
+        model.register_forward_hook(_LossHook(layer), with_kwargs=True)
 
 
 def take_hooks(model: nn.Module, layers: Collection[int], change: Transaction) -> None:
@@ -89,16 +94,20 @@ def take_hooks(model: nn.Module, layers: Collection[int], change: Transaction) -
         layers: the ids of what is taken out.
         change: records the hooks of the modules.
     """
-    for module in dict.fromkeys(filter(None, (model, part_with_cache(model), _encoder_of(model)))):
-        gone = [key for key, hook in module._forward_pre_hooks.items() if id(_layer_of(hook)) in layers]
-        if gone:
-            change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-        for key in gone:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    for module in reached_modules(model):
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            gone = [key for key, hook in hooks.items() if id(_layer_of(hook)) in layers]
+            if gone:
+                change.keep(hooks, with_kwargs)
+            for key in gone:
+                del hooks[key], with_kwargs[key]
 
 
 def _layer_of(hook: Any) -> AdaptedLayer | None:
-    return hook.layer if isinstance(hook, _CallHook) else None
+    return hook.layer if isinstance(hook, LayerHook) else None
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:
@@ -116,15 +125,29 @@ def _hooks(model: nn.Module, layer: AdaptedLayer) -> dict[nn.Module, _CallHook]:
     return hooks
 
 
-class _CallHook:
-    """A hook that transforms the arguments of each call of a module.
+class _Call(dict[str, Any]):
+    """The arguments of a call, by name.
+
+    Attributes:
+        learned: labels and their weights, where the loss is to be computed of what the model returns; else None.
+    """
+
+    learned: tuple[Tensor, Tensor] | None = None
+
+
+class LayerHook:
+    """A hook on a module of a model that lets the model adapters of a layer act.
 
     Args:
-        layer: the adapted input embedding, where the model adapters hang.
+        layer: the adapted input embedding, where they hang.
     """
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self.layer = layer
+
+
+class _CallHook(LayerHook):
+    """A hook that transforms the arguments of each call of a module."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -132,12 +155,13 @@ class _CallHook:
         prompts = _active_prompts(self.layer)
         if prompts is None:
             return None
-        named = dict(zip(_parameters_of(module), args, strict=False)) | kwargs
+        named = _Call(zip(_parameters_of(module), args, strict=False))
+        named.update(kwargs)
         prompts = prompts.with_arguments_of(named)
         self.transform(module, prompts, named)
         return (), named
 
-    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
         """Changes the arguments of a call.
 
         Args:
@@ -151,7 +175,7 @@ class _CallHook:
 class _ModelHook(_CallHook):
     """On a model of one stack."""
 
-    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
         """Adds tokens and, where the model takes them, cached states; see ``_CallHook``."""
         name = cache_argument(module)
         states = prompts.counts(_STATES) if name else {}
@@ -172,6 +196,74 @@ class _ModelHook(_CallHook):
         if tokens:
             _put_tokens(call, "inputs_embeds", "input_ids", prompts.joined(_TOKENS, batch, device), self.layer)
             _extend_labels(module, call, length, front.width - prompts.front(states, batch, device).width)
+            _take_labels(call, prompts, length)
+
+
+class _LossHook(LayerHook):
+    """A hook that computes the loss of a call whose labels an adapter weighs."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        learned = kwargs.learned if isinstance(kwargs, _Call) else None
+        if learned is None:
+            return None
+        in_tuple = isinstance(output, tuple)
+        logits = output[0] if in_tuple else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape[:2] != learned[0].shape:
+            raise AdapterError(
+                f"{type(module).__name__} gives no logits of all tokens, which the loss of the active adapter needs"
+            )
+        loss = _weighted_mean(logits, *learned)
+        if in_tuple:
+            return loss, *output
+        if is_dataclass(output) and not isinstance(output, type):
+            return replace(output, loss=loss)  # in its place: a ModelOutput is read by position, too
+        output.loss = loss
+        return output
+
+
+def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
+    """Takes the labels out of a call where an adapter weighs them, and notes what is learned of it.
+
+    Args:
+        call: arguments, those for the tokens in front among them; changed in place.
+        prompts: the adapters that act.
+        length: of the input.
+    """
+    labels = call.get("labels")
+    weighing = {name: one for name, one in prompts.adapters.items() if isinstance(one[0], WeighsTokens)}
+    if not weighing or not isinstance(labels, Tensor):
+        return
+    front = call["inputs_embeds"].shape[1] - length
+    if labels.shape != call["inputs_embeds"].shape[:2]:
+        raise AdapterError(f"labels must be one for each of the {length} tokens of a row")
+    items = call.pop("num_items_in_batch", None)
+    # The mean of some batches whose gradients are accumulated is that of their means, each for its share of tokens.
+    share = 1.0 if items is None else (labels[:, front + 1 :] != _IGNORED_LABEL).sum() / items
+    weights = torch.ones_like(labels, dtype=torch.float32) * share
+    counts = prompts.counts(_TOKENS)
+    alone = prompts.front(counts, len(labels), labels.device).mask
+    if alone is not None:  # nothing predicts the first token of a row that has none in front
+        labels = labels.clone()
+        labels[:, front].masked_fill_(~alone[:, -1], _IGNORED_LABEL)
+    for name, (adapter, base) in weighing.items():
+        assert isinstance(adapter, WeighsTokens)
+        found, factors = adapter.learned(labels, prompts.start_of(name, counts), front, base)
+        if prompts.rows is not None:
+            served = (prompts.rows.expanded(len(labels), labels.device) == prompts.rows.names.index(name)).unsqueeze(1)
+            found, factors = torch.where(served, found, labels), torch.where(served, factors, 1.0)
+        labels, weights = found, weights * factors
+    del call["labels"]
+    call.pop("shift_labels", None)
+    call.learned = labels, weights
+
+
+def _weighted_mean(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The weighted cross entropy of the tokens that follow, over the number of those that are learned; float32."""
+    labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED_LABEL, reduction="none"
+    )
+    return (losses * weights.flatten()).sum() / (labels != _IGNORED_LABEL).sum()
 
 
 class _CacheHook(_CallHook):
@@ -358,6 +450,13 @@ class _Prompts:
         missing = width - per_name[index]  # -1, the base alone, is the last entry
         return _Front(width, torch.arange(width, device=device).unsqueeze(0) >= missing.unsqueeze(1))
 
+    def start_of(self, name: str, counts: Mapping[str, int]) -> int:
+        """The position of the tokens of an adapter, of so many of each."""
+        if self.rows is not None:
+            return max(counts.values()) - counts[name]
+        names = list(counts)
+        return sum(counts[other] for other in names[: names.index(name)])
+
     def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
         """What the adapters give of a kind, (batch, width, …)."""
         counts = self.counts(kind)
@@ -391,7 +490,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
     found: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
     for name, scale in zip(names, scales, strict=True):
         adapter = layer.adapters._modules.get(name)
-        if not isinstance(adapter, ModelAdapter):
+        if not isinstance(adapter, ModelAdapter) or isinstance(adapter, AddsInside):
             continue
         if scale != 1.0:
             check_scale(name, scale, fixed=True)

@@ -101,6 +101,8 @@ class Method:
         call_context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context``
             while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
         call_arguments: names of arguments of a call that are for that alone, and not for the model.
+        token_arguments: those of them that are one number for each token of the input, (rows, length); the others are
+            one for each row.
         derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
@@ -139,6 +141,7 @@ class Method:
     tied: Callable[[Any, Mapping[str, tuple[int, int]]], Mapping[str, Mapping[str, str]]] | None = None
     call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
     call_arguments: tuple[str, ...] = ()
+    token_arguments: tuple[str, ...] = ()
     derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     combine: Combine | None = None
     companion: Companion | None = None

@@ -356,12 +356,14 @@ def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]
 
 
 def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any:
-    """What the model gives for a batch; what the method of the adapter takes from each call is one number a row."""
-    names = () if setting.adapter_config is None else method_of(setting.adapter_config).call_arguments
+    """What the model gives for a batch, and numbers for what the method of the adapter takes from each call."""
     manager = manager_of(model)
-    if manager is None or not names:
+    method = None if setting.adapter_config is None else method_of(setting.adapter_config)
+    if manager is None or method is None or not method.call_arguments:
         return model(**batch)
-    given = {name: torch.zeros(setting.batch_size, dtype=torch.long) for name in names}
+    shape = (setting.batch_size, setting.sequence_length)
+    shapes = {name: shape if name in method.token_arguments else shape[:1] for name in method.call_arguments}
+    given = {name: torch.zeros(size, dtype=torch.long) for name, size in shapes.items()}
     with manager.active_state.call(lambda: manager.in_call(manager.active_state.current(), (), given)):
         return model(**batch)
 

@@ -18,6 +18,7 @@ from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.hotswap import Swapped, check_contents, config_for_slot, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
@@ -211,9 +212,11 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, layer in manager.layers.items():
         if name in layer.adapters._modules:
-            kind: Any = type(layer.adapters._modules[name])
+            adapter = layer.adapter(name)
+            if isinstance(adapter, ModelAdapter):  # whose shapes go by the model
+                raise HotSwapError(f"{path}: adapter {name!r} {adapter.swap_refusal()}", path=path)
             try:
-                adapters[path] = kind.parameter_shapes(filled, path, layer.base.module, layer.kind)
+                adapters[path] = type(adapter).parameter_shapes(filled, path, layer.base.module, layer.kind)
             except ConfigError as error:
                 raise HotSwapError(str(error)) from None
     copies = {

@@ -49,7 +49,8 @@ def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
         ConfigError: a value is impossible for it.
     """
     known = method.config_class.__dataclass_fields__
-    own = {name: value for name, value in fields.items() if name in known}
+    targets = () if not method.transforms_calls else ("target_modules",)  # which mean layers
+    own = {name: value for name, value in fields.items() if name in known and name not in targets}
     return method.config_class(**{**method.listed_with, **own})
 
 

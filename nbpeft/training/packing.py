@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.engine.method_hooks import prepares_calls, transforms_calls
+from nbpeft.engine.method_hooks import prepares_calls
 from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
 from nbpeft.training.adapted import base_of, main_dtype
@@ -127,7 +127,7 @@ def refuse_to_pack(model: nn.Module) -> None:
     manager = manager_of(model)
     configs = {} if manager is None else {adapter: manager.configs[adapter] for adapter in manager.active}
     for adapter, config in configs.items():
-        if transforms_calls(config):
+        if config.is_prompt_learning:
             raise _refusal(f"adapter {adapter!r} puts tokens in front of each sequence, not of each row in it")
         if prepares_calls(config):
             raise _refusal(f"adapter {adapter!r} looks for something in each sequence, and would take it for one row")

@@ -71,7 +71,7 @@ def write_method_starts(folder: Path, label: str) -> list[Path]:
     for name, fields in METHODS[label].sample_configs.items():
         settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
         names = METHODS[label].config_class.__dataclass_fields__
-        if "target_modules" in names and label != "LN tuning":
+        if "target_modules" in names and label != "LN tuning" and not METHODS[label].transforms_calls:
             settings.setdefault(
                 "target_modules", ["embed_tokens"] if label == "trainable tokens" else ["q_proj", "v_proj"]
             )

@@ -42,6 +42,8 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "how PEFT makes prompts; the engine gives them their values and puts them into calls": (
         "peft*: *Embedding: no parameter word_embeddings",
+        "peft*: AdaptedAttention: no parameter *",
+        "peft*: AdaptionPromptModel: no parameter *",
         "peft*: *_model_postprocess_past_key_value refuses",
         "peft*: map_cache_to_layer_device_map refuses",
         "peft.utils: _prepare_prompt_learning_config refuses",
@@ -135,7 +137,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
 CONFIGS = sorted(
     {"PeftConfig", "LoraRuntimeConfig", *(method.config_class.__name__ for method in methods())} & vars(peft).keys()
 )
-NEEDED = {"AdaLoraConfig": {"total_step": 1}}
+NEEDED = {"AdaLoraConfig": {"total_step": 1}, "CPTConfig": {"task_type": "CAUSAL_LM"}}
 """Config -> fields without which there is none."""
 TASKS = (
     *("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),

@@ -76,14 +76,14 @@ def test_one_finder_is_enough() -> None:
 
 
 def test_a_missing_class_can_be_compared_with_and_not_made() -> None:
-    config = nbpeft.AdaptionPromptConfig
-    assert not isinstance(nbpeft.LoraConfig(), config) and config is nbpeft.AdaptionPromptConfig
-    line = "AdaptionPromptConfig is not available: nbpeft does not implement LLaMA-Adapter"
+    config = nbpeft.ShadowConfig
+    assert not isinstance(nbpeft.LoraConfig(), config) and config is nbpeft.ShadowConfig
+    line = "ShadowConfig is not available: nbpeft does not implement Shadow"
     with pytest.raises(nbpeft.NotSupportedError, match=line) as raised:
         config(adapter_len=8)
-    assert isinstance(raised.value, NotImplementedError) and raised.value.details == {"name": "AdaptionPromptConfig"}
-    with pytest.raises(AttributeError, match="CPTEmbedding is not available: nbpeft does not implement context-aware"):
-        _ = nbpeft.CPTEmbedding.TEXT
+    assert isinstance(raised.value, NotImplementedError) and raised.value.details == {"name": "ShadowConfig"}
+    with pytest.raises(AttributeError, match="ShadowCache is not available: nbpeft does not implement Shadow"):
+        _ = nbpeft.ShadowCache.TEXT
     assert not hasattr(config, "__wrapped__")
 
     class Derived(config):  # type: ignore[misc, valid-type]

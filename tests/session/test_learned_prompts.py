@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.engine.prompt_config import PromptLearningConfig
 from nbpeft.engine.registry import methods
 from nbpeft.errors import AdapterError, MergeError
 from nbpeft.memory import forecast
@@ -16,7 +17,7 @@ from tests.char_tokenizer import CharTokenizer
 from tests.session.support import alone
 from tests.tiny_models import llama, logits, randomize
 
-METHODS = [method for method in methods() if method.transforms_calls]
+METHODS = [method for method in methods() if issubclass(method.config_class, PromptLearningConfig)]
 SAMPLES = [
     pytest.param(method, dict(next(iter(method.sample_configs.values()))), id=method.peft_type.lower())
     for method in METHODS
@@ -32,12 +33,15 @@ def test_it_is_shown_and_reconfigured(method: Any, fields: dict[str, Any]) -> No
     fields = {"peft_type": method.peft_type.lower(), "task_type": "CAUSAL_LM"} | fields
     result = session.add(base, fields, name="p")
     added, model = result.adapter, session.model()
-    assert added.method == method.label and added.summary["tokens"] == str(fields["num_virtual_tokens"])
+    assert added.method == method.label and added.summary["tokens"] == str(model.peft_config["p"].num_virtual_tokens)
     randomize(model, "p")
-    ids = {"task_ids": torch.tensor([0, 1])} if method.call_arguments else {}
+    ids = {"task_ids": torch.tensor([0, 1])} if "task_ids" in method.call_arguments else {}
     before = model(input_ids=torch.ones(2, 5, dtype=torch.long), **ids).logits
-    again = session.add(base, {**fields, "num_virtual_tokens": 7}, name="p").adapter
-    assert again.summary["tokens"] == "7" and again.parameter_count > added.parameter_count
+    longer: dict[str, Any] = {"num_virtual_tokens": 9}
+    if "cpt_token_ids" in fields:
+        longer = {"cpt_token_ids": [*range(9)], "cpt_tokens_type_mask": [1] * 9}
+    again = session.add(base, {**fields, **longer}, name="p").adapter
+    assert again.summary["tokens"] == "9" and again.parameter_count > added.parameter_count
     session.undo()
     assert torch.equal(model(input_ids=torch.ones(2, 5, dtype=torch.long), **ids).logits, before)
     assert session.state.models[0].adapters[0].parameter_count == added.parameter_count

@@ -17,10 +17,10 @@ from tests.training.test_trainer import arguments
 
 CONFIGS = {
     f"{method.peft_type.lower()}-{name}": method.config_class(
-        task_type="CAUSAL_LM", **fields | ({"num_tasks": 1} if method.call_arguments else {})
+        task_type="CAUSAL_LM", **fields | ({"num_tasks": 1} if "num_tasks" in fields else {})
     )
     for method in methods()
-    if method.transforms_calls
+    if issubclass(method.config_class, nbpeft.PromptLearningConfig)
     for name, fields in method.sample_configs.items()
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,7 +68,7 @@ def test_rows_are_not_packed(name: str, tmp_path: Path) -> None:
         trained(name, tmp_path / "packed", packing=True)
 
 
-@pytest.mark.parametrize("name", ["p_tuning-lstm", "prefix_tuning-projected"])
+@pytest.mark.parametrize("name", ["cpt-two-examples", "p_tuning-lstm", "prefix_tuning-projected"])
 def test_a_resumed_training_is_one_that_was_not_interrupted(name: str, tmp_path: Path) -> None:
     def trainer(folder: Path, **fields: Any) -> Any:
         args = arguments(folder, per_device_train_batch_size=2, disable_tqdm=True, **fields)
@@ -83,7 +83,7 @@ def test_a_resumed_training_is_one_that_was_not_interrupted(name: str, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["p_tuning-lstm", "prefix_tuning-plain", "prompt_tuning-random"])
+@pytest.mark.parametrize("name", ["cpt-two-examples", "p_tuning-lstm", "prefix_tuning-plain", "prompt_tuning-random"])
 def test_prompts_of_a_sweep_learn_as_alone(name: str, tmp_path: Path) -> None:
     constant = {"lr_scheduler_type": "constant"}
     model, _ = trained(name, tmp_path / "sweep", learning_rate=nbpeft.sweep(1e-2, 1e-1), **constant)

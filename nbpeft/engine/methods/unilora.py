@@ -8,6 +8,7 @@ from the sizes of the layers, so that a file holds θ alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -81,7 +82,10 @@ class UniVector(SharedState):
 
     config: UniLoraConfig
     features: Mapping[str, tuple[int, int]]
+    places: Mapping[str, int]
+    total: int
     drawn: Tensor | None = None
+    scales: Tensor | None = None
 
     def __init__(self, theta: Tensor, config: UniLoraConfig) -> None:
         super().__init__()
@@ -116,29 +120,33 @@ class UniVector(SharedState):
         return cls(made.uniform_(-bound, bound) if config.init_weights else made.normal_(), config)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Remembers the sizes of the layers; see ``SharedState``."""
-        self.__dict__["features"] = {path: (base.in_features, base.out_features) for path, base in layers.items()}
+        """Remembers where the entries of each layer begin among all; see ``SharedState``."""
+        features = {path: (base.in_features, base.out_features) for path, base in layers.items()}
+        sizes = [sum(pair) * self.config.r for pair in features.values()]
+        *starts, total = itertools.accumulate(sizes, initial=0)
+        places = dict(zip(features, starts, strict=True))
+        self.__dict__.update(features=features, places=places, total=total, drawn=None, scales=None)
 
     def indices_of(self, path: str) -> tuple[Tensor, Tensor]:
         """Which number each entry of A, (r, in), and of B, (out, r), of a layer is; int64, on the CPU."""
-        rank, sizes = self.config.r, {name: sum(pair) * self.config.r for name, pair in self.features.items()}
         if self.drawn is None:
-            drawn = _balanced(sum(sizes.values()), self.config.theta_d_length, self.config.proj_seed)
+            drawn = _balanced(self.total, self.config.theta_d_length, self.config.proj_seed)
             self.__dict__["drawn"] = torch.as_tensor(drawn)
-        names = list(sizes)
-        start = sum(sizes[name] for name in names[: names.index(path)])
-        in_features, out_features = self.features[path]
         assert self.drawn is not None
-        own = self.drawn[start : start + sizes[path]].clone()
-        if path == names[-1]:
+        rank, start, (in_features, out_features) = self.config.r, self.places[path], self.features[path]
+        end = start + rank * (in_features + out_features)
+        own = self.drawn[start:end].clone()
+        if end == self.total:
             self.__dict__["drawn"] = None  # as large as all factors together
         return own[: rank * in_features].view(rank, in_features), own[rank * in_features :].view(out_features, rank)
 
     def scales_of(self, indices: Tensor) -> Tensor:
         """What multiplies the numbers of entries: one by the root of how often each was drawn, in float32."""
-        total = sum(sum(pair) for pair in self.features.values()) * self.config.r
-        counts = torch.as_tensor(_draws(total, self.config.theta_d_length, self.config.proj_seed)[0])
-        return counts.clamp_min(1).float().rsqrt()[indices]
+        if self.scales is None:
+            counts = torch.as_tensor(_draws(self.total, self.config.theta_d_length, self.config.proj_seed)[0])
+            self.__dict__["scales"] = counts.clamp_min(1).float().rsqrt()
+        assert self.scales is not None
+        return self.scales[indices]
 
 
 def _draws(total: int, length: int, seed: int) -> tuple[Any, Any, Any]:
