@@ -19,6 +19,7 @@ from .engine.methods.cpt import CPTEmbedding as CPTEmbedding
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.frod import FrodConfig as FrodConfig
 from .engine.methods.glora import GloraConfig as GloraConfig
 from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
@@ -34,6 +35,7 @@ from .engine.methods.multitask_prompt_tuning import MultitaskPromptEmbedding as 
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from .engine.methods.oft import OFTConfig as OFTConfig
+from .engine.methods.osf import OSFConfig as OSFConfig
 from .engine.methods.p_tuning import PromptEncoder as PromptEncoder
 from .engine.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .engine.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType

@@ -48,8 +48,10 @@ def _file_key(key: str, name: str, peft_type: str) -> str | None:
             return ".".join([*parts[: position - 1], *behind])
         if before.startswith(prefixes(peft_type)) and len(behind) < 2:
             # PEFT keeps some parameters in a module, as its weight; in files some of those are bare all the same.
-            if spelling.get(before, before) == before:
-                return ".".join(parts[:position])
-            if behind:
-                return ".".join([*parts[:position], *behind])
+            if not behind and f"{before}.{name}" in spelling.values():
+                continue  # the name is that of the parameter, too
+            inside, spelt = ".".join([before, *behind]), spelling.get(before, before)
+            if behind and (inside in spelling.values() or spelt != before):
+                return ".".join([*parts[: position - 1], inside])
+            return ".".join([*parts[: position - 1], spelt])
     return None

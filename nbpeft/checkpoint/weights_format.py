@@ -77,7 +77,7 @@ class Expected:
         shared: name of a tensor that the layers share -> shape.
         optional: name of a base parameter that a file may bring but need not (embeddings of a
             resized vocabulary) -> shape.
-        others: name (path and all) of what in ``copies`` holds no floating numbers, such as a counter -> dtype.
+        others: key without prefix of what holds no floating numbers, such as a counter -> dtype.
         parameters: those of the paths in ``adapters`` that are parameters; see ``AdapterWeights``.
         found_anew: name (path and all) of what in ``adapters`` a file need not have.
     """

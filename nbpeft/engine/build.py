@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nbpeft.engine import merged_twin
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
-from nbpeft.engine.base import Composite, offloading
+from nbpeft.engine.base import BaseLayer, Composite, offloading
 from nbpeft.engine.composite_layer import AdaptedComposite
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
@@ -98,7 +98,10 @@ def build(
             by_path[site.path] = site
     layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
-    shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
+    bases = {path: layer.base for path, layer in layers.items()}
+    shared: SharedState | None = None
+    if first is not None:
+        shared = shared_state(plan, weights, bases, first.device, adapter_dtype(first.dtype, half=half))
     parts = Parts([], [], shared, model)
 
     def create(target: Target) -> Adapter:
@@ -163,13 +166,18 @@ def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: Active
 
 
 def shared_state(
-    plan: InjectionPlan, weights: AdapterWeights | None, device: torch.device, dtype: torch.dtype
+    plan: InjectionPlan,
+    weights: AdapterWeights | None,
+    layers: Mapping[str, BaseLayer],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> SharedState | None:
     """Builds what the layers of an adapter share, where its method has that.
 
     Args:
         plan: of the adapter.
         weights: loaded tensors, or None to initialise.
+        layers: path of each target -> the layer.
         device: of its tensors.
         dtype: of new tensors.
     """
@@ -178,7 +186,7 @@ def shared_state(
         return None
     given = None if weights is None or plan.shared.keys() - weights.shared.keys() else weights.shared
     made = shared.create(plan.config, plan.shared, given, device, dtype)
-    made.place(plan.features)
+    made.place({path: layers[path] for path in plan.features})
     return made
 
 

@@ -19,6 +19,8 @@ WHOLE = "{}"
 """An expression for a whole path."""
 ENDING = r"(.*\.)?({})$"
 """An expression for the end of a path, as PEFT reads ``rank_pattern``."""
+ANYWHERE = r".*?({})"
+"""An expression for any part of a path."""
 LAYER_INDEX = r"(?:^|.*?\.){}\.(\d+)\."
 """An expression for the name before a layer's index, as PEFT reads ``layers_pattern``."""
 
@@ -50,7 +52,7 @@ def check_patterns(patterns: Iterable[tuple[str, str, str]]) -> None:
     """Refuses expressions that cannot be read, or could take for ever.
 
     Args:
-        patterns: (field, expression, what it stands in: ``WHOLE``, ``ENDING`` or ``LAYER_INDEX``).
+        patterns: (field, expression, what it stands in: ``WHOLE``, ``ENDING``, ``ANYWHERE`` or ``LAYER_INDEX``).
 
     Raises:
         ConfigError: one cannot be read, or all together take too long.

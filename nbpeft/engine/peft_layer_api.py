@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -394,13 +394,17 @@ def _has(adapter: nn.Module, attribute: str) -> bool:
     return any(own in one for one in held) or hasattr(type(adapter), own)
 
 
-def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | None:
-    """A tensor that the layers of adapters share; None if none of them share one of that name.
+def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[str, PerAdapterView] | None:
+    """A tensor that the layers of adapters share, or several; None if none of them share one of that name.
 
     Args:
         states: adapter name -> what its layers share.
-        name: the tensor's, as ``vera_A``.
+        name: the tensor's, as ``vera_A``, or that of a module of ``SharedState.named_first``.
     """
+    holders = {own: state._modules[name] for own, state in states.items() if name in state.named_first}
+    if holders:
+        keys = dict.fromkeys(key for holder in holders.values() for key in holder._buffers)
+        return {key: PerAdapterView(holders, key, itemgetter(key)) for key in keys}
     having = {
         adapter: state
         for adapter, state in states.items()

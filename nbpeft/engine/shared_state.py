@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.transaction import Transaction
+
 
 class SharedState(nn.Module):
     """What all layers of one adapter share; one for each adapter name. Derive from it where a method needs one.
@@ -17,6 +20,9 @@ class SharedState(nn.Module):
 
     made_from: ClassVar[tuple[str, ...]] = ()
     """Fields that say, with its shapes, what ``create`` makes where no file holds it."""
+
+    named_first: ClassVar[tuple[str, ...]] = ()
+    """Of its modules, which give tensors by name, those of which PEFT has these by name first and then by adapter."""
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
@@ -51,11 +57,30 @@ class SharedState(nn.Module):
         """
         raise NotImplementedError
 
-    def place(self, features: Mapping[str, tuple[int, int]]) -> None:
-        """Tells it, once it is built and before the adapters are, which layers share it; most do not ask.
+    @classmethod
+    def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
+        """Name -> dtype of those of its tensors that hold no floating numbers, such as places.
 
         Args:
-            features: as ``tensor_shapes`` gets them, in the order of the model.
+            shapes: what ``tensor_shapes`` gave.
+        """
+        return {}
+
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
+        """Tells it, once it is built and before the adapters are, which layers share it; most do not ask.
+
+        What depends on their weights and is in no file is made here.
+
+        Args:
+            layers: path -> layer, in the order of the model.
+        """
+
+    def settle(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
+        """Called when its tensors were overwritten: what adapters keep that follows from them is computed again.
+
+        Args:
+            layers: path -> adapter and layer.
+            change: records what is written.
         """
 
     def held(self, name: str) -> Tensor:

@@ -21,7 +21,7 @@ from nbpeft.engine.merged_twin import is_prepared_quantization_aware
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
-from nbpeft.engine.plan import InjectionPlan, Target
+from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
@@ -182,19 +182,24 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         base=base,
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
-        others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan.targets),
+        others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
         parameters=[target.path for target in plan.targets if target.is_bare],
         found_anew={f"{one.path}.{name}" for one in plan.targets for name in one.adapter_class.optional_tensors},
     )
 
 
-def fixed_dtypes(targets: Iterable[Target]) -> dict[str, torch.dtype]:
-    """Returns name -> dtype of what a file holds of adapters that is neither trained nor floating-point."""
+def fixed_dtypes(plan: InjectionPlan) -> dict[str, torch.dtype]:
+    """Returns name -> dtype of what a file holds of an adapter that is neither trained nor floating-point."""
+    shared = method_of(plan.config).shared
+    found = {} if shared is None else shared.other_dtypes(plan.saved_shared)
     return {
-        f"{target.path}.{name}": dtype
-        for target in targets
-        for name, (_, dtype) in target.fixed.items()
-        if not dtype.is_floating_point
+        **{f"{checkpoint.SHARED_PREFIX}{name}": dtype for name, dtype in found.items()},
+        **{
+            f"{target.path}.{name}": dtype
+            for target in plan.targets
+            for name, (_, dtype) in target.fixed.items()
+            if not dtype.is_floating_point
+        },
     }
 
 

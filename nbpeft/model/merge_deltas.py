@@ -183,17 +183,15 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
     found = Deltas(names=(name,))
-    bases: dict[str, BaseLayer] = {}
-    shared = shared_state(plan, loaded.weights, torch.device("cpu"), torch.float32)
+    bases = {target.path: _base_of(target, model) for target in plan.targets}
+    shared = shared_state(plan, loaded.weights, bases, torch.device("cpu"), torch.float32)
 
     def create(target: Target) -> Adapter:
-        module = target.adapted_in(model.get_submodule(target.module_path))
-        base = BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
+        base = bases[target.path]
         tensors = {
             key: value.float() if value.is_floating_point() else value
             for key, value in loaded.weights.adapters.get(target.path, {}).items()
         }
-        bases[target.path] = base
         site = AdapterSite(target.path, base, target.shapes, torch.float32, shared)
         adapter = target.adapter_class.create(target.config, site, tensors)
         refusal = adapter.unmergeable_reason(base)
@@ -207,6 +205,11 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         found.replaced.update({f"{path}.{key}": value for key, value in named.items()})
     found.replaced.update(loaded.weights.base)
     return found
+
+
+def _base_of(target: Target, model: nn.Module) -> BaseLayer:
+    module = target.adapted_in(model.get_submodule(target.module_path))
+    return BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
 
 
 def check_names(deltas: Deltas, weights: Set[str], where: str) -> None:

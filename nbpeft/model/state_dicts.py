@@ -85,8 +85,11 @@ def set_peft_model_state_dict(
         shared=_shapes(weights.shared),
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
         others={
-            f"{path}.{key}": tensor.dtype
-            for path, named in (*weights.copies.items(), *weights.adapters.items())
+            f"{place}{key}": tensor.dtype
+            for place, named in (
+                *((f"{path}.", named) for path, named in (*weights.copies.items(), *weights.adapters.items())),
+                (checkpoint.SHARED_PREFIX, weights.shared),
+            )
             for key, tensor in named.items()
             if not tensor.is_floating_point()
         },
@@ -175,6 +178,10 @@ def _write(
     for own, value in writes:
         if not own.is_meta:
             own.copy_(like(own, value))
+    shared = manager.shared(name)
+    if shared is not None and loaded.weights.shared:
+        here = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+        shared.settle({path: (layer.adapter(name), layer.base) for path, layer in here.items()}, change)
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:

@@ -275,7 +275,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "tuners.adamss.asa_callback": {"callbacks": "AdamssAsaCallback"},
     "tuners.adamss.utils": {"missing": "clustering_Z get_trainable_subspaces seg_locations slice_pca"},
-    "tuners.osf.utils": {"missing": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
+    "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},
     "tuners.cartridge.utils": {OWN: _CARTRIDGE_FUNCTIONS},

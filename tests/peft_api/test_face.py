@@ -116,8 +116,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
     "the same name for all methods: peft_config": (
-        *("peft*: AdaLoraModel: no parameter config", "peft*: TinyLoraModel: no parameter config"),
-        *("peft*: UniLoraModel: no parameter config", "peft*: AdamssModel: no parameter config"),
+        *(f"peft*: {name}Model: no parameter config" for name in ("AdaLora", "Adamss", "OSF", "TinyLora", "UniLora")),
     ),
     "empty at first, and filled in by training": ("AdaLoraConfig: rank_pattern={}, not None",),
     "a field of our own": (

@@ -111,7 +111,7 @@ def test_a_missing_function_refuses_and_a_missing_table_is_empty() -> None:
     with pytest.raises(nbpeft.NotSupportedError, match="create_riemannian_optimizer is not available: nbpeft does not"):
         importlib.import_module("nbpeft.optimizers").create_riemannian_optimizer(None)
     tables = importlib.import_module("nbpeft.utils.constants")
-    assert tables.TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING == {}
+    assert tables.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING == {}
     assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"] == ["q_proj", "v_proj"]
     assert tables.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"] == ["down_proj"]
 
@@ -120,8 +120,10 @@ def test_layers_of_one_name_are_told_apart_by_their_method() -> None:
     rooms = [importlib.import_module(f"nbpeft.tuners.{room}") for room in ("vera", "loha", "lora", "ia3")]
     assert len({room.Linear for room in rooms}) == 4
     assert rooms[0].Linear is importlib.import_module("nbpeft.tuners.vera.layer").Linear
-    frod = importlib.import_module("nbpeft.tuners.frod")
-    assert missing("Linear", "FRoD", "tuners.frod") is frod.Linear
+    for package, (title, names) in METHODS.items():
+        if "Linear" in names.split() and not methods_of_type(package.upper()):
+            room = importlib.import_module(f"nbpeft.tuners.{package}")
+            assert missing("Linear", title, f"tuners.{package}") is room.Linear
 
 
 def test_a_method_that_is_there_is_not_missing() -> None:

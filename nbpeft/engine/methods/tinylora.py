@@ -135,9 +135,9 @@ class TinyVectors(SharedState):
             made = [tensor.uniform_(-config.init_v_bound, config.init_v_bound) for tensor in made]
         return cls(made)
 
-    def place(self, features: Mapping[str, tuple[int, int]]) -> None:
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Numbers the layers; see ``SharedState``."""
-        self.__dict__["numbers"] = {path: number for number, path in enumerate(features)}
+        self.__dict__["numbers"] = {path: number for number, path in enumerate(layers)}
 
     def group_of(self, path: str) -> str:
         """The number of the vector of a layer."""

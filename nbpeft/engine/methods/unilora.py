@@ -119,12 +119,13 @@ class UniVector(SharedState):
         made, bound = torch.empty(shapes[THETA], device=device, dtype=dtype), config.init_theta_d_bound
         return cls(made.uniform_(-bound, bound) if config.init_weights else made.normal_(), config)
 
-    def place(self, features: Mapping[str, tuple[int, int]]) -> None:
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Remembers where the entries of each layer begin among all; see ``SharedState``."""
+        features = {path: (base.in_features, base.out_features) for path, base in layers.items()}
         sizes = [sum(pair) * self.config.r for pair in features.values()]
         *starts, total = itertools.accumulate(sizes, initial=0)
         places = dict(zip(features, starts, strict=True))
-        self.__dict__.update(features=dict(features), places=places, total=total, drawn=None, scales=None)
+        self.__dict__.update(features=features, places=places, total=total, drawn=None, scales=None)
 
     def indices_of(self, path: str) -> tuple[Tensor, Tensor]:
         """Which number each entry of A, (r, in), and of B, (out, r), of a layer is; int64, on the CPU."""

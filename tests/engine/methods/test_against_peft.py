@@ -178,7 +178,8 @@ def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: 
     expected = counted(lambda: peft.get_peft_model(MODELS[name](), theirs))
     found = counted(lambda: get_peft_model(MODELS[name](), ours))
     # Some in peft leave GPT-2's Conv1D out, or Falcon's own class, and AdaLoRA's table is shorter than LoRA's.
-    assert found == expected or (expected == "refused" and (name in ("gpt2", "falcon") or method.label == "AdaLoRA"))
+    lacking = expected in ("refused", {})
+    assert found == expected or (lacking and (name in ("gpt2", "falcon") or method.label == "AdaLoRA"))
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:

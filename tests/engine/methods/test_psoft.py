@@ -68,6 +68,19 @@ def test_the_names_of_the_core_are_there() -> None:
     assert names == {"psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"}
 
 
+def test_whole_state_dicts_of_both_are_read() -> None:
+    models: list[Any] = [get_peft_model(llama(), nbpeft.PsoftConfig(**FIELDS))]
+    models.append(peft.get_peft_model(llama(), peft.PsoftConfig(**FIELDS)))
+    for source in models:
+        with torch.no_grad():
+            for parameter in (one for one in source.parameters() if one.requires_grad):
+                parameter += torch.randn_like(parameter) * 0.3
+        given = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+        again = get_peft_model(llama(), nbpeft.PsoftConfig(**FIELDS))
+        assert not nbpeft.set_peft_model_state_dict(again, given).missing_keys
+        torch.testing.assert_close(logits(again.eval()), logits(source.eval()), atol=1e-5, rtol=1e-5)
+
+
 def test_a_step_through_a_second_adapter_and_back(tmp_path: Path) -> None:
     model: Any = get_peft_model(llama(), nbpeft.PsoftConfig(**FIELDS))
     model.add_adapter("other", nbpeft.PsoftConfig(**{**FIELDS, "r": 2}))
