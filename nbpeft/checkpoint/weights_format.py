@@ -185,10 +185,12 @@ def from_file(
     weights, mismatched = _sorted_in(found, slots)
     wrong = next((key for key, tensor in found.items() if not _is_plain(tensor, expected.others.get(key))), None)
     if wrong is not None:
+        other = expected.others.get(wrong)
+        what = (
+            "the tensors of an adapter are dense ones of floating numbers" if other is None else f"it must be {other}"
+        )
         raise CheckpointError(
-            f"{shown(PREFIX + wrong, 150)} is {_kind_of(found[wrong])}; the tensors of an adapter are dense ones of "
-            "floating numbers",
-            key=PREFIX + wrong,
+            f"{shown(_full_key(wrong), 150)} is {_kind_of(found[wrong])}; {what}", key=_full_key(wrong)
         )
     if mismatched and not ignore_mismatched:
         raise _mismatch(mismatched)

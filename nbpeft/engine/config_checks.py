@@ -29,10 +29,10 @@ def check_target_fields(config: Any, *, name_fields: Sequence[str] = (), pattern
     """
     fields = [name for name in ("target_modules", "exclude_modules", *name_fields) if hasattr(config, name)]
     for name in fields:
-        names = _names(name, getattr(config, name))
+        names = checked_names(name, getattr(config, name))
         setattr(config, name, set(names) if isinstance(names, list) else names)
     if hasattr(config, "modules_to_save"):
-        saved = _names("modules_to_save", config.modules_to_save)
+        saved = checked_names("modules_to_save", config.modules_to_save)
         config.modules_to_save = [saved] if isinstance(saved, str) else saved
     if hasattr(config, "layers_pattern"):
         _check_layer_fields(config)
@@ -46,7 +46,7 @@ def _check_layer_fields(config: Any) -> None:
                 raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern", field=name)
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
-    _names("layers_pattern", config.layers_pattern)
+    checked_names("layers_pattern", config.layers_pattern)
 
 
 def _patterns(config: Any, fields: Sequence[str], pattern_fields: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -62,8 +62,16 @@ def _patterns(config: Any, fields: Sequence[str], pattern_fields: Sequence[str])
     yield from (("layers_pattern", name, LAYER_INDEX) for name in ([names] if isinstance(names, str) else names))
 
 
-def _names(name: str, value: Any) -> Any:
-    """A pattern as it is, any other collection of names as a list without repeats."""
+def checked_names(name: str, value: Any) -> Any:
+    """A pattern as it is, any other collection of names as a list without repeats.
+
+    Args:
+        name: the field.
+        value: its value.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if value is None or isinstance(value, str):
         return value
     names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping) else [None]

@@ -235,6 +235,8 @@ def _extrapolated_peak(setting: Setting) -> Peak | None:
     """The peak as a few layers tell it; None where they do not."""
     if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
+    if setting.adapter_config is not None and setting.adapter_config.is_adaption_prompt:
+        return None  # it is in the last layers alone, which do not speak for the others
     try:
         return _run(setting, path)
     except TargetError:  # the config names later layers only

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.adaption_prompt import AdaptionPromptConfig
 from nbpeft.engine.methods.lora import loftq
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
@@ -137,6 +138,14 @@ def test_an_adapter_on_some_layers_is_counted_on_those(layers):
     whole = run_step(found.setting)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == whole.total
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_prompts_in_the_last_layers_are_counted_there(layers):
+    adapter = AdaptionPromptConfig(adapter_len=4, adapter_layers=layers, task_type="CAUSAL_LM")
+    found = forecast(CONFIG, adapter, batch_size=2, sequence_length=48)
+    step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
+    assert step == run_step(found.setting).total
 
 
 def test_the_end_of_backward_can_be_the_peak():

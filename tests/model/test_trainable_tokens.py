@@ -225,6 +225,11 @@ def test_rows_alone_are_ensured_to_stay_tied() -> None:
         get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**fields))
 
 
+def test_names_that_are_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match="target_modules must be a name pattern or a list of names"):
+        nbpeft.TrainableTokensConfig(token_indices=[1], target_modules=[{"embed_tokens": 1}])  # type: ignore[list-item]
+
+
 def test_rows_alone_need_no_target() -> None:
     model = get_peft_model(llama(), LoraConfig(**settings(target_modules=[])))
     assert list(model.manager.layers) == ["model.embed_tokens"]

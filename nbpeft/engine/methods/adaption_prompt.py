@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.config_checks import check_count
+from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import AddsInside, ModelAdapter
 from nbpeft.engine.model_tree import bare_modules
 from nbpeft.engine.registry import register
@@ -184,8 +185,10 @@ class AdaptionPromptModel(ModelAdapter, AddsInside):
         if fused:
             return found
         projected: Tensor = attention.o_proj(found)
-        bias: Tensor | None = getattr(attention.o_proj, "bias", None)
-        return projected if bias is None else projected - bias.to(projected)
+        if isinstance(attention.o_proj, AdaptedLayer) or attention.o_proj.bias is not None:
+            constant: Tensor = attention.o_proj(torch.zeros_like(found))  # is in the attention's own output already
+            return projected - constant
+        return projected
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged; see ``Adapter``."""

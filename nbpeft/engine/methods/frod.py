@@ -9,7 +9,9 @@ an adapter does not start at the base model; and it takes V from a file without 
 adapter from another machine, where a direction has the other sign, computes something else.
 
 Where all weights of a role together have fewer rows than columns, some columns of U are rounding errors of V brought to
-length one. They are the same wherever V is (``save_projection``), and may be others where it is found again.
+length one. They may be others where V is found again, and where the base is loaded in another dtype: an adapter trained
+in float32 then computes something else on a base in half precision, with PEFT as here. Where the roles have enough rows
+it does not.
 
 PEFT gives a second adapter of a model the V and the places of the first one, and their number, whatever its own layers
 and ``sparse_rate`` are, so that it computes something else once it is loaded alone. Here they are its own.

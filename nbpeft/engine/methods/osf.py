@@ -276,9 +276,18 @@ def _apply(x: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
 
 
 def _parts(site: AdapterSite) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular directions of a weight, rounded to its dtype as PEFT rounds them, in that of the adapter."""
+    """All singular directions of a weight, rounded to its dtype as PEFT rounds them, in that of the adapter.
+
+    Raises:
+        ConfigError: the weight has none, as one with NaN in it.
+    """
     weight = site.base.weight()
-    left, values, right = taken_apart(weight, weight.dtype if weight.element_size() > 1 else site.dtype)
+    try:
+        left, values, right = taken_apart(weight, weight.dtype if weight.element_size() > 1 else site.dtype)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{site.path}: its weight has no singular directions: {str(error).splitlines()[0]:.100}", path=site.path
+        ) from None
     return left.to(site.dtype), values.to(site.dtype), right.to(site.dtype)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterSite, PeftType
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.combination import Member
+from nbpeft.engine.config_checks import checked_names
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.registry import Part, register, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import matches_segment_names, no_match
@@ -54,6 +55,7 @@ class TrainableTokensConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("TRAINABLE_TOKENS")
+        checked_names("target_modules", self.target_modules)
 
     def fill_in(self, model_type: str | None) -> None:
         """Refuses to train no token."""

@@ -262,3 +262,21 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(NbpeftError, match="load the other one beside it"):
         nbpeft.hotswap_adapter(model, tmp_path, "default")
+
+
+@pytest.mark.parametrize("beside", ["lora_bias", "ia3"])
+def test_with_its_gate_shut_what_others_add_to_the_output_layer_counts_once(beside: str) -> None:
+    model = prompted(plain(attention_bias=beside == "ia3"))
+    if beside == "ia3":
+        other: Any = nbpeft.IA3Config(target_modules=["o_proj"], feedforward_modules=[])
+    else:
+        other = nbpeft.LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True)
+    model.add_adapter("other", other)
+    randomize(model, "other", scale=1.0)
+    model.set_adapter("other")
+    alone = logits(model)
+    for name, parameter in model.named_parameters():
+        if "adaption_gate" in name:
+            parameter.data.zero_()
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(model), alone, atol=1e-5, rtol=1e-5)

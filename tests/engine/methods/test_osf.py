@@ -205,3 +205,11 @@ def test_patterns_are_checked_and_unused_ones_named() -> None:
         get_peft_model(llama(), nbpeft.OSFConfig(**FIELDS, effective_rank=0.01))
     with pytest.warns(RuntimeWarning, match=r"rank_pattern \['qproj'\] is found in no targeted module"):
         get_peft_model(llama(), nbpeft.OSFConfig(**FIELDS, rank_pattern={"qproj": 3}))
+
+
+def test_a_weight_without_singular_directions_is_refused_by_its_path() -> None:
+    model = llama()
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.v_proj: its weight has no singular directions"):
+        get_peft_model(model, nbpeft.OSFConfig(**FIELDS))
+    assert not any("osf" in name for name, _ in model.named_parameters())
