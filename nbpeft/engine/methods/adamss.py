@@ -613,7 +613,7 @@ def _check_sizes(found: Subspaces, site: AdapterSite) -> None:
     weight = f"those of this weight {shown(have)}" if _has_values(found.rows) else "and this weight is not loaded"
     raise ConfigError(
         f"{site.path}: the subspaces of the file have {shown(wanted)} outputs, {weight}: the file does not hold them, "
-        "and they are found again only in the weight it was trained on, with no adapter merged into it (and on the kind "
-        "of device it was trained on with PEFT)",
+        "and they are found again only in the weight it was trained on, with no adapter merged into it, and with PEFT "
+        "on the kind of device it was trained on",
         path=site.path,
     )

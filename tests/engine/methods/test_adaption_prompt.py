@@ -265,7 +265,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", ["lora_bias", "ia3"])
-def test_with_its_gate_shut_what_others_add_to_the_output_layer_counts_once(beside: str) -> None:
+def test_what_others_add_to_the_output_layer_counts_once(beside: str) -> None:
     model = prompted(plain(attention_bias=beside == "ia3"))
     if beside == "ia3":
         other: Any = nbpeft.IA3Config(target_modules=["o_proj"], feedforward_modules=[])
