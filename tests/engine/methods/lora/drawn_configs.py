@@ -514,8 +514,8 @@ def same_settings(own: Path, theirs: Path) -> None:
             continue
         if key == "target_modules" and isinstance(found.get(key), str) and isinstance(value, list):
             continue  # of a mixture: see ``cases``
-        if key == "target_modules" and found["ensure_weight_tying"]:
-            continue  # PEFT adds the embedding to it, and we what is tied to that
+        if key in ("target_modules", "modules_to_save") and found["ensure_weight_tying"]:
+            continue  # PEFT names the embedding for a head that is tied to it, and we what was asked for
         # PEFT adds the head of a classifier to modules_to_save once more where it is named already.
         values = [sorted(set(one)) if isinstance(one, list) else one for one in (found.get(key) or None, value or None)]
         assert values[0] == values[1], f"adapter_config.json: {key} is {values[0]!r}, in PEFT {values[1]!r}"
