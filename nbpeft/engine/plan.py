@@ -205,8 +205,11 @@ class InjectionPlan:
                     )
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of the added parameters in a dtype."""
-        return self.parameter_count * dtype.itemsize
+        """Bytes of the added parameters in a dtype, and of what is shared in its own."""
+        state = method_of(self.config).shared
+        others = {} if state is None else state.other_dtypes(self.shared)
+        wider = sum(math.prod(self.shared[name]) * (own.itemsize - dtype.itemsize) for name, own in others.items())
+        return self.parameter_count * dtype.itemsize + wider
 
 
 def plan(

@@ -230,7 +230,7 @@ def _reset_importance(layer: Any, adapter_name: str) -> None:
     AdamssConfig,
     peft_type="ADAMSS",
     label="AdaMSS",
-    when="few numbers, in each part of a weight where its main directions are; may train fewer and fewer",
+    when="few numbers in each part of a weight; may train fewer and fewer of them",
     paper="https://openreview.net/forum?id=8ZdWmpYxT0",
     default_targets=usual_targets,
     summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},

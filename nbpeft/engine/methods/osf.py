@@ -152,7 +152,7 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     OSFConfig,
     peft_type="OSF",
     label="OSF",
-    when="one task after the other: what a model does most is kept, the rest is trained in full",
+    when="one task after another: what a weight does most is kept, the rest trained",
     paper="arXiv:2504.07097",
     file_keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)},
     default_targets=_targets,
