@@ -369,8 +369,8 @@ def replace_modules(
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
     if not replacements:
         return
-    take_hooks(model, replacements, change)
     parents = reached_modules(model)
+    take_hooks(parents, replacements, change)
     for parent in parents:
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:

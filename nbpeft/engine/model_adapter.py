@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -190,3 +190,8 @@ class AddsInside(ABC):
             rows: rows to call those layers with where they are called with something else than the input: 1, or as
                 many as the input has where each is served by an adapter of its own.
         """
+
+
+def learns_prompt(adapter: object) -> TypeGuard[ModelAdapter]:
+    """Whether something is an adapter that puts tokens or states in front of what a model reads."""
+    return isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside)

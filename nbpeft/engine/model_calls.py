@@ -9,7 +9,7 @@ the tokens that are learned, the model gets no labels, and a second hook compute
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,7 @@ from nbpeft.engine.active_state import Rows
 from nbpeft.engine.adapter_names import check_scale
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_adapter import AddsInside, ModelAdapter, WeighsTokens
+from nbpeft.engine.model_adapter import ModelAdapter, WeighsTokens, learns_prompt
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
@@ -86,15 +86,15 @@ def put_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> Non
         model.register_forward_hook(_LossHook(layer), with_kwargs=True)
 
 
-def take_hooks(model: nn.Module, layers: Collection[int], change: Transaction) -> None:
+def take_hooks(modules: Iterable[nn.Module], layers: Collection[int], change: Transaction) -> None:
     """Takes the hooks for adapted embeddings off that are no longer part of the model.
 
     Args:
-        model: the base model.
+        modules: all of the base model.
         layers: the ids of what is taken out.
         change: records the hooks of the modules.
     """
-    for module in reached_modules(model):
+    for module in modules:
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -490,7 +490,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
     found: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
     for name, scale in zip(names, scales, strict=True):
         adapter = layer.adapters._modules.get(name)
-        if not isinstance(adapter, ModelAdapter) or isinstance(adapter, AddsInside):
+        if not learns_prompt(adapter):
             continue
         if scale != 1.0:
             check_scale(name, scale, fixed=True)

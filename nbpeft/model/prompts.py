@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_adapter import AddsInside, ModelAdapter
+from nbpeft.engine.model_adapter import learns_prompt
 from nbpeft.engine.model_calls import cache_of, prompt_of
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import AdapterError
@@ -25,7 +25,7 @@ def encoders(manager: AdapterManager) -> nn.ModuleDict:
         name: adapter
         for layer in manager.layers.values()
         for name, adapter in layer.adapters.items()
-        if isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside)
+        if learns_prompt(adapter)
     }
     if not found:
         raise AttributeError("no adapter of this model learns a prompt, so there is no prompt_encoder")
@@ -72,7 +72,7 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
     for name in manager.active:
         for layer in manager.layers.values():
             adapter = layer.adapters._modules.get(name)
-            if isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside):
+            if learns_prompt(adapter):
                 base = layer.base.within(task_ids)
                 if adapter.state_count:
                     return cache_of(manager.model, adapter, base, batch_size)
