@@ -67,6 +67,15 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return model(input_ids=tokens() if ids is None else ids).logits
 
 
+def logits_of_each(model: Any) -> dict[str, Tensor]:
+    """The logits of each adapter of a model, in evaluation; the last by name stays active."""
+    found = {}
+    for name in sorted(model.peft_config):
+        model.set_adapter(name)
+        found[name] = logits(model.eval())
+    return found
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything a model holds."""
     return {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -232,10 +232,16 @@ def in_one_product(
 
 
 def with_entries(weight: Tensor, places: Tensor, entries: Tensor) -> Tensor:
-    """A weight with entries, (n,), added at places of its flat form, (n,), int64; not in place.
+    """A weight with entries added at some places; not in place.
 
-    In one dimension, in which torch adds many times faster than by rows and columns.
+    Args:
+        weight: (out, in).
+        places: whole numbers, rows and columns, (2, n), or places in the flat weight, (n,).
+        entries: (n,).
     """
+    places = places.to(weight.device).long()
+    if places.dim() == 2:  # in one dimension torch adds many times faster
+        places = places[0] * weight.shape[1] + places[1]
     return weight.reshape(-1).index_add(0, places, entries.to(weight.dtype)).view_as(weight)
 
 

@@ -35,7 +35,7 @@ from nbpeft.engine.numerics import compute_dtype, widened
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import apply_delta
+from nbpeft.engine.weight_delta import apply_delta, with_entries
 from nbpeft.errors import ConfigError
 from nbpeft.interrupts import check_interrupt
 
@@ -405,8 +405,7 @@ class Frod(Adapter, ReplacesCall):
 
     def whole(self, scales: Tensor, entries: Tensor) -> Tensor:
         """``S + diag(λ)``, (in, in)."""
-        rows, columns = self.places.to(entries.device)
-        return torch.diag(scales).index_put((rows, columns), entries, accumulate=True)
+        return with_entries(torch.diag(scales), self.places, entries)
 
     def _between(self, x: Tensor, base: BaseLayer, compute: Callable[..., Tensor], bias: Tensor | None) -> Tensor:
         """``U M Vᵀ x`` and a bias, in the dtype of U or autocast's."""

@@ -149,8 +149,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
 
     def _added(self, weight: Tensor, entries: Tensor) -> Tensor:
         """A weight, (out, in), with the entries added at their places."""
-        rows, columns = self.held_indices.to(weight.device).long()
-        return with_entries(weight, rows * weight.shape[1] + columns, entries * self.scaling)
+        return with_entries(weight, self.held_indices, entries * self.scaling)
 
     @property
     def held_indices(self) -> Tensor:

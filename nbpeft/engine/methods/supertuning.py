@@ -159,7 +159,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall):
 
     def entries_in(self, weight: Tensor, entries: Tensor) -> Tensor:
         """A weight with the entries added at their places; not in place."""
-        return with_entries(weight, self.places.to(weight.device).long(), entries * self.scaling)
+        return with_entries(weight, self.places, entries * self.scaling)
 
     def entries_alone(self, base: BaseLayer, entries: Tensor) -> Tensor:
         """Zeros, (out, in), and the entries at their places."""

@@ -16,7 +16,7 @@ import nbpeft
 from nbpeft.engine.methods.frod import block_of, role_of
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
-from tests.tiny_models import gpt2, llama, logits, randomize
+from tests.tiny_models import gpt2, llama, logits, logits_of_each, randomize
 
 FIELDS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"], "sparse_rate": 0.05}
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -148,17 +148,12 @@ def test_deleting_and_reloading_beside_another_keeps_both(saved: bool, tmp_path:
     model: Any = get_peft_model(llama(), nbpeft.FrodConfig(**FIELDS, save_projection=saved))
     model.add_adapter("other", nbpeft.FrodConfig(target_modules=["o_proj", "v_proj"], projection_prng_key=9))
     randomize(model, scale=0.3)
-    expected = {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        expected[name] = logits(model.eval())
+    expected = logits_of_each(model)
     model.save_pretrained(tmp_path)
     assert any("frod_V" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == saved
     model.delete_adapter("default")
     model.load_adapter(str(tmp_path), "default")
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        torch.testing.assert_close(logits(model), expected[name], atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits_of_each(model), expected, atol=1e-6, rtol=0)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
     model.merge_adapter()

@@ -14,7 +14,7 @@ from torch import nn
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import convert_to_lora, get_peft_model
-from tests.tiny_models import gpt2, llama, logits, randomize, tokens
+from tests.tiny_models import gpt2, llama, logits, logits_of_each, randomize, tokens
 
 FIELDS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,10 +107,7 @@ def test_two_active_adapters_add_up_and_do_not_in_peft(tmp_path: Path) -> None:
     model: Any = get_peft_model(llama(), nbpeft.OSFConfig(**FIELDS))
     model.add_adapter("other", nbpeft.OSFConfig(target_modules=["q_proj"], effective_rank=5))
     randomize(model, scale=0.3)
-    expected = {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        expected[name] = logits(model.eval())
+    expected = logits_of_each(model)
     model.save_pretrained(tmp_path)
     theirs: Any = peft.PeftModel.from_pretrained(llama(), tmp_path)
     theirs.load_adapter(str(tmp_path / "other"), "other")

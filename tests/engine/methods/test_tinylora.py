@@ -12,7 +12,7 @@ import torch
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
-from tests.tiny_models import llama, logits, randomize
+from tests.tiny_models import llama, logits, logits_of_each, randomize
 
 FIELDS: dict[str, Any] = {"r": 2, "u": 4, "target_modules": ["q_proj", "embed_tokens"]}
 MORE: dict[str, Any] = {"r": 2, "u": 4, "target_modules": ["q_proj", "k_proj", "v_proj"]}
@@ -63,16 +63,11 @@ def test_deleting_and_reloading_beside_another_keeps_both(tmp_path: Path) -> Non
     model: Any = get_peft_model(llama(), nbpeft.TinyLoraConfig(**FIELDS))
     model.add_adapter("other", nbpeft.TinyLoraConfig(**MORE, weight_tying=0.5))
     randomize(model, scale=1.0)
-    expected = {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        expected[name] = logits(model.eval())
+    expected = logits_of_each(model)
     model.save_pretrained(tmp_path)
     model.delete_adapter("default")
     model.load_adapter(str(tmp_path), "default")
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        torch.testing.assert_close(logits(model), expected[name], atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits_of_each(model), expected, atol=1e-6, rtol=0)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
     model.unload()
