@@ -32,6 +32,9 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "li
 LOSS_CHUNK_SIZE = 128
 """Tokens of which the logits are in memory at once for the loss of a language model, by default."""
 
+LOSS_WEIGHTS = "loss_weights"
+"""In a tokenised row and in a batch: how much the loss on each label counts, beside ``labels`` and in their shape."""
+
 COMBINATION_TYPES = (
     *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),

@@ -26,6 +26,7 @@ def chunked_cross_entropy(
     hidden: Tensor,
     targets: Tensor,
     *,
+    weights: Tensor | None = None,
     chunk_size: int = LOSS_CHUNK_SIZE,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -38,6 +39,7 @@ def chunked_cross_entropy(
         head: computes logits; must treat each row on its own.
         hidden: hidden states, (n, features), floating.
         targets: class of each row, int64 (n,), or ``ignore_index``.
+        weights: how much the loss of each row counts, (n,) and at least 0; None for 1. A mean is then over their sum.
         chunk_size: rows whose logits are in memory at once.
         ignore_index: target of rows that are not learned.
         reduction: ``"mean"`` over learned rows, or ``"sum"``.
@@ -54,13 +56,15 @@ def chunked_cross_entropy(
     if not bool(learned.all()):
         rows = learned.nonzero().flatten()
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
+        weights = None if weights is None else weights.to(rows.device).index_select(0, rows)
     count = targets.shape[0]
-    divisor = count if reduction == "mean" else divisor
+    total = count if weights is None else weights.sum()
+    divisor = total if reduction == "mean" else divisor
     apply: Any = _ChunkedCrossEntropy.apply
-    loss: Tensor = apply(head, chunk_size, label_smoothing, divisor, targets, hidden, *trained)
+    loss: Tensor = apply(head, chunk_size, label_smoothing, divisor, targets, weights, hidden, *trained)
     if reduction == "sum":
         return loss
-    return loss / count if count else loss + float("nan")
+    return loss / total if count else loss + float("nan")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -74,11 +78,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         divisor: Tensor | float | None,
         targets: Tensor,
+        weights: Tensor | None,
         hidden: Tensor,
         *trained: Tensor,
     ) -> Tensor:
         """Computes the loss and, where one is needed, its gradient."""
-        inside = bool(ctx.needs_input_grad[5])
+        inside = bool(ctx.needs_input_grad[6])
         learns = inside or bool(trained)
         hidden_gradient = torch.empty_like(hidden) if inside else None
         sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in trained]
@@ -90,6 +95,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(learns):
                 logits = head(rows)
             losses, upstream = _losses(logits, targets[place], smoothing, learns)
+            if weights is not None:
+                part = weights[place].to(losses)
+                losses, upstream = losses * part, None if upstream is None else upstream.mul_(part.unsqueeze(-1))
             total = total + losses.sum()
             if upstream is None:
                 continue
@@ -113,7 +121,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = upstream if ctx.divisor is None else upstream * ctx.divisor
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         scaled = [None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in gradients]
-        return (None, None, None, None, None, *scaled)
+        return (None, None, None, None, None, None, *scaled)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

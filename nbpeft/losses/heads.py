@@ -15,6 +15,7 @@ from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.losses.cross_entropy import Head
 from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
+from nbpeft.losses.weighted_labels import check_weights_used, with_loss_weights
 from nbpeft.names import LOSS_CHUNK_SIZE
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
@@ -35,7 +36,8 @@ def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE,
     Args:
         model: a language model of transformers, with or without adapters, wrapped by DDP or FSDP or not.
         loss_chunk_size: tokens whose logits are in memory at once; 0 for all.
-        **inputs: of the model, ``labels`` among them, and ``num_items_in_batch`` where batches are accumulated.
+        **inputs: of the model, ``labels`` among them, ``num_items_in_batch`` where batches are accumulated, and
+            ``loss_weights`` in the shape of the labels where they do not all count alike.
 
     Returns:
         The loss, a scalar; float32 as a rule.
@@ -44,8 +46,10 @@ def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE,
         ConfigError: ``loss_chunk_size`` is no whole number of at least 0.
         TrainingError: the model returns no loss for these inputs.
     """
+    inputs = with_loss_weights(inputs)
     with chunked_head(model, loss_chunk_size, inputs.get("num_items_in_batch")), without_logits(model):
         output = model(**inputs)
+    check_weights_used(inputs.get("labels"), type(base_model_of(model)).__name__)
     loss = output.get("loss") if isinstance(output, dict) else output[0] if "labels" in inputs else None
     if not isinstance(loss, Tensor):
         raise TrainingError(f"{type(base_model_of(model)).__name__} returned no loss: give it labels=…")

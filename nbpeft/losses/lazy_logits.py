@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nbpeft.losses.cross_entropy import Head, chunked_cross_entropy
+from nbpeft.losses.weighted_labels import WeightedLabels
 
 _ABOUT = frozenset(
     [
@@ -216,6 +217,10 @@ class LazyLogits(Tensor):
             return None
         if values["reduction"] not in ("mean", "sum"):
             return None
+        weights = None
+        if isinstance(target, WeightedLabels):
+            target.uses.append("chunked cross_entropy")
+            target, weights = target.plain, target.weights
         self._settings.chunked = True
         pointwise = self._pointwise
         while pointwise and pointwise[-1] is Tensor.float:  # a loss is computed in float32 anyway
@@ -224,6 +229,7 @@ class LazyLogits(Tensor):
             partial(_logits, self._head, pointwise),
             self.hidden,
             target,
+            weights=weights,
             chunk_size=self._settings.chunk_size,
             divisor=self._settings.divisor,
             **{name: values[name] for name in ("ignore_index", "reduction", "label_smoothing")},

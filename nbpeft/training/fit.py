@@ -29,7 +29,7 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import is_plain, is_stream, open_data
+from nbpeft.training.data import StreamedRows, is_plain, is_stream, open_data
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
@@ -47,7 +47,7 @@ from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import callbacks_of
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
-from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
+from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step_settings, why_unweighted
 
 
 @side_by_side
@@ -147,6 +147,7 @@ def train(
         raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
     data = open_data(data)
     form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
+    form |= {"all_columns": fields.get("remove_unused_columns") is False, "unweighted": why_unweighted(trainer_class)}
     rows = training_rows(model, data, eval_data, **form, seed=fields.get("seed"))
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
@@ -191,8 +192,12 @@ def train(
 
 
 def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> None:
-    """Says what was done to the rows, and what will be slow."""
-    run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
+    """Says what was done to the rows, what is not used of them, and what will be slow."""
+    for part in (rows.train, rows.evaluation):
+        if isinstance(part, StreamedRows):
+            part.report = run.note
+    said = [note for note in (*rows.notes, rows.held_out) if note]
+    run.note("; ".join(said) + (f" ({data_hint})" if data_hint and rows.notes else ""))
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
 

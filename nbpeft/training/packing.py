@@ -15,13 +15,14 @@ from transformers.training_args import TrainingArguments
 from nbpeft.engine.method_hooks import prepares_calls
 from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
+from nbpeft.names import LOSS_WEIGHTS
 from nbpeft.training.adapted import base_of, main_dtype
 from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined, prepare_data
 from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
-from nbpeft.training.data.tokenized import default_length
+from nbpeft.training.data.reading import default_length
 from nbpeft.training.failures import is_out_of_memory
-from nbpeft.training.rows import is_causal, is_encoder_decoder
+from nbpeft.training.rows import is_causal, model_inputs
 from nbpeft.training.run import Run
 
 _JOINED = {"input_ids", "labels", "attention_mask", "label", "label_ids"}
@@ -66,8 +67,7 @@ def pack(
     lengths = lengths_of(rows)
     if lengths is None:
         raise _refusal("only rows of tokens can be packed, from a list or a dataset that is read at once")
-    first = rows[0]
-    extra = sorted((set(first) - _JOINED) & set(inspect.signature(base_of(model).forward).parameters))
+    extra = sorted((set(rows[0]) - _JOINED) & set(inspect.signature(base_of(model).forward).parameters))
     if extra:
         raise _refusal(f"the rows hold {', '.join(extra)} besides tokens and labels")
     packed = PackedRows(rows, max_length or max(default_length(tokenizer), *lengths))
@@ -97,8 +97,8 @@ def longest_sequence(
         ConfigError: these rows, or those of this model, cannot be packed.
         TrainingError: the data cannot be read, or its rows have no known length.
     """
-    apart = isinstance(model, nn.Module) and is_encoder_decoder(model)
-    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns)
+    inputs = model_inputs(model) if isinstance(model, nn.Module) else None
+    rows = prepare_data(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
     lengths = lengths_of(rows)
     if lengths is None:
         raise TrainingError("how long these rows are is not known without going through them; give a sequence length")
@@ -208,8 +208,11 @@ def check_packing(
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    del given["labels"]
+    given = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name not in ("labels", LOSS_WEIGHTS)
+    }
     output: Tensor = model(**given).logits
     return output
 

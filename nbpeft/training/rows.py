@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +13,22 @@ from torch import Tensor, nn
 
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.model_tree import embedding_of
-from nbpeft.errors import ConfigError, with_article
+from nbpeft.errors import ConfigError, TrainingError, with_article
+from nbpeft.losses import with_loss_weights
 from nbpeft.training.adapted import base_of, call_columns
 from nbpeft.training.data import (
     Collator,
+    ModelInputs,
+    PreparedRows,
     StreamedRows,
-    TokenizedRows,
     check_rows,
     hold_out,
     is_amount,
     open_data,
-    prepare_data,
+    prepared,
 )
 from nbpeft.training.data.checks import check_row
+from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 
 BATCH_SIZE = 8
 """Rows that a model is shown at once, where nothing is learned: that of ``TrainingArguments``."""
@@ -37,14 +41,14 @@ class TrainingRows:
     Attributes:
         train: rows to learn.
         evaluation: rows to measure on, or None.
-        notes: what was cut, left out or held out, one each.
-        lossy: whether something was cut or left out.
+        notes: what was cut, left out or not used, one each.
+        held_out: how many rows were taken to measure on; empty where none were.
     """
 
     train: Any
     evaluation: Any = None
     notes: tuple[str, ...] = ()
-    lossy: bool = False
+    held_out: str = ""
 
 
 def training_rows(
@@ -56,6 +60,8 @@ def training_rows(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     seed: Any = None,
+    all_columns: bool = False,
+    unweighted: str = "",
 ) -> TrainingRows:
     """Prepares data for a model.
 
@@ -67,29 +73,62 @@ def training_rows(
         max_length: see :func:`prepare_data`.
         columns: see :func:`prepare_data`; of ``eval_data``, too.
         seed: of the training, by which held-out rows are drawn; by default that of a Trainer, 42.
+        all_columns: whether tokenised rows go to the model with all that they hold.
+        unweighted: why the loss cannot count more for one row than for another; empty if it can.
 
     Raises:
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
-    prepare = partial(_prepared, model, tokenizer=tokenizer, max_length=max_length, columns=columns)
-    rows = prepare(data)
+    inputs = model_inputs(model, all_columns=all_columns, unweighted=unweighted)
+    prepare = partial(_prepared, model, tokenizer=tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    read = prepare(data)
+    rows, notes = read.rows, [read.notes] if read.notes else []
     if not is_amount(eval_data):
-        evaluation = None if eval_data is None else prepare(eval_data)
-        notes = _notes(rows, evaluation)
-        return TrainingRows(rows, evaluation, notes, bool(notes))
+        measured = PreparedRows(None) if eval_data is None else prepare(eval_data)
+        notes += [f"of the rows to evaluate on: {measured.notes}"] if measured.notes else []
+        return TrainingRows(rows, measured.rows, tuple(notes))
     train, evaluation = hold_out(rows, eval_data, seed if isinstance(seed, int) else 42)
     known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
     held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
-    notes = _notes(rows)
-    return TrainingRows(train, evaluation, (*notes, held), bool(notes))
+    return TrainingRows(train, evaluation, tuple(notes), held)
+
+
+def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:
+    """What a model takes of rows.
+
+    Args:
+        model: adapted or bare.
+        all_columns: whether it is given all that tokenised rows hold.
+        unweighted: why its loss cannot count more for one row than for another; empty if it can.
+    """
+    base, numbers, classes = base_of(model), call_columns(model), classes_of(model)
+    if classes is not None and classes.problem != SINGLE_LABEL:
+        unweighted = unweighted or f"the loss of {classes.problem} takes none"
+    taken = {*inspect.signature(base.forward).parameters, *numbers}
+    return ModelInputs(
+        encoder_decoder=classes is None and is_encoder_decoder(model),
+        classes=classes,
+        numbers=numbers,
+        columns=None if all_columns else frozenset(taken),
+        unweighted=unweighted,
+    )
+
+
+def classes_of(model: nn.Module) -> Classes | None:
+    """What a classifier of texts tells apart; None for any other model."""
+    base = base_of(model)
+    config = getattr(base, "config", None)
+    if not type(base).__name__.endswith("ForSequenceClassification") or not hasattr(config, "num_labels"):
+        return None
+    return Classes.of(config)
 
 
 def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
     """What makes batches of rows, padded with the token that the tokenizer or the model's config names."""
     config = getattr(base_of(model), "config", None)
     candidates = [
-        getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
+        getattr(owner, name, None) for name in ("pad_token_id", "eos_token_id") for owner in (tokenizer, config)
     ]
     pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
     return Collator(pad_token_id=pad, copy_labels=is_causal(model))
@@ -102,10 +141,12 @@ class FirstRows:
     Attributes:
         rows: tokenised.
         collate: makes a batch of some of them.
+        notes: what was cut, left out or not used.
     """
 
     rows: Sequence[Mapping[str, Any]]
     collate: Collator
+    notes: tuple[str, ...] = ()
 
     def batches(self, size: int = BATCH_SIZE, *, labels: bool = True) -> list[dict[str, Tensor]]:
         """Their batches.
@@ -114,7 +155,8 @@ class FirstRows:
             size: rows of a batch.
             labels: whether the labels are among a batch's tensors.
         """
-        found = [self.collate(self.rows[first : first + size]) for first in range(0, len(self.rows), size)]
+        given = (self.collate(self.rows[first : first + size]) for first in range(0, len(self.rows), size))
+        found = [with_loss_weights(batch) for batch in given]
         return [{name: value for name, value in batch.items() if labels or name != "labels"} for batch in found]
 
 
@@ -132,8 +174,8 @@ def first_rows(model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None,
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
-    prepared = training_rows(model, open_data(data), tokenizer=tokenizer, **reading).train
-    return FirstRows(list(itertools.islice(iter(prepared), rows)), collator_for(model, tokenizer))
+    found = training_rows(model, open_data(data), tokenizer=tokenizer, **reading)
+    return FirstRows(list(itertools.islice(iter(found.train), rows)), collator_for(model, tokenizer), found.notes)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -143,7 +185,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def is_causal(model: nn.Module) -> bool:
     """Whether labels stand beside the ids, one for one."""
-    return not is_encoder_decoder(model) and embedding_of(base_of(model), output=True) is not None
+    return (
+        not is_encoder_decoder(model)
+        and classes_of(model) is None
+        and embedding_of(base_of(model), output=True) is not None
+    )
 
 
 def check_reading(tokenizer: Any, max_length: Any) -> None:
@@ -160,19 +206,36 @@ def check_reading(tokenizer: Any, max_length: Any) -> None:
 
 
 def _prepared(
-    model: nn.Module, data: Any, *, tokenizer: Any, max_length: int | None, columns: Mapping[str, str] | None
-) -> Any:
+    model: nn.Module,
+    data: Any,
+    *,
+    tokenizer: Any,
+    max_length: int | None,
+    columns: Mapping[str, str] | None,
+    inputs: ModelInputs,
+) -> PreparedRows:
     check_reading(tokenizer, max_length)
-    apart, also = is_encoder_decoder(model), call_columns(model)
-    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns, also=also)
+    read = prepared(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
-    check: dict[str, Any] = {"vocabulary": size if isinstance(size, int) else None, "causal": is_causal(model)}
-    if isinstance(rows, StreamedRows):
-        rows.check = partial(check_row, **check)
+    check: dict[str, Any] = {
+        "vocabulary": size if isinstance(size, int) else None,
+        "causal": is_causal(model),
+        "classes": inputs.classes,
+    }
+    if inputs.classes is not None:
+        _check_padding(model, tokenizer)
+    if isinstance(read.rows, StreamedRows):
+        read.rows.check = partial(check_row, **check)
     else:
-        check_rows(rows, **check)
-    return rows
+        check_rows(read.rows, **check)
+    return read
 
 
-def _notes(*parts: Any) -> tuple[str, ...]:
-    return tuple(part.notes for part in parts if isinstance(part, TokenizedRows) and part.notes)
+def _check_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Refuses a classifier that would not find the end of a text: it takes the last token that is no padding."""
+    base: Any = base_of(model)
+    if getattr(tokenizer, "pad_token_id", None) is None and getattr(base.config, "pad_token_id", None) is None:
+        raise TrainingError(
+            f"{type(base).__name__} needs a padding token, and neither its config nor the tokenizer names one: "
+            "tokenizer.pad_token = tokenizer.eos_token"
+        )

@@ -12,11 +12,22 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
+from nbpeft.engine.model_tree import base_model_of
 from nbpeft.engine.selective_recompute import selective_recompute
-from nbpeft.errors import ConfigError
-from nbpeft.losses import ChunkedHead, LazyLogits, check_chunk_size, chunked_head, is_compiled
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.losses import (
+    ChunkedHead,
+    LazyLogits,
+    WeightedLabels,
+    check_chunk_size,
+    check_weights_used,
+    chunked_head,
+    is_compiled,
+    sum_of_weights,
+    with_loss_weights,
+)
 from nbpeft.losses import without_logits as without_lazy_logits
-from nbpeft.names import LOSS_CHUNK_SIZE
+from nbpeft.names import LOSS_CHUNK_SIZE, LOSS_WEIGHTS
 from nbpeft.training.adapted import call_columns
 from nbpeft.training.trainer_patch import patch_trainer
 
@@ -34,6 +45,9 @@ class Trainer(transformers.Trainer):
     The loss of a language model is computed in chunks of learned tokens, as ``nbpeft.chunked_loss`` does, in
     training and in evaluations that ask for the loss alone. Where logits are needed (``compute_metrics``,
     ``preprocess_logits_for_metrics``, ``return_outputs=True``), they are there.
+
+    ``loss_weights`` in a batch, in the shape of its labels, say how much each of them counts: a loss is the sum of
+    weighted losses over the sum of the weights, of all batches whose gradients are accumulated.
 
     Args:
         *args: of ``transformers.Trainer``.
@@ -56,6 +70,7 @@ class Trainer(transformers.Trainer):
         self.recompute = recompute
         self._loss_alone = False
         self._noted = False
+        self._labels: Any = None
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None:
             self.label_smoother = _ChunkedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
@@ -65,7 +80,7 @@ class Trainer(transformers.Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            columns += call_columns(self.model)
+            columns += [LOSS_WEIGHTS, *call_columns(self.model)]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._recomputing():
@@ -75,6 +90,30 @@ class Trainer(transformers.Trainer):
         if not self.recompute or self.args.torch_compile or self.args.n_gpu > 1 or self.model is None:
             return nullcontext()
         return selective_recompute(self.model)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The batch on the model's device, its weights on the labels: they reach whatever computes the loss."""
+        prepared = super()._prepare_inputs(inputs)
+        if LOSS_WEIGHTS in prepared:
+            if self.args.torch_compile or is_compiled(self.model):
+                raise TrainingError("the rows have weights, which the loss of a compiled model does not take")
+            prepared = with_loss_weights(prepared)
+        self._labels = prepared.get("labels")
+        return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """How many labels are learned in batches whose gradients are accumulated, each by its weight."""
+        return super()._get_num_items_in_batch([_counted(batch) for batch in batch_samples], device)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's step; see ``transformers.Trainer``.
+
+        Raises:
+            TrainingError: the rows have weights, and the loss does not use them.
+        """
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        check_weights_used(self._labels, type(base_model_of(model)).__name__)
+        return loss
 
     def compute_loss(
         self,
@@ -105,6 +144,7 @@ class Trainer(transformers.Trainer):
             result: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys
             )
+            check_weights_used(self._labels, type(base_model_of(model)).__name__)
             return result
         finally:
             self._loss_alone = False
@@ -123,14 +163,34 @@ class Trainer(transformers.Trainer):
             note(message)
 
 
+def _counted(batch: Any) -> Any:
+    """A batch whose labels count by their weights."""
+    if LOSS_WEIGHTS not in batch or "labels" not in batch:
+        return batch
+    return {**batch, "labels": _Counted(batch["labels"], batch[LOSS_WEIGHTS])}
+
+
+class _Counted:
+    """Labels as far as a Trainer counts them: ``labels[..., 1:].ne(-100).sum()``."""
+
+    def __init__(self, labels: Tensor, weights: Tensor) -> None:
+        self._labels, self._weights = labels, weights
+
+    def __getitem__(self, index: Any) -> _Counted:
+        return _Counted(self._labels[index], self._weights[index])
+
+    def ne(self, ignore_index: int) -> Tensor:
+        return sum_of_weights(self._labels, self._weights, ignore_index)
+
+
 class _ChunkedLabelSmoother(LabelSmoother):
-    """The Trainer's smoothed loss, computed in chunks from logits without data."""
+    """The Trainer's smoothed loss, computed in chunks from logits without data, and of weighted labels."""
 
     def __call__(
         self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        if not isinstance(logits, LazyLogits):
+        if not isinstance(logits, LazyLogits) and not isinstance(labels, WeightedLabels):
             smoothed: Any = super().__call__
             whole: Tensor = smoothed(model_output, labels, shift_labels, num_items_in_batch)
             return whole
@@ -158,6 +218,18 @@ def has_own_loss(trainer_class: type[Any]) -> bool:
     """
     usual = (transformers.Trainer.compute_loss, Trainer.compute_loss)
     return getattr(trainer_class, "compute_loss", None) not in usual
+
+
+def why_unweighted(trainer_class: type[Any]) -> str:
+    """Why the loss of a Trainer class counts no row more than another; empty if it can.
+
+    Args:
+        trainer_class: A subclass of ``transformers.Trainer``.
+    """
+    if issubclass(trainer_class, Trainer):
+        return ""
+    name = f"{trainer_class.__module__}.{trainer_class.__qualname__}"
+    return f"{name} takes none: derive it from nbpeft.Trainer, or remove the weights"
 
 
 def step_settings(trainer: Any) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
         ("asked --columns promt=question completion=answer", "'promt' is none of"),
         ("asked --columns prompt=question complation=answer", "'complation' is none of"),
         ("asked", "--columns prompt=question completion=answer"),
-        ("[{'text': 'a'}, {'text': None}]", "Row 1: 'text' is None."),
+        ("[{'text': 'a'}, {'text': 3}]", "Row 1: 'text' is an int (3), not text."),
+        ("[{'text': ''}]", "None of the 1 rows holds anything to learn within 1024 tokens: row 0: the text is empty"),
     ],
 )
 @pytest.mark.parametrize("verb", ["%lora_train model --data", "%lora data"])

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nbpeft.errors import TrainingError
 from nbpeft.training import Collator, is_plain, prepare_data, train
-from nbpeft.training.data import columns_of
+from nbpeft.training.data import ModelInputs, columns_of
 from tests.tiny_models import llama
 from tests.training.support import trainable
 
@@ -119,7 +119,7 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer):
 
 
 def test_chat_errors(tokenizer):
-    with pytest.raises(TrainingError, match="No turn of the assistant to learn from; the roles found are user"):
+    with pytest.raises(TrainingError, match=r"None of the 1 rows .* no turn of the assistant \(roles: user\)"):
         prepare_data([{"messages": [{"role": "user", "content": "hi"}]}], tokenizer)
     bare = Slow(tokenizer)
     bare.chat_template = None
@@ -200,10 +200,12 @@ def test_tables_and_missing_tokenizers():
 
 
 def test_encoder_decoder_rows(tokenizer):
-    rows = prepare_data([{"prompt": "the cat", "completion": "yes"}], tokenizer, encoder_decoder=True)
+    apart = ModelInputs(encoder_decoder=True)
+    rows = prepare_data([{"prompt": "the cat", "completion": "yes"}], tokenizer, inputs=apart)
     assert tokenizer.decode(rows[0]["input_ids"]) == "the cat" and tokenizer.decode(rows[0]["labels"]) == "yes"
-    with pytest.raises(TrainingError, match="needs rows with prompt and completion"):
-        prepare_data([{"text": "a"}], tokenizer, encoder_decoder=True)
+    for row, found in (({"text": "a"}, "text"), ({"messages": [{"role": "assistant", "content": "a"}]}, "messages")):
+        with pytest.raises(TrainingError, match=f"needs rows with prompt and completion, found {found}"):
+            prepare_data([row], tokenizer, inputs=apart)
 
 
 def test_the_collator_pads_on_the_right():

@@ -293,8 +293,8 @@ def test_a_stream_without_a_number_of_steps_is_refused() -> None:
 
 
 def test_a_bad_row_of_a_stream_is_named_when_it_comes() -> None:
-    rows = [*PAIRS[:2], {"prompt": "a", "completion": None}]
-    with pytest.raises(TrainingError, match=r"Row 2: 'completion' is None"):
+    rows = [*PAIRS[:2], {"prompt": "a", "completion": 3}]
+    with pytest.raises(TrainingError, match=r"Row 2: 'completion' is an int"):
         list(prepare_data(Numbers(rows), TOKENIZER))
     model = trainable()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nbpeft.training import prepare_data, summarize
+from nbpeft.training.data import ModelInputs
 from nbpeft.training.data.summary import bins_of
 from tests.char_tokenizer import CharTokenizer
 from tests.training.test_data import tokenizer as tokenizer
@@ -96,9 +97,10 @@ def test_tokenised_rows_are_shown_with_or_without_a_tokenizer() -> None:
 
 def test_an_encoder_decoder_answers_apart(tokenizer: Any) -> None:
     data = [{"prompt": "the cat", "completion": "yes"}]
-    [row] = summarize(data, tokenizer, encoder_decoder=True).rows
+    apart = ModelInputs(encoder_decoder=True)
+    [row] = summarize(data, tokenizer, inputs=apart).rows
     assert (text(row.spans), text(row.target), text(row.target, learned=True)) == ("the cat", "yes", "yes")
-    assert row.learned_count == len(prepare_data(data, tokenizer, encoder_decoder=True)[0]["labels"])
+    assert row.learned_count == len(prepare_data(data, tokenizer, inputs=apart)[0]["labels"])
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1), st.none() | st.integers(1, 3000))

@@ -11,6 +11,7 @@ import pytest
 import nbpeft
 from nbpeft.errors import AdapterError, TrainingError
 from nbpeft.training import prepare_data
+from nbpeft.training.data import ModelInputs
 from nbpeft.training.rows import training_rows
 from nbpeft.training.script.export import export_script
 from tests.char_tokenizer import CharTokenizer
@@ -62,7 +63,8 @@ def test_what_is_no_task_names_the_row() -> None:
             training_rows(adapted(), of_tasks("text", (0, wrong, 0, 0)), tokenizer=tokenizer)
     plain = nbpeft.get_peft_model(llama(), nbpeft.LoraConfig(r=2))
     assert "task_ids" not in training_rows(plain, of_tasks("text"), tokenizer=tokenizer).train[0]
-    assert prepare_data(FORMS["text"], tokenizer, also=["task_ids"])[0].keys() == {"input_ids", "labels"}
+    takes = ModelInputs(numbers=("task_ids",))
+    assert prepare_data(FORMS["text"], tokenizer, inputs=takes)[0].keys() == {"input_ids", "labels"}
 
 
 def test_rows_without_a_task_are_refused(tmp_path: Path) -> None:

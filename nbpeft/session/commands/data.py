@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError
 from nbpeft.logs import collapsed
-from nbpeft.session.results.data import DataResult
+from nbpeft.session.results.data import DataResult, notes_of
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
@@ -34,14 +34,15 @@ def data(
         columns: what the columns are called, e.g. ``{"prompt": "question", "completion": "answer"}``.
         rows: how many to show; some that are cut or left out come after them.
         name: what the data is called.
-        model: the model they are for; matters only for encoder-decoders.
+        model: the model they are for; by default the current one. It matters for encoder-decoders, for classifiers
+            and for what it takes of tokenised rows.
 
     Raises:
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read; names the row.
     """
     from nbpeft.training import summarize
-    from nbpeft.training.rows import check_reading, is_encoder_decoder
+    from nbpeft.training.rows import check_reading, model_inputs
 
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
         raise ConfigError(f"rows must be a whole number, not {rows!r:.40}", field="rows")
@@ -53,8 +54,8 @@ def data(
             data,
             tokenizer,
             max_length=max_length,
-            encoder_decoder=trained is not None and is_encoder_decoder(trained),
             columns=columns,
+            inputs=None if trained is None else model_inputs(trained),
             rows=rows,
         )
-    return DataResult(name, summary)
+    return DataResult(name, summary, notes_of(summary))

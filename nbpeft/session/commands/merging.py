@@ -69,8 +69,8 @@ def merge(
             how = copying | ({} if tokenizer is None else {"tokenizer": tokenizer})
             return _write_copy(manager, tracked.name, folder, chosen, notes, safe=safe, **how)
         if calibrate is not None:
-            note = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
-            return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", [note])
+            said = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
+            return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", said)
         note = _requantizing_note(manager, chosen)
         manager.merge(chosen, safe=safe)
         notes += [note] if note else []
@@ -129,14 +129,15 @@ def _merge_calibrated(
     columns: Mapping[str, str] | None,
     *,
     safe: bool,
-) -> str:
-    """Merges, and says what rounding has left."""
+) -> list[str]:
+    """Merges, and says what was not used of the rows and what rounding has left."""
     from nbpeft.model import merge_calibrated
     from nbpeft.training.rows import first_rows
 
     reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
     first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns)
-    return str(merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe))
+    left = merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe)
+    return [*first.notes, str(left)]
 
 
 def _write_copy(

@@ -21,38 +21,20 @@ class DataResult(Result):
     Attributes:
         name: what a person calls the data.
         summary: counts, lengths and some rows.
+        notes: what a person should know, one each.
     """
 
     name: str
     summary: DataSummary
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a person should know."""
-        found, said = self.summary, []
-        if found.partial:
-            said.append(f"these are the first {count(self._all_rows)} rows of a stream")
-        if found.cut_rows:
-            said.append(
-                f"{count(found.cut_rows)} of {plural(self._all_rows, 'row')} cut to {count(found.limit or 0)} tokens: "
-                f"{plural(found.cut_tokens, 'token')} are not read"
-            )
-        if found.left_out_count:
-            said.append(f"{plural(found.left_out_count, 'row')} left out: {found.left_out}")
-        if found.row_count and not found.learned_count:
-            said.append("no token of these rows is learned")
-        return tuple(said)
-
-    @property
-    def _all_rows(self) -> int:
-        return self.summary.row_count + self.summary.left_out_count
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         found = self.summary
+        learned = f"{_percent(found.learned_count, found.token_count)} of them learned"
         parts = [
             plural(found.row_count, "row"),
             plural(found.token_count, "token"),
-            f"{_percent(found.learned_count, found.token_count)} of them learned",
+            *([] if found.has_labels else [learned]),
             f"the longest row has {found.longest}",
         ]
         return "\n".join([f"{self.name} ({found.form}): {', '.join(parts)}", *(f"note: {note}" for note in self.notes)])
@@ -71,15 +53,16 @@ class DataResult(Result):
 
     def _figures(self) -> Figures:
         found = self.summary
+        learned = Figure("learned", _percent(found.learned_count, found.token_count), width=56)
         figures = [
             Figure("rows", count(found.row_count), width=44),
             Figure("tokens", short_count(found.token_count), width=60),
-            Figure("learned", _percent(found.learned_count, found.token_count), width=56),
+            *([] if found.has_labels else [learned]),
             Figure("median length", count(found.median), width=84),
             Figure("longest row", count(found.longest), width=72),
         ]
         if found.cut_rows:
-            figures.append(Figure("rows cut", _percent(found.cut_rows, self._all_rows), width=52))
+            figures.append(Figure("rows cut", _percent(found.cut_rows, _all_rows(found)), width=52))
         if found.left_out_count:
             figures.append(Figure("left out", count(found.left_out_count), width=52))
         return Figures(tuple(figures))
@@ -95,6 +78,8 @@ class DataResult(Result):
         parts = [f"row {row.number}", plural(row.token_count, "token")]
         if row.missing:
             parts.append(f"left out: {row.missing}")
+        elif row.label:
+            parts.append(f"label {row.label}")
         else:
             parts.append(f"{count(row.learned_count)} learned")
         if row.cut_count:
@@ -114,6 +99,33 @@ class DataResult(Result):
         )
         spaced = [part for kind in kinds if kind is not None for part in (TokenSpan("   "), kind)]
         return Tokens("", tuple(spaced[1:]), framed=False)
+
+
+def notes_of(found: DataSummary) -> tuple[str, ...]:
+    """What a person should know of rows, one each."""
+    said = []
+    if found.partial:
+        said.append(f"these are the first {count(_all_rows(found))} rows of a stream")
+    if found.cut_rows:
+        said.append(
+            f"{count(found.cut_rows)} of {plural(_all_rows(found), 'row')} cut to {count(found.limit or 0)} tokens: "
+            f"{plural(found.cut_tokens, 'token')} are not read"
+        )
+    if found.left_out_count:
+        said.append(f"{plural(found.left_out_count, 'row')} left out: {found.left_out}")
+    said += found.unused
+    if found.unused_label:
+        said.append(
+            "a language model is trained on the text, whatever its label: columns={'prompt': 'text', 'completion': "
+            "'label'} makes it answer with the label, and a classifier learns it as it is"
+        )
+    if found.row_count and not found.learned_count:
+        said.append("no token of these rows is learned")
+    return tuple(said)
+
+
+def _all_rows(found: DataSummary) -> int:
+    return found.row_count + found.left_out_count
 
 
 def _percent(part: int, whole: int) -> str:

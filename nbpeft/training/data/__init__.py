@@ -1,13 +1,17 @@
 """Rows of a notebook become batches: read from any source, tokenised once, loss only where it belongs.
 
-    {"input_ids", …}                      as it is; labels are copied from input_ids where they are missing
+    {"input_ids", …}                      as it is; labels are copied from input_ids where they are missing, and left
+                                          where completion_mask and assistant_masks let them be
     {"text"} or a string                  loss on the whole text
     {"prompt", "completion"} or a pair    loss on the completion
     {"messages": [...]}                   the tokenizer's chat template; loss on the assistant's turns
     {"conversations": [...]}              the same, of ShareGPT: from and value instead of role and content
     {"instruction", "input", "output"}    Alpaca: the chat template, or Alpaca's own text where there is none
+    {"text", "label"}                     for a classifier, with ``text_pair`` for a second text
 
-Prompt and completion may be lists of messages too. ``columns`` maps other names to these.
+Prompt and completion may be lists of messages too. ``columns`` maps other names to these. A ``weight`` of a row, or of
+a turn of the assistant, says how much the loss on it counts: 0 is not learned. Rows without anything to learn are left
+out. What else a row holds is refused, or named in the notes of the training: nothing is passed over in silence.
 """
 
 from __future__ import annotations
@@ -17,14 +21,17 @@ from nbpeft.training.data.collator import Collator as Collator
 from nbpeft.training.data.packing import PackedCollator as PackedCollator
 from nbpeft.training.data.packing import PackedRows as PackedRows
 from nbpeft.training.data.packing import joined as joined
+from nbpeft.training.data.reading import ModelInputs as ModelInputs
+from nbpeft.training.data.reading import columns_of as columns_of
+from nbpeft.training.data.reading import is_plain as is_plain
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.split import hold_out as hold_out
 from nbpeft.training.data.split import is_amount as is_amount
 from nbpeft.training.data.summary import DataSummary as DataSummary
 from nbpeft.training.data.summary import summarize as summarize
+from nbpeft.training.data.tokenized import PreparedRows as PreparedRows
 from nbpeft.training.data.tokenized import StreamedRows as StreamedRows
 from nbpeft.training.data.tokenized import TokenizedRows as TokenizedRows
-from nbpeft.training.data.tokenized import columns_of as columns_of
-from nbpeft.training.data.tokenized import is_plain as is_plain
 from nbpeft.training.data.tokenized import prepare_data as prepare_data
+from nbpeft.training.data.tokenized import prepared as prepared

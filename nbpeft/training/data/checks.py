@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from nbpeft.errors import TrainingError
+from nbpeft.training.data.classes import Classes
+from nbpeft.training.data.reading import LABELS
 
 _CHECKED_ROWS = 10_000
 """How many rows are checked; the others are assumed to be like them."""
 
 
-def check_rows(rows: Any, *, vocabulary: int | None, causal: bool) -> None:
+def check_rows(rows: Any, *, vocabulary: int | None, causal: bool, classes: Classes | None = None) -> None:
     """Looks at the token ids and labels of rows.
 
     Args:
         rows: A dataset of dictionaries with ``input_ids``.
         vocabulary: How many ids the model's embedding has, or None.
         causal: Whether labels stand beside the ids, one for one.
+        classes: What the labels say, where they are those of a classifier.
 
     Raises:
         TrainingError: a row cannot be learned; the message names it.
@@ -31,10 +34,12 @@ def check_rows(rows: Any, *, vocabulary: int | None, causal: bool) -> None:
         row = rows[index]
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return
-        check_row(row, index, vocabulary=vocabulary, causal=causal)
+        check_row(row, index, vocabulary=vocabulary, causal=causal, classes=classes)
 
 
-def check_row(row: Mapping[str, Any], index: int, *, vocabulary: int | None, causal: bool) -> None:
+def check_row(
+    row: Mapping[str, Any], index: int, *, vocabulary: int | None, causal: bool, classes: Classes | None = None
+) -> None:
     """Looks at the token ids and labels of one row; see :func:`check_rows`."""
     ids = _token_ids(row["input_ids"], index)
     outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
@@ -44,9 +49,31 @@ def check_row(row: Mapping[str, Any], index: int, *, vocabulary: int | None, cau
             f"{(vocabulary or 0) - 1}: tokenise with the tokenizer of this model.",
             index=index,
         )
-    labels = row.get("labels")
-    if causal and labels is not None and len(labels) != len(ids):
+    labels = next((row[name] for name in LABELS if name in row), None)
+    if classes is not None:
+        _check_label(labels, index, classes)
+    elif causal and labels is not None and (not hasattr(labels, "__len__") or getattr(labels, "ndim", 1) == 0):
+        raise TrainingError(
+            f"Row {index} has one label ({labels!r:.40}), and a language model learns one for each token.", index=index
+        )
+    elif causal and labels is not None and len(labels) != len(ids):
         raise TrainingError(f"Row {index} has {len(labels)} labels for {len(ids)} tokens.", index=index)
+
+
+def _check_label(given: Any, index: int, classes: Classes) -> None:
+    """Refuses a label of a tokenised row that a classifier would take for something else, or not at all."""
+    if given is None:
+        raise TrainingError(f"Row {index} has no labels: give the class of each row.", index=index)
+    value = given.tolist() if hasattr(given, "tolist") else given
+    try:
+        label = classes.label(value)
+    except ValueError as error:
+        raise TrainingError(f"Row {index}: the label is {given!r:.40}; {error}.", index=index) from None
+    if type(label) is not type(value):
+        raise TrainingError(
+            f"Row {index}: the label is {given!r:.40}; tokenised rows give it as the model takes it: {label!r:.40}.",
+            index=index,
+        )
 
 
 def _token_ids(value: Any, index: int) -> Tensor:

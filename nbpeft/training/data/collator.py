@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft.errors import TrainingError
+from nbpeft.names import LOSS_WEIGHTS
 from nbpeft.training.data.encoding import IGNORED
+from nbpeft.training.data.reading import LABELS
 
 
 @dataclass
@@ -17,7 +20,8 @@ class Collator:
     """Pads rows on the right into batches of tensors.
 
     ``labels`` are padded with -100, ``input_ids`` with the padding token, everything else with 0;
-    single numbers become a (batch,) tensor, and ``label`` is called ``labels``.
+    single numbers become a (batch,) tensor, and ``label`` is called ``labels``. Where some rows have
+    ``loss_weights``, those of all others are 1.
 
     Attributes:
         pad_token_id: What ``input_ids`` are padded with.
@@ -30,13 +34,16 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Rows as one batch; sequences become (batch, longest)."""
-        renamed = [
-            {"labels" if key in ("label", "label_ids") else key: value for key, value in row.items()} for row in rows
-        ]
-        complete = [self.complete(row) for row in renamed]
+        """Rows as one batch; sequences become (batch, longest).
+
+        Raises:
+            TrainingError: some rows have a column that others lack.
+        """
+        complete = all_weighted([self.complete(_renamed(row)) for row in rows])
         batch = {}
-        for key in complete[0]:
+        for key in dict.fromkeys(key for row in complete for key in row):
+            if any(key not in row for row in complete):
+                raise TrainingError(f"some rows of a batch have {key!r} and others do not: give it to all, or to none")
             values = [torch.as_tensor(row[key]) for row in complete]
             if values[0].ndim == 0:
                 batch[key] = torch.stack(values)
@@ -58,6 +65,23 @@ class Collator:
             mask = zip(row["input_ids"], row["attention_mask"], strict=True)
             row["labels"] = [int(token) if seen else IGNORED for token, seen in mask]
         return row
+
+
+def all_weighted(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Rows with weights of their labels, 1 where a row has none, if any of them has some."""
+    if not any(LOSS_WEIGHTS in row for row in rows):
+        return rows
+    return [row if LOSS_WEIGHTS in row else {**row, LOSS_WEIGHTS: _ones(row["labels"])} for row in rows]
+
+
+def _ones(labels: Any) -> Any:
+    return torch.ones_like(torch.as_tensor(labels), dtype=torch.float32).tolist()
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose labels are called as models call them."""
+    given = next((name for name in LABELS if name in row), "labels")
+    return {"labels" if key == given else key: value for key, value in row.items() if key == given or key not in LABELS}
 
 
 def _padded(value: Tensor, length: int, filler: int) -> Tensor:

@@ -4,21 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 IGNORED = -100
 """The label that no loss is taken on."""
 
-Span = tuple[int, int]
-"""First character, and the one after the last."""
+
+class Span(NamedTuple):
+    """A part of a text that is learned.
+
+    Attributes:
+        first: its first character.
+        last: the one after its last.
+        weight: how much the loss on it counts.
+    """
+
+    first: int
+    last: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised row; for decoders both lists have one entry per token."""
+    """One tokenised row.
+
+    Attributes:
+        input_ids: of the tokens that are read.
+        labels: of a decoder one for each token, ``IGNORED`` where nothing is learned.
+        weights: how much the loss on each label counts; None where all count alike.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
+
+    def weighted(self, factor: float) -> Encoded:
+        """The same row, of which every label counts so much more or less."""
+        if factor == 1:
+            return self
+        weights = [1.0] * len(self.labels) if self.weights is None else self.weights
+        return Encoded(self.input_ids, self.labels, [factor * weight for weight in weights])
 
 
 def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = True, whole: bool = False) -> Encoded:
@@ -38,23 +63,26 @@ def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = 
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
-        learned = [
-            any(start < last and end > first for first, last in spans) for start, end in encoding["offset_mapping"]
+        weights = [
+            max((weight for first, last, weight in spans if start < last and end > first), default=0.0)
+            for start, end in encoding["offset_mapping"]
         ]
     else:
         ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        learned = _by_prefix(tokenizer, text, ids, spans, special)
-    labels = [token if whole or learns else IGNORED for token, learns in zip(ids, learned, strict=True)]
+        weights = _by_prefix(tokenizer, text, ids, spans, special)
+    if whole:
+        weights = [1.0] * len(ids)
     end = getattr(tokenizer, "eos_token_id", None)
     if special and end is not None:
         if ids and ids[-1] == end:
-            labels[-1] = end
+            weights[-1] = 1.0
         else:
-            ids, labels = [*ids, end], [*labels, end]
-    return Encoded(ids, labels)
+            ids, weights = [*ids, end], [*weights, 1.0]
+    labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
+    return Encoded(ids, labels, None if {0.0, 1.0}.issuperset(weights) else weights)
 
 
-def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[bool]:
+def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[float]:
     """Without offsets: how many tokens a beginning of the text has in common with the whole."""
 
     def tokens_before(character: int) -> int:
@@ -64,5 +92,8 @@ def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span],
         pairs = enumerate(zip(beginning, ids, strict=False))
         return next((index for index, (one, other) in pairs if one != other), min(len(beginning), len(ids)))
 
-    borders = [(tokens_before(first), tokens_before(last)) for first, last in spans]
-    return [any(first <= index < last for first, last in borders) for index in range(len(ids))]
+    borders = [(tokens_before(first), tokens_before(last), weight) for first, last, weight in spans]
+    return [
+        max((weight for first, last, weight in borders if first <= index < last), default=0.0)
+        for index in range(len(ids))
+    ]

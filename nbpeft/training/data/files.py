@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
 from nbpeft.optional import needs
 
 Rows = list[dict[str, Any]]
+_COMPARED = 100
+"""Rows of a table that tell what separates its cells."""
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:
@@ -84,22 +87,49 @@ def _decoded(text: str, where: str) -> Any:
         raise TrainingError(f"{where} is not JSON: {in_one_line(error)}.") from None
 
 
-def _separated(delimiter: str) -> Callable[[Path], Rows]:
+def _separated(*delimiters: str) -> Callable[[Path], Rows]:
+    """A reader of cells between separators: the first that gives several columns, as many in each row."""
+
     def read(path: Path) -> Rows:
-        csv.field_size_limit(sys.maxsize)  # a row may be a whole document
-        with open(path, encoding="utf-8-sig", newline="") as lines:
-            return list(_cells(csv.DictReader(lines, delimiter=delimiter), path))
+        with open(path, encoding="utf-8-sig", newline="") as lines, _long_fields():
+            fits = (one for one in delimiters if len(delimiters) > 1 and _fits(lines, one))
+            delimiter = next(fits, delimiters[0])
+            lines.seek(0)
+            return list(_cells(csv.DictReader(lines, delimiter=delimiter), path, delimiter))
 
     return read
 
 
-def _cells(table: csv.DictReader[str], path: Path) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """A block in which a cell may be a whole document: the limit is the module's, in a C long of 32 bits on Windows."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _fits(lines: TextIO, delimiter: str) -> bool:
+    lines.seek(0)
+    try:
+        widths = {len(row) for row in itertools.islice(csv.reader(lines, delimiter=delimiter), _COMPARED) if row}
+    except csv.Error:
+        return False
+    return len(widths) == 1 and widths.pop() > 1
+
+
+def _cells(table: csv.DictReader[str], path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    names = list(table.fieldnames or ())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise TrainingError(f"{path.name} has two columns called {twice!r:.60}: rename one of them.", path=str(path))
     try:
         for row in table:
             if None in row:
                 raise TrainingError(
-                    f"{path.name}, line {table.line_num} has more cells than the {len(row) - 1} of its header: "
-                    "text that holds the separator belongs in quotes.",
+                    f"{path.name}, line {table.line_num} has more cells than the {len(row) - 1} of its header "
+                    f"(separated by {delimiter!r}): text that holds the separator belongs in quotes.",
                     path=str(path),
                 )
             yield row
@@ -121,7 +151,7 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _separated(","),
+    ".csv": _separated(",", ";", "\t", "|"),
     ".tsv": _separated("\t"),
     ".parquet": _parquet,
 }

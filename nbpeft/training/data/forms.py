@@ -1,33 +1,25 @@
-"""The forms that rows have, recognised by their keys, and what each row says, or what is wrong with it."""
+"""The forms that rows have, recognised by their columns, and what each row says."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.training.data.row import (
+    KNOWN_ROLES,
+    SHAREGPT_ROLES,
+    WEIGHT,
+    Messages,
+    Row,
+    is_nothing,
+    listed,
+    nearest_role,
+)
 
 TOKENISED = "input_ids"
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "function",
-    "observation": "tool",
-    "function_call": "assistant",
-}
-"""What the turns of a ShareGPT row are from, and the roles that chat templates know."""
-_TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user")
 _COMPLETIONS = ("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen")
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -46,10 +38,11 @@ class Plain:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and the completion that is learned."""
+    """A prompt, and the completion that is learned; what is not used of the row, by name."""
 
     prompt: str
     completion: str
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,119 +51,29 @@ class Chat:
 
     Attributes:
         messages: with ``role`` and ``content``.
+        weights: how much the loss on each message counts.
         first: messages before this one are not learned.
         tools: for the chat template.
+        unused: what the messages hold that is not used, by name.
     """
 
     messages: tuple[Mapping[str, Any], ...]
+    weights: tuple[float, ...]
     first: int = 0
     tools: Any = None
-
-
-Example = Plain | Pair | Chat
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row, read by the names of its form.
+class Labelled:
+    """A text, or two that belong together, with what a classifier is to say of it."""
 
-    Attributes:
-        values: column -> value.
-        number: 0 for the first.
-        columns: name in the form -> column, where they differ.
-    """
+    text: str
+    pair: str | None
+    label: Any
 
-    values: Mapping[str, Any]
-    number: int
-    columns: Mapping[str, str] = field(default_factory=dict)
 
-    def error(self, what: str) -> TrainingError:
-        """The error that names this row."""
-        return TrainingError(f"Row {self.number}: {what}", index=self.number)
-
-    def value(self, name: str) -> Any:
-        """The value of a column.
-
-        Raises:
-            TrainingError: the row has no such column, or nothing in it.
-        """
-        column = self.columns.get(name, name)
-        if column not in self.values:
-            has = listed(self.values)
-            raise self.error(f"{column!r} is missing; it has {has}.{did_you_mean(column, map(str, self.values))}")
-        value = self.values[column]
-        if is_empty_cell(value):
-            raise self.error(f"{column!r} is {'None' if value is None else 'NaN, an empty cell of a table'}.")
-        return value
-
-    def text(self, name: str) -> str:
-        """The text of a column.
-
-        Raises:
-            TrainingError: it holds something else.
-        """
-        value = self.value(name)
-        if not isinstance(value, str):
-            raise self.error(f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text.")
-        return value
-
-    def whole_number(self, name: str) -> int:
-        """The whole number of a column.
-
-        Raises:
-            TrainingError: it holds something else.
-        """
-        value = self.value(name)
-        number = value.item() if hasattr(value, "item") else value  # pandas and Parquet give numbers of numpy
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise self.error(f"{name!r} is {with_article(value)} ({value!r:.40}), not a whole number.")
-        return number
-
-    def optional(self, name: str) -> str:
-        """The text of a column that may be missing or empty."""
-        value = self.values.get(self.columns.get(name, name))
-        return "" if is_empty_cell(value) else self.text(name)
-
-    def turns(self, name: str, *, none: bool = False) -> tuple[Mapping[str, Any], ...]:
-        """The messages of a column, as chat templates want them.
-
-        Args:
-            name: the column, as the form calls it.
-            none: whether there may be none.
-
-        Raises:
-            TrainingError: it is not a list of messages; names the turn.
-        """
-        given, column = self.value(name), self.columns.get(name, name)
-        given = given.tolist() if hasattr(given, "tolist") else given  # pandas and Parquet give arrays
-        if not isinstance(given, (list, tuple)):
-            raise self.error(f"{column!r} is {with_article(given)} ({given!r:.40}), not a list of messages.")
-        if not given and not none:
-            raise self.error(f"{column!r} is an empty list.")
-        return tuple(self._turn(turn, place, column) for place, turn in enumerate(given))
-
-    def _turn(self, turn: Any, place: int, column: str) -> Mapping[str, Any]:
-        where = f"message {place} of {column!r}"
-        if not isinstance(turn, Mapping):
-            raise self.error(f"{where} is {with_article(turn)} ({turn!r:.40}), not a dictionary with role and content.")
-        key = next((key for key in ("role", "from") if key in turn), None)
-        if key is None:
-            raise self.error(f"{where} has no 'role' (or 'from'); it has {listed(turn)}.")
-        role = turn[key]
-        if not isinstance(role, str):
-            raise self.error(f"{where}: {key!r} is {with_article(role)}, not the name of a role.")
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(content, (str, list)) and not turn.get("tool_calls"):
-            raise self.error(
-                f"{where} has no text: 'content' is {with_article(content)}."
-                if "content" in turn or "value" in turn
-                else f"{where} has no 'content' (or 'value'); it has {listed(turn)}."
-            )
-        if key == "role":
-            return turn if "content" in turn or "value" not in turn else {**turn, "content": content}
-        if role not in _ROLES:
-            raise self.error(f"{where} is from {role!r:.40}.{_known_roles(role, _ROLES)}")
-        return {"role": _ROLES[role], "content": content}
+Example = Plain | Pair | Chat | Labelled
 
 
 @dataclass(frozen=True)
@@ -195,19 +98,19 @@ def _read_text(row: Row, chat: bool) -> Example:
 
 
 def _read_pair(row: Row, chat: bool) -> Example:
-    if isinstance(row.value("prompt"), str):
-        return Pair(row.text("prompt"), row.text("completion"))
-    prompt, completion = row.turns("prompt", none=True), row.turns("completion")
-    return Chat((*prompt, *completion), len(prompt), row.values.get("tools"))
+    prompt, completion = row.value("prompt"), row.value("completion")
+    if isinstance(prompt, str) or (prompt is None and (completion is None or isinstance(completion, str))):
+        unused = () if is_nothing(row.values.get(row.columns.get("tools", "tools"))) else ("'tools'",)
+        return Pair(row.text("prompt"), row.text("completion"), unused)
+    return _chat(row, row.messages("completion"), row.messages("prompt"))
 
 
 def _read_messages(row: Row, chat: bool) -> Example:
-    return Chat(row.turns("messages"), tools=row.values.get("tools"))
+    return _chat(row, row.messages("messages"), _system(row))
 
 
 def _read_conversations(row: Row, chat: bool) -> Example:
-    system = _system(row)
-    return Chat((*system, *row.turns("conversations")), tools=row.values.get("tools"))
+    return _chat(row, row.messages("conversations"), _system(row))
 
 
 def _read_instruction(row: Row, chat: bool) -> Example:
@@ -219,23 +122,50 @@ def _read_instruction(row: Row, chat: bool) -> Example:
     if not output.strip():
         return Pair(instruction, "")
     request = f"{instruction}\n\n{more}" if more else instruction
-    return Chat((*_system(row), {"role": "user", "content": request}, {"role": "assistant", "content": output}))
+    turns = ({"role": "user", "content": request}, {"role": "assistant", "content": output})
+    return _chat(row, Messages(turns, (None, None)), _system(row))
 
 
-def _system(row: Row) -> tuple[Mapping[str, Any], ...]:
+def _read_labelled(row: Row, chat: bool) -> Example:
+    return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
+
+
+def _system(row: Row) -> Messages:
     text = row.optional("system")
-    return ({"role": "system", "content": text},) if text else ()
+    return Messages(({"role": "system", "content": text},), (None,)) if text else Messages()
+
+
+def _chat(row: Row, learned: Messages, before: Messages) -> Chat:
+    """A chat whose first messages are read and not learned."""
+    messages, first = (*before.messages, *learned.messages), len(before.messages)
+    weights = (*before.weights, *learned.weights)
+    unused = [
+        f"{WEIGHT!r} of {message['role']} messages{' of the prompt' if place < first else ''}"
+        for place, (message, weight) in enumerate(zip(messages, weights, strict=True))
+        if weight and (place < first or message["role"] != "assistant")
+    ]
+    return Chat(
+        messages,
+        tuple(1.0 if weight is None else weight for weight in weights),
+        first,
+        row.tools(),
+        tuple(dict.fromkeys((*before.unused, *learned.unused, *unused))),
+    )
 
 
 FORMS = (
-    Form("messages", ("messages",), _read_messages, ("tools",)),
-    Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools",)),
-    Form("conversations", ("conversations",), _read_conversations, ("system", "tools")),
-    Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system")),
-    Form("text", ("text",), _read_text),
+    Form("messages", ("messages",), _read_messages, ("tools", "system", WEIGHT)),
+    Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT)),
+    Form("conversations", ("conversations",), _read_conversations, ("system", "tools", WEIGHT)),
+    Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", WEIGHT)),
+    Form("text", ("text",), _read_text, (WEIGHT,)),
 )
+"""Of rows for language models."""
+LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
+"""Of rows for classifiers of texts."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
-NAMES = tuple(dict.fromkeys(name for form in FORMS for name in (*form.needs, *form.may)))
+_EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
+NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED) for name in (*form.needs, *form.may)))
 """Columns that the forms read; what ``columns`` may map."""
 
 
@@ -263,12 +193,13 @@ def keys_of(value: Any) -> tuple[str, ...]:
     return tuple(map(str, row_of(value, 0, {}).values))
 
 
-def form_of(columns: Sequence[str], mapping: Mapping[str, str]) -> Form | None:
+def form_of(columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False) -> Form | None:
     """The form of rows with these columns; None for rows that are tokenised.
 
     Args:
         columns: of the rows.
         mapping: name in a form -> column; forms that use it come before all others.
+        labelled: whether the rows are for a classifier.
 
     Raises:
         TrainingError: there is no such form; the message names what was found and the nearest.
@@ -276,10 +207,11 @@ def form_of(columns: Sequence[str], mapping: Mapping[str, str]) -> Form | None:
     there = {*columns, *mapping}
     if TOKENISED in there and (not mapping or TOKENISED in mapping):
         return None
-    for form in FORMS:
+    for form in (LABELLED,) if labelled else FORMS:
         if there.issuperset(form.needs) and (not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))):
             return form
-    raise TrainingError(f"Expected columns {_EXPECTED}; found {listed(columns)}.{_hint(columns)}", columns=columns)
+    expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
+    raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 
 
 def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
@@ -316,37 +248,29 @@ def check_roles(row: int, chat: Chat, template: str) -> None:
     """
     for place, message in enumerate(chat.messages):
         role = message["role"]
-        if role not in _TEMPLATE_ROLES and role not in template:
-            hint = f" Did you mean {_ROLES[role]!r}?" if role in _ROLES else _known_roles(role, _TEMPLATE_ROLES)
+        if role not in KNOWN_ROLES and role not in template:
+            known = SHAREGPT_ROLES.get(role)
+            hint = f" Did you mean {known!r}?" if known else nearest_role(role, KNOWN_ROLES)
             raise TrainingError(f"Row {row}: message {place} has the role {role!r:.40}.{hint}", index=row)
-
-
-def is_empty_cell(value: Any) -> bool:
-    """Whether a value stands for nothing: None, or the NaN of a table."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
-
-
-def listed(names: Iterable[Any]) -> str:
-    """Names for a person."""
-    names = [str(name) for name in names]
-    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") if names else "no columns"
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
-def _known_roles(role: str, known: Iterable[str]) -> str:
-    known = list(dict.fromkeys(known))
-    return did_you_mean(role, known) or f" Known: {', '.join(known)}."
-
-
-def _hint(columns: Sequence[str]) -> str:
+def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion")) -> str:
     """A mapping that would do, or the nearest names."""
     lower = {column.lower(): column for column in columns}
-    prompt = next((lower[name] for name in _PROMPTS if name in lower), None)
+    prompt = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
+    if {"chosen", "rejected"} <= lower.keys():
+        names = {"messages": lower["chosen"]} if prompt is None else {"prompt": prompt, "completion": lower["chosen"]}
+        return (
+            " Chosen and rejected answers are for preference tuning (DPO); here one answer to each prompt is learned: "
+            f"columns={names} takes the chosen ones."
+        )
     completion = next((lower[name] for name in _COMPLETIONS if name in lower and lower[name] != prompt), None)
-    if prompt and completion:
+    if prompt and completion and "label" not in needs:
         return f" Say which is which: columns={{'prompt': {prompt!r:.40}, 'completion': {completion!r:.40}}}."
     known = (*NAMES, TOKENISED, "labels")
-    return next((hint for column in columns if (hint := did_you_mean(column, known))), "")
+    near = next((hint for column in columns if column not in known and (hint := did_you_mean(column, known))), "")
+    return f"{near} Or say what they are called: columns={dict.fromkeys(needs, 'COLUMN')}."

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nbpeft.display.numbers import count
-from nbpeft.training.data.collator import Collator
+from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.training.data.collator import Collator, all_weighted
 from nbpeft.training.data.encoding import IGNORED
 from nbpeft.training.data.lengths import lengths_of
 
@@ -88,7 +89,10 @@ class PackedRows(Dataset[dict[str, Any]]):
         parts = zip(row["input_ids"], row["labels"], row["attention_mask"], strict=True)
         seen = [(int(token), int(label)) for token, label, mask in parts if mask]
         labels = [label if place else IGNORED for place, (_, label) in enumerate(seen)]
-        return {"input_ids": [token for token, _ in seen], "labels": labels, "position_ids": list(range(len(seen)))}
+        weights = zip(row.get(LOSS_WEIGHTS, ()), row["attention_mask"], strict=False)
+        weighted = {LOSS_WEIGHTS: [float(weight) for weight, mask in weights if mask]} if LOSS_WEIGHTS in row else {}
+        ids = [token for token, _ in seen]
+        return {"input_ids": ids, "labels": labels, "position_ids": list(range(len(seen))), **weighted}
 
     def rows_of(self, index: int) -> list[int]:
         """The numbers of the rows in a sequence."""
@@ -128,6 +132,7 @@ class PackedCollator:
 
 def joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows one behind the other, as one."""
+    rows = all_weighted([dict(row) for row in rows])
     return {key: [value for row in rows for value in row[key]] for key in rows[0]}
 
 

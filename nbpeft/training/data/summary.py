@@ -13,8 +13,10 @@ from typing import Any
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.training.data.encoding import IGNORED
+from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.sources import is_stream
-from nbpeft.training.data.tokenized import CodedRow, count_learned, named_rows, reading
+from nbpeft.training.data.tokenized import named_rows
+from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
 """Rows of a stream that are looked at."""
@@ -37,6 +39,7 @@ class RowSummary:
         missing: why nothing is learned from it; empty if something is.
         spans: its tokens.
         target: of an encoder-decoder model, what it is to answer.
+        label: what a classifier is to say of it, for a person; empty where tokens are learned.
     """
 
     number: int
@@ -46,6 +49,7 @@ class RowSummary:
     missing: str
     spans: tuple[TokenSpan, ...]
     target: tuple[TokenSpan, ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class DataSummary:
         bins: first and last length, and how many rows are that long.
         rows: some of the rows.
         partial: whether only the first rows of a stream were looked at.
+        unused: what the rows hold that is not trained on, a line for each reason.
+        has_labels: whether a classifier learns a label of each row, and no tokens.
+        unused_label: whether rows of text have a label that is not used.
     """
 
     form: str
@@ -83,6 +90,9 @@ class DataSummary:
     bins: tuple[tuple[int, int, int], ...]
     rows: tuple[RowSummary, ...]
     partial: bool = False
+    unused: tuple[str, ...] = ()
+    has_labels: bool = False
+    unused_label: bool = False
 
 
 def summarize(
@@ -90,8 +100,8 @@ def summarize(
     tokenizer: Any = None,
     *,
     max_length: int | None = None,
-    encoder_decoder: bool = False,
     columns: Mapping[str, str] | None = None,
+    inputs: ModelInputs | None = None,
     rows: int = 3,
 ) -> DataSummary:
     """Looks at all rows, through the same code as a training; of a stream at the first 1,000.
@@ -100,29 +110,31 @@ def summarize(
         data: as for ``prepare_data``.
         tokenizer: as for ``prepare_data``; rows that are tokenised are shown as numbers without one.
         max_length: as for ``prepare_data``.
-        encoder_decoder: as for ``prepare_data``.
         columns: as for ``prepare_data``.
+        inputs: as for ``prepare_data``.
         rows: how many to show; up to two that are cut or left out come after them.
 
     Raises:
         TrainingError: as for ``prepare_data``, except that rows without anything to learn are reported.
     """
-    how = reading(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder, columns=columns)
+    how = reading(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
     streamed = is_stream(how.rows)
     coded: Iterator[CodedRow] = itertools.islice(how.coded(), _STREAMED if streamed else None)
     lengths: list[int] = []
     left_out: list[tuple[int, str]] = []
     kept: list[CodedRow] = []
+    unused = UnusedParts()
     token_count = learned = cut_rows = cut_tokens = 0
     for row in coded:
         lengths.append(_length(row))
+        unused.add(row.unused)
         cut_rows += row.cut
         cut_tokens += max(0, lengths[-1] - row.limit)
         if row.missing:
             left_out.append((row.number, row.missing))
         else:
             token_count += len(row.row["input_ids"])
-            learned += count_learned(row.row["labels"], row.encoder_decoder)
+            learned += row.learned_count
         if len(lengths) <= rows or (len(kept) < rows + _EXTRA and _is_first_of_its_kind(row, kept[rows:])):
             kept.append(row)
     if not lengths:
@@ -142,8 +154,11 @@ def summarize(
         median=round(statistics.median(lengths)),
         limit=how.limit if how.form is not None else None,
         bins=bins_of(lengths, how.limit if cut_rows else None),
-        rows=tuple(_summary(row, tokenizer, shown) for row in kept),
+        rows=tuple(_summary(row, how, shown) for row in kept),
         partial=streamed and len(lengths) == _STREAMED,
+        unused=unused.lines(len(lengths)),
+        has_labels=how.inputs.classes is not None,
+        unused_label=how.form is not None and how.form.name == "text" and (COLUMNS, repr("label")) in unused,
     )
 
 
@@ -191,7 +206,8 @@ def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
     )
 
 
-def _summary(row: CodedRow, tokenizer: Any, shown: int) -> RowSummary:
+def _summary(row: CodedRow, how: Reading, shown: int) -> RowSummary:
+    tokenizer, classes = how.tokenizer, how.inputs.classes
     learned = [label != IGNORED and not row.missing for label in row.whole.labels]
     if row.encoder_decoder:
         spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit, shown)
@@ -203,11 +219,12 @@ def _summary(row: CodedRow, tokenizer: Any, shown: int) -> RowSummary:
     return RowSummary(
         row.number,
         min(len(row.whole.input_ids), row.limit),
-        count_learned(row.row["labels"], row.encoder_decoder),
+        row.learned_count,
         max(0, _length(row) - row.limit),
         row.missing,
         spans,
         target,
+        "" if classes is None or row.label is None else classes.name(row.label),
     )
 
 

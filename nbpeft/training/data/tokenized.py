@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
 from nbpeft.display.numbers import plural
-from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.training.data.chats import render_chat
-from nbpeft.training.data.encoding import IGNORED, Encoded, encode
-from nbpeft.training.data.forms import (
-    Chat,
-    Example,
-    Form,
-    Pair,
-    Plain,
-    check_roles,
-    checked_columns,
-    form_of,
-    keys_of,
-    row_of,
+from nbpeft.errors import TrainingError
+from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.training.data.forms import row_of
+from nbpeft.training.data.reading import (
+    LABELS,
+    MASKS,
+    CodedRow,
+    ModelInputs,
+    Reading,
+    columns_of,
+    reading,
+    renamed,
 )
-from nbpeft.training.data.sources import first_row, is_stream, open_data
+from nbpeft.training.data.row import WEIGHT
+from nbpeft.training.data.sources import is_stream
+from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
-DEFAULT_MAX_LENGTH = 1024
 _NAMED = 5
 """Rows left out that a note names."""
+_READ_THROUGH = 10_000
+"""Rows of a dataset of unknown kind that are read for their columns, which may cost anything."""
+_REWRITTEN = (WEIGHT, LOSS_WEIGHTS, *MASKS)
+"""Columns of tokenised rows that become labels and their weights."""
 
 
 class TokenizedRows(Dataset[dict[str, Any]]):
@@ -38,15 +41,22 @@ class TokenizedRows(Dataset[dict[str, Any]]):
     Attributes:
         truncated: Rows that were cut to ``max_length``.
         left_out: Number of each row left out because nothing in it could be learned, and why.
+        unused: What the rows held that is not trained on, a line for each reason.
         token_count: Tokens of all rows.
     """
 
     def __init__(
-        self, rows: Sequence[dict[str, Any]], *, truncated: int = 0, left_out: Sequence[tuple[int, str]] = ()
+        self,
+        rows: Sequence[dict[str, Any]],
+        *,
+        truncated: int = 0,
+        left_out: Sequence[tuple[int, str]] = (),
+        unused: Sequence[str] = (),
     ) -> None:
         self._rows = rows
         self.truncated = truncated
         self.left_out = tuple(left_out)
+        self.unused = tuple(unused)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -66,13 +76,13 @@ class TokenizedRows(Dataset[dict[str, Any]]):
 
     @property
     def notes(self) -> str:
-        """What was cut or left out, in one line; empty if nothing was."""
+        """What was cut, left out or not used, in one line; empty if nothing was."""
         parts = []
         if self.truncated:
             parts.append(f"{self.truncated} of {len(self) + self.dropped} rows were cut to the maximal length")
         if self.left_out:
             parts.append(f"{plural(self.dropped, 'row')} left out: {named_rows(self.left_out)}")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.unused])
 
     def select(self, indices: Iterable[int]) -> TokenizedRows:
         """Some of the rows."""
@@ -86,6 +96,9 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         coded: starts the stream anew.
         check: called with each row and its number.
         skipped: rows with something to learn that are left to others.
+
+    Attributes:
+        report: called with what rows hold that is not trained on, once for each of it.
     """
 
     def __init__(
@@ -97,10 +110,14 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         self._coded = coded
         self.check = check
         self.skipped = skipped
+        self.report: Callable[[str], None] = lambda line: None
+        self._unused = UnusedParts()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         passed = 0
         for coded in self._coded():
+            for part in self._unused.add(coded.unused):
+                self.report(line_of(part))
             if coded.missing:
                 continue
             passed += 1
@@ -109,143 +126,30 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
                 self.check(row, coded.number)
                 yield row
 
+    @property
+    def notes(self) -> str:
+        """What the rows until now held that is not trained on, and the first of them, in one line."""
+        for coded in self._coded():
+            self._unused.add(coded.unused)
+            break
+        return "; ".join(self._unused.lines())
+
     def after(self, count: int) -> StreamedRows:
         """The same stream without its first rows."""
         return StreamedRows(self._coded, self.check, self.skipped + count)
 
 
 @dataclass(frozen=True)
-class CodedRow:
-    """One tokenised row, before what is too long is cut off.
+class PreparedRows:
+    """Rows as a Trainer is given them.
 
     Attributes:
-        number: 0 for the first.
-        whole: All of it.
-        limit: Tokens it is cut to.
-        encoder_decoder: Whether the labels stand for themselves, and not beside the ids.
-        empty: What is empty though it should be learned; nothing if there is nothing such.
-        more: What the row holds beside tokens and labels, by column.
-    """
-
-    number: int
-    whole: Encoded
-    limit: int
-    encoder_decoder: bool = False
-    empty: str = ""
-    more: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """What a model is trained on."""
-        ids, labels = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit]
-        return {"input_ids": ids, "labels": labels, **self.more}
-
-    @property
-    def cut(self) -> bool:
-        """Whether it is too long."""
-        return len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
-
-    @property
-    def missing(self) -> str:
-        """Why nothing is learned from it; empty if something is."""
-        if self.empty:
-            return f"{self.empty} is empty"
-        if count_learned(self.row["labels"], self.encoder_decoder):
-            return ""
-        return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How the rows of some data are read and tokenised.
-
-    Attributes:
-        rows: the opened data.
-        form: of the rows, or None where they are tokenised.
-        columns: name in the form -> column, where they differ.
-        tokenizer: of the model.
-        limit: tokens a row is cut to.
-        encoder_decoder: whether prompt and completion go to different halves of the model.
-        also: columns whose whole numbers rows keep beside tokens and labels.
+        rows: of tokens.
+        notes: what was cut, left out or not used, in one line; empty if nothing was.
     """
 
     rows: Any
-    form: Form | None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    tokenizer: Any = None
-    limit: int = DEFAULT_MAX_LENGTH
-    encoder_decoder: bool = False
-    also: tuple[str, ...] = ()
-
-    @property
-    def has_template(self) -> bool:
-        """Whether chats can be rendered."""
-        return bool(getattr(self.tokenizer, "chat_template", None)) and not self.encoder_decoder
-
-    def example(self, value: Any, number: int) -> Example:
-        """What a row says.
-
-        Raises:
-            TrainingError: it has not the form of the first row; names it.
-        """
-        assert self.form is not None
-        return self.form.read(row_of(value, number, self.columns), self.has_template)
-
-    def coded(self) -> Iterator[CodedRow]:
-        """The rows, tokenised one after the other; those that are tokens already as they are.
-
-        Raises:
-            TrainingError: a row cannot be read; names it.
-        """
-        for number, value in enumerate(self.rows):
-            if self.form is None:
-                yield self._as_it_is(value, number)
-                continue
-            example = self.example(value, number)
-            whole = _encode(example, number, self.tokenizer, self.encoder_decoder)
-            row = row_of(value, number, self.columns)
-            more = {name: row.whole_number(name) for name in self.also}
-            yield CodedRow(number, whole, self.limit, self.encoder_decoder, _empty_part(example), more)
-
-    def _as_it_is(self, value: Any, number: int) -> CodedRow:
-        """A tokenised row; the batches copy labels from the ids where a row has none."""
-        row = renamed(value, self.columns)
-        ids, labels = _listed(row.get("input_ids", ())), row.get("labels")
-        seen = _listed(row.get("attention_mask", [1] * len(ids)))
-        copied = [token if seen else IGNORED for token, seen in zip(ids, seen, strict=False)]
-        given = copied if labels is None else _listed(labels)
-        return CodedRow(number, Encoded(ids, given), max(len(ids), len(given)), self.encoder_decoder)
-
-
-def reading(
-    data: Any,
-    tokenizer: Any = None,
-    *,
-    max_length: int | None = None,
-    encoder_decoder: bool = False,
-    columns: Mapping[str, str] | None = None,
-    also: Collection[str] = (),
-) -> Reading:
-    """How data is read; see :func:`prepare_data`.
-
-    Raises:
-        TrainingError: the data has no form that can be read, or it needs a tokenizer.
-    """
-    rows = open_data(data)
-    found = columns_of(rows)
-    mapping = checked_columns(columns, found)
-    form = form_of(found, columns or {})
-    if form is None:
-        return Reading(rows, None, mapping, tokenizer, encoder_decoder=encoder_decoder)
-    if tokenizer is None:
-        raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=found)
-    limit, more = max_length or default_length(tokenizer), tuple(name for name in also if name in found)
-    return Reading(rows, form, mapping, tokenizer, limit, encoder_decoder, more)
-
-
-def default_length(tokenizer: Any) -> int:
-    """Tokens that rows are cut to where nothing else is said."""
-    return min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
+    notes: str = ""
 
 
 def prepare_data(
@@ -253,9 +157,8 @@ def prepare_data(
     tokenizer: Any = None,
     *,
     max_length: int | None = None,
-    encoder_decoder: bool = False,
     columns: Mapping[str, str] | None = None,
-    also: Collection[str] = (),
+    inputs: ModelInputs | None = None,
 ) -> Any:
     """Turns rows into something a Trainer can be given.
 
@@ -264,69 +167,96 @@ def prepare_data(
             they are; a stream is tokenised as it comes.
         tokenizer: Needed for all other rows.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
-        encoder_decoder: Whether prompt and completion go to different halves of the model.
         columns: What the columns are called: ``{"prompt": "question", "completion": "answer"}``.
-        also: Columns whose whole numbers rows keep beside tokens and labels, where there are such: ``task_ids``.
+        inputs: What the model takes of them; by default what a decoder does.
 
     Raises:
         TrainingError: the data has another form; the message names what was found.
     """
-    how = reading(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder, columns=columns, also=also)
+    return prepared(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
+
+
+def prepared(data: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
+    """As :func:`prepare_data`, with what a person should know of it."""
+    how = reading(data, tokenizer, **options)
     if how.form is None:
-        if how.columns:
-            return _renamed_rows(how.rows, how.columns)
-        return TokenizedRows(how.rows) if isinstance(how.rows, (list, tuple)) else how.rows
+        return _tokens(how)
     if is_stream(how.rows):
-        return StreamedRows(how.coded)
+        streamed = StreamedRows(how.coded)
+        return PreparedRows(streamed, streamed.notes)
+    rows = _in_memory(how)
+    return PreparedRows(rows, rows.notes)
+
+
+def _in_memory(how: Reading) -> TokenizedRows:
+    """All rows, tokenised."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    truncated = 0
+    unused, truncated = UnusedParts(), 0
     for coded in how.coded():
         truncated += coded.cut
+        unused.add(coded.unused)
         if coded.missing:
             left_out.append((coded.number, coded.missing))
         else:
             rows.append(coded.row)
     if not rows:
         raise TrainingError(
-            f"None of the {len(left_out)} rows holds anything to learn within {how.limit} tokens: the loss is on the "
-            f"{'text' if how.form.name == 'text' else 'completion or assistant turns'}, which is empty or cut off.",
+            f"None of the {len(left_out)} rows holds anything to learn within {how.limit} tokens: "
+            f"{named_rows(left_out)}.",
             dropped=len(left_out),
         )
-    return TokenizedRows(rows, truncated=truncated, left_out=left_out)
+    lines = unused.lines(len(rows) + len(left_out))
+    return TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
 
 
-def columns_of(data: Any) -> tuple[str, ...]:
-    """Names of the columns of data.
+def _tokens(how: Reading) -> PreparedRows:
+    """Tokenised rows without what nothing takes, and with labels where their masks let them be."""
+    rows = how.rows
+    if isinstance(rows, TokenizedRows):
+        return PreparedRows(rows, rows.notes)
+    listed = isinstance(rows, (list, tuple))
+    found = _columns_of_all(rows)
+    if any(how.columns.get(name, name) in found for name in _REWRITTEN):
+        read = StreamedRows(how.coded) if is_stream(rows) else _in_memory(how)
+        return PreparedRows(read, read.notes)
+    extra = how.extra(found)
+    unused = UnusedParts()
+    unused.add((COLUMNS, repr(name)) for name in extra)
+    notes = "; ".join(unused.lines())
+    if not listed:
+        if extra and hasattr(rows, "remove_columns"):
+            rows = rows.remove_columns(extra)
+        if how.columns:
+            rows = _renamed_rows(rows, how.columns)
+        return PreparedRows(rows, notes)
+    _check_columns(rows, {name for name in found if name not in extra}, how.columns)
+    if extra or how.columns:
+        left = {*extra, *how.columns.values()} - how.columns.keys()
+        rows = [{name: item for name, item in renamed(row, how.columns).items() if name not in left} for row in rows]
+    return PreparedRows(TokenizedRows(rows, unused=unused.lines()), notes)
+
+
+def _columns_of_all(rows: Any) -> tuple[str, ...]:
+    """The columns that any row has: of the first alone where rows are a stream, or many that are read one by one."""
+    many = is_stream(rows) or (not isinstance(rows, (list, tuple)) and len(rows) > _READ_THROUGH)
+    if many or hasattr(rows, "column_names"):
+        return columns_of(rows)
+    each = (row_of(rows[number], number, {}).values for number in range(len(rows)))
+    return tuple(dict.fromkeys(str(name) for values in each for name in values))
+
+
+def _check_columns(rows: Sequence[Mapping[str, Any]], used: set[str], columns: Mapping[str, str]) -> None:
+    """Refuses rows of which some lack what a batch of others has.
 
     Raises:
-        TrainingError: it has no named columns, or it is empty.
+        TrainingError: names the row.
     """
-    rows = open_data(data)
-    names = getattr(rows, "column_names", None)
-    return tuple(map(str, names)) if names is not None else keys_of(first_row(rows))
-
-
-def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None = None) -> bool | None:
-    """Whether rows are text that no chat template goes around; None for rows that are tokens already.
-
-    Args:
-        data: as for :func:`prepare_data`.
-        tokenizer: its chat template goes around rows with an instruction.
-        columns: as for :func:`prepare_data`.
-
-    Raises:
-        TrainingError: the data has no form that can be trained on.
-    """
-    rows = open_data(data)
-    found = columns_of(rows)
-    how = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
-    return None if how.form is None else not isinstance(how.example(first_row(rows), 0), Chat)
-
-
-def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
-    """How many tokens a loss is taken on: a decoder does not predict the first one."""
-    return sum(label != IGNORED for label in (labels if encoder_decoder else labels[1:]))
+    optional = {columns.get(name, name) for name in ("attention_mask", *LABELS)}
+    for number, row in enumerate(rows):
+        missing = next((name for name in used - optional if name not in row), None)
+        if missing is not None:
+            raise TrainingError(f"Row {number} has no {missing!r}, which other rows have.", index=number)
 
 
 def named_rows(left_out: Sequence[tuple[int, str]]) -> str:
@@ -339,54 +269,7 @@ def named_rows(left_out: Sequence[tuple[int, str]]) -> str:
     return "; ".join(parts)
 
 
-def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A tokenised row with the names that models know."""
-    return {**row, **{name: row[column] for name, column in columns.items()}}
-
-
 def _renamed_rows(rows: Any, columns: Mapping[str, str]) -> Any:
     if is_stream(rows) or hasattr(rows, "rename_columns"):
         return rows.rename_columns({column: name for name, column in columns.items()})
     return TokenizedRows([renamed(row, columns) for row in rows])
-
-
-def _encode(example: Example, number: int, tokenizer: Any, encoder_decoder: bool) -> Encoded:
-    if isinstance(example, Chat):
-        return _encode_chat(example, number, tokenizer)
-    if isinstance(example, Pair):
-        if encoder_decoder:
-            completion = list(tokenizer(example.completion)["input_ids"])
-            return Encoded(list(tokenizer(example.prompt)["input_ids"]), completion)
-        text = example.prompt + example.completion
-        return encode(tokenizer, text, [(len(example.prompt), len(text))])
-    if encoder_decoder:
-        raise TrainingError("An encoder-decoder model needs rows with prompt and completion, found text.")
-    return encode(tokenizer, example.text, [(0, len(example.text))], whole=True)
-
-
-def _encode_chat(chat: Chat, number: int, tokenizer: Any) -> Encoded:
-    check_roles(number, chat, str(getattr(tokenizer, "chat_template", "") or ""))
-    try:
-        text, spans = render_chat(tokenizer, chat.messages, first=chat.first, tools=chat.tools)
-    except TrainingError as error:
-        if not getattr(tokenizer, "chat_template", None):  # no row can be rendered
-            raise
-        raise TrainingError(f"Row {number}: {error}", index=number) from None
-    except Exception as error:  # a template runs code of its own, and has ways to refuse a chat
-        raise TrainingError(
-            f"Row {number}: the chat template refuses it: {in_one_line(error) or type(error).__name__}", index=number
-        ) from None
-    return encode(tokenizer, text, spans, special=False)
-
-
-def _empty_part(example: Example) -> str:
-    """What is empty of a row from which only its end could be learned."""
-    if isinstance(example, Pair):
-        return "" if example.completion.strip() else "the completion"
-    return "the text" if isinstance(example, Plain) and not example.text.strip() else ""
-
-
-def _listed(value: Any) -> list[Any]:
-    """Numbers of a row as a list; none for a single one, such as a class."""
-    found = value.tolist() if hasattr(value, "tolist") else value
-    return list(found) if isinstance(found, (list, tuple)) else []

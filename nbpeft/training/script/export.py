@@ -21,10 +21,10 @@ from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
-from nbpeft.training.adapted import base_of, call_columns, main_dtype, trained_names
+from nbpeft.training.adapted import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream, open_data
-from nbpeft.training.data.tokenized import reading
-from nbpeft.training.rows import is_encoder_decoder, training_rows
+from nbpeft.training.data.reading import reading
+from nbpeft.training.rows import model_inputs, training_rows
 from nbpeft.training.script.python import call, is_literal, plain, source_of
 from nbpeft.training.script.sources import (
     Source,
@@ -234,13 +234,8 @@ def _rows(
         columns=columns,
         seed=seed,
     )
-    apart = is_encoder_decoder(model)
-    readings = [
-        reading(
-            part, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns, also=call_columns(model)
-        )
-        for part in opened
-    ]
+    inputs = model_inputs(model)
+    readings = [reading(part, tokenizer, max_length=max_length, columns=columns, inputs=inputs) for part in opened]
     loaded = None
     texts = [how for how in readings if how.form is not None]
     if texts:
@@ -249,8 +244,9 @@ def _rows(
         tokens = [part for part in (found.train, found.evaluation) if part is not None]
         sources = [_written(target, kind, json_lines(part)) for kind, part in zip(_KINDS, tokens, strict=False)]
         counts = {source.text: len(part) for source, part in zip(sources, tokens, strict=True)}
-        note = "the rows are tokenised: no script can load the tokenizer of this notebook" if texts else ""
-        return _Rows(sources[0], sources[1] if len(sources) > 1 else None, None, counts, False, (note,) * bool(note))
+        note = ["the rows are tokenised: no script can load the tokenizer of this notebook"] if texts else []
+        evaluation = sources[1] if len(sources) > 1 else None
+        return _Rows(sources[0], evaluation, None, counts, False, (*note, *found.notes))
     sources = [
         source_of_path(os.fspath(part), target.parent)
         if isinstance(part, (str, os.PathLike))
@@ -259,7 +255,7 @@ def _rows(
     ]
     counts = {source.text: len(part) for source, part in zip(sources, opened, strict=True) if source.files}
     held = eval_data if is_amount(eval_data) else None
-    return _Rows(sources[0], sources[1] if len(sources) > 1 else held, loaded, counts)
+    return _Rows(sources[0], sources[1] if len(sources) > 1 else held, loaded, counts, notes=found.notes)
 
 
 _KINDS = ("data", "eval")

@@ -18,8 +18,9 @@ from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.logs import collapsed
 from nbpeft.memory.architecture import silenced
 from nbpeft.training.data.forms import row_of
+from nbpeft.training.data.reading import Reading, default_length
+from nbpeft.training.data.row import is_empty_cell
 from nbpeft.training.data.sources import place_in
-from nbpeft.training.data.tokenized import Reading, default_length
 
 _COMPARED = 500
 """Rows that a tokenizer has to read as the notebook's does."""
@@ -117,20 +118,17 @@ def _file(name: str, content: bytes) -> NewFile:
 
 
 def _first_read(how: Reading) -> list[Any]:
-    return [(row.whole, row.limit, row.empty) for row in itertools.islice(how.coded(), _COMPARED)]
+    return [(row.whole, row.label, row.limit, row.missing) for row in itertools.islice(how.coded(), _COMPARED)]
 
 
 def text_rows(how: Reading) -> str:
     """Rows as JSON lines with the columns that are read of them, which say in a script what they say here."""
-    form = how.form
-    assert form is not None
-    wanted = {how.columns.get(name, name) for name in (*form.needs, *form.may)}.union(how.also)
-    return json_lines(_kept(row, number, wanted) for number, row in enumerate(how.rows))
+    return json_lines(_kept(row, number, how.used) for number, row in enumerate(how.rows))
 
 
 def _kept(value: Any, number: int, wanted: Collection[str]) -> dict[str, Any]:
     row = dict(row_of(value, number, {}).values)
-    return {name: item for name, item in row.items() if name in wanted}
+    return {name: None if is_empty_cell(item) else item for name, item in row.items() if name in wanted}
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -1,0 +1,86 @@
+"""The classes that a classifier of texts tells apart, and the label of a row as one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.errors import did_you_mean
+from nbpeft.training.data.row import is_empty_cell
+
+SINGLE_LABEL = "single_label_classification"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the labels of a classifier mean.
+
+    Attributes:
+        count: of its outputs.
+        names: of the classes -> their numbers, as ``config.label2id`` has them.
+        problem: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
+    """
+
+    count: int
+    names: Mapping[str, int] = field(default_factory=dict)
+    problem: str = SINGLE_LABEL
+
+    @classmethod
+    def of(cls, config: Any) -> Classes:
+        """What the labels mean to a model with this config of transformers."""
+        count = int(config.num_labels)
+        usual = "regression" if count == 1 else SINGLE_LABEL
+        return cls(count, dict(config.label2id or {}), config.problem_type or usual)
+
+    def label(self, value: Any) -> int | float | list[float] | None:
+        """A label as the model takes it; None of an empty cell.
+
+        Args:
+            value: the number or name of a class; for several labels a list of numbers, one for each class.
+
+        Raises:
+            ValueError: it is none of this model's; the message says what is expected.
+        """
+        value = value.item() if getattr(value, "ndim", None) == 0 else value
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if is_empty_cell(value) or value == "":
+            return None
+        if self.problem == SINGLE_LABEL:
+            return self._number(value)
+        if self.problem == "regression" and self.count == 1:
+            return self._real(value)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != self.count:
+            raise ValueError(f"expected a list of {self.count} numbers ({self.problem})")
+        return [self._real(item) for item in value]
+
+    def name(self, label: Any) -> str:
+        """A label for a person."""
+        found = next((name for name, number in self.names.items() if number == label), None)
+        return str(label) if found in (None, f"LABEL_{label}") else f"{label} ({found})"
+
+    def _number(self, value: Any) -> int:
+        if isinstance(value, str) and value in self.names:
+            return self.names[value]
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number == number and number.is_integer() and 0 <= number < self.count:
+            return int(number)
+        listed = ", ".join(list(self.names)[:8]) + (", …" if len(self.names) > 8 else "")
+        hint = did_you_mean(value, self.names) if isinstance(value, str) else ""
+        raise ValueError(
+            f"the model knows 0 to {self.count - 1} ({listed}).{hint} Load it with the labels of these rows: "
+            "num_labels=…, label2id={…}"
+        )
+
+    def _real(self, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"expected a number ({self.problem})")
+        return number

@@ -1,0 +1,277 @@
+"""One row of a notebook, read by the names of its form; what is wrong with it is said with its number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.errors import TrainingError, did_you_mean, in_one_line, with_article
+
+WEIGHT = "weight"
+"""How much the loss on a row, or on a turn of the assistant, counts; 0 for what is not learned."""
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles that chat templates know."""
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "function",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+"""What the turns of a ShareGPT row are from, and the roles that chat templates know."""
+_MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios", "pixel_values"))
+"""Columns of rows and keys of messages that hold no text."""
+_FALSE = ("false", "0", "0.0")
+
+
+@dataclass(frozen=True)
+class Messages:
+    """The messages of a row.
+
+    Attributes:
+        messages: with ``role`` and ``content``, as chat templates want them.
+        weights: how much the loss on each of them counts; None where it does not say.
+        unused: keys of their content that nothing reads, by name.
+    """
+
+    messages: tuple[Mapping[str, Any], ...] = ()
+    weights: tuple[float | None, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, read by the names of its form.
+
+    Attributes:
+        values: column -> value.
+        number: 0 for the first.
+        columns: name in the form -> column, where they differ.
+    """
+
+    values: Mapping[str, Any]
+    number: int
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def error(self, what: str) -> TrainingError:
+        """The error that names this row."""
+        return TrainingError(f"Row {self.number}: {what}", index=self.number)
+
+    def value(self, name: str) -> Any:
+        """The value of a column; None for an empty cell, whatever a table has there.
+
+        Raises:
+            TrainingError: the row has no such column.
+        """
+        column = self.columns.get(name, name)
+        if column not in self.values:
+            has = listed(self.values)
+            raise self.error(f"{column!r} is missing; it has {has}.{did_you_mean(column, map(str, self.values))}")
+        value = self.values[column]
+        return None if is_empty_cell(value) else value
+
+    def text(self, name: str) -> str:
+        """The text of a column; that of an empty cell is empty.
+
+        Raises:
+            TrainingError: it holds something else.
+        """
+        value = self.value(name)
+        if value is not None and not isinstance(value, str):
+            raise self.error(f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text.")
+        return value or ""
+
+    def whole_number(self, name: str) -> int:
+        """The whole number of a column.
+
+        Raises:
+            TrainingError: it holds something else.
+        """
+        value = self.value(name)
+        number = value.item() if hasattr(value, "item") else value  # pandas and Parquet give numbers of numpy
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise self.error(f"{name!r} is {with_article(value)} ({value!r:.40}), not a whole number.")
+        return number
+
+    def optional(self, name: str) -> str:
+        """The text of a column that may be missing."""
+        return self.text(name) if self.columns.get(name, name) in self.values else ""
+
+    def weight(self) -> float:
+        """How much the loss on the row counts; 1 where it does not say.
+
+        Raises:
+            TrainingError: it is no number of at least 0.
+        """
+        column = self.columns.get(WEIGHT, WEIGHT)
+        given = self._weight(self.values.get(column), repr(column))
+        return 1.0 if given is None else given
+
+    def tools(self) -> Any:
+        """The tools of a chat, for its template; None where there are none.
+
+        Raises:
+            TrainingError: they are text that is not JSON.
+        """
+        column = self.columns.get("tools", "tools")
+        given = self.values.get(column)
+        if is_nothing(given):
+            return None
+        given = given.tolist() if hasattr(given, "tolist") else given
+        try:
+            return json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise self.error(f"{column!r} is text that is not JSON: {in_one_line(error)}.") from None
+
+    def check_unused(self, name: str) -> None:
+        """Refuses a column that is not used and without which the row says something else.
+
+        Raises:
+            TrainingError: it holds images, audio or video, or says that the completion is a bad one.
+        """
+        value = self.values[name]
+        if name in _MEDIA:
+            raise self.error(
+                f"{name!r} cannot be trained on, only text can: remove the column to train on the text of the rows."
+            )
+        if name == "label" and str(value).strip().lower() in _FALSE:
+            raise self.error(
+                f"'label' is {value!r:.40}: labels of good and bad completions are for preference tuning (KTO); here "
+                "every completion is learned as a good one: leave out the rows with bad ones."
+            )
+
+    # Messages
+
+    def messages(self, name: str) -> Messages:
+        """The messages of a column; none of an empty cell.
+
+        Args:
+            name: the column, as the form calls it.
+
+        Raises:
+            TrainingError: it is not a list of messages, or one of them cannot be read; names the message.
+        """
+        given, column = self.value(name), self.columns.get(name, name)
+        given = given.tolist() if hasattr(given, "tolist") else given  # pandas and Parquet give arrays
+        if given is None:
+            return Messages()
+        if not isinstance(given, (list, tuple)):
+            raise self.error(f"{column!r} is {with_article(given)} ({given!r:.40}), not a list of messages.")
+        read = [self._message(message, f"message {place} of {column!r}") for place, message in enumerate(given)]
+        return Messages(
+            tuple(message for message, _, _ in read),
+            tuple(weight for _, weight, _ in read),
+            tuple(dict.fromkeys(key for _, _, keys in read for key in keys)),
+        )
+
+    def _message(self, given: Any, where: str) -> tuple[Mapping[str, Any], float | None, list[str]]:
+        """A message without its weight, the weight, and what is not used of its content."""
+        if not isinstance(given, Mapping):
+            raise self.error(
+                f"{where} is {with_article(given)} ({given!r:.40}), not a dictionary with role and content."
+            )
+        message = {key: value for key, value in given.items() if value is not None}  # as tables fill what is missing
+        role = self._role(message, where)
+        weight = self._weight(message.pop(WEIGHT, None), f"{WEIGHT!r} of {where}")
+        media = next((key for key, value in message.items() if key in _MEDIA and not is_nothing(value)), None)
+        if media is not None:
+            raise self.error(f"{media!r} of {where} cannot be trained on, only text can.")
+        if "content" not in message and "value" in message:
+            message["content"] = message.pop("value")
+        content = message.get("content")
+        if is_empty_cell(content):
+            content = self._no_content(given, message, role, where)
+        content, unused = self._content(content, where)
+        if content is not None:
+            message["content"] = content
+        return {"role": role, **message}, weight, unused
+
+    def _role(self, message: dict[str, Any], where: str) -> str:
+        key = next((key for key in ("role", "from") if key in message), None)
+        if key is None:
+            raise self.error(f"{where} has no 'role' (or 'from'); it has {listed(message)}.")
+        role = message.pop(key)
+        if not isinstance(role, str):
+            raise self.error(f"{where}: {key!r} is {with_article(role)}, not the name of a role.")
+        if key == "from" and role not in SHAREGPT_ROLES:
+            raise self.error(f"{where} is from {role!r:.40}.{nearest_role(role, SHAREGPT_ROLES)}")
+        return SHAREGPT_ROLES[role] if key == "from" else role
+
+    def _no_content(self, given: Mapping[str, Any], message: dict[str, Any], role: str, where: str) -> Any:
+        """The content of a message that has none: that of a turn of the assistant is empty, None beside tool calls."""
+        if message.get("tool_calls"):
+            message.pop("content", None)
+            return None
+        if not {"content", "value"} & given.keys():
+            raise self.error(f"{where} has no 'content' (or 'value'); it has {listed(given)}.")
+        if role != "assistant":
+            raise self.error(f"{where} has no text: 'content' is None.")
+        return ""
+
+    def _content(self, content: Any, where: str) -> tuple[Any, list[str]]:
+        """Content, with each of several parts as a dictionary, and what is not used of the parts."""
+        if content is None or isinstance(content, str):
+            return content, []
+        content = content.tolist() if hasattr(content, "tolist") else content
+        if not isinstance(content, (list, tuple)):
+            raise self.error(f"{where} has no text: 'content' is {with_article(content)}.")
+        parts, unused = [], []
+        for part in content:
+            part = {"type": "text", "text": part} if isinstance(part, str) else part
+            kind = part.get("type") if isinstance(part, Mapping) else with_article(part)
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise self.error(
+                    f"{where} has content of type {kind!r:.40}, and only text can be trained on: "
+                    "{'type': 'text', 'text': …}."
+                )
+            parts.append({"type": "text", "text": part["text"]})
+            extra = [key for key, value in part.items() if key not in ("type", "text") and not is_nothing(value)]
+            unused += [f"{key!r} of parts of a content" for key in extra]
+        return parts, unused
+
+    def _weight(self, value: Any, where: str) -> float | None:
+        if value is None:
+            return None
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            weight = math.nan
+        if not (math.isfinite(weight) and weight >= 0):
+            raise self.error(f"{where} is {value!r:.40}; expected a number of at least 0.")
+        return weight
+
+
+def is_empty_cell(value: Any) -> bool:
+    """Whether a value stands for nothing: None, or the NaN of a table."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value says nothing: an empty cell, blank text, or a list or dictionary without anything in it."""
+    if isinstance(value, str):
+        return not value.strip()
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    return is_empty_cell(value) or (isinstance(value, Sized) and not len(value))
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a person."""
+    names = [str(name) for name in names]
+    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") if names else "no columns"
+
+
+def nearest_role(role: str, known: Sequence[str] | Mapping[str, str]) -> str:
+    """A hint at the role that was meant."""
+    return did_you_mean(role, known) or f" Known: {', '.join(known)}."
