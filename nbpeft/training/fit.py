@@ -29,7 +29,7 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import StreamedRows, is_plain, is_stream, open_data
+from nbpeft.training.data import StreamedRows, TokenizedRows, is_plain, is_stream, open_data
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
@@ -166,13 +166,13 @@ def train(
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
                 run.output_dir = str(fields.get("output_dir", ""))
-                _note(run, rows, settings, data_hint)
+                said = _note(run, rows, settings, data_hint)
                 own = _not_none(max_length=max_length, packing=packing or None, processes=processes, machines=machines)
                 if launch is not None:
                     own |= {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
                     own |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
                     own |= {"run_dir": run_dir, "track": track}
-                    metrics = _elsewhere(model, run, launch, rows, arguments | own)
+                    metrics = _elsewhere(model, run, launch, rows, said, arguments | own)
                 else:
                     kept = given | fields | own | kept_of(members)
                     around = _around(run_dir, run, model, kept, trackers, rows)
@@ -191,15 +191,17 @@ def train(
     return result
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> None:
-    """Says what was done to the rows, what is not used of them, and what will be slow."""
+def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
+    """Says what was done to the rows, what is not used of them, and what will be slow. Returns what it says of rows."""
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
             part.report = run.note
-    said = [note for note in (*rows.notes, rows.held_out) if note]
-    run.note("; ".join(said) + (f" ({data_hint})" if data_hint and rows.notes else ""))
+    said = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
+    said += f" ({data_hint})" if data_hint and rows.notes else ""
+    run.note(said)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
+    return said
 
 
 def _not_none(**values: Any) -> dict[str, Any]:
@@ -430,15 +432,28 @@ def _introduce(trainer: Any, around: Sequence[RunKeeper | TrackCallback], inside
 
 
 def _elsewhere(
-    model: nn.Module, run: Run, launch: Launch, rows: TrainingRows, arguments: Mapping[str, Any]
+    model: nn.Module, run: Run, launch: Launch, rows: TrainingRows, said: str, arguments: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Runs a Trainer in each of several processes, as ``_fit`` runs one here."""
+    """Runs a Trainer in each of several processes, as ``_fit`` runs one here.
+
+    Args:
+        model: in training.
+        run: is told how it goes.
+        launch: how many processes.
+        rows: of the training.
+        said: of the rows, which the processes say in their record of the run.
+        arguments: further ones of ``train``.
+    """
     if is_stream(rows.train):
         raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
     metrics: dict[str, float] = {}
+    train_rows, eval_rows = (
+        TokenizedRows(part, unused=notes) if isinstance(part, TokenizedRows) else part
+        for part, notes in ((rows.train, (said,) if said else ()), (rows.evaluation, ()))
+    )
     run.mirrors = True
     with _interrupted_once(run), run:
-        metrics = train_apart(model, run, launch, rows.train, rows.evaluation, arguments)
+        metrics = train_apart(model, run, launch, train_rows, eval_rows, arguments)
     manager = manager_of(model)
     if manager is not None and run.steps_done and "output_dir" not in arguments:
         mark_unsaved(manager, *trained_names(model))

@@ -541,7 +541,8 @@ class Run:
 
     def _message(self) -> str:
         if self._mirrored is not None and self._status not in ("failed", "stopped"):
-            return " · ".join(dict.fromkeys([*self._notes, self._mirrored.message])).strip(" ·")
+            theirs = self._mirrored.message
+            return " · ".join([*(note for note in self._notes if note not in theirs), theirs]).strip(" ·")
         saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])
 

@@ -164,20 +164,23 @@ class Trainer(transformers.Trainer):
 
 
 def _counted(batch: Any) -> Any:
-    """A batch whose labels count by their weights."""
-    if LOSS_WEIGHTS not in batch or "labels" not in batch:
+    """A batch whose labels count by their weights: in float32 all, since the sums of several processes are gathered."""
+    if not isinstance(batch.get("labels"), Tensor):
         return batch
-    return {**batch, "labels": _Counted(batch["labels"], batch[LOSS_WEIGHTS])}
+    labels = with_loss_weights(batch)["labels"]
+    if isinstance(labels, WeightedLabels):
+        return {**batch, "labels": _CountedLabels(labels.plain, labels.weights)}
+    return {**batch, "labels": _CountedLabels(labels, torch.ones_like(labels, dtype=torch.float32))}
 
 
-class _Counted:
+class _CountedLabels:
     """Labels as far as a Trainer counts them: ``labels[..., 1:].ne(-100).sum()``."""
 
     def __init__(self, labels: Tensor, weights: Tensor) -> None:
         self._labels, self._weights = labels, weights
 
-    def __getitem__(self, index: Any) -> _Counted:
-        return _Counted(self._labels[index], self._weights[index])
+    def __getitem__(self, index: Any) -> _CountedLabels:
+        return _CountedLabels(self._labels[index], self._weights[index])
 
     def ne(self, ignore_index: int) -> Tensor:
         return sum_of_weights(self._labels, self._weights, ignore_index)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 IGNORED = -100
 """The label that no loss is taken on."""
+_FAR = sys.maxsize
+"""Behind the end of every text."""
 
 
 class Span(NamedTuple):
@@ -63,10 +66,7 @@ def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = 
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
-        weights = [
-            max((weight for first, last, weight in spans if start < last and end > first), default=0.0)
-            for start, end in encoding["offset_mapping"]
-        ]
+        weights = _by_offsets(encoding["offset_mapping"], spans)
     else:
         ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
         weights = _by_prefix(tokenizer, text, ids, spans, special)
@@ -80,6 +80,18 @@ def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = 
             ids, weights = [*ids, end], [*weights, 1.0]
     labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
     return Encoded(ids, labels, None if {0.0, 1.0}.issuperset(weights) else weights)
+
+
+def _by_offsets(offsets: Iterable[tuple[int, int]], spans: Sequence[Span]) -> list[float]:
+    """The weight of each token: that of the first span that it touches, and 0 outside of all."""
+    following = iter((*spans, Span(_FAR, _FAR, 0.0)))
+    first, last, weight = next(following)
+    found = []
+    for start, end in offsets:
+        while start >= last:
+            first, last, weight = next(following)
+        found.append(weight if end > first else 0.0)
+    return found
 
 
 def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[float]:

@@ -13,7 +13,6 @@ from nbpeft.training.data.row import (
     WEIGHT,
     Messages,
     Row,
-    is_nothing,
     listed,
     nearest_role,
 )
@@ -100,8 +99,7 @@ def _read_text(row: Row, chat: bool) -> Example:
 def _read_pair(row: Row, chat: bool) -> Example:
     prompt, completion = row.value("prompt"), row.value("completion")
     if isinstance(prompt, str) or (prompt is None and (completion is None or isinstance(completion, str))):
-        unused = () if is_nothing(row.values.get(row.columns.get("tools", "tools"))) else ("'tools'",)
-        return Pair(row.text("prompt"), row.text("completion"), unused)
+        return Pair(row.text("prompt"), row.text("completion"), _tools_of_text(row))
     return _chat(row, row.messages("completion"), row.messages("prompt"))
 
 
@@ -118,7 +116,8 @@ def _read_instruction(row: Row, chat: bool) -> Example:
     if not chat:
         head, middle = (_ALPACA_INPUT, f"\n\n### Input:\n{more}") if more else (_ALPACA, "")
         head = row.optional("system") or head
-        return Pair(f"{head}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n", output)
+        prompt = f"{head}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n"
+        return Pair(prompt, output, _tools_of_text(row))
     if not output.strip():
         return Pair(instruction, "")
     request = f"{instruction}\n\n{more}" if more else instruction
@@ -128,6 +127,11 @@ def _read_instruction(row: Row, chat: bool) -> Example:
 
 def _read_labelled(row: Row, chat: bool) -> Example:
     return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
+
+
+def _tools_of_text(row: Row) -> tuple[str, ...]:
+    """The name of the tools of a row without a chat, which nothing prints."""
+    return () if row.tools() is None else (repr(row.columns.get("tools", "tools")),)
 
 
 def _system(row: Row) -> Messages:
@@ -157,7 +161,7 @@ FORMS = (
     Form("messages", ("messages",), _read_messages, ("tools", "system", WEIGHT)),
     Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT)),
     Form("conversations", ("conversations",), _read_conversations, ("system", "tools", WEIGHT)),
-    Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", WEIGHT)),
+    Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", "tools", WEIGHT)),
     Form("text", ("text",), _read_text, (WEIGHT,)),
 )
 """Of rows for language models."""
@@ -263,7 +267,8 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     lower = {column.lower(): column for column in columns}
     prompt = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
     if {"chosen", "rejected"} <= lower.keys():
-        names = {"messages": lower["chosen"]} if prompt is None else {"prompt": prompt, "completion": lower["chosen"]}
+        names = {"messages" if prompt is None else "completion": lower["chosen"]}
+        names |= {} if prompt in (None, "prompt") else {"prompt": prompt}
         return (
             " Chosen and rejected answers are for preference tuning (DPO); here one answer to each prompt is learned: "
             f"columns={names} takes the chosen ones."

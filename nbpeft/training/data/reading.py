@@ -244,7 +244,7 @@ class Reading:
         unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values))
         more = self._kept(values)
         if self.inputs.classes is not None:
-            label, weight = self._label(row, given, name or "labels"), weight * float(values.get(LOSS_WEIGHTS, 1))
+            label, weight = self._label(row, given, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
             reason = reason or ("the label is empty" if label is None else "")
             return CodedRow(row.number, Encoded(ids, []), len(ids), False, reason, label, more, weight, unused)
         seen = _listed(values.get("attention_mask", [1] * len(ids)))

@@ -32,7 +32,6 @@ SHAREGPT_ROLES = {
 """What the turns of a ShareGPT row are from, and the roles that chat templates know."""
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios", "pixel_values"))
 """Columns of rows and keys of messages that hold no text."""
-_FALSE = ("false", "0", "0.0")
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,13 @@ class Row:
         """The text of a column that may be missing."""
         return self.text(name) if self.columns.get(name, name) in self.values else ""
 
-    def weight(self) -> float:
-        """How much the loss on the row counts; 1 where it does not say.
+    def weight(self, name: str = WEIGHT) -> float:
+        """How much the loss on the row counts by a column; 1 where there is none.
 
         Raises:
             TrainingError: it is no number of at least 0.
         """
-        column = self.columns.get(WEIGHT, WEIGHT)
+        column = self.columns.get(name, name)
         given = self._weight(self.values.get(column), repr(column))
         return 1.0 if given is None else given
 
@@ -145,7 +144,7 @@ class Row:
             raise self.error(
                 f"{name!r} cannot be trained on, only text can: remove the column to train on the text of the rows."
             )
-        if name == "label" and str(value).strip().lower() in _FALSE:
+        if name == "label" and str(value).strip().lower() == "false":
             raise self.error(
                 f"'label' is {value!r:.40}: labels of good and bad completions are for preference tuning (KTO); here "
                 "every completion is learned as a good one: leave out the rows with bad ones."

@@ -15,7 +15,7 @@ from nbpeft.errors import TrainingError
 from nbpeft.training.data.encoding import IGNORED
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.sources import is_stream
-from nbpeft.training.data.tokenized import named_rows
+from nbpeft.training.data.tokenized import check_columns, named_rows
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
@@ -118,6 +118,8 @@ def summarize(
         TrainingError: as for ``prepare_data``, except that rows without anything to learn are reported.
     """
     how = reading(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    if how.form is None:
+        check_columns(how)
     streamed = is_stream(how.rows)
     coded: Iterator[CodedRow] = itertools.islice(how.coded(), _STREAMED if streamed else None)
     lengths: list[int] = []

@@ -215,6 +215,7 @@ def _tokens(how: Reading) -> PreparedRows:
     rows = how.rows
     if isinstance(rows, TokenizedRows):
         return PreparedRows(rows, rows.notes)
+    check_columns(how)
     listed = isinstance(rows, (list, tuple))
     found = _columns_of_all(rows)
     if any(how.columns.get(name, name) in found for name in _REWRITTEN):
@@ -230,7 +231,6 @@ def _tokens(how: Reading) -> PreparedRows:
         if how.columns:
             rows = _renamed_rows(rows, how.columns)
         return PreparedRows(rows, notes)
-    _check_columns(rows, {name for name in found if name not in extra}, how.columns)
     if extra or how.columns:
         left = {*extra, *how.columns.values()} - how.columns.keys()
         rows = [{name: item for name, item in renamed(row, how.columns).items() if name not in left} for row in rows]
@@ -246,15 +246,19 @@ def _columns_of_all(rows: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for values in each for name in values))
 
 
-def _check_columns(rows: Sequence[Mapping[str, Any]], used: set[str], columns: Mapping[str, str]) -> None:
-    """Refuses rows of which some lack what a batch of others has.
+def check_columns(how: Reading) -> None:
+    """Refuses tokenised rows in a list of which some lack what a batch of others has.
 
     Raises:
         TrainingError: names the row.
     """
-    optional = {columns.get(name, name) for name in ("attention_mask", *LABELS)}
-    for number, row in enumerate(rows):
-        missing = next((name for name in used - optional if name not in row), None)
+    if not isinstance(how.rows, (list, tuple)):
+        return
+    found = _columns_of_all(how.rows)
+    used = [name for name in found if name not in how.extra(found)]
+    optional = {how.columns.get(name, name) for name in ("attention_mask", *LABELS, *_REWRITTEN)}
+    for number, row in enumerate(how.rows):
+        missing = next((name for name in used if name not in row and name not in optional), None)
         if missing is not None:
             raise TrainingError(f"Row {number} has no {missing!r}, which other rows have.", index=number)
 

@@ -43,7 +43,8 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.slice
 def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -> None:
     alone, apart = trainable(lora_dropout=0.0), trainable(lora_dropout=0.0)
-    expected = train(alone, rows(), rows(4), **ONE, **ARGUMENTS)
+    weighted = [{**row, "weight": 1 + place % 3, "id": place} for place, row in enumerate(rows())]
+    expected = train(alone, weighted, rows(4), **ONE, **ARGUMENTS)
     control, seen = RunControl(), []
 
     def publish(state: Any) -> None:
@@ -54,7 +55,7 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
             control.request_save()
             control.resume()
 
-    result = train(apart, rows(), rows(4), run_dir=tmp_path, control=control, publish=publish, **TWO, **ARGUMENTS)
+    result = train(apart, weighted, rows(4), run_dir=tmp_path, control=control, publish=publish, **TWO, **ARGUMENTS)
     assert (result.status, result.steps, result.token_count) == ("finished", 24, expected.token_count // 2)
     for (step, mine), (other, theirs) in zip(result.state.history, expected.state.history, strict=True):
         assert step == other and mine == pytest.approx(theirs, abs=1e-4)
@@ -65,6 +66,7 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
     facts = RunFolder(folder).facts()
     assert (facts["status"], facts["step"], facts["arguments"]["processes"]) == ("finished", 24, 2)
     assert [entry["step"] for entry in RunFolder(folder).entries() if "loss" in entry] == list(range(1, 25))
+    assert all(message.count("columns not used: 'id'") == 1 for message in (result.message, facts["message"]))
     assert "saved in" in result.message and list(folder.glob("default-step-*/adapter_model.safetensors"))
     assert result.state.folder == str(folder) and result.state.memory is not None
 
