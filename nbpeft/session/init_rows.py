@@ -103,6 +103,6 @@ def starting_from(
         yield lambda manager, name: None
         return
     read = rows.read(ctx, model) if rows is not None and init else None
-    notes += read.notes if read is not None else ()
+    notes += read.notes(loss=init == "lora_ga") if read is not None else ()
     with started_from(model, config, read) as start:
         yield lambda manager, name: notes.append(start.finish(manager, name))

@@ -15,6 +15,7 @@ from nbpeft.display.numbers import count, plural
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
+from nbpeft.names import LOSS_WEIGHTS
 from nbpeft.training.adapted import base_of, call_columns
 from nbpeft.training.data import (
     Collator,
@@ -141,12 +142,21 @@ class FirstRows:
     Attributes:
         rows: tokenised.
         collate: makes a batch of some of them.
-        notes: what was cut, left out or not used.
+        read_notes: what was cut, left out or not used.
     """
 
     rows: Sequence[Mapping[str, Any]]
     collate: Collator
-    notes: tuple[str, ...] = ()
+    read_notes: tuple[str, ...] = ()
+
+    def notes(self, *, loss: bool) -> tuple[str, ...]:
+        """What a person should know of the rows.
+
+        Args:
+            loss: whether a loss is computed of them, in which their weights count.
+        """
+        unused = any(LOSS_WEIGHTS in row for row in self.rows) and not loss
+        return (*self.read_notes, *(["not used: weights of the rows"] if unused else []))
 
     def batches(self, size: int = BATCH_SIZE, *, labels: bool = True) -> list[dict[str, Tensor]]:
         """Their batches.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -93,7 +94,9 @@ class Trainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The batch on the model's device, its weights on the labels: they reach whatever computes the loss."""
-        prepared = super()._prepare_inputs(inputs)
+        prepared: Any = super()._prepare_inputs(inputs)
+        if not isinstance(prepared, Mapping):
+            return prepared
         if LOSS_WEIGHTS in prepared:
             if self.args.torch_compile or is_compiled(self.model):
                 raise TrainingError("the rows have weights, which the loss of a compiled model does not take")
@@ -165,7 +168,7 @@ class Trainer(transformers.Trainer):
 
 def _counted(batch: Any) -> Any:
     """A batch whose labels count by their weights: in float32 all, since the sums of several processes are gathered."""
-    if not isinstance(batch.get("labels"), Tensor):
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return batch
     labels = with_loss_weights(batch)["labels"]
     if isinstance(labels, WeightedLabels):

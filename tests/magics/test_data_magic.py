@@ -70,7 +70,6 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
         ("asked --columns prompt=question complation=answer", "'complation' is none of"),
         ("asked", "--columns prompt=question completion=answer"),
         ("[{'text': 'a'}, {'text': 3}]", "Row 1: 'text' is an int (3), not text."),
-        ("[{'text': ''}]", "None of the 1 rows holds anything to learn within 1024 tokens: row 0: the text is empty"),
     ],
 )
 @pytest.mark.parametrize("verb", ["%lora_train model --data", "%lora data"])
@@ -112,6 +111,19 @@ def test_a_training_says_where_to_see_what_was_cut(ready: Notebook) -> None:
     shown = ready.do("%lora data rows --tokenizer tok --max-length 13").summary
     assert shown.cut_rows == 3
     assert "%lora data" not in ready.do(cell.format("")).message
+
+
+def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> None:
+    ready["labelled"] = [{"text": "a b", "label": "yes", "id": 1}] * 4
+    shown = ready.do("%lora data labelled --tokenizer tok")
+    assert shown.notes[0] == "columns not used: 'id', 'label'" and "columns not used: " in shown._repr_html_()
+    assert "--columns prompt=text completion=label makes it answer with the label" in shown.notes[1]
+    told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1").message
+    assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
+    ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
+    assert "say what they are called: --columns prompt=COLUMN completion=COLUMN" in ready.run("%lora data odd").line
+    ready["pairs"] = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    assert "--columns completion=chosen takes the chosen ones" in ready.run("%lora data pairs").line
 
 
 @pytest.mark.parametrize("source", ["sums.jsonl", "asked --columns prompt=question completion=answer"])

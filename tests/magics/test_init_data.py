@@ -91,6 +91,14 @@ def test_an_adapter_starts_as_if_peft_s_function_was_called(ready: Notebook, ini
     assert same_state(state(model.unload()), state(llama()))
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_what_is_not_used_of_the_rows_is_named(ready: Notebook, init: str) -> None:
+    ready["rows"] = [{**row, "id": 1, "weight": 2} for row in rows()]
+    notes = ready.do(cell(init, "--init-data rows")).notes
+    assert "columns not used: 'id'" in notes
+    assert ("not used: weights of the rows" in notes) is (init == "eva")
+
+
 def test_what_it_started_from_is_had_again(ready: Notebook) -> None:
     for init in ("eva", "corda", "lora_ga"):
         ready.do(cell(init, "--init-data rows"))

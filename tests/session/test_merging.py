@@ -30,7 +30,9 @@ def test_rows_decide_how_it_is_rounded(session: Session, model: Any) -> None:
     plain = session.merge(model=model)
     assert "session.merge(calibrate=…) most of what it does" in str(plain)
     session.unmerge(model=model)
-    result = session.merge("sql", model=model, calibrate=token_rows(200))
+    rows = [{**row, "id": 1, "weight": 2} for row in token_rows(200)]
+    result = session.merge("sql", model=model, calibrate=rows)
+    assert result.notes[:2] == ("columns not used: 'id'", "not used: weights of the rows")
     tokens = sum(len(row["input_ids"]) for row in token_rows(128))
     assert str(result).startswith("merged 'sql' into model")
     assert f"rounded by what {tokens:,} tokens need: of what sql adds to a layer's outputs" in str(result)

@@ -169,6 +169,16 @@ class NoRows:
             [{"question": "a", "answer": "b"}],
             r"Expected columns .*found 'question', 'answer'. Say which is which",
         ),
+        (
+            [{"ID": "a", "Ticket Text ": "b"}],
+            r"Did you mean 'text'\? Or say what they are called: columns=\{'prompt': 'COLUMN', 'comp",
+        ),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], r"\(DPO\).*: columns=\{'completion': 'chosen'\} takes"),
+        (
+            [{"question": "a", "chosen": "b", "rejected": "c"}],
+            r"columns=\{'completion': 'chosen', 'prompt': 'question'",
+        ),
+        ([{"chosen": [], "rejected": []}], r"columns=\{'messages': 'chosen'\} takes the chosen ones"),
         ([], "no rows"),
         (datasets.Dataset.from_dict({"text": []}), "no rows"),
         ([[1, 2]], "Row 0 is a list, not a dictionary with prompt and completion"),

@@ -70,11 +70,11 @@ def test_rows_of_every_kind_become_the_same_tokens(data: Any) -> None:
     assert list(prepare_data(data, TOKENIZER)) == EXPECTED
 
 
-def write_separated(path: Path, delimiter: str) -> None:
+def write_separated(path: Path, delimiter: str, rows: Any = PAIRS) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
         table.writeheader()
-        table.writerows(PAIRS)
+        table.writerows(rows)
 
 
 @pytest.fixture
@@ -98,6 +98,41 @@ def test_files_of_every_kind_become_the_same_tokens(files: Path, name: str) -> N
     assert list(prepare_data(f"{files / name}[2:4]", TOKENIZER)) == EXPECTED[2:4]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("rows", [PAIRS, [{"prompt": "a, b; c", "completion": 'd;\n"e", f'}] * 3])
+def test_what_separates_cells_is_found(tmp_path: Path, delimiter: str, rows: Any) -> None:
+    path = tmp_path / "rows.csv"
+    write_separated(path, delimiter, rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as a spreadsheet saves it
+    assert open_data(path) == rows
+
+
+def test_a_table_of_one_column_is_separated_by_commas(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text\n"a; b"\n"c, d"\n')
+    assert open_data(tmp_path / "rows.csv") == [{"text": "a; b"}, {"text": "c, d"}]
+
+
+def test_cells_are_as_long_as_they_are_for_the_time_of_reading(tmp_path: Path) -> None:
+    before = csv.field_size_limit(1000)
+    try:
+        (tmp_path / "rows.csv").write_text(f"text\n{'a' * 200_000}\n")
+        assert len(open_data(tmp_path / "rows.csv")[0]["text"]) == 200_000
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_the_longest_cell_fits_a_long_of_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(limit: int) -> int:
+        if limit >= 2**31:
+            raise OverflowError("Python int too large to convert to C long")
+        return 131_072
+
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    monkeypatch.setattr(csv, "field_size_limit", narrow)
+    assert open_data(tmp_path / "rows.csv") == [{"text": "a"}]
+
+
 def test_files_are_read_without_datasets_and_pandas(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("datasets", "pandas", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -118,7 +153,8 @@ def test_files_are_read_without_datasets_and_pandas(files: Path, monkeypatch: py
         ("a.json", '{"a": 1, "b": 2}', r"^a.json holds an object with 2 keys; expected a list of rows"),
         ("a.json", "[1, ", r"^a.json is not JSON: "),
         ("a.json", "3", r"^a.json holds no list of rows"),
-        ("a.csv", "text\nyes, no\n", r"^a.csv, line 2 has more cells than the 1 of its header"),
+        ("a.csv", "text\nyes, no\n", r"^a.csv, line 2 has more cells than the 1 of its header \(separated by ','\)"),
+        ("a.csv", "text;text\na;b\n", r"^a.csv has two columns called 'text': rename one of them"),
         ("a.csv", "text\n", r"^a.csv has no rows"),
         ("a.csv", b"text\n\xff\xfe\n", r"^a.csv is not UTF-8 text"),
         ("a.parquet", "text", r"^a.parquet is not Parquet: "),

@@ -137,7 +137,7 @@ def _merge_calibrated(
     reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
     first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns)
     left = merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe)
-    return [*first.notes, str(left)]
+    return [*first.notes(loss=False), str(left)]
 
 
 def _write_copy(
