@@ -147,7 +147,8 @@ def train(
         raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
     data = open_data(data)
     form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
-    form |= {"all_columns": fields.get("remove_unused_columns") is False, "unweighted": why_unweighted(trainer_class)}
+    form |= {"all_columns": fields.get("remove_unused_columns") is False}
+    form |= {"unweighted": why_unweighted(trainer_class, own_batches=options.get("data_collator") is not None)}
     rows = training_rows(model, data, eval_data, **form, seed=fields.get("seed"))
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)

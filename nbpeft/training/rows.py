@@ -90,6 +90,8 @@ def training_rows(
         notes += [f"of the rows to evaluate on: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
     train, evaluation = hold_out(rows, eval_data, seed if isinstance(seed, int) else 42)
+    if isinstance(rows, StreamedRows) and rows.notes:  # those that are held out were read meanwhile
+        notes = [rows.notes]
     known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
     held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
     return TrainingRows(train, evaluation, tuple(notes), held)

@@ -226,12 +226,15 @@ def has_own_loss(trainer_class: type[Any]) -> bool:
     return getattr(trainer_class, "compute_loss", None) not in usual
 
 
-def why_unweighted(trainer_class: type[Any]) -> str:
+def why_unweighted(trainer_class: type[Any], *, own_batches: bool = False) -> str:
     """Why the loss of a Trainer class counts no row more than another; empty if it can.
 
     Args:
         trainer_class: A subclass of ``transformers.Trainer``.
+        own_batches: Whether somebody else makes the batches.
     """
+    if own_batches:
+        return "the data_collator that is given makes batches of its own: leave it out, or remove the weights"
     if issubclass(trainer_class, Trainer):
         return ""
     name = f"{trainer_class.__module__}.{trainer_class.__qualname__}"

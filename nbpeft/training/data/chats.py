@@ -135,29 +135,30 @@ class ChatRenderer:
         roles = tuple(message["role"] for message in chat.messages)
         shape = roles, tuple((part, _shape(value)) for part, value in parts.items())
         known = self._left_out.get(shape)
-        hidden = known or frozenset()
-        for part, value in parts.items():
-            long_text = isinstance(value, str) and len(value.strip()) >= _SURE
-            surely = long_text and value.strip() in text
-            if not surely and (known is None or (long_text and part not in known)):
-                hidden |= self._tried(chat, text, part)
         if known is None:
             if len(self._left_out) == _MOST_SHAPES:
                 self._left_out.clear()
-            self._left_out[shape] = hidden
-        return hidden
+            known = frozenset(part for part in parts if self._is_hidden(chat, text, part))
+            self._left_out[shape] = known
+            return known
+        doubtful = {  # a text that stands there though it should not, or the other way round
+            part
+            for part, value in parts.items()
+            if isinstance(value, str) and len(value.strip()) >= _SURE and (value.strip() in text) is (part in known)
+        }
+        return known - doubtful | {part for part in doubtful if self._is_hidden(chat, text, part)}
 
-    def _tried(self, chat: Chat, text: str, part: Part) -> frozenset[Part]:
+    def _is_hidden(self, chat: Chat, text: str, part: Part) -> bool:
+        """Whether the text of a chat is the same without a part."""
         number, key = part
         messages = list(chat.messages)
         if part != _TOOLS:
             rest = {name: value for name, value in messages[number].items() if name != key}
             messages[number] = {**rest, "content": ""} if key == "content" else rest
         try:
-            same = self._text(messages, None if part == _TOOLS else chat.tools) == text
+            return self._text(messages, None if part == _TOOLS else chat.tools) == text
         except Exception:  # a template that cannot do without it
-            same = False
-        return frozenset([part]) if same else frozenset()
+            return False
 
     # Content of several parts
 

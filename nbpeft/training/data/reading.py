@@ -121,6 +121,7 @@ class Reading:
         tokenizer: of the model.
         limit: tokens a row is cut to.
         inputs: what the model takes.
+        class_names: of the numbers that a dataset has as labels, if it names them.
     """
 
     rows: Any
@@ -129,6 +130,7 @@ class Reading:
     tokenizer: Any = None
     limit: int = DEFAULT_MAX_LENGTH
     inputs: ModelInputs = field(default_factory=ModelInputs)
+    class_names: tuple[str, ...] = ()
 
     @property
     def has_template(self) -> bool:
@@ -227,9 +229,16 @@ class Reading:
         Raises:
             TrainingError: it is none of the classes.
         """
-        assert self.inputs.classes is not None
+        classes = self.inputs.classes
+        assert classes is not None
+        if (
+            classes.names.keys() >= {*self.class_names}
+            and isinstance(value, int)
+            and 0 <= value < len(self.class_names)
+        ):
+            value = self.class_names[value]  # a dataset may count the same classes in another order
         try:
-            return self.inputs.classes.label(value)
+            return classes.label(value)
         except ValueError as error:
             raise row.error(f"{self.columns.get(column, column)!r} is {value!r:.40}; {error}.") from None
 
@@ -325,7 +334,9 @@ def reading(
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=found)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in found))
-    return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), inputs)
+    feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
+    names = tuple(getattr(feature, "names", None) or ())
+    return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), inputs, names)
 
 
 def default_length(tokenizer: Any) -> int:

@@ -96,6 +96,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         coded: starts the stream anew.
         check: called with each row and its number.
         skipped: rows with something to learn that are left to others.
+        unused: what is known of the stream that is not trained on.
 
     Attributes:
         report: called with what rows hold that is not trained on, once for each of it.
@@ -106,12 +107,13 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         coded: Callable[[], Iterator[CodedRow]],
         check: Callable[[Mapping[str, Any], int], None] = lambda row, number: None,
         skipped: int = 0,
+        unused: UnusedParts | None = None,
     ) -> None:
         self._coded = coded
         self.check = check
         self.skipped = skipped
         self.report: Callable[[str], None] = lambda line: None
-        self._unused = UnusedParts()
+        self._unused = unused or UnusedParts()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         passed = 0
@@ -136,7 +138,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
 
     def after(self, count: int) -> StreamedRows:
         """The same stream without its first rows."""
-        return StreamedRows(self._coded, self.check, self.skipped + count)
+        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused)
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,7 @@ def _tokens(how: Reading) -> PreparedRows:
     rows = how.rows
     if isinstance(rows, TokenizedRows):
         return PreparedRows(rows, rows.notes)
-    check_columns(how)
-    listed = isinstance(rows, (list, tuple))
-    found = _columns_of_all(rows)
+    found, listed = check_columns(how), isinstance(rows, (list, tuple))
     if any(how.columns.get(name, name) in found for name in _REWRITTEN):
         read = StreamedRows(how.coded) if is_stream(rows) else _in_memory(how)
         return PreparedRows(read, read.notes)
@@ -246,21 +246,22 @@ def _columns_of_all(rows: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for values in each for name in values))
 
 
-def check_columns(how: Reading) -> None:
-    """Refuses tokenised rows in a list of which some lack what a batch of others has.
+def check_columns(how: Reading) -> tuple[str, ...]:
+    """Refuses tokenised rows in a list of which some lack what a batch of others has. Returns the columns of all.
 
     Raises:
         TrainingError: names the row.
     """
-    if not isinstance(how.rows, (list, tuple)):
-        return
     found = _columns_of_all(how.rows)
+    if not isinstance(how.rows, (list, tuple)):
+        return found
     used = [name for name in found if name not in how.extra(found)]
     optional = {how.columns.get(name, name) for name in ("attention_mask", *LABELS, *_REWRITTEN)}
     for number, row in enumerate(how.rows):
         missing = next((name for name in used if name not in row and name not in optional), None)
         if missing is not None:
             raise TrainingError(f"Row {number} has no {missing!r}, which other rows have.", index=number)
+    return found
 
 
 def named_rows(left_out: Sequence[tuple[int, str]]) -> str:

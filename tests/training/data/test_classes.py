@@ -87,6 +87,16 @@ def test_labels_come_in_tables_and_datasets_under_any_name() -> None:
         assert list(training_rows(named(), data, tokenizer=CHARACTERS, columns=columns).train) == expected
 
 
+def test_numbers_of_a_dataset_that_names_its_classes_are_those_of_the_names() -> None:
+    names = ["odd", "neg", "pos"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    data = datasets.Dataset.from_list([{"text": "a", "label": number} for number in range(3)], features=features)
+    found = training_rows(named(), data, tokenizer=CHARACTERS).train
+    assert [row["labels"] for row in found] == [NAMES[name] for name in names]
+    unnamed = trainable(classifier(), task_type="SEQ_CLS")
+    assert [row["labels"] for row in training_rows(unnamed, data, tokenizer=CHARACTERS).train] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -225,6 +225,12 @@ def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:
     arguments: dict[str, Any] = {"tokenizer": tokenizer, "per_device_train_batch_size": 2}
     assert train(model(False), rows, max_steps=1, **arguments).message == ""
     assert train(model(False), rows, max_steps=8, **arguments).message == "columns not used: 'late'"
+    rows = Rows(
+        [{"text": "the cat", "id": 1}, {"text": "the cat", "early": 1}, {"text": "a"}, {"text": "a", "late": 1}]
+    )
+    assert train(model(False), rows, 2, max_steps=1, **arguments).message == (
+        "columns not used: 'early', 'id'; 2 rows held out to evaluate on · columns not used: 'late'"
+    )
 
 
 def test_rows_to_evaluate_on_are_held_to_the_same(tokenizer: Any) -> None:

@@ -159,6 +159,8 @@ def test_a_trainer_that_takes_no_weights_is_refused() -> None:
     model, rows = trainable(), [ONCE, {**TWICE, "weight": 2}]
     with pytest.raises(TrainingError, match=r"^Row 1: its weight is neither 0 nor 1, and transformers\.\S+ takes none"):
         learned(model, rows, trainer_class=transformers.Trainer)
+    with pytest.raises(TrainingError, match="the data_collator that is given makes batches of its own"):
+        learned(model, rows, data_collator=lambda found: {})
     masked = [ONCE, {**TWICE, "weight": 0}, {**TWICE, "weight": 1}]
     assert learned(model, masked, trainer_class=transformers.Trainer)[0].steps == 2
 

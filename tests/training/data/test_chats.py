@@ -1,0 +1,130 @@
+"""What of a chat its template prints, row by row, and where the assistant speaks in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import datasets
+import pytest
+
+from nbpeft.training import prepare_data
+from nbpeft.training.data import chats
+from tests.training.data.test_conservation import PRINTING
+from tests.training.test_data import FORGETFUL, learned
+from tests.training.test_data import tokenizer as tokenizer
+
+USER, REPLY = {"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}
+REASONED = {**REPLY, "reasoning_content": "the cat sat on the mat"}
+ONLY_LAST = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }}"
+    "{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m['role'] in ('user', 'assistant') %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+IN_PARTS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+UNPRINTED = "not printed by the chat template, so not trained on: "
+
+
+@pytest.fixture
+def use(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda template: monkeypatch.setattr(tokenizer, "chat_template", template)
+
+
+def notes(tokenizer: Any, *rows: Any) -> str:
+    found = [{"messages": list(row)} if not isinstance(row, dict) else row for row in rows]
+    return str(prepare_data(found, tokenizer).notes)
+
+
+def test_what_is_not_printed_is_counted_by_rows(tokenizer: Any, use: Any) -> None:
+    plain, reasoned = [USER, REPLY], [USER, REASONED]
+    assert notes(tokenizer, plain, reasoned, reasoned) == f"{UNPRINTED}'reasoning_content' (2 of 3 rows)"
+    use(PRINTING)
+    assert notes(tokenizer, plain, reasoned, reasoned) == ""
+    use(ONLY_LAST)
+    assert notes(tokenizer, reasoned, [*reasoned, *plain], [*reasoned, *reasoned]) == (
+        f"{UNPRINTED}'reasoning_content' (2 of 3 rows)"
+    )
+
+
+def test_a_role_that_is_not_printed_is_named(tokenizer: Any, use: Any) -> None:
+    rows = [[{"role": "system", "content": "be brief"}, USER, REPLY], [USER, REPLY]]
+    assert notes(tokenizer, *rows) == ""
+    use(WITHOUT_SYSTEM)
+    assert notes(tokenizer, *rows) == f"{UNPRINTED}'content' of system messages (1 of 2 rows)"
+    assert notes(tokenizer, {"messages": rows[1], "system": "is"}) == f"{UNPRINTED}'content' of system messages"
+
+
+def test_rows_of_one_kind_are_not_taken_for_one_another(tokenizer: Any, use: Any) -> None:
+    """A template may look at what a message says, not at its keys alone."""
+    use(PRINTING.replace("{% if m.reasoning_content %}", "{% if 'mat' in (m.reasoning_content or '') %}"))
+    other = {**REPLY, "reasoning_content": "the cat did not sit there"}
+    for rows in ([[USER, REASONED], [USER, other]], [[USER, other], [USER, REASONED]]):
+        assert notes(tokenizer, *rows) == f"{UNPRINTED}'reasoning_content' (1 of 2 rows)"
+
+
+def test_a_template_is_tried_once_for_each_kind_of_chat(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    tried = chats.ChatRenderer._is_hidden
+    monkeypatch.setattr(chats.ChatRenderer, "_is_hidden", lambda *args: calls.append(1) or tried(*args))
+    notes(tokenizer, *[[USER, {**REPLY, "name": "Ann"}]] * 20)
+    assert len(calls) == 3  # the content of two messages, and a name
+    monkeypatch.setattr(chats, "_MOST_SHAPES", 1)
+    assert "'name' (20 of 21 rows)" in notes(tokenizer, [USER, REPLY], *[[USER, {**REPLY, "name": "Ann"}]] * 20)
+
+
+def test_tools_are_printed_or_named_and_may_be_text(tokenizer: Any, use: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "description": "looks"}}]
+    row = {"messages": [USER, REPLY]}
+    assert notes(tokenizer, {**row, "tools": tools}) == f"{UNPRINTED}'tools'"
+    use(PRINTING)
+    one, other, none = (
+        prepare_data([{**row, "tools": given}], tokenizer, max_length=200)[0]
+        for given in (tools, json.dumps(tools), [])
+    )
+    assert one == other != none == prepare_data([row], tokenizer)[0]
+
+
+def test_a_turn_of_which_nothing_is_printed_is_empty(tokenizer: Any, use: Any) -> None:
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}]
+    rows = [[USER, {"role": "assistant", "content": None, "tool_calls": calls}], [USER, REPLY]]
+    assert notes(tokenizer, *rows) == (
+        "1 row left out: row 0: a turn of the assistant is empty; " + f"{UNPRINTED}'tool_calls' (1 of 2 rows)"
+    )
+    use(PRINTING.replace("{{ m['content'] }}", "{{ m['content'] or '' }}"))
+    assert notes(tokenizer, *rows) == ""
+    assert learned(tokenizer, prepare_data([{"messages": rows[0]}], tokenizer)[0]).startswith('{"name": "look"')
+
+
+def test_parts_of_text_are_one_text_unless_the_template_takes_parts(tokenizer: Any, use: Any) -> None:
+    parts = {**REPLY, "content": [{"type": "text", "text": "yes"}, "and no"]}
+    [row] = prepare_data([{"messages": [USER, parts]}], tokenizer)
+    assert learned(tokenizer, row) == "yes\nand no<|end|>\n"
+    use(IN_PARTS)
+    [row] = prepare_data([{"messages": [USER, parts]}], tokenizer)
+    assert learned(tokenizer, row) == "yesand no<|end|>\n"
+
+
+def test_an_answer_that_the_prompt_holds_too_is_learned_where_it_is_answered(tokenizer: Any, use: Any) -> None:
+    use(FORGETFUL)
+    pair = {
+        "prompt": [USER, REPLY, {**USER, "content": "yes yes"}],
+        "completion": [REPLY, USER, {**REPLY, "content": "no"}],
+    }
+    [row] = prepare_data([pair], tokenizer)
+    assert learned(tokenizer, row) == "yes<|end|><think></think>no<|end|>\n"
+    labels = [place for place, label in enumerate(row["labels"]) if label != -100]
+    before = tokenizer.decode(row["input_ids"][: labels[0]])
+    assert before.count("<|assistant|>") == 2 and before.endswith("<|assistant|>")
+
+
+def test_what_a_table_fills_in_is_not_there(tokenizer: Any, use: Any) -> None:
+    use(PRINTING.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content is defined %}"))
+    rows = [{"messages": [USER, REPLY]}, {"messages": [USER, REASONED]}]
+    assert list(prepare_data(datasets.Dataset.from_list(rows), tokenizer)) == list(prepare_data(rows, tokenizer))
