@@ -211,7 +211,7 @@ class LazyLogits(Tensor):
         given = _CROSS_ENTROPY.bind(*args, **kwargs)
         given.apply_defaults()
         values = given.arguments
-        target = values["target"]
+        target: Any = values["target"]
         unusual = [values[name] for name in ("weight", "size_average", "reduce") if values[name] is not None]
         if unusual or self.dim() != 2 or target.dim() != 1 or target.is_floating_point():
             return None

@@ -131,7 +131,7 @@ def _placed(
     func: Callable[..., Any], labels: WeightedLabels, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 ) -> Tensor | None:
     """The weights of what a function made of labels; None where it is none that places them."""
-    first = args[0] if args else None
+    first: Any = args[0] if args else None
     if func is torch.cat:
         parts = [
             one.weights if isinstance(one, WeightedLabels) else torch.ones_like(one, dtype=torch.float32)

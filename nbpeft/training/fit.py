@@ -449,8 +449,8 @@ def _elsewhere(
         raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
     metrics: dict[str, float] = {}
     train_rows, eval_rows = (
-        TokenizedRows(part, unused=notes) if isinstance(part, TokenizedRows) else part
-        for part, notes in ((rows.train, (said,) if said else ()), (rows.evaluation, ()))
+        part.noting(*notes) if isinstance(part, TokenizedRows) else part
+        for part, notes in ((rows.train, [said] if said else []), (rows.evaluation, []))
     )
     run.mirrors = True
     with _interrupted_once(run), run:

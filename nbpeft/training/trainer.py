@@ -98,7 +98,8 @@ class Trainer(transformers.Trainer):
         if not isinstance(prepared, Mapping):
             return prepared
         if LOSS_WEIGHTS in prepared:
-            if self.args.torch_compile or is_compiled(self.model):
+            model: Any = self.model
+            if self.args.torch_compile or is_compiled(model):
                 raise TrainingError("the rows have weights, which the loss of a compiled model does not take")
             prepared = with_loss_weights(prepared)
         self._labels = prepared.get("labels")

@@ -89,8 +89,9 @@ class CodedRow:
         if self.label is not None:
             weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
             return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
-        weighted = {LOSS_WEIGHTS: weights[: self.limit]} if weights is not None else {}
-        return {"input_ids": ids, "labels": labels, **self.more, **weighted}
+        if weights is None:
+            return {"input_ids": ids, "labels": labels, **self.more}
+        return {"input_ids": ids, "labels": labels, **self.more, LOSS_WEIGHTS: weights[: self.limit]}
 
     @property
     def cut(self) -> bool:

@@ -124,7 +124,7 @@ class Row:
             TrainingError: they are text that is not JSON.
         """
         column = self.columns.get("tools", "tools")
-        given = self.values.get(column)
+        given: Any = self.values.get(column)
         if is_nothing(given):
             return None
         given = given.tolist() if hasattr(given, "tolist") else given

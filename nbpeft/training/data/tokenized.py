@@ -88,6 +88,10 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         """Some of the rows."""
         return TokenizedRows([self._rows[index] for index in indices])
 
+    def noting(self, *lines: str) -> TokenizedRows:
+        """The same rows with other notes."""
+        return TokenizedRows(self._rows, unused=lines)
+
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
     """Rows that are tokenised as a stream gives them, in its order; a bad one raises when it comes.

@@ -111,7 +111,7 @@ def test_parts_of_text_are_one_text_unless_the_template_takes_parts(tokenizer: A
     assert learned(tokenizer, row) == "yesand no<|end|>\n"
 
 
-def test_an_answer_that_the_prompt_holds_too_is_learned_where_it_is_answered(tokenizer: Any, use: Any) -> None:
+def test_an_answer_that_the_prompt_holds_too_is_learned_behind_it(tokenizer: Any, use: Any) -> None:
     use(FORGETFUL)
     pair = {
         "prompt": [USER, REPLY, {**USER, "content": "yes yes"}],

@@ -43,7 +43,7 @@ def bert() -> Any:
 class Pairs(CharTokenizer):
     """Marks the second text, and cuts where it is told to, as tokenizers for BERT do."""
 
-    def __call__(self, text: str, pair: str | None = None, **options: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str, pair: Any = None, **options: Any) -> dict[str, list[int]]:  # type: ignore[override]
         texts = [text] if pair is None else [text, pair]
         limit = options.get("max_length", 1000) // len(texts) - 1
         parts = [[*super(Pairs, self).__call__(one)["input_ids"][:limit], self.eos_token_id] for one in texts]
@@ -87,7 +87,7 @@ def test_labels_come_in_tables_and_datasets_under_any_name() -> None:
         assert list(training_rows(named(), data, tokenizer=CHARACTERS, columns=columns).train) == expected
 
 
-def test_numbers_of_a_dataset_that_names_its_classes_are_those_of_the_names() -> None:
+def test_numbers_of_named_classes_are_those_of_the_names() -> None:
     names = ["odd", "neg", "pos"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     data = datasets.Dataset.from_list([{"text": "a", "label": number} for number in range(3)], features=features)

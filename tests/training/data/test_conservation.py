@@ -112,12 +112,13 @@ def check(found: dict[Any, str]) -> None:
 @pytest.mark.parametrize("form", ROWS)
 def test_columns_are_conserved(tokenizer: Any, template: str, form: str) -> None:
     columns = {name: value for name, value in COLUMNS.items() if name not in ROWS[form]}
-    found = {
-        name: outcome(tokenizer, form, name, lambda row, name=name, value=value: row.update({name: value}))
-        for name, value in columns.items()
-    }
+    found = {name: outcome(tokenizer, form, name, with_column(name, value)) for name, value in columns.items()}
     check(found)
     assert found["id"] == found["source"] == "named" and found["weight"] == "trained on"
+
+
+def with_column(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda row: row.update({name: value})
 
 
 def with_key(form: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -60,7 +60,7 @@ def test_a_row_that_counts_twice_is_learned_as_if_it_were_there_twice(arguments:
 )
 def test_weights_are_over_all_rows_of_a_step(arguments: Any) -> None:
     rows = [{**ONCE, "weight": 0.5}, {**TWICE, "weight": 3}]
-    found, expected = (learned(trainable(), rows, **options) for options in (arguments, {}))
+    found, expected = learned(trainable(), rows, **arguments), learned(trainable(), rows)
     assert found[0].train_loss == pytest.approx(expected[0].train_loss, rel=1e-5)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
 
@@ -179,17 +179,14 @@ def test_a_loss_that_takes_no_weights_is_refused_before_a_step(problem: str) -> 
 
 
 def test_tokenised_rows_have_masks_and_weights_as_trl_has_them() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"input_ids": [1, 2, 3, 4], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1], "weight": 0.5},
         {"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": [1, 1], "loss_weights": [1, 2]},
         {"input_ids": [7, 8], "completion_mask": [0, 0]},
     ]
     found = prepare_data(rows)
     assert found.left_out == ((2, "nothing to learn"),)
-    assert found[0] == {
-        **{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4]},
-        "loss_weights": [0.5, 0.5, 0.5, 0.5],
-    }
+    assert found[0] == {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4], "loss_weights": [0.5] * 4}
     assert found[1] == {**rows[1], "loss_weights": [1.0, 2.0]}
     with pytest.raises(TrainingError, match="Row 0: 'completion_mask' has 1 numbers for 2 labels"):
         prepare_data([{"input_ids": [1, 2], "completion_mask": [1]}])
