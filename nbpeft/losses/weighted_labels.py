@@ -83,7 +83,7 @@ def with_loss_weights(batch: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(batch)
     weights = found.pop(LOSS_WEIGHTS, None)
     if weights is not None and found.get("labels") is not None:
-        found["labels"] = WeightedLabels.of(found["labels"], weights)
+        found["labels"] = WeightedLabels.of(found["labels"], weights.float())
     return found
 
 

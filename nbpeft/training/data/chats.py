@@ -69,14 +69,14 @@ class ChatRenderer:
             )
         if not chat.messages:
             return RenderedChat("", missing="it has no messages")
+        turns = [number for number in range(chat.first, len(chat.messages)) if _speaks(chat.messages[number])]
+        if not turns:
+            roles = sorted({str(message["role"]) for message in chat.messages[chat.first :]})
+            return RenderedChat("", missing=f"no turn of the assistant (roles: {', '.join(roles) or 'none'})")
         chat = replace(chat, messages=tuple(self._flat(message) for message in chat.messages))
         text = self._text(chat.messages, chat.tools)
         hidden = self._hidden(chat, text)
         names = tuple(dict.fromkeys(_name(chat, part) for part in sorted(hidden)))
-        turns = [number for number in range(chat.first, len(chat.messages)) if _speaks(chat.messages[number])]
-        if not turns:
-            roles = sorted({str(message["role"]) for message in chat.messages[chat.first :]})
-            return RenderedChat(text, (), names, f"no turn of the assistant (roles: {', '.join(roles)})")
         if any(chat.weights[turn] and _says_nothing(chat.messages[turn], turn, hidden) for turn in turns):
             return RenderedChat(text, (), names, "a turn of the assistant is empty")
         spans = self._spans(chat, text, turns)

@@ -180,6 +180,8 @@ class Reading:
         more = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
+        read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # and not learned
+        unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, also = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
         apart = self.inputs.encoder_decoder
@@ -196,7 +198,6 @@ class Reading:
             return _encode_chat(example, row.number, self.tokenizer, renderer)
         if isinstance(example, Pair):
             unused = [(MESSAGES, name) for name in example.unused]
-            unused += [] if example.prompt.strip() else [(EMPTY, repr("prompt"))]
             reason = "" if example.completion.strip() else "the completion is empty"
             if self.inputs.encoder_decoder:
                 ids, labels = (list(self.tokenizer(text)["input_ids"]) for text in (example.prompt, example.completion))

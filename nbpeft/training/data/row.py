@@ -180,7 +180,8 @@ class Row:
             raise self.error(
                 f"{where} is {with_article(given)} ({given!r:.40}), not a dictionary with role and content."
             )
-        message = {key: value for key, value in given.items() if value is not None}  # as tables fill what is missing
+        plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in given.items()}
+        message = {key: value for key, value in plain.items() if value is not None}  # as tables fill what is missing
         role = self._role(message, where)
         weight = self._weight(message.pop(WEIGHT, None), f"{WEIGHT!r} of {where}")
         media = next((key for key, value in message.items() if key in _MEDIA and not is_nothing(value)), None)
@@ -209,7 +210,7 @@ class Row:
 
     def _no_content(self, given: Mapping[str, Any], message: dict[str, Any], role: str, where: str) -> Any:
         """The content of a message that has none: that of a turn of the assistant is empty, None beside tool calls."""
-        if message.get("tool_calls"):
+        if not is_nothing(message.get("tool_calls")):
             message.pop("content", None)
             return None
         if not {"content", "value"} & given.keys():

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import datasets
+import numpy
 import pytest
 
 from nbpeft.training import prepare_data
@@ -100,6 +101,11 @@ def test_a_turn_of_which_nothing_is_printed_is_empty(tokenizer: Any, use: Any) -
     use(PRINTING.replace("{{ m['content'] }}", "{{ m['content'] or '' }}"))
     assert notes(tokenizer, *rows) == ""
     assert learned(tokenizer, prepare_data([{"messages": rows[0]}], tokenizer)[0]).startswith('{"name": "look"')
+    as_array = {**rows[0][1], "tool_calls": numpy.array(calls * 2, dtype=object)}  # as Parquet gives it
+    assert (
+        learned(tokenizer, prepare_data([{"messages": [USER, as_array]}], tokenizer, max_length=200)[0]).count("look")
+        == 2
+    )
 
 
 def test_parts_of_text_are_one_text_unless_the_template_takes_parts(tokenizer: Any, use: Any) -> None:

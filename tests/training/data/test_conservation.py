@@ -221,6 +221,13 @@ def test_what_is_empty_is_left_out_whatever_it_comes_in(
     assert (shown.row_count, shown.left_out_count) == (1, 3)
 
 
+def test_what_is_read_and_empty_is_named(tokenizer: Any) -> None:
+    for form, column in (("prompt and completion", "prompt"), ("instruction", "instruction")):
+        for nothing in (None, "", float("nan")):
+            rows = [ROWS[form], {**ROWS[form], column: nothing}]
+            assert training_rows(model(False), rows, tokenizer=tokenizer).notes == (f"empty: '{column}' (1 of 2 rows)",)
+
+
 def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:
     rows = Rows([{"text": "the cat"}] * 8 + [{"text": "the cat", "late": 1}] * 8)
     arguments: dict[str, Any] = {"tokenizer": tokenizer, "per_device_train_batch_size": 2}
