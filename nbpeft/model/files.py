@@ -27,7 +27,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
-from nbpeft.model.sharded import gathered, is_sharded
+from nbpeft.model.sharded import base_fingerprint, gathered
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -298,7 +298,6 @@ def save(
     facts: checkpoint.CardFacts | None = None,
     pickled: bool = False,
     write: bool = True,
-    base: checkpoint.Fingerprint | None = None,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters. Where they are sharded over processes, all of them call it, and one writes.
 
@@ -315,7 +314,6 @@ def save(
         facts: what the card says besides the config.
         pickled: write the tensors as PEFT's old ``.bin``.
         write: whether this process writes.
-        base: fingerprint of the base model, taken before that was sharded; taken here by default.
 
     Returns:
         Adapter name -> what was written.
@@ -323,9 +321,7 @@ def save(
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.turn():  # a training in the background writes into what is read here
-        print_ = base
-        if print_ is None and write and not manager.merged and not is_sharded(manager.model):
-            print_ = checkpoint.fingerprint(manager.model)
+        print_ = base_fingerprint(manager.model) if write and not manager.merged else None
         places: dict[str, str] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
         for name in chosen:
