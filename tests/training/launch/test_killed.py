@@ -18,9 +18,9 @@ from nbpeft.runs.store import RunStore
 from nbpeft.training.launch.job import JOB
 from tests.faults.killing import die, forked
 from tests.runs.killed import ARGUMENTS, adapted_session, rows
+from tests.tiny_models import same_state
 from tests.training.launch.callbacks import KeepsEachState, LeavesTheOtherWaiting
 from tests.training.launch.test_launch import close, when_shown
-from tests.tiny_models import same_state
 from tests.training.support import weights
 
 TWO: dict[str, Any] = {**ARGUMENTS, "processes": 2, "per_device_train_batch_size": 2}

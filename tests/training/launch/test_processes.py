@@ -255,7 +255,7 @@ def test_processes_that_end_without_an_answer_are_an_error(tmp_path: Path, monke
     started_as(monkeypatch, {"0": "pass", "1": "pass"})
     with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
         waited_for_end(processes)
-        with pytest.raises(TrainingError, match="^process 0 of 2: ended before the training did$"):
+        with pytest.raises(TrainingError, match=r"^process 0 of 2: ended before the training did$"):
             parent._check(processes)
 
 
@@ -265,9 +265,7 @@ def test_a_message_that_cannot_be_read_is_told_at_once(tmp_path: Path, monkeypat
     with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
         processes._reader.join(30)
         assert processes.running
-        with pytest.raises(
-            TrainingError, match=r"process 0 of 2: sent what cannot be read here \(AttributeError: .*Gone"
-        ):
+        with pytest.raises(TrainingError, match=r"2: sent what cannot be read here \(AttributeError: .*Gone"):
             parent._check(processes)
 
 
