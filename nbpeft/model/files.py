@@ -27,7 +27,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
-from nbpeft.model.sharded import base_fingerprint, gathered
+from nbpeft.model.sharded import gathered, is_sharded, noted_fingerprint
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -298,6 +298,7 @@ def save(
     facts: checkpoint.CardFacts | None = None,
     pickled: bool = False,
     write: bool = True,
+    base: checkpoint.Fingerprint | None = None,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters. Where they are sharded over processes, all of them call it, and one writes.
 
@@ -314,6 +315,7 @@ def save(
         facts: what the card says besides the config.
         pickled: write the tensors as PEFT's old ``.bin``.
         write: whether this process writes.
+        base: fingerprint of the base model, taken before that was sharded; taken here by default.
 
     Returns:
         Adapter name -> what was written.
@@ -321,13 +323,16 @@ def save(
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.turn():  # a training in the background writes into what is read here
-        print_ = base_fingerprint(manager.model) if write and not manager.merged else None
+        print_ = noted_fingerprint(manager.model) if base is None else base
+        if print_ is None and write and not manager.merged and not is_sharded(manager.model):
+            print_ = checkpoint.fingerprint(manager.model)
         places: dict[str, str] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
         for name in chosen:
             places[name] = "" if name == _ROOT_ADAPTER or flat else name
-            paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
-            weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+            with manager.reading():
+                paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
+                weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
             if converted or _loses_start(manager, name):
                 config, weights = _without_weight(manager, name, weights)
             if rewrite is not None:
@@ -401,8 +406,9 @@ def file_tensors(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Returns the tensors of an adapter under the keys of a file."""
-    weights = _saved_weights(manager, name, embeddings, state_dict)
-    return _under_keys(manager.configs[name], weights)
+    with manager.reading():
+        weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+    return _under_keys(config, weights)
 
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:

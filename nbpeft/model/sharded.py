@@ -54,13 +54,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def note_fingerprint(model: nn.Module) -> None:
-    """Takes the fingerprint of a base model that is about to be sharded, and of whose parts none can be taken."""
-    _fingerprints[model] = fingerprint(model)
+    """Takes the fingerprint of a base model that is about to be sharded: of its parts none can be taken."""
+    if not is_sharded(model):
+        _fingerprints[model] = fingerprint(model)
 
 
-def base_fingerprint(model: nn.Module) -> Fingerprint | None:
-    """The fingerprint of a base model; of one that is sharded that of before, None where it was not taken."""
-    return _fingerprints.get(model) if is_sharded(model) else fingerprint(model)
+def noted_fingerprint(model: nn.Module) -> Fingerprint | None:
+    """The fingerprint of a base model before it was sharded; None for one that is not."""
+    return _fingerprints.get(model) if is_sharded(model) else None
 
 
 def gathered_state(state: Any) -> Any:

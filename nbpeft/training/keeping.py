@@ -37,6 +37,7 @@ from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
 from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
 from nbpeft.training.run import Run
+from nbpeft.training.sharded_trainer import base_mark
 
 SHARE = 0.015
 """Of the time, that writing states may take; noting each step takes less than half a millisecond."""
@@ -246,7 +247,9 @@ class RunKeeper(TrainerCallback):
         manager = manager_of(self._model)
         assert manager is not None
         names, write = trained_names(self._model), is_first()
-        files.save(manager, folder, names=names, embeddings=False, stays=False, write=write)
+        files.save(
+            manager, folder, names=names, embeddings=False, stays=False, write=write, base=base_mark(self.trainer)
+        )
         if write:
             self._write_trainer_state(folder)
 

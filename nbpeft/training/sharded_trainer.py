@@ -15,7 +15,7 @@ import torch
 
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.model import files
-from nbpeft.model.sharded import gathered_state, is_sharded, note_fingerprint, state_like
+from nbpeft.model.sharded import gathered_state, is_sharded, note_fingerprint, noted_fingerprint, state_like
 from nbpeft.training.checkpoints import save_beside
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
@@ -24,12 +24,14 @@ _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 def note_base(trainer: Any) -> None:
     """Takes the fingerprint of the base before it is sharded."""
     manager = manager_of(trainer.model)
-    if (
-        getattr(trainer, "is_fsdp_enabled", False)
-        and manager is not None
-        and not (manager.merged or is_sharded(trainer.model))
-    ):
+    if manager is not None and not manager.merged and getattr(trainer, "is_fsdp_enabled", False):
         note_fingerprint(manager.model)
+
+
+def base_mark(trainer: Any) -> Any:
+    """The fingerprint that ``note_base`` took, or None."""
+    manager = manager_of(trainer.model)
+    return None if manager is None else noted_fingerprint(manager.model)
 
 
 def save_model(
@@ -45,7 +47,7 @@ def save_model(
     write = bool(trainer.args.should_save)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-    files.save(manager, folder, write=write)
+    files.save(manager, folder, write=write, base=base_mark(trainer))
     if write:
         save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
     if trainer.args.push_to_hub and not _internal_call:
