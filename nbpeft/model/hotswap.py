@@ -175,6 +175,7 @@ def _swap(
     validate: Callable[[nn.Module], object] | None,
     done: Callable[[Transaction], None] | None = None,
 ) -> Swapped:
+    manager.require(name)
     config = of_former_file(manager.model, config, tensors)
     loaded = checkpoint.from_file(
         tensors,
