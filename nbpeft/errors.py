@@ -158,7 +158,7 @@ class MissingPackageError(NbpeftError, ImportError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """An interruption (Ctrl-C, the kernel's stop button) ended a run, and what it learned was kept.
+    """An interruption (Ctrl-C, the kernel's stop button) ended a run; the message says what became of what it learned.
 
     It is raised after everything is in order, so that the cells queued behind do not run. A notebook shows it as
     one line.

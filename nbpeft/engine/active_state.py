@@ -308,12 +308,12 @@ class ActiveState:
 
     # Calls
 
-    def call(self, active: Active | Callable[[], Active] | None = None) -> Call:
+    def call(self, active: Active | Callable[[], Active | None] | None = None) -> Call:
         """One call of the model, to be used as a context: pins what acts, for this thread, until it ends.
 
         Args:
-            active: act with this instead of the live value (a mixed batch); a function is asked
-                once no command can change the adapters any more.
+            active: act with this instead of the live value (a mixed batch); a function is asked once no command can
+                change the adapters any more, and may give None, too.
         """
         return Call(self, active)
 
@@ -423,9 +423,10 @@ class Call:
     It counts as running while it exists and its block is on the stack of its thread.
     """
 
-    def __init__(self, active_state: ActiveState, active: Active | Callable[[], Active] | None) -> None:
+    def __init__(self, active_state: ActiveState, active: Active | Callable[[], Active | None] | None) -> None:
         self._state = active_state
-        self._active = active
+        self._asked = active
+        self._active: Active | None = None
         self._outer: Scope | _Pin | None = None
         self._block: RunningBlock | None = None
         self._pinned = False
@@ -442,7 +443,7 @@ class Call:
             with HeldInterrupts():
                 self._state._begin(self)
                 self._outer = self._state._here()
-                active = self._active() if callable(self._active) else self._active
+                self._active = active = self._asked() if callable(self._asked) else self._asked
                 chosen = self._state.current() if active is None else active
                 _set_here(self._state, _Pin(weakref.ref(self), chosen, self._outer))
                 self._begun = (torch._C._autograd._get_sequence_nr(), chosen) if chosen.context else None

@@ -65,20 +65,21 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
     Raises:
         UnknownAdapterError: there is no such adapter.
     """
-    weights = copied_weights(manager.weights(name), "cpu")
-    weights.base = copied(manager.values_in_base(name), "cpu")
-    return KeptAdapter(
-        name=name,
-        config=manager.configs[name],
-        weights=weights,
-        place=manager.names.index(name),
-        selected=manager.selected,
-        frozen=name in manager.frozen,
-        unsaved=name in manager.unsaved,
-        scale=manager.scale(name),
-        half=is_half(manager.layers, name),
-        scalings=_scalings(manager, name),
-    )
+    with manager.reading():
+        weights = copied_weights(manager.weights(name), "cpu")
+        weights.base = copied(manager.values_in_base(name), "cpu")
+        return KeptAdapter(
+            name=name,
+            config=manager.configs[name],
+            weights=weights,
+            place=manager.names.index(name),
+            selected=manager.selected,
+            frozen=name in manager.frozen,
+            unsaved=name in manager.unsaved,
+            scale=manager.scale(name),
+            half=is_half(manager.layers, name),
+            scalings=_scalings(manager, name),
+        )
 
 
 def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = False) -> None:
@@ -135,7 +136,7 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
         name: the adapter.
         plan: of the config that is to take its place.
     """
-    old, new = manager.configs[name], plan.config
+    old, new = manager.config(name), plan.config
     if method_of(old) is not method_of(new) or old.initialised_from_weight or new.initialised_from_weight:
         return False
     ignored = {*_BOOKKEEPING, *_ABOUT_TARGETS, *old.value_fields}

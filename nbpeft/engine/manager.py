@@ -8,11 +8,13 @@ one that fails or is interrupted leaves it as it was. Activation is one assignme
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -49,6 +51,7 @@ from nbpeft.errors import (
     AdapterExistsError,
     BusyError,
     MergeError,
+    NbpeftError,
     StaleModelError,
     UnknownAdapterError,
     did_you_mean,
@@ -57,6 +60,9 @@ from nbpeft.subscribers import Subscribers
 
 _ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def require_manager(model: nn.Module) -> AdapterManager:
@@ -69,6 +75,18 @@ def require_manager(model: nn.Module) -> AdapterManager:
     if found is None:
         raise AdapterError(f"No adapter layers found in the model, a {type(model).__name__}; use get_peft_model first")
     return found
+
+
+def in_one_transaction(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorator of a command on an adapted ``model``, its first argument: nothing changes between its checks and it."""
+
+    @functools.wraps(function)
+    def command(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        model: Any = args[0] if args else kwargs["model"]
+        with require_manager(model).transaction():
+            return function(*args, **kwargs)
+
+    return command
 
 
 class AdapterManager:
@@ -108,7 +126,7 @@ class AdapterManager:
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers = Subscribers()
-        self._transaction = Transaction(self.active_state, self.changed)
+        self._transaction = Transaction(self.active_state, self._count_change, self._notify)
         self.owner: object | None = None
         self.provider: AdapterProvider | None = None
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
@@ -145,6 +163,16 @@ class AdapterManager:
         """Factor on an adapter's delta; 1 unless set."""
         return self._scales.get(name, 1.0)
 
+    def config(self, name: str) -> AdapterConfig:
+        """The config of an adapter, also where other threads may take it out.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+        """
+        with self.reading():
+            self.require(name)
+            return self.configs[name]
+
     def parameters(self, name: str) -> list[nn.Parameter]:
         """All trainable tensors of an adapter, copies and trained base biases included."""
         self.require(name)
@@ -157,9 +185,10 @@ class AdapterManager:
 
     def weights(self, name: str) -> AdapterWeights:
         """References to the tensors of an adapter."""
-        self.require(name)
-        weights = saved_weights(self.layers, self.copies, name, self.configs[name])
-        weights.base = self.base_biases(name)
+        with self.reading():
+            self.require(name)
+            weights = saved_weights(self.layers, self.copies, name, self.configs[name])
+            weights.base = self.base_biases(name)
         return weights
 
     def shared(self, name: str) -> SharedState | None:
@@ -221,7 +250,14 @@ class AdapterManager:
 
     def changed(self) -> None:
         """Notifies subscribers that something changed; for code that wrote tensors itself."""
+        with self.reading():
+            self._count_change()
+        self._notify()
+
+    def _count_change(self) -> None:
         self.revision += 1
+
+    def _notify(self) -> None:
         for failure in self._subscribers.notify():
             warnings.warn(f"{failure} (after the adapters were changed)", stacklevel=4)
 
@@ -395,7 +431,7 @@ class AdapterManager:
 
     def place(self, name: str, place: int) -> None:
         """Moves an adapter to a place among the others, from 0."""
-        with self.transaction(during_calls=True) as change:
+        with self.transaction() as change:
             self.require(name)
             change.keep(self.configs)
             items = [item for item in self.configs.items() if item[0] != name]
@@ -405,13 +441,11 @@ class AdapterManager:
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
-        self.require(name)
-        weights = self.weights(name)
-        if weights.base:
-            raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-        twin = copied_weights(weights)
-        half = is_half(self.layers, name)
         with self.transaction():
+            weights = self.weights(name)
+            if weights.base:
+                raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
+            twin, half = copied_weights(weights), is_half(self.layers, name)
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=half)
             self.set_scale(new, self.scale(name))
             if name in self.unsaved:
@@ -443,6 +477,27 @@ class AdapterManager:
             BusyError: this thread is inside a call of the model itself.
         """
         return self._transaction.block(during_calls=during_calls, quiet=quiet)
+
+    def reading(self) -> Block:
+        """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        return self._transaction.block(during_calls=True, quiet=True)
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Context manager around the part of a command that looks at adapters and takes too long for a transaction.
+
+        Raises:
+            BusyError: something went wrong that another thread may have brought about, because it changed the adapters.
+        """
+        revision = self.revision
+        try:
+            yield
+        except NbpeftError:
+            raise
+        except Exception as error:
+            if self.revision == revision or self._transaction.changed_by == threading.get_ident():
+                raise
+            raise BusyError("another thread changed the adapters meanwhile: try again") from error
 
     def _keep_choice(self, change: Transaction) -> None:
         """Records who acts."""
@@ -515,8 +570,8 @@ class AdapterManager:
         self._set_enabled(False)
 
     def _set_enabled(self, enabled: bool) -> None:
-        self.check_alive()
         with self.transaction(during_calls=not self._merged) as change:
+            self.check_alive()
             self.layer_commands.gather(change)
             scope = self.active_state.scope
             if scope is None and not enabled and self._merged:
@@ -542,8 +597,11 @@ class AdapterManager:
     def select_again(self, names: Sequence[str]) -> None:
         """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
         left = tuple(name for name in names if self.available(name))
-        if left and left != self._selected:
-            self.activate(left)
+        if not left or left == self._selected:
+            return
+        with self.provided(left, switching=True), self.transaction(during_calls=not self._merged) as change:
+            if present := tuple(name for name in left if name in self.configs):
+                self._activate(present, None, change)
 
     def park(self) -> None:
         """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
@@ -557,9 +615,11 @@ class AdapterManager:
 
     def merge_parked(self) -> None:
         """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
-        if not self._parked or self.active_state.scopes:
+        if not self._parked:
             return
         with self.transaction() as change:
+            if not self._parked or self.active_state.scopes:
+                return
             self._keep_choice(change)
             names, kept = self._parked, self._parked_weights
             self._parked, self._parked_weights = (), []
@@ -583,9 +643,9 @@ class AdapterManager:
             AdapterError: it is no finite number.
             MergeError: the adapter is merged at another scale.
         """
-        factor = check_scale(name, scale, fixed=name in self.configs and self.configs[name].is_prompt_learning)
         with self.transaction(during_calls=True) as change:
             self.require(name)
+            factor = check_scale(name, scale, fixed=self.configs[name].is_prompt_learning)
             if name in (*self._merged, *self._parked):
                 raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
             self._keep_choice(change)
@@ -631,10 +691,16 @@ class AdapterManager:
 
     # Calls and training
 
-    @property
-    def prepares_calls(self) -> bool:
-        """Whether the method of an active adapter prepares something for each call of the model."""
-        return any(prepares_calls(self.configs[name]) for name in self.active_state.current().names)
+    def prepared_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active | None:
+        """What is active in one call of the model; None for what is anyway, where no method prepares anything for it.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+        """
+        active = self.active_state.current()
+        prepares = any(prepares_calls(self.configs[name]) for name in active.names if name in self.configs)
+        return self.in_call(active, args, kwargs) if prepares else None
 
     def in_call(self, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active:
         """What is active in one call of the model, with what the methods prepare for it.
@@ -682,16 +748,16 @@ class AdapterManager:
             AdapterError: two of them each trained a copy of one module.
             BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
         """
-        self.layer_commands.gather_now()
-        chosen = self.active if names is None else names_in(names)
-        self.require(*chosen)
-        together = tuple(dict.fromkeys((*self._merged, *chosen)))
-        if self._merged and together == self._merged:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-            return
-        check_compatible(self.copies, self.layers, together)
-        warn_of_requantization(self.layers, together)
         with self.transaction() as change:
+            self.layer_commands.gather(change)
+            chosen = self.active if names is None else names_in(names)
+            self.require(*chosen)
+            together = tuple(dict.fromkeys((*self._merged, *chosen)))
+            if self._merged and together == self._merged:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+                return
+            check_compatible(self.copies, self.layers, together)
+            warn_of_requantization(self.layers, together)
             self._refuse_in_scopes("merging")
             self._merge(together, change, safe=safe)
 
@@ -707,11 +773,11 @@ class AdapterManager:
 
     def unmerge(self) -> None:
         """Puts the frozen weights back, bit for bit."""
-        self.check_alive()
-        if not self._merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-            return
         with self.transaction() as change:
+            self.check_alive()
+            if not self._merged:
+                warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+                return
             self._keep_choice(change)
             unmerge_layers(self.layers.values(), change)
             self._merged = ()
@@ -725,17 +791,17 @@ class AdapterManager:
             names: adapters to merge; the active ones if None.
             safe: refuse weights that would not be finite.
         """
-        self.check_alive()
-        self.layer_commands.gather_now()
-        chosen: tuple[str, ...] = ()
-        if merge:
-            chosen = self.active if names is None else names_in(names)
-            self.require(*chosen)
-            check_compatible(self.copies, self.layers, chosen)
-            if not self._merged:
-                check_merge(self.layers, chosen, self.scale, safe=safe)
-                warn_of_requantization(self.layers, chosen)
         with self.transaction() as change:
+            self.check_alive()
+            self.layer_commands.gather(change)
+            chosen: tuple[str, ...] = ()
+            if merge:
+                chosen = self.active if names is None else names_in(names)
+                self.require(*chosen)
+                check_compatible(self.copies, self.layers, chosen)
+                if not self._merged:
+                    check_merge(self.layers, chosen, self.scale, safe=safe)
+                    warn_of_requantization(self.layers, chosen)
             self._refuse_in_scopes("unloading")
             self._keep_structure(change)
             if self._merged and set(self._merged) != set(chosen):
@@ -786,7 +852,7 @@ class AdapterManager:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._transaction = Transaction(self.active_state, self.changed)
+        self._transaction = Transaction(self.active_state, self._count_change, self._notify)
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)
         self._publish_active()

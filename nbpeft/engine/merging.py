@@ -30,6 +30,7 @@ def check_merge(
     scales = [scale(name) for name in names]
     broken: list[str] = []
     for path, layer in layers.items():
+        check_interrupt()
         try:
             layer.check_mergeable(names)
         except MergeError as error:

@@ -249,7 +249,7 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
     """
     modules: dict[str, dict[str, nn.Module]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
-    for name, adapter in adapters.items():
+    for name, adapter in list(adapters.items()):  # whoever walks over a model takes no lock
         for own in adapter.peft_modules:
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or adapter.peft_module(own, base)
         for own in adapter.parameter_lists:

@@ -31,18 +31,22 @@ class Transaction:
 
     Args:
         active_state: of the model; keeps calls out.
-        done: called after the outermost block, if it succeeded.
+        changed: called at the end of the outermost block, if changes stand that were made in a block that is not quiet.
+        done: called after that, when other threads may change the model again.
 
     Attributes:
+        changed_by: the thread that made the last changes that ``changed`` was called for; None before any.
         spool: keeps large tensors until the outermost block ends.
     """
 
-    def __init__(self, active_state: ActiveState, done: Callable[[], None]) -> None:
+    def __init__(self, active_state: ActiveState, changed: Callable[[], None], done: Callable[[], None]) -> None:
         self.active_state = active_state
-        self._done = done
+        self._changed, self._done = changed, done
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self.changed_by: int | None = None
         self._marks: list[int] = []
+        self._has_changes = False
         self._undo: list[Callable[[], None]] = []
         self.spool = Spool()
 
@@ -51,7 +55,7 @@ class Transaction:
 
         Args:
             during_calls: do not wait until no call of the model runs: the change acts from the next call on.
-            quiet: do not call ``done``.
+            quiet: nobody need hear of it: call neither ``changed`` nor ``done``.
         """
         return Block(self, during_calls, quiet)
 
@@ -64,19 +68,28 @@ class Transaction:
             self._owner = me
         self._marks.append(len(self._undo))
 
-    def end(self, *, failed: bool) -> bool:
+    def end(self, *, failed: bool, quiet: bool) -> bool:
         """Ends the innermost block, and undoes what was recorded in it if it failed.
+
+        Args:
+            failed: whether it did.
+            quiet: see ``block``.
 
         Returns:
             Whether it was the outermost one and its changes stand.
         """
         mark = self._marks.pop()
+        self._has_changes = self._has_changes or not (failed or quiet)
         try:
             if failed:
                 self._undo_to(mark)
         finally:
             outermost = not self._marks
             if outermost:
+                if self._has_changes:
+                    self.changed_by = self._owner
+                    self._changed()
+                self._has_changes = False
                 self._undo.clear()
                 self.spool.close()
                 self.spool = Spool()
@@ -231,9 +244,9 @@ class Block:
             if not failed:
                 check_interrupt()
         except BaseException:
-            self._transaction.end(failed=True)
+            self._transaction.end(failed=True, quiet=self._quiet)
             raise
-        return self._transaction.end(failed=failed)
+        return self._transaction.end(failed=failed, quiet=self._quiet)
 
 
 def _put_back(tensors: list[Tensor], flat: Tensor) -> None:

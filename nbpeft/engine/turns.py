@@ -4,14 +4,17 @@
                                  │        ▲
     another thread          turn(): evaluation mode, no gradients; its random numbers are not the training's
 
-Whoever calls the model waits for the end of the step. Whoever would change its adapters is refused at once.
+Whoever calls the model waits for the end of the step; then each who waits has one turn, in the order in which they
+came, and those who come meanwhile wait for the next step: of n threads that never pause each has as many turns as the
+training has steps. Whoever would change its adapters is refused at once.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,9 +43,10 @@ class Turns:
         self._condition = threading.Condition()
         self._owner: int | None = None
         self._outside = random_state()
-        self._waiting = 0
+        self._waiting: deque[RunningBlock] = deque()
+        self._admitted: list[RunningBlock] = []
         self._taken: RunningBlock | None = None
-        self._open = self._ended = False
+        self._ended = False
 
     # The thread that trains
 
@@ -50,11 +54,18 @@ class Turns:
         """Makes the calling thread the one that trains. Until then nobody gets a turn."""
         self._owner = threading.get_ident()
 
-    def between_steps(self) -> None:
-        """Lets those take their turns who wait, and returns when they are done; without any it returns at once."""
+    def between_steps(self, hurried: Callable[[], bool] = lambda: False) -> bool:
+        """Lets each who waits now take one turn, and returns when they are done; without any it returns at once.
+
+        Args:
+            hurried: asked meanwhile; once it is true, nobody begins a turn any more.
+
+        Returns:
+            Whether anybody waited.
+        """
         model = self._model()
-        if not self._waiting or model is None:
-            return
+        if not self._waiting or model is None or hurried():
+            return False
         training = [module for module in reached_modules(model) if module.training]
         mine = random_state()
         set_random_state(self._outside)
@@ -62,16 +73,18 @@ class Turns:
             module.training = False
         try:
             with self._condition:
-                self._open = True
+                self._admitted = list(self._waiting)
                 self._condition.notify_all()
-                while self._waiting or self._is_taken():
+                while self._admitted or self._is_taken():
                     self._condition.wait(_STEP)
-                self._open = False
+                    if hurried():
+                        self._admitted = []
         finally:
             for module in training:
                 module.training = True
             self._outside = random_state()
             set_random_state(mine)
+        return True
 
     def end(self) -> None:
         """Lets everybody in: the training is over."""
@@ -129,14 +142,18 @@ class Turns:
 
     def _take(self, block: RunningBlock) -> RunningBlock | None:
         with HeldInterrupts(), self._condition:
-            self._waiting += 1
+            self._waiting.append(block)
             try:
-                wait_for(self._condition, until=lambda: self._ended or (self._open and not self._is_taken()))
+                wait_for(self._condition, until=lambda: self._ended or (self._is_next(block) and not self._is_taken()))
                 self._taken = None if self._ended else block
             finally:
-                self._waiting -= 1
+                self._waiting.remove(block)
+                self._admitted = [other for other in self._admitted if other is not block]
                 self._condition.notify_all()
             return self._taken
+
+    def _is_next(self, block: RunningBlock) -> bool:
+        return bool(self._admitted) and self._admitted[0] is block
 
     def _leave(self, block: RunningBlock) -> None:
         with HeldInterrupts(), self._condition:

@@ -366,7 +366,7 @@ def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any
     shape = (setting.batch_size, setting.sequence_length)
     shapes = {name: shape if name in method.token_arguments else shape[:1] for name in method.call_arguments}
     given = {name: torch.zeros(size, dtype=torch.long) for name, size in shapes.items()}
-    with manager.active_state.call(lambda: manager.in_call(manager.active_state.current(), (), given)):
+    with manager.active_state.call(lambda: manager.prepared_call((), given)):
         return model(**batch)
 
 

@@ -16,7 +16,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import companions, method_of
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, ConfigError, did_you_mean
 from nbpeft.interrupts import check_interrupt
 from nbpeft.state import LayerLoss
 
@@ -86,7 +86,7 @@ def combine_adapters(
     check_name(name)
     if name in manager.configs:
         raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
-    with manager.provided(adapters):
+    with manager.provided(adapters), manager.deciding():
         return _combined(manager, adapters, weights, name, settings)
 
 
@@ -95,7 +95,7 @@ def _combined(
 ) -> Combined:
     manager.require(*adapters)
     copies = _only_copies(manager, adapters)
-    configs: list[Any] = [manager.configs[adapter] for adapter in adapters]
+    configs: list[Any] = [manager.config(adapter) for adapter in adapters]
     combine = combine_of(manager, adapters)
     chosen = settings.get("combination_type") or combine.usual_type
     if chosen not in combine.types:
@@ -119,6 +119,8 @@ def _combined(
     plan = plan_on(manager, combination.config, tensors)
     half = all(tensor.dtype != torch.float32 for named in tensors.values() for tensor in named.values())
     with manager.transaction():
+        if any(manager.configs.get(one) is not config for one, config in zip(adapters, configs, strict=True)):
+            raise BusyError("another thread changed the adapters meanwhile: try again")
         manager.add(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)
         for path in combination.tensors:
             layer = manager.layers[path]

@@ -27,7 +27,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
-from nbpeft.model.sharded import gathered, is_sharded
+from nbpeft.model.sharded import gathered, is_sharded, noted_fingerprint
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -323,15 +323,16 @@ def save(
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.turn():  # a training in the background writes into what is read here
-        print_ = base
+        print_ = noted_fingerprint(manager.model) if base is None else base
         if print_ is None and write and not manager.merged and not is_sharded(manager.model):
             print_ = checkpoint.fingerprint(manager.model)
         places: dict[str, str] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
         for name in chosen:
             places[name] = "" if name == _ROOT_ADAPTER or flat else name
-            paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
-            weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+            with manager.reading():
+                paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
+                weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
             if converted or _loses_start(manager, name):
                 config, weights = _without_weight(manager, name, weights)
             if rewrite is not None:
@@ -405,8 +406,9 @@ def file_tensors(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Returns the tensors of an adapter under the keys of a file."""
-    weights = _saved_weights(manager, name, embeddings, state_dict)
-    return _under_keys(manager.configs[name], weights)
+    with manager.reading():
+        weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+    return _under_keys(config, weights)
 
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:

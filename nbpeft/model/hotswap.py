@@ -17,7 +17,7 @@ from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.hotswap import Swapped, check_contents, config_for_slot, prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.manager import AdapterManager, in_one_transaction, require_manager
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
@@ -99,7 +99,7 @@ def hotswap_adapter_from_state_dict(
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
-    plain = checkpoint.keys_of_a_file(state_dict, adapter_name, str(manager.configs[adapter_name].peft_type))
+    plain = checkpoint.keys_of_a_file(state_dict, adapter_name, str(manager.config(adapter_name).peft_type))
     return _swap(model, manager, adapter_name, config, plain, None, validate)
 
 
@@ -164,6 +164,7 @@ def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
             raise ConfigError(f"hotswap_adapter has no argument {name!r}. Did you mean {close[0]!r}?", field=name)
 
 
+@in_one_transaction
 def _swap(
     model: nn.Module,
     manager: AdapterManager,
@@ -174,6 +175,7 @@ def _swap(
     validate: Callable[[nn.Module], object] | None,
     done: Callable[[Transaction], None] | None = None,
 ) -> Swapped:
+    manager.require(name)
     config = of_former_file(manager.model, config, tensors)
     loaded = checkpoint.from_file(
         tensors,

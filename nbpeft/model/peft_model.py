@@ -153,9 +153,10 @@ class PeftModel(nn.Module):
         Raises:
             UnknownAdapterError: none is active.
         """
-        if not self.manager.active:
-            raise UnknownAdapterError("no adapter is active, so there is no active config")
-        return self.manager.configs[self.manager.active[0]]
+        with self.manager.reading():
+            if not self.manager.active:
+                raise UnknownAdapterError("no adapter is active, so there is no active config")
+            return self.manager.configs[self.manager.active[0]]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -257,7 +258,7 @@ class PeftModel(nn.Module):
 
     def _transforms_calls(self, names: tuple[str, ...], training: bool) -> bool:
         """Whether the method of an active adapter does something in each call beside the maths of its layers."""
-        configs = [self.manager.configs[name] for name in names]
+        configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
         return any(
             prepares_calls(config) or transforms_calls(config) or (training and learns_with_hooks(config))
             for config in configs

@@ -38,10 +38,8 @@ def serving(
         AdapterError: the names do not fit, or the model trains.
     """
     if adapter_names is None:
-        prepared = manager.prepares_calls
-        with manager.active_state.call(
-            (lambda: manager.in_call(manager.active_state.current(), args, kwargs)) if prepared else None
-        ):
+        # Asked inside the call: before it, another thread may still take an adapter out.
+        with manager.active_state.call(lambda: manager.prepared_call(args, kwargs)):
             yield
         return
     if training:
@@ -83,7 +81,7 @@ def serving_rows(
     strange = next((name for name in names if not isinstance(name, str)), None)
     if strange is not None:
         raise AdapterError(f"adapter_names must have one name for each row of the batch, not {strange!r}")
-    # Rows are assigned inside the call: before it, another thread may still take an adapter out.
+    # Rows are assigned inside the call, too.
     with (
         manager.provided(names),
         manager.active_state.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
@@ -137,8 +135,12 @@ def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[N
     manager.refuse_merged("blending")
     names = tuple(name for name, weight in weights.items() if weight)
     manager.require_available(*weights)
-    with manager.provided(names):
+
+    def chosen() -> Active:
+        manager.refuse_merged("blending")
         manager.require(*names)
         scales = tuple(weights[name] * manager.scale(name) for name in names)
-        with manager.active_state.call(Active(names, scales) if names else NONE_ACTIVE):
-            yield
+        return Active(names, scales) if names else NONE_ACTIVE
+
+    with manager.provided(names), manager.active_state.call(chosen):
+        yield

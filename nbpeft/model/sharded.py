@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import Fingerprint, fingerprint
 from nbpeft.errors import CheckpointError
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, Fingerprint] = weakref.WeakKeyDictionary()
+"""Base model -> its fingerprint before it was sharded."""
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -46,6 +51,17 @@ def like(own: Tensor, value: Tensor) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes share a model's weights out."""
     return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_shape") for parameter in model.parameters())
+
+
+def note_fingerprint(model: nn.Module) -> None:
+    """Takes the fingerprint of a base model that is about to be sharded: of its parts none can be taken."""
+    if not is_sharded(model):
+        _fingerprints[model] = fingerprint(model)
+
+
+def noted_fingerprint(model: nn.Module) -> Fingerprint | None:
+    """The fingerprint of a base model before it was sharded; None for one that is not."""
+    return _fingerprints.get(model) if is_sharded(model) else None
 
 
 def gathered_state(state: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.manager import AdapterManager, in_one_transaction, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
@@ -50,6 +50,7 @@ def get_peft_model_state_dict(
 
 
 @torch.no_grad()
+@in_one_transaction
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -234,6 +235,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {own: tensor for key, tensor in base.state_dict().items() if (own := bare(key)) is not None}
 
 
+@in_one_transaction
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
     """Loads tensors under the keys of the bare base model; adapters stay as they are.
 

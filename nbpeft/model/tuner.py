@@ -177,8 +177,9 @@ class BaseTuner(nn.Module):
             UnknownAdapterError: the model has none of that name.
         """
         self.check_live()
-        self.manager.require(adapter_name)
-        config = self.manager.configs[adapter_name]
+        with self.manager.reading():
+            self.manager.require(adapter_name)
+            config = self.manager.configs[adapter_name]
         inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=True)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
@@ -319,7 +320,8 @@ class BaseTuner(nn.Module):
             return getattr(self.model, name)
         except AttributeError:
             manager = self.manager
-            shared = {adapter: state for adapter in manager.configs if (state := manager.shared(adapter)) is not None}
+            with manager.reading():
+                shared = {one: state for one in manager.configs if (state := manager.shared(one)) is not None}
             if name.startswith("_") or (found := shared_by_name(shared, name)) is None:
                 raise
         return found
@@ -394,25 +396,28 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
 def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None:
     """Removes one adapter or several, all or none, and warns which one is active in their place."""
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    for name in names:
-        if name not in manager.configs:  # in the words that PEFT's users look for
-            have = ", ".join(map(repr, manager.configs)) or "none"
-            raise UnknownAdapterError(
-                f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
-            )
-    active = manager.active
     with manager.transaction():
         for name in names:
+            if name not in manager.configs:  # in the words that PEFT's users look for
+                have = ", ".join(map(repr, manager.configs)) or "none"
+                raise UnknownAdapterError(
+                    f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
+                )
+        active = manager.active
+        for name in names:
             manager.remove(name)
-    if active and manager.active and not {*active} & {*manager.active}:
+        left = manager.active
+    if active and left and not {*active} & {*left}:
         gone = " and ".join(map(repr, active))
-        warnings.warn(f"adapter {gone} was active and is deleted: {manager.active[0]!r} is active now", stacklevel=3)
+        warnings.warn(f"adapter {gone} was active and is deleted: {left[0]!r} is active now", stacklevel=3)
 
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:
     """Warns if a model with its adapters disabled differs from the base model, because they train its biases."""
-    for name in manager.active:
-        kind = getattr(manager.configs[name], "bias", "none")
+    with manager.reading():
+        configs = {name: manager.configs[name] for name in manager.active}
+    for name, config in configs.items():
+        kind = getattr(config, "bias", "none")
         if kind != "none":
             warnings.warn(
                 f"adapter {name!r} trains the base's biases (bias={kind!r}), which stay while it is disabled: the "

@@ -43,7 +43,8 @@ class TurnTakingControl(RunControl):
 
     def _deliver(self) -> None:
         super()._deliver()
-        self._turns.between_steps()
+        while self._turns.between_steps(lambda: self.stop_requested) and self.paused:
+            super()._deliver()  # no step waits for those who come meanwhile
 
 
 class BackgroundTraining:

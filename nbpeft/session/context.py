@@ -133,6 +133,14 @@ class SessionContext:
         # Whoever catches warnings does so for all threads: not while another trains.
         return _Command(self, description, slow, gather and self.training_in_background is None)
 
+    def deciding(self) -> AbstractContextManager[list[str]]:
+        """Context manager around all of a command: what it decides on stays until it is done.
+
+        Raises:
+            BusyError: another thread runs a command.
+        """
+        return _Command(self, "", slow=False, gather=False)
+
     def end_command(self) -> None:
         """Publish what a command has changed, if it was the outermost."""
         # A run may publish "busy" without changing anything: that has to be taken back, too.

@@ -55,7 +55,23 @@ _LONGEST_TRACEBACK = 200_000
 def _command(
     function: Callable[Concatenate[SessionContext, _Arguments], _Result],
 ) -> Callable[Concatenate[Session, _Arguments], _Result]:
-    """Make a method of a command: the same arguments and docstring, with the session's context filled in."""
+    """Make a method of a command: the same arguments and docstring, with the session's context filled in.
+
+    No other command of the session runs from its first look at the models on.
+    """
+
+    @functools.wraps(function)
+    def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with self.context.deciding(), self.context.models.deciding():
+            return function(self.context, *args, **kwargs)
+
+    return method
+
+
+def _question(
+    function: Callable[Concatenate[SessionContext, _Arguments], _Result],
+) -> Callable[Concatenate[Session, _Arguments], _Result]:
+    """Make a method of what may be called while a command runs: it changes no model, or takes the lock by itself."""
 
     @functools.wraps(function)
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -116,29 +132,29 @@ class Session:
     swap = _command(swapping.swap)
 
     # Training
-    data = _command(data.data)
-    train = _command(training.train)
-    track = _command(training.track)
-    result = _command(training.result)
-    stop = _command(running.stop)
-    clone = _command(running.clone)
-    pause = _command(running.pause)
-    go_on = _command(running.go_on)
-    control = _command(training.control)
+    data = _question(data.data)
+    train = _question(training.train)
+    track = _question(training.track)
+    result = _question(training.result)
+    stop = _question(running.stop)
+    clone = _question(running.clone)
+    pause = _question(running.pause)
+    go_on = _question(running.go_on)
+    control = _question(training.control)
     export = _command(training.export)
 
     # Runs on disk
-    runs = _command(run_commands.runs)
+    runs = _question(run_commands.runs)
     resume = _command(run_commands.resume)
-    kept_run = _command(run_commands.kept_run)
-    rename_run = _command(run_commands.rename_run)
-    delete_run = _command(run_commands.delete_run)
+    kept_run = _question(run_commands.kept_run)
+    rename_run = _question(run_commands.rename_run)
+    delete_run = _question(run_commands.delete_run)
 
     # Memory
-    memory = _command(inspecting.memory)
-    measure = _command(inspecting.measure)
-    plan_memory = _command(planning.plan_memory)
-    memory_planner = _command(planning.memory_planner)
+    memory = _question(inspecting.memory)
+    measure = _question(inspecting.measure)
+    plan_memory = _question(planning.plan_memory)
+    memory_planner = _question(planning.memory_planner)
 
     # State
 
@@ -247,7 +263,7 @@ class Session:
 
     # For front ends
 
-    would_reuse = _command(quantizing.would_reuse)
+    would_reuse = _question(quantizing.would_reuse)
 
     def unsaved(self, model: object) -> tuple[str, ...]:
         """Adapters of a model that were trained and are not saved; none for anything else."""
@@ -284,7 +300,7 @@ class Session:
         configs = [
             config
             for tracked in self.context.models.all()
-            for name, config in tracked.manager.configs.items()
+            for name, config in dict(tracked.manager.configs).items()
             if name in names
         ]
         return combination_types(configs) if configs else COMBINATION_TYPES

@@ -31,8 +31,9 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
     from nbpeft.engine.random_numbers import drawing_from
 
     manager = tracked.manager
-    config, scale, place = manager.configs[name], manager.scale(name), manager.names.index(name)
-    requested = tracked.requested_fields(name)
+    with manager.reading():
+        config, scale, place = manager.config(name), manager.scale(name), manager.names.index(name)
+        requested = tracked.requested_fields(name)
     made, states = tracked.first_random.get(name, (None, None))
     first = states if made is config else seed
     with nullcontext() if first is None else drawing_from(first):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, did_you_mean
@@ -58,13 +59,13 @@ class TrackedModel:
 
     def requested_fields(self, name: str) -> dict[str, Any]:
         """The fields that an adapter was made with, or else those of its config."""
-        present = self.manager.configs[name]
+        present = self.manager.config(name)
         config, fields = self.requested.get(name, (None, {}))
         return fields if config is present else meaning(present)
 
     def steps_of(self, names: Iterable[str]) -> tuple[int, str]:
         """How many steps adapters were trained for since they were made or loaded, and the last run that did."""
-        configs = [self.manager.configs[name] for name in names]
+        configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
         found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
         return max(((steps, run) for _, steps, run in found), default=(0, ""))
 
@@ -78,8 +79,9 @@ class TrackedModel:
     def count_steps(self, names: Iterable[str], run: Run) -> None:
         """Remember that a run trained adapters."""
         for name in names:
-            steps = run.steps_before + run.state.step
-            self.trained_steps[name] = (self.manager.configs[name], steps, os.path.basename(run.folder))
+            config, steps = self.manager.configs.get(name), run.steps_before + run.state.step
+            if config is not None:  # another thread may have taken it out meanwhile
+                self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
 
     def on_change(self) -> None:
         """Report a change of the adapters; a method, because managers hold those weakly."""
@@ -150,9 +152,18 @@ class ModelRegistry:
     def all(self) -> tuple[TrackedModel, ...]:
         """The models that still exist."""
         for name, tracked in list(self._models.items()):
-            if not tracked.alive:
-                del self._models[name]
+            if not tracked.alive and self._models.get(name) is tracked:
+                self._models.pop(name, None)
         return tuple(self._models.values())
+
+    def deciding(self) -> ExitStack:
+        """Context manager around a command: see ``AdapterManager.deciding``, here of all models."""
+        with ExitStack() as block:
+            for tracked in self.all():
+                manager = tracked._manager()
+                if manager is not None:
+                    block.enter_context(manager.deciding())
+            return block.pop_all()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -75,8 +75,9 @@ class Snapshots:
                 return built
         elif built is not None and (built.dtype, built.device) != (dtype, device):
             self.forget()
-        self._revision = manager.revision
-        self._built = self._fresh(name, manager, memory, training, dtype, device)
+        with manager.reading():
+            self._revision = manager.revision
+            self._built = self._fresh(name, manager, memory, training, dtype, device)
         return self._built
 
     def _fresh(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nbpeft.errors import BusyError
 from nbpeft.session.history import PastAdapter
 
 if TYPE_CHECKING:
@@ -36,8 +37,16 @@ class Undoable:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """A transaction in which the adapter goes, and what the session knew of it with it."""
-        with self._tracked.manager.transaction() as change:
+        """A transaction in which the adapter goes, and what the session knew of it with it.
+
+        Raises:
+            UnknownAdapterError: another thread has taken it out since it was kept.
+            BusyError: another thread has put another one in its place since.
+        """
+        manager = self._tracked.manager
+        with manager.transaction() as change:
+            if manager.config(self.kept.name) is not self.kept.config:
+                raise BusyError(f"another thread changed {self.kept.name!r} meanwhile: try again")
             yield
             self.gone(change)
 

@@ -41,6 +41,8 @@ class RunControl:
     """
 
     poll_interval = 0.05
+    reaches_all = False
+    """Whether the other processes of a training hear of each request, at the same step."""
 
     def __init__(self) -> None:
         self.deliver_clicks: Callable[[], None] | None = None

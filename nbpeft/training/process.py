@@ -6,13 +6,16 @@ It has the variables that ``torch.distributed.run`` or ``accelerate launch`` set
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pickle
+import shutil
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,10 +40,18 @@ from nbpeft.training.result import TrainResult
 from nbpeft.training.run import Run
 
 _PARENT_GONE = "the process that started it is gone"
+_STEP_ALONE, _END_ALONE = 10.0, 20.0
+"""Seconds that the step of a process whose parent is gone may still take, and then keeping the run and ending."""
 
 
 class Channel:
-    """To the process that waits and from it, over what were the standard streams; what is printed goes to the log."""
+    """To the process that waits and from it, over what were the standard streams; what is printed goes to the log.
+
+    Attributes:
+        closed: whether nobody is there any more.
+    """
+
+    closed = False
 
     def __init__(self) -> None:
         self._requests: IO[bytes] = os.fdopen(os.dup(0), "rb")
@@ -57,16 +68,20 @@ class Channel:
         except OSError:
             return
 
-    def listen(self, control: SharedControl) -> None:
-        """Takes requests in a thread, and asks for the end when nobody is there any more."""
+    def listen(self, control: SharedControl, alone: Callable[[], object]) -> None:
+        """Takes requests in a thread.
+
+        Args:
+            control: gets them.
+            alone: called in the thread when nobody is there any more.
+        """
 
         def work() -> None:
-            while True:
-                try:
+            with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+                while True:
                     control.take(pickle.load(self._requests))
-                except (EOFError, OSError, pickle.UnpicklingError):
-                    control.take({"stop": True, "pause": False, "reason": _PARENT_GONE})
-                    return
+            self.closed = True
+            alone()
 
         threading.Thread(target=work, name="nbpeft-requests", daemon=True).start()
 
@@ -75,7 +90,7 @@ def main(folder: Path) -> int:
     """Trains. Returns the status of the process."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     channel, control = Channel(), SharedControl()
-    channel.listen(control)
+    channel.listen(control, lambda: _end_alone(control, folder))
     model = None
     try:
         job = load_whole(folder / JOB, _device(folder, local_rank))
@@ -92,8 +107,31 @@ def main(folder: Path) -> int:
         trace = "".join(traceback.format_exception(error))
         print(trace, file=sys.stderr, flush=True)
         message = in_one_line(explain_failure(error, model))
-        Failure(rank, type(error).__name__, message, time.time(), trace).write(folder)
+        with contextlib.suppress(OSError):  # where nobody waits for it, the folder may be gone
+            Failure(rank, type(error).__name__, message, time.time(), trace).write(folder)
         return 1
+    finally:
+        if channel.closed:
+            _remove_job(folder)
+
+
+def _end_alone(control: SharedControl, folder: Path) -> None:
+    """Ends this process, which nobody waits for: after the step that runs, or without it where that does not end.
+
+    A collective operation with a process that is gone returns after many minutes, if ever, and no exception reaches
+    the thread that is in it.
+    """
+    control.take({"stop": True, "pause": False, "reason": _PARENT_GONE})
+    if control.wait_for_stop(_STEP_ALONE):
+        time.sleep(_END_ALONE)
+    _remove_job(folder)
+    os._exit(1)
+
+
+def _remove_job(folder: Path) -> None:
+    """Removes what the process that is gone would have: the model's copy above all. Another host's is not its own."""
+    if os.environ["GROUP_RANK"] == "0":
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None) -> TrainResult:

@@ -88,6 +88,7 @@ class Run:
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
         starts_from: That in words; empty for weights that no run has trained.
         members: Says, by the status of the run, how each adapter of a sweep does.
+        lost: Why the model has nothing of what was learned, where other processes did it; else the empty string.
     """
 
     interval = 0.2
@@ -123,7 +124,8 @@ class Run:
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
-        self.mirrors = False
+        self.mirrors = self._came_back = False
+        self.lost = ""
         self._mirrored: TrainState | None = None
         self._display_failed = False
         self._status: TrainStatus = "starting"
@@ -302,6 +304,14 @@ class Run:
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
         self.publish(force=True)  # they come as seldom as they are to be shown
 
+    def brought_back(self, token_count: int) -> None:
+        """Says that the model has now what was learned in other processes.
+
+        Args:
+            token_count: input tokens of all their steps.
+        """
+        self._record.token_count, self._came_back = token_count, True
+
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""
 
@@ -455,14 +465,10 @@ class Run:
             self._collect()
             return int(self._record.token_count)
 
-    @token_count.setter
-    def token_count(self, count: int) -> None:
-        self._record.token_count = count
-
     @property
     def steps_done(self) -> int:
-        """Optimizer steps of this run, those of one that it resumes left out."""
-        return self._record.step - self._record.first_step
+        """Optimizer steps of this run that its model has learned from, those of one that it resumes left out."""
+        return 0 if self.mirrors and not self._came_back else self._record.step - self._record.first_step
 
     @property
     def cut_short(self) -> bool:
@@ -504,7 +510,8 @@ class Run:
 
     def _save_now(self) -> None:
         try:
-            folder = save_adapters(self._model(), self.output_dir or self.folder, self._record.step)
+            place, together = self.output_dir or self.folder, self.control.reaches_all
+            folder = save_adapters(self._model(), place, self._record.step, together=together)
             self._saved = f"saved in {folder}"
         except Exception as error:  # a full disk, say: training goes on
             self._saved = f"not saved: {error}"

@@ -13,26 +13,25 @@ from typing import Any
 
 import torch
 
-from nbpeft.checkpoint import fingerprint
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.model import files
-from nbpeft.model.sharded import gathered_state, is_sharded, state_like
+from nbpeft.model.sharded import gathered_state, is_sharded, note_fingerprint, noted_fingerprint, state_like
 from nbpeft.training.checkpoints import save_beside
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
-_MARK = "_nbpeft_base"
 
 
 def note_base(trainer: Any) -> None:
     """Takes the fingerprint of the base before it is sharded."""
     manager = manager_of(trainer.model)
-    if getattr(trainer, "is_fsdp_enabled", False) and manager is not None and not is_sharded(trainer.model):
-        setattr(trainer, _MARK, None if manager.merged else fingerprint(manager.model))
+    if manager is not None and not manager.merged and getattr(trainer, "is_fsdp_enabled", False):
+        note_fingerprint(manager.model)
 
 
 def base_mark(trainer: Any) -> Any:
     """The fingerprint that ``note_base`` took, or None."""
-    return getattr(trainer, _MARK, None)
+    manager = manager_of(trainer.model)
+    return None if manager is None else noted_fingerprint(manager.model)
 
 
 def save_model(

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter
+from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, sweep
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model import AdapterPool, set_peft_model_state_dict
 from nbpeft.model.state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from nbpeft.session import Session
 from nbpeft.session.history import PastAdapter
+from nbpeft.training.sweep.adapters import _members as sweep_members
 
 WIDTH, WORDS = 64, 7
 IDS = torch.tensor([[0, 3, 6], [5, 2, 1]])
@@ -216,6 +217,12 @@ def _adapter_state(stage: Stage) -> None:
     set_peft_model_state_dict(stage.model, tensors, "b")
 
 
+def _sweep(stage: Stage) -> None:
+    """Makes the adapters of a sweep, of which nothing is learned."""
+    with sweep_members(stage.model, {"learning_rate": sweep(0.1, 0.2)}):
+        stage.model(IDS)
+
+
 def _combine(kind: str) -> Callable[[Stage], object]:
     return lambda stage: stage.model.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.7], "sum", kind, svd_rank=3)
 
@@ -290,6 +297,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "blocks": Command(adapted, _blocks),
     "block merged": Command(merged, _disable),
+    "sweep": Command(adapted, _sweep),
     "forward": Command(adapted, _train),
     "mixed batch": Command(adapted, _mixed),
     "pool": Command(pooled, lambda s: s.pool.set_adapter("b2")),

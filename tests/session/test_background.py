@@ -101,7 +101,9 @@ def test_it_learns_what_it_learns_in_the_cell(session: Session, model: Any) -> N
     def use_it() -> None:
         with torch.enable_grad():
             output = again(input_ids=ids).logits
-        modes.append((output.requires_grad, torch.equal(output, again(input_ids=ids).logits)))
+        with again.manager.active_state.turn():  # between two steps, and not two times between two of them
+            same = torch.equal(again(input_ids=ids).logits, again(input_ids=ids).logits)
+        modes.append((output.requires_grad, same))
         again.generate(input_ids=ids, do_sample=True, max_new_tokens=4)
         other.ask("Ana", tokenizer=CharTokenizer(), temperature=1.0, max_new_tokens=4)
         other.compare("Ana", max_new_tokens=3)
@@ -132,6 +134,26 @@ def test_others_compute_between_steps_alone(session: Session, model: Any) -> Non
     assert run.running and run.state is not None and run.state.step <= 1
     gate.open()
     run.wait(60)
+
+
+def test_threads_that_call_without_a_pause_leave_its_steps_and_its_stop_to_it(session: Session, model: Any) -> None:
+    run, gate = begin(session, model)
+    ended = threading.Event()
+
+    def call() -> None:
+        while not ended.is_set():
+            model(input_ids=torch.arange(9)[None])
+
+    threads = [elsewhere(call)[0] for _ in range(3)]
+    session.stop()
+    gate.open()
+    assert run.wait(60).steps == 1
+    run, gate = begin(session, model)
+    gate.open()
+    assert run.wait(120).steps == STEPS
+    ended.set()
+    for thread in threads:
+        thread.join(60)
 
 
 def test_scoring_leaves_its_dropout_on(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,17 +96,17 @@ def swap(
             slot is as it was.
         UnknownAdapterError: there is no such slot.
     """
-    manager.require(name)
-    _check(manager, name, config, validate)
-    new_config = config_for_slot(manager, name, config)
-    _check_shared(manager, name, new_config, weights)
-    layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
-    copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
-    writes = Writes(name, new_config, grow=grow)
-    writes.collect_layers(layers, weights.adapters)
-    writes.collect_copies(copies, weights.copies)
-    writes.collect_biases(manager.base_biases(name), weights.base)
     with manager.transaction() as change:
+        manager.require(name)
+        _check(manager, name, config, validate)
+        new_config = config_for_slot(manager, name, config)
+        _check_shared(manager, name, new_config, weights)
+        layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+        copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
+        writes = Writes(name, new_config, grow=grow)
+        writes.collect_layers(layers, weights.adapters)
+        writes.collect_copies(copies, weights.copies)
+        writes.collect_biases(manager.base_biases(name), weights.base)
         change.keep(manager.configs)
         change.keep_attributes(manager, "unsaved")
         writes.write(change)

@@ -107,8 +107,8 @@ def clone(
     check_values(fields, TrainingArguments)
     if name is not None:
         check_name(name)
-        trained = ctx.models.get(next(known for known, other in ctx.runs.items() if other is run))
-        if name in trained.manager.configs:
+        trained = next((known for known, other in list(ctx.runs.items()) if other is run), None)
+        if trained is not None and name in ctx.models.get(trained).manager.configs:
             raise AdapterExistsError(f"{name!r} is there already: take another name", name=name)
     run.control.request_clone_of(adapter, name, **fields)
     what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state

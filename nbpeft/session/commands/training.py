@@ -165,6 +165,7 @@ def train_tracked(
     """
     interrupted: TrainingInterrupted | None = None
     with ctx.command(f"training {_names(tracked, arguments)}", slow=True, gather=False):
+        ctx.refuse_another_training()
         try:
             result = _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
         except TrainingInterrupted as error:

@@ -33,13 +33,14 @@ def undo(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     tracked = ctx.find_adapted(model, command="undo")
     manager = tracked.manager
     refuse_in_training(ctx, tracked, "undone")
-    if not ctx.history.of(manager):
+    known = ctx.history.of(manager)
+    if not known:
         raise AdapterError(f"nothing to undo on {tracked.name}: no adapter of it was deleted or replaced")
-    past = ctx.history.of(manager)[-1]
+    past = known[-1]
     kept, name = past.kept, past.kept.name
-    _refuse_taken(tracked, past)
     with ctx.command(f"bringing back {name!r}") as notes:
         with manager.transaction() as change:
+            _refuse_taken(tracked, past)
             put_back(manager, kept, in_place=past.in_place and name in manager.configs)
             ctx.history.drop_last(manager, change)
             change.keep_attributes(tracked, "requested")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,13 @@ def of_the_first(value: Any) -> Any:
     return sent[0]
 
 
-_groups: dict[int, Any] = {}
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Group of all processes -> one of the same processes that communicates on the CPU."""
 
 
 def _on_the_cpu() -> Any:
     """The group of all processes for what is no work of a card, so that nothing waits for one."""
-    world = id(distributed.group.WORLD)
+    world = distributed.group.WORLD
     if world not in _groups:
         _groups[world] = distributed.new_group(backend="gloo")
     return _groups[world]

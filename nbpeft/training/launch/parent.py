@@ -22,7 +22,7 @@ from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.formatting import size_text
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
-from nbpeft.state import TrainState
+from nbpeft.state import TrainState, TrainStatus
 from nbpeft.training.adapted import base_of
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
 from nbpeft.training.launch.processes import Failure, Launch, Processes
@@ -42,7 +42,8 @@ def train_apart(
     """Trains a copy of a model in other processes, and gives the model the adapters that come of it.
 
     Its adapters are as before until all processes have done their part, and then what was trained, in one change.
-    An interruption stops the processes as Stop does; one before the first step, or a second one, ends them at once.
+    An interruption stops the processes as Stop does. One before the first step, or a second one, ends them at once, and
+    the adapters stay as they were before: what was learned is then in the run's folder alone.
 
     Args:
         model: with the adapters to train active; its weights reach the processes in a temporary file.
@@ -68,20 +69,19 @@ def train_apart(
         if arguments.get("fsdp") and not is_quantized(base_of(model)):
             (folder / ON_THE_CPU).touch()
         run.note(f"{launch.world} processes, which read the model from a file of {size_text(size)}")
-        address, port = (launch.machines or ("127.0.0.1",))[0], _free_port()
-        scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
-        if scripts:
-            run.note("start it on the others: " + ", ".join(scripts))
-        run.publish(force=True)
         try:
-            with Processes(folder, launch, address=address, port=port) as processes:
+            with _held_port() as port, _started(folder, launch, run, port) as processes:
                 ended, interrupted = _wait(processes, run)
                 with HeldInterrupts(to_the_end=True):
                     load_adapters(model, folder / RESULT)
-                    run.token_count = ended.token_count
+                    run.brought_back(ended.token_count)
                 processes.wait(_TO_END)
         except NbpeftError as error:
-            _note_failure(run, error, arguments.get("run_dir"))
+            _note_end(run, arguments.get("run_dir"), "failed", error.message)
+            raise
+        except KeyboardInterrupt:
+            if not run.steps_done:
+                _note_loss(run, arguments.get("run_dir"))
             raise
     if interrupted:
         raise KeyboardInterrupt
@@ -92,21 +92,24 @@ def train_apart(
 
 def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
     """Shows states and hands requests on until the end; says whether an interruption brought it about."""
-    relayed, interrupted = _Relay(processes, run), False
+    relayed, learning, interrupted = _Relay(processes, run), False, False
     while True:
         try:
             relayed.turn()
             message = processes.receive(_TURN)
             if isinstance(message, TrainState):
+                learning = message.step > message.first_step
                 relayed.turn(waiting=message.status == "paused")
                 run.mirror(message)
-            elif isinstance(message, Ended):
-                return message, interrupted
-            elif message is None:
-                _check(processes, run)
+            elif processes.answer is not None:
+                return processes.answer, interrupted
+            else:
+                _check(processes)
         except KeyboardInterrupt:
-            if interrupted or not run.steps_done:
-                raise  # the processes end with the block, and the model is as before
+            if interrupted or not learning:
+                processes.end()
+                if processes.answer is None:
+                    raise
             interrupted = True
             run.control.request_stop()
 
@@ -129,33 +132,56 @@ class _Relay:
             self._sent = wanted
 
 
-def _check(processes: Processes, run: Run) -> None:
-    """Raises the error of a process that failed."""
+def _check(processes: Processes) -> None:
+    """Raises the error of a process that failed, unless all had done their part by then."""
     failure = processes.failure()
-    if failure is None and not processes.running:
-        failure = Failure(0, "", "ended before the training did", 0.0)
-    if failure is None:
+    if failure is None and processes.running and not processes.unreadable:
         return
+    processes.end()
+    if processes.answer is not None:
+        return
+    if failure is None:
+        failure = Failure(0, "", _no_answer(processes), 0.0)
     kind = getattr(errors, failure.kind, None)
     if isinstance(kind, type) and issubclass(kind, NbpeftError) and failure.rank == 0:
         raise kind(failure.message)
     raise TrainingError(f"process {failure.rank} of {processes.launch.world}: {failure.message}", trace=failure.trace)
 
 
-def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
-    """Says in the folder of the run why it failed, where its process could not; one without a step goes again."""
+def _no_answer(processes: Processes) -> str:
+    if not processes.unreadable:
+        return "ended before the training did"
+    return (
+        f"sent what cannot be read here ({processes.unreadable}): if a package was upgraded since Python started, "
+        "restart it"
+    )
+
+
+def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
+    """Says in the folder of the run how it ended, where its process could not; one without a step is removed."""
     if not run.folder or place is None:
         return
     folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
-    facts = folder.facts()
-    if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
+    facts, record = folder.facts(), folder.record()
+    if record is None or facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
         return
     with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
         if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)
             run.folder = ""
         else:
-            folder.write({**facts, "status": "failed", "message": error.message})
+            last = {"step": record.step, "loss": record.loss, "seconds": record.seconds}
+            folder.write({**facts, **last, "status": status, "message": message})
+
+
+def _note_loss(run: Run, place: Any) -> None:
+    """Says that the processes were ended before what they had learned came back, and where it is kept."""
+    run.lost = "the adapters are as before"
+    _note_end(run, place, "stopped", run.stop_message())
+    kept = RunFolder(Path(run.folder)).kept_steps() if run.folder else ()
+    if any(kept):
+        run.lost += f"; run {Path(run.folder).name} can be resumed from step {kept[0]:,}"
+    run.note(run.lost)
 
 
 @contextlib.contextmanager
@@ -187,7 +213,24 @@ def _host_script(folder: Path, launch: Launch, host: int, address: str, port: in
     return f"{launch.machines[host]}: sh {shlex.quote(str(path))}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def _started(folder: Path, launch: Launch, run: Run, port: int) -> Processes:
+    """The processes of this host, to be entered; says how those of the others are started."""
+    address = (launch.machines or ("127.0.0.1",))[0]
+    scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
+    if scripts:
+        run.note("start it on the others: " + ", ".join(scripts))
+    run.publish(force=True)
+    return Processes(folder, launch, address=address, port=port)
+
+
+@contextlib.contextmanager
+def _held_port() -> Iterator[int]:
+    """A port on which the first process can listen, and which nobody else is given until the block ends."""
+    with socket.socket() as holder:
+        if sys.platform == "linux":  # where a socket that does not listen leaves the port to another one
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        port = int(holder.getsockname()[1])
+        if sys.platform != "linux":
+            holder.close()
+        yield port

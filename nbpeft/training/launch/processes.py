@@ -20,8 +20,10 @@ from typing import Any, Self
 
 import torch
 
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, in_one_line
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.launch.agreement import is_launched
+from nbpeft.training.launch.job import Ended
 
 CHILD = "nbpeft.training.process"
 """The module that each process runs."""
@@ -104,7 +106,8 @@ def environment(launch: Launch, host: int, local_rank: int, address: str, port: 
 class Processes:
     """The processes of this host; as a context manager they have ended when the block has.
 
-    The first one sends messages (``receive``) and takes requests (``send``). Each ends by itself when this one does.
+    The first one sends messages (``receive``) and takes requests (``send``). Each ends by itself when this one does,
+    some seconds later at the latest.
 
     Args:
         folder: of the job; takes what they print and why they failed.
@@ -112,7 +115,14 @@ class Processes:
         host: which of the hosts this is.
         address: of the first host.
         port: on it.
+
+    Attributes:
+        answer: how the training ended; None until the first process says so.
+        unreadable: why what it sent could not be read; empty where all could.
     """
+
+    answer: Ended | None = None
+    unreadable = ""
 
     def __init__(self, folder: Path, launch: Launch, *, host: int = 0, address: str, port: int) -> None:
         self.folder, self.launch = folder, launch
@@ -120,12 +130,13 @@ class Processes:
         self._variables = [environment(launch, host, rank, address, port) for rank in range(launch.processes)]
         self._running: list[subprocess.Popen[bytes]] = []
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name="nbpeft-processes", daemon=True)
 
     def __enter__(self) -> Self:
         try:
             for number, variables in enumerate(self._variables):
                 self._running.append(self._start(number, variables))
-            threading.Thread(target=self._read, name="nbpeft-processes", daemon=True).start()
+            self._reader.start()
         except BaseException:
             self.end()
             raise
@@ -134,7 +145,8 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end()
+        with HeldInterrupts(to_the_end=True):
+            self.end()
 
     def _start(self, number: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # In a session of its own: an interruption of the notebook's process group is delivered once, to the notebook.
@@ -151,12 +163,20 @@ class Processes:
     def _read(self) -> None:
         stream = self._running[0].stdout
         assert stream is not None
-        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError, ValueError):
+        try:
             while True:
-                self._messages.put(pickle.load(stream))
+                message = pickle.load(stream)
+                if isinstance(message, Ended):
+                    self.answer = message
+                else:
+                    self._messages.put(message)
+        except EOFError:
+            return
+        except Exception as error:  # of a class that is another one there, say
+            self.unreadable = f"{type(error).__name__}: {in_one_line(error)}"
 
     def receive(self, timeout: float) -> Any:
-        """The next message of the first process; None where none comes within ``timeout`` seconds."""
+        """The next message of the first process but its answer; None where none comes within ``timeout`` seconds."""
         try:
             return self._messages.get(timeout=timeout)
         except queue.Empty:
@@ -192,7 +212,7 @@ class Processes:
         return Failure(rank, "", how + why, time.time())
 
     def end(self, grace: float = _GRACE) -> None:
-        """Ends those that run: asked to, and after ``grace`` seconds at once."""
+        """Ends those that run: asked to, and after ``grace`` seconds at once. What they sent has arrived then."""
         alive = [process for process in self._running if process.poll() is None]
         for process in alive:
             with contextlib.suppress(OSError):
@@ -204,7 +224,11 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            for stream in (process.stdin, process.stdout):
+        if self._reader.ident is not None:
+            self._reader.join(grace)
+        for process in self._running:
+            # A process of theirs may have its end of the stream, and closing what a thread reads waits for the thread.
+            for stream in (process.stdin, None if self._reader.is_alive() else process.stdout):
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()

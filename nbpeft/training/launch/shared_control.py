@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.training.control import RunControl
-from nbpeft.training.launch.agreement import is_first, of_the_first
+from nbpeft.training.launch.agreement import of_the_first
 
 _STOP, _PAUSE, _SAVE = range(3)
 
@@ -18,6 +18,8 @@ class SharedControl(RunControl):
     A process that waited alone would leave the others in a collective operation, until that times out. Requests are
     therefore kept by the first process, and handed on wherever a run looks for them, which all do in step.
     """
+
+    reaches_all = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +38,15 @@ class SharedControl(RunControl):
                 self._wanted[place] = bool(request.get(name, self._wanted[place]))
             self._reason = str(request.get("reason", self._reason))
 
+    def wait_for_stop(self, timeout: float) -> bool:
+        """Waits until the run is to end after the step that it has just done, at most ``timeout`` seconds.
+
+        Returns:
+            Whether that came about: a run whose step does not end hears of no request.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: self._stop, timeout)
+
     def _deliver(self) -> None:
         with self._guard:
             wanted, self._wanted[_SAVE] = list(self._wanted), False
@@ -44,5 +55,5 @@ class SharedControl(RunControl):
             self.request_stop(self._reason)
         if pause != self._paused:
             self._set_paused(pause)
-        if save and is_first():
+        if save:  # in each of them: of a sharded model all have a part, and the first one writes
             self.request_save()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -96,29 +96,45 @@ def _members(model: Any, given: Mapping[str, Any]) -> Iterator[SideBySide]:
     if members is not None and swept(given):
         name = next(iter(swept(given)))
         raise ConfigError(f"{name} is a sweep, and members=… says already what each adapter has", field=name)
-    selected, enabled = manager.selected, manager.enabled
-    group = _made(model, manager, given) if members is None else SideBySide(model, _given(manager, members))
-    try:
-        manager.activate(group.names[0])  # what else was active would train along
-        with group.opened:
-            group.opened.enter_context(manager.use(group.names, apart=True))
-            _check_alone(model, group)
-            yield group
-    finally:
-        with HeldInterrupts(to_the_end=True), manager.transaction():
-            if group.learned:
-                manager.activate(group.best, enable=True)
-            else:
-                for name in group.made:
-                    manager.remove(name)
-                if selected and manager.selected != selected:
-                    manager.activate(selected)
-                if not enabled and manager.enabled:
-                    manager.disable()
+    with HeldInterrupts() as held:
+        selected, enabled = manager.selected, manager.enabled
+        group, made = None, list[str]()
+        try:
+            found = _made(manager, given, made) if members is None else _given(manager, members)
+            group = SideBySide(model, found)
+            manager.activate(group.names[0])  # what else was active would train along
+            with group.opened:
+                group.opened.enter_context(manager.use(group.names, apart=True))
+                _check_alone(model, group)
+                with held.released():
+                    yield group
+        finally:
+            with HeldInterrupts(to_the_end=True), manager.transaction():
+                if group is not None and group.learned:
+                    manager.activate(group.best, enable=True)
+                else:
+                    _put_back(manager, made, selected, enabled=enabled)
 
 
-def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -> SideBySide:
-    """Adapters for every combination of the values: copies of one, or new ones where its config varies."""
+def _put_back(manager: AdapterManager, made: Sequence[str], selected: tuple[str, ...], *, enabled: bool) -> None:
+    """Leaves the model with the adapters and the choice that it had before they were made."""
+    for name in made:
+        if name in manager.configs:
+            manager.remove(name)
+    if selected and manager.selected != selected:
+        manager.activate(selected)
+    if not enabled and manager.enabled:
+        manager.disable()
+
+
+def _made(manager: AdapterManager, given: Mapping[str, Any], made: list[str]) -> list[Member]:
+    """Adapters for every combination of the values: copies of one, or new ones where its config varies.
+
+    Args:
+        manager: of the model.
+        given: arguments of the training.
+        made: gets the names of those that were not there, each before it is: an interruption can come at any moment.
+    """
     origin = _origin(manager, given.get("adapter"))
     config, fields = manager.configs[origin], swept(given)
     of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in _BOOKKEEPING]
@@ -128,7 +144,6 @@ def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -
         raise not_swept(name)
     combined = list(combinations(fields))
     names = names_of(origin, combined)
-    made: list[str] = []
     with manager.transaction():
         for name, values in zip(names, combined, strict=True):
             check_name(name)
@@ -137,18 +152,17 @@ def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -
             if name in manager.configs:
                 _check_same(manager, name, wanted)
                 continue
+            made.append(name)
             if changed:
                 with drawing_from(int(given.get("seed", _SEED))):
                     manager.add(name, wanted, trainable=True, select=False)
             else:
                 manager.copy(origin, name)
                 manager.unfreeze(name)
-            made.append(name)
-        members = [
+        return [
             Member(name, {key: values[key] for key in values if key in OWN_FIELDS}, values, manager.parameters(name))
             for name, values in zip(names, combined, strict=True)
         ]
-    return SideBySide(model, members, made)
 
 
 def _origin(manager: AdapterManager, adapter: Any) -> str:

@@ -111,7 +111,6 @@ class SideBySide:
     Args:
         model: with the adapters.
         members: one for each adapter.
-        made: adapters that were made for it.
 
     Attributes:
         mixed: whether one pass may serve several; set to False where a model's loss cannot be taken apart.
@@ -123,9 +122,9 @@ class SideBySide:
 
     join: Callable[[Member, Member], None]
 
-    def __init__(self, model: Any, members: Sequence[Member], made: Sequence[str] = ()) -> None:
+    def __init__(self, model: Any, members: Sequence[Member]) -> None:
         self._manager: AdapterManager = require_manager(model)
-        self.members, self.made = tuple(members), tuple(made)
+        self.members = tuple(members)
         self.mixed, self.learned = True, False
         self.note: Callable[[str], None] = lambda message: None
         self.opened = ExitStack()

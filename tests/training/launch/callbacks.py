@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,6 +20,26 @@ class FailsInTheSecond(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if os.environ["RANK"] == "1" and state.global_step == 2:
             raise ValueError("the second of them is out of rows")
+
+
+class LeavesTheOtherWaiting(TrainerCallback):
+    """Process 1 does no second step, so that process 0 waits for its gradients; each leaves its number in a folder.
+
+    Args:
+        folder: that is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        vars(sys.modules["__main__"]).update(_STEP_ALONE=0.5, _END_ALONE=0.5)
+        (self.folder / os.environ["RANK"]).write_text(str(os.getpid()))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if os.environ["RANK"] == "1" and state.global_step == 1:
+            (self.folder / "waiting").touch()
+            time.sleep(600)
 
 
 class KeepsEachState(TrainerCallback):

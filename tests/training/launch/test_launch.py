@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.errors import TrainingError
 from nbpeft.model.quantize import quantize_model
 from nbpeft.runs.folder import RunFolder
@@ -82,6 +83,15 @@ def when_shown(run: Any, step: int, act: Callable[[], None]) -> None:
     run.mirror = mirroring
 
 
+def save_and_stop(run: Any) -> None:
+    """Requests the one, and the other when it was done."""
+    if not vars(run).setdefault("asked", False):
+        run.asked = True
+        run.control.request_save()
+    elif "saved in" in run.state.message:
+        run.control.request_stop()
+
+
 @pytest.mark.slow
 def test_a_sharded_run_is_stopped_and_goes_on_with_every_part_of_it(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"max_steps": 60, "learning_rate": 0.01, "seed": 7}
@@ -94,9 +104,15 @@ def test_a_sharded_run_is_stopped_and_goes_on_with_every_part_of_it(tmp_path: Pa
             session.train(model, rows(), **options, **arguments)
             found.append(weights(model, "sql"))
             continue
-        end = session.on_run(lambda run, name: when_shown(run, 2, run.control.request_stop))
+        end = session.on_run(lambda run, name: when_shown(run, 1, lambda: save_and_stop(run)))
         stopped = session.train(model, rows(), tokenizer=CharTokenizer(), sample="ab", every=1, **options, **arguments)
         end()
+        (saved,) = (tmp_path / "two/sql-1").glob("sql-step-*")
+        whole = {name.replace(".sql.", "."): tensor for name, tensor in weights(model, "sql").items()}
+        held = load_file(saved / "adapter_model.safetensors")
+        assert {name: part.shape for name, part in held.items()} == {name: one.shape for name, one in whole.items()}
+        assert all(part.any() for part in held.values()), "each of them had learned"
+        assert any(key.startswith("nbpeft.base.") for key in read_metadata(saved / "adapter_model.safetensors"))
         assert stopped.status == "stopped" and 2 <= stopped.steps < 60
         assert stopped.state.samples and not any("no samples" in note for note in (stopped.message,))
         state = tmp_path / f"two/sql-1/checkpoint-{stopped.steps}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import HashStore, TCPStore
 
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
+from nbpeft.model import sharded
 from nbpeft.model.sharded import gathered, is_sharded
 from nbpeft.state import TrainState
-from nbpeft.training import Run, train
+from nbpeft.training import Run, save_now, train
+from nbpeft.training.launch import agreement, parent, shared_control
+from nbpeft.training.launch.job import Ended
 from nbpeft.training.launch.processes import CHILD, Failure, Launch, Processes, environment, launch_of
 from nbpeft.training.launch.shared_control import SharedControl
 from nbpeft.training.launch.transport import load_whole, save_whole
@@ -160,12 +167,14 @@ def test_a_run_that_mirrors_shows_the_other_process() -> None:
         clock.advance(1)
         assert run.tick().elapsed == pytest.approx(2.5) and run.tick().remaining == pytest.approx(3.0)
         assert (run.state.step, run.state.loss, run.state.message) == (3, 2.0, "2 processes · slow")
-        assert run.state.run_id == run.run_id and run.steps_done == 3
+        assert run.state.run_id == run.run_id and run.steps_done == 0, "the model has none of them yet"
         run.mirror(TrainState("other", "default", "paused", 3, 8, elapsed=2.5))
         clock.advance(9)
         assert run.state.elapsed == pytest.approx(2.5)
         run.mirror(TrainState("other", "default", "finished", 8, 8, loss=1.0, elapsed=3.0))
+        run.brought_back(64)
     assert (states[-1].status, states[-1].step, states[-1].remaining) == ("finished", 8, None)
+    assert (run.steps_done, run.token_count) == (8, 64)
 
 
 def test_a_process_that_is_killed_is_named_with_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +195,120 @@ def test_a_process_that_is_killed_is_named_with_its_signal(tmp_path: Path, monke
     Failure(0, "TrainingError", "first", 1.0).write(tmp_path)
     Failure(1, "ValueError", "second", 2.0).write(tmp_path)
     assert processes.failure().message == "first"
+
+
+def started_as(monkeypatch: pytest.MonkeyPatch, scripts: dict[str, str]) -> None:
+    """Lets each process run a script of its own, by its rank."""
+    started = subprocess.Popen
+
+    def start(command: list[str], env: dict[str, str], **options: Any) -> Any:
+        return started([sys.executable, "-c", scripts[env["RANK"]]], env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+class ReadSlowly:
+    """Takes its time where it is read."""
+
+    def __reduce__(self) -> Any:
+        return read_slowly, ()
+
+
+def read_slowly() -> Ended:
+    time.sleep(0.5)
+    return Ended("finished", {"train_loss": 1.0}, 24)
+
+
+SENDS = "import sys; sys.stdout.buffer.write({!r}); sys.stdout.flush()"
+WAITS = "import time; time.sleep(60)"
+
+
+def waited_for_end(processes: Processes) -> None:
+    for process in processes._running:
+        process.wait(30)
+
+
+@pytest.mark.parametrize("ends", [";", "; raise SystemExit(3)"], ids=["well", "in an error"])
+def test_an_answer_that_is_still_being_read_counts(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sends = SENDS.format(pickle.dumps(ReadSlowly())) + ends
+    started_as(monkeypatch, {"0": sends, "1": "pass"})
+    with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
+        waited_for_end(processes)
+        parent._check(processes)
+        assert processes.answer == Ended("finished", {"train_loss": 1.0}, 24)
+
+
+def test_an_answer_counts_although_another_process_fails_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = tmp_path / "sent"
+    sends = f"{SENDS.format(pickle.dumps(ReadSlowly()))}; open({str(sent)!r}, 'w'); {WAITS}"
+    fails = f"import os, time\nwhile not os.path.exists({str(sent)!r}): time.sleep(0.01)\nraise SystemExit(3)"
+    started_as(monkeypatch, {"0": sends, "1": fails})
+    with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
+        processes._running[1].wait(30)
+        parent._check(processes)
+        assert processes.answer is not None
+
+
+def test_processes_that_end_without_an_answer_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started_as(monkeypatch, {"0": "pass", "1": "pass"})
+    with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
+        waited_for_end(processes)
+        with pytest.raises(TrainingError, match=r"^process 0 of 2: ended before the training did$"):
+            parent._check(processes)
+
+
+def test_a_message_that_cannot_be_read_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of another version, installed while this process runs."""
+    started_as(monkeypatch, {"0": SENDS.format(b"cnbpeft.training.launch.job\nGone\n.") + f"; {WAITS}", "1": WAITS})
+    with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
+        processes._reader.join(30)
+        assert processes.running
+        with pytest.raises(TrainingError, match=r"2: sent what cannot be read here \(AttributeError: .*Gone"):
+            parent._check(processes)
+
+
+def test_a_port_is_kept_until_the_first_process_listens() -> None:
+    with parent._held_port() as port:
+        listening = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        assert listening.port == port
+    if sys.platform == "linux":
+        with parent._held_port() as port, socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+
+
+def test_a_group_lives_no_longer_than_its_world() -> None:
+    for _ in range(2):
+        distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        try:
+            assert agreement._on_the_cpu() is agreement._on_the_cpu()
+        finally:
+            distributed.destroy_process_group()
+        gc.collect()
+        assert not agreement._groups
+
+
+def test_a_request_to_save_reaches_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sharded model each of them has a part."""
+    monkeypatch.setattr(shared_control, "of_the_first", lambda wanted: [False, False, True])
+    monkeypatch.setattr(agreement, "is_first", lambda: False)
+    control, saved = SharedControl(), []
+    assert not control.wait_or_stop(on_save=lambda: saved.append(1)) and saved == [1]
+
+
+def test_a_part_of_a_model_is_not_saved_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = trainable()
+    run = Run(model, 2)
+    run.output_dir = str(tmp_path)
+    monkeypatch.setattr(save_now, "several_processes", lambda: True)
+    monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
+    run.control.request_save()
+    assert not run.wait_or_stop()
+    assert run.state.message == "not saved: each process has a part of the model, and one alone was asked: use " + (
+        "Trainer.save_model"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_of_a_tensor_is_never_taken_for_the_whole() -> None:
