@@ -49,7 +49,6 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
     home = Path(trainer._get_output_dir(trial=trial))
     name = f"{_PREFIX}-{trainer.state.global_step}"
     main, wait = bool(trainer.args.should_save), trainer.accelerator.wait_for_everyone
-    place = home / broadcast_object_list([staging_name()])[0]
     staging: Staging | None = None
     pushes: list[str] = []
     with _write_errors(home):
@@ -57,6 +56,8 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
             if main:
                 home.mkdir(parents=True, exist_ok=True)
                 sweep(home)
+            place = home / broadcast_object_list([staging_name(home) if main else ""])[0]
+            if main:
                 staging = Staging(home, place.name)
             wait()
             with _redirected(trainer, place, pushes):
