@@ -143,7 +143,8 @@ ATTACKS = (
 
 
 def save(folder: Path) -> None:
-    tensors = {"base_model.model.q.lora_A.weight": torch.ones(2, 4), "base_model.model.q.lora_B.weight": torch.ones(4, 2)}
+    shapes = {"lora_A": (2, 4), "lora_B": (4, 2)}
+    tensors = {f"base_model.model.q.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
     write_checkpoint(folder, LoraConfig(r=2, target_modules=["q"]), tensors)
 
 
@@ -158,9 +159,7 @@ def take_back(folder: Path) -> None:
     sweep(folder, finish=False)
 
 
-@pytest.mark.parametrize(
-    ("whose", "write"), [("stranger's", save), ("own", save), ("own", take_back), ("own", ship)]
-)
+@pytest.mark.parametrize(("whose", "write"), [("stranger's", save), ("own", save), ("own", take_back), ("own", ship)])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_write_into_a_folder_touches_anything_outside(
     attack: Callable[[Path, Path], None], whose: str, write: Callable[[Path], None], clone: Path, victim: Path
@@ -213,9 +212,7 @@ def test_a_file_that_is_a_link_is_replaced_not_written_through(clone: Path, vict
 
 
 @pytest.mark.parametrize("handles", [True, False])
-def test_only_plain_files_are_opened(
-    handles: bool, clone: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_plain_files_are_opened(handles: bool, clone: Path, victim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the calls of POSIX, and as on Windows."""
     monkeypatch.setattr(inside, "_HANDLES", handles)
     os.mkfifo(clone / "pipe")
