@@ -38,16 +38,12 @@ _KINDS = {
 }
 
 
-class NotPlainError(CheckpointError):
-    """A name inside a folder stands for a link, a pipe or a device, or leads out of the folder."""
-
-
 @contextmanager
 def _parent(root: Path, name: str) -> Iterator[tuple[int | None, str]]:
     """The folder that a path is in, as a handle, and the path from there: the last part of the name.
 
     Raises:
-        NotPlainError: the name leads out of ``root``, or a folder on the way is a link.
+        CheckpointError: the name leads out of ``root``, or a folder on the way is a link.
         OSError: a folder on the way is not there.
     """
     *folders, leaf = _parts(root, name)
@@ -83,13 +79,13 @@ def _opened_folder(place: Path, name: str, parent: int) -> int:
 def _parts(root: Path, name: str) -> tuple[str, ...]:
     parts = PurePath(name).parts
     if not parts or ".." in parts or PurePath(name).anchor:
-        raise NotPlainError(f"{shown(name) or 'an empty name'} is not the name of a file inside {shown(root)}")
+        raise CheckpointError(f"{shown(name) or 'an empty name'} is not the name of a file inside {shown(root)}")
     return parts
 
 
 def _check_folder(place: Path, found: os.stat_result) -> None:
     if _is_link(found):
-        raise NotPlainError(f"{shown(place)} is a link, and links inside a folder are not followed", path=str(place))
+        raise CheckpointError(f"{shown(place)} is a link, and links inside a folder are not followed", path=str(place))
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
 
@@ -137,7 +133,7 @@ def names(root: Path, name: str) -> list[str]:
     try:
         with _parent(root, f"{name}/x") as (parent, leaf):
             return sorted(os.listdir(os.path.dirname(leaf) if parent is None else parent))
-    except (OSError, NotPlainError):
+    except (OSError, CheckpointError):
         return []
 
 
@@ -169,7 +165,7 @@ def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o66
         mode: permissions of a new file.
 
     Raises:
-        NotPlainError: it is something else, or a link is on the way.
+        CheckpointError: it is something else, or a link is on the way.
         OSError: it cannot be opened.
     """
     path, writes = root / name, bool(flags & (os.O_WRONLY | os.O_RDWR))
@@ -187,9 +183,9 @@ def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o66
 
 def _check_file(path: Path, found: os.stat_result, *, alone: bool) -> None:
     if _is_link(found) or not stat.S_ISREG(found.st_mode):
-        raise NotPlainError(f"{shown(path)} is {kind_of(found)}, not a plain file", path=str(path))
+        raise CheckpointError(f"{shown(path)} is {kind_of(found)}, not a plain file", path=str(path))
     if alone and found.st_nlink > 1:
-        raise NotPlainError(f"{shown(path)} has a second name elsewhere, and is not written", path=str(path))
+        raise CheckpointError(f"{shown(path)} has a second name elsewhere, and is not written", path=str(path))
 
 
 def read_plain(root: Path, name: str, most: int) -> bytes:
@@ -213,7 +209,7 @@ def move(root: Path, name: str, target: Path, new: str) -> None:
     """Moves a file or a folder, over what is there; a link is moved itself.
 
     Raises:
-        NotPlainError: a folder on one of the two ways is a link.
+        CheckpointError: a folder on one of the two ways is a link.
         OSError: it cannot be moved.
     """
     with _parent(root, name) as (source, leaf), _parent(target, new) as (there, new_leaf):
@@ -224,7 +220,7 @@ def second_name(root: Path, name: str, new: str) -> None:
     """Gives a file a second name in the same folder or below it, or copies it where the file system has no links.
 
     Raises:
-        NotPlainError: a folder on one of the two ways is a link.
+        CheckpointError: a folder on one of the two ways is a link.
         OSError: it cannot be done.
     """
     with _parent(root, name) as (source, leaf), _parent(root, new) as (there, new_leaf):
@@ -238,7 +234,7 @@ def remove(root: Path, name: str) -> None:
     """Removes a file or a link, if it is there.
 
     Raises:
-        NotPlainError: a folder on the way is a link.
+        CheckpointError: a folder on the way is a link.
         OSError: it cannot be removed.
     """
     with contextlib.suppress(FileNotFoundError), _parent(root, name) as (parent, leaf):
@@ -249,7 +245,7 @@ def make_folders(root: Path, name: str) -> list[Path]:
     """Makes a folder inside ``root`` with those above it; returns those that were not there, outermost first.
 
     Raises:
-        NotPlainError: one on the way is a link.
+        CheckpointError: one on the way is a link.
         OSError: one cannot be made, or is a file.
     """
     made: list[Path] = []

@@ -186,7 +186,7 @@ def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
         return
     for entry in entries:
         # What cannot be cleared now goes another time; the write that asks for it must not fail by that.
-        with contextlib.suppress(OSError, inside.NotPlainError):
+        with contextlib.suppress(OSError, CheckpointError):
             if not _sweep_one(folder, entry, finish) and report:
                 warnings.warn(
                     f"{inside.shown(folder / entry)} looks like the rest of a write that was broken off, but none of "
@@ -220,8 +220,6 @@ def _is_locked(path: Path) -> bool:
         lock = lock_folder(path)
     except BlockingIOError:
         return True
-    except OSError:  # no folder
-        return False
     if lock is not None:
         os.close(lock)
     return False
@@ -299,7 +297,7 @@ def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
 
 
 def lock_folder(path: Path) -> int | None:
-    """A handle that holds the lock of a folder; None where folders cannot be locked.
+    """A handle that holds the lock of a folder; None where folders cannot be locked, and for what is no folder.
 
     Raises:
         BlockingIOError: another process or thread holds it.
@@ -307,7 +305,12 @@ def lock_folder(path: Path) -> int | None:
     """
     if fcntl is None:
         return None
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_DIRECTORY", 0))
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_DIRECTORY", 0))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            return None
+        raise
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.lstat(path)):

@@ -147,10 +147,10 @@ def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
     if not run.folder or place is None:
         return
     folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
-    facts = folder.facts()
-    if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
-        return
     with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
+        facts = folder.facts()
+        if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
+            return
         if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)
             run.folder = ""
