@@ -309,6 +309,22 @@ def test_a_run_ends_as_it_ended_where_nothing_can_be_written_any_more(
     assert record.settings["r"] == 4 and facts(place)["arguments"]["max_steps"] == 6
 
 
+def test_no_folder_of_another_run_keeps_a_training_from_its_end(place: Path) -> None:
+    strange: dict[str, Any] = {"step": "1e999", "started": "1e300", "seconds": "Infinity", "status": '"running"'}
+    for name, value in strange.items():
+        (place / name).mkdir(parents=True)
+        facts = {"version": 1, "adapter": "a", "status": "finished", name: "@"}
+        (place / name / "run.json").write_text(json.dumps(facts).replace('"@"', value))
+    os.mkfifo(place / "status" / "curve.jsonl")
+    (place / "link").symlink_to(place / "step")
+    (place / "zero").mkdir()
+    (place / "zero" / "run.json").symlink_to("/dev/zero")
+    result = train(trainable(name="sql"), token_rows(), run_dir=place, **QUICK)
+    assert (result.status, result.steps, result.message) == ("finished", 6, "")
+    records = {record.name: record.status for record in RunStore(place).records()}
+    assert records.pop("sql-1") == "finished" and set(records.values()) == {"unreadable"} and len(records) == 6
+
+
 def test_a_folder_that_is_removed_meanwhile_ends_the_keeping_alone(place: Path, often: None) -> None:
     result = train(trainable(), token_rows(), run_dir=place, callbacks=[At(3, lambda: shutil.rmtree(place))], **QUICK)
     assert (result.status, result.steps) == ("finished", 6)
