@@ -22,6 +22,9 @@ _ended = itertools.count(1)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "XDG_STATE_HOME" not in os.environ:  # where the key of this user's staging folders is
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="nbpeft-state-")
+    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 if "NBPEFT_RUNS" not in os.environ:  # where trainings are kept; a test that looks at them names a place of its own
     os.environ["NBPEFT_RUNS"] = tempfile.mkdtemp(prefix="nbpeft-runs-")
     atexit.register(shutil.rmtree, os.environ["NBPEFT_RUNS"], ignore_errors=True)

@@ -49,6 +49,7 @@ from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
 from nbpeft.checkpoint.source import present_card as present_card
 from nbpeft.checkpoint.source import push as push
 from nbpeft.checkpoint.staging import scratch_folder as scratch_folder
+from nbpeft.checkpoint.tensor_file import UnreadTensors as UnreadTensors
 from nbpeft.checkpoint.weights_format import SHARED_PREFIX as SHARED_PREFIX
 from nbpeft.checkpoint.weights_format import Expected as Expected
 from nbpeft.checkpoint.weights_format import Loaded as Loaded

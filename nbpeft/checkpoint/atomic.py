@@ -22,6 +22,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from nbpeft.checkpoint import inside
+from nbpeft.checkpoint.inside import shown as shown
 from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_folder, sweep, take_back
 from nbpeft.errors import CheckpointError, in_one_line
 
@@ -142,29 +144,20 @@ def _move_folder(staging: Path, folder: Path, made: Sequence[Path]) -> None:
 def _move_all(staging: Staging, folder: Path, marks: dict[str, Mark], made: list[Path]) -> None:
     """Moves files into place and flushes the folders; on an error moves back what was there."""
     for name in marks:
-        _make_folder((folder / name).parent, made)
-        if os.path.lexists(folder / name):
-            old = staging.path / OLD / name
-            if not old.parent.exists():
-                old.parent.mkdir(parents=True)
-            _keep(folder / name, old)
+        made += inside.make_folders(folder, os.path.dirname(name))
+        if inside.status(folder, name) is not None:
+            old = f"{staging.path.name}/{OLD}/{name}"
+            inside.make_folders(folder, os.path.dirname(old))
+            inside.second_name(folder, name, old)
     try:
         for name in marks:
-            os.replace(staging.path / name, folder / name)
+            inside.move(staging.path, name, folder, name)
         homes = [(folder / name).parent for name in marks]
         for path in dict.fromkeys([*homes, folder, *(path.parent for path in reversed(made))]):
             flush_folder(path)
     except BaseException:
-        take_back(staging.path, folder, list(marks))
+        take_back(folder, staging.path.name, list(marks))
         raise
-
-
-def _keep(path: Path, backup: Path) -> None:
-    """A second name for a file, or a copy where the file system has no links."""
-    try:
-        os.link(path, backup, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        shutil.copy2(path, backup, follow_symlinks=False)
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:
@@ -254,14 +247,6 @@ def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
         if "null byte" not in str(error):
             raise
         raise _translated(error, folder, byte_count) from error
-
-
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: in one line, and shortened in the middle when it is very long."""
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
-    text = text if text.isprintable() else repr(text)[1:-1]
-    half = _SHOWN // 2
-    return text if len(text) <= _SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
 def _translated(error: Exception, folder: Path, byte_count: int) -> CheckpointError:

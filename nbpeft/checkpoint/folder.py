@@ -23,6 +23,8 @@ from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import (
     LEGACY_WEIGHTS_NAME,
     WEIGHTS_NAME,
+    TensorFile,
+    UnreadTensors,
     read_metadata,
     read_tensors,
     storable,
@@ -45,17 +47,30 @@ class Checkpoint:
 
     Attributes:
         config: its config.
-        tensors: key in the file -> tensor, on the requested device.
+        unread: its tensors by key in the file, for the requested device, not read yet.
         metadata: what the file says about itself; the fingerprint of the base is in it.
         folder: where the files lie (a folder of the cache for one of the hub).
         unknown_fields: names of config fields that this version does not know and left out.
     """
 
     config: AdapterConfig
-    tensors: dict[str, Tensor]
+    unread: UnreadTensors
     metadata: dict[str, str]
     folder: Path
     unknown_fields: tuple[str, ...]
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors, read when they are first asked for.
+
+        Raises:
+            CorruptCheckpointError: the file was truncated meanwhile.
+        """
+        return dict(self.unread.read())
+
+    def beside(self, config: AdapterConfig) -> tuple[AdapterConfig, UnreadTensors]:
+        """A config for the tensors, and the tensors to bind; see ``AdapterConfig.beside``."""
+        return config.beside(self.unread.header)[0], self.unread.changed(lambda tensors: config.beside(tensors)[1])
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ def read_checkpoint(
     device: str | torch.device = "cpu",
     **hub: Any,
 ) -> Checkpoint:
-    """A saved adapter, config and tensors, from a folder or the hub.
+    """A saved adapter, config and tensors, from a folder or the hub. Of the tensors the header alone is read.
 
     Args:
         source: a folder, or the id of a repository on the hub.
@@ -134,14 +149,14 @@ def read_checkpoint(
     weights_path = place.weights_file(path)
     for _ in range(_READS):
         version = _version(weights_path)
-        tensors, metadata = read_tensors(weights_path, device)
-        text = _config_text_of(path, metadata)
+        file = TensorFile(weights_path)
+        text = _config_text_of(path, file.metadata)
         if _version(weights_path) == version:
             break
     config, unknown = parse_config(text, str(path))
     _warn_of_unknown(unknown, path)
-    tensors = dict(method_of(config).unpack(config, tensors))
-    return Checkpoint(config, tensors, metadata, weights_path.parent, tuple(sorted(unknown)))
+    unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).unpack, config))
+    return Checkpoint(config, unread, file.metadata, weights_path.parent, tuple(sorted(unknown)))
 
 
 def write_checkpoint(

@@ -13,6 +13,7 @@ product is added as it is.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -28,10 +29,11 @@ from torch import Tensor
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of
 from nbpeft.checkpoint.folder import Checkpoint
 from nbpeft.checkpoint.source import CONFIG_NAME
-from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_tensors, storable, write_tensors
+from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, TensorFile, UnreadTensors, storable, write_tensors
 from nbpeft.checkpoint.weights_format import PREFIX
 from nbpeft.engine.adapter import LowRankDelta
 from nbpeft.engine.registry import methods_of_type
+from nbpeft.engine.storage import short_name
 from nbpeft.errors import CheckpointError, few
 
 _METHOD = "LORA"
@@ -46,10 +48,10 @@ _CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslor
 
 @dataclass
 class _Pair:
-    """What a file holds for one layer."""
+    """What a file holds for one layer: the keys of its factors and of its alpha."""
 
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    alpha: float | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    alpha: str = ""
 
 
 def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, style: str) -> None:
@@ -107,25 +109,27 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
         CheckpointError: nothing in it fits the model, a pair is not whole, or it is of another method.
         CorruptCheckpointError: it cannot be read.
     """
-    tensors, metadata = read_tensors(path, device)
-    pairs, others = _sorted(tensors, list(modules))
+    file = TensorFile(path)
+    pairs, others = _sorted(file.header, list(modules))
     if not pairs:
-        raise CheckpointError(f"nothing in {path} fits this model: it has {few(tensors, 3)}", path=str(path))
-    _check(path, pairs, others)
+        raise CheckpointError(f"nothing in {path} fits this model: it has {few(file.header, 3)}", path=str(path))
+    _check(file, pairs, others)
     if others:
         warnings.warn(f"left out of {path}, as nothing in this model has such keys: {few(others, 3)}", stacklevel=6)
-    fields = _fields(pairs) | _written_fields(metadata, next(key for key in tensors if key not in others))
+    first = next(iter(next(iter(pairs.values())).parts.values()))
+    fields = _fields(file, pairs) | _written_fields(file.metadata, first)
     config, _ = config_of({"peft_type": _METHOD, "target_modules": list(pairs), **fields}, str(path))
-    down_key, up_key = _peft_endings()
-    spelled = {}
-    for where, pair in pairs.items():
-        spelled[PREFIX + where + down_key] = pair.parts["down"]
-        spelled[PREFIX + where + up_key] = pair.parts["up"]
-    return Checkpoint(config, spelled, metadata, path.parent, ())
+    ends = dict(zip(("down", "up"), _peft_endings(), strict=True))
+    names = {key: PREFIX + where + ends[part] for where, pair in pairs.items() for part, key in pair.parts.items()}
+    unread = UnreadTensors(file, device, names).changed(
+        lambda tensors: {names[key]: tensor for key, tensor in tensors.items()}
+    )
+    return Checkpoint(config, unread, file.metadata, path.parent, ())
 
 
-def _check(path: Path, pairs: Mapping[str, _Pair], others: Iterable[str]) -> None:
+def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) -> None:
     """Refuses layers with more, less or something else than two factors."""
+    path, header = file.path, file.header
     begins = tuple(f"{form}." for where in pairs for form in (where, where.replace(".", "_")))
     more = next((key for key in others if _bare(key).startswith(begins)), None)
     if more is not None:
@@ -135,14 +139,32 @@ def _check(path: Path, pairs: Mapping[str, _Pair], others: Iterable[str]) -> Non
     for where, pair in pairs.items():
         if len(pair.parts) != 2:
             raise CheckpointError(f"{path} holds only one of the two factors of {where}", path=str(path))
-        if min(part.ndim for part in pair.parts.values()) < 2:
+        if min(header[key].ndim for key in pair.parts.values()) < 2:
             raise CheckpointError(f"a factor of {where} in {path} is no matrix", path=str(path))
+        alpha = header[pair.alpha] if pair.alpha else None
+        if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool):
+            found = f"has {alpha.numel()} elements" if alpha.numel() != 1 else f"is {short_name(alpha.dtype)}"
+            raise CheckpointError(
+                f"{few([pair.alpha])} in {path} {found}: an alpha is one number, or left out", path=str(path)
+            )
 
 
-def _fields(pairs: Mapping[str, _Pair]) -> dict[str, Any]:
-    """Ranks and alphas as fields of a config."""
-    ranks = {where: int(pair.parts["down"].shape[0]) for where, pair in pairs.items()}
-    alphas = {where: ranks[where] if pair.alpha is None else pair.alpha for where, pair in pairs.items()}
+def _fields(file: TensorFile, pairs: Mapping[str, _Pair]) -> dict[str, Any]:
+    """Ranks and alphas as fields of a config.
+
+    Raises:
+        CheckpointError: an alpha is NaN or infinite.
+    """
+    ranks = {where: int(file.header[pair.parts["down"]].shape[0]) for where, pair in pairs.items()}
+    given = file.read(pair.alpha for pair in pairs.values() if pair.alpha)
+    numbers = {key: float(tensor) for key, tensor in given.items()}
+    wrong = next((key for key, number in numbers.items() if not math.isfinite(number)), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{few([wrong])} in {file.path} is {numbers[wrong]}: an alpha is a finite number, or left out",
+            path=str(file.path),
+        )
+    alphas = {where: numbers.get(pair.alpha, ranks[where]) for where, pair in pairs.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "r": rank,
@@ -170,8 +192,8 @@ def _peft_endings() -> tuple[str, str]:
     return f".{down}", f".{up}"
 
 
-def _sorted(tensors: Mapping[str, Tensor], modules: list[str]) -> tuple[dict[str, _Pair], list[str]]:
-    """Path of a layer -> its factors and alpha; and the keys that are for no layer of the model."""
+def _sorted(keys: Iterable[str], modules: list[str]) -> tuple[dict[str, _Pair], list[str]]:
+    """Path of a layer -> the keys of its factors and alpha; and the keys that are for no layer of the model."""
     known = {name: name for name in modules} | {name.replace(".", "_"): name for name in modules}
     down_key, up_key = _peft_endings()
     ends = [(".lora_down.weight", "down"), (".lora_up.weight", "up"), (down_key, "down"), (up_key, "up")]
@@ -179,16 +201,16 @@ def _sorted(tensors: Mapping[str, Tensor], modules: list[str]) -> tuple[dict[str
         ends += [(f"{mark}.down.weight", "down"), (f"{mark}.up.weight", "up")]
     pairs: dict[str, _Pair] = {}
     others: list[str] = []
-    for key, tensor in tensors.items():
+    for key in keys:
         end, part = next(((end, part) for end, part in ends if key.endswith(end)), (_ALPHA, "alpha"))
         where = known.get(_bare(key.removesuffix(end)), "") if key.endswith(end) else ""
         where = known.get(f"{where}.0", where) if where.endswith("to_out") else where
         if not where:
             others.append(key)
         elif part == "alpha":
-            pairs.setdefault(where, _Pair()).alpha = float(tensor)
+            pairs.setdefault(where, _Pair()).alpha = key
         else:
-            pairs.setdefault(where, _Pair()).parts[part] = tensor
+            pairs.setdefault(where, _Pair()).parts[part] = key
     return {where: pair for where, pair in pairs.items() if pair.parts}, others
 
 

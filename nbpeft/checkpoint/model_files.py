@@ -22,27 +22,13 @@ from torch import Tensor
 
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
 from nbpeft.checkpoint.staging import sweep
-from nbpeft.checkpoint.tensor_file import UNREADABLE, unreadable
+from nbpeft.checkpoint.tensor_file import DTYPES, UNREADABLE, unreadable
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _ALIGNMENT = 8
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -81,7 +67,7 @@ class ModelFolder:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
                 self.shards.append(
                     [
-                        TensorSpec(name, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                        TensorSpec(name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
                         for name, part in parts.items()
                     ]
                 )

@@ -5,6 +5,10 @@ process that died: the next write beside it sweeps it away at once. What had bee
 already decides what became of the write: with its first file in place the new state counts, and
 the sweep moves the others after it (or takes the first ones back, where the caller wants that).
 
+Only what this user's processes made is swept: the name of a staging folder ends in a code that is made of the folder
+it is in and a key in the user's home. One that came with a folder of somebody else (cloned, unpacked) has no such
+name; it is reported and left alone.
+
 File systems that cannot lock folders (NFS, Windows) leave only the age to judge by.
 """
 
@@ -12,18 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
+import hmac
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from nbpeft.checkpoint import inside
 from nbpeft.errors import CheckpointError
 
 fcntl: ModuleType | None
@@ -39,7 +49,10 @@ ASIDE = ".aside"
 """The same for whole folders; one whose place is still empty goes back when the write died."""
 
 _MOVES = ".moves"
-_NAME = re.compile(r"\.nbpeft-[0-9a-f]{16}")
+_NAME = re.compile(r"\.nbpeft-([0-9a-f]{16})([0-9a-f]{16})?")
+_KEY_BYTES = 32
+_MOST_MOVES = 2**24
+"""Bytes of a note of moves, at most."""
 _STALE_SECONDS = 86_400.0
 _TRIES = 5
 
@@ -47,9 +60,49 @@ Mark = tuple[int, int]
 """Bytes and time of change of a file, by which it is known again."""
 
 
-def staging_name() -> str:
-    """A name for a staging folder that nobody else has."""
-    return f"{STAGING_PREFIX}{secrets.token_hex(8)}"
+def staging_name(parent: Path) -> str:
+    """A name for a staging folder that nobody else has, and that only this user can give.
+
+    Args:
+        parent: the folder it is to be made in.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    token = secrets.token_hex(8)
+    return f"{STAGING_PREFIX}{token}{_code(parent, token)}"
+
+
+def is_own(parent: Path, name: str) -> bool:
+    """Whether a name in a folder is one that ``staging_name`` gave for it to a process of this user."""
+    found = _NAME.fullmatch(name)
+    return found is not None and hmac.compare_digest(found[2] or "", _code(parent, found[1]))
+
+
+def _code(parent: Path, token: str) -> str:
+    # The folder's number goes in: a copy of the folder, at whose files somebody else may have been, has another one.
+    text = f"{token} {os.stat(parent).st_ino}"
+    return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+@functools.cache
+def _key() -> bytes:
+    """A key that only this user's processes know; where the home cannot be written, only this process."""
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nbpeft"
+    with contextlib.suppress(OSError, RuntimeError):
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / "key").exists():
+            handle, made = tempfile.mkstemp(dir=home)
+            with open(handle, "wb") as file:
+                file.write(secrets.token_bytes(_KEY_BYTES))
+            with contextlib.suppress(OSError):  # another process was faster, or there are no second names here
+                os.link(made, home / "key")
+            with contextlib.suppress(OSError):
+                os.unlink(made) if (home / "key").exists() else os.replace(made, home / "key")
+        key = (home / "key").read_bytes()
+        if len(key) == _KEY_BYTES:
+            return key
+    return secrets.token_bytes(_KEY_BYTES)
 
 
 class Staging:
@@ -66,7 +119,7 @@ class Staging:
 
     def __init__(self, parent: Path, name: str | None = None, mode: int = 0o777) -> None:
         for _ in range(_TRIES):
-            self.path = parent / (name or staging_name())
+            self.path = parent / (name or staging_name(parent))
             os.mkdir(self.path, mode)
             try:
                 self._lock = lock_folder(self.path)
@@ -97,7 +150,7 @@ class Staging:
 def scratch_folder() -> Iterator[Path]:
     """A folder for temporary files; those of processes that died are removed."""
     parent = Path(tempfile.gettempdir())
-    sweep(parent)
+    sweep(parent, report=False)
     try:
         staging = Staging(parent, mode=0o700)
     except OSError as error:
@@ -115,17 +168,17 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
     except OSError:
         return
     for entry in entries:
-        path = folder / entry / name
-        if path.is_file():
-            yield path
+        if inside.is_file(folder, f"{entry}/{name}"):
+            yield folder / entry / name
 
 
-def sweep(folder: Path, *, finish: bool = True) -> None:
+def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
     """Clears up after writes into a folder, or beside it, that died half-way.
 
     Args:
         folder: what the writes were about.
         finish: move what was still to move, where the first file had moved; else take back what had.
+        report: warn of staging folders that no process of this user made.
     """
     try:
         entries = [entry for entry in os.listdir(folder) if _NAME.fullmatch(entry)]
@@ -133,63 +186,90 @@ def sweep(folder: Path, *, finish: bool = True) -> None:
         return
     for entry in entries:
         # What cannot be cleared now goes another time; the write that asks for it must not fail by that.
-        with contextlib.suppress(OSError):
-            _sweep_one(folder / entry, folder, finish)
+        with contextlib.suppress(OSError, CheckpointError):
+            if not _sweep_one(folder, entry, finish) and report:
+                warnings.warn(
+                    f"{inside.shown(folder / entry)} looks like the rest of a write that was broken off, but none of "
+                    "yours: it is left as it is; delete it if you do not need it",
+                    stacklevel=2,
+                )
 
 
-def _sweep_one(path: Path, folder: Path, finish: bool) -> None:
-    found = os.lstat(path)
+def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
+    """Clears one staging folder up; returns False where it is none of this user's."""
+    path, found = folder / entry, os.lstat(folder / entry)
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-        return
+        return True  # they sweep their own
+    if not is_own(folder, entry) or not stat.S_ISDIR(found.st_mode):
+        return _is_locked(path)
     lock = lock_folder(path)
     try:
         if lock is None and time.time() - found.st_mtime < _STALE_SECONDS:
-            return
-        _settle(path, folder, finish)
+            return True
+        _settle(folder, entry, finish)
         shutil.rmtree(path, ignore_errors=True)
     finally:
         if lock is not None:
             os.close(lock)
+    return True
 
 
-def _settle(staging: Path, folder: Path, finish: bool) -> None:
+def _is_locked(path: Path) -> bool:
+    """Whether a process is at work in it, one that could not read the key."""
+    try:
+        lock = lock_folder(path)
+    except BlockingIOError:
+        return True
+    if lock is not None:
+        os.close(lock)
+    return False
+
+
+def _settle(folder: Path, entry: str, finish: bool) -> None:
     """Ends the moves of a write that died after the first of them, or takes them back."""
-    for path in (staging / ASIDE).glob("*"):
-        if not os.path.lexists(folder / path.name):
-            os.replace(path, folder / path.name)
-    marks = _noted_moves(staging)
-    moved = [name for name in marks if not (staging / name).exists() and mark_of(folder / name) == marks[name]]
+    for name in inside.names(folder, f"{entry}/{ASIDE}"):
+        if inside.status(folder, name) is None:
+            inside.move(folder, f"{entry}/{ASIDE}/{name}", folder, name)
+    marks = _noted_moves(folder, entry)
+    moved = [name for name in marks if not _waits(folder, entry, name) and mark_of(folder, name) == marks[name]]
     if not moved or moved[0] != next(iter(marks)) or len(moved) == len(marks):
         return
     if finish:
         for name in marks:
-            if (staging / name).exists():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(staging / name, folder / name)
+            if _waits(folder, entry, name):
+                inside.make_folders(folder, os.path.dirname(name))
+                inside.move(folder, f"{entry}/{name}", folder, name)
     else:
-        take_back(staging, folder, moved)
+        take_back(folder, entry, moved)
     flush_folder(folder)
 
 
-def take_back(staging: Path, folder: Path, names: list[str]) -> None:
-    """Puts the files back whose places others took, and removes those where there was none."""
+def _waits(folder: Path, entry: str, name: str) -> bool:
+    """Whether a file has still to move."""
+    return inside.status(folder, f"{entry}/{name}") is not None
+
+
+def take_back(folder: Path, entry: str, names: list[str]) -> None:
+    """Puts the files back whose places others took, and removes those where there was none.
+
+    Args:
+        folder: where the files are.
+        entry: name of the staging folder in it that they came from.
+        names: of the files.
+    """
     for name in reversed(names):
-        if (staging / name).exists():
+        if _waits(folder, entry, name):
             continue  # it has not moved
-        old = staging / OLD / name
-        if old.exists() or old.is_symlink():
-            os.replace(old, folder / name)
+        if inside.status(folder, f"{entry}/{OLD}/{name}") is not None:
+            inside.move(folder, f"{entry}/{OLD}/{name}", folder, name)
         else:
-            (folder / name).unlink(missing_ok=True)
+            inside.remove(folder, name)
 
 
-def mark_of(path: Path) -> Mark | None:
-    """What a file is known by, or None if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+def mark_of(folder: Path, name: str) -> Mark | None:
+    """What a file in a folder is known by, or None if there is none."""
+    found = inside.status(folder, name)
+    return None if found is None else (found.st_size, found.st_mtime_ns)
 
 
 def flush_folder(folder: Path) -> None:
@@ -207,19 +287,17 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _noted_moves(staging: Path) -> dict[str, Mark]:
-    """What ``note_moves`` wrote; nothing where it is not whole, or names files elsewhere."""
+def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
+    """What ``note_moves`` wrote; nothing where it is not whole."""
     try:
-        noted = json.loads((staging / _MOVES).read_text(encoding="utf-8"))
-        marks = {str(name): (int(size), int(when)) for name, (size, when) in noted.items()}
+        noted = json.loads(inside.read_plain(folder, f"{entry}/{_MOVES}", _MOST_MOVES))
+        return {str(name): (int(size), int(when)) for name, (size, when) in noted.items()}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
-    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in marks)
-    return marks if inside else {}
 
 
 def lock_folder(path: Path) -> int | None:
-    """A handle that holds the lock of a folder; None where folders cannot be locked.
+    """A handle that holds the lock of a folder; None where folders cannot be locked, and for what is no folder.
 
     Raises:
         BlockingIOError: another process or thread holds it.
@@ -227,10 +305,15 @@ def lock_folder(path: Path) -> int | None:
     """
     if fcntl is None:
         return None
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_DIRECTORY", 0))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            return None
+        raise
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), os.stat(path)):
+        if os.path.samestat(os.fstat(handle), os.lstat(path)):
             return handle
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BaseException as error:

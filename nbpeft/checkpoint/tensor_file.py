@@ -1,30 +1,57 @@
-"""Reads and writes the file with the tensors. Nothing is ever unpickled but plain tensors."""
+"""Reads and writes the file with the tensors. Nothing is ever unpickled but plain tensors.
+
+A file is read in two steps: first its header, from which everything is checked that needs no values, then the tensors
+that somebody takes. A file that fits nothing costs no memory, however large it is.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import os
+import stat
+import weakref
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, shortened
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 
-_READ_AT_ONCE = 2**30
-"""Files of more bytes are copied tensor by tensor: slower, but never twice in memory."""
+DTYPES = {
+    name: getattr(torch, full)
+    for name, full in {
+        **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"},
+        **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool"},
+        **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
+        **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+        **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+    }.items()
+    if hasattr(torch, full)
+}
+"""Name in a safetensors file -> dtype."""
+_LONGEST_HEADER = 2**26
+"""Bytes; 400,000 tensors have such a one."""
+_LARGEST_UNMAPPED = 2**28
+_BUFFER = 2**20
+_MOST_OF_MADE = 16
+"""Bytes of a file for each that is made of them; indices and shares take more than the numbers they stand for."""
+_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 UNREADABLE = (safetensors.SafetensorError, OSError, MemoryError, KeyError, ValueError, TypeError, RuntimeError)
 """What reading a damaged file raises; a KeyError names a dtype that the libraries here do not know."""
-
-_DIRECT_DEVICES = frozenset({"cpu", "cuda"})
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,26 +94,222 @@ def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
     torch.save({key: tensor.clone() for key, tensor in tensors.items()}, path)
 
 
-def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
+class TensorFile:
+    """A file of tensors, safetensors or PEFT's old ``.bin``, of which the header alone is read at first.
 
-    The tensors own their memory: the file may be replaced while they are in use.
+    The file stays open: what is read later belongs to the header, though another takes its place meanwhile.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        path: the file.
+        header: key -> a tensor of the dtype and shape that the file names, without data: on the meta device, or in
+            the mapped file of a ``.bin``.
+        metadata: what a safetensors file says about itself; the fingerprint of the base is in it.
+
+    Raises:
+        CorruptCheckpointError: the file is truncated, altered or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Tensor] = {}
+        self.metadata: dict[str, str] = {}
+        self._places: dict[str, int] = {}
+        self._legacy = path.suffix == ".bin"
+        try:
+            if self._legacy:
+                self.header = _mapped(path)
+            else:
+                self._handle = _opened(path)
+                weakref.finalize(self, os.close, self._handle)
+                self._read_header()
+        except UNREADABLE as error:
+            raise unreadable(path, error) from None
+
+    def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Some of the tensors, of their own memory: the file may be replaced while they are in use.
+
+        Raises:
+            ConfigError: there is no such device.
+            CorruptCheckpointError: the file was truncated meanwhile.
+        """
+        target = _device(device)
+        try:
+            if self._legacy:
+                found = {key: self.header[key] for key in keys}
+                return {key: one if one.is_meta else one.to(target, copy=True) for key, one in found.items()}
+            with open(self._handle, "rb", buffering=_BUFFER, closefd=False) as file:
+                ordered = sorted(keys, key=self._places.__getitem__)
+                return {key: self._tensor(file, key).to(target) for key in ordered}
+        except UNREADABLE as error:
+            raise unreadable(self.path, error) from None
+
+    def _tensor(self, file: BinaryIO, key: str) -> Tensor:
+        like = self.header[key]
+        if not like.nbytes:
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        # Read, not mapped: when another program shortens a mapped file, the process dies.
+        data = bytearray(like.nbytes)
+        file.seek(self._places[key])
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise ValueError("it was cut off while it was read")
+        return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
+
+    def _read_header(self) -> None:
+        """Reads what comes before the tensors, and checks that it describes the file to its last byte."""
+        size = os.fstat(self._handle).st_size
+        with open(self._handle, "rb", closefd=False) as file:
+            length = int.from_bytes(_exactly(file, 8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError("its header does not end in it")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"its header has more than {_LONGEST_HEADER:,} bytes")
+            header = json.loads(_exactly(file, length))
+        if not isinstance(header, dict):
+            raise TypeError("its header is none")
+        start = end = 8 + length
+        self.metadata = _metadata(header.pop("__metadata__", None))
+        entries = {key: _Entry.of(key, given) for key, given in header.items()}
+        for key in sorted(entries, key=lambda key: (entries[key].start, entries[key].end)):
+            entry = entries[key]
+            if start + entry.start != end:
+                raise ValueError("its tensors overlap, or there is something between them")
+            self._places[key], end = end, start + entry.end
+        if end != size:
+            raise ValueError(f"its tensors end at byte {end:,}, and it has {size:,}")
+        self.header = {key: entry.tensor for key, entry in entries.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says of one tensor."""
+
+    tensor: Tensor
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, key: str, given: Any) -> Self:
+        if not isinstance(given, dict) or not isinstance(given.get("dtype"), str):
+            raise TypeError(f"its header says nothing of {shortened(key, 60)!r}")
+        dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
+        if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+            raise TypeError(f"its header lacks the shape or the place of {shortened(key, 60)!r}")
+        if not all(map(_is_size, (*shape, *place))):
+            raise TypeError(f"the shape or the place of {shortened(key, 60)!r} is none")
+        start, end = place
+        if math.prod(shape) * dtype.itemsize != end - start:
+            raise ValueError(f"{shortened(key, 60)!r} has more or fewer bytes than its shape says")
+        return cls(torch.empty(shape, dtype=dtype, device="meta"), start, end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _metadata(given: Any) -> dict[str, str]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise TypeError("its metadata are not texts by name")
+    return given
+
+
+def _opened(path: Path) -> int:
+    """Opens a plain file, or a link to one; a pipe would be waited for, and a device has no end."""
+    handle = os.open(path, _OPEN)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise ValueError("it is no plain file")
+
+
+def _exactly(file: Any, count: int) -> bytes:
+    content = file.read(count)
+    if len(content) != count:
+        raise ValueError("it is cut off")
+    return bytes(content)
+
+
+class UnreadTensors:
+    """The tensors of a file before they are read, with what is to become of them.
+
+    Args:
+        file: the file.
+        device: where they are to go.
+        keys: those of the file that are meant; all by default.
+
+    Attributes:
+        header: key -> a tensor without data, after the changes.
+    """
+
+    def __init__(self, file: TensorFile, device: str | torch.device = "cpu", keys: Iterable[str] | None = None) -> None:
+        _device(device)
+        self._file, self._device = file, device
+        self._keys = tuple(file.header if keys is None else keys)
+        self._changes: tuple[Change, ...] = ()
+        self._read: dict[str, Tensor] = {}
+        self.header: Mapping[str, Tensor] = {key: file.header[key] for key in self._keys}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header)
+
+    def changed(self, change: Change) -> Self:
+        """The same with one change more.
+
+        Args:
+            change: (key -> tensor) -> the same as the next one takes it; called with the header's tensors, and with
+                those that were read.
+        """
+        twin = copy.copy(self)
+        twin._changes, twin.header = (*self._changes, change), change(self.header)
+        return twin
+
+    def read(self, leave: Iterable[str] = ()) -> Mapping[str, Tensor]:
+        """Reads them; what the changes left out, or what is to be left, stays unread.
+
+        Args:
+            leave: keys that nobody takes: they keep the header's tensors.
+
+        Raises:
+            CheckpointError: much of the file would be read only to be left.
+            CorruptCheckpointError: the file was truncated meanwhile.
+        """
+        left = set(leave)
+        taken = {id(tensor): tensor for key, tensor in self.header.items() if key not in left}
+        wanted = [key for key in self._keys if id(self._file.header[key]) in taken]
+        wanted += self._sources(taken)
+        self._read |= self._file.read([key for key in wanted if key not in self._read], self._device)
+        tensors: Mapping[str, Tensor] = {key: self._read.get(key, self._file.header[key]) for key in self._keys}
+        for change in self._changes:
+            tensors = change(tensors)
+        return tensors
+
+    def _sources(self, taken: Mapping[int, Tensor]) -> list[str]:
+        """Keys of what a change may have made others of."""
+        own = {id(self._file.header[key]) for key in self._keys}
+        made = sum(tensor.nbytes for place, tensor in taken.items() if place not in own)
+        passed = {id(tensor) for tensor in self.header.values()}
+        sources = [key for key in self._keys if id(self._file.header[key]) not in passed] if made else []
+        if sum(self._file.header[key].nbytes for key in sources) > _MOST_OF_MADE * made + _BUFFER:
+            raise CheckpointError(
+                f"most of {self._file.path} belongs to nothing that this model takes, e.g. {shortened(sources[0], 60)}"
+            )
+        return sources
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
 
     Raises:
         ConfigError: there is no such device.
         CorruptCheckpointError: the file is truncated, altered or something else.
     """
-    target = _device(device)
-    if path.suffix == ".bin":
-        return _read_legacy(path, device), {}
-    direct = str(device) if target.type in _DIRECT_DEVICES else "cpu"
-    try:
-        metadata, tensors = _read_owned(path) if direct == "cpu" else _read_mapped(path, direct)
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
-    if direct == "cpu" and target.type != "cpu":
-        tensors = {key: tensor.to(target) for key, tensor in tensors.items()}
-    return tensors, metadata
+    _device(device)
+    file = TensorFile(path)
+    return file.read(file.header, device), file.metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -95,13 +318,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CorruptCheckpointError: the file is truncated, altered or something else.
     """
-    if path.suffix == ".bin":
-        return {}
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
+    return {} if path.suffix == ".bin" else TensorFile(path).metadata
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -115,27 +332,11 @@ def _device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _read_owned(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    # Read, not mapped: when another program shortens a mapped file, the process dies.
-    if path.stat().st_size > _READ_AT_ONCE:
-        metadata, tensors = _read_mapped(path, "cpu")
-        return metadata, {key: tensor.clone() for key, tensor in tensors.items()}
-    data = path.read_bytes()
-    tensors = safetensors.torch.load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__") or {}, tensors
-
-
-def _read_mapped(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safetensors.safe_open(str(path), framework="pt", device=device) as file:
-        keys = file.keys()
-        return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
-
-
-def _read_legacy(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.bin``, whose data are not read before they are used."""
     try:
-        _refuse_compressed(path)
-        tensors: Any = torch.load(path, map_location=device, weights_only=True)
+        mapped = _check_archive(path)
+        tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a pickle that somebody else made can raise anything
         raise unreadable(path, error) from None
     if not isinstance(tensors, dict) or not all(
@@ -145,12 +346,20 @@ def _read_legacy(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Raises ValueError for an archive that grows when it is read; torch writes none."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("its archive is compressed")
+def _check_archive(path: Path) -> bool:
+    """Whether a ``.bin`` is an archive, which can be mapped. Raises ValueError for one that is read without bounds."""
+    os.close(_opened(path))
+    if not zipfile.is_zipfile(path):  # as torch wrote them before 2020
+        if path.stat().st_size > _LARGEST_UNMAPPED:
+            raise ValueError(f"it is no archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
+        return False
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # torch writes none
+        raise ValueError("its archive is compressed")
+    if any(member.file_size > _LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
+        raise ValueError(f"what it says of its tensors has more than {_LONGEST_HEADER:,} bytes")
+    return True
 
 
 def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:

@@ -15,11 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nbpeft.checkpoint.tensor_file import UnreadTensors
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.numerics import is_finite
@@ -135,7 +137,7 @@ def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
 
 
 def from_file(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | UnreadTensors,
     expected: Expected,
     *,
     peft_type: str,
@@ -146,7 +148,8 @@ def from_file(
     """Sorts the tensors of a file into the places a model has for them.
 
     Keys may lack the ``base_model.model.`` in front or carry the marks of a compiled or
-    sharded model.
+    sharded model. Of a file that is not read yet nothing is read before the header has passed every check, and then
+    only what the model takes.
 
     Args:
         tensors: key in the file -> tensor.
@@ -164,47 +167,95 @@ def from_file(
         BaseMismatchError: keys fit, but shapes do not.
     """
     slots = _slots(expected, peft_type)
-    found: dict[str, Tensor] = {}
+    names: Any = {"key_mapping": key_mapping, "rename": None if conversion is None else conversion.rename}
+    if isinstance(tensors, UnreadTensors):
+        unread = tensors if conversion is None else tensors.changed(partial(conversion.joined, peft_type=peft_type))
+        keys, unexpected = _fitting(unread.header, expected, slots, **names)
+        found = {name: unread.header[key] for name, key in keys.items()}
+        mismatched = _checked(found, expected, slots, ignore_mismatched=ignore_mismatched, unread=True)
+        left_out = {name for name, _, _ in mismatched}
+        taken = {key for name, key in keys.items() if name not in left_out}
+        tensors = unread.read(key for key in unread if key not in taken)
+    else:
+        tensors = tensors if conversion is None else conversion.joined(tensors, peft_type)
+        keys, unexpected = _fitting(tensors, expected, slots, **names)
+    found = {name: tensors[key] for name, key in keys.items()}
+    mismatched = _checked(found, expected, slots, ignore_mismatched=ignore_mismatched)
+    left_out = {name for name, _, _ in mismatched}
+    fitting = {name: tensor for name, tensor in found.items() if name not in left_out}
+    _warn_of_not_finite(fitting)
+    places = _Places(expected.adapters, expected.copies, expected.parameters)
+    optional = {*(places.of(name) for name in expected.optional), *expected.found_anew}
+    missing = [_full_key(name) for name in slots if name not in found and name not in optional]
+    return Loaded(_sorted_in(fitting, slots), missing, unexpected, [_full_key(name) for name, _, _ in mismatched])
+
+
+def _fitting(
+    tensors: Mapping[str, Tensor],
+    expected: Expected,
+    slots: Mapping[str, object],
+    *,
+    key_mapping: Mapping[str, str] | None,
+    rename: Rename | None,
+) -> tuple[dict[str, str], list[str]]:
+    """Name of a place -> the key that is for it, and the keys that nothing takes; raises where nothing fits."""
+    keys: dict[str, str] = {}
     unexpected: list[str] = []
-    mapped, rename = by_patterns(key_mapping), None if conversion is None else conversion.rename
-    tensors = tensors if conversion is None else conversion.joined(tensors, peft_type)
-    for key, tensor in tensors.items():
+    mapped = by_patterns(key_mapping)
+    for key in tensors:
         if len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_UNEXPECTED:
             fitting = key.removeprefix(PREFIX) if key.removeprefix(PREFIX) in slots else None
         else:
             fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
-        if fitting is None or fitting in found:
+        if fitting is None or fitting in keys:
             unexpected.append(key)
         else:
-            found[fitting] = tensor
-    unexpected = [key for key in unexpected if not _is_repeated(key, found)]
-    if not found and (
+            keys[fitting] = key
+    if not keys and (
         expected.base or expected.shared or any(map(any, (expected.adapters.values(), expected.copies.values())))
     ):
         raise _nothing_fits(tensors, slots, key_mapping)
-    weights, mismatched = _sorted_in(found, slots)
-    wrong = next((key for key, tensor in found.items() if not _is_plain(tensor, expected.others.get(key))), None)
+    return keys, [key for key in unexpected if not _is_repeated(key, keys)]
+
+
+def _checked(
+    found: Mapping[str, Tensor],
+    expected: Expected,
+    slots: Mapping[str, tuple[Slot, Shape]],
+    *,
+    ignore_mismatched: bool,
+    unread: bool = False,
+) -> list[tuple[str, Shape, Shape]]:
+    """(place, shape in the file, shape expected) of what has another shape; raises for what no adapter has."""
+    mismatched = [
+        (name, tuple(tensor.shape), tuple(slots[name][1]))
+        for name, tensor in found.items()
+        if tuple(tensor.shape) != tuple(slots[name][1])
+    ]
+    left_out = {name for name, _, _ in mismatched} if ignore_mismatched else ()
+    others = expected.others
+    wrong = next(
+        (
+            name
+            for name, tensor in found.items()
+            if name not in left_out and not _is_plain(tensor, others.get(name), unread=unread)
+        ),
+        None,
+    )
     if wrong is not None:
-        other = expected.others.get(wrong)
-        what = (
-            "the tensors of an adapter are dense ones of floating numbers" if other is None else f"it must be {other}"
-        )
+        what = "the tensors of an adapter are dense ones of floating numbers"
+        what = what if others.get(wrong) is None else f"it must be {others[wrong]}"
         raise CheckpointError(
-            f"{shown(_full_key(wrong), 150)} is {_kind_of(found[wrong])}; {what}", key=_full_key(wrong)
+            f"{shown(_full_key(wrong), 150)} is {_kind_of(found[wrong], unread=unread)}; {what}", key=_full_key(wrong)
         )
     if mismatched and not ignore_mismatched:
         raise _mismatch(mismatched)
-    left_out = {key for key, _, _ in mismatched}
-    _warn_of_not_finite({key: tensor for key, tensor in found.items() if key not in left_out})
-    places = _Places(expected.adapters, expected.copies, expected.parameters)
-    optional = {*(places.of(name) for name in expected.optional), *expected.found_anew}
-    missing = [_full_key(key) for key in slots if key not in found and key not in optional]
-    return Loaded(weights, missing, unexpected, [_full_key(key) for key, _, _ in mismatched])
+    return mismatched
 
 
-def _is_plain(tensor: Tensor, other: torch.dtype | None) -> bool:
-    """Whether a tensor is a dense one with data, of floating numbers or of that other dtype."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+def _is_plain(tensor: Tensor, other: torch.dtype | None, *, unread: bool) -> bool:
+    """Whether a tensor is a dense one with data (or not read yet), of floating numbers or of that other dtype."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or (tensor.is_meta and not unread):
         return False
     return tensor.dtype in _FLOATS if other is None else tensor.dtype == other
 
@@ -232,9 +283,9 @@ def _surely_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())
 
 
-def _kind_of(tensor: Tensor) -> str:
+def _kind_of(tensor: Tensor, *, unread: bool) -> str:
     """What a tensor is, where it is none of an adapter's."""
-    if tensor.is_meta:
+    if tensor.is_meta and not unread:
         return "without data (meta device)"
     if tensor.layout is not torch.strided:
         return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
@@ -261,22 +312,17 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     return slots
 
 
-def _sorted_in(
-    found: Mapping[str, Tensor], slots: Mapping[str, tuple[Slot, Shape]]
-) -> tuple[AdapterWeights, list[tuple[str, Shape, Shape]]]:
-    """The tensors in their places, and (key, shape in the file, shape expected) of those that do not fit."""
+def _sorted_in(found: Mapping[str, Tensor], slots: Mapping[str, tuple[Slot, Shape]]) -> AdapterWeights:
+    """The tensors in their places."""
     weights = AdapterWeights()
-    mismatched: list[tuple[str, Shape, Shape]] = []
     for key, tensor in found.items():
-        (kind, path, name), shape = slots[key]
-        if tuple(tensor.shape) != tuple(shape):
-            mismatched.append((key, tuple(tensor.shape), tuple(shape)))
-        elif kind in ("base", "shared"):
+        kind, path, name = slots[key][0]
+        if kind in ("base", "shared"):
             (weights.base if kind == "base" else weights.shared)[name] = tensor
         else:
             places = weights.adapters if kind == "adapters" else weights.copies
             places.setdefault(path, {})[name] = tensor
-    return weights, mismatched
+    return weights
 
 
 class _Places:
@@ -332,7 +378,7 @@ def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
         yield rename(bare)
 
 
-def _is_repeated(key: str, found: Mapping[str, Tensor]) -> bool:
+def _is_repeated(key: str, found: Container[str]) -> bool:
     """Whether PEFT wrote a tensor more than once.
 
     With ``bias="all"`` it writes the bias of a copied module thrice: as usual, and under these keys. What layers share

@@ -110,7 +110,8 @@ class Method:
         layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
-        unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
+        unpack: (config, key -> tensor of a file) -> the tensors of an adapter. Called with tensors on the meta device
+            first, whose shapes are checked before the file is read.
         fuse: (key -> tensor of a file, parameter of experts -> layers that it was) -> the same, with the tensors of
             those layers joined to the parameter's; for files from before transformers 5.
         model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the

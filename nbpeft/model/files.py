@@ -107,7 +107,7 @@ def read(
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
-    config, tensors = (config or saved.config).copy(inference_mode=not trainable).beside(saved.tensors)
+    config, tensors = saved.beside((config or saved.config).copy(inference_mode=not trainable))
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)
@@ -130,7 +130,11 @@ def read(
 
 
 def fitted(
-    manager: AdapterManager, name: str | None, config: AdapterConfig, tensors: Mapping[str, Tensor], **options: Any
+    manager: AdapterManager,
+    name: str | None,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor] | checkpoint.UnreadTensors,
+    **options: Any,
 ) -> tuple[InjectionPlan, checkpoint.Loaded]:
     """Returns the plan of a config, and the tensors of its file sorted in.
 
@@ -141,7 +145,7 @@ def fitted(
         manager: of the base model.
         name: of an adapter whose place the new one takes, if there is one.
         config: of the adapter.
-        tensors: key in the file -> tensor.
+        tensors: key in the file -> tensor, read or not.
         **options: those of ``checkpoint.from_file``.
 
     Raises:

@@ -69,7 +69,7 @@ def hotswap_adapter(
         # Merged weights are not the base's: the comparison would report another base.
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
-    swapped = _swap(model, manager, adapter_name, config, saved.tensors, kwargs.get("key_mapping"), validate, done)
+    swapped = _swap(model, manager, adapter_name, config, saved.unread, kwargs.get("key_mapping"), validate, done)
     if note is not None and not note.startswith("the adapter does not say"):
         warnings.warn(note, stacklevel=2)
     return swapped
@@ -170,7 +170,7 @@ def _swap(
     manager: AdapterManager,
     name: str,
     config: AdapterConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | checkpoint.UnreadTensors,
     key_mapping: Mapping[str, str] | None,
     validate: Callable[[nn.Module], object] | None,
     done: Callable[[Transaction], None] | None = None,

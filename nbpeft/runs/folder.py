@@ -8,29 +8,40 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
-from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.checkpoint import inside
+from nbpeft.checkpoint.atomic import NewFile, replace_files, shown
 from nbpeft.checkpoint.staging import lock_folder
 from nbpeft.confidential import masked
 from nbpeft.errors import CheckpointError
-from nbpeft.runs.record import RunRecord, record_of
+from nbpeft.runs.record import (
+    VERSION,
+    RunRecord,
+    checked_entry,
+    checked_facts,
+    checked_points,
+    checked_sample,
+    last_step,
+    record_of,
+    unreadable,
+)
 from nbpeft.state import Curve, Sample
 
 FACTS, CURVE, SERIES, SAMPLES = "run.json", "curve.jsonl", "series.json", "samples.jsonl"
-VERSION = 1
-"""Of ``run.json``; a newer one is not read."""
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LARGEST = {FACTS: 2**22, CURVE: 2**26, SERIES: 2**26, SAMPLES: 2**26}
+"""Bytes of a file that are read; a curve of half a million steps has so many."""
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,11})")
 _END = 4096
 """Bytes at the end of a curve that hold its last step."""
 
 
 class RunFolder:
-    """One run on disk.
+    """One run on disk. Its files are read as plain files, within bounds, and field by field: it may be a stranger's.
 
     Args:
         path: its folder, which is there.
@@ -46,8 +57,8 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """Name of the run."""
-        return self.path.name
+        """Name of the run, in letters that can be shown."""
+        return shown(self.path.name)
 
     def open(self) -> None:
         """Takes the run for this process, until ``close`` or the end of the process.
@@ -85,27 +96,54 @@ class RunFolder:
         if handle is not None:
             os.close(handle)
             return False
-        facts = self.facts()  # folders cannot be locked here
-        return facts.get("host") == platform.node() and psutil.pid_exists(int(facts.get("process") or 0))
+        try:
+            facts = self.facts()  # folders cannot be locked here
+        except CheckpointError:
+            return False
+        return facts.get("host") == platform.node() and psutil.pid_exists(facts.get("process") or 0)
 
     # What it is
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` holds; nothing where it cannot be read."""
-        try:
-            found = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) and found.get("version") == VERSION else {}
+        """What ``run.json`` holds, each field of its kind; nothing where there is none.
 
-    def record(self) -> RunRecord | None:
-        """What is known about the run, or None where that cannot be read."""
-        facts = self.facts()
-        begun = facts.get("status") == "running"  # its facts are as old as its last state, its curve is not
-        running = begun and self.running
-        if begun:
-            facts |= self._last_logged()
+        Raises:
+            CheckpointError: it cannot be read, or a field is something else.
+        """
+        content = self._content(FACTS)
+        return {} if content is None else checked_facts(content)
+
+    def record(self) -> RunRecord:
+        """What is known about the run; where that cannot be read, why."""
+        if not self.path.name.isprintable():
+            return unreadable(self.name, shown(self.path), "its name has letters that cannot be shown")
+        try:
+            facts = self.facts()
+            begun = facts.get("status") == "running"  # its facts are as old as its last state, its curve is not
+            running = begun and self.running
+            if begun:
+                facts |= self._last_logged()
+        except CheckpointError as error:
+            return unreadable(self.name, str(self.path), error.message)
+        if not facts:
+            return unreadable(self.name, str(self.path), f"there is no {FACTS}")
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
+
+    def _content(self, name: str) -> bytes | None:
+        """What a file holds, or None where there is none.
+
+        Raises:
+            CheckpointError: it is too large, no plain file, or cannot be read.
+        """
+        try:
+            return inside.read_plain(self.path.parent, f"{self.path.name}/{name}", LARGEST[name])
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{name} of run {self.name} cannot be read: {error.strerror}") from None
+
+    def _opened(self, name: str, flags: int) -> int:
+        return inside.open_plain(self.path.parent, f"{self.path.name}/{name}", flags)
 
     def write(
         self,
@@ -125,13 +163,34 @@ class RunFolder:
             files.append(NewFile.of_text(SAMPLES, "".join(f"{_text(sample)}\n" for sample in samples)))
         replace_files(self.path, files)
 
+    def end(self, facts: Mapping[str, Any]) -> None:
+        """Says how a run ended, though the disk be full: over the text that is there, where no new one can be written.
+
+        Where that fails too, nothing is changed.
+        """
+        with contextlib.suppress(CheckpointError, OSError):
+            before = self.facts()
+            try:
+                self.write({**before, **facts})
+            except CheckpointError:
+                known = {name: facts.get(name) for name in ("status", "step", "loss", "seconds", "updated")}
+                text = _text({**before, **known}).encode()
+                handle = self._opened(FACTS, os.O_WRONLY)
+                try:
+                    size = os.fstat(handle).st_size  # what was written with indentation has room
+                    if len(text) <= size:
+                        os.write(handle, text.ljust(size))
+                finally:
+                    os.close(handle)
+
     def contents(self) -> dict[str, str]:
-        """The text of its files besides the states, by name."""
-        found = {}
-        for name in (FACTS, CURVE, SERIES, SAMPLES):
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                found[name] = (self.path / name).read_text(encoding="utf-8")
-        return found
+        """The text of its files besides the states, by name.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        found = {name: self._content(name) for name in LARGEST}
+        return {name: content.decode("utf-8", "replace") for name, content in found.items() if content is not None}
 
     def put_back(self, contents: Mapping[str, str]) -> None:
         """Makes its files what ``contents`` has returned earlier.
@@ -144,21 +203,26 @@ class RunFolder:
     # What was logged
 
     def series(self, until: int) -> dict[str, Curve]:
-        """Values over time up to a step, by name."""
+        """Values over time up to a step, by name.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
         try:
-            found = json.loads((self.path / SERIES).read_text(encoding="utf-8"))
-            return {name: tuple((s, v) for s, v in points if s <= until) for name, points in found.items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            found = json.loads(self._content(SERIES) or b"{}")
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
             return {}
+        named = found.items() if isinstance(found, dict) else ()
+        return {name: points for name, given in named if (points := checked_points(given, until))}
 
     def samples(self, until: int) -> tuple[Sample, ...]:
-        """Samples up to a step."""
-        try:
-            lines = (self.path / SAMPLES).read_text(encoding="utf-8").splitlines()
-            found = [Sample(**json.loads(line)) for line in lines]
-            return tuple(sample for sample in found if sample.step <= until)
-        except (OSError, ValueError, TypeError, RecursionError):
-            return ()
+        """Samples up to a step.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        found = map(checked_sample, _lines(self._content(SAMPLES) or b""))
+        return tuple(sample for sample in found if sample is not None and sample.step <= until)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds a line to the curve; a process that is killed keeps the lines it wrote.
@@ -167,25 +231,26 @@ class RunFolder:
             OSError: it cannot be written.
         """
         if self._curve is None:
-            self._curve = open(self.path / CURVE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            handle = self._opened(CURVE, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            self._curve = open(handle, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._curve.write(f"{_text(entry)}\n")
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was logged, in order; a line that is cut off is left out."""
-        try:
-            return _entries((self.path / CURVE).read_bytes())
-        except OSError:
-            return []
+        """What was logged, in order; a line that is cut off is left out.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _entries(self._content(CURVE) or b"")
 
     def _last_logged(self) -> dict[str, Any]:
         """Step, loss and seconds of the last step in the curve, of which only the end is read."""
         try:
-            with open(self.path / CURVE, "rb") as file:
+            with open(self._opened(CURVE, os.O_RDONLY), "rb") as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - _END, 0))
-                steps = [entry for entry in _entries(file.read()) if "loss" in entry]
+                return last_step(_entries(file.read(_END)))
         except OSError:
             return {}
-        return {name: steps[-1][name] for name in ("step", "loss", "seconds") if name in steps[-1]} if steps else {}
 
     def cut_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets what was logged after a step, before the run goes on from there; returns what is left.
@@ -201,11 +266,10 @@ class RunFolder:
 
     def kept_steps(self) -> tuple[int, ...]:
         """Steps that a state is kept of, the last one first."""
-        try:
-            steps = (int(match[1]) for name in os.listdir(self.path) if (match := _CHECKPOINT.fullmatch(name)))
-            return tuple(sorted(steps, reverse=True))
-        except OSError:
-            return ()
+        home, name = self.path.parent, self.path.name
+        found = [match for one in inside.names(home, name) if (match := _CHECKPOINT.fullmatch(one))]
+        steps = (int(match[1]) for match in found if inside.is_folder(home, f"{name}/{match[0]}"))
+        return tuple(sorted(steps, reverse=True))
 
     def byte_count(self) -> int:
         """Bytes of all its files."""
@@ -217,14 +281,15 @@ class RunFolder:
         return total
 
 
-def _entries(lines: bytes) -> list[dict[str, Any]]:
-    found = []
-    for line in lines.splitlines():
+def _entries(content: bytes) -> list[dict[str, Any]]:
+    return [entry for line in _lines(content) if (entry := checked_entry(line)) is not None]
+
+
+def _lines(content: bytes) -> Iterator[Any]:
+    """What the lines say that are JSON."""
+    for line in content.split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
-                found.append(entry)
-    return found
+            yield json.loads(line)
 
 
 def _text(value: Any, indent: int | None = None) -> str:

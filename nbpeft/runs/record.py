@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbpeft.state import Curve
+from nbpeft.errors import CorruptCheckpointError, in_one_line, shortened, shown
+from nbpeft.state import Curve, Sample
 
+VERSION = 1
+"""Of ``run.json``; a newer one is not read."""
 CRASHED = "crashed"
 """Status of a run whose process ended without saying so."""
+UNREADABLE = "unreadable"
+"""Status of a run whose ``run.json`` or curve cannot be read; its message says why."""
+STATUSES = ("running", "finished", "stopped", "failed", CRASHED)
+"""What a ``run.json`` can have as status."""
+
+_MOST_STEPS = 10**12
+_LONGEST_TIME = 10**10
+_LAST_TIME = 253_402_300_799
+"""Seconds since 1970, at the end of the year 9999."""
+_LONGEST_TEXT = 10_000
+_LONGEST_NAME = 200
+_MOST_FIELDS = 1_000
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,7 @@ class RunRecord:
         path: of its folder.
         adapter: what it trained.
         model: variable that held the model, or the empty string.
-        status: ``running``, ``finished``, ``stopped``, ``failed`` or ``crashed`` (its process is gone).
+        status: ``running``, ``finished``, ``stopped``, ``failed``, ``crashed`` (its process is gone) or ``unreadable``.
         step: optimizer steps done.
         total_steps: steps planned, or None.
         loss: of the last step.
@@ -32,7 +48,8 @@ class RunRecord:
         seconds: time spent, without pauses.
         started: when, in seconds since 1970.
         settings: of the adapter and of training.
-        message: why it ended, or a warning.
+        message: why it ended, a warning, or why it cannot be read.
+        saved: adapter -> folder in which it was saved after the run.
         kept_steps: steps that a state is kept of, the last one first.
     """
 
@@ -51,6 +68,7 @@ class RunRecord:
     started: float
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     message: str = ""
+    saved: Mapping[str, str] = field(default_factory=dict, hash=False)
     kept_steps: tuple[int, ...] = ()
 
     @property
@@ -58,33 +76,172 @@ class RunRecord:
         """``step 40 of 60``."""
         return f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of what it trained."""
+        return tuple(self.adapter.split(", "))
 
-def record_of(
-    name: str, path: str, facts: Mapping[str, Any], *, running: bool, kept_steps: Iterable[int]
-) -> RunRecord | None:
-    """The record in what a ``run.json`` holds; None where that is not one."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether it finished, and its last state is kept: nothing is left to train."""
+        return self.status == "finished" and self.step <= max(self.kept_steps, default=0)
+
+
+def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, kept_steps: Iterable[int]) -> RunRecord:
+    """The record in what ``checked_facts`` returned."""
+    status = facts["status"]
+    return RunRecord(
+        name=name,
+        path=path,
+        adapter=facts["adapter"],
+        model=facts.get("model") or "",
+        status=CRASHED if status == "running" and not running else status,
+        step=facts.get("step") or 0,
+        total_steps=facts.get("total_steps"),
+        loss=facts.get("loss"),
+        eval_loss=facts.get("eval_loss"),
+        best_loss=facts.get("best_loss"),
+        best_step=facts.get("best_step"),
+        seconds=facts.get("seconds") or 0.0,
+        started=facts.get("started") or 0.0,
+        settings=facts.get("settings") or {},
+        message=_line(facts.get("message") or ""),
+        saved=facts.get("saved") or {},
+        kept_steps=tuple(kept_steps),
+    )
+
+
+def _line(text: str) -> str:
+    """A text in one line, without letters that do something to a screen."""
+    return in_one_line("".join(letter if letter.isprintable() else " " for letter in shortened(text, _LONGEST_TEXT)))
+
+
+def unreadable(name: str, path: str, why: str) -> RunRecord:
+    """The record of a run of which nothing is known."""
+    return RunRecord(
+        *(name, path, "", "", UNREADABLE), *(0, None, None, None, None, None), seconds=0.0, started=0.0, message=why
+    )
+
+
+def checked_facts(content: bytes) -> dict[str, Any]:
+    """What a ``run.json`` holds, field by field of its kind and within bounds; unknown fields are left as they are.
+
+    Raises:
+        CorruptCheckpointError: it is no JSON, of another version, or a field is something else.
+    """
     try:
-        status = str(facts["status"])
-        return RunRecord(
-            name=name,
-            path=path,
-            adapter=str(facts["adapter"]),
-            model=str(facts.get("model") or ""),
-            status=CRASHED if status == "running" and not running else status,
-            step=int(facts.get("step") or 0),
-            total_steps=_whole(facts.get("total_steps")),
-            loss=_number(facts.get("loss")),
-            eval_loss=_number(facts.get("eval_loss")),
-            best_loss=_number(facts.get("best_loss")),
-            best_step=_whole(facts.get("best_step")),
-            seconds=float(facts.get("seconds") or 0.0),
-            started=float(facts.get("started") or 0.0),
-            settings=dict(facts.get("settings") or {}),
-            message=str(facts.get("message") or ""),
-            kept_steps=tuple(kept_steps),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
+        facts = json.loads(content)
+        json.dumps(facts, ensure_ascii=False).encode()  # half a character can be written in JSON, and never shown
+    except (ValueError, RecursionError):
+        raise CorruptCheckpointError("run.json is not JSON") from None
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        found = shown(facts.get("version"), 20) if isinstance(facts, dict) else "none"
+        raise CorruptCheckpointError(f"run.json is of version {found}, and {VERSION} is known here")
+    for field_name in ("adapter", "status"):
+        if facts.get(field_name) is None:
+            raise CorruptCheckpointError(f"run.json has no {field_name}")
+    for field_name, (check, expected) in _FIELDS.items():
+        value = facts.get(field_name)
+        if value is not None and not check(value):
+            raise CorruptCheckpointError(f"{field_name} in run.json is {shown(value)}, not {expected}")
+    return facts
+
+
+def checked_entry(given: Any) -> dict[str, Any] | None:
+    """What was logged at a step, without what is no number, truth or short text; None where that is no entry."""
+    if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
+    if not _is_seconds(given.get("seconds", 0)):
+        return None
+    return {key: value for key, value in given.items() if value is None or _is_plain(value)}
+
+
+def last_step(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Step, loss and seconds of the last step in what was logged."""
+    last = next((entry for entry in reversed(entries) if _is_number(entry.get("loss"))), {})
+    return {name: last[name] for name in ("step", "loss", "seconds") if name in last}
+
+
+def checked_points(given: Any, until: int) -> Curve:
+    """The (step, value) pairs among others, up to a step."""
+    pairs = given if isinstance(given, list) else []
+    return tuple(
+        (pair[0], float(pair[1]))
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and _is_step(pair[0]) and pair[0] <= until and _is_number(pair[1])
+    )
+
+
+def checked_sample(given: Any) -> Sample | None:
+    """A sample; None where that is none."""
+    if not isinstance(given, dict) or not _is_step(given.get("step")):
+        return None
+    texts = [given.get(name, "") for name in ("prompt", "answer", "base")]
+    return Sample(given["step"], *texts) if all(map(_is_unicode, texts)) else None
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_STEPS
+
+
+def _is_number(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_within(most: float) -> Callable[[Any], bool]:
+    return lambda value: _is_number(value) and 0 <= value <= most
+
+
+_is_seconds = _is_within(_LONGEST_TIME)
+
+
+def _is_name(most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and len(value) <= most and value.isprintable()
+
+
+def _is_unicode(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool) or _is_number(value) or (_is_unicode(value) and len(str(value)) <= _LONGEST_TEXT)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict) and len(value) <= _MOST_FIELDS and all(len(name) <= _LONGEST_NAME for name in value)
+
+
+def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= _MOST_FIELDS and all(map(check, value))
+
+
+_STEP = (_is_step, f"a whole number from 0 to {_MOST_STEPS:,}")
+_NUMBER = (_is_number, "a finite number")
+_TIME = (_is_within(_LAST_TIME), "a time")
+_NAMES = (_is_list_of(_is_name(_LONGEST_NAME)), "a list of names")
+_MAPPING = (_is_mapping, f"a dictionary of at most {_MOST_FIELDS:,} names")
+_TEXTS = (
+    lambda value: _is_mapping(value) and all(isinstance(text, str) for text in value.values()),
+    "a dictionary of texts",
+)
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
+    "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
+    "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
+    "message": (lambda value: isinstance(value, str), "a text"),
+    "host": (_is_name(_LONGEST_TEXT), "the name of a host"),
+    "process": (lambda value: type(value) is int and 0 < value < 2**31, "the number of a process"),
+    **dict.fromkeys(("step", "total_steps", "first_step", "best_step"), _STEP),
+    **dict.fromkeys(("loss", "eval_loss", "best_loss"), _NUMBER),
+    "seconds": (_is_seconds, "a number of seconds"),
+    **dict.fromkeys(("started", "updated"), _TIME),
+    **dict.fromkeys(("settings", "arguments", "data", "metrics"), _MAPPING),
+    **dict.fromkeys(("source", "saved"), _TEXTS),
+    **dict.fromkeys(("secrets", "objects"), _NAMES),
+    "resumed": (_is_list_of(_is_step), "a list of steps"),
+}
 
 
 def differing(records: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
@@ -96,15 +253,4 @@ def differing(records: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
 
 def curve_of(entries: Iterable[Mapping[str, Any]], key: str) -> Curve:
     """The (step, value) pairs of one value in what was logged."""
-    pairs = ((entry.get("step"), entry.get(key)) for entry in entries)
-    return tuple(
-        (step, float(value)) for step, value in pairs if isinstance(step, int) and isinstance(value, int | float)
-    )
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _whole(value: Any) -> int | None:
-    return int(value) if isinstance(value, int) else None
+    return tuple((entry["step"], float(entry[key])) for entry in entries if _is_number(entry.get(key)))

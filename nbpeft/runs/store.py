@@ -6,18 +6,21 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import disk_errors, shown
+from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.staging import Staging, sweep
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean
-from nbpeft.runs.folder import RunFolder
-from nbpeft.runs.record import CRASHED, RunRecord
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few
+from nbpeft.runs.folder import FACTS, RunFolder
+from nbpeft.runs.record import CRASHED, UNREADABLE, RunRecord
 
 MOST_RUNS = 200
+"""Of a place; beyond it the oldest ended ones are deleted."""
 MOST_BYTES = 4_000_000_000
 """Of all runs of a place; beyond it the oldest ended ones lose their states, and keep their curves."""
 _NAME = re.compile(r"\w[\w.+-]{0,99}")
@@ -34,8 +37,8 @@ class RunStore:
     place: Path
 
     def records(self) -> list[RunRecord]:
-        """The runs, the newest first; folders that are none are passed over."""
-        found = [record for folder in self._folders() if (record := folder.record()) is not None]
+        """The runs, the newest first, then those that cannot be read; folders that are none are passed over."""
+        found = [folder.record() for folder in self._folders()]
         return sorted(found, key=lambda record: (-record.started, record.name))
 
     def create(self, adapter: str) -> RunFolder:
@@ -68,11 +71,11 @@ class RunStore:
         Raises:
             CheckpointNotFoundError: there is none; the message names near ones.
         """
-        names = [folder.name for folder in self._folders()]
+        names = {folder.name: folder for folder in self._folders()}
         if name not in names:
             hint = did_you_mean(str(name), names) or (f" There is: {', '.join(sorted(names)[:8])}." if names else "")
             raise CheckpointNotFoundError(f"no run is called {name!r:.60} in {shown(self.place)}.{hint}", name=name)
-        return RunFolder(self.place / name)
+        return names[name]
 
     def rename(self, name: str, new: str) -> None:
         """Gives a run another name.
@@ -96,31 +99,57 @@ class RunStore:
         """
         folder = self.find(name)
         with disk_errors(self.place), _taken(folder):
-            self._remove(folder.path)
+            self._remove(folder.path.name)
 
-    def tidy(self, *, most_runs: int = MOST_RUNS, most_bytes: int = MOST_BYTES) -> None:
+    def mark_saved(self, name: str, adapter: str, folder: str | os.PathLike[str]) -> None:
+        """Notes with a run that has ended where its adapter was saved: it need not be kept here for ever.
+
+        Args:
+            name: of the run.
+            adapter: its name today; a run that trained several knows them by their names then.
+            folder: where it was saved.
+        """
+        with contextlib.suppress(CheckpointError, OSError):  # the adapter is saved, whatever becomes of the note
+            run = self.find(name)
+            with _taken(run):
+                facts, record = run.facts(), run.record()
+                known = adapter if adapter in record.adapters else record.adapter
+                if known in record.adapters:
+                    run.write({**facts, "saved": {**record.saved, known: os.path.abspath(folder)}})
+
+    def tidy(self, *, most_runs: int = MOST_RUNS, most_bytes: int = MOST_BYTES) -> list[str]:
         """Removes the oldest ended runs beyond a number, and the states of old ones beyond a size.
 
-        The newest run stays whole. Runs that could go on go after those that ended by themselves.
+        The newest run stays whole, and so does the last state of a run whose adapter was not saved elsewhere. Runs that
+        could go on go after those that ended by themselves.
+
+        Returns:
+            What was removed, and what more than ``most_bytes`` is kept for, for a person.
         """
-        records = self.records()
+        records = [record for record in self.records() if record.status != UNREADABLE]
         ended = [record for record in records[1:] if record.status != "running"]
         oldest = sorted(ended, key=lambda record: (record.status == CRASHED, record.started))
-        with contextlib.suppress(OSError, CheckpointError):  # what cannot be removed now goes another time
-            surplus = oldest[: max(len(records) - most_runs, 0)]
-            for record in surplus:
-                self.delete(record.name)
-            sizes = {
-                record.name: RunFolder(Path(record.path)).byte_count() for record in records if record not in surplus
-            }
-            for record in oldest[len(surplus) :]:
-                if sum(sizes.values()) <= most_bytes:
-                    return
+        surplus = [record for record in oldest if not _holds_the_only_copy(record)][: max(len(records) - most_runs, 0)]
+        deleted = [record.name for record in surplus if self._gone(RunFolder(Path(record.path)), ["."])]
+        sizes = {record.name: RunFolder(Path(record.path)).byte_count() for record in records if record not in surplus}
+        emptied = []
+        for record in (record for record in oldest if record not in surplus):
+            going = record.kept_steps[1:] if _holds_the_only_copy(record) else record.kept_steps
+            if going and sum(sizes.values()) > most_bytes:
                 folder = RunFolder(Path(record.path))
-                with _taken(folder):
-                    for step in record.kept_steps:
-                        self._remove(folder.path / f"checkpoint-{step}")
+                emptied += [record.name] * self._gone(folder, [f"checkpoint-{step}" for step in going])
                 sizes[record.name] = folder.byte_count()
+        return _tidied(deleted, emptied, sum(sizes.values()), most_runs, most_bytes)
+
+    def _gone(self, folder: RunFolder, parts: Iterable[str]) -> bool:
+        """Removes parts of a run (``.`` is the whole); what cannot be removed now goes another time."""
+        try:
+            with _taken(folder):
+                for part in parts:
+                    self._remove(os.path.normpath(os.path.join(folder.path.name, part)))
+        except (CheckpointError, OSError):
+            return False
+        return True
 
     def _folders(self) -> Iterator[RunFolder]:
         try:
@@ -128,7 +157,7 @@ class RunStore:
         except OSError:
             return
         for name in names:
-            if (self.place / name / "run.json").is_file():
+            if os.path.lexists(self.place / name / FACTS):
                 yield RunFolder(self.place / name)
 
     def _make_place(self) -> None:
@@ -137,14 +166,39 @@ class RunStore:
             with contextlib.suppress(FileExistsError), open(self.place / ".gitignore", "x", encoding="utf-8") as file:
                 file.write("*\n")
 
-    def _remove(self, path: Path) -> None:
+    def _remove(self, name: str) -> None:
         """Out of its place in one move, so that no part of it is left there."""
         sweep(self.place)
         staging = Staging(self.place)
         try:
-            os.replace(path, staging.path / path.name)
+            inside.move(self.place, name, staging.path, os.path.basename(name))
         finally:
             staging.close()
+
+
+def _holds_the_only_copy(record: RunRecord) -> bool:
+    """Whether a run has a state, and an adapter of it was saved nowhere else."""
+    places = (record.saved.get(adapter) for adapter in record.adapters)
+    return bool(record.kept_steps) and not all(place and Path(place, CONFIG_NAME).is_file() for place in places)
+
+
+def _tidied(
+    deleted: Sequence[str], emptied: Sequence[str], byte_count: int, most_runs: int, most_bytes: int
+) -> list[str]:
+    """What a person should know."""
+    notes = []
+    if deleted:
+        notes.append(f"more than {most_runs} runs were kept: deleted {few(deleted, 3)}")
+    if emptied:
+        notes.append(
+            f"runs took more than {most_bytes / 1e9:g} GB: deleted old states of {few(emptied, 3)}, not their curves"
+        )
+    if byte_count > most_bytes:
+        notes.append(
+            f"the runs take {byte_count / 1e9:.1f} GB, of adapters that were saved nowhere else: delete runs that are "
+            "not needed, or save their adapters"
+        )
+    return notes
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files, shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
 from nbpeft.checkpoint.tensor_file import read_metadata
@@ -31,6 +32,8 @@ _NAME = re.compile(rf"{_PREFIX}-(\d+)")
 _STATE = "trainer_state.json"
 _ARGUMENTS = "training_args.bin"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_MOST_BESIDE, _MOST_OF_SMALL = 32, 2**26
+"""Bytes of a state for each of its adapter, and of any state; an optimizer keeps two to four numbers for each."""
 
 
 def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
@@ -49,14 +52,15 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
     home = Path(trainer._get_output_dir(trial=trial))
     name = f"{_PREFIX}-{trainer.state.global_step}"
     main, wait = bool(trainer.args.should_save), trainer.accelerator.wait_for_everyone
-    place = home / broadcast_object_list([staging_name()])[0]
     staging: Staging | None = None
     pushes: list[str] = []
-    with _write_errors(home):
+    with write_errors(home):
         try:
             if main:
                 home.mkdir(parents=True, exist_ok=True)
                 sweep(home)
+            place = home / broadcast_object_list([staging_name(home) if main else ""])[0]
+            if main:
                 staging = Staging(home, place.name)
             wait()
             with _redirected(trainer, place, pushes):
@@ -90,7 +94,7 @@ def put_checkpoint(home: Path, step: int, write: Callable[[Path], object], *, mo
         CheckpointError: it cannot be written; earlier checkpoints are as they were.
     """
     name = f"{_PREFIX}-{step}"
-    with _write_errors(home):
+    with write_errors(home):
         sweep(home)
         staging = Staging(home)
         try:
@@ -114,7 +118,7 @@ def save_beside(folder: Path, tokenizer: Any, arguments: Any) -> None:
     for name, value in vars(arguments).items():
         if is_secret(name, value):
             setattr(arguments, name, None)
-    with _write_errors(folder), scratch_folder() as scratch:
+    with write_errors(folder), scratch_folder() as scratch:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
         torch.save(arguments, scratch / _ARGUMENTS)
@@ -151,21 +155,33 @@ def resume_point(trainer: Any, requested: Any) -> Any:
     return str(found[0])
 
 
-def flaw_of(folder: Path) -> str | None:
-    """What a checkpoint lacks, or None where it is whole: an older version or a copy may have been broken off."""
+def flaw_of(folder: Path, *, strict: bool = False) -> str | None:
+    """What a checkpoint lacks, or None where it is whole: an older version or a copy may have been broken off.
+
+    Args:
+        folder: the checkpoint.
+        strict: it may be somebody else's, and was written here: it has no links in it, and nothing that takes much more
+            memory than its adapter.
+    """
     try:
-        json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        odd = inside.first_not_plain(folder) if strict else None
+        if odd is not None:
+            return odd
+        if not (folder / _STATE).is_file():
+            return f"no {_STATE}"
         weights = [path for name in _WEIGHTS for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
+        weights = [path for path in weights if path.is_file()]
         if not weights:
             return "no adapter"
+        if strict and _is_too_large(folder, weights):
+            return "much larger than its adapter"
+        json.loads((folder / _STATE).read_text(encoding="utf-8"))
         archives = [path for path in (*folder.glob("*.pt"), *folder.glob("*.pth")) if path.is_file()]
         for path in [*archives, *(path for path in weights if path.suffix == ".bin")]:
             if not zipfile.is_zipfile(path):
                 return f"{path.name} is cut off"
         for path in weights:
             read_metadata(path)
-    except FileNotFoundError:
-        return f"no {_STATE}"
     except CheckpointError:
         return f"{path.name} is cut off"
     except (OSError, ValueError, RecursionError):
@@ -173,8 +189,19 @@ def flaw_of(folder: Path) -> str | None:
     return None
 
 
-def last_whole(home: Path) -> Path:
+def _is_too_large(folder: Path, weights: list[Path]) -> bool:
+    """Whether the optimizer, the random numbers and the rest take more than those of any adapter of that size."""
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    own = sum(sizes[path] for path in weights)
+    return sum(sizes.values()) - own > _MOST_BESIDE * own + _MOST_OF_SMALL
+
+
+def last_whole(home: Path, *, strict: bool = False) -> Path:
     """The last checkpoint in a folder that is whole; warns of those that are passed over.
+
+    Args:
+        home: the folder.
+        strict: see ``flaw_of``.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -182,7 +209,7 @@ def last_whole(home: Path) -> Path:
     sweep(home)
     flaws: dict[str, str] = {}
     for folder in _checkpoints(home):
-        flaw = flaw_of(folder)
+        flaw = flaw_of(folder, strict=strict) if not (strict and folder.is_symlink()) else "a link"
         if flaw is None:
             if flaws:
                 warnings.warn(f"passed over {_listed(flaws)}: resuming from {shown(folder)}", stacklevel=5)
@@ -297,12 +324,27 @@ def _rotate(trainer: Any, home: Path) -> None:
 
 
 @contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    """``disk_errors``, also for those that torch raises as RuntimeError."""
+def write_errors(folder: Path) -> Iterator[None]:
+    """``disk_errors``, also for those that torch raises as RuntimeError while it saves.
+
+    Args:
+        folder: what is written.
+
+    Raises:
+        CheckpointError: there was one.
+    """
     try:
         with disk_errors(folder):
             yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "Parent directory")):
+        if not _is_of_saving(error):
             raise
         raise CheckpointError(f"could not write to {shown(folder)}: the disk is full or fails") from error
+
+
+def _is_of_saving(error: RuntimeError) -> bool:
+    """Whether it was raised where torch writes its files, whatever it says: by its streams, which are not in Python."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename == torch.serialization.__file__

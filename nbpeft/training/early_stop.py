@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.checkpoint.tensor_file import read_tensors, write_tensors
+from nbpeft.checkpoint.tensor_file import TensorFile, write_tensors
 from nbpeft.errors import ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable
@@ -59,8 +59,8 @@ class EarlyStop(TrainerCallback):
         file = Path(folder, _FILE) if isinstance(folder, str | os.PathLike) else None
         if self._best_step == state.global_step:
             self._state = self._copied()
-        elif file is not None and file.is_file():
-            self._state = read_tensors(file)[0]
+        elif file is not None and file.is_file() and self._fits(header := TensorFile(file)):
+            self._state = header.read(header.header)
         else:
             self._run.note(f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be")
 
@@ -77,6 +77,10 @@ class EarlyStop(TrainerCallback):
             self._state = self._copied()
         elif self._worse >= self._patience:
             control.should_training_stop = True
+
+    def _fits(self, file: TensorFile) -> bool:
+        """Whether a file holds what is trained here, and nothing else."""
+        return {key: one.shape for key, one in file.header.items()} == {key: one.shape for key, one in self._tensors()}
 
     def _is_better(self, score: float | None, step: int) -> bool:
         if score is None:

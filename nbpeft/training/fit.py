@@ -408,6 +408,8 @@ def _fit(
                 metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
                 trainer.save_model()
+                for keeper in (part for part in around if isinstance(part, RunKeeper)):
+                    keeper.mark_saved(str(fields["output_dir"]))
         return metrics
     finally:
         manager = manager_of(model)

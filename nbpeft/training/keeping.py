@@ -58,6 +58,30 @@ _SHOWN_FIELDS = (
     "seed",
 )
 """Fields of ``TrainingArguments`` that are settings of every run, whether they are given or not."""
+RESUMED = frozenset(
+    {
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+        *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+        *("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "use_cpu", "full_determinism"),
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),
+        *("seed", "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last"),
+        *("ignore_data_skip", "remove_unused_columns", "label_names", "include_num_input_tokens_seen"),
+        *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
+        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+        *("eval_accumulation_steps", "batch_eval_metrics", "prediction_loss_only"),
+        *("metric_for_best_model", "greater_is_better"),
+        *("max_length", "packing", "columns", "members", "patience", "sample", "every"),
+    }
+)
+"""Arguments that are taken from ``run.json`` when a run is resumed: those of which the losses are, and what is shown.
+
+The file may be a stranger's: where to write, what to upload, whom to report to and how many processes to start are the
+user's to say."""
+SHARED_OUT = ("processes", "machines", "fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+"""Arguments that say how the work is shared out; the losses are of them, too, so that they have to be given again."""
 _MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 
@@ -95,6 +119,7 @@ class RunKeeper(TrainerCallback):
     ) -> None:
         self.trainer: Any = None
         self.folder: RunFolder | None = None
+        self._unkept: RunFolder | None = None
         self._place, self._run, self._model, self._given, self._data = place, run, model, given, data
         self._clock = clock
         self._facts: dict[str, Any] = {}
@@ -119,13 +144,16 @@ class RunKeeper(TrainerCallback):
         if not is_first():
             return
         with self._noting():
-            self.folder = folder = store.create(self._run.label) if name is None else store.find(name)
+            folder = store.create(self._run.label) if name is None else store.find(name)
             if name is not None:
                 folder.open()
+            self.folder = folder
+            if name is not None:
                 self._before, self._contents = folder.facts(), folder.contents()
                 self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
+                self._before.pop("saved", None)  # what it learns from here on is saved nowhere
                 self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
@@ -181,30 +209,47 @@ class RunKeeper(TrainerCallback):
     ) -> None:
         folder, state = self.folder, self._run.state
         alone = state.status == "failed" and several_processes()  # the others may be anywhere
-        if not (folder is not None if alone else of_the_first(folder is not None)):
-            return
         try:
-            with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
-                if folder is not None and self._run.steps_done == 0 and state.status == "failed":
-                    self._undo(folder)
-                elif state.status == "finished":
-                    self._save(whole=False)
-                elif not alone and self._has_new_state(state.step):
-                    self._save_as_the_step_ended()
-                else:
-                    self._write_facts()
-                if folder is not None:
-                    folder.close()
-                    self._place.store.tidy()
+            if folder is not None if alone else of_the_first(folder is not None):
+                with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
+                    if folder is not None and self._run.steps_done == 0 and state.status == "failed":
+                        self._undo(folder)
+                        return
+                    if folder is not None:
+                        for note in self._place.store.tidy():
+                            self._run.note(note)
+                    if state.status == "finished":
+                        self._save(whole=False)
+                    elif not alone and self._has_new_state(state.step):
+                        self._save_as_the_step_ended()
+                    else:
+                        self._write_facts()
         finally:
+            with HeldInterrupts(to_the_end=True):
+                self._end()
             if folder is not None:
                 folder.close()
+
+    def _end(self) -> None:
+        """Says how a run ended whose keeping had ended before."""
+        folder, self._unkept = self._unkept, None
+        if folder is not None:
+            folder.end(self._facts | _summary(self._run.state) | {"seconds": self._seconds()})
+            folder.close()
 
     def keep_last(self) -> None:
         """Keeps the state of the last step of a run that ends early, if it is not kept yet."""
         if of_the_first(self.folder is not None) and self._has_new_state(self._run.state.step):
             with HeldInterrupts(to_the_end=True), self._noting():
                 self._save_as_the_step_ended()
+
+    def mark_saved(self, folder: str) -> None:
+        """Notes with the run that its adapters were saved in a folder of the user's own."""
+        if self._run.folder and is_first():
+            for name in trained_names(self._model):
+                place = Path(folder, name)
+                place = place if place.is_dir() else Path(folder)
+                self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
 
     def _save_as_the_step_ended(self) -> None:
         with drawing_from(self._random or random_state()):
@@ -330,10 +375,13 @@ class RunKeeper(TrainerCallback):
             folder, self.folder = self.folder, None
             since = "" if folder is None else " from here on"
             if folder is not None:
-                folder.close()
                 with suppress(OSError):  # empty where not even its settings could be written
                     folder.path.rmdir()
-                self._run.folder = self._run.folder if folder.path.is_dir() else ""
+                if folder.path.is_dir():
+                    self._unkept = folder
+                else:
+                    folder.close()
+                    self._run.folder = ""
             self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}")
 
 

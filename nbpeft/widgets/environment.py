@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from typing import Literal
 
@@ -34,4 +35,4 @@ def widgets_hint() -> str:
     """How to get buttons where ipywidgets is missing, or the empty string."""
     if has_ipywidgets():
         return ""
-    return f"For Stop and Pause buttons: {sys.executable} -m pip install ipywidgets"
+    return f"For Stop and Pause buttons: {shlex.quote(sys.executable)} -m pip install ipywidgets"

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from nbpeft.checkpoint import read_checkpoint, read_config, write_checkpoint, write_config
-from nbpeft.checkpoint.staging import STAGING_PREFIX, Staging, mark_of
+from nbpeft.checkpoint.staging import STAGING_PREFIX, Staging, mark_of, staging_name
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 
@@ -196,8 +196,9 @@ def test_a_death_in_a_new_folder_leaves_no_half_checkpoint(tmp_path: Path) -> No
 
 def test_litter_of_a_dead_write_goes_with_the_next_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *adapter(2))
-    (tmp_path / f"{STAGING_PREFIX}{'0' * 16}").mkdir()
-    (tmp_path / f"{STAGING_PREFIX}{'0' * 16}" / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    litter = tmp_path / staging_name(tmp_path)
+    litter.mkdir()
+    (litter / "adapter_model.safetensors").write_bytes(b"x" * 100)
     running = Staging(tmp_path)
     (tmp_path / f"{STAGING_PREFIX}mine").mkdir()
     write_checkpoint(tmp_path, *adapter(3))
@@ -211,24 +212,23 @@ def test_where_folders_cannot_be_locked_only_old_litter_goes(tmp_path: Path, mon
         raise OSError(errno.EBADF, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    for number, age in enumerate((0, 200_000)):
-        litter = Staging(tmp_path, f"{STAGING_PREFIX}{number:016}")
-        os.utime(litter.path, (time.time() - age,) * 2)
+    new, old = Staging(tmp_path), Staging(tmp_path)
+    os.utime(old.path, (time.time() - 200_000,) * 2)
     write_checkpoint(tmp_path, *adapter(3))
-    assert [path.name for path in tmp_path.glob(f"{STAGING_PREFIX}*")] == [f"{STAGING_PREFIX}{0:016}"]
+    assert list(tmp_path.glob(f"{STAGING_PREFIX}*")) == [new.path]
 
 
 def test_moves_that_a_file_notes_stay_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     write_checkpoint(folder, *adapter(2))
-    litter = folder / f"{STAGING_PREFIX}{'0' * 16}"
+    litter = folder / staging_name(folder)
     litter.mkdir()
     (litter / "b").write_text("theirs")
     (folder / "a").write_text("moved")
     (tmp_path / "b").write_text("mine")
-    (litter / ".moves").write_text(json.dumps({"a": mark_of(folder / "a"), "../b": [6, 0]}))
+    (litter / ".moves").write_text(json.dumps({"a": mark_of(folder, "a"), "../b": [6, 0]}))
     write_checkpoint(folder, *adapter(3))
-    assert (tmp_path / "b").read_text() == "mine" and not litter.exists()
+    assert (tmp_path / "b").read_text() == "mine"
 
 
 def test_the_same_config_is_not_written_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.checkpoint import lora_file
-from nbpeft.errors import AdapterError, CheckpointError
+from nbpeft.errors import AdapterError, CheckpointError, NbpeftError
 from nbpeft.shipping import ship
 from tests.tiny_models import llama, randomize
 
@@ -95,6 +95,43 @@ def test_what_others_write_is_read(spelling: str, alpha: float | None, tmp_path:
     layer = model.manager.layers["mid_block.attn1.to_q"]
     expected = FACTORS["up"] @ FACTORS["down"] * ((alpha or 2.0) / 2)
     assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-6)
+
+
+ALPHAS: dict[str, tuple[Tensor, float | str]] = {
+    "whole": (torch.tensor(1), 1.0),
+    "whole, of one element": (torch.tensor([[3]], dtype=torch.int16), 3.0),
+    "half": (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
+    "two": (torch.ones(2), "has 2 elements: an alpha is one number, or left out"),
+    "none": (torch.ones(0), "has 0 elements"),
+    "complex": (torch.tensor(1 + 1j), "is complex64: an alpha is one number"),
+    "a truth": (torch.tensor(True), "is bool"),
+    "NaN": (torch.tensor(float("nan")), "is nan: an alpha is a finite number, or left out"),
+    "infinite": (torch.tensor(float("inf")), "is inf: an alpha is a finite number"),
+}
+
+
+@pytest.mark.parametrize("case", ALPHAS)
+@pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+def test_an_alpha_is_one_finite_number(spelling: str, case: str, tmp_path: Path) -> None:
+    alpha, expected = ALPHAS[case]
+    tensors = {SPELLINGS[spelling].format(part): value for part, value in FACTORS.items()}
+    tensors[f"{SPELLINGS[spelling].partition('.lora')[0]}.alpha"] = alpha
+    safetensors.torch.save_file(tensors, tmp_path / "style.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(CheckpointError, match=rf"to_q\.alpha' in .*style.safetensors {expected}"):
+            PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
+        return
+    model = PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
+    assert model.manager.layers["mid_block.attn1.to_q"].adapter("default").scaling == expected / 2
+
+
+@pytest.mark.parametrize("alpha", [None, "8", [8], {}, float("nan"), 10**400, True])
+def test_an_alpha_in_the_config_that_diffusers_writes_is_a_number(alpha: Any, tmp_path: Path) -> None:
+    tensors = {SPELLINGS["diffusers"].format(part): value for part, value in FACTORS.items()}
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": alpha})
+    safetensors.torch.save_file(tensors, tmp_path / "style.safetensors", {"lora_adapter_metadata": config})
+    with pytest.raises(NbpeftError, match="lora_alpha"):
+        PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
 
 
 @pytest.mark.parametrize("component", ["", "unet."])

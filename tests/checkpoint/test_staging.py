@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from nbpeft.checkpoint.staging import ASIDE, OLD, STAGING_PREFIX, Staging, mark_of, scratch_folder, sweep
+from nbpeft.checkpoint.staging import ASIDE, OLD, Staging, mark_of, scratch_folder, staging_name, sweep
 from nbpeft.errors import CheckpointError
-
-DEAD = f"{STAGING_PREFIX}{'d' * 16}"
 
 
 def test_temporary_folders_of_the_dead_go_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / DEAD).mkdir()
+    (tmp_path / staging_name(tmp_path)).mkdir()
     (tmp_path / "nbpeft-mine").mkdir()
     with scratch_folder() as living:
         assert living.stat().st_mode & 0o777 == 0o700
@@ -62,10 +60,10 @@ def test_a_sweep_that_comes_at_once_makes_another_folder_be_made(
 
 def half_moved(folder: Path) -> None:
     """A write of ``a`` and ``b`` over an old ``a``, that died between its two moves."""
-    staging = Staging(folder, DEAD)
+    staging = Staging(folder)
     for name in ("a", "b"):
         (staging.path / name).write_text(f"new {name}")
-    staging.note_moves({name: mark_of(staging.path / name) or (0, 0) for name in ("a", "b")})
+    staging.note_moves({name: mark_of(staging.path, name) or (0, 0) for name in ("a", "b")})
     (staging.path / OLD).mkdir()
     (staging.path / OLD / "a").write_text("old a")
     os.replace(staging.path / "a", folder / "a")
@@ -91,8 +89,9 @@ def test_what_was_written_since_stays(tmp_path: Path) -> None:
 
 def test_a_folder_that_made_room_goes_back_into_an_empty_place(tmp_path: Path) -> None:
     for place in (True, False):
-        (tmp_path / DEAD / ASIDE / "checkpoint-2").mkdir(parents=True)
-        (tmp_path / DEAD / ASIDE / "checkpoint-2" / "old").touch()
+        aside = tmp_path / staging_name(tmp_path) / ASIDE / "checkpoint-2"
+        aside.mkdir(parents=True)
+        (aside / "old").touch()
         if place:
             (tmp_path / "checkpoint-2").mkdir()
         sweep(tmp_path)

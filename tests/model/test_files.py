@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import nbpeft.model as nbpeft
+from nbpeft.checkpoint import inside
 from nbpeft.errors import CheckpointError
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tests.tiny_models import llama, logits
@@ -105,14 +106,14 @@ def test_several_adapters_and_their_card_are_saved_together_or_not_at_all(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with torch.no_grad():
         model.manager.parameters("sql")[0].add_(1)
-    real = os.replace
+    real = inside.move
 
-    def full(source: Any, target: Any) -> None:
-        if str(target).endswith("chat/adapter_model.safetensors") and ".old" not in str(source):
+    def full(root: Path, name: str, target: Path, new: str) -> None:
+        if new == "chat/adapter_model.safetensors" and ".old" not in name:
             raise OSError(errno.EIO, "Input/output error")
-        real(source, target)
+        real(root, name, target, new)
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(inside, "move", full)
     with pytest.raises(CheckpointError, match="Input/output error; nothing was changed"):
         model.save_pretrained(tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,6 @@ def test_what_is_no_run_is_never_deleted(store: RunStore, name: str) -> None:
     assert (outside / "run.json").exists() and len(store.records()) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 99, "adapter": "a", "status": "x"}']
-)
-def test_what_cannot_be_read_is_passed_over(store: RunStore, text: str) -> None:
-    made(store)
-    folder = store.place / "other-1"
-    folder.mkdir()
-    (folder / "run.json").write_text(text)
-    assert [record.name for record in store.records()] == ["sql-1"]
-
-
 def test_the_curve_is_readable_line_by_line(store: RunStore) -> None:
     folder = store.create("sql")
     for step in (1, 2, 3):
@@ -168,13 +158,54 @@ def test_old_runs_go_and_the_newest_and_running_stay(store: RunStore) -> None:
     assert sorted(record.name for record in store.records()) == ["sql-1", "sql-5", "sql-6"]
 
 
+def saved(store: RunStore, name: str) -> None:
+    """Saves the adapter of a run elsewhere."""
+    folder = store.place.parent / f"saved-{name}"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    store.mark_saved(name, "sql", folder)
+
+
+def kept_steps(store: RunStore) -> dict[str, tuple[int, ...]]:
+    return {record.name: record.kept_steps for record in store.records()}
+
+
 def test_old_states_go_and_their_curves_stay(store: RunStore) -> None:
     for number in range(3):
-        with_state(store, made(store, started=number), 4000)
-    store.tidy(most_bytes=9000)
-    assert {record.name: record.kept_steps for record in store.records()} == {"sql-1": (), "sql-2": (3,), "sql-3": (3,)}
-    store.tidy(most_bytes=1)
-    assert {record.name: record.kept_steps for record in store.records()} == {"sql-1": (), "sql-2": (), "sql-3": (3,)}
+        saved(store, with_state(store, made(store, started=number), 4000))
+    assert store.tidy(most_bytes=9000) == [
+        "runs took more than 9e-06 GB: deleted old states of 'sql-1', not their curves"
+    ]
+    assert kept_steps(store) == {"sql-1": (), "sql-2": (3,), "sql-3": (3,)}
+    reported = store.tidy(most_bytes=1)
+    assert "old states of 'sql-2'" in reported[0] and len(reported) == 2
+    assert kept_steps(store) == {"sql-1": (), "sql-2": (), "sql-3": (3,)}
+    assert store.tidy(most_bytes=10**6) == []
+
+
+def test_what_was_never_saved_elsewhere_stays(store: RunStore) -> None:
+    """Its last state; and a run whose copy is gone again counts as not saved."""
+    for number in range(4):
+        name = with_state(store, with_state(store, made(store, started=number), 4000), 4000, step=1)
+        if number in (1, 2):
+            saved(store, name)
+    shutil.rmtree(store.place.parent / "saved-sql-3")
+    reported = store.tidy(most_runs=1, most_bytes=1)
+    assert kept_steps(store) == {"sql-1": (3,), "sql-3": (3,), "sql-4": (3, 1)}
+    assert reported[0] == "more than 1 runs were kept: deleted 'sql-2'"
+    assert "deleted old states of 'sql-1', 'sql-3', not their curves" in reported[1]
+    assert "saved nowhere else: delete runs that are not needed, or save their adapters" in reported[2]
+
+
+def test_a_run_of_several_adapters_is_saved_when_all_are(store: RunStore, tmp_path: Path) -> None:
+    name = with_state(store, made(store, adapter="a, b"), 4000)
+    made(store, started=1.0)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for adapter, left in (("a", (3,)), ("unknown", (3,)), ("b", ())):
+        store.mark_saved(name, adapter, tmp_path)
+        store.tidy(most_bytes=1)
+        assert kept_steps(store)[name] == left
+    store.mark_saved("none", "a", tmp_path)  # never an error: the adapter is saved
 
 
 def test_which_settings_differ(store: RunStore) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,17 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from nbpeft.checkpoint.staging import ASIDE, STAGING_PREFIX, mark_of, staging_name
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
+    CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     NbpeftError,
     TrainingError,
 )
+from nbpeft.runs.store import RunStore
 from nbpeft.training import keeping
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
@@ -355,3 +362,151 @@ def test_renaming_and_deleting(tmp_path: Path) -> None:
         session.delete_run("bes")
     assert str(session.delete_run("best")) == "deleted run best"
     assert session.runs().records == ()
+
+
+# What a run folder says that somebody else may have written
+
+
+def changed(place: Path, name: str = "sql-1", **arguments: Any) -> None:
+    """Adds arguments to the ``run.json`` of a run."""
+    path = place / name / "run.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "arguments": {**facts["arguments"], **arguments}}))
+
+
+@pytest.fixture
+def broken(broken_off: Path, tmp_path: Path) -> Path:
+    """A copy of the place of the killed run."""
+    return Path(shutil.copytree(broken_off, tmp_path / "broken"))
+
+
+def test_what_a_file_may_not_decide_is_named_and_not_done(broken: Path, straight: Any, tmp_path: Path) -> None:
+    target = tmp_path / "project"
+    foreign: dict[str, Any] = {"output_dir": str(target), "push_to_hub": True, "hub_model_id": "x/y"}
+    foreign |= {"report_to": "wandb", "dataloader_num_workers": 7, "save_strategy": "steps", "adapter": "x"}
+    changed(broken, **foreign, run_dir="/tmp", no_such_argument=[1])
+    told = r"not taken from run.json of sql-1: 'output_dir', 'push_to_hub', .* and 3 more; give them again to have them"
+    with pytest.warns(UserWarning, match=told):
+        result = resumed(broken)
+    assert not target.exists() and result.training.output_dir is None
+    after = weights(result.model, "sql")
+    assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
+
+
+def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: Path) -> None:
+    changed(broken, output_dir="/nowhere")
+    result = resumed(broken, output_dir=str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "sql" / "adapter_config.json").exists() and result.training.steps == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reported"),
+    [
+        ({"processes": 256}, "trained with its work shared out; say again how: processes=…"),
+        ({"processes": 2, "fsdp": True}, "say again how: processes=…, fsdp=…"),
+        ({"machines": ["a", "b"]}, "say again how: machines=…"),
+        ({"deepspeed": "/etc/passwd"}, "say again how: deepspeed=…"),
+    ],
+)
+def test_how_work_was_shared_out_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:
+    changed(broken, **arguments)
+    with pytest.raises(TrainingError, match=reported):
+        resumed(broken)
+
+
+def test_many_objects_are_a_short_message(broken: Path) -> None:
+    path = broken / "sql-1" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "objects": ["x" * 200] * 900}))
+    with pytest.raises(TrainingError, match="objects that no file holds") as caught:
+        resumed(broken)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_broken_run_is_named_beside_the_others(broken: Path) -> None:
+    (broken / "zoo-1").mkdir()
+    (broken / "zoo-1" / "run.json").symlink_to("/dev/zero")
+    session = session_in(broken)
+    found = session.runs()
+    assert [record.name for record in found.records] == ["sql-1", "zoo-1"]
+    for shown in (str(found), found._repr_html_()):
+        assert "unreadable" in shown and "zoo-1/run.json is a link, not a plain file" in shown
+    for act in (lambda: session.runs("sql-1", "zoo-1"), lambda: session.resume("zoo-1", model=llama(), data=rows())):
+        with pytest.raises(CheckpointError, match=r"run zoo-1 cannot be read: .*zoo-1/run\.json is a link"):
+            act()
+    assert resumed(broken).run == "sql-1", "the newest that can be read"
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a large file", "a linked state"])
+def test_a_state_with_something_else_in_it_is_passed_over(kind: str, broken: Path, tmp_path: Path) -> None:
+    newest = broken / "sql-1" / "checkpoint-7"
+    match kind:
+        case "a link":
+            (newest / "optimizer.pt").rename(tmp_path / "optimizer.pt")
+            (newest / "optimizer.pt").symlink_to(tmp_path / "optimizer.pt")
+        case "a pipe":
+            os.mkfifo(newest / "scaler.pt")
+        case "a large file":
+            os.truncate(newest / "scheduler.pt", 2**33)
+        case _:
+            newest.rename(tmp_path / "elsewhere")
+            newest.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"passed over checkpoint-7 \((.* is )?(a link|a named pipe|much larger than)"):
+        result = resumed(broken)
+    assert (result.step, result.training.steps) == (6, 14)
+
+
+@pytest.mark.parametrize("whose", ["a stranger's", "own"])
+def test_resuming_moves_nothing_through_a_link(whose: str, broken: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    run = broken / "sql-1"
+    name = staging_name(run)
+    staging = run / (name if whose == "own" else f"{STAGING_PREFIX}{'0' * 16}")
+    (staging / "link").mkdir(parents=True)
+    (staging / ASIDE).symlink_to(victim)
+    (run / "link").symlink_to(victim)
+    (staging / "link" / "evil.py").write_text("evil")
+    marks = {"curve.jsonl": mark_of(run, "curve.jsonl"), "link/evil.py": [4, 0]}
+    (staging / ".moves").write_text(json.dumps(marks))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert resumed(broken).training.steps == 14
+    assert {path.name: path.read_text() for path in victim.iterdir()} == {"thesis.tex": "years of work"}
+    assert staging.exists() is (whose != "own")
+
+
+# What becomes of old runs
+
+
+def test_where_an_adapter_was_saved_is_noted_with_its_run(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "runs")
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    (record,) = session.runs().records
+    assert record.saved == {}
+    session.rename("sql", "orders")
+    session.save(tmp_path / "saved")
+    assert session.runs().records[0].saved == {"sql": str(tmp_path / "saved")}
+    session.train(model, rows(), output_dir=str(tmp_path / "out"), **ARGUMENTS | {"max_steps": 1})
+    assert session.runs().records[0].saved == {"orders": str(tmp_path / "out" / "orders")}
+
+
+def test_a_resumed_run_is_saved_nowhere(broken: Path) -> None:
+    RunStore(broken).mark_saved("sql-1", "sql", broken)
+    assert RunStore(broken).records()[0].saved == {"sql": str(broken)}
+    resumed(broken)
+    assert RunStore(broken).records()[0].saved == {}
+
+
+def test_what_is_deleted_is_said_when_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunStore.tidy, "__kwdefaults__", {"most_runs": 2, "most_bytes": 10**9})
+    session, model = adapted_session(tmp_path / "runs")
+    results = []
+    for number in range(4):
+        results.append(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
+        if number < 2:
+            session.save(tmp_path / f"saved-{number}")
+    assert ["deleted" in str(result) for result in results] == [False, False, True, True]
+    assert "more than 2 runs were kept: deleted 'sql-2'" in str(results[3])
+    assert [record.name for record in session.runs().records] == ["sql-4", "sql-3"]
+    assert "deleted 'sql-2'" in session.runs().records[0].message

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from nbpeft.model import (
     quantize_model,
 )
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
+from nbpeft.session.results.runs import ExportResult
 from nbpeft.shipping import ENGINES, ship
 from tests.effort import drawn
 from tests.faults.harness import traced
@@ -156,6 +159,36 @@ def test_names_and_folders_are_quoted_for_a_shell(tmp_path: Path) -> None:
         done.written
         and ship(model, engine="ollama", base="x", to=place, dry_run=True).commands[1] == "ollama run my-sql-rm"
     )
+
+
+HOSTILE = "a b; $(touch x) `y` 'z' \"q\" | & > \n *"
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "-rf"])
+def test_every_command_is_the_words_that_are_meant(name: str) -> None:
+    """Whatever the base, the adapter and the folder are called."""
+    base, adapter = base_model(), "my adapter; rm"
+    base.name_or_path = base.config._name_or_path = name
+    model, word = adapted(base, name=adapter), f"./{name}" if name.startswith("-") else name
+    lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{adapter}={name}"]
+    expected: dict[tuple[str, bool], list[list[str]]] = {
+        ("vllm", False): [["vllm", "serve", word, *lora]],
+        ("vllm", True): [["vllm", "serve", word]],
+        ("llama.cpp", False): [["llama-server", "-m", "BASE_MODEL.gguf", "--lora", f"{word}/adapter.gguf"]],
+        ("llama.cpp", True): [["llama-server", "-m", f"{word}/model.gguf"]],
+        ("ollama", False): [
+            ["ollama", "create", "my-adapter-rm", "-f", f"{word}/Modelfile"],
+            ["ollama", "run", "my-adapter-rm"],
+        ],
+    }
+    for (engine, merged), words in expected.items():
+        options: dict[str, Any] = {"base": "x"} if engine == "ollama" else {"tokenizer": tokenizer()}
+        shipment = ship(model, engine=engine, to=name, merged=merged, dry_run=True, **options)
+        assert [shlex.split(command) for command in shipment.commands] == words
+    for engine in ("peft", "transformers"):
+        for line in ship(model, engine=engine, to=name, dry_run=True).commands:
+            ast.parse(line)
+    assert shlex.split(str(ExportResult(HOSTILE, "sql", ())).rpartition("; accelerate launch ")[2]) == [HOSTILE]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])

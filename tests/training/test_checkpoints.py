@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -160,20 +161,36 @@ def test_a_checkpoint_of_the_same_step_is_replaced(run: Path) -> None:
     assert not (run / "checkpoint-6" / "mine.txt").exists() and flaw_of(run / "checkpoint-6") is None
 
 
+def raised_in_torch(message: str) -> Any:
+    """A function that fails as torch's streams do, whose errors come out of its module."""
+    scope: dict[str, Any] = {}
+    exec(compile(f"def save(*a, **k): raise RuntimeError({message!r})", torch.serialization.__file__, "exec"), scope)
+    return scope["save"]
+
+
 def test_a_failure_leaves_the_checkpoints_that_were_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     trainer = trainer_of(run)
     trainer.create_optimizer_and_scheduler(6)
     trainer.state.global_step = 6
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such row")
 
-    for target, name in ((torch, "save"), (checkpoints, "flush_folder")):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for target, name, act, error in (
+        (torch, "save", raised_in_torch("[enforce fail at inline_container.cc:664]"), CheckpointError),
+        (torch, "save", raised_in_torch("basic_ios::clear: iostream error"), CheckpointError),
+        (checkpoints, "flush_folder", full, CheckpointError),
+        (checkpoints, "flush_folder", broken, RuntimeError),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(target, name, full)
-            with pytest.raises(CheckpointError, match="the disk is full or fails"):
+            patch.setattr(target, name, act)
+            with pytest.raises(error, match=r"the disk is full or fails|no space left|no such row") as caught:
                 trainer._save_checkpoint(trainer.model, trial=None)
+            assert type(caught.value) is error
         assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         assert "_get_output_dir" not in vars(trainer)
 

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -250,7 +251,78 @@ def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monk
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
     assert (result.status, result.steps) == ("finished", 6) and "on disk from here on: " in result.message
     record = the_run(place)
-    assert (record.status, record.kept_steps) == ("crashed", (2, 1))  # what it can go on from
+    assert (record.status, record.step, record.kept_steps) == ("finished", 6, (2, 1))
+    assert not record.is_complete, "it can go on from its last state"
+
+
+def largest_file(place: Path) -> int:
+    return max(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+
+def train_in_files_of(limit: int, place: Path) -> None:
+    """Trains where no file can grow beyond a size; says so where something was not kept, and ends as it ended."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        result = train(trainable(), token_rows(), run_dir=place, **QUICK | {"max_steps": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (result.status, result.steps) == ("finished", 3)
+    records = RunStore(place).records()
+    whole = bool(records) and records[0].is_complete
+    assert whole or "this run is not kept on disk" in result.message
+    assert [(record.status, record.step) for record in records] in ([], [("finished", 3)])
+    assert not list(place.glob("**/.nbpeft-*"))
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.6, 0.98])
+def test_a_disk_that_is_full_is_a_note(share: float, place: Path, often: None) -> None:
+    train(trainable(), token_rows(), run_dir=place / "whole", **QUICK | {"max_steps": 3})
+    train_in_files_of(int(share * largest_file(place / "whole")), place / "full")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_size_is_a_note(place: Path, often: None) -> None:
+    train(trainable(), token_rows(), run_dir=place / "whole", **QUICK | {"max_steps": 3})
+    largest = largest_file(place / "whole")
+    for number in range(40):
+        train_in_files_of(number * largest // 36, place / str(number))
+
+
+def test_a_run_ends_as_it_ended_where_nothing_can_be_written_any_more(
+    place: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a new ``run.json``."""
+
+    def full(*_: object, **__: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    def fill() -> None:
+        monkeypatch.setattr("nbpeft.runs.folder.replace_files", full)
+        monkeypatch.setattr(keeping, "put_checkpoint", full)
+        seen.append(RunStore(place).records()[0].status)
+
+    seen: list[str] = []
+    train(trainable(), token_rows(), run_dir=place, callbacks=[At(3, fill)], **QUICK)
+    record = the_run(place)
+    assert (seen, record.status, record.step) == (["running"], "finished", 6)
+    assert record.settings["r"] == 4 and facts(place)["arguments"]["max_steps"] == 6
+
+
+def test_no_folder_of_another_run_keeps_a_training_from_its_end(place: Path) -> None:
+    strange: dict[str, Any] = {"step": "1e999", "started": "1e300", "seconds": "Infinity", "status": '"running"'}
+    for name, value in strange.items():
+        (place / name).mkdir(parents=True)
+        facts = {"version": 1, "adapter": "a", "status": "finished", name: "@"}
+        (place / name / "run.json").write_text(json.dumps(facts).replace('"@"', value))
+    os.mkfifo(place / "status" / "curve.jsonl")
+    (place / "link").symlink_to(place / "step")
+    (place / "zero").mkdir()
+    (place / "zero" / "run.json").symlink_to("/dev/zero")
+    result = train(trainable(name="sql"), token_rows(), run_dir=place, **QUICK)
+    assert (result.status, result.steps, result.message) == ("finished", 6, "")
+    records = {record.name: record.status for record in RunStore(place).records()}
+    assert records.pop("sql-1") == "finished" and set(records.values()) == {"unreadable"} and len(records) == 6
 
 
 def test_a_folder_that_is_removed_meanwhile_ends_the_keeping_alone(place: Path, often: None) -> None:

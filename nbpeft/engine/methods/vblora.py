@@ -151,7 +151,9 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
     indices, shares = tensors[key + _INDICES], tensors.get(key + _WEIGHTS)
     whole = not indices.is_floating_point() and indices.dtype != torch.bool and indices.ndim == 3
     fits = whole and shares is not None and shares.shape == (*indices.shape[:2], indices.shape[2] - 1)
-    if not fits or shares is None or not bool(((indices >= 0) & (indices < config.num_vectors)).all()):
+    if fits and not indices.is_meta:  # as those of a file's header are
+        fits = bool(((indices >= 0) & (indices < config.num_vectors)).all())
+    if not fits or shares is None:
         raise CheckpointError(
             f"{shown(key + _INDICES, 150)} and {_WEIGHTS[1:]} do not say which of {config.num_vectors} vectors each "
             "piece mixes",

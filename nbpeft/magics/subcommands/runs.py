@@ -41,7 +41,7 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if not target:
         raise CellError(f"say which model run {record.name} goes on with: --model MODEL")
     given: dict[str, Any] = {}
-    if record.status != "finished":
+    if not record.is_complete:
         if "line" not in source:
             raise CellError(
                 f"run {record.name} was not started by a cell, so its rows are not known here: "

@@ -376,7 +376,19 @@ def save(
             )
             for adapter, made in written.items()
         )
+        for one in saved:
+            _note_with_run(ctx, tracked, one)
         return SaveResult(tracked.name, saved, tuple(notes))
+
+
+def _note_with_run(ctx: SessionContext, tracked: TrackedModel, saved: SavedAdapter) -> None:
+    """Notes with the run that trained an adapter last where it was saved, so that the run need not keep it."""
+    from nbpeft.session.commands.training import run_place
+
+    _, run = tracked.steps_of((saved.name,))
+    kept = run_place(ctx) if run else None
+    if kept is not None:
+        kept.store.mark_saved(run, saved.name, saved.folder)
 
 
 def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError, BaseMismatchError, CheckpointNotFoundError, TrainingError
+from nbpeft.errors import (
+    AdapterError,
+    BaseMismatchError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    TrainingError,
+    few,
+    shortened,
+)
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.commands.adapters import load
 from nbpeft.session.commands.training import run_place, train_tracked
@@ -84,8 +93,10 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
         CheckpointNotFoundError: there is none, or no state of it is kept.
         TrainingError: it is still running.
     """
+    from nbpeft.runs.record import UNREADABLE
+
     store = _store(ctx)
-    ended = [record for record in store.records() if record.status != "running"]
+    ended = [record for record in store.records() if record.status not in ("running", UNREADABLE)]
     if run is None and not ended:
         raise CheckpointNotFoundError(f"no run that has ended is kept in {store.place}, so there is nothing to resume")
     record = ended[0] if run is None else _record(store, run)
@@ -127,22 +138,26 @@ def resume(
         BaseMismatchError: the model is another one than that of the run.
         TrainingError: the rows are other ones, or something of the run has to be given again.
     """
+    from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
     from nbpeft.training.checkpoints import last_whole
 
     record, facts = kept_run(ctx, run)
-    given = {**facts.get("arguments", {}), **arguments}
-    if record.status != "finished":
+    given = {**_kept_arguments(record, facts, arguments), **arguments}
+    if not record.is_complete:
         _check_given(record, facts, data, arguments)
     target = record.model if model is None else model
     base = uncompiled(target) if is_module(target) else None
     tracked = ctx.find(target, variable) if base is not None or target in ctx.models.names else ctx.models.get(model)
-    state = last_whole(Path(record.path))
+    state = last_whole(Path(record.path), strict=True)
     step = int(state.name.rpartition("-")[2])
     members = _kept_members(state)
-    names = tuple(members or record.adapter.split(", "))
+    names = tuple(members or record.adapters)
     given |= {"members": members} if members else {}
     places = {name: state if name == _ROOT_ADAPTER else state / name for name in names}
+    missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
+    if missing:
+        raise CheckpointNotFoundError(f"the last state of run {record.name} holds no adapter {few(missing)}")
     under: Any = tracked.manager.model if tracked is not None else base
     for place in places.values():
         _check_base(record, place, under)
@@ -150,7 +165,7 @@ def resume(
         back, present = _put_back(ctx, record, target if tracked is None else tracked.model, places, variable)
         tracked = ctx.models.get(back)
         result = None
-        if record.status != "finished":
+        if not record.is_complete:
             result = train_tracked(
                 ctx,
                 tracked,
@@ -185,7 +200,7 @@ def _put_back(
     present = tuple(name for name in places if manager is not None and name in manager.configs)
     for name in present:
         assert manager is not None
-        if record.status == "finished":
+        if record.is_complete:
             raise AdapterError(
                 f"run {record.name} had finished, and {name!r} is on the model: delete or rename that one first "
                 "to have the adapter of the run back"
@@ -224,12 +239,32 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
 
 
 def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:
+    from nbpeft.training.keeping import SHARED_OUT
+
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
-    missing = [name for name in facts.get("objects", ()) if name not in arguments]
-    if missing:
-        words = ", ".join(f"{name}=…" for name in missing)
-        raise TrainingError(f"run {record.name} was trained with objects that no file holds; give them again: {words}")
+    kept = facts.get("arguments") or {}
+    for why, names in (
+        ("objects that no file holds; give them again", facts.get("objects") or ()),
+        ("its work shared out; say again how", [name for name in SHARED_OUT if kept.get(name)]),
+    ):
+        missing = [name for name in names if name not in arguments]
+        if missing:
+            words = ", ".join(f"{shortened(name, 40)}=…" for name in missing[:5])
+            raise TrainingError(f"run {record.name} was trained with {why}: {words}")
+
+
+def _kept_arguments(record: RunRecord, facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` says of the training, as far as a file may decide it; warns of the rest."""
+    from nbpeft.training.keeping import RESUMED, SHARED_OUT
+
+    kept = facts.get("arguments") or {}
+    left = [name for name in kept if name not in RESUMED and name not in SHARED_OUT and name not in arguments]
+    if left and not record.is_complete:
+        warnings.warn(
+            f"not taken from run.json of {record.name}: {few(left, 6)}; give them again to have them", stacklevel=4
+        )
+    return {name: value for name, value in kept.items() if name in RESUMED}
 
 
 def _check_base(record: RunRecord, place: Path, base: Any) -> None:
@@ -254,9 +289,11 @@ def _check_config(record: RunRecord, name: str, config: Any) -> None:
 
 
 def _record(store: RunStore, name: str) -> RunRecord:
+    from nbpeft.runs.record import UNREADABLE
+
     record = store.find(name).record()
-    if record is None:
-        raise CheckpointNotFoundError(f"run.json of {name} cannot be read")
+    if record.status == UNREADABLE:
+        raise CheckpointError(f"run {record.name} cannot be read: {record.message}")
     return record
 
 

@@ -11,7 +11,7 @@ from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, c
 from nbpeft.display.numbers import clock, loss, plural
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.optional import needs
-from nbpeft.runs.record import RunRecord, differing
+from nbpeft.runs.record import UNREADABLE, RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.state import Curve
 from nbpeft.training.result import TrainResult
@@ -21,7 +21,13 @@ _HEAD = ("Run", "Status", "Steps", "Loss", "Eval loss", "Settings that differ")
 _RIGHT = (2, 3, 4)
 _MOST_SETTINGS = 4
 _LONGEST_VALUE = 40
-_TONES: Mapping[str, Any] = {"failed": "error", "crashed": "warning", "stopped": "warning", "running": "accent"}
+_TONES: Mapping[str, Any] = {
+    "failed": "error",
+    UNREADABLE: "error",
+    "crashed": "warning",
+    "stopped": "warning",
+    "running": "accent",
+}
 
 
 def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord, ...]:
@@ -84,8 +90,9 @@ class RunsResult(Result):
         return pandas.DataFrame([_fields(record) for record in self.records])
 
     def _rows(self) -> list[tuple[Any, ...]]:
-        settings = differing(self.records)
-        return [
+        readable = [record for record in self.records if record.status != UNREADABLE]
+        settings = differing(readable)
+        rows = [
             (
                 (Text(record.name, "bold", tooltip=record.path, wrap="names"), dim(_origin(record))),
                 Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
@@ -94,8 +101,10 @@ class RunsResult(Result):
                 (loss(record.eval_loss), dim(_best(record))),
                 _settings_words(settings, place),
             )
-            for place, record in enumerate(self.records)
+            for place, record in enumerate(readable)
         ]
+        found = dict(zip(map(id, readable), rows, strict=True))
+        return [found.get(id(record)) or _unreadable_row(record) for record in self.records]
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,6 +197,12 @@ class ResumeResult(ModelResult):
         return Stack((line(dim(f"run {self.run} went on from step {self.step:,}")), self.training.view()))
 
 
+def _unreadable_row(record: RunRecord) -> tuple[Any, ...]:
+    """A run of which nothing is known but why."""
+    name = Text(record.name, "bold", tooltip=record.path, wrap="names")
+    return name, Text(record.status, _TONES[record.status]), "", "", "", Text(record.message, "dim")
+
+
 def _origin(record: RunRecord) -> str:
     """When it began and, where its name does not say it, what it trained."""
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started))
@@ -232,5 +247,5 @@ def _flat(cell: Any) -> str:
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
-    own = {name: value for name, value in vars(record).items() if name not in ("settings", "kept_steps")}
+    own = {name: value for name, value in vars(record).items() if name not in ("settings", "kept_steps", "saved")}
     return {**own, **{name: value for name, value in record.settings.items() if name not in own}}

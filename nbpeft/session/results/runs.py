@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from shlex import quote
 
 from nbpeft.display.blocks import Card, card, notes
 from nbpeft.display.models import with_notes
@@ -30,7 +31,9 @@ class ExportResult(Result):
     def __str__(self) -> str:
         rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
         beside = f", and {rows}" if rows else ""
-        line = f"wrote {self.script}, which trains {self.adapter!r} anew{beside}; accelerate launch {self.script}"
+        line = (
+            f"wrote {self.script}, which trains {self.adapter!r} anew{beside}; accelerate launch {quote(self.script)}"
+        )
         return with_notes(line, self.notes)
 
     def view(self) -> Card:

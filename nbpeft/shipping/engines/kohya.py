@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from shlex import quote
-
 from nbpeft.shipping.engines.diffusers import COMPONENT_RULE
-from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_beside
+from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_beside, shell_word
 from nbpeft.shipping.facts import AdapterFacts
 
 
@@ -18,7 +16,7 @@ def _flow_transformer(facts: AdapterFacts) -> str:
 
 
 def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
-    return (f"cp {quote(f'{folder}/{facts.name}.safetensors')} MODELS_FOLDER/Lora",)
+    return (f"cp {shell_word(f'{folder}/{facts.name}.safetensors')} MODELS_FOLDER/Lora",)
 
 
 ENGINE = Engine(

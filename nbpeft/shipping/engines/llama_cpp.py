@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from shlex import quote
 
 from nbpeft.shipping.engines.rules import (
     MERGE,
@@ -15,6 +14,7 @@ from nbpeft.shipping.engines.rules import (
     Rule,
     dtype_note,
     kinds_beside,
+    shell_word,
 )
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import LAYOUTS
@@ -44,8 +44,8 @@ MERGED_RULES = (
 
 def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     if merged:
-        return (f"llama-server -m {quote(f'{folder}/model.gguf')}",)
-    return (f"llama-server -m BASE_MODEL.gguf --lora {quote(f'{folder}/adapter.gguf')}",)
+        return (f"llama-server -m {shell_word(f'{folder}/model.gguf')}",)
+    return (f"llama-server -m BASE_MODEL.gguf --lora {shell_word(f'{folder}/adapter.gguf')}",)
 
 
 ENGINE = Engine(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from shlex import quote
 
 from nbpeft.shipping.engines.llama_cpp import ADAPTER_RULES, MERGED_RULES, TYPES
-from nbpeft.shipping.engines.rules import Engine, Form, dtype_note
+from nbpeft.shipping.engines.rules import Engine, Form, dtype_note, shell_word
 from nbpeft.shipping.facts import AdapterFacts
 
 
 def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     name = re.sub(r"[^\w-]+", "-", facts.name, flags=re.ASCII).strip("-") or "adapter"
-    return (f"ollama create {name} -f {quote(f'{folder}/Modelfile')}", f"ollama run {name}")
+    return (f"ollama create {name} -f {shell_word(f'{folder}/Modelfile')}", f"ollama run {name}")
 
 
 ENGINE = Engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from shlex import quote
 
 from nbpeft.display.numbers import plural
 from nbpeft.errors import few
@@ -136,5 +137,10 @@ def dtype_note(facts: AdapterFacts) -> str:
 
 
 def base_word(facts: AdapterFacts) -> str:
-    """The base model in a command line."""
+    """What stands for the base model in a line of Python or of a shell, not quoted yet."""
     return facts.base_name or "BASE_MODEL"
+
+
+def shell_word(text: str) -> str:
+    """A path or a name as one word of a shell that no program takes for an option."""
+    return quote(f"./{text}" if text.startswith("-") else text)

@@ -15,6 +15,7 @@ from nbpeft.shipping.engines.rules import (
     base_word,
     dtype_note,
     kinds_beside,
+    shell_word,
 )
 from nbpeft.shipping.facts import AdapterFacts
 
@@ -35,9 +36,10 @@ def rank_limit(facts: AdapterFacts) -> int:
 
 def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     if merged:
-        return (f"vllm serve {quote(folder)}",)
+        return (f"vllm serve {shell_word(folder)}",)
     modules = f"--lora-modules {quote(f'{facts.name}={folder}')}"
-    return (f"vllm serve {base_word(facts)} --enable-lora --max-lora-rank {rank_limit(facts)} {modules}",)
+    base = shell_word(base_word(facts))
+    return (f"vllm serve {base} --enable-lora --max-lora-rank {rank_limit(facts)} {modules}",)
 
 
 def _embeddings(facts: AdapterFacts) -> str:

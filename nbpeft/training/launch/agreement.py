@@ -11,6 +11,7 @@ from typing import Any
 from torch import distributed
 
 from nbpeft.errors import CheckpointError, in_one_line
+from nbpeft.training.checkpoints import write_errors
 
 
 def several_processes() -> bool:
@@ -93,8 +94,9 @@ def _write_in_step(write: Callable[[Path], object], folder: Path) -> None:
     """Writes, and returns when all have; the first process raises what another could not write."""
     problem = ""
     try:
-        write(folder)
-    except (OSError, CheckpointError) as error:
+        with write_errors(folder):
+            write(folder)
+    except CheckpointError as error:
         problem = in_one_line(error)
     told: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(told, problem, group=_on_the_cpu())

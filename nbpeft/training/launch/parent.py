@@ -162,10 +162,10 @@ def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
     if not run.folder or place is None:
         return
     folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
-    facts, record = folder.facts(), folder.record()
-    if record is None or facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
-        return
     with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
+        facts, record = folder.facts(), folder.record()
+        if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
+            return
         if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)
             run.folder = ""

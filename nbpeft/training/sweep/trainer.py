@@ -281,8 +281,11 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         state: what its ``trainer_state.json`` holds.
     """
-    kept = (state.get("stateful_callbacks") or {}).get(SideBySideCallback.__name__) or {}
-    return dict(kept.get("attributes", {}).get("members", ()))
+    kept: Any = state
+    for name in ("stateful_callbacks", SideBySideCallback.__name__, "attributes", "members"):
+        kept = kept.get(name) if isinstance(kept, Mapping) else None
+    own = kept.items() if isinstance(kept, Mapping) else ()
+    return {name: dict(fields) for name, fields in own if isinstance(fields, Mapping)}
 
 
 def callbacks_of(members: object, run: Run) -> list[SideBySideCallback]:

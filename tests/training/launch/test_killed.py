@@ -39,13 +39,13 @@ def test_a_run_goes_on_after_a_kill_of_a_process_and_of_the_one_that_waits(tmp_p
     def go_on_and_die() -> None:
         session, model = adapted_session(place)
         session.on_run(lambda run, name: when_shown(run, 6, die))
-        session.resume(model=model, data=rows(), callbacks=[KeepsEachState()])
+        session.resume(model=model, data=rows(), processes=2, callbacks=[KeepsEachState()])
 
     assert forked(go_on_and_die)
     record = ended(place)
     assert record.status == "stopped" and 6 <= record.step == record.kept_steps[0] < ARGUMENTS["max_steps"]
     again, found = adapted_session(place)
-    result = again.resume(model=found, data=rows(), callbacks=[])
+    result = again.resume(model=found, data=rows(), processes=2, callbacks=[])
     assert result.step == record.step and result.training is not None
     assert result.training.steps == ARGUMENTS["max_steps"]
     unbroken, expected = adapted_session(tmp_path / "whole")

@@ -34,7 +34,7 @@ def fuse(tensors: Mapping[str, Tensor], fused: Mapping[str, tuple[str, ...]]) ->
     keys: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
         match = _OF_AN_EXPERT.fullmatch(key)
-        if match is not None and tensor.ndim == 2 and tensor.layout is torch.strided and not tensor.is_meta:
+        if match is not None and tensor.ndim == 2 and tensor.layout is torch.strided:
             module, expert, layer, factor = match.groups()
             found.setdefault(module, {}).setdefault((layer, factor), {})[int(expert)] = tensor
             keys.setdefault(module, []).append(key)

@@ -1,0 +1,123 @@
+"""Files of tensors: the header says all that is checked before a tensor is read, or the file is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from nbpeft.checkpoint.tensor_file import DTYPES, TensorFile, UnreadTensors, read_metadata, read_tensors
+from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
+
+
+def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    whole = torch.arange(24, dtype=torch.uint8).repeat(8)
+    tensors = {name: whole.clone().view(dtype).view(-1, 2) for name, dtype in DTYPES.items() if name != "BOOL"}
+    tensors |= {"BOOL": torch.tensor([True, False]), "none": torch.empty(0, 3), "one": torch.tensor(3.0)}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"a": "b"})
+    expected, (read, metadata) = safetensors.torch.load_file(path), read_tensors(path)
+    assert metadata == read_metadata(path) == {"a": "b"} and read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert read[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+        assert TensorFile(path).header[name].is_meta
+
+
+def written(path: Path, header: Any, count: int = 8, length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + b"\1" * count)
+    return path
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no JSON": (b"{", "cannot be read"),
+    "a list": ([], "its header is none"),
+    "deep": (b"[" * 100_000, "cannot be read"),
+    "another dtype": ({"a": entry(dtype="F4")}, "its dtype 'F4' is not known here"),
+    "no dtype": ({"a": {}}, "says nothing of 'a'"),
+    "no entry": ({"a": 3}, "says nothing of 'a'"),
+    "no shape": ({"a": entry(shape=None)}, "lacks the shape or the place of 'a'"),
+    "negative": ({"a": entry(shape=[-2])}, "the shape or the place of 'a' is none"),
+    "truth": ({"a": entry(shape=[True, 2])}, "the shape or the place of 'a' is none"),
+    "huge": ({"a": entry(shape=[2**40, 2**40])}, "'a' has more or fewer bytes than its shape says"),
+    "too many bytes": ({"a": entry(shape=[1])}, "'a' has more or fewer bytes than its shape says"),
+    "three places": ({"a": entry(data_offsets=[0, 4, 8])}, "lacks the shape or the place of 'a'"),
+    "backwards": ({"a": entry(data_offsets=[8, 0])}, "'a' has more or fewer bytes than its shape says"),
+    "overlapping": ({"a": entry(), "b": entry()}, "its tensors overlap"),
+    "a gap": ({"a": entry(shape=[1], data_offsets=[4, 8])}, "its tensors overlap, or there is something between"),
+    "cut off": ({"a": entry(shape=[4], data_offsets=[0, 16])}, "its tensors end at byte"),
+    "something behind": ({"a": entry(shape=[1], data_offsets=[0, 4])}, "its tensors end at byte"),
+    "metadata": ({"a": entry(), "__metadata__": {"x": 1}}, "its metadata are not texts by name"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_header_that_does_not_describe_the_file_is_refused(how: str, tmp_path: Path) -> None:
+    header, reported = WRONG[how]
+    path = written(tmp_path / "x.safetensors", header)
+    with pytest.raises(CorruptCheckpointError, match=r"x\.safetensors cannot be read: .*truncated") as caught:
+        TensorFile(path)
+    assert reported in str(caught.value) and len(str(caught.value)) < 520 and "\n" not in str(caught.value)
+    with pytest.raises(Exception, match=r".+"):  # safetensors does not take it either
+        safetensors.torch.load(path.read_bytes())
+
+
+@pytest.mark.parametrize("length", [0, 2**26 + 1, 2**40, 2**63])
+def test_a_header_of_any_length_is_read_within_bounds(length: int, tmp_path: Path) -> None:
+    path = written(tmp_path / "x.safetensors", {"a": entry()}, length=length)
+    os.truncate(path, 2**33)
+    with pytest.raises(CorruptCheckpointError, match="its header"):
+        TensorFile(path)
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "zero.bin").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.bin")
+    for name in os.listdir(tmp_path):
+        with pytest.raises(CorruptCheckpointError, match="it is no plain file"):
+            TensorFile(tmp_path / name)
+
+
+def test_what_is_read_belongs_to_the_header(tmp_path: Path) -> None:
+    """Also when another file takes the place, or this one is shortened."""
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1000)}, path)
+    file = TensorFile(path)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "y.safetensors")
+    os.replace(tmp_path / "y.safetensors", path)
+    assert file.read(["a"])["a"].sum() == 1000
+    later = TensorFile(path)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(CorruptCheckpointError, match="it was cut off while it was read"):
+        later.read(["a"])
+
+
+def test_only_what_is_taken_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2), "b": torch.ones(3), "large": torch.ones(2**20)}, path)
+    unread = UnreadTensors(TensorFile(path))
+    assert list(unread) == ["a", "b", "large"] and not unread.read(["b"])["a"].is_meta
+    unread = UnreadTensors(TensorFile(path))
+    assert [name for name, tensor in unread.read(["b", "large"]).items() if tensor.is_meta] == ["b", "large"]
+    renamed = unread.changed(lambda tensors: {f"{key}!": one for key, one in tensors.items() if key != "large"})
+    assert {key: one.is_meta for key, one in renamed.read(["b!"]).items()} == {"a!": False, "b!": True}
+    joined = unread.changed(lambda tensors: {"ab": torch.cat([tensors["a"], tensors["b"]]), "large": tensors["large"]})
+    assert joined.header["ab"].is_meta and joined.read(["large"])["ab"].sum() == 5
+    summed = unread.changed(lambda tensors: {"sum": tensors["large"].sum().reshape(1), "a": tensors["a"]})
+    with pytest.raises(CheckpointError, match=r"belongs to nothing that this model takes, e\.g\. b"):
+        summed.read()
+    assert not summed.read(["sum"])["a"].is_meta
+    with pytest.raises(ConfigError, match="there is no device 'nowhere' here"):
+        UnreadTensors(TensorFile(path), "nowhere")
