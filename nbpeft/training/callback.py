@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,9 +148,13 @@ def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
 
 
 def score_of(args: TrainingArguments, reported: Mapping[str, Any]) -> float | None:
-    """What the best evaluation is found by, lower is better: the loss, or ``metric_for_best_model``."""
+    """What the best evaluation is found by, lower is better: the loss, or ``metric_for_best_model``.
+
+    NaN where a file, which holds no NaN, has None in its place; None where it was not measured.
+    """
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    value = reported.get(f"eval_{name}")
+    value = reported.get(f"eval_{name}", "")
+    value = math.nan if value is None else value
     if not isinstance(value, int | float):
         return None
     greater = args.greater_is_better if args.greater_is_better is not None else not name.endswith("loss")

@@ -17,6 +17,7 @@ from nbpeft.errors import ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable
 from nbpeft.training.callback import score_of
+from nbpeft.training.record import is_better
 from nbpeft.training.run import Run, StopRun
 
 EVALUATIONS = 10
@@ -81,7 +82,7 @@ class EarlyStop(TrainerCallback):
     def _is_better(self, score: float | None, step: int) -> bool:
         if score is None:
             return False
-        if self._best is None or score < self._best:
+        if is_better(score, self._best):
             self._best, self._best_step, self._worse = score, step, 0
             return True
         self._worse += 1

@@ -19,6 +19,11 @@ _SMALL = 60
 """Buckets of the curves that are drawn small."""
 
 
+def is_better(score: float | None, best: float | None) -> bool:
+    """Whether a score, of which lower is better, beats the best one so far; NaN and infinity beat nothing."""
+    return score is not None and math.isfinite(score) and (best is None or score < best)
+
+
 class History:
     """(step, value) pairs, decimated to the lowest and the highest value per bucket of steps.
 
@@ -176,7 +181,7 @@ class Record:
         for name, value in metrics.items():
             self.metric_history.setdefault(name, History(_SMALL)).add(step, value)
         score = loss if score is None else score
-        if score is not None and math.isfinite(score) and (self.best is None or score < self.best[1]):
+        if score is not None and is_better(score, self.best[1] if self.best else None):
             self.best = (step, score)
 
     def take_over(self, curves: Mapping[str, Curve]) -> None:

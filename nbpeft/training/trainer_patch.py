@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -176,6 +177,16 @@ def load_from_checkpoint(
     load_adapters(trainer.model if model is None else model, Path(resume_from_checkpoint))
 
 
+def determine_best_metric(
+    original: Callable[..., Any], trainer: Any, metrics: dict[str, float], *args: Any, **kwargs: Any
+) -> bool:
+    """As the Trainer's; an evaluation of NaN or infinity is never the best."""
+    from nbpeft.training.callback import score_of
+
+    score = score_of(trainer.args, metrics)
+    return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
+
+
 def load_best_model(original: Callable[..., Any], trainer: Any) -> None:
     """Reads the adapters of the best checkpoint into the model's."""
     load_adapters(trainer.model, Path(trainer.state.best_model_checkpoint))
@@ -190,6 +201,7 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "_save_checkpoint": save_checkpoint,
     "_load_from_checkpoint": load_from_checkpoint,
     "_load_best_model": load_best_model,
+    "_determine_best_metric": determine_best_metric,
     "save_model": save_model,
     "_save_optimizer_and_scheduler": save_optimizer,
     "_load_optimizer_and_scheduler": load_optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -312,4 +313,4 @@ def _factor(member: Member, steps: int) -> Any:
 
 def _rank(output: Any, name: str) -> float:
     loss = output.metrics.get(name)
-    return float("inf") if loss is None or loss != loss else float(loss)
+    return float(loss) if loss is not None and math.isfinite(loss) else math.inf
