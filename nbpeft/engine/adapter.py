@@ -772,7 +772,8 @@ class LearnsWithHooks:
 
     The Trainer, ``nbpeft.train`` and ``track()`` call the hooks of the active adapters; a training loop of
     one's own calls ``model.base_model.manager.after_backward(step)`` between the optimizer's step and
-    ``zero_grad()``. The extra loss is in the loss that the model returns.
+    ``zero_grad()``. The extra loss is in the loss that the model returns and, in a Trainer, in that of its
+    ``compute_loss``; to any other loss add ``model.base_model.manager.extra_loss()``.
     """
 
     def after_backward(self, step: int) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from nbpeft.engine.adapter import AdapterConfig, LearnsWithHooks
 from nbpeft.engine.adapter_tensors import Layers, shared_state_of
+from nbpeft.engine.loss_terms import current_step, marked_sum, share_of_batch, terms_in
 from nbpeft.engine.registry import method_of
 
 
@@ -59,3 +62,46 @@ def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[Learn
     found: list[Any] = [shared_state_of(layers, name)]
     found += [layer.adapters._modules.get(name) for layer in layers.values()]
     yield from (one for one in found if isinstance(one, LearnsWithHooks))
+
+
+def hooks_in_training(manager: Any) -> Iterator[tuple[str, LearnsWithHooks]]:
+    """Yields, for the adapters that train, their names and what of them takes part beside the gradient.
+
+    Args:
+        manager: of the model.
+    """
+    for name in manager.active if manager.enabled else ():
+        if name not in manager.frozen:
+            for hooked in hooks_of(manager.layers, name, manager.configs[name]):
+                yield name, hooked
+
+
+def extra_loss(manager: Any, loss: Tensor | None = None) -> Tensor | None:
+    """The sum of what the adapters that train add to a loss, a scalar; None if that is nothing.
+
+    Args:
+        manager: of the model.
+        loss: what it has already is left out.
+    """
+    terms: dict[str, list[Tensor]] = {}
+    for name, hooked in hooks_in_training(manager):
+        term = hooked.extra_loss()
+        if term is not None:
+            terms.setdefault(name, []).append(term)
+    present = set() if loss is None else terms_in(loss, ((manager, name) for name in terms))
+    return marked_sum(manager, {name: found for name, found in terms.items() if (manager, name) not in present})
+
+
+def extra_loss_of_call(manager: Any, labels: Any, items: Any, *, shifts: bool) -> Tensor | None:
+    """What is added to the loss that a call of a model returns; None in the step of a Trainer, which adds it.
+
+    Args:
+        manager: of the model.
+        labels: of the call.
+        items: learned tokens of all batches whose gradients are accumulated, where the call says it.
+        shifts: whether the model predicts each label from the tokens before it.
+    """
+    if current_step(manager) is not None:
+        return None
+    extra = extra_loss(manager)
+    return None if extra is None else extra * share_of_batch(labels, items, shifts=shifts)

@@ -16,8 +16,7 @@ from nbpeft.checkpoint.tensor_file import read_tensors, write_tensors
 from nbpeft.errors import ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable
-from nbpeft.training.callback import score_of
-from nbpeft.training.record import is_better
+from nbpeft.training.record import is_better, score_of
 from nbpeft.training.run import Run, StopRun
 
 EVALUATIONS = 10

@@ -43,8 +43,10 @@ from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from nbpeft.training.checkpoints import resume_point, save_beside, save_whole
+from nbpeft.training.extra_loss import with_extra_loss
 from nbpeft.training.import_hook import ImportHook
 from nbpeft.training.optimizer_steps import watch_steps
+from nbpeft.training.record import score_of
 from nbpeft.training.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
 
 _ACCELERATE, _FSDP, _TRANSFORMERS = (
@@ -113,12 +115,13 @@ def is_ours_or_peft(library: str, model: Any) -> bool:
 def training_step(
     original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """As the Trainer's, and shows the batch to callbacks that want to see it (``count_batch``)."""
+    """As the Trainer's, with what methods add to the loss; callbacks with ``count_batch`` are shown the batch."""
     for callback in trainer.callback_handler.callbacks:
         count_batch = getattr(callback, "count_batch", None)
         if count_batch is not None:
             count_batch(inputs)
-    return original(trainer, model, inputs, *args, **kwargs)
+    with with_extra_loss(trainer, args[0] if args else kwargs.get("num_items_in_batch")):
+        return original(trainer, model, inputs, *args, **kwargs)
 
 
 def save(
@@ -181,8 +184,6 @@ def determine_best_metric(
     original: Callable[..., Any], trainer: Any, metrics: dict[str, float], *args: Any, **kwargs: Any
 ) -> bool:
     """As the Trainer's; an evaluation of NaN or infinity is never the best."""
-    from nbpeft.training.callback import score_of
-
     score = score_of(trainer.args, metrics)
     return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
 

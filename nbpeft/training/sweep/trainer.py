@@ -20,6 +20,7 @@ from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.model.serving import serving_rows
 from nbpeft.training.adapted import base_of
 from nbpeft.training.control import CloneRequest
+from nbpeft.training.extra_loss import loss_divisor
 from nbpeft.training.keeping import is_plain_value
 from nbpeft.training.run import Run
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
@@ -92,7 +93,7 @@ class SideBySideTrainer(transformers.Trainer):
                     super().training_step(model, batch, num_items)
                 finally:
                     self._split = None
-            losses = [loss / self._accumulated(num_items) for loss in split.losses]
+            losses = [loss / loss_divisor(self, num_items) for loss in split.losses]
         for member, loss in zip(members, losses, strict=True):
             member.add_loss(loss)
         return losses
@@ -104,13 +105,6 @@ class SideBySideTrainer(transformers.Trainer):
             self._split.check(loss[0] if isinstance(loss, tuple) else loss)
             self._splits_surely = True
         return loss
-
-    def _accumulated(self, num_items: Tensor | int | None) -> int:
-        """What a loss is divided by where gradients are accumulated, unless it was normalized over all batches."""
-        normalized = self.loss_is_scaled_for_ga
-        if normalized is None:
-            normalized = self.model_accepts_loss_kwargs and num_items is not None
-        return 1 if normalized else int(self.current_gradient_accumulation_steps)
 
     # Optimizer, schedule and clipping
 
