@@ -8,6 +8,7 @@ costs less than two per cent of the time. Stop, an interruption and a failure wr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
 from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
+from nbpeft.training.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.run import Run
 from nbpeft.training.sharded_trainer import base_mark
 
@@ -105,6 +107,7 @@ class RunKeeper(TrainerCallback):
         self._evaluated = False
         self._in_step = self._step_open = False
         self._random: dict[str, Any] = {}
+        self._method: dict[str, Tensor] | None = None
         self._next = float("inf")
 
     # What the Trainer calls
@@ -150,7 +153,7 @@ class RunKeeper(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Remembers the random numbers that belong to the step."""
         self._in_step = self._step_open = False
-        self._random = random_state()
+        self._random, self._method = random_state(), method_state(self._model)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes what was logged."""
@@ -165,7 +168,7 @@ class RunKeeper(TrainerCallback):
         if self._step_open:  # stopped inside a step: that is kept when the run ends
             return
         if self._evaluated:  # which draws random numbers
-            self._random = random_state()
+            self._random, self._method = random_state(), method_state(self._model)
         saved = self._saved_step == self.trainer.state.global_step
         due = self._evaluated if saved else self._clock() >= self._next
         if of_the_first(due and self.folder is not None):
@@ -207,6 +210,7 @@ class RunKeeper(TrainerCallback):
                 self._save_as_the_step_ended()
 
     def _save_as_the_step_ended(self) -> None:
+        set_method_state(self._model, self._method)
         with drawing_from(self._random or random_state()):
             self._save()
 
@@ -237,24 +241,21 @@ class RunKeeper(TrainerCallback):
             put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
 
         with self._noting():
-            write_together(put, self._write_state if whole else self._write_adapter)
+            write_together(put, self._write_state if whole else functools.partial(self._write_adapter, files.save))
             self._write_facts()
         self._saved_step, self._evaluated = step, False
         now = self._clock()
         self._next = now + max(SHORTEST, (now - begun) / SHARE)
 
-    def _write_adapter(self, folder: Path) -> None:
-        manager = manager_of(self._model)
-        assert manager is not None
+    def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
         names, write = trained_names(self._model), is_first()
-        files.save(
-            manager, folder, names=names, embeddings=False, stays=False, write=write, base=base_mark(self.trainer)
-        )
+        options = {"names": names, "embeddings": False, "stays": False, "write": write}
+        save(manager_of(self._model), folder, **options, base=base_mark(self.trainer))
         if write:
             self._write_trainer_state(folder)
 
     def _write_state(self, folder: Path) -> None:
-        self._write_adapter(folder)
+        self._write_adapter(save_in_training, folder)
         trainer = self.trainer
         trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from nbpeft.errors import ConfigError, TrainingInterrupted
 from nbpeft.runs.store import RunPlace, RunStore
-from nbpeft.training import train
+from nbpeft.training import snapshot, train
 from nbpeft.training.control import RunControl
 from nbpeft.training.early_stop import EarlyStop
 from tests.training.support import token_rows, trainable, weights
@@ -80,16 +80,16 @@ def test_an_interrupted_run_keeps_the_best_too():
 
 
 def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, put_back = EarlyStop._tensors, EarlyStop._put_back
+    tensors, put_back = snapshot.trainable, EarlyStop._put_back
     putting: list[bool] = []
 
-    def interrupted(self: EarlyStop) -> Any:
-        for number, pair in enumerate(tensors(self)):
+    def interrupted(model: Any) -> Any:
+        for number, pair in enumerate(tensors(model)):
             if putting and number == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             yield pair
 
-    monkeypatch.setattr(EarlyStop, "_tensors", interrupted)
+    monkeypatch.setattr(snapshot, "trainable", interrupted)
     monkeypatch.setattr(EarlyStop, "_put_back", lambda self: [putting.append(True), put_back(self)])
     model = trainable()
     kept = Kept(model, interrupt_at=6)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, LearnsWithHooks
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.loss_terms import requested_loss
@@ -28,6 +28,7 @@ from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, init_factors, start_of
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.registry import register
+from nbpeft.engine.training_hooks import LearnsWithHooks
 from nbpeft.errors import HotSwapError
 
 DIAGONAL = "lora_diag"

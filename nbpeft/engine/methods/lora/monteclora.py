@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, LearnsWithHooks
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.loss_terms import requested_loss
@@ -35,6 +35,7 @@ from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
 from nbpeft.engine.numerics import composes, without_autocast
 from nbpeft.engine.registry import register
 from nbpeft.engine.shared_state import Together
+from nbpeft.engine.training_hooks import LearnsWithHooks
 
 STD = "lora_monteclora_std_prior"
 PRIOR = "lora_monteclora_expert_weights_prior"
