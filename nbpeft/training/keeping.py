@@ -36,6 +36,7 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
+from nbpeft.training.kept_arguments import to_keep
 from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
 from nbpeft.training.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.run import Run
@@ -97,7 +98,8 @@ class RunKeeper(TrainerCallback):
     ) -> None:
         self.trainer: Any = None
         self.folder: RunFolder | None = None
-        self._place, self._run, self._model, self._given, self._data = place, run, model, given, data
+        self._place, self._run, self._model, self._data = place, run, model, data
+        self._given = place.arguments or given
         self._clock = clock
         self._facts: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
@@ -132,7 +134,7 @@ class RunKeeper(TrainerCallback):
                 self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
-            self._facts = self._first_facts(args) | self._before | self._facts | own
+            self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | own
             self._write_facts()
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -275,7 +277,7 @@ class RunKeeper(TrainerCallback):
 
     def _first_facts(self, args: TrainingArguments) -> dict[str, Any]:
         given, left_out = without_secrets(self._given)
-        plain = {name: value for name, value in given.items() if is_plain_value(value)}
+        plain, objects = to_keep(given)
         given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
         fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
         return {
@@ -284,10 +286,17 @@ class RunKeeper(TrainerCallback):
             "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
             "arguments": plain,
             "secrets": list(left_out),
-            "objects": [name for name in given if name not in plain],
+            "objects": objects,
             "source": dict(self._place.source),
             "data": dict(self._data),
         }
+
+    def _renewed(self, args: TrainingArguments) -> dict[str, Any]:
+        """Of a run that is resumed, what was given anew in the place of what it had, or besides."""
+        if not self._before:
+            return {}
+        now = self._first_facts(args)
+        return {name: {**self._before.get(name, {}), **now[name]} for name in ("arguments", "settings")}
 
     def _seconds(self) -> float:
         """Time spent on the run, without pauses, in all processes that it went on in."""
@@ -363,15 +372,6 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
             )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
             raise TrainingError(f"run {name} was trained with other {what}: the first of these are not those")
-
-
-def is_plain_value(value: Any) -> bool:
-    """Whether JSON holds a value as it is."""
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and is_plain_value(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(is_plain_value, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _summary(state: TrainState) -> dict[str, Any]:

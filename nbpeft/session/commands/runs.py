@@ -120,7 +120,9 @@ def resume(
         eval_data: its rows to evaluate on, if it had any.
         tokenizer: as for ``train``.
         variable: what to call a model that is new here.
-        **arguments: further arguments of ``train`` that could not be kept; others replace those of the run.
+        **arguments: further arguments of ``train`` that could not be kept; others replace those of the run. What the
+            run was given comes back, but for places where something is written, published or reported, and more
+            processes than this machine has: ``notes`` of the result name them. It trains in the foreground.
 
     Raises:
         CheckpointNotFoundError: there is no such run, or no state of it.
@@ -129,11 +131,15 @@ def resume(
     """
     from nbpeft.runs.store import RunPlace
     from nbpeft.training.checkpoints import last_whole
+    from nbpeft.training.kept_arguments import to_take_over
 
     record, facts = kept_run(ctx, run)
-    given = {**facts.get("arguments", {}), **arguments}
+    kept, left_out = to_take_over(facts.get("arguments"))
+    given = {**kept, **arguments}
+    held_out = given.pop("eval_data", None)
+    eval_data = held_out if eval_data is None else eval_data
     if record.status != "finished":
-        _check_given(record, facts, data, arguments)
+        _check_given(record, facts, left_out, data, arguments)
     target = record.model if model is None else model
     base = uncompiled(target) if is_module(target) else None
     tracked = ctx.find(target, variable) if base is not None or target in ctx.models.names else ctx.models.get(model)
@@ -165,7 +171,8 @@ def resume(
             )
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-        return ResumeResult(reference, record.name, step, names, result)
+        notes = () if result is None else tuple(_not_taken(facts, left_out, arguments))
+        return ResumeResult(reference, record.name, step, names, result, notes)
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
@@ -223,13 +230,30 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
         raise
 
 
-def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:
+def _check_given(
+    record: RunRecord, facts: Mapping[str, Any], left_out: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]
+) -> None:
+    from nbpeft.training.kept_arguments import missing_for_losses
+
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
     missing = [name for name in facts.get("objects", ()) if name not in arguments]
     if missing:
         words = ", ".join(f"{name}=…" for name in missing)
         raise TrainingError(f"run {record.name} was trained with objects that no file holds; give them again: {words}")
+    missing = [name for name in missing_for_losses(left_out) if name not in arguments]
+    if missing:
+        words = ", ".join(f"{name}={left_out[name]!r:.60}" for name in missing)
+        raise TrainingError(f"run {record.name} was trained with {words}, which is not taken from its folder: give it")
+
+
+def _not_taken(facts: Mapping[str, Any], left_out: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Says which of the arguments that a run was started with the resumed training does not have."""
+    names = {**left_out, **dict.fromkeys(facts.get("secrets", ()))}
+    for name, value in names.items():
+        if name not in given:
+            shown = "…" if value is None else f"{value!r:.60}"
+            yield f"{name}={shown} was not taken from the run's folder: give it to resume() to have it again"
 
 
 def _check_base(record: RunRecord, place: Path, base: Any) -> None:

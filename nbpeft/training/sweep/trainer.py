@@ -21,7 +21,7 @@ from nbpeft.model.serving import serving_rows
 from nbpeft.training.adapted import base_of
 from nbpeft.training.control import CloneRequest
 from nbpeft.training.extra_loss import loss_divisor
-from nbpeft.training.keeping import is_plain_value
+from nbpeft.training.kept_arguments import is_plain_value
 from nbpeft.training.run import Run
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
@@ -45,9 +45,10 @@ _REFUSED = {
 
 
 class SideBySideTrainer(transformers.Trainer):
-    """Trains the members of ``group``; made by ``trainer_for``."""
+    """Trains the members of ``group``; made by ``trainer_for`` of a class that was given."""
 
     group: ClassVar[SideBySide]
+    given_class: ClassVar[type[Any]]
     _split: SplitLoss | None = None
     _evaluated: Member | None = None
     _splits_surely = False
@@ -201,7 +202,8 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
             raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
     if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
         group.mixed = False  # what it computes of a mixed batch is not known
-    return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), {"group": group})
+    members = {"group": group, "given_class": trainer_class}
+    return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), members)
 
 
 class SideBySideCallback(TrainerCallback, ExportableState):
