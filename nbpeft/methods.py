@@ -23,7 +23,8 @@ methods known by an entry point in the group ``nbpeft.methods``, which names a m
     MethodConfig, Adapter, register     what every method needs
     AdapterSite, BaseLayer, LayerKind   what it is told about a layer
     SharedState                         tensors that all layers of one adapter share
-    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows, LearnsWithHooks      what some can do besides
+    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do besides
+    LearnsWithHooks, HasTrainingState   taking part in training beside the gradient, and remembering it
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from nbpeft.engine.adapter import (
     Adapter,
     AdapterConfig,
     AdapterSite,
-    LearnsWithHooks,
     Pads,
     PeftType,
     Rescales,
@@ -48,11 +48,13 @@ from nbpeft.engine.adapter import (
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_target_fields
 from nbpeft.engine.registry import method_of, register
+from nbpeft.engine.training_hooks import HasTrainingState, LearnsWithHooks
 
 __all__ = [
     "Adapter",
     "AdapterSite",
     "BaseLayer",
+    "HasTrainingState",
     "LayerKind",
     "LearnsWithHooks",
     "MethodConfig",

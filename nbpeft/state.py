@@ -5,6 +5,7 @@ Every class turns into JSON with ``dataclasses.asdict``; sizes are in bytes, tim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -168,9 +169,11 @@ class MemberState:
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """Sorts the best first: by the loss on held-out rows, else by the smoothed loss of training."""
+        """Sorts the best first: by the loss on held-out rows, else by the smoothed loss of training; NaN last."""
         loss = self.smoothed_loss if self.eval_loss is None else self.eval_loss
-        return self.status == "diverged", self.eval_loss is None, float("inf") if loss is None else loss
+        finite = loss is not None and math.isfinite(loss)
+        evaluated = self.eval_loss is not None and finite
+        return self.status == "diverged", not evaluated, loss if loss is not None and finite else math.inf
 
 
 @dataclass(frozen=True)

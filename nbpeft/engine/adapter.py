@@ -15,7 +15,7 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
     ServesRows                          serve a mixed batch in one pass
     ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
-    LearnsWithHooks                     take part in training beside the gradient
+    LearnsWithHooks                     take part in training beside the gradient (``training_hooks.py``)
 """
 
 from __future__ import annotations
@@ -765,19 +765,3 @@ class IsLowRank(ConvertsToLora):
     @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """The two matrices; see ``ConvertsToLora``."""
-
-
-class LearnsWithHooks:
-    """Takes part in training beside the gradient; an ``Adapter`` or a ``SharedState``.
-
-    The Trainer, ``nbpeft.train`` and ``track()`` call the hooks of the active adapters; a training loop of
-    one's own calls ``model.base_model.manager.after_backward(step)`` between the optimizer's step and
-    ``zero_grad()``. The extra loss is in the loss that the model returns.
-    """
-
-    def after_backward(self, step: int) -> None:
-        """Called after an optimizer step, while its gradients are still there; ``step`` counts from 0."""
-
-    def extra_loss(self) -> Tensor | None:
-        """A scalar to add to the loss, or None."""
-        return None

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nbpeft.engine.adapter import LearnsWithHooks
 from nbpeft.engine.shared_state import Together
+from nbpeft.engine.training_hooks import HasTrainingState, LearnsWithHooks
 
 
-class Allocator(Together, LearnsWithHooks):
+class Allocator(Together, LearnsWithHooks, HasTrainingState):
     """Knows the adapters of all layers, and is told of each optimizer step.
 
     Args:

@@ -7,6 +7,7 @@ put_back(manager, kept)              # the same tensors, bit for bit, config, sc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class KeptAdapter:
         scale: factor on its delta.
         half: whether its parameters were in the base's half-precision dtype.
         scalings: path -> factor of a layer that was rescaled, where it was.
+        patterns: copies of those fields of the config that a training writes to: AdaLoRA's ``rank_pattern``.
     """
 
     name: str
@@ -52,6 +54,7 @@ class KeptAdapter:
     scale: float
     half: bool
     scalings: Mapping[str, float]
+    patterns: Mapping[str, Any]
 
     @property
     def byte_count(self) -> int:
@@ -79,6 +82,7 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
             scale=manager.scale(name),
             half=is_half(manager.layers, name),
             scalings=_scalings(manager, name),
+            patterns=_patterns(manager.configs[name]),
         )
 
 
@@ -100,6 +104,8 @@ def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = Fal
     manager.refuse_merged(f"{name!r} is put back")
     with manager.transaction() as change:
         chosen = name in kept.selected or name in manager.selected
+        change.keep(vars(kept.config))
+        vars(kept.config).update(copy.deepcopy(dict(kept.patterns)))
         if in_place:
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
@@ -119,6 +125,10 @@ def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = Fal
         selected = [other for other in kept.selected if other in manager.configs]
         if chosen and selected:
             manager.activate(selected)
+
+
+def _patterns(config: AdapterConfig) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in vars(config).items() if type(value) is dict}
 
 
 def fresh_copies(weights: AdapterWeights) -> AdapterWeights:

@@ -19,13 +19,14 @@ from typing import Any, ParamSpec, Self, TypeVar
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks, Rescales, SharedState
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales, SharedState
 from nbpeft.engine.adapter_names import check_name, check_scale, names_in
 from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_commands import LayerCommands
+from nbpeft.engine.loss_terms import LossTerm
 from nbpeft.engine.merging import (
     check_addable,
     check_compatible,
@@ -36,10 +37,9 @@ from nbpeft.engine.merging import (
     unmerge_layers,
     warn_of_requantization,
 )
-from nbpeft.engine.method_hooks import call_contexts, hooks_of, prepares_calls
+from nbpeft.engine.method_hooks import call_contexts, extra_loss, hooks_in_training, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.numerics import summed
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
 from nbpeft.engine.scopes import ScopedChoice
@@ -722,17 +722,17 @@ class AdapterManager:
         Args:
             step: number of the optimizer step, from 0.
         """
-        for hooked in self._hooked():
+        for _, hooked in hooks_in_training(self):
             hooked.after_backward(step)
 
     def extra_loss(self) -> Tensor | None:
-        """The sum of what the adapters that train add to the loss, a scalar; None if that is nothing."""
-        return summed(loss for hooked in self._hooked() if (loss := hooked.extra_loss()) is not None)
+        """What the adapters that train add to a loss; a loss that has it already stays as it is when it is added.
 
-    def _hooked(self) -> Iterator[LearnsWithHooks]:
-        for name in self.active if self.enabled else ():
-            if name not in self.frozen:
-                yield from hooks_of(self.layers, name, self.configs[name])
+        Returns:
+            A scalar; None if that is nothing.
+        """
+        extra = extra_loss(self)
+        return None if extra is None else extra.as_subclass(LossTerm)
 
     # Merging
 

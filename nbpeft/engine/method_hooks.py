@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nbpeft.engine.adapter import AdapterConfig, LearnsWithHooks
+from torch import Tensor
+
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_tensors import Layers, shared_state_of
+from nbpeft.engine.loss_terms import current_step, marked_sum, share_of_batch, terms_in
 from nbpeft.engine.registry import method_of
+from nbpeft.engine.training_hooks import HasTrainingState, LearnsWithHooks
 
 
 def prepares_calls(config: AdapterConfig) -> bool:
@@ -22,8 +26,13 @@ def transforms_calls(config: AdapterConfig) -> bool:
 
 def learns_with_hooks(config: AdapterConfig) -> bool:
     """Whether a method takes part in training beside the gradient."""
+    return takes_part(config, LearnsWithHooks)
+
+
+def takes_part(config: AdapterConfig, how: type) -> bool:
+    """Whether the adapters of a method, or what they share, are of a class."""
     method = method_of(config)
-    return any(issubclass(kind, LearnsWithHooks) for kind in (method.adapter_class, method.shared or object))
+    return any(issubclass(kind, how) for kind in (method.adapter_class, method.shared or object))
 
 
 def call_arguments(configs: Iterable[AdapterConfig]) -> set[str]:
@@ -54,8 +63,111 @@ def call_contexts(
 
 def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[LearnsWithHooks]:
     """Yields what of an adapter takes part in training beside the gradient."""
-    if not learns_with_hooks(config):
-        return
-    found: list[Any] = [shared_state_of(layers, name)]
-    found += [layer.adapters._modules.get(name) for layer in layers.values()]
-    yield from (one for one in found if isinstance(one, LearnsWithHooks))
+    if learns_with_hooks(config):
+        yield from (one for one in _parts_of(layers, name) if isinstance(one, LearnsWithHooks))
+
+
+def _parts_of(layers: Layers, name: str) -> Iterator[Any]:
+    """Yields what the layers of an adapter share, and the adapter of each layer; None where there is none."""
+    yield shared_state_of(layers, name)
+    yield from (layer.adapters._modules.get(name) for layer in layers.values())
+
+
+def hooks_in_training(manager: Any) -> Iterator[tuple[str, LearnsWithHooks]]:
+    """Yields, for the adapters that train, their names and what of them takes part beside the gradient.
+
+    Args:
+        manager: of the model.
+    """
+    for name in _in_training(manager):
+        for hooked in hooks_of(manager.layers, name, manager.configs[name]):
+            yield name, hooked
+
+
+def _in_training(manager: Any) -> list[str]:
+    """The adapters that train."""
+    return [name for name in manager.active if name not in manager.frozen] if manager.enabled else []
+
+
+def extra_loss(manager: Any, loss: Tensor | None = None) -> Tensor | None:
+    """The sum of what the adapters that train add to a loss, a scalar; None if that is nothing.
+
+    Args:
+        manager: of the model.
+        loss: what it has already is left out.
+    """
+    terms: dict[str, list[Tensor]] = {}
+    for name, hooked in hooks_in_training(manager):
+        term = hooked.extra_loss()
+        if term is not None:
+            terms.setdefault(name, []).append(term)
+    present = set() if loss is None else terms_in(loss, ((manager, name) for name in terms))
+    return marked_sum(manager, {name: found for name, found in terms.items() if (manager, name) not in present})
+
+
+def extra_loss_of_call(manager: Any, labels: Any, items: Any, *, shifts: bool) -> Tensor | None:
+    """What is added to the loss that a call of a model returns; None in the step of a Trainer, which adds it.
+
+    Args:
+        manager: of the model.
+        labels: of the call.
+        items: learned tokens of all batches whose gradients are accumulated, where the call says it.
+        shifts: whether the model predicts each label from the tokens before it.
+    """
+    if current_step(manager) is not None:
+        return None
+    extra = extra_loss(manager)
+    return None if extra is None else extra * share_of_batch(labels, items, shifts=shifts)
+
+
+def has_training_state(manager: Any) -> bool:
+    """Whether a training that is resumed needs more than the tensors in the files of the adapters that train."""
+    return any(True for _ in _with_state(manager))
+
+
+def training_state(manager: Any) -> dict[str, Tensor]:
+    """What that is, by name; references."""
+    return {
+        f"{place}:{key}": tensor for place, one in _with_state(manager) for key, tensor in one.training_state().items()
+    }
+
+
+def set_training_state(manager: Any, state: Mapping[str, Tensor]) -> None:
+    """Sets that.
+
+    Args:
+        manager: of the model.
+        state: what ``training_state`` returned earlier; empty for the start of a training.
+    """
+    own: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        place, _, name = key.partition(":")
+        own.setdefault(place, {})[name] = tensor
+    for place, one in _with_state(manager):
+        one.set_training_state(own.get(place, {}))
+
+
+def in_training(
+    manager: Any, name: str, config: AdapterConfig, weights: AdapterWeights
+) -> tuple[AdapterConfig, AdapterWeights]:
+    """What a file of an adapter holds from which its training is resumed.
+
+    Args:
+        manager: of the model.
+        name: of the adapter.
+        config: of the adapter.
+        weights: what its file holds otherwise.
+    """
+    for place, one in _with_state(manager):
+        if place.rpartition(".")[0] == name:
+            config, weights = one.in_training(config, weights)
+    return config, weights
+
+
+def _with_state(manager: Any) -> Iterator[tuple[str, HasTrainingState]]:
+    """Yields what has a state of its own in the adapters that train, each with a name that it alone has."""
+    for name in _in_training(manager):
+        if takes_part(manager.configs[name], HasTrainingState):
+            for number, one in enumerate(_parts_of(manager.layers, name)):
+                if isinstance(one, HasTrainingState) and one.has_training_state:
+                    yield f"{name}.{number}", one

@@ -21,6 +21,7 @@ from nbpeft.engine.active_state import Rows
 from nbpeft.engine.adapter_names import check_scale
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.loss_terms import share_of_batch
 from nbpeft.engine.model_adapter import ModelAdapter, WeighsTokens, learns_prompt
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
@@ -238,7 +239,7 @@ def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
         raise AdapterError(f"labels must be one for each of the {length} tokens of a row")
     items = call.pop("num_items_in_batch", None)
     # The mean of some batches whose gradients are accumulated is that of their means, each for its share of tokens.
-    share = 1.0 if items is None else (labels[:, front + 1 :] != _IGNORED_LABEL).sum() / items
+    share = share_of_batch(labels[:, front:], items, shifts=True)
     weights = torch.ones_like(labels, dtype=torch.float32) * share
     counts = prompts.counts(_TOKENS)
     alone = prompts.front(counts, len(labels), labels.device).mask

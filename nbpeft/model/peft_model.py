@@ -12,7 +12,8 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls, transforms_calls
+from nbpeft.engine.method_hooks import extra_loss_of_call, learns_with_hooks, prepares_calls, transforms_calls
+from nbpeft.engine.model_calls import has_encoder
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
@@ -279,10 +280,13 @@ class PeftModel(nn.Module):
             return self._with_extra_loss(output, kwargs) if self.training else output
 
     def _with_extra_loss(self, output: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Adds what the adapters' methods add to the loss, where the output of a training step has one."""
+        """Adds what the adapters' methods add to the loss, where the output of a training call has one."""
         in_tuple = isinstance(output, tuple) and any(kwargs.get(name) is not None for name in _LABELS)
         loss: Any = output[0] if in_tuple else getattr(output, "loss", None)
-        extra = None if loss is None else self.manager.extra_loss()
+        if loss is None:
+            return output
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        extra = extra_loss_of_call(self.manager, labels, items, shifts=not has_encoder(self.base_model.model))
         if extra is None:
             return output
         total = loss + extra.to(loss.device)

@@ -210,12 +210,14 @@ class RunPlace:
         name: of a run that goes on; None for a new one.
         model: variable that holds the model.
         source: text that the training was started with, to start it again.
+        arguments: those that the run keeps, where another process than the one that was given them trains.
     """
 
     store: RunStore
     name: str | None = None
     model: str = ""
     source: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: RunPlace | str | os.PathLike[str]) -> RunPlace:

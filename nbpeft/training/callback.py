@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft.training.launch.agreement import several_processes
+from nbpeft.training.record import score_of
 from nbpeft.training.run import Run, StopRun
 
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -144,16 +145,6 @@ def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
         for name, value in named.items()
         if isinstance(value, int | float) and name != "loss" and not name.endswith(_TIMES)
     }
-
-
-def score_of(args: TrainingArguments, reported: Mapping[str, Any]) -> float | None:
-    """What the best evaluation is found by, lower is better: the loss, or ``metric_for_best_model``."""
-    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    value = reported.get(f"eval_{name}")
-    if not isinstance(value, int | float):
-        return None
-    greater = args.greater_is_better if args.greater_is_better is not None else not name.endswith("loss")
-    return -float(value) if greater else float(value)
 
 
 def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:

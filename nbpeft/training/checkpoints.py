@@ -31,6 +31,7 @@ _PREFIX = "checkpoint"
 _NAME = re.compile(rf"{_PREFIX}-(\d+)")
 _STATE = "trainer_state.json"
 _ARGUMENTS = "training_args.bin"
+_WRITES_CHECKPOINT = "_nbpeft_writes_checkpoint"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MOST_BESIDE, _MOST_OF_SMALL = 32, 2**26
 """Bytes of a state for each of its adapter, and of any state; an optimizer keeps two to four numbers for each."""
@@ -247,6 +248,11 @@ def _listed(flaws: dict[str, str]) -> str:
     return first if len(flaws) <= 3 else f"{first} and {len(flaws) - 3} more"
 
 
+def in_checkpoint(trainer: Any) -> bool:
+    """Whether a Trainer writes a checkpoint, from which training is resumed, and not the adapter alone."""
+    return bool(vars(trainer).get(_WRITES_CHECKPOINT))
+
+
 @contextmanager
 def _redirected(trainer: Any, place: Path, pushes: list[str]) -> Iterator[None]:
     """Lets a Trainer write below another folder, and notes what it would upload from there."""
@@ -254,6 +260,7 @@ def _redirected(trainer: Any, place: Path, pushes: list[str]) -> Iterator[None]:
         "_get_output_dir": lambda *args, **kwargs: str(place),
         "_push_from_checkpoint": pushes.append,
         "_rotate_checkpoints": lambda *args, **kwargs: None,
+        _WRITES_CHECKPOINT: True,
     }
     before = {name: vars(trainer)[name] for name in mine if name in vars(trainer)}
     vars(trainer).update(mine)

@@ -7,17 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.checkpoint.tensor_file import TensorFile, write_tensors
 from nbpeft.errors import ConfigError
-from nbpeft.interrupts import HeldInterrupts
-from nbpeft.training.adapted import trainable
-from nbpeft.training.callback import score_of
+from nbpeft.training.record import is_better, score_of
 from nbpeft.training.run import Run, StopRun
+from nbpeft.training.snapshot import Snapshot
 
 EVALUATIONS = 10
 """Evaluations a run where nobody said how many; three times the patience where that is more."""
@@ -45,7 +42,7 @@ class EarlyStop(TrainerCallback):
         self._run, self._model, self._patience = run, model, patience
         self._best: float | None = None
         self._best_step = self._worse = 0
-        self._state: dict[str, Tensor] = {}
+        self._state: Snapshot | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,9 +55,9 @@ class EarlyStop(TrainerCallback):
         folder = args.resume_from_checkpoint
         file = Path(folder, _FILE) if isinstance(folder, str | os.PathLike) else None
         if self._best_step == state.global_step:
-            self._state = self._copied()
-        elif file is not None and file.is_file() and self._fits(header := TensorFile(file)):
-            self._state = header.read(header.header)
+            self._state = Snapshot.of(self._model, self._best_step)
+        elif file is not None and file.is_file():
+            self._state = Snapshot.read(file, self._model)
         else:
             self._run.note(f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be")
 
@@ -74,18 +71,14 @@ class EarlyStop(TrainerCallback):
     ) -> None:
         """Keeps the state where it is the best, or counts."""
         if self._is_better(score_of(args, metrics or {}), state.global_step):
-            self._state = self._copied()
+            self._state = Snapshot.of(self._model, state.global_step)
         elif self._worse >= self._patience:
             control.should_training_stop = True
-
-    def _fits(self, file: TensorFile) -> bool:
-        """Whether a file holds what is trained here, and nothing else."""
-        return {key: one.shape for key, one in file.header.items()} == {key: one.shape for key, one in self._tensors()}
 
     def _is_better(self, score: float | None, step: int) -> bool:
         if score is None:
             return False
-        if self._best is None or score < self._best:
+        if is_better(score, self._best):
             self._best, self._best_step, self._worse = score, step, 0
             return True
         self._worse += 1
@@ -100,9 +93,8 @@ class EarlyStop(TrainerCallback):
         Raises:
             OSError: it cannot be written.
         """
-        whole = all(type(tensor) is Tensor for tensor in self._state.values())  # not a process's part of a sharded one
-        if self._state and whole and self._best_step != self._run.state.step:
-            write_tensors(folder / _FILE, self._state, {"step": str(self._best_step)})
+        if self._state is not None and self._state.step != self._run.state.step:
+            self._state.write(folder / _FILE)
 
     def __enter__(self) -> Self:
         return self
@@ -116,20 +108,12 @@ class EarlyStop(TrainerCallback):
         if self._worse >= self._patience:
             evaluations = f"{self._patience} evaluation{'' if self._patience == 1 else 's'}"
             self._run.note(f"stopped early: no better in {evaluations}")
-        if not self._state or self._run.state.step == self._best_step:
+        if self._state is None or self._run.state.step == self._state.step:
             return
         if self.keep_last is not None:
             self.keep_last()
-        with HeldInterrupts(to_the_end=True), torch.no_grad():  # a second interruption must not mix two states
-            for name, tensor in self._tensors():
-                tensor.copy_(self._state[name])
-        self._run.note(f"the state of step {self._best_step:,}, the best, was put back")
-
-    def _copied(self) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors()}
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, parameter.detach()) for name, parameter in trainable(self._model)]
+        self._state.put_back(self._model)
+        self._run.note(f"the state of step {self._state.step:,}, the best, was put back")
 
 
 def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool) -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import StreamedRows, TokenizedRows, is_plain, is_stream, open_data
+from nbpeft.training.data import StreamedRows, TokenizedRows, is_amount, is_plain, is_stream, open_data
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
@@ -48,6 +49,12 @@ from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import callbacks_of
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step_settings, why_unweighted
+
+_NOT_KEPT = {
+    *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir", "members"),
+    "arguments",
+}
+"""Keywords of ``train`` that a run does not keep: rows and tokenizer are given again, the others are of the call."""
 
 
 @side_by_side
@@ -132,6 +139,7 @@ def train(
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
         TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
     """
+    own = _kept_of_call(locals())  # before anything is taken for another thing
     with needs("accelerate", "Training"):
         importlib.import_module("accelerate")
     _can_train(model, adapter)
@@ -168,14 +176,16 @@ def train(
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
                 run.output_dir = str(fields.get("output_dir", ""))
                 said = _note(run, rows, settings, data_hint)
-                own = _not_none(max_length=max_length, packing=packing or None, processes=processes, machines=machines)
+                kept = given | fields | own | kept_of(members)
+                kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    own |= {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
-                    own |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
-                    own |= {"run_dir": run_dir, "track": track}
-                    metrics = _elsewhere(model, run, launch, rows, said, arguments | own)
+                    place = None if run_dir is None else replace(RunPlace.of(run_dir), arguments=kept)
+                    apart = {"tokenizer": tokenizer, "max_length": max_length}
+                    apart |= {"sample": batch, "every": every, "patience": patience}
+                    apart |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
+                    apart |= {"run_dir": place, "track": track, "packing": packing}
+                    metrics = _elsewhere(model, run, launch, rows, said, arguments | _not_none(**apart))
                 else:
-                    kept = given | fields | own | kept_of(members)
                     around = _around(run_dir, run, model, kept, trackers, rows)
                     inside: list[Any] = [PackingCheck(run, learned, collator)] if packing else []
                     inside += [*callbacks_of(members, run), *_inside(run, model, patience, batch, every)]
@@ -208,6 +218,19 @@ def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: 
 
 def _not_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _kept_of_call(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a run keeps of the keywords of ``train``: those that say something, and no rows."""
+    usual = inspect.signature(train).parameters
+    given = {name: value for name, value in keywords.items() if name not in _NOT_KEPT}
+    given["trainer_class"] = getattr(given["trainer_class"], "given_class", given["trainer_class"])  # of a sweep
+    kept = {name: value for name, value in given.items() if value is not usual[name].default}
+    if isinstance(kept.get("sample"), PromptBatch):
+        kept["sample"] = list(kept["sample"].prompts)
+    if not is_amount(kept.get("eval_data")):
+        kept.pop("eval_data", None)
+    return _not_none(**kept)
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:

@@ -8,6 +8,7 @@ costs less than two per cent of the time. Stop, an interruption and a failure wr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -35,7 +36,9 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
+from nbpeft.training.kept_arguments import to_keep
 from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
+from nbpeft.training.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.run import Run
 from nbpeft.training.sharded_trainer import base_mark
 
@@ -58,30 +61,6 @@ _SHOWN_FIELDS = (
     "seed",
 )
 """Fields of ``TrainingArguments`` that are settings of every run, whether they are given or not."""
-RESUMED = frozenset(
-    {
-        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
-        *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-        *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
-        *("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "use_cpu", "full_determinism"),
-        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
-        *("activation_checkpointing", "activation_checkpointing_kwargs"),
-        *("seed", "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last"),
-        *("ignore_data_skip", "remove_unused_columns", "label_names", "include_num_input_tokens_seen"),
-        *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
-        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
-        *("eval_accumulation_steps", "batch_eval_metrics", "prediction_loss_only"),
-        *("metric_for_best_model", "greater_is_better"),
-        *("max_length", "packing", "columns", "members", "patience", "sample", "every"),
-    }
-)
-"""Arguments that are taken from ``run.json`` when a run is resumed: those of which the losses are, and what is shown.
-
-The file may be a stranger's: where to write, what to upload, whom to report to and how many processes to start are the
-user's to say."""
-SHARED_OUT = ("processes", "machines", "fsdp", "fsdp_config", "deepspeed", "parallelism_config")
-"""Arguments that say how the work is shared out; the losses are of them, too, so that they have to be given again."""
 _MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 
@@ -120,7 +99,8 @@ class RunKeeper(TrainerCallback):
         self.trainer: Any = None
         self.folder: RunFolder | None = None
         self._unkept: RunFolder | None = None
-        self._place, self._run, self._model, self._given, self._data = place, run, model, given, data
+        self._place, self._run, self._model, self._data = place, run, model, data
+        self._given = place.arguments or given
         self._clock = clock
         self._facts: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
@@ -130,6 +110,7 @@ class RunKeeper(TrainerCallback):
         self._evaluated = False
         self._in_step = self._step_open = False
         self._random: dict[str, Any] = {}
+        self._method: dict[str, Tensor] | None = None
         self._next = float("inf")
 
     # What the Trainer calls
@@ -157,7 +138,7 @@ class RunKeeper(TrainerCallback):
                 self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
-            self._facts = self._first_facts(args) | self._before | self._facts | own
+            self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | own
             self._write_facts()
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -178,7 +159,7 @@ class RunKeeper(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Remembers the random numbers that belong to the step."""
         self._in_step = self._step_open = False
-        self._random = random_state()
+        self._random, self._method = random_state(), method_state(self._model)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes what was logged."""
@@ -193,7 +174,7 @@ class RunKeeper(TrainerCallback):
         if self._step_open:  # stopped inside a step: that is kept when the run ends
             return
         if self._evaluated:  # which draws random numbers
-            self._random = random_state()
+            self._random, self._method = random_state(), method_state(self._model)
         saved = self._saved_step == self.trainer.state.global_step
         due = self._evaluated if saved else self._clock() >= self._next
         if of_the_first(due and self.folder is not None):
@@ -252,6 +233,7 @@ class RunKeeper(TrainerCallback):
                 self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
 
     def _save_as_the_step_ended(self) -> None:
+        set_method_state(self._model, self._method)
         with drawing_from(self._random or random_state()):
             self._save()
 
@@ -282,24 +264,21 @@ class RunKeeper(TrainerCallback):
             put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
 
         with self._noting():
-            write_together(put, self._write_state if whole else self._write_adapter)
+            write_together(put, self._write_state if whole else functools.partial(self._write_adapter, files.save))
             self._write_facts()
         self._saved_step, self._evaluated = step, False
         now = self._clock()
         self._next = now + max(SHORTEST, (now - begun) / SHARE)
 
-    def _write_adapter(self, folder: Path) -> None:
-        manager = manager_of(self._model)
-        assert manager is not None
+    def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
         names, write = trained_names(self._model), is_first()
-        files.save(
-            manager, folder, names=names, embeddings=False, stays=False, write=write, base=base_mark(self.trainer)
-        )
+        options = {"names": names, "embeddings": False, "stays": False, "write": write}
+        save(manager_of(self._model), folder, **options, base=base_mark(self.trainer))
         if write:
             self._write_trainer_state(folder)
 
     def _write_state(self, folder: Path) -> None:
-        self._write_adapter(folder)
+        self._write_adapter(save_in_training, folder)
         trainer = self.trainer
         trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))
@@ -319,7 +298,7 @@ class RunKeeper(TrainerCallback):
 
     def _first_facts(self, args: TrainingArguments) -> dict[str, Any]:
         given, left_out = without_secrets(self._given)
-        plain = {name: value for name, value in given.items() if is_plain_value(value)}
+        plain, objects = to_keep(given)
         given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
         fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
         return {
@@ -328,10 +307,17 @@ class RunKeeper(TrainerCallback):
             "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
             "arguments": plain,
             "secrets": list(left_out),
-            "objects": [name for name in given if name not in plain],
+            "objects": objects,
             "source": dict(self._place.source),
             "data": dict(self._data),
         }
+
+    def _renewed(self, args: TrainingArguments) -> dict[str, Any]:
+        """Of a run that is resumed, what was given anew in the place of what it had, or besides."""
+        if not self._before:
+            return {}
+        now = self._first_facts(args)
+        return {name: {**self._before.get(name, {}), **now[name]} for name in ("arguments", "settings")}
 
     def _seconds(self) -> float:
         """Time spent on the run, without pauses, in all processes that it went on in."""
@@ -410,15 +396,6 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
             )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
             raise TrainingError(f"run {name} was trained with other {what}: the first of these are not those")
-
-
-def is_plain_value(value: Any) -> bool:
-    """Whether JSON holds a value as it is."""
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and is_plain_value(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(is_plain_value, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _summary(state: TrainState) -> dict[str, Any]:

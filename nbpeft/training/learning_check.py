@@ -110,7 +110,7 @@ class LearningCheck:
         def note(parameter: Tensor) -> None:
             check = this()
             if check is not None and parameter.grad is not None and name not in check._largest:
-                check._largest[name] = parameter.grad.detach().abs().amax().float()
+                check._largest[name] = _peak(parameter.grad)
 
         register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
         return register(note)
@@ -131,7 +131,8 @@ class LearningCheck:
         return torch.stack([value.to(values[0].device) for value in values]).to("cpu")
 
     def _judge_gradients(self, model: nn.Module) -> str:
-        modules = set(self._paths.values())
+        # A method may have let some of them go by now.
+        modules = {self._paths[name] for name, parameter in self._parameters.items() if parameter.requires_grad}
         reached = {self._paths[name] for name in self._largest}
         missed = sorted(modules - reached)
         if missed:
@@ -155,8 +156,7 @@ class LearningCheck:
 
     def _exploded(self) -> bool:
         """Whether what is trained has values that no training leads to, or none at all."""
-        samples = [_sample(parameter) for parameter in self._parameters.values()]
-        peaks = [sample.abs().amax().float() for sample in samples if sample.numel()]
+        peaks = [_peak(_sample(parameter)) for parameter in self._parameters.values()]
         if not peaks:
             return False
         peak = float(torch.stack([value.to(peaks[0].device) for value in peaks]).amax())
@@ -179,6 +179,11 @@ class LearningCheck:
 def _remove(hooks: list[RemovableHandle]) -> None:
     while hooks:
         hooks.pop().remove()
+
+
+def _peak(tensor: Tensor) -> Tensor:
+    """The largest absolute value, a scalar; zero of a tensor without elements, as of a layer that has no rank left."""
+    return tensor.detach().abs().amax().float() if tensor.numel() else tensor.new_zeros((), dtype=torch.float32)
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import TrainingInterrupted, in_one_line
 from nbpeft.memory import Meter
-from nbpeft.model import files
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import base_of, trained_names
 from nbpeft.training.failures import explain_failure
@@ -36,6 +35,7 @@ from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure
 from nbpeft.training.launch.shared_control import SharedControl
 from nbpeft.training.launch.transport import load_whole
+from nbpeft.training.method_state import save_in_training, write_method_state
 from nbpeft.training.result import TrainResult
 from nbpeft.training.run import Run
 
@@ -98,7 +98,9 @@ def main(folder: Path) -> int:
         result = _train(job, model, control, channel if rank == 0 else None)
         manager = manager_of(model)
         assert manager is not None
-        files.save(manager, folder / RESULT, names=trained_names(model), embeddings=False, stays=False, write=rank == 0)
+        options = {"names": trained_names(model), "embeddings": False, "stays": False, "write": rank == 0}
+        save_in_training(manager, folder / RESULT, **options)
+        write_method_state(model, folder / RESULT, write=rank == 0)
         if rank == 0:
             channel.send(Ended(result.status, result.metrics, result.token_count))
         distributed.barrier()

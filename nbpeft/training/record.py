@@ -19,6 +19,29 @@ _SMALL = 60
 """Buckets of the curves that are drawn small."""
 
 
+def is_better(score: float | None, best: float | None) -> bool:
+    """Whether a score, of which lower is better, beats the best one so far; NaN and infinity beat nothing."""
+    return score is not None and math.isfinite(score) and (best is None or score < best)
+
+
+def score_of(args: Any, reported: Mapping[str, Any]) -> float | None:
+    """What the best evaluation is found by, lower is better: the loss, or ``metric_for_best_model``.
+
+    NaN where a file, which holds no NaN, has None in its place; None where it was not measured.
+
+    Args:
+        args: ``TrainingArguments``.
+        reported: what a Trainer reports of an evaluation.
+    """
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    value = reported.get(f"eval_{name}", "")
+    value = math.nan if value is None else value
+    if not isinstance(value, int | float):
+        return None
+    greater = args.greater_is_better if args.greater_is_better is not None else not name.endswith("loss")
+    return -float(value) if greater else float(value)
+
+
 class History:
     """(step, value) pairs, decimated to the lowest and the highest value per bucket of steps.
 
@@ -176,7 +199,7 @@ class Record:
         for name, value in metrics.items():
             self.metric_history.setdefault(name, History(_SMALL)).add(step, value)
         score = loss if score is None else score
-        if score is not None and math.isfinite(score) and (self.best is None or score < self.best[1]):
+        if score is not None and is_better(score, self.best[1] if self.best else None):
             self.best = (step, score)
 
     def take_over(self, curves: Mapping[str, Curve]) -> None:

@@ -16,9 +16,17 @@ import torch
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.model import files
 from nbpeft.model.sharded import gathered_state, is_sharded, note_fingerprint, noted_fingerprint, state_like
-from nbpeft.training.checkpoints import save_beside
+from nbpeft.training.checkpoints import in_checkpoint, save_beside
+from nbpeft.training.method_state import (
+    drop_mismatched_moments,
+    note,
+    read_method_state,
+    save_in_training,
+    write_method_state,
+)
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_LACKS = "lacks what the method keeps from step to step (an earlier version wrote it): that begins anew here"
 
 
 def note_base(trainer: Any) -> None:
@@ -47,7 +55,8 @@ def save_model(
     write = bool(trainer.args.should_save)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-    files.save(manager, folder, write=write, base=base_mark(trainer))
+    save = save_in_training if in_checkpoint(trainer) else files.save
+    save(manager, folder, write=write, base=base_mark(trainer))
     if write:
         save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
     if trainer.args.push_to_hub and not _internal_call:
@@ -55,7 +64,8 @@ def save_model(
 
 
 def save_optimizer(original: Callable[..., Any], trainer: Any, output_dir: str) -> None:
-    """As the Trainer's; of a sharded model as if it were not."""
+    """As the Trainer's, with what methods measure beside it; of a sharded model as if it were not."""
+    write_method_state(trainer.model, Path(output_dir), write=bool(trainer.args.should_save))
     if not is_sharded(trainer.model) or trainer.is_deepspeed_enabled:
         original(trainer, output_dir)
         return
@@ -66,10 +76,20 @@ def save_optimizer(original: Callable[..., Any], trainer: Any, output_dir: str) 
 
 
 def load_optimizer(original: Callable[..., Any], trainer: Any, checkpoint: str | None) -> None:
-    """As the Trainer's; reads what ``save_optimizer`` wrote into a sharded model's."""
-    if checkpoint is None or not is_sharded(trainer.model) or not (Path(checkpoint) / _OPTIMIZER).is_file():
+    """As the Trainer's, with what methods measured; reads what ``save_optimizer`` wrote into a sharded model's."""
+    if checkpoint is None:
         original(trainer, checkpoint)
         return
+    if not is_sharded(trainer.model) or not (Path(checkpoint) / _OPTIMIZER).is_file():
+        original(trainer, checkpoint)
+    else:
+        _load_sharded(trainer, checkpoint)
+    dropped = trainer.optimizer is not None and drop_mismatched_moments(trainer.optimizer)
+    if not read_method_state(trainer.model, Path(checkpoint)) or dropped:
+        note(trainer, f"{Path(checkpoint).name} {_LACKS}")
+
+
+def _load_sharded(trainer: Any, checkpoint: str) -> None:
     state = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
     trainer.optimizer.load_state_dict(state_like(trainer.optimizer, state))
     trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from nbpeft.confidential import without_secrets
 from nbpeft.errors import ConfigError, did_you_mean, in_one_line
-from nbpeft.training.keeping import is_plain_value
+from nbpeft.training.kept_arguments import is_plain_value
 from nbpeft.training.run import Run
 
 TRACKERS = ("tensorboard", "wandb", "trackio")

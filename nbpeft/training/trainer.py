@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -30,9 +29,8 @@ from nbpeft.losses import (
 from nbpeft.losses import without_logits as without_lazy_logits
 from nbpeft.names import LOSS_CHUNK_SIZE, LOSS_WEIGHTS
 from nbpeft.training.adapted import call_columns
+from nbpeft.training.method_state import note
 from nbpeft.training.trainer_patch import patch_trainer
-
-logger = logging.getLogger("nbpeft.training")
 
 
 class Trainer(transformers.Trainer):
@@ -161,10 +159,7 @@ class Trainer(transformers.Trainer):
         if not why or self._noted:
             return
         self._noted = True
-        message = f"the loss is computed from logits as a whole: {why}"
-        notes = [note for item in self.callback_handler.callbacks if (note := getattr(item, "note", None)) is not None]
-        for note in notes or [logger.warning]:
-            note(message)
+        note(self, f"the loss is computed from logits as a whole: {why}")
 
 
 def _counted(batch: Any) -> Any:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -37,13 +38,17 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter_tensors import is_half
 from nbpeft.engine.model_tree import unwrapped
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError
 from nbpeft.interrupts import HeldInterrupts
-from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from nbpeft.training.checkpoints import resume_point, save_beside, save_whole
+from nbpeft.model import LoraLayer, PeftModel, files, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from nbpeft.training.checkpoints import in_checkpoint, resume_point, save_beside, save_whole
+from nbpeft.training.extra_loss import with_extra_loss
 from nbpeft.training.import_hook import ImportHook
+from nbpeft.training.method_state import keeps_method_state, read_method_state, save_in_training, set_method_state
 from nbpeft.training.optimizer_steps import watch_steps
+from nbpeft.training.record import score_of
 from nbpeft.training.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
 
 _ACCELERATE, _FSDP, _TRANSFORMERS = (
@@ -112,12 +117,13 @@ def is_ours_or_peft(library: str, model: Any) -> bool:
 def training_step(
     original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """As the Trainer's, and shows the batch to callbacks that want to see it (``count_batch``)."""
+    """As the Trainer's, with what methods add to the loss; callbacks with ``count_batch`` are shown the batch."""
     for callback in trainer.callback_handler.callbacks:
         count_batch = getattr(callback, "count_batch", None)
         if count_batch is not None:
             count_batch(inputs)
-    return original(trainer, model, inputs, *args, **kwargs)
+    with with_extra_loss(trainer, args[0] if args else kwargs.get("num_items_in_batch")):
+        return original(trainer, model, inputs, *args, **kwargs)
 
 
 def save(
@@ -126,7 +132,7 @@ def save(
     output_dir: str | None = None,
     state_dict: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the adapters alone, with the tokenizer and the arguments."""
+    """Writes the adapters alone, with the tokenizer and the arguments; for a checkpoint with all that trains."""
     if not trainer.args.should_save:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -134,7 +140,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     accepted = inspect.signature(model.save_pretrained).parameters
     gathered = {"state_dict": state_dict} if state_dict is not None and "state_dict" in accepted else {}
-    model.save_pretrained(str(folder), **gathered)
+    if in_checkpoint(trainer) and keeps_method_state(model):
+        save_in_training(model.manager, folder, **gathered)
+    else:
+        model.save_pretrained(str(folder), **gathered)
     save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
 
 
@@ -176,9 +185,19 @@ def load_from_checkpoint(
     load_adapters(trainer.model if model is None else model, Path(resume_from_checkpoint))
 
 
+def determine_best_metric(
+    original: Callable[..., Any], trainer: Any, metrics: dict[str, float], *args: Any, **kwargs: Any
+) -> bool:
+    """As the Trainer's; an evaluation of NaN or infinity is never the best."""
+    score = score_of(trainer.args, metrics)
+    return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
+
+
 def load_best_model(original: Callable[..., Any], trainer: Any) -> None:
     """Reads the adapters of the best checkpoint into the model's."""
-    load_adapters(trainer.model, Path(trainer.state.best_model_checkpoint))
+    folder = Path(trainer.state.best_model_checkpoint)
+    load_adapters(trainer.model, folder)
+    read_method_state(trainer.model, folder)
 
 
 REPLACEMENTS: dict[str, Callable[..., Any]] = {
@@ -190,6 +209,7 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "_save_checkpoint": save_checkpoint,
     "_load_from_checkpoint": load_from_checkpoint,
     "_load_best_model": load_best_model,
+    "_determine_best_metric": determine_best_metric,
     "save_model": save_model,
     "_save_optimizer_and_scheduler": save_optimizer,
     "_load_optimizer_and_scheduler": load_optimizer,
@@ -217,14 +237,26 @@ def load_adapters(model: Any, folder: Path) -> None:
         )
     weights = {name: load_peft_weights(source, device="cpu") for name, source in sources.items()}
     with model.manager.transaction():
+        set_method_state(model, {})
         for name, source in sources.items():
-            result = set_peft_model_state_dict(model, weights[name], name)
+            result = _written(model, source, weights[name], name)
             if result.missing_keys:
                 raise CheckpointError(
                     f"{source} lacks {len(result.missing_keys)} tensors of adapter {name!r}, "
                     f"{result.missing_keys[0]} among them: was its config changed since?",
                     missing=result.missing_keys,
                 )
+
+
+def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
+    """Writes weights into an adapter; one of another shape, without ranks that went, is put in its place."""
+    try:
+        return set_peft_model_state_dict(model, weights, name)
+    except BaseMismatchError:
+        if not keeps_method_state(model):
+            raise
+        half = is_half(model.manager.layers, name)
+        return files.read(model.manager, source, name, trainable=True, half=half, replace=True, options={})()
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:

@@ -229,6 +229,65 @@ def test_objects_of_the_run_have_to_be_given_again(tmp_path: Path) -> None:
     assert resumed(tmp_path, eval_data=None, callbacks=[Mine()]).training.steps == 14
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_ends_with_the_best_state_as_the_unbroken_one(step: int, tmp_path: Path) -> None:
+    """Patience and what is held out are the run's; neither has to be given again."""
+    given = {"patience": 3, "eval_data": 6, "eval_steps": 1, "learning_rate": 0.1}
+    through, expected = unbroken(tmp_path / "whole", **given)
+    assert "the best, was put back" in through.message and through.steps == 7
+    assert train_and_die(tmp_path / "broken", step, often, **given)
+    result = session_in(tmp_path / "broken").resume(model=llama(), variable="model", data=rows())
+    assert same_state(weights(result.model, "sql"), expected)
+    assert result.training.message == through.message and result.training.steps == through.steps
+
+
+def test_what_is_not_taken_from_the_folder_of_a_run_is_named(tmp_path: Path) -> None:
+    given = {"output_dir": tmp_path / "out", "hub_token": "hf_" + "aB3d" * 8, "seed": 3, "save_strategy": "no"}
+    session, model = adapted_session(tmp_path / "runs")
+    end = session.on_run(lambda run, name: when_noted(run, 3, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | given)
+    end()
+    for file in (tmp_path / "out").iterdir():
+        file.unlink() if file.is_file() else None
+    result = session.resume(model="model", data=rows())
+    told = (
+        "not taken from the folder of the run: 'output_dir', 'save_strategy', 'hub_token'; give them again to have them"
+    )
+    assert result.notes == (told,)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_file()]
+    assert all(note in str(result) for note in result.notes)
+    (record,) = session.runs().records
+    assert record.settings["seed"] == 3
+
+
+def test_what_is_given_to_resume_is_kept_for_the_next_time(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    for step, given in ((3, {}), (6, {"weight_decay": 0.5}), (None, {})):
+        act = (
+            None
+            if step is None
+            else session.on_run(lambda run, name, at=step: when_noted(run, at, run.control.request_stop))
+        )
+        if step == 3:
+            session.train(model, rows(), **ARGUMENTS)
+        else:
+            session.resume(model=model, data=rows(), **given)
+        if act is not None:
+            act()
+    _, facts = session.kept_run("sql-1")
+    assert facts["arguments"]["weight_decay"] == 0.5 and facts["settings"]["weight_decay"] == 0.5
+
+
+def test_processes_that_the_machine_lacks_have_to_be_given_again(tmp_path: Path) -> None:
+    assert train_and_die(tmp_path, 3)
+    file = tmp_path / "sql-1/run.json"
+    facts = json.loads(file.read_text())
+    facts["arguments"]["processes"] = 4096
+    file.write_text(json.dumps(facts))
+    with pytest.raises(TrainingError, match="not taken from its folder; give them again: processes=…"):
+        resumed(tmp_path, eval_data=None)
+
+
 def test_of_a_run_without_states_only_the_curve_is_left(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match="so there is nothing to resume"):
@@ -384,10 +443,10 @@ def test_what_a_file_may_not_decide_is_named_and_not_done(broken: Path, straight
     target = tmp_path / "project"
     foreign: dict[str, Any] = {"output_dir": str(target), "push_to_hub": True, "hub_model_id": "x/y"}
     foreign |= {"report_to": "wandb", "dataloader_num_workers": 7, "save_strategy": "steps", "adapter": "x"}
-    changed(broken, **foreign, run_dir="/tmp", no_such_argument=[1])
-    told = r"not taken from run.json of sql-1: 'output_dir', 'push_to_hub', .* and 3 more; give them again to have them"
-    with pytest.warns(UserWarning, match=told):
-        result = resumed(broken)
+    changed(broken, **foreign, run_dir="/tmp")
+    result = resumed(broken)
+    (told,) = result.notes
+    assert "not taken from the folder of the run: 'output_dir', 'push_to_hub', " in told and "and 2 more" in told
     assert not target.exists() and result.training.output_dir is None
     after = weights(result.model, "sql")
     assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
@@ -402,13 +461,13 @@ def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
-        ({"processes": 256}, "trained with its work shared out; say again how: processes=…"),
-        ({"processes": 2, "fsdp": True}, "say again how: processes=…, fsdp=…"),
-        ({"machines": ["a", "b"]}, "say again how: machines=…"),
-        ({"deepspeed": "/etc/passwd"}, "say again how: deepspeed=…"),
+        ({"processes": 256}, "arguments that are not taken from its folder; give them again: processes=…"),
+        ({"processes": 256, "machines": ["a", "b"]}, "give them again: processes=…, machines=…"),
+        ({"deepspeed": "/etc/passwd"}, "give them again: deepspeed=…"),
+        ({"beta": 0.2}, "give them again: beta=…"),
     ],
 )
-def test_how_work_was_shared_out_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:
+def test_what_may_change_the_losses_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:
     changed(broken, **arguments)
     with pytest.raises(TrainingError, match=reported):
         resumed(broken)

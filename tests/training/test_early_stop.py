@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from nbpeft.errors import ConfigError, TrainingInterrupted
 from nbpeft.runs.store import RunPlace, RunStore
-from nbpeft.training import train
+from nbpeft.training import snapshot, train
 from nbpeft.training.control import RunControl
 from nbpeft.training.early_stop import EarlyStop
 from tests.training.support import token_rows, trainable, weights
@@ -80,16 +80,16 @@ def test_an_interrupted_run_keeps_the_best_too():
 
 
 def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, put_back = EarlyStop._tensors, EarlyStop._put_back
+    tensors, put_back = snapshot.trainable, EarlyStop._put_back
     putting: list[bool] = []
 
-    def interrupted(self: EarlyStop) -> Any:
-        for number, pair in enumerate(tensors(self)):
+    def interrupted(model: Any) -> Any:
+        for number, pair in enumerate(tensors(model)):
             if putting and number == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             yield pair
 
-    monkeypatch.setattr(EarlyStop, "_tensors", interrupted)
+    monkeypatch.setattr(snapshot, "trainable", interrupted)
     monkeypatch.setattr(EarlyStop, "_put_back", lambda self: [putting.append(True), put_back(self)])
     model = trainable()
     kept = Kept(model, interrupt_at=6)
@@ -144,6 +144,60 @@ def test_the_best_is_that_of_the_metric_asked_for():
     assert result.state.metrics == {"accuracy": 0.6}
     assert result.state.metric_history["accuracy"] == ((2, 0.5), (4, 0.9), (6, 0.7), (8, 0.6))
     assert "accuracy 0.600" in str(result)
+
+
+class Accuracies:
+    """``compute_metrics`` with the values that a test wants, the last one again and again."""
+
+    def __init__(self, *values: float) -> None:
+        self.values, self.calls = values, 0
+
+    def __call__(self, predictions: Any) -> dict[str, float]:
+        self.calls += 1
+        return {"accuracy": self.values[min(self.calls, len(self.values)) - 1]}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "best"),
+    [
+        ((NAN, 0.5, 0.9, 0.6), 5, 3),  # a first one that is NaN is not the best
+        ((INF, 0.5, 0.6, 0.1), 5, 3),  # nor is one that is infinite
+        ((0.5, NAN, 0.9, NAN, INF), 5, 3),
+        ((NAN,), 2, None),
+    ],
+)
+def test_an_evaluation_that_is_not_finite_is_never_the_best(values: Any, steps: int, best: int | None) -> None:
+    model, kept, result = trained(
+        patience=2, eval_steps=1, metric_for_best_model="accuracy", compute_metrics=Accuracies(*values)
+    )
+    assert (result.steps, result.best_step) == (steps, best)
+    expected = kept.weights[steps if best is None else best]
+    assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
+    assert ("was put back" in result.message) == (best is not None)
+
+
+def test_a_resumed_run_counts_evaluations_that_were_not_finite(tmp_path: Path) -> None:
+    settings = {"patience": 3, "eval_steps": 1, "metric_for_best_model": "accuracy"}
+    trained(**settings, max_steps=2, run_dir=tmp_path, compute_metrics=Accuracies(NAN))
+    run = Path(RunStore(tmp_path).records()[0].path)
+    state, place = str(run / "checkpoint-2"), RunPlace(RunStore(tmp_path), run.name)
+    _, _, result = trained(**settings, run_dir=place, resume_from_checkpoint=state, compute_metrics=Accuracies(NAN))
+    assert result.steps == 3
+
+
+def test_a_checkpoint_of_an_infinite_metric_is_not_the_best() -> None:
+    model, kept, result = trained(
+        load_best_model_at_end=True,
+        max_steps=3,
+        eval_steps=1,
+        metric_for_best_model="accuracy",
+        compute_metrics=Accuracies(INF, 0.9, NAN),
+    )
+    assert result.best_step == 2
+    assert all(torch.equal(value, kept.weights[2][name]) for name, value in weights(model).items())
 
 
 @pytest.mark.parametrize(

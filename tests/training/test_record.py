@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbpeft.training.record import History, Smoothed
+from nbpeft.state import MemberState
+from nbpeft.training.record import History, Smoothed, is_better
 
 
 def test_short_runs_keep_every_point():
@@ -50,3 +52,18 @@ def test_smoothing_starts_at_the_first_value():
     for _ in range(200):
         smoothed.add(1.0)
     assert smoothed.value == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("best", [None, 1.0])
+def test_a_score_that_is_not_finite_is_never_better(score: float | None, best: float | None) -> None:
+    assert not is_better(score, best) and is_better(0.5, best)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_member_of_a_sweep_whose_loss_is_not_finite_is_last(loss: float) -> None:
+    worse, unmeasured = (MemberState("b", "finished", 3, eval_loss=9.0), MemberState("c", "finished", 3))
+    assert min((MemberState("a", "finished", 3, eval_loss=loss), worse), key=lambda one: one.rank) is worse
+    assert min((MemberState("a", "finished", 3, smoothed_loss=loss), worse), key=lambda one: one.rank) is worse
+    trained = dataclasses.replace(unmeasured, smoothed_loss=5.0)
+    assert min((MemberState("a", "finished", 3, eval_loss=loss), trained), key=lambda one: one.rank) is trained

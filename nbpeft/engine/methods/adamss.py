@@ -41,6 +41,8 @@ from nbpeft.errors import ConfigError, shown
 A, B = "adamss_A", "adamss_B"
 DIRECTIONS, CLUSTERS = "adamss_newB", "adamss_clusters"
 _KEY = re.compile(rf"(?:base_model\.model\.)?(.+)\.({A}|{B})\.(\d{{1,6}})")
+_AVERAGES, _GONE = ("importance", "uncertainty"), "gone"
+"""Names in the state of a training."""
 _MOST_CLUSTERS = 2**15 - 1
 """As many as the numbers of clusters in a file can tell apart."""
 _MOST_ITERATIONS = 10
@@ -188,6 +190,37 @@ class SubspaceAllocator(Allocator):
         if self.config.use_asa:
             self.warn_untold()
         return None
+
+    @property
+    def has_training_state(self) -> bool:
+        """With ``use_asa``; see ``HasTrainingState``."""
+        return self.config.use_asa
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The moving averages, and the subspaces that went; see ``HasTrainingState``."""
+        state: dict[str, Tensor] = {}
+        for path, adapter in self.adapters.items():
+            for name, pair in adapter.importance.items():
+                state |= {f"{path}.{name}.{which}": one for which, one in zip(_AVERAGES, pair, strict=True)}
+            if adapter.gone:
+                state[f"{path}.{_GONE}"] = torch.tensor(sorted(adapter.gone))
+        return state
+
+    def set_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets both; see ``HasTrainingState``."""
+        for path, adapter in self.adapters.items():
+            adapter.importance.clear()
+            for name, parameter in adapter.named_parameters(recurse=False):
+                pair = [state[key] for which in _AVERAGES if (key := f"{path}.{name}.{which}") in state]
+                if len(pair) == len(_AVERAGES):
+                    mean, spread = (one.to(parameter, copy=True) for one in pair)
+                    adapter.importance[name] = mean, spread
+            gone = state.get(f"{path}.{_GONE}")
+            if adapter.gone or gone is not None:
+                adapter.gone.clear()
+                adapter.requires_grad_(True)
+                adapter.gone.update([] if gone is None else gone.tolist())
+                adapter.keep_gone_()
 
     def allocate(self, step: int) -> None:
         """Measures the importance of each subspace, and lets some go where it is time; see ``Allocator``."""

@@ -27,9 +27,12 @@ from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.projected_vectors import ProjectedVectors, Projections, VectorsConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
+from nbpeft.engine.training_hooks import HasTrainingState
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import TrainingError
 
+_GENERATOR = "generator"
+"""Name in the state of a training."""
 _CALLS = 256
 """So many calls of a layer are remembered that checkpointing may compute again; 5 kB each."""
 
@@ -69,11 +72,24 @@ class Normals:
 
     Args:
         seed: of the first call.
+
+    Attributes:
+        first_state: of the generator, for the first call.
     """
 
     def __init__(self, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
+        self._state = self.first_state = torch.Generator().manual_seed(seed).get_state()
         self._calls: deque[tuple[int, Tensor]] = deque(maxlen=_CALLS)
+
+    @property
+    def state(self) -> Tensor:
+        """Of the generator, for the next call."""
+        return self._state
+
+    def continue_from(self, state: Tensor) -> None:
+        """Draws from a state that it had before."""
+        self._state = state.clone()
+        self._calls.clear()
 
     def like(self, tensor: Tensor) -> Tensor:
         """Draws as many as a tensor has, in its dtype and where it is."""
@@ -130,7 +146,7 @@ class WideProjections(Projections):
     },
     shared=WideProjections,
 )
-class Pvera(ProjectedVectors):
+class Pvera(ProjectedVectors, HasTrainingState):
     """The two vectors of one layer: b, over its outputs, and d, over the mean and the logarithm of the variance."""
 
     names: ClassVar[tuple[str, str]] = ("pvera_lambda_b", "pvera_lambda_d")
@@ -169,6 +185,20 @@ class Pvera(ProjectedVectors):
             draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
         drawn: Tensor = draw(tensor)
         return drawn
+
+    @property
+    def has_training_state(self) -> bool:
+        """With a generator of its own; see ``HasTrainingState``."""
+        return self.normals is not None
+
+    def training_state(self) -> dict[str, Tensor]:
+        """That of its generator; see ``HasTrainingState``."""
+        return {} if self.normals is None else {_GENERATOR: self.normals.state}
+
+    def set_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets that; see ``HasTrainingState``."""
+        if self.normals is not None:
+            self.normals.continue_from(state.get(_GENERATOR, self.normals.first_state))
 
     def configure(self, config: VectorsConfig, path: str) -> None:
         """Takes over from a config what is dropped and how it draws, from its seed on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +130,9 @@ def resume(
         eval_data: its rows to evaluate on, if it had any.
         tokenizer: as for ``train``.
         variable: what to call a model that is new here.
-        **arguments: further arguments of ``train`` that could not be kept; others replace those of the run.
+        **arguments: further arguments of ``train`` that could not be kept; others replace those of the run. What the
+            run was given comes back, but for places where something is written, published or reported, and more
+            processes than this machine has: ``notes`` of the result name them. It trains in the foreground.
 
     Raises:
         CheckpointNotFoundError: there is no such run, or no state of it.
@@ -141,11 +142,15 @@ def resume(
     from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
     from nbpeft.training.checkpoints import last_whole
+    from nbpeft.training.kept_arguments import to_take_over
 
     record, facts = kept_run(ctx, run)
-    given = {**_kept_arguments(record, facts, arguments), **arguments}
+    kept, left_out = to_take_over(facts.get("arguments"))
+    given = {**kept, **arguments}
+    held_out = given.pop("eval_data", None)
+    eval_data = held_out if eval_data is None else eval_data
     if not record.is_complete:
-        _check_given(record, facts, data, arguments)
+        _check_given(record, facts, left_out, data, arguments)
     target = record.model if model is None else model
     base = uncompiled(target) if is_module(target) else None
     tracked = ctx.find(target, variable) if base is not None or target in ctx.models.names else ctx.models.get(model)
@@ -180,7 +185,8 @@ def resume(
             )
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-        return ResumeResult(reference, record.name, step, names, result)
+        notes = () if result is None else tuple(filter(None, [_not_taken(facts, left_out, arguments)]))
+        return ResumeResult(reference, record.name, step, names, result, notes)
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
@@ -238,15 +244,16 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
         raise
 
 
-def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:
-    from nbpeft.training.keeping import SHARED_OUT
+def _check_given(
+    record: RunRecord, facts: Mapping[str, Any], left_out: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]
+) -> None:
+    from nbpeft.training.kept_arguments import missing_for_losses
 
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
-    kept = facts.get("arguments") or {}
     for why, names in (
         ("objects that no file holds; give them again", facts.get("objects") or ()),
-        ("its work shared out; say again how", [name for name in SHARED_OUT if kept.get(name)]),
+        ("arguments that are not taken from its folder; give them again", missing_for_losses(left_out)),
     ):
         missing = [name for name in names if name not in arguments]
         if missing:
@@ -254,17 +261,10 @@ def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, argumen
             raise TrainingError(f"run {record.name} was trained with {why}: {words}")
 
 
-def _kept_arguments(record: RunRecord, facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``run.json`` says of the training, as far as a file may decide it; warns of the rest."""
-    from nbpeft.training.keeping import RESUMED, SHARED_OUT
-
-    kept = facts.get("arguments") or {}
-    left = [name for name in kept if name not in RESUMED and name not in SHARED_OUT and name not in arguments]
-    if left and not record.is_complete:
-        warnings.warn(
-            f"not taken from run.json of {record.name}: {few(left, 6)}; give them again to have them", stacklevel=4
-        )
-    return {name: value for name, value in kept.items() if name in RESUMED}
+def _not_taken(facts: Mapping[str, Any], left_out: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Says which of the arguments that a run was started with the resumed training does not have; empty if none."""
+    names = [name for name in {**left_out, **dict.fromkeys(facts.get("secrets", ()))} if name not in given]
+    return f"not taken from the folder of the run: {few(names, 6)}; give them again to have them" if names else ""
 
 
 def _check_base(record: RunRecord, place: Path, base: Any) -> None:

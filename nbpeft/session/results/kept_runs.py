@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line
+from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.numbers import clock, loss, plural
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.optional import needs
@@ -178,23 +178,26 @@ class ResumeResult(ModelResult):
         step: of the state it went on from.
         adapters: those that the state held.
         training: how it ended; None where nothing was left to train.
+        notes: which of its arguments it does not have any more.
     """
 
     run: str
     step: int
     adapters: tuple[str, ...]
     training: TrainResult | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.training is None:
             return f"run {self.run} had finished: {', '.join(self.adapters)} is back as it was after step {self.step:,}"
-        return f"run {self.run} went on from step {self.step:,}: {self.training}"
+        return " · ".join((f"run {self.run} went on from step {self.step:,}: {self.training}", *self.notes))
 
     def view(self) -> Block:
         """Where it went on, and how it ended."""
         if self.training is None:
             return Card(str(self))
-        return Stack((line(dim(f"run {self.run} went on from step {self.step:,}")), self.training.view()))
+        went_on = line(dim(f"run {self.run} went on from step {self.step:,}"))
+        return Stack((went_on, self.training.view(), *notes(self.notes)))
 
 
 def _unreadable_row(record: RunRecord) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from nbpeft.training.adapted import base_of
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
 from nbpeft.training.launch.processes import Failure, Launch, Processes
 from nbpeft.training.launch.transport import save_whole
+from nbpeft.training.method_state import read_method_state
 from nbpeft.training.run import Run, StopRun
 from nbpeft.training.trainer_patch import load_adapters
 
@@ -74,6 +75,7 @@ def train_apart(
                 ended, interrupted = _wait(processes, run)
                 with HeldInterrupts(to_the_end=True):
                     load_adapters(model, folder / RESULT)
+                    read_method_state(model, folder / RESULT)
                     run.brought_back(ended.token_count)
                 processes.wait(_TO_END)
         except NbpeftError as error:

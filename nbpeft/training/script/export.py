@@ -24,8 +24,9 @@ from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream, open_data
 from nbpeft.training.data.reading import reading
+from nbpeft.training.kept_arguments import plain
 from nbpeft.training.rows import model_inputs, training_rows
-from nbpeft.training.script.python import call, is_literal, plain, source_of
+from nbpeft.training.script.python import call, is_literal, source_of
 from nbpeft.training.script.sources import (
     Source,
     json_lines,

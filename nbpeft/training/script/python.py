@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import ast
-import enum
-from collections.abc import Mapping
 from typing import Any
 
 _WIDTH = 80
-
-
-def plain(value: Any) -> Any:
-    """A value in types that Python's literals have."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((plain(item) for item in value), key=repr)
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_literal(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -81,7 +80,7 @@ class Member:
 
     def evaluated(self, step: int, loss: float | None) -> None:
         """Notes what was measured on held-out rows."""
-        if loss is not None and math.isfinite(loss):
+        if loss is not None:
             self._record.add_evaluation(step, loss, {})
 
     def state(self, run: TrainStatus) -> MemberState:

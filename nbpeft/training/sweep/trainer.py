@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +20,8 @@ from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.model.serving import serving_rows
 from nbpeft.training.adapted import base_of
 from nbpeft.training.control import CloneRequest
-from nbpeft.training.keeping import is_plain_value
+from nbpeft.training.extra_loss import loss_divisor
+from nbpeft.training.kept_arguments import is_plain_value
 from nbpeft.training.run import Run
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
@@ -43,9 +45,10 @@ _REFUSED = {
 
 
 class SideBySideTrainer(transformers.Trainer):
-    """Trains the members of ``group``; made by ``trainer_for``."""
+    """Trains the members of ``group``; made by ``trainer_for`` of a class that was given."""
 
     group: ClassVar[SideBySide]
+    given_class: ClassVar[type[Any]]
     _split: SplitLoss | None = None
     _evaluated: Member | None = None
     _splits_surely = False
@@ -91,7 +94,7 @@ class SideBySideTrainer(transformers.Trainer):
                     super().training_step(model, batch, num_items)
                 finally:
                     self._split = None
-            losses = [loss / self._accumulated(num_items) for loss in split.losses]
+            losses = [loss / loss_divisor(self, num_items) for loss in split.losses]
         for member, loss in zip(members, losses, strict=True):
             member.add_loss(loss)
         return losses
@@ -103,13 +106,6 @@ class SideBySideTrainer(transformers.Trainer):
             self._split.check(loss[0] if isinstance(loss, tuple) else loss)
             self._splits_surely = True
         return loss
-
-    def _accumulated(self, num_items: Tensor | int | None) -> int:
-        """What a loss is divided by where gradients are accumulated, unless it was normalized over all batches."""
-        normalized = self.loss_is_scaled_for_ga
-        if normalized is None:
-            normalized = self.model_accepts_loss_kwargs and num_items is not None
-        return 1 if normalized else int(self.current_gradient_accumulation_steps)
 
     # Optimizer, schedule and clipping
 
@@ -206,7 +202,8 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
             raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
     if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
         group.mixed = False  # what it computes of a mixed batch is not known
-    return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), {"group": group})
+    members = {"group": group, "given_class": trainer_class}
+    return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), members)
 
 
 class SideBySideCallback(TrainerCallback, ExportableState):
@@ -315,4 +312,4 @@ def _factor(member: Member, steps: int) -> Any:
 
 def _rank(output: Any, name: str) -> float:
     loss = output.metrics.get(name)
-    return float("inf") if loss is None or loss != loss else float(loss)
+    return float(loss) if loss is not None and math.isfinite(loss) else math.inf

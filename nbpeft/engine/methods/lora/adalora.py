@@ -12,7 +12,7 @@ zero, until ``target_r`` a layer are left on average. A file holds what is left,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import (
     Adapter,
     AdapterSite,
+    AdapterWeights,
     IsLowRank,
     LowRankDelta,
     PeftType,
@@ -39,6 +40,8 @@ from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
+_AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
+"""Names in the state of a training."""
 _ROBERTA = ["query", "key", "value", "dense"]
 
 
@@ -229,6 +232,42 @@ class RankAllocator(Allocator):
         if step > last:
             self._keep_allocated()
 
+    def training_state(self) -> dict[str, Tensor]:
+        """The moving averages, and of each layer which of its ranks are left; see ``HasTrainingState``."""
+        state = {
+            f"{path}.{name}.{which}": tensor
+            for (path, name), pair in self.__dict__["importance"].items()
+            for which, tensor in zip(_AVERAGES, pair, strict=True)
+        }
+        for path in self.adapters:
+            left = self.config.ranks_left(path)
+            if left is not None:
+                state[f"{path}.{_LEFT}"] = torch.tensor(left)
+        return state
+
+    def set_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets both; see ``HasTrainingState``."""
+        importance, pattern = self.__dict__["importance"], self.config.rank_pattern
+        assert pattern is not None
+        importance.clear()
+        pattern.clear()
+        for path, adapter in self.adapters.items():
+            left = state.get(f"{path}.{_LEFT}")
+            if left is not None or not adapter.is_whole:
+                pattern[f"{path}.{_E}"] = adapter.flags_of_places if left is None else left.tolist()
+            for name, parameter in adapter.named_parameters(recurse=False):
+                pair = tuple(state.get(f"{path}.{name}.{which}") for which in _AVERAGES)
+                if all(one is not None for one in pair):
+                    importance[path, name] = tuple(one.to(parameter, copy=True) for one in pair if one is not None)
+
+    def in_training(self, config: Any, weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
+        """With the ranks that went: they train, and may come back. See ``HasTrainingState``."""
+        whole = {path: adapter.whole_tensors for path, adapter in self.adapters.items()}
+        pattern = {
+            f"{path}.{_E}": adapter.flags_of_places for path, adapter in self.adapters.items() if not adapter.is_whole
+        }
+        return config.copy(rank_pattern=pattern), replace(weights, adapters={**weights.adapters, **whole})
+
     def _measure(self) -> None:
         """Brings the moving averages of importance and of its uncertainty up to date; nothing without a gradient."""
         importance, config = self.__dict__["importance"], self.config
@@ -270,6 +309,12 @@ class RankAllocator(Allocator):
             adapter.keep_ranks_(None)
 
 
+def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
+    """Which of the first ranks a layer of that rank has, where the config says of which others it does not."""
+    left = config.ranks_left(path) or []
+    return list(left) if len(left) > rank == sum(left) else []
+
+
 def _distance(matrix: Tensor) -> Tensor:
     """``‖M Mᵀ - I‖`` of a matrix (r, n), a scalar."""
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
@@ -303,10 +348,12 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         path: of the layer.
         dropout: probability on the adapter's input.
         alpha: what the config asks for.
+        flags_of_places: of each of the first ranks whether it has it: a file lacks those that went before.
     """
 
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha"}
 
+    flags_of_places: list[bool]
     path: str
     dropout: float
     alpha: float
@@ -351,6 +398,7 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         # The first layer holds the allocator as a module.
         self.__dict__.update(path=path, allocator=allocator, scaling=config.scaling_at(path))
         self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
+        self.__dict__["flags_of_places"] = _places(config, path, self.rank) or [True] * self.rank
         allocator.adapters[path] = self
 
     @property
@@ -401,27 +449,35 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         """
         pattern = self.allocator.config.rank_pattern
         assert pattern is not None
-        known = self.allocator.config.ranks_left(self.path)
-        if left is None and known is None:
-            return
         if left is None:
-            left = torch.tensor(self._own(known or []), dtype=torch.bool)
-        elif known is not None and len(known) != self.rank:  # of a file that was loaded without the ranks that went
-            rest = iter(left.tolist())
-            pattern[f"{self.path}.{_E}"] = [was and next(rest) for was in known]
+            known = self.allocator.config.ranks_left(self.path)
+            if known is None:
+                return
+            left = torch.tensor(self._own(known), dtype=torch.bool)
         else:
-            pattern[f"{self.path}.{_E}"] = left.tolist()
+            flags = iter(left.tolist())
+            pattern[f"{self.path}.{_E}"] = [has and next(flags) for has in self.flags_of_places]
         self.held[_E].masked_fill_(~left.view(-1, 1).to(self.held[_E].device), 0.0)
 
     def _own(self, left: Sequence[bool]) -> list[bool]:
         """Of flags for all first ranks those of the ranks it has."""
-        return list(left) if len(left) == self.rank else [True] * self.rank
+        return [flag for flag, has in zip(left, self.flags_of_places, strict=True) if has]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all first ranks."""
+        return all(self.flags_of_places)
+
+    @property
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """The factors with all ranks it has, also those that went."""
+        return {name: self.get_parameter(name) for name in (_A, _B, _E)}
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The ranks that are left; see ``Adapter``."""
         tensors = super().saved_tensors(shapes)
-        left = self.allocator.config.ranks_left(self.path)
-        if left is None or len(left) != self.rank or all(left):
+        left = self._own(self.allocator.config.ranks_left(self.path) or self.flags_of_places)
+        if all(left):
             return tensors
         kept = torch.tensor(left, device=tensors[_E].device)
         return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
@@ -433,13 +489,14 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     def configure(self, config: AdaLoraConfig, path: str) -> None:
         """Takes scaling, dropout and schedule of a config over."""
         self.rescale(config.scaling_at(path), trained=True)
+        self.__dict__["flags_of_places"] = _places(config, path, self.rank) or self.flags_of_places
         self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
         self.allocator.__dict__["config"] = config
 
     def keep_settings(self, change: Transaction) -> None:
         """Records scaling, dropout and schedule."""
         self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "alpha")
+        change.keep_attributes(self, "dropout", "alpha", "flags_of_places")
         change.keep_attributes(self.allocator, "config")
 
     @classmethod

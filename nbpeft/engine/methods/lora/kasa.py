@@ -19,37 +19,36 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, LearnsWithHooks
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.loss_terms import requested_loss
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, init_factors, start_of
 from nbpeft.engine.methods.lora.plain import LowRankProduct
-from nbpeft.engine.numerics import summed
 from nbpeft.engine.registry import register
+from nbpeft.engine.training_hooks import LearnsWithHooks
 from nbpeft.errors import HotSwapError
 
 DIAGONAL = "lora_diag"
 
 
 def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-    """What KaSA adds to the loss and the loss that the model returned does not have yet.
-
-    The loss of a training call with labels has it: then this is 0, so that a training loop written for PEFT, which adds
-    it, adds it once. Otherwise, as where the loop computes a loss of its own, it is the sum over all layers.
+    """What KaSA adds to a loss, the sum over all layers; a loss that has it already stays as it is when it is added.
 
     Args:
         manager: of the model.
         adapter_names: of which adapters; None for the active ones.
 
     Returns:
-        A scalar, or 0.0 where nothing is left to add.
+        A scalar; 0.0 where there is no KaSA.
     """
     names = manager.active if adapter_names is None else names_in(adapter_names)
-    adapters = (layer.adapters._modules.get(name) for layer in manager.layers.values() for name in names)
-    left = summed(loss for one in adapters if isinstance(one, KaSA) and (loss := one.loss_left()) is not None)
-    return 0.0 if left is None else left
+    adapters = {name: [layer.adapters._modules.get(name) for layer in manager.layers.values()] for name in names}
+    return requested_loss(
+        manager, {name: [one.penalty() for one in found if isinstance(one, KaSA)] for name, found in adapters.items()}
+    )
 
 
 @register(
@@ -69,19 +68,17 @@ class KaSA(LowRankProduct, LearnsWithHooks):
 
     Attributes:
         weights: beta and gamma.
-        in_loss: whether the loss of the last training call of the model has its terms.
     """
 
     observable: ClassVar[bool] = False
 
     weights: tuple[float, float]
-    in_loss: bool
 
     def __init__(
         self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
     ) -> None:
         super().__init__(tensors, kind, config, path, start)
-        self.__dict__.update(weights=(config.kasa_config.beta, config.kasa_config.gamma), in_loss=False)
+        self.__dict__.update(weights=(config.kasa_config.beta, config.kasa_config.gamma))
 
     @classmethod
     def parameter_shapes(
@@ -121,14 +118,8 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         total: Tensor = beta * self.diagonal.float().square().sum() + gamma * (distances[0] + distances[1])
         return total
 
-    def loss_left(self) -> Tensor | None:
-        """The same, where the loss that the model returned last does not have it; None where it does."""
-        had, self.__dict__["in_loss"] = self.in_loss, False
-        return None if had else self.penalty()
-
     def extra_loss(self) -> Tensor | None:
-        """The same, for the loss that the model returns; None where both weights are zero."""
-        self.__dict__["in_loss"] = True
+        """The same; None where both weights are zero. See ``LearnsWithHooks``."""
         return self.penalty() if any(self.weights) else None
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -16,24 +16,26 @@ layer. PEFT's divergence of the Dirichlet has one of its terms with the wrong si
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, LearnsWithHooks
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.loss_terms import requested_loss
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
-from nbpeft.engine.numerics import composes, summed, without_autocast
+from nbpeft.engine.numerics import composes, without_autocast
 from nbpeft.engine.registry import register
 from nbpeft.engine.shared_state import Together
+from nbpeft.engine.training_hooks import LearnsWithHooks
 
 STD = "lora_monteclora_std_prior"
 PRIOR = "lora_monteclora_expert_weights_prior"
@@ -118,47 +120,28 @@ def _without_samplers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapp
 
 
 class Divergence(Together, LearnsWithHooks):
-    """The loss of all layers.
+    """The loss of all layers."""
 
-    Attributes:
-        in_loss: whether the loss of the last training call of the model has it.
-    """
-
-    in_loss: ClassVar[bool] = False
-
-    def loss(self) -> Tensor | None:
-        """The mean of the losses of the layers that have acted, a scalar."""
+    def extra_loss(self) -> Tensor | None:
+        """The mean of the losses of the layers that were called in training, a scalar; see ``LearnsWithHooks``."""
         losses = [loss for one in self.adapters.values() if (loss := one.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
-    def loss_left(self) -> Tensor | None:
-        """The same, where the loss that the model returned last does not have it; None where it does."""
-        had, self.__dict__["in_loss"] = self.in_loss, False
-        return None if had else self.loss()
-
-    def extra_loss(self) -> Tensor | None:
-        """The same, for the loss that the model returns; see ``LearnsWithHooks``."""
-        self.__dict__["in_loss"] = True
-        return self.loss()
-
 
 def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-    """What MonteCLoRA adds to the loss and the loss that the model returned does not have yet.
-
-    The loss of a training call with labels has it: then this is 0, so that a loop or a Trainer written for PEFT, which
-    adds it, adds it once.
+    """What MonteCLoRA adds to a loss; a loss that has it already stays as it is when it is added.
 
     Args:
         manager: of the model.
         adapter_names: of which adapters; None for the active ones.
 
     Returns:
-        A scalar; 0.0 where nothing is left to add.
+        A scalar; 0.0 where there is no MonteCLoRA that was called in training.
     """
     names = manager.active if adapter_names is None else names_in(adapter_names)
-    shared = (manager.shared(name) for name in names)
-    left = summed(loss for one in shared if isinstance(one, Divergence) and (loss := one.loss_left()) is not None)
-    return 0.0 if left is None else left
+    shared = {name: one for name in names if isinstance(one := manager.shared(name), Divergence)}
+    terms = {name: one.extra_loss() for name, one in shared.items()}
+    return requested_loss(manager, {name: [term] for name, term in terms.items() if term is not None})
 
 
 @register(

