@@ -99,7 +99,7 @@ CASES = {
     "nf4": Case(
         lambda: _linear4bit(quant_type="nf4"), _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.3
     ),
-    "fp4-double-repacked": Case(
+    "fp4-repacked": Case(
         lambda: _linear4bit(quant_type="fp4", compress_statistics=True, repacked=True),
         _floats(2, 3, 64),
         quantized=True,
@@ -158,7 +158,7 @@ PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT",
 
 # (kind, sample), or (kind, label) for all samples of a method.
 PEFT_IS_WRONG = {
-    **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-double-repacked") for label in PACKED},
+    **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-repacked") for label in PACKED},
     **{(kind, "trainable tokens-tokens"): "drops the bias of the layer" for kind in ("linear", "linear-bf16")},
     ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
     ("transformers-conv1d", "Lily"): "raises NotImplementedError",
@@ -167,15 +167,15 @@ PEFT_IS_WRONG = {
     ("int8", "Super-Tuning"): "adds to the 8-bit numbers",
     ("int8", "AdaMSS"): "takes the directions of the 8-bit numbers",
     ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
-    **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-double-repacked", "int8")},
+    **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-repacked", "int8")},
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
-    **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-double-repacked", "int8")},
-    **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double-repacked", "int8")},
+    **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-repacked", "int8")},
+    **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-repacked", "int8")},
     **{(kind, "QALoRA"): "takes it for plain LoRA" for kind in CASES},
     ("transformers-conv1d", "BD-LoRA"): "raises AttributeError",
-    **{(kind, "BD-LoRA"): "raises RuntimeError" for kind in ("nf4", "fp4-double-repacked", "int8")},
-    **{(kind, "MiCA"): "raises TypeError" for kind in ("nf4", "fp4-double-repacked", "int8")},
-    **{(kind, "VeLoRA-random"): "draws in the dtype of the packed numbers" for kind in ("nf4", "fp4-double-repacked", "int8")},
+    **{(kind, "BD-LoRA"): "raises RuntimeError" for kind in ("nf4", "fp4-repacked", "int8")},
+    **{(kind, "MiCA"): "raises TypeError" for kind in ("nf4", "fp4-repacked", "int8")},
+    **{(kind, "VeLoRA-random"): "draws in the dtype of the packed numbers" for kind in ("nf4", "fp4-repacked", "int8")},
 }
 DRAWS = ("MonteCLoRA", "Polytropon")
 """Methods whose output in training is drawn."""

@@ -21,7 +21,16 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks
 from nbpeft.engine.adapter_names import check_name, check_scale, names_in
 from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
-from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, release_storage, replace_modules
+from nbpeft.engine.build import (
+    CollectionPaused,
+    Parts,
+    build,
+    commit,
+    drop,
+    prepare_storage,
+    release_storage,
+    replace_modules,
+)
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_commands import LayerCommands
 from nbpeft.engine.merging import (

@@ -7,12 +7,14 @@ A weight is stored in one of three layouts, and ``dequantize`` reads them all:
                rounds the constants to bfloat16 and transposes them
     half-plain ``state_dict()`` of a packed module brings the codes back but leaves the constants transposed
 
-The library's packed forward computes in bfloat16 whatever was asked for and has no gradient for its input,
-and its forward on the half-plain layout is wrong. So ``prepare`` brings a layer to the plain layout and keeps it
-there: its outputs are those of a CPU that re-packs nothing, in training, in evaluation, and after loading.
-A forward of one token takes 2.5 to 4 times as long that way in layers of 576 to 1,536 features and 7 times in
-those of 2,048, from 64 tokens on 0.7 to 1.1 times in bfloat16 and 1.4 to 2 times in float32. ``release`` lets the library
-pack again.
+The library's packed forward computes in bfloat16 whatever is asked for and has no gradient for its input,
+and its forward on the half-plain layout is wrong. ``prepare`` brings a layer to the plain layout and keeps it
+there: its outputs are those of a CPU that re-packs nothing, in training and in evaluation. ``release`` lets the
+library re-pack the layer again.
+
+What that costs on a CPU with AVX512-BF16: a forward of one token takes 2.5 to 4 times as long in layers of 576 to
+1,536 features, 7 times at 2,048 and 40 to 70 times in one of 2,048 x 8,192; one of 256 tokens takes 0.7 to 0.9 times
+as long in bfloat16 and 1.4 to 2.3 times in float32. Training has no other way.
 
 References: QLoRA, https://arxiv.org/abs/2305.14314; layouts as in bitsandbytes 0.46 to 0.50.
 """

@@ -258,7 +258,8 @@ def test_a_prepared_module_has_one_output_and_gradients(quant_type, double, stor
     assert backend.prepare(layer) == repacks and not backend.prepare(layer)
     assert torch.equal(backend.dequantize(layer), weight)
     output = evaluate(layer, x)
-    assert error(output, x.float() @ weight.float().t() + layer.bias.float()) < (1e-6 if dtype == torch.float32 else 4e-3)
+    expected = x.float() @ weight.float().t() + layer.bias.float()
+    assert error(output, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
     for mode in (True, False):
         y = x.clone().requires_grad_()
         trained = layer.train(mode)(y)
