@@ -16,6 +16,7 @@ from nbpeft.errors import ConfigError
 from nbpeft.memory import weights_by_kind
 from nbpeft.memory.forecast import forecast
 from nbpeft.model.merge_export import merge_to_folder
+from nbpeft.model.quantized_experts import remaining_experts
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.session.core import Session
 from tests.engine.test_quantized_matrices import dequantized
@@ -53,10 +54,15 @@ def trained(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(("model_type", "bits"), [*((name, 4) for name in MIXTURES), ("mixtral", 8), ("gpt_oss", 8)])
-def test_experts_are_quantized_as_they_are_read(model_type: str, bits: int, tmp_path: Path) -> None:
+def test_experts_are_quantized_as_they_are_read(
+    model_type: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = mixture(model_type)
     model.save_pretrained(tmp_path / "dense")
+    left: list[Any] = []
+    monkeypatch.setattr("nbpeft.model.quantize.quantize_experts", lambda model: left.append(remaining_experts(model)))
     read = load_quantized(tmp_path / "dense", bits=bits, dtype="float32")
+    assert left == [{}], "transformers quantized them one by one"
     quantize_model(model, bits=bits)
     names = {name for name, parameter in mixture(model_type).named_parameters() if parameter.ndim == 3}
     assert stored(read).keys() == stored(model).keys() == names
