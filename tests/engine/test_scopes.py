@@ -19,6 +19,7 @@ from torch import nn
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError, BusyError
 from tests.effort import effort
+from tests.waiting import PATIENCE
 
 IDS = torch.arange(6.0).view(2, 3)
 LEGAL = ("a", "b", None)
@@ -60,14 +61,14 @@ def elsewhere(model: PeftModel, name: str | None) -> Iterator[None]:
     def block() -> None:
         with chosen(model, name):
             inside.set()
-            leave.wait(10)
+            leave.wait(PATIENCE)
 
     thread = threading.Thread(target=block)
     thread.start()
-    inside.wait(10)
+    inside.wait(PATIENCE)
     yield
     leave.set()
-    thread.join(10)
+    thread.join(PATIENCE)
 
 
 def flags(model: PeftModel) -> list[bool]:
@@ -177,7 +178,7 @@ def test_recomputing_in_autograds_threads_uses_the_block(monkeypatch: pytest.Mon
         monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
         thread = threading.Thread(target=lambda: seen.append(model.manager.active_state.current().names))
         thread.start()
-        thread.join(10)
+        thread.join(PATIENCE)
     assert seen == [("b",)]
 
 
@@ -269,7 +270,7 @@ def test_replicas_of_data_parallel_act_as_the_thread_that_makes_them_says() -> N
         seen: list[tuple[str, ...]] = []
         thread = threading.Thread(target=lambda: seen.append(replica.active_state.current().names))  # noqa: B023
         thread.start()
-        thread.join(10)
+        thread.join(PATIENCE)
         assert seen == [names]
 
 

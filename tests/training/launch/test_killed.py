@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tests.runs.killed import ARGUMENTS, adapted_session, rows
 from tests.training.launch.callbacks import KeepsEachState
 from tests.training.launch.test_launch import close, when_shown
 from tests.training.support import weights
+from tests.waiting import wait_until
 
 TWO: dict[str, Any] = {**ARGUMENTS, "processes": 2, "per_device_train_batch_size": 2}
 
@@ -54,9 +54,6 @@ def test_a_run_goes_on_after_a_kill_of_a_process_and_of_the_one_that_waits(tmp_p
 
 def ended(place: Path) -> RunRecord:
     """The run when its processes, which nobody waits for any more, have ended."""
-    for _ in range(300):
-        (record,) = RunStore(place).records()
-        if record.status != "running":
-            return record
-        time.sleep(0.1)
-    raise AssertionError("the processes go on alone")
+    wait_until(lambda: RunStore(place).records()[0].status != "running")
+    (record,) = RunStore(place).records()
+    return record
