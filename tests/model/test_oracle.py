@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import nbpeft.model as nbpeft
+from tests.pretend_cpu import pretend_repacking
 from tests.tiny_models import classifier, gpt2, llama, logits, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning", "ignore:merging into")
@@ -113,8 +114,9 @@ def test_merged_weights_are_the_same(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=["nf4", "int8"])
-def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """Makes the same tiny quantized Llama as often as asked for."""
+def quantized(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the same tiny quantized Llama as often as asked for, on a processor that re-packs 4-bit weights."""
+    pretend_repacking(monkeypatch, True)
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     if request.param == "nf4":
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
