@@ -220,9 +220,14 @@ def test_sliders_begin_with_what_acts(blend: BlendPanel) -> None:
     assert [part.value for part in parts(blend, ipywidgets.FloatSlider)] == [1.0, 0.0, 0.0]
 
 
-def test_the_exact_sum_follows_the_sliders_without_a_new_adapter(blend: BlendPanel, session: AnsweringSession) -> None:
-    for value in (0.2, 0.3, 0.4):
+def test_the_exact_sum_follows_the_sliders_without_a_new_adapter(
+    blend: BlendPanel, session: AnsweringSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 1000.0)
+    for value in (0.2, 0.3):
         slider(blend, 1).value = value
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 0.0)
+    slider(blend, 1).value = 0.4
     assert blend.wait(PATIENCE)
     assert session.commands == [("compare", PROMPT, (), True, {"orders": 1.0, "pirate": 0.4})]
     slider(blend, 0).value = 0.6
