@@ -224,8 +224,6 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
     def thread(seed: int) -> None:
         draw = random.Random(seed)
         for _ in rounds:
-            if errors:
-                return
             with ExitStack() as stack:
                 look("a")
                 for name in draw.choices(LEGAL, k=draw.randint(1, 4)):
@@ -236,8 +234,6 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
     async def task(seed: int) -> None:
         draw = random.Random(seed)
         for _ in rounds:
-            if errors:
-                return
             with chosen(model, first := draw.choice(LEGAL)):
                 await asyncio.sleep(0)
                 look(first)
