@@ -34,9 +34,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_configure() -> None:
-    """Lets interruptions through where a shell started the tests in the background, which ignores them."""
+    """Lets interruptions through where a shell started the tests in the background, which ignores them.
+
+    ``NBPEFT_REPACKING`` is 1 or 0: whether bitsandbytes re-packs 4-bit weights, whatever the processor.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    repacks = os.environ.get("NBPEFT_REPACKING")
+    if repacks:
+        import_module("tests.pretend_cpu").pretend_repacking(pytest.MonkeyPatch(), repacks == "1")
 
 
 def pytest_collection_finish() -> None:

@@ -17,6 +17,7 @@ from nbpeft.errors import CheckpointNotFoundError
 from nbpeft.hub_access import hub_answers, hub_options
 from tests.checkpoint.loopback import serving
 from tests.magics.notebook import Notebook
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,8 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_hub_answers_unless_it_fails() -> None:
+def test_a_hub_answers_unless_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_access, "TIMEOUT", PATIENCE)
     with serving() as hub:
         assert hub_answers(hub.endpoint) and hub.asked == ["HEAD /"]
         assert hub_answers(hub.endpoint) and hub.asked == ["HEAD /"], "believed for a while"

@@ -15,6 +15,7 @@ import pytest
 
 from nbpeft import interrupts
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, check_interrupt, released_interrupts
+from tests.waiting import PATIENCE
 
 
 def held_and_released(seen: list[str]) -> None:
@@ -83,12 +84,12 @@ def test_another_thread_sees_whether_a_block_runs() -> None:
     def work() -> None:
         blocks.append(RunningBlock())
         entered.set()
-        go_on.wait(20)
+        go_on.wait(PATIENCE)
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert entered.wait(20)
+    assert entered.wait(PATIENCE)
     assert blocks[0].runs()
     go_on.set()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not blocks[0].runs()

@@ -18,6 +18,7 @@ import pytest
 
 from nbpeft import logs
 from nbpeft.logs import HOLD_SECONDS, LIBRARIES, RepeatFilter, collapsed
+from tests.waiting import PATIENCE
 
 FLOOD = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
 
@@ -140,7 +141,7 @@ def test_a_block_that_was_interrupted_anywhere_leaves_nothing(shown: io.StringIO
         gc.collect()
         other = threading.Thread(target=lambda: contextlib.ExitStack().enter_context(collapsed()), daemon=True)
         other.start()
-        other.join(20)
+        other.join(PATIENCE)
         assert not other.is_alive(), f"line {number}: another thread does not get in"
         gc.collect()
         assert not logs._collapsing._blocks, f"line {number}"

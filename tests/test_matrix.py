@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.backends.bnb4bit import Bnb4bit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.plan import plan
 from nbpeft.engine.registry import methods
 from nbpeft.errors import ConfigError, MergeError, NbpeftError, TargetError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.pretend_cpu import pretend_repacking, repack
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -42,12 +44,13 @@ class Net(nn.Module):
 
 @dataclass
 class Case:
-    """A layer and what to expect of it."""
+    """A layer and what to expect of it; repacked as bitsandbytes does it on some processors, and computes otherwise."""
 
     layer: Callable[[], nn.Module]
     batch: Callable[[], Tensor]
     peft_config: dict[str, Any] = field(default_factory=dict)
     quantized: bool = False
+    repacked: bool = False
     tolerance: float = 1e-5
     merge_tolerance: float = 1e-5
 
@@ -62,10 +65,14 @@ def _conv1d() -> nn.Module:
     return layer
 
 
-def _linear4bit(**options: Any) -> nn.Module:
+def _linear4bit(*, repacked: bool = False, **options: Any) -> nn.Module:
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=True, compute_dtype=torch.float32, **options)
     layer.load_state_dict(nn.Linear(64, 64).state_dict())
-    return layer.to("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    layer.to("cpu")
+    if repacked:
+        repack(layer)
+    return layer
 
 
 def _linear8bit() -> nn.Module:
@@ -92,10 +99,11 @@ CASES = {
     "nf4": Case(
         lambda: _linear4bit(quant_type="nf4"), _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.3
     ),
-    "fp4-double": Case(
-        lambda: _linear4bit(quant_type="fp4", compress_statistics=True),
+    "fp4-repacked": Case(
+        lambda: _linear4bit(quant_type="fp4", compress_statistics=True, repacked=True),
         _floats(2, 3, 64),
         quantized=True,
+        repacked=True,
         tolerance=1e-4,
         merge_tolerance=0.3,
     ),
@@ -123,9 +131,23 @@ def config_of(sample: str, **more: Any) -> AdapterConfig:
     return cls(**{"target_modules": ["target"], **fields, **own})
 
 
+@pytest.fixture(autouse=True)
+def repacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every processor computes with re-packed weights."""
+    pretend_repacking(monkeypatch, True)
+
+
 def make(case: Case) -> Net:
     torch.manual_seed(0)
     return Net(case.layer(), nn.Tanh()).eval()
+
+
+def make_plain(case: Case) -> Net:
+    """The same, with a re-packed layer in the layout in which layers with adapters compute."""
+    base = make(case)
+    if case.repacked:
+        Bnb4bit().prepare(base.target)
+    return base
 
 
 def randomise(model: nn.Module) -> None:
@@ -144,7 +166,7 @@ PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT",
 
 # (kind, sample), or (kind, label) for all samples of a method.
 PEFT_IS_WRONG = {
-    **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-double") for label in PACKED},
+    **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-repacked") for label in PACKED},
     **{(kind, "trainable tokens-tokens"): "drops the bias of the layer" for kind in ("linear", "linear-bf16")},
     ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
     ("transformers-conv1d", "Lily"): "raises NotImplementedError",
@@ -153,15 +175,15 @@ PEFT_IS_WRONG = {
     ("int8", "Super-Tuning"): "adds to the 8-bit numbers",
     ("int8", "AdaMSS"): "takes the directions of the 8-bit numbers",
     ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
-    **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-double", "int8")},
+    **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-repacked", "int8")},
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
-    **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-double", "int8")},
-    **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
+    **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-repacked", "int8")},
+    **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-repacked", "int8")},
     **{(kind, "QALoRA"): "takes it for plain LoRA" for kind in CASES},
     ("transformers-conv1d", "BD-LoRA"): "raises AttributeError",
-    **{(kind, "BD-LoRA"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
-    **{(kind, "MiCA"): "raises TypeError" for kind in ("nf4", "fp4-double", "int8")},
-    **{(kind, "VeLoRA-random"): "draws in the dtype of the packed numbers" for kind in ("nf4", "fp4-double", "int8")},
+    **{(kind, "BD-LoRA"): "raises RuntimeError" for kind in ("nf4", "fp4-repacked", "int8")},
+    **{(kind, "MiCA"): "raises TypeError" for kind in ("nf4", "fp4-repacked", "int8")},
+    **{(kind, "VeLoRA-random"): "draws in the dtype of the packed numbers" for kind in ("nf4", "fp4-repacked", "int8")},
 }
 DRAWS = ("MonteCLoRA", "Polytropon")
 """Methods whose output in training is drawn."""
@@ -213,7 +235,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_in(model: Any) -> list[Tensor]:
-    """Copies of all tensors that the weight under test is stored in; a forward may pack them anew."""
+    """Copies of all tensors that the weight under test is stored in."""
     layer = model.target
     return [tensor.detach().clone() for tensor in layer.backend.tensors(layer.base_layer)]
 
@@ -259,13 +281,16 @@ def test_what_does_not_work_is_refused_in_one_line(kind: str, sample: str) -> No
 
 
 @every_pair
-@torch.no_grad()  # bitsandbytes takes another kernel where its input learns
 def test_identity_at_start(kind: str, sample: str) -> None:
     case = CASES[kind]
     base = make(case)
     x = case.batch()
     before = base(x)
     model = get_peft_model(base, config_of(sample)).eval()
+    if case.repacked:  # where the library computes in bfloat16
+        with model.disable_adapter():
+            assert torch.allclose(model(x), before, atol=2e-2, rtol=0)
+            before = model(x)
     near = 5e-2 if (kind, labels[sample]) in STARTS_NEAR else case.tolerance / 10
     same_outputs = torch.allclose(model(x), before, atol=near, rtol=0)
     assert same_outputs == (labels[sample] not in STARTS_ELSEWHERE)
@@ -329,7 +354,6 @@ def test_unmerge_is_bit_equal(kind: str, sample: str) -> None:
 
 
 @every_pair
-@torch.no_grad()
 def test_save_remove_load_is_equal(kind: str, sample: str, tmp_path: Any) -> None:
     case = CASES[kind]
     base, model = adapted(case, sample)
@@ -338,10 +362,9 @@ def test_save_remove_load_is_equal(kind: str, sample: str, tmp_path: Any) -> Non
     model.save_pretrained(tmp_path)
     plain = model.unload()
     assert manager_of(plain) is None and plain is base
+    plain(x)  # which re-packs the weight again
     again = PeftModel.from_pretrained(plain, tmp_path)
-    # bitsandbytes re-packs a 4-bit weight for a CPU and rounds its scales: what starts in it moves a little.
-    anew = case.quantized and config_of(sample).initialised_from_weight
-    assert torch.allclose(again(x), expected, atol=1e-2 if anew else 1e-6, rtol=0)
+    assert torch.allclose(again(x), expected, atol=1e-6, rtol=0)
 
 
 def neighbours(kind: str) -> list[tuple[str, str]]:
@@ -401,20 +424,19 @@ def test_equal_to_peft_for_the_same_weights(kind: str, sample: str, tmp_path: An
     if wrong:
         pytest.skip(f"peft {wrong}")
     own = {name: value for name, value in case.peft_config.items() if hasattr(config, name)}
-    theirs = peft.get_peft_config({**config.to_dict(), **own, "peft_type": str(config.peft_type)})
+    their_config = peft.get_peft_config({**config.to_dict(), **own, "peft_type": str(config.peft_type)})
     try:
-        peft.get_peft_model(make(case), theirs)
+        peft.get_peft_model(make(case), their_config)
     except (ValueError, TypeError, NotImplementedError) as error:
         assert "support" in str(error)
         pytest.skip("peft has the method not for this kind of layer")
     _, model = adapted(case, sample, **case.peft_config)
     x = case.batch()
-    # In eval mode bitsandbytes takes another kernel, and peft reads the re-packed weight wrongly for DoRA.
-    training = case.quantized and labels[sample] not in DRAWS
-    model.train(training)
-    expected = model(x)
+    # In eval mode bitsandbytes rounds the input of 8-bit layers, but not that of a method that changes the weight.
+    training = kind == "int8" and labels[sample] not in DRAWS
+    expected = model.train(training)(x)
     model.save_pretrained(tmp_path)
-    oracle = peft.PeftModel.from_pretrained(make(case), tmp_path).train(training)
+    oracle = peft.PeftModel.from_pretrained(make_plain(case), tmp_path).train(training)
     if labels[sample] == "Polytropon":  # whose tasks a model without a task type does not hand on in peft
         found = oracle.base_model(x, task_ids=torch.zeros(len(x), dtype=torch.long))
     else:
@@ -433,7 +455,6 @@ def test_deepcopy_and_pickle_survive(kind: str, sample: str) -> None:
     with twin.disable_adapter():
         assert not torch.equal(twin(x), expected)
     assert torch.equal(model(x), expected)
-    if case.quantized:
-        return
     restored = pickle.loads(pickle.dumps(model))
     assert torch.equal(restored(x), expected)
+    assert torch.equal(copy.deepcopy(restored)(x), expected)

@@ -39,8 +39,16 @@ class Backend(Protocol):
         """Whether this backend reads the module's weight."""
         ...
 
-    def prepare(self, module: nn.Module) -> None:
-        """Prepares a module of a model that gets its first adapter. Idempotent."""
+    def prepare(self, module: nn.Module) -> bool:
+        """Prepares a module of a model that gets its first adapter. Idempotent.
+
+        Returns:
+            Whether ``release`` is to be called once the adapters are gone.
+        """
+        ...
+
+    def release(self, module: nn.Module) -> None:
+        """Undoes ``prepare``, where that returned True."""
         ...
 
     def tensors(self, module: nn.Module) -> list[Tensor]:

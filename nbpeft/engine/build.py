@@ -36,6 +36,8 @@ from nbpeft.errors import ConfigError
 from nbpeft.interrupts import check_interrupt
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_PREPARED = "_nbpeft_prepared_by"
+"""Attribute of a layer that a backend is to release: the backend's name."""
 
 
 @dataclass
@@ -391,5 +393,14 @@ def prepare_storage(model: nn.Module, change: Transaction) -> None:
     for module in reached_modules(model):
         for backend in willing:
             if module._parameters and backend.matches(module):
-                change.keep(module.__dict__, module._forward_pre_hooks)
-                backend.prepare(module)
+                change.keep(module.__dict__)
+                if backend.prepare(module):
+                    module.__dict__[_PREPARED] = backend.name
+
+
+def release_storage(model: nn.Module, change: Transaction) -> None:
+    """Lets backends undo what they did to layers for the sake of adapters; the last of these is gone."""
+    for module in reached_modules(model):
+        if _PREPARED in module.__dict__:
+            change.keep(module.__dict__)
+            backend_named(module.__dict__.pop(_PREPARED)).release(module)

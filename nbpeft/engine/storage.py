@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _set_obj_state
 
 from nbpeft.errors import MergeError
 
@@ -35,8 +37,16 @@ class StoredWeight:
         """PEFT's name of the quantization; empty for a weight that is not quantized."""
         return _BACKENDS.get(self.name, self.name)
 
-    def prepare(self, module: nn.Module) -> None:
-        """Called on every module of a model that gets its first adapter. Idempotent; most need nothing."""
+    def prepare(self, module: nn.Module) -> bool:
+        """Called on every module of a model that gets its first adapter. Idempotent; most need nothing.
+
+        Returns:
+            Whether ``release`` is to be called once the adapters are gone.
+        """
+        return False
+
+    def release(self, module: nn.Module) -> None:
+        """Undoes what ``prepare`` did to how the module computes, where that returned True."""
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """All tensors that the weight is stored in, with its quantization constants."""
@@ -125,6 +135,22 @@ def plain(weight: Any) -> Tensor:
     """A parameter or tensor subclass as an ordinary detached tensor on the same storage."""
     tensor: Tensor = weight.detach().as_subclass(Tensor)
     return tensor
+
+
+def pickled_as_themselves(*parameters: Tensor) -> None:
+    """Lets pickle keep the classes of parameters, as bitsandbytes has them, with their attributes.
+
+    As torch pickles them they come back as plain parameters, whose deep copies have no attributes.
+    """
+    for kind in {type(parameter) for parameter in parameters}:
+        if issubclass(kind, nn.Parameter) and kind is not nn.Parameter:
+            copyreg.pickle(kind, reduced_parameter)  # type: ignore[arg-type]
+
+
+def reduced_parameter(parameter: Any) -> tuple[Any, ...]:
+    """How to pickle a parameter of a class of its own, so that it is read back by torch alone."""
+    data = (type(parameter), plain(parameter), parameter.requires_grad)
+    return Tensor._make_subclass, data, dict(vars(parameter)), None, None, _set_obj_state
 
 
 def inner_tensors(weight: Any) -> list[Tensor]:

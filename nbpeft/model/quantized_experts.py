@@ -75,13 +75,14 @@ def quantizing_while_reading(settings: Any) -> Iterator[None]:
 
 def _quantizer_with_experts(plain: Any, settings: Any) -> Any:
     """Returns a class of transformers' quantizers; for other settings than these it does as the plain one."""
+    given = settings.to_dict()
 
     class WithExperts(plain):  # type: ignore[misc]
         paths: frozenset[str] | None = None
 
         def is_expert(self, model: nn.Module, name: str) -> bool:
             if self.paths is None:
-                ours = self.quantization_config is settings
+                ours = self.quantization_config.to_dict() == given  # automatic classes hand on a copy
                 skipped = self.modules_to_not_convert or ()
                 self.paths = frozenset(experts_to_quantize(model, skipped) if ours else ())
             return name in self.paths

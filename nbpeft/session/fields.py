@@ -55,7 +55,7 @@ _QUANTIZATION = (
     Field("bits", "int", "4", "Bits of a quantized weight.", (4, 8)),
     Field("quant_type", "str", "'nf4'", "Data type of 4-bit weights.", QUANT_TYPES),
     Field("double_quant", "bool", "True", "Quantize the constants of 4-bit blocks too.", (True, False)),
-    Field("compute_dtype", "str", "", "What 4-bit layers compute in.", DTYPES),
+    Field("compute_dtype", "str", "", "What 4-bit layers compute in; by default as the other weights.", DTYPES),
     Field("quant_storage", "str", "'uint8'", "Dtype that holds the 4-bit codes.", ("uint8", *DTYPES)),
     Field("gradient_checkpointing", "bool", "True", "Recompute activations in backward.", (True, False)),
     Field("gradient_checkpointing_kwargs", "dict", "None", "Options of torch.utils.checkpoint."),

@@ -18,6 +18,7 @@ from nbpeft.engine.active_state import _ENTERED_BY, NONE_ACTIVE, Active, ActiveS
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.model.serving import blended
 from tests.tiny_models import adapted, tokens
+from tests.waiting import PATIENCE
 
 
 @contextmanager
@@ -57,18 +58,18 @@ def test_a_running_call_keeps_what_it_started_with() -> None:
         with switch.call():
             seen.append(switch.current().names)
             started.set()
-            go_on.wait(5)
+            go_on.wait(PATIENCE)
             with switch.call():
                 seen.append(switch.current().names)
         seen.append(switch.current().names)
 
     thread = threading.Thread(target=call)
     thread.start()
-    started.wait(5)
+    started.wait(PATIENCE)
     switch.live = Active(("b",), (1.0,))
     assert switch.current().names == ("b",)
     go_on.set()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert seen == [("a",), ("a",), ("b",)]
 
 
@@ -85,15 +86,15 @@ def test_changes_wait_for_calls_and_calls_for_changes() -> None:
 
     thread = threading.Thread(target=call)
     thread.start()
-    inside.wait(5)
+    inside.wait(PATIENCE)
     with exclusive(switch):
         order.append("change")
         late = threading.Thread(target=lambda: [switch.call().__enter__(), order.append("late")])
         late.start()
         time.sleep(0.05)
         order.append("changed")
-    late.join(5)
-    thread.join(5)
+    late.join(PATIENCE)
+    thread.join(PATIENCE)
     assert order == ["call", "change", "changed", "late"]
 
 

@@ -13,6 +13,7 @@ import pytest
 from nbpeft.engine import registry
 from nbpeft.engine.adapter import Adapter, AdapterConfig
 from nbpeft.engine.methods.lora.lora import LoRA
+from tests.waiting import PATIENCE
 
 
 @dataclass
@@ -71,7 +72,7 @@ def test_another_thread_waits_until_all_packages_are_loaded(install: Any) -> Non
 
     def slow() -> None:
         loading.set()
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
         register_toy()
 
     found: list[list[str]] = []
@@ -80,12 +81,12 @@ def test_another_thread_waits_until_all_packages_are_loaded(install: Any) -> Non
         threading.Thread(target=lambda: found.append([method.label for method in registry.methods()])) for _ in range(2)
     ]
     threads[0].start()
-    assert loading.wait(10)
+    assert loading.wait(PATIENCE)
     threads[1].start()
     threads[1].join(0.2)
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert [("Toy" in labels) for labels in found] == [True, True]
 
 

@@ -6,7 +6,6 @@ import asyncio
 import copy
 import random
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from torch import nn
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError, BusyError
 from tests.effort import effort
+from tests.waiting import PATIENCE
 
 IDS = torch.arange(6.0).view(2, 3)
 LEGAL = ("a", "b", None)
@@ -60,14 +60,14 @@ def elsewhere(model: PeftModel, name: str | None) -> Iterator[None]:
     def block() -> None:
         with chosen(model, name):
             inside.set()
-            leave.wait(10)
+            leave.wait(PATIENCE)
 
     thread = threading.Thread(target=block)
     thread.start()
-    inside.wait(10)
+    inside.wait(PATIENCE)
     yield
     leave.set()
-    thread.join(10)
+    thread.join(PATIENCE)
 
 
 def flags(model: PeftModel) -> list[bool]:
@@ -177,7 +177,7 @@ def test_recomputing_in_autograds_threads_uses_the_block(monkeypatch: pytest.Mon
         monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
         thread = threading.Thread(target=lambda: seen.append(model.manager.active_state.current().names))
         thread.start()
-        thread.join(10)
+        thread.join(PATIENCE)
     assert seen == [("b",)]
 
 
@@ -214,7 +214,7 @@ def test_tasks_have_blocks_of_their_own() -> None:
 def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None:
     model = adapted()
     legal, before = outputs(model), flags(model)
-    until = time.monotonic() + effort(quick=1, full=20, long=60)
+    rounds = range(effort(quick=30, full=600, long=2_000))
     errors: list[str] = []
 
     def look(name: str | None) -> None:
@@ -223,7 +223,7 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
 
     def thread(seed: int) -> None:
         draw = random.Random(seed)
-        while time.monotonic() < until and not errors:
+        for _ in rounds:
             with ExitStack() as stack:
                 look("a")
                 for name in draw.choices(LEGAL, k=draw.randint(1, 4)):
@@ -233,7 +233,7 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
 
     async def task(seed: int) -> None:
         draw = random.Random(seed)
-        while time.monotonic() < until and not errors:
+        for _ in rounds:
             with chosen(model, first := draw.choice(LEGAL)):
                 await asyncio.sleep(0)
                 look(first)
@@ -253,7 +253,7 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
     for one in threads:
         one.start()
     for one in threads:
-        one.join(120)
+        one.join()
     assert errors == []
     assert (model.active_adapter, model.manager.enabled, flags(model)) == ("a", True, before)
     assert model.manager.active_state.scopes == ()
@@ -269,7 +269,7 @@ def test_replicas_of_data_parallel_act_as_the_thread_that_makes_them_says() -> N
         seen: list[tuple[str, ...]] = []
         thread = threading.Thread(target=lambda: seen.append(replica.active_state.current().names))  # noqa: B023
         thread.start()
-        thread.join(10)
+        thread.join(PATIENCE)
         assert seen == [names]
 
 

@@ -79,6 +79,29 @@ FIELDS = {"config": CONFIG_FIELDS, "training": TRAINING_FIELDS, "qlora": (*QUANT
 NEEDED = {"config": "target_modules = ['q_proj']", "qlora": "target_modules = ['q_proj']", "training": "max_steps = 1"}
 LINES = {"lora": "model --name c", "qlora": "second --name c", "lora_train": "model --data rows --adapter b"}
 """Lines of cells without a mistake."""
+RIGHT = (
+    "%lora add model --name nope r=2 target_modules=q_proj",
+    "%lora load $folder --name nope --model model",
+    "%lora delete b --model model",
+    "%lora rename a nope --model model",
+    "%lora copy a nope --model model",
+    "%lora freeze a --model model",
+    "%lora use b --model model",
+    "%lora off --model model",
+    "%lora scale a 0.5 --model model",
+    "%lora inspect a --model model",
+    "%lora memory --model model",
+    "%lora combine a=0.7 b=0.3 --as nope --model model",
+    "%lora convert a --rank 1 --as nope --model model",
+    "%lora swap $folder --into b --model model",
+    "%lora merge a --model model",
+    "%lora unload --model model",
+    "%lora ask 'hi' --max-new-tokens 1 -t tok --model model",
+    "%%lora model --name nope\nr = 2\ntarget_modules = ['q_proj']",
+)
+"""Lines and cells without a mistake: as they are they are carried out, in whatever state."""
+LINES_A_STATE = 25
+"""Lines after which another number of models carries adapters."""
 OTHER_LINES = ("import os", "f(1)", "r += 1", "r: int", "a.b = 1", "# r = 1", "  r = 1", ";", "}")
 SLOW = ("plan", "doctor", "export", "compare", "--dry-run", "--check")
 """What takes a second or more when it is carried out; drawn less often."""
@@ -100,6 +123,8 @@ class Grammar:
         return text
 
     def _drawn(self) -> str:
+        if self._one_in(6):
+            return self._random.choice(RIGHT)
         if self._one_in(3):
             return self._cell(self._random.choice(list(CELLS.values())))
         if self._one_in(40):
@@ -175,11 +200,10 @@ class Bench:
 
     def __init__(self, notebook: Notebook, folder: Path) -> None:
         self.notebook, self.folder = notebook, folder
-        self._two = False
         self.set_up()
 
-    def set_up(self) -> None:
-        """Everything as at the start."""
+    def set_up(self, *, two: bool = False) -> None:
+        """Everything as at the start; adapters on one model or on two."""
         space = self.notebook.shell.user_ns
         for name in [name for name in space if not name.startswith("_") and name not in self._kept]:
             del space[name]
@@ -192,8 +216,7 @@ class Bench:
         self.notebook["folder"] = str(self.folder)
         for name in ("a", "b"):
             self.notebook.do(f"%lora add model --name {name} r=2 target_modules=q_proj")
-        self._two = not self._two
-        if self._two:
+        if two:
             self.notebook.do("%lora add second --name c r=2 target_modules=q_proj")
 
     _kept = ("In", "Out", "exit", "quit", "get_ipython", "open")
@@ -265,23 +288,35 @@ def bare() -> Iterator[Notebook]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("two", [False, True])
+def test_a_line_without_a_mistake_is_carried_out(bench: Bench, two: bool) -> None:
+    for line in RIGHT:
+        bench.set_up(two=two)
+        assert bench.notebook.run(line).error is None, line
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_every_line_is_carried_out_or_refused_whole(bench: Bench) -> None:
     grammar, wrong, carried_out = Grammar(SEED), [], 0
-    before = bench.state()
     for number in range(COUNT):
+        # What a line meets follows from its number alone, not from what became of others.
+        two = number // LINES_A_STATE % 2 == 0
+        if number % LINES_A_STATE == 0:
+            bench.set_up(two=two)
+            before = bench.state()
         line = grammar.draw()
         torch.manual_seed(number)
         outcome = bench.notebook.run(line)
         if outcome.error is None:
             carried_out += 1
             if not same(before, bench.state()):
-                bench.set_up()
+                bench.set_up(two=two)
                 before = bench.state()
             continue
         complaint = wrong_with(outcome, bench, before)
         if complaint:
             wrong.append(f"{number}: {line[:600]!r} {complaint}")
-            bench.set_up()
+            bench.set_up(two=two)
             before = bench.state()
     assert not wrong, "\n".join([f"{len(wrong)} of {COUNT}", *wrong[:40]])
     assert COUNT / 20 < carried_out < COUNT * 0.6

@@ -59,7 +59,7 @@ def check_pair(kind: str, sample: str, device: torch.device) -> None:
         twin.eval()
         there = x.to(device)
         plain = twin(there)
-        before = stored_in(twin)  # now: a forward may pack the weight anew
+        before = stored_in(twin)
         twin.merge_adapter()
         error = (twin(there) - plain).abs()
         limit = case.merge_tolerance * (1 if case.quantized else _SLACK)

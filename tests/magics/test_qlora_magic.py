@@ -66,6 +66,7 @@ def test_a_folder_is_loaded_quantized_into_a_variable(bare: Notebook, folder: Pa
     assert quantized_layers(bare["tiny"]) == 14 and "model" not in bare.shell.user_ns
     assert result.parts[0].before is None
     assert "14 layers in nf4 double" in str(result) and "added 'sql' on tiny" in str(result)
+    assert "; 4-bit layers compute in float32; " in str(result)
     html = result._repr_html_()
     assert "quantized layers" in html and "embedding" in html and "tensors in float32" in html
     assert "Traceback" not in html

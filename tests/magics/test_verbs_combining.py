@@ -16,6 +16,7 @@ from tests.char_tokenizer import CharTokenizer
 from tests.magics.notebook import Notebook
 from tests.magics.test_verbs import train_a_little
 from tests.tiny_models import logits
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_a_panel_answers_with_the_tokenizer_of_the_notebook(trained: Notebook) -
         assert panel.widget is not None
         trained["tok"] = CharTokenizer()
         panel._command("run")
-        assert panel.wait(20)
+        assert panel.wait(PATIENCE)
         assert list(panel.result.answers) == ["base", "chat", "sql"]
     finally:
         panel.close()

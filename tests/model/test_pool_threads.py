@@ -19,6 +19,7 @@ from nbpeft.errors import (
 )
 from tests.model.pool_support import BYTES, device_bytes, make_alone, make_folders, near, pool_of
 from tests.tiny_models import logits, tokens
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_an_adapter_two_threads_ask_for_is_read_once(folders: dict[str, Path], m
 
     monkeypatch.setattr(checkpoint, "read_checkpoint", slow)
     pool.prefetch("a")
-    assert started.wait(5)
+    assert started.wait(PATIENCE)
     pool.load("a")
     assert pool.statistics.reads == 1 and pool.resident == ("a",) and pool.on_host == ()
 
@@ -82,7 +83,7 @@ def test_a_running_call_keeps_its_adapters(folders: dict[str, Path], alone: dict
 
     def pause(*_: Any) -> None:
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE)
 
     layer: Any = pool.manager.model
     handle = layer.model.layers[0].register_forward_pre_hook(pause)
@@ -99,14 +100,14 @@ def test_a_running_call_keeps_its_adapters(folders: dict[str, Path], alone: dict
 
         first = threading.Thread(target=call)
         first.start()
-        assert inside.wait(10)
+        assert inside.wait(PATIENCE)
         second = threading.Thread(target=pool.set_adapter, args=("b",))
         second.start()
         second.join(0.2)
         assert second.is_alive() and pool.resident == ("a",)
         go_on.set()
-        first.join(10)
-        second.join(10)
+        first.join(PATIENCE)
+        second.join(PATIENCE)
         near(found[0], alone["a"])
         assert pool.resident == ("b",) and pool.manager.active == ("b",)
         pool.load("b")

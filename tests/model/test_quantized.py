@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
@@ -17,6 +18,7 @@ from nbpeft.model import PeftModel
 from nbpeft.model.quantize import load_quantized, quantization, quantize_model, respect_progress_bar_setting
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.session.snapshot import Snapshots
+from tests.pretend_cpu import pretend_cpu, pretend_repacking
 from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -38,6 +40,101 @@ def test_in_memory_as_transformers_does_it_while_loading(make: Any, bits: int, t
     assert torch.equal(logits(model), logits(loaded))
     error = (logits(model) - logits(make())).norm() / logits(make()).norm()
     assert error < (0.2 if bits == 4 else 0.02)
+
+
+@pytest.mark.parametrize("instructions", [(), ("avx512", "avx512_bf16")], ids=["without-bf16", "with-bf16"])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "auto", None])
+def test_layers_compute_in_the_dtype_of_the_other_weights(
+    asked: Any, instructions: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_cpu(monkeypatch, onednn=[torch.bfloat16] if instructions else [], instructions=instructions)
+    llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    usual = torch.bfloat16 if instructions else torch.float32
+    expected = {"bfloat16": torch.bfloat16, None: usual}.get(asked, torch.float32)
+    dense = LlamaForCausalLM.from_pretrained(tmp_path, dtype=expected)
+    model = quantize_model(dense, quant_storage="bfloat16")
+    for loaded in (load_quantized(tmp_path, dtype=asked), load_quantized(tmp_path, torch_dtype=asked), model):
+        assert loaded.lm_head.weight.dtype == expected == loaded.config.quantization_config.bnb_4bit_compute_dtype
+        assert {loaded.get_submodule(path).compute_dtype for path in quantized_paths(loaded)} == {expected}
+        assert torch.equal(logits(model), logits(loaded))
+    chosen = load_quantized(tmp_path, dtype=asked, compute_dtype="float16")
+    assert {chosen.get_submodule(path).compute_dtype for path in quantized_paths(chosen)} == {torch.float16}
+
+
+def test_a_quantized_checkpoint_keeps_its_compute_dtype(tmp_path: Path) -> None:
+    quantize_model(llama(num_hidden_layers=1), compute_dtype="float16").save_pretrained(tmp_path)
+    again = load_quantized(tmp_path, dtype="float32")
+    assert {again.get_submodule(path).compute_dtype for path in quantized_paths(again)} == {torch.float16}
+
+
+def test_a_quantized_model_computes_the_same_on_every_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    found = []
+    for repacks in (False, True):
+        pretend_repacking(monkeypatch, repacks)
+        for model in (
+            load_quantized(tmp_path, dtype="float32"),
+            quantize_model(llama(hidden_size=64, intermediate_size=128)),
+        ):
+            found += [logits(model.eval()), logits(model.train())]
+            model = adapted(model, init_lora_weights=True)
+            found += [logits(model.eval()), logits(model.train()), logits(model.unload().eval())]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_model_of_transformers_is_repacked_again_after_unloading(
+    evaluated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_repacking(monkeypatch, True)
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization(compute_dtype="float32"))
+    layers = [base.get_submodule(path) for path in quantized_paths(base)]
+
+    if evaluated:
+        logits(base.eval())
+    before = [[*vars(layer)] for layer in layers]
+    expected = logits(copy.deepcopy(base))
+    model = adapted(base, init_lora_weights=True)
+    assert torch.equal(logits(model.eval()), logits(model.train()))
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    model.unload()
+    assert [[*vars(layer)] for layer in layers] == before
+    assert all(layer.support_avx512bf16_for_cpu and not layer._forward_pre_hooks for layer in layers)
+    assert torch.equal(logits(base.eval()), expected)
+    assert all(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
+
+
+def test_a_refused_adapter_leaves_layers_to_be_repacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_repacking(monkeypatch, True)
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization(compute_dtype="float32"))
+    before = [[*vars(base.get_submodule(path))] for path in quantized_paths(base)]
+
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nbpeft.engine.manager.commit", fails)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(base)
+    layers = [base.get_submodule(path) for path in quantized_paths(base)]
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers) and [[*vars(one)] for one in layers] == before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("called", [False, True])
+def test_pickled_they_are_as_they_were(bits: int, called: bool) -> None:
+    model = adapted(quantize_model(llama(), bits=bits))
+    expected = logits(copy.deepcopy(model))
+    if called:
+        logits(model)
+    kinds = {path: type(parameter) for path, parameter in model.named_parameters()}
+    again = pickle.loads(pickle.dumps(model))
+    for twin in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(logits(twin), expected)
+        assert {path: type(parameter) for path, parameter in twin.named_parameters()} == kinds
 
 
 @pytest.mark.parametrize("bits", [4, 8])

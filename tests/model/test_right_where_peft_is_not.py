@@ -21,6 +21,7 @@ from nbpeft.errors import (
     TargetError,
 )
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from tests.pretend_cpu import pretend_repacking
 from tests.tiny_models import adapted, classifier, config, llama, logits, same_state, state, tokens
 
 
@@ -182,7 +183,8 @@ def test_14_an_adapter_of_another_base_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:merging into")
-def test_15_a_4_bit_weight_is_read_right_after_a_forward_repacked_it() -> None:
+def test_15_a_4_bit_weight_is_read_right_after_a_forward_repacked_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_repacking(monkeypatch, True)
     base = Quantized().eval()
     x = torch.randn(3, 64)
     with torch.no_grad():

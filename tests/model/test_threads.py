@@ -20,9 +20,9 @@ from nbpeft.model import PeftModel, hotswap_adapter
 from tests.effort import effort
 from tests.model.pool_support import save
 from tests.tiny_models import adapted, llama, tokens
+from tests.waiting import PATIENCE
 
 SECONDS = float(os.environ.get("NBPEFT_THREADS_SECONDS", effort(quick=20, full=20, long=600)))
-PATIENCE = 120.0
 NAMES = ("left", "right", "middle")
 
 
@@ -78,7 +78,7 @@ def run_against(
             turn += 1
     finally:
         stop.set()
-        thread.join(30)
+        thread.join(PATIENCE)
     assert not problems and not thread.is_alive(), problems
 
 

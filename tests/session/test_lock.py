@@ -16,6 +16,7 @@ import pytest
 
 from nbpeft.errors import BusyError
 from nbpeft.session import Session, context, lock
+from tests.waiting import PATIENCE
 
 TRACED = {context.__file__, lock.__file__, contextlib.__file__}
 
@@ -31,7 +32,7 @@ def in_another_thread(act: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(20)
+    thread.join(PATIENCE)
     return found[0]
 
 
@@ -106,12 +107,12 @@ def test_a_command_waits_for_who_only_looks(session: Session) -> None:
         with session.context.lock.try_lock() as free:
             assert free
             looking.set()
-            go_on.wait(20)
+            go_on.wait(PATIENCE)
 
     thread = threading.Thread(target=look)
     thread.start()
-    assert looking.wait(20)
+    assert looking.wait(PATIENCE)
     threading.Timer(0.1, go_on.set).start()
     with session.context.command("adding"):
         assert go_on.is_set()
-    thread.join(20)
+    thread.join(PATIENCE)

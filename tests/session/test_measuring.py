@@ -10,6 +10,7 @@ import pytest
 from nbpeft.errors import AdapterError
 from nbpeft.session import Session
 from nbpeft.widgets import AdaptersPanel
+from tests.waiting import PATIENCE
 
 
 def parts(memory: Any) -> dict[str, int]:
@@ -21,7 +22,7 @@ def test_another_thread_measures_while_a_command_holds_the_lock(session: Session
     with session.context.command("training orders"):
         thread = threading.Thread(target=lambda: read.append(session.measure("model")))
         thread.start()
-        thread.join(30)
+        thread.join(PATIENCE)
     assert parts(read[0])["adapters"] == sum(item.byte_count for item in session.state.models[0].adapters)
 
 

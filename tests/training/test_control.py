@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from nbpeft.training.control import RunControl
+from tests.waiting import PATIENCE
 
 
 def test_goes_on_until_stop_is_asked_for():
@@ -28,11 +29,11 @@ def test_pause_blocks_until_another_thread_resumes():
 
     thread = threading.Thread(target=loop)
     thread.start()
-    assert waiting.wait(5)
+    assert waiting.wait(PATIENCE)
     assert not passed.wait(0.15)
     control.resume()
-    assert passed.wait(5)
-    thread.join(5)
+    assert passed.wait(PATIENCE)
+    thread.join(PATIENCE)
 
 
 def test_stop_ends_a_pause():
@@ -100,13 +101,12 @@ def test_saving_happens_between_steps_and_in_a_pause():
     assert reports == [True, True] and control.save_requested
     control.wait_or_stop(on_save=lambda: saved.append(control.waiting))
     control.pause()
-    threading.Timer(0.05, control.request_save).start()
 
     def save():
         saved.append(control.waiting)
         control.resume()
 
-    control.wait_or_stop(on_save=save)
+    control.wait_or_stop(on_save=save, on_wait=threading.Thread(target=control.request_save).start)
     assert saved == [False, True] and not control.save_requested and not control.waiting
     remove()
     count = len(reports)

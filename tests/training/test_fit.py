@@ -18,6 +18,7 @@ from nbpeft.training import RunControl, TrainResult, train
 from tests.pretend_cpu import pretend_cpu
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
+from tests.waiting import PATIENCE
 
 QUICK: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 5}
 
@@ -105,9 +106,10 @@ def test_the_trainer_is_not_kept_alive():
 
 def test_stop_from_another_thread():
     model, control = trainable(), RunControl()
-    before = weights(model)
-    threading.Timer(0.5, control.request_stop, ["enough"]).start()
-    result = train(model, token_rows(), token_rows(4), control=control, max_steps=100_000, learning_rate=1e-2)
+    before, learns = weights(model), threading.Event()
+    threading.Thread(target=lambda: learns.wait(PATIENCE) and control.request_stop("enough")).start()
+    settings: dict[str, Any] = {"max_steps": 100_000, "learning_rate": 1e-2, "callbacks": [At(2, learns.set)]}
+    result = train(model, token_rows(), token_rows(4), control=control, **settings)
     assert result.status == "stopped" and 0 < result.steps < 100_000
     assert result.state.message == f"stopped at step {result.steps}: enough"
     assert str(result).startswith(f"default stopped · {result.steps:,} of 100,000 steps")
@@ -130,7 +132,7 @@ def test_pause_and_resume():
     thread = threading.Thread(target=resume)
     thread.start()
     result = train(model, token_rows(), control=control, publish=states.append, callbacks=[pausing], **QUICK)
-    thread.join(5)
+    thread.join(PATIENCE)
     assert result.status == "finished" and result.steps == 5
     paused = [state for state in states if state.status == "paused"]
     assert [state.step for state in paused] == [3]

@@ -20,6 +20,7 @@ from nbpeft.training.record import Record
 from nbpeft.training.run import Run, track
 from tests.tiny_models import llama
 from tests.training.support import Clock, trainable
+from tests.waiting import PATIENCE
 
 
 class Loop:
@@ -275,7 +276,7 @@ def test_many_threads_may_ask_for_the_state():
             run.step(loop.one())
         done.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(PATIENCE)
     assert errors == [] and 120 <= len(run.state.history) <= 480
 
 

@@ -19,6 +19,7 @@ import pytest
 from nbpeft.errors import ConfigError
 from nbpeft.training import trackers, train
 from tests.training.support import token_rows, trainable
+from tests.waiting import PATIENCE
 
 QUICK: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4}
 TOKEN = "hf_" + "aB3d" * 8
@@ -177,12 +178,12 @@ def test_other_threads_print_while_a_tracker_opens_in_a_thread(capsys: pytest.Ca
     def opens() -> None:
         with trackers._quiet():
             opened.set()
-            printed.wait(5)
+            printed.wait(PATIENCE)
 
     opened, printed = threading.Event(), threading.Event()
     thread = threading.Thread(target=opens)
     thread.start()
-    assert opened.wait(5)
+    assert opened.wait(PATIENCE)
     print("from a cell")
     printed.set()
     thread.join()

@@ -11,6 +11,7 @@ from typing import Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError
 from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, blend_title
+from tests.waiting import PATIENCE
 from tests.widgets.fakes import FakeSession, adapter
 
 PROMPT = "Order: Ana from Lima needs 12 chairs."
@@ -120,7 +121,7 @@ class AnsweringSession(FakeSession):
             if after is not None
         }
         for count in range(longest + 1):
-            self.go.wait(10)
+            self.go.wait(PATIENCE)
             columns = tuple(
                 Column(title, (), (_answer(text, count, limit),), turns=turns.get(title, ()))
                 for title, text in texts.items()

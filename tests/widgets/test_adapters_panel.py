@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
@@ -17,6 +15,7 @@ from nbpeft.errors import AdapterError
 from nbpeft.widgets import AdaptersPanel, close_all, show_run
 from nbpeft.widgets import panel as panel_module
 from nbpeft.widgets.adapter_rows import MOST
+from tests.waiting import PATIENCE, wait_until
 from tests.widgets.fakes import FakeRun, FakeSession, adapter, model, train_state
 from tests.widgets.support import Output, live_widgets
 
@@ -65,14 +64,6 @@ def measured(panel: AdaptersPanel) -> None:
     """Waits until memory is not measured any more."""
     panel._live._wake.set()  # without the pause between two measurements
     wait_until(lambda: panel._live._thread is None)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come about")
 
 
 def marked(panel: AdaptersPanel) -> list[str]:
@@ -337,7 +328,7 @@ def test_handlers_may_run_in_other_threads(panel: AdaptersPanel, session: Any) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert len(session.commands) == 12
     session.use("sql", model="model")
     assert marked(panel) == ["sql"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from nbpeft.errors import AdapterError, BusyError
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, close_all, panel
 from nbpeft.widgets.blend_panel import DEBOUNCE
 from nbpeft.widgets.lifetime import close_tree
+from tests.waiting import PATIENCE, wait_until
 from tests.widgets.answering import ANSWERS, BLENDED, PROMPT, TOKENIZER, AnsweringSession
 from tests.widgets.support import live_widgets
 from tests.widgets.test_adapters_panel import walk
@@ -33,7 +33,7 @@ def compare(session: Any) -> Iterator[ComparePanel]:
     assert made.widget is not None
     yield made
     made.close()
-    assert made.wait()
+    assert made.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def blend(session: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlendPanel]
     assert made.widget is not None
     yield made
     made.close()
-    assert made.wait()
+    assert made.wait(PATIENCE)
 
 
 def parts(shown: Any, kind: type) -> list[Any]:
@@ -80,15 +80,12 @@ def slider(shown: Any, place: int) -> Any:
 
 def press(shown: Any, label: str) -> None:
     button(shown, label).click()
-    assert shown.wait(10)
+    assert shown.wait(PATIENCE)
 
 
 def begun(session: AnsweringSession) -> None:
     """Waits until the worker answers."""
-    deadline = time.monotonic() + 10
-    while not session.threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert session.threads
+    wait_until(lambda: session.threads)
 
 
 # Compare
@@ -116,7 +113,7 @@ def test_the_prompt_can_be_sent_without_the_chat_template(compare: ComparePanel,
 def test_the_form_of_the_prompt_is_answered_anew(blend: BlendPanel, session: AnsweringSession) -> None:
     press(blend, "Answer")
     prompt_form(blend).value = "do not apply"
-    assert blend.wait(10)
+    assert blend.wait(PATIENCE)
     assert session.chats == [None, False]
     assert session.commands[-1][3] is True, "the base model answers anew, too"
 
@@ -149,7 +146,7 @@ def test_answers_come_from_a_thread_and_can_be_stopped(compare: ComparePanel, se
     begun(session)
     button(compare, "Stop").click()
     session.go.set()
-    assert compare.wait(10)
+    assert compare.wait(PATIENCE)
     assert session.threads == ["nbpeft-answers"]
     assert compare.result is not None and compare.result.status == "stopped"
     assert "stopped" in text(compare)
@@ -223,13 +220,18 @@ def test_sliders_begin_with_what_acts(blend: BlendPanel) -> None:
     assert [part.value for part in parts(blend, ipywidgets.FloatSlider)] == [1.0, 0.0, 0.0]
 
 
-def test_the_exact_sum_follows_the_sliders_without_a_new_adapter(blend: BlendPanel, session: AnsweringSession) -> None:
-    for value in (0.2, 0.3, 0.4):
+def test_the_exact_sum_follows_the_sliders_without_a_new_adapter(
+    blend: BlendPanel, session: AnsweringSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 1000.0)
+    for value in (0.2, 0.3):
         slider(blend, 1).value = value
-    assert blend.wait(10)
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 0.0)
+    slider(blend, 1).value = 0.4
+    assert blend.wait(PATIENCE)
     assert session.commands == [("compare", PROMPT, (), True, {"orders": 1.0, "pirate": 0.4})]
     slider(blend, 0).value = 0.6
-    assert blend.wait(10)
+    assert blend.wait(PATIENCE)
     assert session.commands[1:] == [("compare", PROMPT, (), False, {"orders": 0.6, "pirate": 0.4})]
     assert blend.result is not None
     assert list(blend.result.answers) == ["base", "orders + pirate (0.6 / 0.4)"]
@@ -245,7 +247,7 @@ def test_a_move_stops_the_answer_that_runs(blend: BlendPanel, session: Answering
     begun(session)
     slider(blend, 1).value = 0.5
     session.go.set()
-    assert blend.wait(10)
+    assert blend.wait(PATIENCE)
     assert len(session.commands) == 2
     assert blend.result is not None and blend.result.status == "finished"
     assert blend.result.columns[-1].title == "orders + pirate (1 / 0.5)"
@@ -255,7 +257,7 @@ def test_ties_waits_for_the_button(blend: BlendPanel, session: AnsweringSession)
     kind = dropdown(blend, "exact")
     kind.value = "ties"
     slider(blend, 1).value = 0.5
-    assert blend.wait(10)
+    assert blend.wait(PATIENCE)
     assert session.commands == []
     assert "only the exact sum follows the sliders" in text(blend)
     press(blend, "Answer")
@@ -264,7 +266,7 @@ def test_ties_waits_for_the_button(blend: BlendPanel, session: AnsweringSession)
 
 def test_a_blend_is_saved_as_an_adapter(blend: BlendPanel, session: AnsweringSession) -> None:
     slider(blend, 1).value = 0.5
-    assert blend.wait(10)
+    assert blend.wait(PATIENCE)
     name, rank = parts(blend, ipywidgets.Text)
     name.value, rank.value = " both ", "8"
     button(blend, "Save as adapter").click()
@@ -340,7 +342,7 @@ def test_a_closed_panel_is_free(session: Any, kind: type[Any]) -> None:
     made.close()
     made.close()
     session.go.set()
-    assert made.wait(10)
+    assert made.wait(PATIENCE)
     gone = weakref.ref(made)
     del made
     gc.collect()

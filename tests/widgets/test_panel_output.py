@@ -11,6 +11,7 @@ from nbpeft.widgets import AdaptersPanel, close_all
 from nbpeft.widgets import panel as panel_module
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.panel_output import PanelOutput
+from tests.waiting import PATIENCE
 from tests.widgets.fakes import FakeSession
 from tests.widgets.support import Output
 
@@ -27,7 +28,7 @@ def settled(panel: AdaptersPanel, output: Output) -> dict[str, Any]:
     """The last bundle, once nothing is on its way."""
     assert panel._output is not None
     while (timer := panel._output._timer) is not None:
-        timer.join(10)
+        timer.join(PATIENCE)
     return output.last
 
 

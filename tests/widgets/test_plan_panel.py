@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import LlamaConfig
 from nbpeft.session import Session
 from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.widgets import PlanPanel, close_all
+from tests.waiting import PATIENCE, wait_until
 from tests.widgets.test_adapters_panel import walk
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
@@ -38,7 +38,7 @@ def panel(planner: MemoryPlanner) -> Iterator[PlanPanel]:
     assert made.widget is not None
     yield made
     made.close()
-    assert made.wait()
+    assert made.wait(PATIENCE)
 
 
 def parts(panel: PlanPanel, kind: type) -> list[Any]:
@@ -47,13 +47,12 @@ def parts(panel: PlanPanel, kind: type) -> list[Any]:
 
 def answered(panel: PlanPanel, **settings: Any) -> bool:
     """Waits until the plan of these settings is shown, whether or not changes are still being looked for."""
-    deadline = time.monotonic() + 60
-    while "computing …" in text(panel) or any(
-        getattr(panel.result.settings, name) != value for name, value in settings.items()
-    ):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
+
+    def shown() -> bool:
+        asked = all(getattr(panel.result.settings, name) == value for name, value in settings.items())
+        return asked and "computing …" not in text(panel)
+
+    wait_until(shown)
     return True
 
 
@@ -100,7 +99,7 @@ def test_a_switch_counts(panel: PlanPanel) -> None:
 
 def test_what_could_be_changed_follows(panel: PlanPanel) -> None:
     parts(panel, ipywidgets.SelectionSlider)[1].value = 1024
-    assert panel.wait()
+    assert panel.wait(PATIENCE)
     assert panel.result.settings.sequence_length == 1024 and panel.result.changes
     assert "still too much" in text(panel) or "fits" in text(panel)
 
@@ -112,18 +111,18 @@ def test_a_move_stops_what_is_computed_for_an_older_one(panel: PlanPanel, monkey
     def slow(planner: MemoryPlanner, settings: Any, **options: Any) -> Any:
         if settings.batch_size == 2:
             running.set()
-            assert let_go.wait(30)
+            assert let_go.wait(PATIENCE)
             seen.append(options.get("stopped", lambda: None)())
         return real(planner, settings, suggest=False)
 
-    assert panel.wait()
+    assert panel.wait(PATIENCE)
     monkeypatch.setattr(MemoryPlanner, "plan", slow)
     batch = parts(panel, ipywidgets.SelectionSlider)[0]
     batch.value = 2
-    assert running.wait(30)
+    assert running.wait(PATIENCE)
     batch.value = 3
     let_go.set()
-    assert panel.wait()
+    assert panel.wait(PATIENCE)
     assert panel.result.settings.batch_size == 3 and seen[-1] is True
     assert "computing …" not in text(panel)
 
@@ -143,10 +142,10 @@ def test_errors_are_shown_in_the_panel(panel: PlanPanel, monkeypatch: pytest.Mon
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no <such> thing")
 
-    assert panel.wait()
+    assert panel.wait(PATIENCE)
     monkeypatch.setattr(MemoryPlanner, "plan", fail)
     parts(panel, ipywidgets.SelectionSlider)[0].value = 2
-    assert panel.wait()
+    assert panel.wait(PATIENCE)
     assert "computing …" not in text(panel)
     assert "ValueError: no &lt;such&gt; thing" in text(panel)
 
@@ -160,7 +159,7 @@ def test_static_forms(planner: MemoryPlanner) -> None:
     bundle = panel._repr_mimebundle_()
     assert "peak" in bundle["text/html"] and "Run the cell again" in bundle["text/html"]
     panel.close()
-    assert panel.closed and panel.wait()
+    assert panel.closed and panel.wait(PATIENCE)
 
 
 def test_one_panel_a_model_and_close_all(planner: MemoryPlanner) -> None:
@@ -170,7 +169,7 @@ def test_one_panel_a_model_and_close_all(planner: MemoryPlanner) -> None:
     close_all()
     assert second.closed
     gone = weakref.ref(second)
-    assert second.wait()
+    assert second.wait(PATIENCE)
     del first, second
     gc.collect()
     assert gone() is None
@@ -184,13 +183,13 @@ def test_inference_has_no_training_choices() -> None:
         assert "KV cache" in text(panel)
     finally:
         panel.close()
-        assert panel.wait()
+        assert panel.wait(PATIENCE)
 
 
 def test_the_device_can_be_chosen(panel: PlanPanel) -> None:
     device = parts(panel, ipywidgets.Dropdown)[0]
     assert [label for label, _ in device.options][:2] == ["this machine", "20.0 MB"] and device.value == ""
     device.value = "T4"
-    assert panel.wait() and panel.result.room.name == "T4" and panel.result.fits
+    assert panel.wait(PATIENCE) and panel.result.room.name == "T4" and panel.result.fits
     device.value = ""
-    assert panel.wait() and panel.result.room.name == "20.0 MB"
+    assert panel.wait(PATIENCE) and panel.result.room.name == "20.0 MB"

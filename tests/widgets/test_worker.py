@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from nbpeft.widgets.worker import Worker
+from tests.waiting import PATIENCE
 
 
 def test_the_worker_does_the_newest_job() -> None:
@@ -13,18 +14,18 @@ def test_the_worker_does_the_newest_job() -> None:
 
     def first(stopped: Any) -> None:
         started.set()
-        go.wait(10)
+        go.wait(PATIENCE)
         done.append(("first", stopped()))
 
     worker.submit(first)
-    assert started.wait(10)
+    assert started.wait(PATIENCE)
     worker.submit(lambda stopped: done.append(("second", stopped())))
     worker.submit(lambda stopped: done.append(("third", stopped())))
     assert worker.waiting
     go.set()
-    assert worker.wait(10)
+    assert worker.wait(PATIENCE)
     assert done == [("first", True), ("third", False)]
     worker.submit(lambda stopped: done.append(("late", stopped())), delay=30)
     worker.stop()
-    assert worker.wait(5)
+    assert worker.wait(PATIENCE)
     assert len(done) == 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.registry import register_backend
 from nbpeft.engine.rounding import Grid
-from nbpeft.engine.storage import StoredWeight, loaded, plain
+from nbpeft.engine.storage import StoredWeight, loaded, pickled_as_themselves, plain
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Bnb8bit(StoredWeight):
     def matches(self, module: nn.Module) -> bool:
         """Whether it is one of the library's 8-bit layers, quantized or not."""
         return isinstance(module, loaded("bitsandbytes.nn", "Linear8bitLt", "Embedding8bit"))
+
+    def prepare(self, module: nn.Module) -> bool:
+        """Lets pickle keep the class of the parameter; there is nothing to release."""
+        pickled_as_themselves(module.weight)
+        return False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """Codes and scales, and the codes cached beside floating weights."""

@@ -76,7 +76,7 @@ def qlora(
         bits: 4 or 8; 4 if left out.
         quant_type: ``"nf4"`` (if left out) or ``"fp4"``.
         double_quant: whether the constants of 4-bit blocks are quantized too; they are if left out.
-        compute_dtype: what 4-bit layers compute in; see ``nbpeft.model.quantize``.
+        compute_dtype: what 4-bit layers compute in; by default the dtype of the model's other weights.
         quant_storage: dtype that holds the 4-bit codes.
         gradient_checkpointing: whether training recomputes activations.
         gradient_checkpointing_kwargs: e.g. ``{"use_reentrant": True}``.
@@ -137,6 +137,7 @@ def qlora(
             prepared=str(prepared) if prepared is not None else "",
             prepare_bytes=prepared.extra_bytes if prepared is not None else 0,
             seconds=seconds,
+            compute_dtype=_compute_dtype(base),
         )
 
 
@@ -313,6 +314,17 @@ def _present(ctx: SessionContext, origin: _Origin, variable: str) -> Any:
 
 def _is_quantized(parts: tuple[StoredPart, ...]) -> bool:
     return any(part.name == "quantized layers" for part in parts)
+
+
+def _compute_dtype(base: nn.Module) -> str:
+    """What the 4-bit layers of a model compute in; empty where it has none."""
+    from nbpeft.engine.registry import resolve_backend
+
+    for module in base.modules():
+        dtype = getattr(module, "compute_dtype", None)
+        if dtype is not None and getattr(resolve_backend(module), "name", "") == "bnb4bit":
+            return str(dtype).removeprefix("torch.")
+    return ""
 
 
 def _is_unprepared(ctx: SessionContext, base: nn.Module) -> bool:

@@ -66,6 +66,7 @@ class QloraResult(_BaseWeights, ModelResult):
         prepared: what was prepared for training, in words; empty where it was so already.
         prepare_bytes: memory that preparing cost.
         seconds: how long loading and quantizing took.
+        compute_dtype: what its 4-bit layers compute in, ``float32``; empty where it has none.
     """
 
     added: AddResult
@@ -75,6 +76,7 @@ class QloraResult(_BaseWeights, ModelResult):
     prepared: str
     prepare_bytes: int
     seconds: float
+    compute_dtype: str = ""
 
     def release(self) -> None:
         """Keeps the model no longer alive."""
@@ -83,9 +85,13 @@ class QloraResult(_BaseWeights, ModelResult):
 
     def __str__(self) -> str:
         added, did = self.added, "quantized" if self.quantized else "already quantized"
-        prepared = f"; {self.prepared}" if self.prepared else ""
+        prepared = "".join(f"; {text}" for text in (self._computes, self.prepared) if text)
         adapter = f"{added.did} {added.adapter.name!r} on {added.model_name}: {describe(added.adapter)}"
         return with_notes(f"{did} {self.source}: {stored_words(self.parts)}{prepared}; {adapter}", added.notes)
+
+    @property
+    def _computes(self) -> str:
+        return f"4-bit layers compute in {self.compute_dtype}" if self.compute_dtype else ""
 
     def view(self) -> Card:
         """The base weights part by part, and the adapter."""
@@ -93,7 +99,7 @@ class QloraResult(_BaseWeights, ModelResult):
         return card(
             f"{self.added.adapter.name}: {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
             part_table(self.parts),
-            line(dim("; ".join(text for text in (self.prepared, took) if text))),
+            line(dim("; ".join(text for text in (self._computes, self.prepared, took) if text))),
             adapter_table((self.added.adapter,)),
             line(dim(trainable(self.added.state))),
             notes(self.added.notes),

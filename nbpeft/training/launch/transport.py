@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.storage import reduced_parameter
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.memory.formatting import size_text
 
@@ -27,8 +28,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         kind = type(value)
         if nn.Parameter in kind.__mro__[1:]:
-            plain = value.detach().as_subclass(Tensor)
-            return _parameter, (kind, plain, value.requires_grad), dict(vars(value)), None, None, _set_attributes
+            return reduced_parameter(value)
         if not isinstance(value, FunctionType | type):
             return NotImplemented
         if _INPUT_GRADS in value.__qualname__:
@@ -77,14 +77,6 @@ def load_whole(path: Path, device: torch.device | str = "cpu") -> Any:
         device: where the tensors go.
     """
     return torch.load(path, map_location=device, mmap=True, weights_only=False)
-
-
-def _parameter(kind: type[Any], data: Tensor, requires_grad: bool) -> Any:
-    return Tensor._make_subclass(kind, data, requires_grad)
-
-
-def _set_attributes(parameter: Any, attributes: dict[str, Any]) -> None:
-    vars(parameter).update(attributes)
 
 
 def _input_grads() -> Any:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +11,22 @@ from torch import nn
 
 from nbpeft.engine.backends.bnb4bit import Bnb4bit
 from nbpeft.engine.registry import resolve_backend
+from tests.pretend_cpu import pretend_repacking, repack, repacked_product
 
 bnb = pytest.importorskip("bitsandbytes")
 backend = Bnb4bit()
 
 REPACKS = bool(bnb.functional.has_avx512bf16())
-"""Whether this processor makes the library change the layout in the first eval forward."""
+"""Whether the library has a kernel for re-packed weights on this processor."""
+
+only_repacked = pytest.mark.parametrize("repacks", [True], indirect=True, ids=["repacked"])
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "repacked"])
+def repacks(request, monkeypatch) -> bool:
+    """Whether the library changes the layout in the first eval forward."""
+    pretend_repacking(monkeypatch, request.param)
+    return request.param
 
 
 def backend_name(layer):
@@ -91,12 +103,12 @@ def test_dequantize_before_any_forward(quant_type, double, storage, dtype, bias)
 
 
 @pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
-def test_dequantize_after_eval_forward_is_what_the_forward_used(quant_type, double, storage, dtype):
+def test_dequantize_after_eval_forward_is_what_the_forward_used(quant_type, double, storage, dtype, repacks):
     layer, weight = quantized(64, 192, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
     before = backend.dequantize(layer)
     x = inputs(layer, dtype)
     output = evaluate(layer, x)
-    assert is_packed(layer) == REPACKS
+    assert is_packed(layer) == repacks
     after = backend.dequantize(layer)
     assert after.dtype == dtype == backend.dtype(layer)
     # The library rounds the constants to bfloat16 when it re-packs: 8 bits of mantissa.
@@ -105,7 +117,7 @@ def test_dequantize_after_eval_forward_is_what_the_forward_used(quant_type, doub
     assert error(after, weight) < (0.11 if quant_type == "nf4" else 0.16)
 
 
-@pytest.mark.skipif(not REPACKS, reason="this processor keeps the plain layout")
+@only_repacked
 def test_peft_reads_garbage_after_a_forward_and_this_does_not():
     from peft.utils.integrations import dequantize_bnb_weight
 
@@ -233,42 +245,87 @@ def test_restore_after_only_forwards_between():
 
 
 @pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_prepared_module_has_gradients_after_an_eval_forward(quant_type, double, storage, dtype, bias):
-    layer, _ = quantized(bias=bias, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
-    backend.prepare(layer)
-    backend.prepare(layer)
-    assert len(layer._forward_pre_hooks) <= 1
+@pytest.mark.parametrize("before", ["nothing", "eval", "eval, state_dict"])
+def test_a_prepared_module_has_one_output_and_gradients(quant_type, double, storage, dtype, before, repacks):
+    layer, _ = quantized(bias=True, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
     x = inputs(layer, dtype)
-    for _ in range(3):
-        output = evaluate(layer, x)
-        assert is_packed(layer) == REPACKS
-        weight = backend.dequantize(layer)
-        y = x.clone().requires_grad_()
-        trained = layer.train()(y)
-        trained.sum().backward()
-        assert not is_packed(layer)
-        assert error(y.grad, weight.sum(0).expand_as(y)) < 0.01
-        assert error(trained, output) < 0.02
-        assert torch.equal(backend.dequantize(layer), weight)
-        assert layer.weight.dtype == storage
-    twin = copy.deepcopy(layer)
-    assert torch.equal(evaluate(twin, x), evaluate(layer, x))
-    new = weight * 2
-    backend.store(layer, new)
-    assert layer.weight.quant_state.nested == double
-    assert error(backend.dequantize(layer), new) < 0.02
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_a_prepared_module_is_right_after_state_dict(double):
-    layer, _ = quantized(double=double)
-    backend.prepare(layer)
-    x = inputs(layer)
+    if before != "nothing":
+        evaluate(layer, x)
+    if before.endswith("state_dict"):
+        layer.state_dict()
+    weight = backend.dequantize(layer)
+    hooks = {name: len(value) for name, value in vars(layer).items() if "hooks" in name}
+    assert backend.prepare(layer) == repacks and not backend.prepare(layer)
+    assert torch.equal(backend.dequantize(layer), weight)
     output = evaluate(layer, x)
-    layer.state_dict()
-    assert error(layer.train()(x), output) < 0.02
-    assert error(evaluate(layer, x), output) < 0.02
+    expected = x.float() @ weight.float().t() + layer.bias.float()
+    assert error(output, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+    for mode in (True, False):
+        y = x.clone().requires_grad_()
+        trained = layer.train(mode)(y)
+        trained.sum().backward()
+        assert torch.equal(trained, output)
+        assert error(y.grad, weight.sum(0).expand_as(y)) < 0.01
+        layer.state_dict()
+    assert torch.equal(evaluate(copy.deepcopy(layer), x), output) and torch.equal(evaluate(layer, x), output)
+    assert torch.equal(backend.dequantize(layer), weight) and layer.weight.dtype == storage
+    assert hooks == {name: len(value) for name, value in vars(layer).items() if "hooks" in name}
+    backend.store(layer, weight * 2)
+    assert layer.weight.quant_state.nested == double
+    assert error(backend.dequantize(layer), weight * 2) < 0.02
+
+
+def test_a_released_module_is_repacked_again(repacks):
+    layer, _ = quantized()
+    x = inputs(layer)
+    expected = evaluate(layer, x)
+    if backend.prepare(layer):
+        backend.release(layer)
+    assert torch.equal(evaluate(layer, x), expected) and is_packed(layer) == repacks
+
+
+@pytest.mark.parametrize("shape", [(33, 64), (32, 96)])
+def test_a_shape_that_cannot_be_repacked_stays_plain(shape):
+    layer, _ = quantized(*shape)
+    assert not backend.prepare(layer) and not layer.support_avx512bf16_for_cpu
+
+
+@only_repacked
+def test_constants_are_what_the_kernels_of_accelerators_take():
+    layer, _ = quantized(double=True)
+    evaluate(layer, inputs(layer))
+    backend.prepare(layer)
+    assert layer.weight.quant_state.absmax.dtype == torch.float32 and layer.weight.quant_state.absmax.dim() == 1
+
+
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_pickled_it_keeps_the_class_of_its_parameter(forward_first):
+    layer, _ = quantized(double=True)
+    x = inputs(layer)
+    if forward_first:
+        evaluate(layer, x)
+    backend.prepare(layer)
+    expected = evaluate(layer, x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for again in (pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        for twin in (again, copy.deepcopy(again)):
+            assert type(twin.weight) is bnb.nn.Params4bit and not twin.weight.requires_grad
+            assert torch.equal(evaluate(twin, x), expected)
+
+
+@pytest.mark.skipif(not REPACKS, reason="the library has no kernel for re-packed weights on this processor")
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@only_repacked
+def test_what_tests_pretend_is_what_the_library_computes(quant_type, dtype):
+    layer, _ = quantized(96, 192, quant_type=quant_type, dtype=dtype)
+    repack(layer)
+    for rows in (1, 40):
+        x = inputs(layer, dtype, rows).view(1, rows, -1)
+        pretended = repacked_product(x, layer.weight.data, state=layer.weight.quant_state)
+        assert (evaluate(layer, x) != pretended).float().mean() < 0.002  # sums in another order
 
 
 @pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)

@@ -22,6 +22,7 @@ from tests.tiny_models import same_state
 from tests.training.launch.callbacks import KeepsEachState, LeavesTheOtherWaiting
 from tests.training.launch.test_launch import close, when_shown
 from tests.training.support import weights
+from tests.waiting import wait_until
 
 TWO: dict[str, Any] = {**ARGUMENTS, "processes": 2, "per_device_train_batch_size": 2}
 
@@ -128,9 +129,6 @@ def test_what_is_interrupted_twice_says_that_the_adapter_is_as_before(tmp_path: 
 
 def ended(place: Path) -> RunRecord:
     """The run when its processes, which nobody waits for any more, have ended."""
-    for _ in range(300):
-        (record,) = RunStore(place).records()
-        if record.status != "running":
-            return record
-        time.sleep(0.1)
-    raise AssertionError("the processes go on alone")
+    wait_until(lambda: RunStore(place).records()[0].status != "running")
+    (record,) = RunStore(place).records()
+    return record
