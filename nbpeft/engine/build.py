@@ -65,6 +65,7 @@ def build(
     name: str = "default",
     *,
     half: bool = False,
+    training: bool = False,
 ) -> Parts:
     """Creates the adapters and copies of a plan.
 
@@ -77,6 +78,8 @@ def build(
         name: of the adapter, for layers that go by it.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
+        training: put what is new into training mode, as PEFT, whatever mode the base is in; otherwise an adapter
+            is in the mode of its layer.
 
     Raises:
         ConfigError: a module to be copied is offloaded.
@@ -86,7 +89,7 @@ def build(
 
         def complete(change: Transaction) -> Parts:
             replicate_layers_(model, layer_map, change)
-            return build(model, plan, active_state, weights, name, half=half)
+            return build(model, plan, active_state, weights, name, half=half, training=training)
 
         return Parts([], [], None, model, complete)
     sites: dict[int, list[Site]] = {}
@@ -113,7 +116,9 @@ def build(
 
     for target, adapter in make_adapters(plan, create):
         layer = layers[target.path]
-        adapter.__dict__["training"] = layer.training
+        if training and not layer.adapters._modules:
+            layer.training = True
+        adapter.train(training or layer.training)
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
@@ -128,7 +133,7 @@ def build(
         wrapper = (
             site.wrapper
             if isinstance(site.wrapper, ModulesToSaveWrapper)
-            else ModulesToSaveWrapper(site.module, active_state)
+            else ModulesToSaveWrapper(site.module, active_state, training=training)
         )
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))

@@ -400,6 +400,8 @@ class CustomLayer(AdaptedLayer):
         if name == "base_layer":
             return self.__dict__["_modules"][name]
         self.show_adapters()
+        if self.custom is None and name.startswith("_"):
+            return nn.Module.__getattr__(self, name)
         return getattr(self.base_layer if self.custom is None else self.custom, name)
 
     # What the object says of itself

@@ -252,6 +252,7 @@ class AdapterManager:
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
+        training: bool = False,
     ) -> InjectionPlan:
         """Puts a new adapter into the model; the first one becomes active.
 
@@ -264,12 +265,13 @@ class AdapterManager:
             allow_missing: warn about targets that match nothing instead of refusing.
             replace: take the place of an adapter of the same name, which stays active if it was.
             select: whether it becomes active if it is the only one.
+            training: put it into training mode, whatever mode the model is in; otherwise it is in that of its layers.
 
         Raises:
             AdapterExistsError: the name is taken.
             TargetError: the config does not fit the model.
         """
-        settings = {"trainable": trainable, "half": half, "allow_missing": allow_missing}
+        settings = {"trainable": trainable, "half": half, "allow_missing": allow_missing, "training": training}
         return self.prepare(name, config, weights, replace=replace, select=select, **settings)()
 
     def prepare(
@@ -283,6 +285,7 @@ class AdapterManager:
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
+        training: bool = False,
     ) -> Callable[[], InjectionPlan]:
         """Builds a new adapter without touching the model; see ``add`` for the arguments.
 
@@ -298,7 +301,8 @@ class AdapterManager:
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                return self.revision, made, build(self.model, made, self.active_state, weights, name, half=half)
+                modes = {"half": half, "training": training}
+                return self.revision, made, build(self.model, made, self.active_state, weights, name, **modes)
 
         prepared = built()
 

@@ -85,6 +85,11 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         return repr(dict(self))
 
 
+def one_or_all(names: list[str]) -> str | list[str]:
+    """The name where there is one, else all of them, as PEFT gives what is active."""
+    return names[0] if len(names) == 1 else names
+
+
 class ChoosesAlone(nn.Module):
     """Commands of PEFT on one module with adapters alone; those of the model end what they say about activity."""
 
@@ -193,13 +198,16 @@ class PeftLayerMixin(ChoosesAlone):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
-        names, here = self.chosen_names(), self._named()
-        return [name for name in names if name in here or not all(one.peft_container for one in here.values())]
+        return [name for name in self.chosen_names() if name in self._named() or not self._has_tokens_alone]
 
     @property
-    def active_adapter(self) -> list[str]:
-        """Names of the adapters that act now."""
-        return self.active_adapters
+    def active_adapter(self) -> str | list[str]:
+        """The same; where a layer has token rows alone, one adapter's name by itself, as of PEFT's wrapper of these."""
+        return one_or_all(self.active_adapters) if self._has_tokens_alone else self.active_adapters
+
+    @property
+    def _has_tokens_alone(self) -> bool:
+        return all(adapter.peft_container for adapter in self._named().values())
 
     @property
     def disable_adapters(self) -> bool:
@@ -381,7 +389,7 @@ def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | N
         adapters: adapter name -> adapter.
         name: the attribute's.
     """
-    if name.startswith("_") or name == "training" or not any(name in a.__dict__ for a in adapters.values()):
+    if name == "training" or not any(name in a.__dict__ for a in adapters.values()):
         return None
     return PerAdapterView(
         adapters, name, lambda adapter: adapter.__dict__[name], lambda a, value: setattr(a, name, value)

@@ -7,7 +7,7 @@ the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,29 @@ from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
 
 
-class _Shows(nn.Module):
+class _FollowsMode(nn.Module):
+    """A module that shows something of adapters: it is in training mode while they are, and no call changes it alone."""
+
+    def _showing(self) -> Iterable[nn.Module]:
+        """What it shows something of."""
+        raise NotImplementedError
+
+    @property
+    def training(self) -> bool:
+        """Whether what it shows something of is in training mode."""
+        return all(module.training for module in self._showing())
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Does nothing: ``train()`` and ``eval()`` of the layer reach the adapters."""
+
+
+class _Shows(_FollowsMode):
     """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
+
+    def _showing(self) -> Iterable[nn.Module]:
+        live = self.__dict__["_parameters"]
+        return () if not isinstance(live, LiveParameters) else (adapter for adapter, _ in live.slots.values())
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
@@ -59,6 +80,9 @@ class AdapterDict(_Shows, nn.ModuleDict):
     def show(self, slots: dict[str, Slot]) -> None:
         """Shows parameters beside the modules from now on."""
         self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (*self._modules.values(), *super()._showing())  # type: ignore[arg-type]
 
     def __getitem__(self, name: str) -> Any:
         live: Any = self.__dict__["_parameters"]
@@ -217,19 +241,22 @@ class ParameterListing(_Shows, nn.ParameterList):
         return "ParameterList"
 
 
-class Container(nn.Module):
+class Container(_FollowsMode):
     """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``; also their attributes."""
 
     def __init__(self, adapters: Mapping[str, Any]) -> None:
         super().__init__()
         self.__dict__["adapters"] = adapters
 
+    def _showing(self) -> Iterable[nn.Module]:
+        return self.__dict__["adapters"].values()  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         found = None if name.startswith("__") else by_name(self.__dict__.get("adapters", {}), name)
         return super().__getattr__(name) if found is None else found
 
 
-class Remainder(nn.Module):
+class Remainder(_FollowsMode):
     """Buffers and submodules of an adapter, which PEFT has no name for."""
 
     def __init__(self, adapter: nn.Module) -> None:
@@ -237,6 +264,9 @@ class Remainder(nn.Module):
         self.__dict__["adapter"] = adapter
         shared = ("_buffers", "_non_persistent_buffers_set", "_modules")
         self.__dict__.update({name: adapter.__dict__[name] for name in shared})
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (self.__dict__["adapter"],)
 
 
 def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: BaseLayer) -> None:
@@ -308,7 +338,6 @@ def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) 
 def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
     leaf = adapter.peft_module(name, base) or ParameterModule()
     show_parameter(leaf, adapter, name)
-    leaf.training = adapter.training
     return leaf
 
 

@@ -115,7 +115,8 @@ def read(
     plan, loaded = fitted(manager, name, config, tensors, key_mapping=key_mapping, ignore_mismatched=ignored)
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
-    put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
+    modes = {"trainable": trainable, "training": trainable, "half": half}
+    put = manager.prepare(name, plan, loaded.weights, replace=replace, **modes)
 
     def load() -> LoadResult:
         with manager.transaction() as change:

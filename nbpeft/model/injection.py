@@ -61,7 +61,7 @@ def inject(
         replace: let it take the place of one with the same name.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
-    put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace)
+    put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace, training=True)
     put_active(manager, put, name, empty=empty)
 
 

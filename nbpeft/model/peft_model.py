@@ -83,10 +83,12 @@ class PeftModel(nn.Module):
             trainable=not config.inference_mode,
             half=not autocast_adapter_dtype,
             replace=adapter_name in manager.configs,
+            training=True,
         )
         with manager.transaction():
             put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
             self._take(model, manager)
+            self.training = self.base_model.training = True  # as the adapter, in whatever mode the base is
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
         """Becomes the one handle of a base model."""
@@ -317,7 +319,8 @@ class PeftModel(nn.Module):
         self._check_live()
         config = files.with_base_name(self._complete(peft_config), self.get_base_model())
         with self.manager.transaction():
-            self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
+            options = {"trainable": not config.inference_mode, "half": not autocast_adapter_dtype, "training": True}
+            self.manager.add(adapter_name, config, **options)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
 
@@ -424,7 +427,10 @@ class PeftModel(nn.Module):
             chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
             handle = chosen.over(model, manager)
             change.keep_modes(handle)
-            handle.eval() if not is_trainable else handle.train(model.training)
+            if is_trainable:
+                handle.training = handle.base_model.training = True
+            else:
+                handle.eval()
         return handle
 
     def load_adapter(

@@ -71,6 +71,7 @@ class BaseTuner(nn.Module):
         manager = manager_of(model)
         assert manager is not None
         self._take(model, manager)
+        self.training = True
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:

@@ -495,11 +495,14 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks."""
+    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks.
+
+    Adapters are in the mode of their base then: one that was made in training mode drops nothing once it is trained.
+    """
     base: Any = base_of(model)
     embedding = embedding_of(base)
     watched = set() if embedding is None else set(embedding._forward_hooks)
-    was_training = model.training
+    was_training = base.training
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
     checkpoints = is_checkpointing(base)
