@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,9 +149,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         options["token"] = options.pop("use_auth_token")
     if options.keys() <= {"revision", "cache_dir", "token", "local_files_only"}:
         return options
-    from huggingface_hub import hf_hub_download
-
-    known = set(inspect.signature(hf_hub_download).parameters) - _OWN_OPTIONS
+    known = _known_options()
     for name in options:
         if name not in known:
             raise CheckpointError(
@@ -159,6 +158,24 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 option=name,
             )
     return options
+
+
+def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a download among keywords that a library hands on, as ``trust_remote_code`` for the model.
+
+    Others are left out, with a warning if one looks like an option that is misspelled.
+    """
+    known = {"subfolder", "use_auth_token", *_known_options()} if options else set()
+    for name in options.keys() - known:
+        if meant := did_you_mean(name, known):
+            warnings.warn(f"{name!r} is no option for reading a config and is ignored.{meant}", stacklevel=4)
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _known_options() -> set[str]:
+    from huggingface_hub import hf_hub_download
+
+    return set(inspect.signature(hf_hub_download).parameters) - _OWN_OPTIONS
 
 
 def download(repo_id: str, filename: str, subfolder: str | None, options: Mapping[str, Any]) -> Path:

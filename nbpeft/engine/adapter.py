@@ -248,6 +248,11 @@ class AdapterConfig:
     ) -> AdapterConfig:
         """Reads the config of a saved adapter from a folder or a hub id.
 
+        Args:
+            pretrained_model_name_or_path: the folder or id.
+            subfolder: a folder inside it.
+            **options: ``revision``, ``cache_dir``, ``token``, …; what else libraries hand on is ignored.
+
         Raises:
             CheckpointNotFoundError: there is no ``adapter_config.json``.
             UnknownMethodError: the file names a method that is not registered.

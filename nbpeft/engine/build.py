@@ -128,16 +128,20 @@ def build(
         _check_rounded(layers, parts, is_new=weights is None)
     for path in plan.copies:
         site = by_path[path]
-        if any(offloading(part) is not None for part in site.module.modules()):
-            raise ConfigError(f"{path} is offloaded and cannot be copied as a whole: load the model without offloading")
-        wrapper = (
-            site.wrapper
-            if isinstance(site.wrapper, ModulesToSaveWrapper)
-            else ModulesToSaveWrapper(site.module, active_state, training=training)
-        )
+        wrapper = _copies_wrapper(site, active_state, training=training)
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
+
+
+def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool) -> ModulesToSaveWrapper:
+    if any(offloading(part) is not None for part in site.module.modules()):
+        raise ConfigError(
+            f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
+        )
+    if isinstance(site.wrapper, ModulesToSaveWrapper):
+        return site.wrapper
+    return ModulesToSaveWrapper(site.module, active_state, training=training)
 
 
 def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: bool) -> None:

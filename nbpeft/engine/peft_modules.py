@@ -19,7 +19,7 @@ from nbpeft.engine.peft_layer_api import by_name
 
 
 class _FollowsMode(nn.Module):
-    """A module that shows something of adapters: it is in training mode while they are, and no call changes it alone."""
+    """A module that shows something of adapters, and is in training mode while they are."""
 
     def _showing(self) -> Iterable[nn.Module]:
         """What it shows something of."""
