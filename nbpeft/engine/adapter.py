@@ -127,14 +127,16 @@ class AdapterConfig:
         if self.task_type is None:
             return
         names = [task.value for task in TaskType]
-        if str(getattr(self.task_type, "value", self.task_type)) not in names:
+        task = getattr(self.task_type, "value", self.task_type)
+        if str(task) not in names:
             raise ConfigError(
                 f"task_type {self.task_type!r:.60} is not one of {', '.join(names)}."
                 + did_you_mean(str(self.task_type), names),
                 field="task_type",
                 task_type=self.task_type,
             )
-        self.task_type = TaskType(self.task_type)
+        if task is not self.task_type:  # a string stays one, as in PEFT: f"{config.task_type}" names folders
+            self.task_type = TaskType(task)
 
     @property
     def initialised_from_weight(self) -> bool:

@@ -150,7 +150,7 @@ def fitted(
     """
     plan = manager.plan(config, name)
     conversion = checkpoint.key_conversion_of(manager.model)
-    settings = {"peft_type": str(config.peft_type), "conversion": conversion, **options}
+    settings = {"peft_type": method_of(config).peft_type, "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
     plan.share_in(loaded.weights)
     apart = plan.not_tied_in(loaded.weights)
@@ -411,7 +411,7 @@ def file_tensors(
 
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
-    tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    tensors = checkpoint.to_file(weights, peft_type=method_of(config).peft_type)
     derived = method_of(config).derived
     for named in weights.adapters.values() if derived is not None else ():
         tensors.update(derived(config, named))  # type: ignore[misc]

@@ -106,7 +106,7 @@ def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:
 
 
 def _method(manager: AdapterManager, name: str) -> str:
-    return str(manager.configs[name].peft_type)
+    return method_of(manager.configs[name]).peft_type
 
 
 def _of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Any]:

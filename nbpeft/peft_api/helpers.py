@@ -18,7 +18,7 @@ from nbpeft.engine.base import onloaded
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.registry import method_of, resolve_backend
 from nbpeft.engine.targets import ALL_LINEAR, Matcher, condense_targets, matches_segment_names
 from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
@@ -161,7 +161,8 @@ def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterCon
         HotSwapError: they are not.
     """
     if config0.peft_type != config1.peft_type:
-        raise HotSwapError(f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}")
+        types = " and ".join(method_of(config).peft_type for config in (config0, config1))
+        raise HotSwapError(f"Incompatible PEFT types found: {types}")
 
 
 @contextmanager
