@@ -65,7 +65,7 @@ def build(
     name: str = "default",
     *,
     half: bool = False,
-    training: bool = False,
+    training: bool | None = None,
 ) -> Parts:
     """Creates the adapters and copies of a plan.
 
@@ -78,8 +78,7 @@ def build(
         name: of the adapter, for layers that go by it.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
-        training: put what is new into training mode, as PEFT, whatever mode the base is in; otherwise an adapter
-            is in the mode of its layer.
+        training: the mode that new adapters, and wrappers for them, are put into; None for that of their layers.
 
     Raises:
         ConfigError: a module to be copied is offloaded.
@@ -118,7 +117,7 @@ def build(
         layer = layers[target.path]
         if training and not layer.adapters._modules:
             layer.training = True
-        adapter.train(training or layer.training)
+        adapter.train(layer.training if training is None else training)
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
@@ -134,14 +133,14 @@ def build(
     return parts
 
 
-def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool) -> ModulesToSaveWrapper:
+def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | None) -> ModulesToSaveWrapper:
     if any(offloading(part) is not None for part in site.module.modules()):
         raise ConfigError(
             f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
         )
     if isinstance(site.wrapper, ModulesToSaveWrapper):
         return site.wrapper
-    return ModulesToSaveWrapper(site.module, active_state, training=training)
+    return ModulesToSaveWrapper(site.module, active_state, training=bool(training))
 
 
 def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: bool) -> None:

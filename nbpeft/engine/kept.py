@@ -36,6 +36,7 @@ class KeptAdapter:
         place: where it was among the adapters, from 0.
         selected: which adapters were selected.
         frozen: whether it was kept from training.
+        training: whether it was in training mode.
         unsaved: whether it was trained since it was added, loaded or saved.
         scale: factor on its delta.
         half: whether its parameters were in the base's half-precision dtype.
@@ -48,6 +49,7 @@ class KeptAdapter:
     place: int
     selected: tuple[str, ...]
     frozen: bool
+    training: bool
     unsaved: bool
     scale: float
     half: bool
@@ -74,6 +76,7 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
         place=manager.names.index(name),
         selected=manager.selected,
         frozen=name in manager.frozen,
+        training=manager.is_training(name),
         unsaved=name in manager.unsaved,
         scale=manager.scale(name),
         half=is_half(manager.layers, name),
@@ -102,8 +105,8 @@ def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = Fal
         if in_place:
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
-            weights, trains = fresh_copies(kept.weights), not kept.frozen
-            manager.add(name, kept.config, weights, trainable=trains, half=kept.half, replace=True, select=False)
+            modes = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
+            manager.add(name, kept.config, fresh_copies(kept.weights), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)
         manager.configs[name] = kept.config

@@ -155,6 +155,11 @@ class AdapterManager:
         found = [parameters[key] for parameters, key in slots]
         return [*(parameter for parameter in found if parameter is not None), *self._biases.of(name).values()]
 
+    def is_training(self, name: str) -> bool:
+        """Whether an adapter is in training mode, which its base need not be; False where there is none."""
+        here = (layer.adapters._modules.get(name) for layer in self.layers.values())
+        return next((adapter.training for adapter in here if adapter is not None), False)
+
     def weights(self, name: str) -> AdapterWeights:
         """References to the tensors of an adapter."""
         self.require(name)
@@ -252,7 +257,7 @@ class AdapterManager:
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
-        training: bool = False,
+        training: bool | None = None,
     ) -> InjectionPlan:
         """Puts a new adapter into the model; the first one becomes active.
 
@@ -265,7 +270,8 @@ class AdapterManager:
             allow_missing: warn about targets that match nothing instead of refusing.
             replace: take the place of an adapter of the same name, which stays active if it was.
             select: whether it becomes active if it is the only one.
-            training: put it into training mode, whatever mode the model is in; otherwise it is in that of its layers.
+            training: the mode it is put into, whatever mode the model is in; None for that of the adapter whose place
+                it takes, or else of its layers.
 
         Raises:
             AdapterExistsError: the name is taken.
@@ -285,7 +291,7 @@ class AdapterManager:
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
-        training: bool = False,
+        training: bool | None = None,
     ) -> Callable[[], InjectionPlan]:
         """Builds a new adapter without touching the model; see ``add`` for the arguments.
 
@@ -301,8 +307,9 @@ class AdapterManager:
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                modes = {"half": half, "training": training}
-                return self.revision, made, build(self.model, made, self.active_state, weights, name, **modes)
+                mode = self.is_training(name) if training is None and name in self.configs else training
+                options = {"half": half, "training": mode}
+                return self.revision, made, build(self.model, made, self.active_state, weights, name, **options)
 
         prepared = built()
 
@@ -416,7 +423,8 @@ class AdapterManager:
         twin = copied_weights(weights)
         half = is_half(self.layers, name)
         with self.transaction():
-            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=half)
+            modes = {"trainable": name not in self.frozen, "training": self.is_training(name)}
+            self.add(new, self.configs[name], twin, half=half, **modes)
             self.set_scale(new, self.scale(name))
             if name in self.unsaved:
                 self.unsaved.add(new)

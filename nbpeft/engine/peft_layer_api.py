@@ -151,6 +151,13 @@ class ChoosesAlone(nn.Module):
                 self._named()[name].requires_grad_(requires_grad)
 
 
+class _OfInstances(property):
+    """A property that is empty on the class itself, as PEFT's base class has no names."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return () if instance is None else super().__get__(instance, owner)
+
+
 class PeftLayerMixin(ChoosesAlone):
     """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
 
@@ -214,12 +221,12 @@ class PeftLayerMixin(ChoosesAlone):
         """Whether the frozen layer acts alone now."""
         return not self.active_state.current().names
 
-    @property
+    @_OfInstances
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names under which the layer keeps parameters of adapters."""
         return tuple(dict.fromkeys(name for adapter in self._named().values() for name in adapter.layer_names()))
 
-    @property
+    @_OfInstances
     def other_param_names(self) -> tuple[str, ...]:
         """Names under which it keeps other settings of adapters."""
         found: dict[str, None] = {}
@@ -443,7 +450,13 @@ class LayerType(type):
         return any(method is not None and method.peft_type == own["peft_type"] for method in methods)
 
 
-def layer_type(peft_type: str, name: str) -> type[Any]:
-    """A class for ``isinstance``: adapted layers that carry adapters of a method, as PEFT's ``LoraLayer``."""
+def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
+    """A class for ``isinstance``: adapted layers that carry adapters of a method, as PEFT's ``LoraLayer``.
+
+    Args:
+        peft_type: of the method.
+        name: of the class.
+        **attributes: of the class.
+    """
     doc = f"Adapted layers with adapters of type {peft_type}; for ``isinstance`` only."
-    return LayerType(name, (), {"peft_type": peft_type, "__doc__": doc})
+    return LayerType(name, (), {"peft_type": peft_type, "__doc__": doc, **attributes})

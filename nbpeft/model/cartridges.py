@@ -166,7 +166,9 @@ def _with_prefix(model: nn.Module, adapter_name: str | None) -> tuple[str, int]:
     manager.require(name)
     config: Any = manager.configs[name]
     if not issubclass(method_of(config).adapter_class, CachedPrefix):
-        raise AdapterError(f"adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter, not {method_of(config).peft_type}")
+        raise AdapterError(
+            f"adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter, not {method_of(config).peft_type}"
+        )
     if getattr(config, "has_encoder", False):
         raise ConfigError(
             f"adapter {name!r} cannot start as a cache: with prefix_projection=True a network computes its keys and "

@@ -306,3 +306,29 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
     """Activates adapters, their modules trained as a whole included."""
     set_adapter(model, adapter_name, inference_mode)
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """Name of a module in a model; empty where it is not in it."""
+    return next((name for name, module in model.named_modules() if module is reference_module), "")
+
+
+def get_device_map(model: nn.Module) -> Any:
+    """Where accelerate put the parts of a model, or the one device of a model that it did not distribute."""
+    return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+
+
+def has_valid_embedding_base_layer(layer: Any) -> bool:
+    """Whether a layer is an adapted embedding or linear layer."""
+    return isinstance(getattr(layer, "base_layer", None), nn.Linear | nn.Embedding)
+
+
+def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
+    """Name in a model of a layer, or of the frozen layer inside it where that is adapted; None for neither."""
+    wanted = [getattr(layer, "base_layer", None), *([] if is_embedding_in_target_modules else [layer])]
+    return next((name for name, module in model.named_modules() if any(module is one for one in wanted)), None)
+
+
+def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
+    """``torch.load``, of tensors alone unless it is told otherwise."""
+    return torch.load(*args, weights_only=weights_only, **kwargs)

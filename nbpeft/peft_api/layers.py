@@ -7,6 +7,7 @@ from typing import Any
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.methods.lora.custom_layers import Linear
+from nbpeft.engine.methods.poly import PolyRouter as PolyRouter
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import LayerType, layer_type
@@ -16,6 +17,7 @@ from nbpeft.model.status import LayerStatus, ModelStatus
 from nbpeft.model.tuner import BaseTuner as BaseTuner
 from nbpeft.model.tuner import tuner_class
 from nbpeft.peft_api.constants import usual_targets_of
+from nbpeft.peft_api.parameter_names import parameter_names
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
@@ -26,9 +28,24 @@ BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
-IA3Layer = layer_type("IA3", "IA3Layer")
-TrainableTokensLayer = layer_type("TRAINABLE_TOKENS", "TrainableTokensLayer")
-TrainableTokensWrapper = layer_type("TRAINABLE_TOKENS", "TrainableTokensWrapper")
+
+
+@cache
+def _layer_type(peft_type: str, name: str) -> type[Any]:
+    """The class of layers with adapters of a method: the same one each time."""
+    return layer_type(peft_type, name, **parameter_names(peft_type.lower()))
+
+
+IA3Layer = _layer_type("IA3", "IA3Layer")
+TrainableTokensLayer = _layer_type("TRAINABLE_TOKENS", "TrainableTokensLayer")
+TrainableTokensWrapper = layer_type(
+    "TRAINABLE_TOKENS",
+    "TrainableTokensWrapper",
+    **{
+        kind: tuple(f"token_adapter.{name}" for name in names)
+        for kind, names in parameter_names("trainable_tokens").items()
+    },
+)
 """The same: rows that a LoRA config asks for are an adapter of their own here."""
 
 
@@ -42,11 +59,8 @@ def layer_class(title: str) -> type[Any]:
     if title == Linear.title:
         return Linear
     doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
-    return LayerType(title.rpartition(".")[2], (), {"title": title, "__doc__": doc})
-
-
-_layer_type = cache(layer_type)
-"""The same class each time."""
+    own = parameter_names(title.partition(".")[0])
+    return LayerType(title.rpartition(".")[2], (), {"title": title, "__doc__": doc, **own})
 
 
 def of_method(package: str, name: str) -> Any:
@@ -69,6 +83,6 @@ def of_method(package: str, name: str) -> Any:
         return _layer_type(method.peft_type, name)
     if name.isupper():
         return usual_targets_of(method.peft_type)
-    own = name.removeprefix(title)
+    own = name.removeprefix(title).removeprefix(method.layer_prefix)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
     return layer_class(f"{package}.{method.layer_prefix}{own}") if own in known else None

@@ -442,8 +442,7 @@ def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, note
 
 def _notes_of_dropout(manager: AdapterManager, name: str) -> list[str]:
     """Say it where an adapter is in training mode and its base is not: commands evaluate, the user's own calls drop."""
-    adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters]
-    if manager.model.training or not any(adapter.training for adapter in adapters):
+    if manager.model.training or not manager.is_training(name):
         return []
     fields = [field.name for field in dataclasses.fields(manager.configs[name]) if field.name.endswith("dropout")]
     rates = [f"{field} = {rate:g}" for field in fields if (rate := getattr(manager.configs[name], field) or 0)]
