@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from nbpeft import hooks
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
@@ -118,6 +119,7 @@ class AdapterConfig:
     """Fields that say what an adapter consists of: hot-swapping another one into its place does not change them."""
 
     def __post_init__(self) -> None:
+        hooks.configured()
         check_types(self, passing=(*self.not_implemented, *self.checked_apart))
         for name in self.not_implemented:
             if getattr(self, name):
