@@ -32,6 +32,7 @@ from nbpeft.engine.config_checks import check_bias, check_count, check_number, c
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
@@ -39,6 +40,7 @@ from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
+_RANK = "ranknum"
 _ROBERTA = ["query", "key", "value", "dense"]
 
 
@@ -306,6 +308,9 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     """
 
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha"}
+    peft_mappings: ClassVar[tuple[str, ...]] = (_A, _B, _E, "lora_embedding_A", "lora_embedding_B")
+    peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    frozen_parameters: ClassVar[tuple[str, ...]] = (_RANK,)  # PEFT counts it; no file has it, and nothing reads it
 
     path: str
     dropout: float
@@ -348,10 +353,16 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     ) -> None:
         super().__init__()
         self._parameters.update({name: nn.Parameter(tensors[name]) for name in (_A, _B, _E)})
+        rank = tensors[_E].new_full((1,), float(config.init_r))
+        self._parameters[_RANK] = nn.Parameter(rank, requires_grad=False)
         # The first layer holds the allocator as a module.
         self.__dict__.update(path=path, allocator=allocator, scaling=config.scaling_at(path))
         self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
         allocator.adapters[path] = self
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """The dropout; see ``Adapter``."""
+        return AdapterDropout(self) if name in self.peft_modules else None
 
     @property
     def rank(self) -> int:
@@ -419,7 +430,7 @@ class AdaLora(Adapter, Rescales, IsLowRank):
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The ranks that are left; see ``Adapter``."""
-        tensors = super().saved_tensors(shapes)
+        tensors = {name: tensor for name, tensor in super().saved_tensors(shapes).items() if name != _RANK}
         left = self.allocator.config.ranks_left(self.path)
         if left is None or len(left) != self.rank or all(left):
             return tensors
