@@ -414,7 +414,7 @@ class CustomLayer(AdaptedLayer):
 
     @scaling.setter
     def scaling(self, values: Mapping[str, Any]) -> None:
-        self.custom.scaling.update(values)
+        self.custom.scaling = {**self.custom.scaling, **values}  # who kept the one before has it as it was
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """As of the object."""

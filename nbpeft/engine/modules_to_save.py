@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.peft_layer_api import ChoosesAlone, one_or_all
+from nbpeft.engine.peft_layer_api import ChoosesAlone, one_or_all, refuse_pickle_of_peft
 from nbpeft.engine.peft_modules import AdapterDict
 from nbpeft.errors import AdapterError, LayerKindError
 
@@ -37,6 +37,11 @@ class ModulesToSaveWrapper(ChoosesAlone):
         self.training = training or original_module.training
 
     active_state: ActiveState | LayerState
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "active_state" not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     adapter_layer_names = ("modules_to_save",)
     other_param_names = ()

@@ -14,6 +14,7 @@ from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
+from nbpeft.engine.peft_layer_api import refuse_pickle_of_peft
 from nbpeft.engine.prompt_twins import twin_without_prompts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
@@ -113,6 +114,11 @@ class PeftModel(nn.Module):
             AdapterManager.attach(model, manager)
             handle._take(model, manager)
         return handle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if MANAGER not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def manager(self) -> AdapterManager:

@@ -10,7 +10,7 @@ from nbpeft.engine.methods.lora.custom_layers import Linear
 from nbpeft.engine.methods.poly import PolyRouter as PolyRouter
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.peft_layer_api import LayerType, layer_type
+from nbpeft.engine.peft_layer_api import LayerType, layer_type, refuse_pickle_of_peft
 from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.status import LayerStatus, ModelStatus
@@ -59,8 +59,8 @@ def layer_class(title: str) -> type[Any]:
     if title == Linear.title:
         return Linear
     doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
-    own = parameter_names(title.partition(".")[0])
-    return LayerType(title.rpartition(".")[2], (), {"title": title, "__doc__": doc, **own})
+    own = {"title": title, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
+    return LayerType(title.rpartition(".")[2], (), own | parameter_names(title.partition(".")[0]))
 
 
 def of_method(package: str, name: str) -> Any:
