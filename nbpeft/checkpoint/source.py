@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 from nbpeft.checkpoint.hub_token import TOKENS_PAGE
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, shown
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, near, shown
 from nbpeft.hub_access import hub_options
 
 CONFIG_NAME = "adapter_config.json"
 
 Result = TypeVar("Result")
 
+_MISSPELLED = 0.85
+"""How alike a name is to that of an option that it was meant to be, and no option for something else."""
 _OWN_OPTIONS = frozenset({"repo_id", "filename", "subfolder", "dry_run"})
 
 
@@ -167,8 +169,8 @@ def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {"subfolder", "use_auth_token", *_known_options()} if options else set()
     for name in options.keys() - known:
-        if meant := did_you_mean(name, known):
-            warnings.warn(f"{name!r} is no option for reading a config and is ignored.{meant}", stacklevel=4)
+        for meant in near(name, known, 1, cutoff=_MISSPELLED):
+            warnings.warn(f"{name!r} is no option of a download and is ignored. Did you mean {meant!r}?", stacklevel=4)
     return {name: value for name, value in options.items() if name in known}
 
 

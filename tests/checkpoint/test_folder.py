@@ -264,12 +264,13 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 def test_a_config_ignores_what_libraries_hand_on_and_warns_of_what_is_misspelled(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, a_config(), tensors_of())
-    options = {"trust_remote_code": True, "torch_dtype": "auto", "device_map": None, "token": None}
+    of_models = ("trust_remote_code", "torch_dtype", "dtype", "device_map", "code_revision", "attn_implementation")
+    options: dict[str, Any] = {**dict.fromkeys(of_models, True), "token": None}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read = AdapterConfig.from_pretrained(str(tmp_path), **options)
     assert read == AdapterConfig.from_pretrained(str(tmp_path)) == read_config(tmp_path)
-    with pytest.warns(UserWarning, match=r"'revison' is no option .* Did you mean 'revision'"):
+    with pytest.warns(UserWarning, match=r"'revison' is no option .* Did you mean 'revision'\?"):
         AdapterConfig.from_pretrained(str(tmp_path), revison="main")
     assert AdapterConfig.from_pretrained(str(tmp_path.parent), subfolder=tmp_path.name) == read
 
