@@ -46,7 +46,7 @@ from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_VERSION
 
 ADAPTER_PARTS = "adapter_parts"
-"""Where the buffers and submodules of adapters are shown for which PEFT has no name."""
+"""Where the submodules of adapters are shown, for which PEFT has no name."""
 
 
 class ConfigStore(Protocol):
@@ -398,7 +398,7 @@ class Adapter(nn.Module):
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
 
     parts_shown_as: ClassVar[str] = ADAPTER_PARTS
-    """Where the buffers and submodules of adapters are shown on a layer."""
+    """Where the submodules of adapters are shown on a layer."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""

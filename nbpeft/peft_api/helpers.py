@@ -264,7 +264,12 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     """What the keys of adapters in a model's state dict start with, those of one adapter or of all."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     carrying = [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.adapters]
-    parts = [(path, name) for path, layer in carrying for name in (*layer.adapter_layer_names, ADAPTER_PARTS)]
+    buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in carrying}
+    parts = [
+        (path, name)
+        for path, layer in carrying
+        for name in (*layer.adapter_layer_names, *buffers[layer], ADAPTER_PARTS)
+    ]
     return {".".join(filter(None, (*part, adapter_name))) for part in parts}
 
 

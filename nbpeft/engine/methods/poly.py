@@ -137,7 +137,7 @@ class Polytropon(Adapter, ConvertsToLora):
             logits = torch.empty(site.shapes[ROUTER], device=site.base.device, dtype=site.dtype)
             tensors[ROUTER] = logits.uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in (ROUTER, A, B)})  # PEFT's order
         return made
 
     @property
