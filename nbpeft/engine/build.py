@@ -78,7 +78,8 @@ def build(
         name: of the adapter, for layers that go by it.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
-        training: the mode that new adapters, and wrappers for them, are put into; None for that of their layers.
+        training: the mode that new adapters, and wrappers for them, are put into; None for that of the adapter whose
+            place one takes, or of its layer.
 
     Raises:
         ConfigError: a module to be copied is offloaded.
@@ -117,7 +118,7 @@ def build(
         layer = layers[target.path]
         if training and not layer.adapters._modules:
             layer.training = True
-        adapter.train(layer.training if training is None else training)
+        adapter.train(_mode(layer, name) if training is None else training)
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
@@ -131,6 +132,12 @@ def build(
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
+
+
+def _mode(layer: AdaptedLayer, name: str) -> bool:
+    """Whether the adapter of a name on a layer is in training mode; where there is none, whether the layer is."""
+    present = layer.adapters._modules.get(name)
+    return layer.training if present is None else present.training
 
 
 def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | None) -> ModulesToSaveWrapper:

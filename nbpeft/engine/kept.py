@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales
-from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half
+from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half, is_training
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
@@ -49,7 +49,7 @@ class KeptAdapter:
     place: int
     selected: tuple[str, ...]
     frozen: bool
-    training: bool
+    training: bool | None
     unsaved: bool
     scale: float
     half: bool
@@ -76,7 +76,7 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
         place=manager.names.index(name),
         selected=manager.selected,
         frozen=name in manager.frozen,
-        training=manager.is_training(name),
+        training=is_training(manager.layers, name),
         unsaved=name in manager.unsaved,
         scale=manager.scale(name),
         half=is_half(manager.layers, name),

@@ -155,11 +155,6 @@ class AdapterManager:
         found = [parameters[key] for parameters, key in slots]
         return [*(parameter for parameter in found if parameter is not None), *self._biases.of(name).values()]
 
-    def is_training(self, name: str) -> bool:
-        """Whether an adapter is in training mode, which its base need not be; False where there is none."""
-        here = (layer.adapters._modules.get(name) for layer in self.layers.values())
-        return next((adapter.training for adapter in here if adapter is not None), False)
-
     def weights(self, name: str) -> AdapterWeights:
         """References to the tensors of an adapter."""
         self.require(name)
@@ -270,8 +265,7 @@ class AdapterManager:
             allow_missing: warn about targets that match nothing instead of refusing.
             replace: take the place of an adapter of the same name, which stays active if it was.
             select: whether it becomes active if it is the only one.
-            training: the mode it is put into, whatever mode the model is in; None for that of the adapter whose place
-                it takes, or else of its layers.
+            training: its mode, whatever the model's; None for that of the adapter it replaces, or of its layers.
 
         Raises:
             AdapterExistsError: the name is taken.
@@ -307,9 +301,8 @@ class AdapterManager:
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                mode = self.is_training(name) if training is None and name in self.configs else training
-                options = {"half": half, "training": mode}
-                return self.revision, made, build(self.model, made, self.active_state, weights, name, **options)
+                parts = build(self.model, made, self.active_state, weights, name, half=half, training=training)
+                return self.revision, made, parts
 
         prepared = built()
 
@@ -395,10 +388,7 @@ class AdapterManager:
             self._slots.pop(old, None)
             if old in self._scales:
                 self._scales[new] = self._scales.pop(old)
-            if old in self.frozen:
-                self.frozen = (self.frozen - {old}) | {new}
-            if old in self.unsaved:
-                self.unsaved = (self.unsaved - {old}) | {new}
+            self.frozen, self.unsaved = ({new if n == old else n for n in held} for held in (self.frozen, self.unsaved))
             self._selected = tuple(new if name == old else name for name in self._selected)
             for scope in self.active_state.scopes:
                 scope.names = tuple(new if name == old else name for name in scope.names)
@@ -423,8 +413,7 @@ class AdapterManager:
         twin = copied_weights(weights)
         half = is_half(self.layers, name)
         with self.transaction():
-            modes = {"trainable": name not in self.frozen, "training": self.is_training(name)}
-            self.add(new, self.configs[name], twin, half=half, **modes)
+            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=half)
             self.set_scale(new, self.scale(name))
             if name in self.unsaved:
                 self.unsaved.add(new)

@@ -49,7 +49,7 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         """Holds from now on what the adapters have at this moment, as a dictionary of its own."""
         self.__dict__["_kept"] = {key: one.clone() if isinstance(one, Tensor) else one for key, one in self.items()}
 
-    def follow(self) -> None:
+    def resume(self) -> None:
         """Reads and writes the adapters again."""
         self.__dict__["_kept"] = None
 
@@ -209,7 +209,7 @@ class PeftLayerMixin(ChoosesAlone):
             del _scalings[self]
         if isinstance(values, PerAdapterView) and values.is_of(self._named()):
             _scalings[self] = values
-            values.follow()
+            values.resume()
         for name, value in given.items():
             self.scaling[name] = value
 

@@ -17,7 +17,6 @@ from nbpeft.model.status import LayerStatus, ModelStatus
 from nbpeft.model.tuner import BaseTuner as BaseTuner
 from nbpeft.model.tuner import tuner_class
 from nbpeft.peft_api.constants import usual_targets_of
-from nbpeft.peft_api.parameter_names import parameter_names
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
@@ -30,10 +29,19 @@ TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 
 
+def _names_in_layers(peft_type: str) -> dict[str, tuple[str, ...]]:
+    """Where PEFT's layers keep what adapters of a method have, which libraries read from the classes of layers."""
+    method = next(iter(methods_of_type(peft_type)), None)
+    attributes = ("adapter_layer_names", "other_param_names")
+    return (
+        {} if method is None else dict(zip(attributes, (tuple(one.split()) for one in method.layer_names), strict=True))
+    )
+
+
 @cache
 def _layer_type(peft_type: str, name: str) -> type[Any]:
     """The class of layers with adapters of a method: the same one each time."""
-    return layer_type(peft_type, name, **parameter_names(peft_type.lower()))
+    return layer_type(peft_type, name, **_names_in_layers(peft_type))
 
 
 IA3Layer = _layer_type("IA3", "IA3Layer")
@@ -43,7 +51,7 @@ TrainableTokensWrapper = layer_type(
     "TrainableTokensWrapper",
     **{
         kind: tuple(f"token_adapter.{name}" for name in names)
-        for kind, names in parameter_names("trainable_tokens").items()
+        for kind, names in _names_in_layers("TRAINABLE_TOKENS").items()
     },
 )
 """The same: rows that a LoRA config asks for are an adapter of their own here."""
@@ -60,7 +68,7 @@ def layer_class(title: str) -> type[Any]:
         return Linear
     doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
     own = {"title": title, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
-    return LayerType(title.rpartition(".")[2], (), own | parameter_names(title.partition(".")[0]))
+    return LayerType(title.rpartition(".")[2], (), own | _names_in_layers(title.partition(".")[0].upper()))
 
 
 def of_method(package: str, name: str) -> Any:

@@ -262,7 +262,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read_config(tmp_path, revison="main")
 
 
-def test_a_config_ignores_what_libraries_hand_on_and_warns_of_what_is_misspelled(tmp_path: Path) -> None:
+def test_a_config_ignores_what_is_for_models_and_warns_of_misspellings(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, a_config(), tensors_of())
     of_models = ("trust_remote_code", "torch_dtype", "dtype", "device_map", "code_revision", "attn_implementation")
     options: dict[str, Any] = {**dict.fromkeys(of_models, True), "token": None}

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import nbpeft
 from nbpeft.engine.adapter import TaskType
+from nbpeft.engine.adapter_tensors import is_training
 from nbpeft.engine.reached import reached_modules
 from nbpeft.model import (
     LoraConfig,
@@ -303,10 +304,10 @@ def test_an_adapter_that_is_made_of_others_is_in_the_mode_of_the_model() -> None
     model.eval()
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", "exact")
     model.manager.copy("one", "copy")
-    assert [model.manager.is_training(name) for name in model.manager.names] == [False] * 4
+    assert [is_training(model.manager.layers, name) for name in model.manager.names] == [False] * 4
     model.train()
     model.manager.copy("one", "another")
-    assert model.manager.is_training("another")
+    assert is_training(model.manager.layers, "another")
 
 
 def test_running_a_model_to_see_what_its_layers_get_leaves_every_mode() -> None:

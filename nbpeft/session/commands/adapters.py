@@ -442,7 +442,9 @@ def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, note
 
 def _notes_of_dropout(manager: AdapterManager, name: str) -> list[str]:
     """Say it where an adapter is in training mode and its base is not: commands evaluate, the user's own calls drop."""
-    if manager.model.training or not manager.is_training(name):
+    from nbpeft.engine.adapter_tensors import is_training
+
+    if manager.model.training or not is_training(manager.layers, name):
         return []
     fields = [field.name for field in dataclasses.fields(manager.configs[name]) if field.name.endswith("dropout")]
     rates = [f"{field} = {rate:g}" for field in fields if (rate := getattr(manager.configs[name], field) or 0)]

@@ -282,6 +282,7 @@ def _distance(matrix: Tensor) -> Tensor:
 @register(
     AdaLoraConfig,
     peft_type="ADALORA",
+    layer_names=("lora_A lora_B lora_E lora_embedding_A lora_embedding_B", "r lora_alpha scaling lora_dropout ranknum"),
     label="AdaLoRA",
     when="where ranks should differ by layer: it shares them out as it trains",
     paper="arXiv:2303.10512",

@@ -206,7 +206,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("init", [True, False])
 @pytest.mark.parametrize("targets", [["first"], ["second"], ["first", "second", "third"]], ids=len)
 @pytest.mark.filterwarnings("ignore:.*cannot be merged")
-def test_a_bias_of_b_starts_as_pefts_and_leaves_the_generator_where_peft_does(init: bool, targets: list[str]) -> None:
+def test_a_bias_of_b_starts_as_pefts_and_so_does_what_is_drawn_after_it(init: bool, targets: list[str]) -> None:
     made = []
     for get, config_class in ((peft.get_peft_model, peft.LoraConfig), (get_peft_model, LoraConfig)):
         base = Layers()
