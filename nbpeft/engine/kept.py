@@ -105,7 +105,7 @@ def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = Fal
         if in_place:
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
-            modes = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
+            modes: dict[str, Any] = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
             manager.add(name, kept.config, fresh_copies(kept.weights), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)

@@ -271,8 +271,8 @@ class AdapterManager:
             AdapterExistsError: the name is taken.
             TargetError: the config does not fit the model.
         """
-        settings = {"trainable": trainable, "half": half, "allow_missing": allow_missing, "training": training}
-        return self.prepare(name, config, weights, replace=replace, select=select, **settings)()
+        settings: dict[str, Any] = {"trainable": trainable, "half": half, "training": training, "replace": replace}
+        return self.prepare(name, config, weights, allow_missing=allow_missing, select=select, **settings)()
 
     def prepare(
         self,

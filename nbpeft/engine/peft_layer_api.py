@@ -203,7 +203,8 @@ class PeftLayerMixin(ChoosesAlone):
 
     @scaling.setter
     def scaling(self, values: MutableMapping[str, Any]) -> None:
-        own, given = self.scaling, dict(values)
+        own: Any = self.scaling
+        given = dict(values)
         if values is not own:  # who kept the one before, to put it back, has it as it was
             own.keep()
             del _scalings[self]

@@ -82,7 +82,7 @@ class AdapterDict(_Shows, nn.ModuleDict):
         self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
 
     def _showing(self) -> Iterable[nn.Module]:
-        return (*self._modules.values(), *super()._showing())  # type: ignore[arg-type]
+        return (*self._modules.values(), *super()._showing())
 
     def __getitem__(self, name: str) -> Any:
         live: Any = self.__dict__["_parameters"]

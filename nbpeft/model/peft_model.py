@@ -327,8 +327,8 @@ class PeftModel(nn.Module):
         self._check_live()
         config = files.with_base_name(self._complete(peft_config), self.get_base_model())
         with self.manager.transaction():
-            options = {"trainable": not config.inference_mode, "half": not autocast_adapter_dtype, "training": True}
-            self.manager.add(adapter_name, config, **options)
+            modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
+            self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
 

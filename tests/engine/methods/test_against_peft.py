@@ -210,7 +210,7 @@ NAMED_OTHERWISE = {
 )
 def test_parameters_have_pefts_names_and_order(method: Method, fields: dict[str, Any], sample: str) -> None:
     """An optimizer's state goes by the order, groups and filters of optimizers by the names."""
-    wanted = {"feedforward_modules": []} if method.peft_type == "IA3" else {}
+    wanted: dict[str, Any] = {"feedforward_modules": []} if method.peft_type == "IA3" else {}
     ours, theirs = both_configs(method, **{"task_type": "CAUSAL_LM", **fields, **targets(method), **wanted})
     models: list[Any] = [get_peft_model(llama(), ours), peft.get_peft_model(llama(), theirs)]
     mine, its = ([(key, one.shape, one.requires_grad) for key, one in model.named_parameters()] for model in models)
