@@ -12,7 +12,7 @@ import importlib
 import sys
 from typing import Any
 
-from nbpeft.hooks import when_adapted
+from nbpeft.hooks import when_adapted, when_configured
 from nbpeft.lazy import lazy_names
 from nbpeft.peft_api.modules import add_import_paths, attribute
 
@@ -53,13 +53,16 @@ def _config_classes() -> dict[str, type]:
     return {method.config_class.__name__: method.config_class for method in registry.methods()}
 
 
-def _patch_trainer() -> None:
-    from nbpeft.training.trainer_patch import patch_when_adapted
+def _patch_libraries() -> None:
+    model = sys.modules.get(f"{__name__}.model")  # not there where the engine is used alone
+    if model is not None and not getattr(model.__spec__, "_initializing", False):
+        from nbpeft.training.trainer_patch import patch_when_used
 
-    patch_when_adapted()
+        patch_when_used()
 
 
-when_adapted(_patch_trainer)
+when_configured(_patch_libraries)
+when_adapted(_patch_libraries)
 add_import_paths()
 
 

@@ -19,7 +19,7 @@ from nbpeft.engine.backends.bnb4bit import Bnb4bit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.plan import plan
-from nbpeft.engine.registry import methods
+from nbpeft.engine.registry import method_of, methods
 from nbpeft.errors import ConfigError, MergeError, NbpeftError, TargetError
 from nbpeft.model import PeftModel, get_peft_model
 from tests.pretend_cpu import pretend_repacking, repack
@@ -418,13 +418,14 @@ def test_one_batch_is_served_row_by_row(kind: str, first: str, second: str) -> N
 def test_equal_to_peft_for_the_same_weights(kind: str, sample: str, tmp_path: Any) -> None:
     case = CASES[kind]
     config = config_of(sample)
-    if config.initialised_from_weight or not hasattr(peft.PeftType, str(config.peft_type)):
+    if config.initialised_from_weight or not hasattr(peft.PeftType, method_of(config).peft_type):
         pytest.skip("peft has no such method, or initialises it from the weight anew when it loads (test_inits.py)")
     wrong = next((PEFT_IS_WRONG[kind, name] for name in (sample, labels[sample]) if (kind, name) in PEFT_IS_WRONG), "")
     if wrong:
         pytest.skip(f"peft {wrong}")
     own = {name: value for name, value in case.peft_config.items() if hasattr(config, name)}
-    their_config = peft.get_peft_config({**config.to_dict(), **own, "peft_type": str(config.peft_type)})
+    peft_type = method_of(config).peft_type
+    their_config = peft.get_peft_config({**config.to_dict(), **own, "peft_type": peft_type})
     try:
         peft.get_peft_model(make(case), their_config)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -58,7 +58,7 @@ def test_a_config_that_is_not_registered_says_so() -> None:
 @pytest.mark.usefixtures("registered")
 def test_it_trains_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     config = ShiftConfig(start=0.1)
-    assert str(config.peft_type) == "SHIFT" and isinstance(config, nbpeft.PeftConfig)
+    assert config.peft_type == "SHIFT" and isinstance(config, nbpeft.PeftConfig)
     model = nbpeft.get_peft_model(llama(), config)
     adapted = {path.rsplit(".", 1)[-1] for path in model.manager.layers}
     assert {"q_proj", "down_proj"} <= adapted and "lm_head" not in adapted

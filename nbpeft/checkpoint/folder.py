@@ -18,7 +18,7 @@ from nbpeft.checkpoint import card as model_card
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
-from nbpeft.checkpoint.source import CONFIG_NAME, Source, push
+from nbpeft.checkpoint.source import CONFIG_NAME, Source, download_options, push
 from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import (
     LEGACY_WEIGHTS_NAME,
@@ -275,8 +275,8 @@ class FolderStore:
     """``AdapterConfig.from_pretrained`` and ``save_pretrained``."""
 
     def read(self, source: str, **options: Any) -> AdapterConfig:
-        """See ``read_config``."""
-        return read_config(source, **options)
+        """See ``read_config``; keywords that no download takes are ignored, as in PEFT."""
+        return read_config(source, **download_options(options))
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """See ``ConfigStore``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any, TypeVar
 from nbpeft.checkpoint.hub_token import TOKENS_PAGE
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, shown
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, near, shown
 from nbpeft.hub_access import hub_options
 
 CONFIG_NAME = "adapter_config.json"
 
 Result = TypeVar("Result")
 
+_MISSPELLED = 0.85
+"""How alike a name is to that of an option that it was meant to be, and no option for something else."""
 _OWN_OPTIONS = frozenset({"repo_id", "filename", "subfolder", "dry_run"})
 
 
@@ -148,9 +151,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         options["token"] = options.pop("use_auth_token")
     if options.keys() <= {"revision", "cache_dir", "token", "local_files_only"}:
         return options
-    from huggingface_hub import hf_hub_download
-
-    known = set(inspect.signature(hf_hub_download).parameters) - _OWN_OPTIONS
+    known = _known_options()
     for name in options:
         if name not in known:
             raise CheckpointError(
@@ -159,6 +160,24 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 option=name,
             )
     return options
+
+
+def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a download among keywords that a library hands on, as ``trust_remote_code`` for the model.
+
+    Others are left out, with a warning if one looks like an option that is misspelled.
+    """
+    known = {"subfolder", "use_auth_token", *_known_options()} if options else set()
+    for name in options.keys() - known:
+        for meant in near(name, known, 1, cutoff=_MISSPELLED):
+            warnings.warn(f"{name!r} is no option of a download and is ignored. Did you mean {meant!r}?", stacklevel=4)
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _known_options() -> set[str]:
+    from huggingface_hub import hf_hub_download
+
+    return set(inspect.signature(hf_hub_download).parameters) - _OWN_OPTIONS
 
 
 def download(repo_id: str, filename: str, subfolder: str | None, options: Mapping[str, Any]) -> Path:

@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from nbpeft import hooks
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
@@ -45,7 +46,7 @@ from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_VERSION
 
 ADAPTER_PARTS = "adapter_parts"
-"""Where the buffers and submodules of adapters are shown for which PEFT has no name."""
+"""Where the submodules of adapters are shown, for which PEFT has no name."""
 
 
 class ConfigStore(Protocol):
@@ -118,6 +119,7 @@ class AdapterConfig:
     """Fields that say what an adapter consists of: hot-swapping another one into its place does not change them."""
 
     def __post_init__(self) -> None:
+        hooks.configured()
         check_types(self, passing=(*self.not_implemented, *self.checked_apart))
         for name in self.not_implemented:
             if getattr(self, name):
@@ -127,14 +129,16 @@ class AdapterConfig:
         if self.task_type is None:
             return
         names = [task.value for task in TaskType]
-        if str(getattr(self.task_type, "value", self.task_type)) not in names:
+        task = getattr(self.task_type, "value", self.task_type)
+        if str(task) not in names:
             raise ConfigError(
                 f"task_type {self.task_type!r:.60} is not one of {', '.join(names)}."
                 + did_you_mean(str(self.task_type), names),
                 field="task_type",
                 task_type=self.task_type,
             )
-        self.task_type = TaskType(self.task_type)
+        if task is not self.task_type:  # a string stays one, as in PEFT: f"{config.task_type}" names folders
+            self.task_type = TaskType(task)
 
     @property
     def initialised_from_weight(self) -> bool:
@@ -247,6 +251,11 @@ class AdapterConfig:
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **options: Any
     ) -> AdapterConfig:
         """Reads the config of a saved adapter from a folder or a hub id.
+
+        Args:
+            pretrained_model_name_or_path: the folder or id.
+            subfolder: a folder inside it.
+            **options: ``revision``, ``cache_dir``, ``token``, …; what else libraries hand on is ignored.
 
         Raises:
             CheckpointNotFoundError: there is no ``adapter_config.json``.
@@ -389,7 +398,7 @@ class Adapter(nn.Module):
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
 
     parts_shown_as: ClassVar[str] = ADAPTER_PARTS
-    """Where the buffers and submodules of adapters are shown on a layer."""
+    """Where the submodules of adapters are shown on a layer."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""

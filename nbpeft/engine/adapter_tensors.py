@@ -36,6 +36,12 @@ def is_half(layers: Layers, name: str) -> bool:
     return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
 
 
+def is_training(layers: Layers, name: str) -> bool | None:
+    """Returns whether an adapter is in training mode, which its base need not be; None where there is none."""
+    here = (layer.adapters._modules.get(name) for layer in layers.values())
+    return next((adapter.training for adapter in here if adapter is not None), None)
+
+
 def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[tuple[nn.Module, Collection[str]]]:
     """Yields what has parameters of an adapter, and the names of those there that are never trained."""
     for layer in layers.values():

@@ -143,6 +143,8 @@ class Composite(ABC):
     """The module's own parameter that is adapted."""
     layers: ClassVar[tuple[str, ...]]
     """Names of the layers inside it whose weights it reads."""
+    private: ClassVar[tuple[str, ...]] = ()
+    """Private attributes of such a module that modules around it read."""
 
     @abstractmethod
     def refusal(self, module: nn.Module) -> str:

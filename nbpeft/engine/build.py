@@ -67,6 +67,7 @@ def build(
     name: str = "default",
     *,
     half: bool = False,
+    training: bool | None = None,
 ) -> Parts:
     """Creates the adapters and copies of a plan.
 
@@ -79,6 +80,8 @@ def build(
         name: of the adapter, for layers that go by it.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
+        training: the mode that new adapters, and wrappers for them, are put into; None for that of the adapter whose
+            place one takes, or of its layer.
 
     Raises:
         ConfigError: a module to be copied is offloaded.
@@ -88,7 +91,7 @@ def build(
 
         def complete(change: Transaction) -> Parts:
             replicate_layers_(model, layer_map, change)
-            return build(model, plan, active_state, weights, name, half=half)
+            return build(model, plan, active_state, weights, name, half=half, training=training)
 
         return Parts([], [], None, model, complete)
     sites: dict[int, list[Site]] = {}
@@ -115,7 +118,9 @@ def build(
 
     for target, adapter in make_adapters(plan, create):
         layer = layers[target.path]
-        adapter.__dict__["training"] = layer.training
+        if training and not layer.adapters._modules:
+            layer.training = True
+        adapter.train(_mode(layer, name) if training is None else training)
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
@@ -125,16 +130,26 @@ def build(
         _check_rounded(layers, parts, is_new=weights is None)
     for path in plan.copies:
         site = by_path[path]
-        if any(offloading(part) is not None for part in site.module.modules()):
-            raise ConfigError(f"{path} is offloaded and cannot be copied as a whole: load the model without offloading")
-        wrapper = (
-            site.wrapper
-            if isinstance(site.wrapper, ModulesToSaveWrapper)
-            else ModulesToSaveWrapper(site.module, active_state)
-        )
+        wrapper = _copies_wrapper(site, active_state, training=training)
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
+
+
+def _mode(layer: AdaptedLayer, name: str) -> bool:
+    """Whether the adapter of a name on a layer is in training mode; where there is none, whether the layer is."""
+    present = layer.adapters._modules.get(name)
+    return layer.training if present is None else present.training
+
+
+def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | None) -> ModulesToSaveWrapper:
+    if any(offloading(part) is not None for part in site.module.modules()):
+        raise ConfigError(
+            f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
+        )
+    if isinstance(site.wrapper, ModulesToSaveWrapper):
+        return site.wrapper
+    return ModulesToSaveWrapper(site.module, active_state, training=bool(training))
 
 
 def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: bool) -> None:

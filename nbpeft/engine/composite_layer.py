@@ -55,6 +55,11 @@ class AdaptedComposite(AdaptedOwner):
         modules = {name: _with_adapters(layer, active) for name, layer in self._layers().items()}
         return twin_of(module, {} if own is None else {self.parameter_name: own.summed()}, modules)(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in getattr(self.__dict__.get("kind"), "private", ()):
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         replica.__class__ = CompositeReplica

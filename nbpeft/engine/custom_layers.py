@@ -400,6 +400,8 @@ class CustomLayer(AdaptedLayer):
         if name == "base_layer":
             return self.__dict__["_modules"][name]
         self.show_adapters()
+        if self.custom is None and name.startswith("_"):
+            return nn.Module.__getattr__(self, name)
         return getattr(self.base_layer if self.custom is None else self.custom, name)
 
     # What the object says of itself
@@ -412,7 +414,7 @@ class CustomLayer(AdaptedLayer):
 
     @scaling.setter
     def scaling(self, values: Mapping[str, Any]) -> None:
-        self.custom.scaling.update(values)
+        self.custom.scaling = {**self.custom.scaling, **values}  # who kept the one before has it as it was
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """As of the object."""

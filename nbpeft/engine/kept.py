@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales
-from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half
+from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half, is_training
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
@@ -37,6 +37,7 @@ class KeptAdapter:
         place: where it was among the adapters, from 0.
         selected: which adapters were selected.
         frozen: whether it was kept from training.
+        training: whether it was in training mode.
         unsaved: whether it was trained since it was added, loaded or saved.
         scale: factor on its delta.
         half: whether its parameters were in the base's half-precision dtype.
@@ -50,6 +51,7 @@ class KeptAdapter:
     place: int
     selected: tuple[str, ...]
     frozen: bool
+    training: bool | None
     unsaved: bool
     scale: float
     half: bool
@@ -78,6 +80,7 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
             place=manager.names.index(name),
             selected=manager.selected,
             frozen=name in manager.frozen,
+            training=is_training(manager.layers, name),
             unsaved=name in manager.unsaved,
             scale=manager.scale(name),
             half=is_half(manager.layers, name),
@@ -109,8 +112,8 @@ def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = Fal
         if in_place:
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
-            weights, trains = fresh_copies(kept.weights), not kept.frozen
-            manager.add(name, kept.config, weights, trainable=trains, half=kept.half, replace=True, select=False)
+            modes: dict[str, Any] = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
+            manager.add(name, kept.config, fresh_copies(kept.weights), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)
         manager.configs[name] = kept.config

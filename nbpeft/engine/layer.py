@@ -54,7 +54,7 @@ class AdaptedLayer(PeftLayerMixin):
 
     The output is the base layer's plus the deltas of the active adapters, each taken against the
     frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``,
-    ``in_features``, …) are the base layer's. Parameters and modules below it have PEFT's names
+    ``in_features``, …) are the base layer's, but for private ones. Parameters and modules below it have PEFT's names
     (``peft_modules``): those of the adapters themselves are no part of the tree that is walked over.
 
     Attributes:
@@ -70,7 +70,6 @@ class AdaptedLayer(PeftLayerMixin):
         super().__init__()
         self.__dict__["_modules"]["base_layer"] = base_layer
         adapters = AdapterDict()
-        adapters.__dict__["training"] = base_layer.training
         self.__dict__.update(
             adapters=adapters,
             kind=kind,
@@ -544,6 +543,8 @@ class AdaptedLayer(PeftLayerMixin):
             found = shown_under(modules, name)
         if found is None:
             found = self._shown_where_tied(name) or empty_mapping(adapters, name)
+        if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
+            return super().__getattr__(name)
         if found is None and not hasattr(base_layer, name):
             found = attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found

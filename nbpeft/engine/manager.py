@@ -297,6 +297,7 @@ class AdapterManager:
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
+        training: bool | None = None,
     ) -> InjectionPlan:
         """Puts a new adapter into the model; the first one becomes active.
 
@@ -309,13 +310,14 @@ class AdapterManager:
             allow_missing: warn about targets that match nothing instead of refusing.
             replace: take the place of an adapter of the same name, which stays active if it was.
             select: whether it becomes active if it is the only one.
+            training: its mode, whatever the model's; None for that of the adapter it replaces, or of its layers.
 
         Raises:
             AdapterExistsError: the name is taken.
             TargetError: the config does not fit the model.
         """
-        settings = {"trainable": trainable, "half": half, "allow_missing": allow_missing}
-        return self.prepare(name, config, weights, replace=replace, select=select, **settings)()
+        settings: dict[str, Any] = {"trainable": trainable, "half": half, "training": training, "replace": replace}
+        return self.prepare(name, config, weights, allow_missing=allow_missing, select=select, **settings)()
 
     def prepare(
         self,
@@ -328,6 +330,7 @@ class AdapterManager:
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
+        training: bool | None = None,
     ) -> Callable[[], InjectionPlan]:
         """Builds a new adapter without touching the model; see ``add`` for the arguments.
 
@@ -343,7 +346,8 @@ class AdapterManager:
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                return self.revision, made, build(self.model, made, self.active_state, weights, name, half=half)
+                parts = build(self.model, made, self.active_state, weights, name, half=half, training=training)
+                return self.revision, made, parts
 
         prepared = built()
 
@@ -429,10 +433,7 @@ class AdapterManager:
             self._slots.pop(old, None)
             if old in self._scales:
                 self._scales[new] = self._scales.pop(old)
-            if old in self.frozen:
-                self.frozen = (self.frozen - {old}) | {new}
-            if old in self.unsaved:
-                self.unsaved = (self.unsaved - {old}) | {new}
+            self.frozen, self.unsaved = ({new if n == old else n for n in held} for held in (self.frozen, self.unsaved))
             self._selected = tuple(new if name == old else name for name in self._selected)
             for scope in self.active_state.scopes:
                 scope.names = tuple(new if name == old else name for name in scope.names)

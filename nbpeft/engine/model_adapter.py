@@ -101,7 +101,7 @@ class ModelAdapter(Adapter, TransformsOutput):
             with torch.no_grad():
                 made.initialise(config, site.base)
             tensors = {name: value.detach().to(site.base.device, site.dtype) for name, value in made.named_parameters()}
-        return cls.bound(config, tensors).train(site.base.module.training)
+        return cls.bound(config, tensors)
 
     @classmethod
     def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.peft_layer_api import ChoosesAlone
+from nbpeft.engine.peft_layer_api import ChoosesAlone, one_or_all, refuse_pickle_of_peft
 from nbpeft.engine.peft_modules import AdapterDict
 from nbpeft.errors import AdapterError, LayerKindError
 
@@ -29,14 +29,19 @@ class ModulesToSaveWrapper(ChoosesAlone):
     original_module: nn.Module
     modules_to_save: AdapterDict
 
-    def __init__(self, original_module: nn.Module, active_state: ActiveState) -> None:
+    def __init__(self, original_module: nn.Module, active_state: ActiveState, *, training: bool = False) -> None:
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = AdapterDict()
         self.__dict__["active_state"] = active_state
-        self.training = original_module.training
+        self.training = training or original_module.training
 
     active_state: ActiveState | LayerState
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "active_state" not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     adapter_layer_names = ("modules_to_save",)
     other_param_names = ()
@@ -68,14 +73,14 @@ class ModulesToSaveWrapper(ChoosesAlone):
         return not self.active_state.current().names
 
     @property
-    def active_adapter(self) -> list[str]:
-        """Names of the adapters that act now and have a copy here."""
-        return self.active_adapters
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter that has a copy here, whether or not it is enabled; empty where none has."""
+        return one_or_all(self.active_adapters)
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act now and have a copy here."""
-        return [name for name in self.active_state.current().names if name in self.modules_to_save._modules]
+        """The same as a list."""
+        return [name for name in self.chosen_names() if name in self.modules_to_save._modules]
 
     def chosen(self) -> nn.Module:
         """The module that acts now.
@@ -134,8 +139,8 @@ class ModulesToSaveWrapper(ChoosesAlone):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:
-            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("__"):
+        except AttributeError:  # what a library notes on a module, as accelerate's _hf_hook, is that module's alone
+            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
                 raise
         return getattr(self.chosen(), name)
 

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -19,14 +20,14 @@ from nbpeft.engine.active_state import ActiveState, LayerState
 from nbpeft.engine.adapter import Rescales
 from nbpeft.engine.base import Backend, BaseLayer
 from nbpeft.engine.registry import method_of_adapter
-from nbpeft.errors import UnknownAdapterError, did_you_mean
+from nbpeft.errors import CheckpointError, UnknownAdapterError, did_you_mean
 
 
 class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass,misc]
     """One attribute of the adapters of a layer, by adapter name; also ``view.default`` for ``view["default"]``.
 
     It is a dictionary for those who ask whether it is one, and holds nothing itself: what is read is what the
-    adapters have at that time.
+    adapters have at that time, until another dictionary is put in its place.
 
     Args:
         adapters: the layer's adapters by name, looked up anew each time.
@@ -42,7 +43,19 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         read: Callable[[Any], Any],
         write: Callable[[Any, Any], None] | None = None,
     ) -> None:
-        self.__dict__.update(_adapters=adapters, _attribute=attribute, _read=read, _write=write)
+        self.__dict__.update(_adapters=adapters, _attribute=attribute, _read=read, _write=write, _kept=None)
+
+    def keep(self) -> None:
+        """Holds from now on what the adapters have at this moment, as a dictionary of its own."""
+        self.__dict__["_kept"] = {key: one.clone() if isinstance(one, Tensor) else one for key, one in self.items()}
+
+    def resume(self) -> None:
+        """Reads and writes the adapters again."""
+        self.__dict__["_kept"] = None
+
+    def is_of(self, adapters: dict[str, Any]) -> bool:
+        """Whether these are its adapters."""
+        return self.__dict__["_adapters"] is adapters
 
     def _adapter(self, name: str) -> Any:
         adapter = self.__dict__["_adapters"][name]
@@ -51,19 +64,25 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         return adapter
 
     def __getitem__(self, name: str) -> Any:
-        return self.__dict__["_read"](self._adapter(name))
+        kept = self.__dict__["_kept"]
+        return self.__dict__["_read"](self._adapter(name)) if kept is None else kept[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        write = self.__dict__["_write"]
-        if write is None:
+        write, kept = self.__dict__["_write"], self.__dict__["_kept"]
+        if kept is not None:
+            kept[name] = value
+        elif write is None:
             raise TypeError("this attribute of an adapter cannot be set; write its weight in place")
-        write(self._adapter(name), value)
+        else:
+            write(self._adapter(name), value)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("use delete_adapter() to take an adapter out")
 
     def __iter__(self) -> Iterator[str]:
-        attribute = self.__dict__["_attribute"]
+        attribute, kept = self.__dict__["_attribute"], self.__dict__["_kept"]
+        if kept is not None:
+            return iter([*kept])
         return iter([name for name, adapter in self.__dict__["_adapters"].items() if _has(adapter, attribute)])
 
     def __len__(self) -> int:
@@ -83,6 +102,11 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def one_or_all(names: list[str]) -> str | list[str]:
+    """The name where there is one, else all of them, as PEFT gives what is active."""
+    return names[0] if len(names) == 1 else names
 
 
 class ChoosesAlone(nn.Module):
@@ -146,6 +170,17 @@ class ChoosesAlone(nn.Module):
                 self._named()[name].requires_grad_(requires_grad)
 
 
+_scalings: WeakKeyDictionary[nn.Module, PerAdapterView] = WeakKeyDictionary()
+"""Layer -> its ``scaling`` that was asked for last: no part of the layer, which may be copied and pickled."""
+
+
+class _OfInstances(property):
+    """A property that is empty on the class itself, as PEFT's base class has no names."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return () if instance is None else super().__get__(instance, owner)
+
+
 class PeftLayerMixin(ChoosesAlone):
     """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
 
@@ -159,15 +194,25 @@ class PeftLayerMixin(ChoosesAlone):
     @property
     def scaling(self) -> PerAdapterView:
         """Adapter name -> factor on what it adds; writing it changes how strong the adapter is on this layer."""
-        return PerAdapterView(
-            self._named(), "scaling", lambda adapter: adapter.scaling, lambda adapter, value: adapter.rescale(value)
-        )
+        view = _scalings.get(self)
+        if view is None:
+            view = _scalings[self] = PerAdapterView(
+                self._named(), "scaling", lambda adapter: adapter.scaling, lambda adapter, value: adapter.rescale(value)
+            )
+        return view
 
     @scaling.setter
     def scaling(self, values: MutableMapping[str, Any]) -> None:
-        own = self.scaling
-        for name, value in values.items():
-            own[name] = value
+        own: Any = self.scaling
+        given = dict(values)
+        if values is not own:  # who kept the one before, to put it back, has it as it was
+            own.keep()
+            del _scalings[self]
+        if isinstance(values, PerAdapterView) and values.is_of(self._named()):
+            _scalings[self] = values
+            values.resume()
+        for name, value in given.items():
+            self.scaling[name] = value
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets an adapter's scaling here to ``scale`` times its trained one; nothing for one that is not here."""
@@ -193,25 +238,28 @@ class PeftLayerMixin(ChoosesAlone):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
-        names, here = self.chosen_names(), self._named()
-        return [name for name in names if name in here or not all(one.peft_container for one in here.values())]
+        return [name for name in self.chosen_names() if name in self._named() or not self._has_tokens_alone]
 
     @property
-    def active_adapter(self) -> list[str]:
-        """Names of the adapters that act now."""
-        return self.active_adapters
+    def active_adapter(self) -> str | list[str]:
+        """The same; where a layer has token rows alone, one adapter's name by itself, as of PEFT's wrapper of these."""
+        return one_or_all(self.active_adapters) if self._has_tokens_alone else self.active_adapters
+
+    @property
+    def _has_tokens_alone(self) -> bool:
+        return all(adapter.peft_container for adapter in self._named().values())
 
     @property
     def disable_adapters(self) -> bool:
         """Whether the frozen layer acts alone now."""
         return not self.active_state.current().names
 
-    @property
+    @_OfInstances
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names under which the layer keeps parameters of adapters."""
         return tuple(dict.fromkeys(name for adapter in self._named().values() for name in adapter.layer_names()))
 
-    @property
+    @_OfInstances
     def other_param_names(self) -> tuple[str, ...]:
         """Names under which it keeps other settings of adapters."""
         found: dict[str, None] = {}
@@ -381,7 +429,7 @@ def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | N
         adapters: adapter name -> adapter.
         name: the attribute's.
     """
-    if name.startswith("_") or name == "training" or not any(name in a.__dict__ for a in adapters.values()):
+    if name == "training" or not any(name in a.__dict__ for a in adapters.values()):
         return None
     return PerAdapterView(
         adapters, name, lambda adapter: adapter.__dict__[name], lambda a, value: setattr(a, name, value)
@@ -435,7 +483,26 @@ class LayerType(type):
         return any(method is not None and method.peft_type == own["peft_type"] for method in methods)
 
 
-def layer_type(peft_type: str, name: str) -> type[Any]:
-    """A class for ``isinstance``: adapted layers that carry adapters of a method, as PEFT's ``LoraLayer``."""
+def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
+    """A class for ``isinstance``: adapted layers that carry adapters of a method, as PEFT's ``LoraLayer``.
+
+    Args:
+        peft_type: of the method.
+        name: of the class.
+        **attributes: of the class.
+    """
     doc = f"Adapted layers with adapters of type {peft_type}; for ``isinstance`` only."
-    return LayerType(name, (), {"peft_type": peft_type, "__doc__": doc})
+    own = {"peft_type": peft_type, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
+    return LayerType(name, (), own | attributes)
+
+
+def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:
+    """Takes the place of ``__setstate__`` where a module was pickled by PEFT, by whose name nbpeft answers.
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
+        f"a {type(module).__name__} in this file was pickled by PEFT, and its modules do not run here: load the file "
+        "with PEFT, save the adapter with save_pretrained(), and load that folder"
+    )

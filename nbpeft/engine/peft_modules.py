@@ -7,7 +7,7 @@ the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,29 @@ from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
 
 
-class _Shows(nn.Module):
+class _FollowsMode(nn.Module):
+    """A module that shows something of adapters, and is in training mode while they are."""
+
+    def _showing(self) -> Iterable[nn.Module]:
+        """What it shows something of."""
+        raise NotImplementedError
+
+    @property
+    def training(self) -> bool:
+        """Whether what it shows something of is in training mode."""
+        return all(module.training for module in self._showing())
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Does nothing: ``train()`` and ``eval()`` of the layer reach the adapters."""
+
+
+class _Shows(_FollowsMode):
     """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
+
+    def _showing(self) -> Iterable[nn.Module]:
+        live = self.__dict__["_parameters"]
+        return () if not isinstance(live, LiveParameters) else (adapter for adapter, _ in live.slots.values())
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
@@ -59,6 +80,9 @@ class AdapterDict(_Shows, nn.ModuleDict):
     def show(self, slots: dict[str, Slot]) -> None:
         """Shows parameters beside the modules from now on."""
         self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (*self._modules.values(), *super()._showing())
 
     def __getitem__(self, name: str) -> Any:
         live: Any = self.__dict__["_parameters"]
@@ -217,26 +241,100 @@ class ParameterListing(_Shows, nn.ParameterList):
         return "ParameterList"
 
 
-class Container(nn.Module):
+class Container(_FollowsMode):
     """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``; also their attributes."""
 
     def __init__(self, adapters: Mapping[str, Any]) -> None:
         super().__init__()
         self.__dict__["adapters"] = adapters
 
+    def _showing(self) -> Iterable[nn.Module]:
+        return self.__dict__["adapters"].values()  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         found = None if name.startswith("__") else by_name(self.__dict__.get("adapters", {}), name)
         return super().__getattr__(name) if found is None else found
 
 
-class Remainder(nn.Module):
-    """Buffers and submodules of an adapter, which PEFT has no name for."""
+class _LiveBuffers(MutableMapping[str, Any]):
+    """A buffer of the adapters of a layer, by adapter name: read and written where it is."""
+
+    def __init__(self, adapters: Mapping[str, nn.Module], own: str) -> None:
+        self._adapters, self._own = adapters, own
+
+    def __getitem__(self, name: str) -> Any:
+        return self._adapters[name]._buffers[self._own]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._adapters[name]._buffers[self._own] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._adapters[name]._buffers[self._own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def copy(self) -> dict[str, Any]:
+        """A dictionary of what it holds now."""
+        return dict(self)
+
+
+class BufferMapping(_FollowsMode):
+    """A buffer of the adapters of a layer by adapter name, as in ``layer.core_norm["default"]``."""
+
+    def show(self, adapters: Mapping[str, nn.Module], own: str) -> None:
+        """Shows those of other adapters from now on, as far as they have it."""
+        having = {name: adapter for name, adapter in adapters.items() if own in adapter._buffers}
+        hidden = {name for name, adapter in having.items() if own in adapter._non_persistent_buffers_set}
+        buffers = _LiveBuffers(having, own)
+        self.__dict__.update(adapters=having, _buffers=buffers, _non_persistent_buffers_set=hidden)
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return self.__dict__.get("adapters", {}).values()  # type: ignore[no-any-return]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._buffers[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._buffers[name] = value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> Any:
+        """Names of the adapters."""
+        return self._buffers.keys()
+
+    def items(self) -> Any:
+        """The buffers by adapter."""
+        return self._buffers.items()
+
+    def values(self) -> Any:
+        """The buffers."""
+        return self._buffers.values()
+
+    def _get_name(self) -> str:
+        return "BufferDict"
+
+
+class Remainder(_FollowsMode):
+    """Submodules of an adapter, which PEFT has no name for."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__()
-        self.__dict__["adapter"] = adapter
-        shared = ("_buffers", "_non_persistent_buffers_set", "_modules")
-        self.__dict__.update({name: adapter.__dict__[name] for name in shared})
+        self.__dict__.update(adapter=adapter, _modules=adapter._modules)
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (self.__dict__["adapter"],)
 
 
 def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: BaseLayer) -> None:
@@ -249,6 +347,7 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
     """
     modules: dict[str, dict[str, nn.Module]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
+    buffers = _buffer_names(adapters)
     for name, adapter in list(adapters.items()):  # whoever walks over a model takes no lock
         for own in adapter.peft_modules:
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or adapter.peft_module(own, base)
@@ -262,10 +361,10 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
                 modules.setdefault(own, {})[name] = leaf
             elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
                 parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
-        if adapter._buffers or adapter._modules:
+        if adapter._modules:
             rest = _kept(shown, adapter.parts_shown_as, name, adapter) or Remainder(adapter)
             modules.setdefault(adapter.parts_shown_as, {})[name] = rest
-    used = {"base_layer", *modules, *(container or own for container, own in parameters)}
+    used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))
     for shown_as, leaves in modules.items():
@@ -276,14 +375,33 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
     for (container, own), slots in parameters.items():
         place = shown.setdefault(container, Container(adapters))._modules if container else shown
         _container(place, own, ParameterMapping).show(slots)
+    _show_buffers(shown, adapters, buffers)
+    _sort(shown, adapters)
 
 
-def _container(place: dict[str, Any], name: str, kind: type[AdapterDict | ParameterMapping]) -> Any:
-    """The mapping of a kind under a name, in place of one of the other kind."""
+def _buffer_names(adapters: Mapping[str, Any]) -> list[str]:
+    return [*dict.fromkeys(own for adapter in adapters.values() for own in adapter._buffers)]
+
+
+def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Iterable[str]) -> None:
+    for own in names:
+        _container(shown, own, BufferMapping).show(adapters, own)
+
+
+def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
+    """Lists what has parameters in the order in which adapters have them, as PEFT: an optimizer's state goes by it."""
+    own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in adapter._parameters]
+    places = {name: place for place, name in enumerate(dict.fromkeys(name.partition(".")[0] for name in own))}
+    for name in sorted(places.keys() & shown.keys(), key=lambda name: places[name]):
+        shown[name] = shown.pop(name)
+
+
+def _container(place: dict[str, Any], name: str, kind: type[AdapterDict | ParameterMapping | BufferMapping]) -> Any:
+    """The mapping of a kind under a name, in place of one of another kind."""
     if not isinstance(place.get(name), kind):
         if name in place:
             _empty(place[name])
-        place[name] = AdapterDict() if kind is AdapterDict else ParameterMapping({})
+        place[name] = ParameterMapping({}) if kind is ParameterMapping else kind()  # type: ignore[call-arg]
     return place[name]
 
 
@@ -291,6 +409,8 @@ def _empty(container: Any) -> None:
     """Lets a mapping that somebody may still have go of what was in it."""
     if isinstance(container, AdapterDict | ParameterMapping):
         container.show({})
+    if isinstance(container, BufferMapping):
+        container.show({}, "")
     for inner in container._modules.values() if isinstance(container, Container) else ():
         _empty(inner)
     container._modules.clear()
@@ -308,7 +428,6 @@ def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) 
 def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
     leaf = adapter.peft_module(name, base) or ParameterModule()
     show_parameter(leaf, adapter, name)
-    leaf.training = adapter.training
     return leaf
 
 
@@ -338,12 +457,15 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
         if isinstance(container, ParameterMapping):
             for name in container._keys:
                 adapters[name].__dict__[shown_as] = container.__dict__[name]
+        elif isinstance(container, BufferMapping):
+            for name, value in container._buffers.items():
+                adapters[name]._buffers = {**adapters[name]._buffers, shown_as: value}
         elif isinstance(container, Container):
             use_shown(adapters, container._modules)
         elif isinstance(container, AdapterDict):
             for name, leaf in container._modules.items():
                 if isinstance(leaf, Remainder):
-                    adapters[name].__dict__.update(_buffers=leaf._buffers, _modules=leaf._modules)
+                    adapters[name].__dict__["_modules"] = leaf._modules
                 elif isinstance(leaf, ParameterModule):
                     own_name = adapters[name].names_in_modules.get(shown_as, "weight")
                     held = {own_name: shown_as, "bias": f"{shown_as}_bias"}

@@ -49,9 +49,6 @@ class _Extensible(enum.EnumMeta):
 class PeftType(str, enum.Enum, metaclass=_Extensible):
     """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
 
-    def __str__(self) -> str:
-        return str(self.value)
-
 
 for _name in PEFT_TYPES:
     PeftType.add(_name)

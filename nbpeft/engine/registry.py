@@ -109,6 +109,8 @@ class Method:
         layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
         layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        layer_names: names under which PEFT's layers keep its parameters, and those of what they keep besides, each
+            separated by spaces.
         pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
         unpack: (config, key -> tensor of a file) -> the tensors of an adapter. Called with tensors on the meta device
             first, whose shapes are checked before the file is read.
@@ -149,6 +151,7 @@ class Method:
     layer_kinds: tuple[LayerKind, ...] = ()
     layer_prefix: str = ""
     layer_name: str = ""
+    layer_names: tuple[str, str] = ("", "")
     pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     fuse: Callable[[Mapping[str, Tensor], Mapping[str, tuple[str, ...]]], Mapping[str, Tensor]] | None = None

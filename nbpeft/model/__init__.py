@@ -16,7 +16,7 @@ from nbpeft.engine.methods.lora.variant_configs import KasaConfig as KasaConfig
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig as MontecloraConfig
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig as VeloraConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.registry import methods_of_type
 from nbpeft.model.arrow import create_arrow_model as create_arrow_model
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -91,4 +91,4 @@ from nbpeft.model.tasks import get_peft_model as get_peft_model
 from nbpeft.model.tuner import BaseTuner, tuner_class
 
 PeftConfig = AdapterConfig
-LoraModel: type[BaseTuner] = tuner_class(method_of(LoraConfig()))
+LoraModel: type[BaseTuner] = tuner_class(methods_of_type("LORA")[0])

@@ -166,7 +166,9 @@ def _with_prefix(model: nn.Module, adapter_name: str | None) -> tuple[str, int]:
     manager.require(name)
     config: Any = manager.configs[name]
     if not issubclass(method_of(config).adapter_class, CachedPrefix):
-        raise AdapterError(f"adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter, not {config.peft_type}")
+        raise AdapterError(
+            f"adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter, not {method_of(config).peft_type}"
+        )
     if getattr(config, "has_encoder", False):
         raise ConfigError(
             f"adapter {name!r} cannot start as a cache: with prefix_projection=True a network computes its keys and "
@@ -202,7 +204,7 @@ def compose_cartridge_adapters(
         saved = checkpoint.read_checkpoint(path)
         config = saved.config
         if not isinstance(config, CartridgeConfig):
-            raise ConfigError(f"the adapter at {path} is not a CARTRIDGE adapter but {config.peft_type}")
+            raise ConfigError(f"the adapter at {path} is not a CARTRIDGE adapter but {method_of(config).peft_type}")
         first = first or config
         name = next((field for field in _SAME if getattr(config, field) != getattr(first, field)), None)
         if name is not None:

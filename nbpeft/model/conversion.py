@@ -78,7 +78,7 @@ def convert_to_lora(
     with manager.provided((adapter_name,)), manager.active_state.turn():
         made = converted(manager, adapter_name, rank, progressbar=progressbar)
     config: Any = made.plan.config
-    tensors = checkpoint.to_file(made.weights, peft_type=str(config.peft_type))
+    tensors = checkpoint.to_file(made.weights, peft_type=method_of(config).peft_type)
     if unwrapped(model) is manager.model:
         tensors = {checkpoint.without_prefix(key): tensor for key, tensor in tensors.items()}
     return config, tensors

@@ -18,7 +18,7 @@ from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merged_twin import is_prepared_quantization_aware
-from nbpeft.engine.model_tree import bare_modules, embedding_of
+from nbpeft.engine.model_tree import bare_modules, embedding_of, manager_of
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
 from nbpeft.engine.plan import InjectionPlan
@@ -56,6 +56,14 @@ def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
         warnings.warn(f"base_model_name_or_path of the config was renamed from {given!r} to {name!r}", stacklevel=5)
     made = config.copy(base_model_name_or_path=name or given)
     return made.rounded() if is_prepared_quantization_aware(model) else made
+
+
+def saved_config(model: nn.Module, source: str | os.PathLike[str], options: Mapping[str, Any]) -> AdapterConfig | None:
+    """The config of a saved adapter, where it matters to what base it goes: where a model carries adapters already."""
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+    if manager_of(model) is None or checkpoint.lora_file(source) is not None:
+        return None
+    return checkpoint.read_config(source, **hub)
 
 
 def read(
@@ -115,7 +123,8 @@ def read(
     plan, loaded = fitted(manager, name, config, tensors, key_mapping=key_mapping, ignore_mismatched=ignored)
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
-    put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
+    modes = {"trainable": trainable, "training": trainable, "half": half}
+    put = manager.prepare(name, plan, loaded.weights, replace=replace, **modes)
 
     def load() -> LoadResult:
         with manager.transaction() as change:
@@ -153,7 +162,7 @@ def fitted(
     """
     plan = manager.plan(config, name)
     conversion = checkpoint.key_conversion_of(manager.model)
-    settings = {"peft_type": str(config.peft_type), "conversion": conversion, **options}
+    settings = {"peft_type": method_of(config).peft_type, "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
     plan.share_in(loaded.weights)
     apart = plan.not_tied_in(loaded.weights)
@@ -416,7 +425,7 @@ def file_tensors(
 
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
-    tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    tensors = checkpoint.to_file(weights, peft_type=method_of(config).peft_type)
     derived = method_of(config).derived
     for named in weights.adapters.values() if derived is not None else ():
         tensors.update(derived(config, named))  # type: ignore[misc]

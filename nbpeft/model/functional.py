@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from types import TracebackType
@@ -47,7 +48,7 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type | None = None
 ) -> list[str] | None:
-    """Removes an adapter.
+    """Removes an adapter; where the model has none of that name it warns, as other libraries delete by list.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -59,7 +60,11 @@ def delete_adapter(
         The adapters that are active now, or None if there are none left.
     """
     manager = require_manager(model)
-    manager.remove(adapter_name)
+    if isinstance(adapter_name, str) and adapter_name not in manager.configs:
+        have = ", ".join(map(repr, manager.names)) or "none"
+        warnings.warn(f"there is no adapter {adapter_name!r} to delete; the model has: {have}.", stacklevel=2)
+    else:
+        manager.remove(adapter_name)
     return list(manager.active) or None
 
 

@@ -139,7 +139,7 @@ class AdapterReader:
         config = of_former_file(self._manager.model, config, tensors)
         layout = self._layout(name, config)
         loaded = checkpoint.from_file(
-            tensors, layout.expected, peft_type=str(config.peft_type), conversion=self._conversion
+            tensors, layout.expected, peft_type=method_of(config).peft_type, conversion=self._conversion
         )
         for what, keys in (("lacks", loaded.missing), ("has what the model has no place for:", loaded.unexpected)):
             if keys:

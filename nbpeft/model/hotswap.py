@@ -99,7 +99,8 @@ def hotswap_adapter_from_state_dict(
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
-    plain = checkpoint.keys_of_a_file(state_dict, adapter_name, str(manager.config(adapter_name).peft_type))
+    peft_type = method_of(manager.config(adapter_name)).peft_type
+    plain = checkpoint.keys_of_a_file(state_dict, adapter_name, peft_type)
     return _swap(model, manager, adapter_name, config, plain, None, validate)
 
 
@@ -180,7 +181,7 @@ def _swap(
     loaded = checkpoint.from_file(
         tensors,
         _expected(manager, name, config),
-        peft_type=str(config.peft_type),
+        peft_type=method_of(config).peft_type,
         key_mapping=key_mapping,
         conversion=checkpoint.key_conversion_of(manager.model),
     )

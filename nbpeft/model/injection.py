@@ -12,6 +12,7 @@ from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.registry import method_of
 from nbpeft.errors import ConfigError, TargetError, few
 from nbpeft.model.state_dicts import drop_values
 
@@ -61,7 +62,7 @@ def inject(
         replace: let it take the place of one with the same name.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
-    put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace)
+    put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace, training=True)
     put_active(manager, put, name, empty=empty)
 
 
@@ -91,7 +92,7 @@ def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterabl
             "load it with set_peft_model_state_dict",
             field="target_parameters",
         )
-    paths = checkpoint.adapted_paths(keys, str(config.peft_type))
+    paths = checkpoint.adapted_paths(keys, method_of(config).peft_type)
     if not paths:
         raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")
     everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

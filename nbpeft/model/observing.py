@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.reached import reached_modules
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module of a model back into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in reached_modules(model)]
     try:
         yield
     finally:

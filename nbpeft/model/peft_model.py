@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import extra_loss_of_call, learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.model_calls import has_encoder
-from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
+from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
+from nbpeft.engine.peft_layer_api import refuse_pickle_of_peft
+from nbpeft.engine.prompt_twins import twin_without_prompts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
@@ -40,8 +42,9 @@ class PeftModel(nn.Module):
     """A base model with adapters. Names and signatures are PEFT 0.21's.
 
     The base model is changed in place and has one handle: a second one made on the same base
-    takes it over, and the first then says so instead of sharing state silently. Attributes the
-    handle lacks are the base model's.
+    takes it over, and the first then says so instead of sharing state silently. Handles that learn
+    prompts alone are an exception: each has its own, and all go on. Attributes the handle lacks are
+    the base model's.
 
     Args:
         model: the base model.
@@ -75,7 +78,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        model = base_model_of(model)
+        model = _base_for(model, peft_config)
         manager = manager_of(model) or AdapterManager(model)
         config = files.with_base_name(self._complete(peft_config), model)
         put = manager.prepare(
@@ -84,10 +87,12 @@ class PeftModel(nn.Module):
             trainable=not config.inference_mode,
             half=not autocast_adapter_dtype,
             replace=adapter_name in manager.configs,
+            training=True,
         )
         with manager.transaction():
             put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
             self._take(model, manager)
+            self.training = self.base_model.training = True  # as the adapter, in whatever mode the base is
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
         """Becomes the one handle of a base model."""
@@ -110,6 +115,11 @@ class PeftModel(nn.Module):
             AdapterManager.attach(model, manager)
             handle._take(model, manager)
         return handle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if MANAGER not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def manager(self) -> AdapterManager:
@@ -322,7 +332,8 @@ class PeftModel(nn.Module):
         self._check_live()
         config = files.with_base_name(self._complete(peft_config), self.get_base_model())
         with self.manager.transaction():
-            self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
+            modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
+            self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
 
@@ -406,7 +417,7 @@ class PeftModel(nn.Module):
             AdapterExistsError: another handle on the base has an adapter of that name.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
-        model = base_model_of(model)
+        model = _base_for(model, config or files.saved_config(model, model_id, kwargs))
         manager = manager_of(model) or AdapterManager(model)
         injected = manager.owner is None and adapter_name in manager.configs
         put = files.read(
@@ -429,7 +440,10 @@ class PeftModel(nn.Module):
             chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
             handle = chosen.over(model, manager)
             change.keep_modes(handle)
-            handle.eval() if not is_trainable else handle.train(model.training)
+            if is_trainable:
+                handle.training = handle.base_model.training = True
+            else:
+                handle.eval()
         return handle
 
     def load_adapter(
@@ -550,3 +564,16 @@ class PeftModel(nn.Module):
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.base_model, name)
+
+
+def _base_for(model: nn.Module, config: object) -> nn.Module:
+    """The base model of a new handle: a twin for a prompt alone, where a base has the adapters of another handle."""
+    base = base_model_of(model)
+    manager = manager_of(model)
+    taken = manager is not None and manager.alive and manager.owner is not None and base is unwrapped(model)
+    if (
+        not (taken and isinstance(config, AdapterConfig) and config.is_prompt_learning)
+        or config.task_type in TASK_HEADS
+    ):
+        return base
+    return twin_without_prompts(base) or base

@@ -75,7 +75,7 @@ def set_peft_model_state_dict(
     """
     manager = require_manager(model)
     weights = manager.weights(adapter_name)
-    peft_type = str(manager.configs[adapter_name].peft_type)
+    peft_type = method_of(manager.configs[adapter_name]).peft_type
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name, peft_type)
     present = embedding_weights(manager.model) | ({} if whole else _biases(manager.model))
     inside = tuple(f"{path}." for path in weights.copies)

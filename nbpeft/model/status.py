@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import parameter_counts, unwrapped
@@ -87,10 +88,15 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
     )
 
 
-def _trained(manager: AdapterManager, name: str, adapter: nn.Module) -> list[nn.Parameter]:
+def _trained(manager: AdapterManager, name: str, adapter: Adapter) -> list[nn.Parameter]:
     """Returns the parameters of an adapter on a layer; those that layers share where it has none of its own."""
     shared = None if adapter._parameters else manager.shared(name)
-    return list((adapter if shared is None else shared).parameters())
+    if shared is not None:
+        return list(shared.parameters())
+    names = adapter.layer_names()  # as in PEFT: what a layer has besides, as AdaLoRA's ranknum, does not count
+    return [
+        parameter for key, parameter in adapter.named_parameters() if "." in key or key.removesuffix("_bias") in names
+    ]
 
 
 def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:
@@ -106,7 +112,7 @@ def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:
 
 
 def _method(manager: AdapterManager, name: str) -> str:
-    return str(manager.configs[name].peft_type)
+    return method_of(manager.configs[name]).peft_type
 
 
 def _of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
-from nbpeft.engine.model_tree import base_model_of, manager_of
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.peft_model import PeftModel
 
@@ -155,7 +155,7 @@ def get_peft_model(
     """Adds a new adapter to a model and returns the handle. The model is changed in place.
 
     A second call with the same name replaces that adapter: it is initialised anew with the new
-    config, and nothing is wrapped twice.
+    config, and nothing is wrapped twice. A second prompt over one base leaves the first as it is.
 
     Args:
         model: the base model, or a handle on one.
@@ -174,15 +174,8 @@ def get_peft_model(
         raise AdapterError(f"get_peft_model needs a torch model, not a {type(model).__name__}")
     if not isinstance(peft_config, AdapterConfig):
         raise ConfigError(f"get_peft_model needs a config such as LoraConfig, not a {type(peft_config).__name__}")
-    base = base_model_of(model)
-    known = manager_of(base)
-    if known is not None and known.configs and not isinstance(model, PeftModel):
-        warnings.warn(
-            f"You are trying to modify a model that already carries {', '.join(map(repr, known.names))}: "
-            + (f"{adapter_name!r} is reconfigured" if adapter_name in known.configs else f"{adapter_name!r} is added")
-            + "; an older handle on it is dead now",
-            stacklevel=2,
-        )
+    known = manager_of(model)
+    there = () if known is None or isinstance(model, PeftModel) else known.names
     config = peft_config
     if revision is not None:
         if config.revision not in (None, revision):
@@ -191,4 +184,12 @@ def get_peft_model(
                 stacklevel=2,
             )
         config = config.copy(revision=revision)
-    return PeftModel.for_task(config)(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    handle = PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    if there and handle.manager is known:
+        warnings.warn(
+            f"You are trying to modify a model that already carries {', '.join(map(repr, there))}: "
+            + (f"{adapter_name!r} is reconfigured" if adapter_name in there else f"{adapter_name!r} is added")
+            + "; an older handle on it is dead now",
+            stacklevel=2,
+        )
+    return handle

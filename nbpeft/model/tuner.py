@@ -15,7 +15,7 @@ from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_calls import checkpoints_gradients
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
-from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type, shared_by_name
+from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type, refuse_pickle_of_peft, shared_by_name
 from nbpeft.engine.registry import Method, methods, methods_of_type
 from nbpeft.engine.shared_state import Together
 from nbpeft.engine.targets import usual_model_types
@@ -71,6 +71,7 @@ class BaseTuner(nn.Module):
         manager = manager_of(model)
         assert manager is not None
         self._take(model, manager)
+        self.training = True
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
@@ -88,6 +89,8 @@ class BaseTuner(nn.Module):
         hooks.adapted()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if MANAGER not in state:
+            refuse_pickle_of_peft(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         hooks.adapted()
 

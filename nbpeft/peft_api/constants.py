@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import nbpeft.engine.methods  # noqa: F401 - registers the methods
+from nbpeft.engine.peft_types import PeftType
 from nbpeft.engine.registry import config_class_of, methods_of_type
 from nbpeft.engine.targets import usual_model_types
 
@@ -22,6 +23,11 @@ EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
+CONFIG_KEYS_TO_CHECK = {PeftType("LORA"): ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
+"""Fields that PEFT wants alike where an adapter is swapped in; here they may differ, and what has to fit is checked."""
+ENABLE_DORA_CACHING = True
+VARIANT_KWARG_KEYS = ["alora_offsets"]
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 

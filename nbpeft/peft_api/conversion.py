@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
+
 from nbpeft.engine.methods.lora.fused import FACTORS, joined
 from nbpeft.engine.registry import methods, prefixes
 
@@ -32,7 +34,8 @@ def build_peft_weight_mapping(
     if not weight_conversions:
         return []
     of_type = getattr(peft_config, "peft_type", None)
-    starts = {method.prefix for method in methods()} if of_type is None else prefixes(str(of_type))
+    of_type = getattr(of_type, "value", of_type)
+    starts = {method.prefix for method in methods()} if of_type is None else prefixes(of_type)
     return [
         WeightRenaming("base_model.model.model.", "model."),
         WeightRenaming("base_model.model.", ""),
@@ -45,6 +48,13 @@ def build_peft_weight_mapping(
             for converter in _of_experts(conversion, adapter_name)
         ),
     ]
+
+
+def get_model_conversion_mapping(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """transformers' function, which PEFT's module has too: how a checkpoint's keys become those of a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping as found
+
+    return found(model, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def _of_experts(conversion: Any, adapter_name: str) -> Iterator[Any]:

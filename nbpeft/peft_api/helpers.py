@@ -18,7 +18,7 @@ from nbpeft.engine.base import onloaded
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.registry import method_of, resolve_backend
 from nbpeft.engine.targets import ALL_LINEAR, Matcher, condense_targets, matches_segment_names
 from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
@@ -161,7 +161,8 @@ def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterCon
         HotSwapError: they are not.
     """
     if config0.peft_type != config1.peft_type:
-        raise HotSwapError(f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}")
+        types = " and ".join(method_of(config).peft_type for config in (config0, config1))
+        raise HotSwapError(f"Incompatible PEFT types found: {types}")
 
 
 @contextmanager
@@ -263,7 +264,12 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     """What the keys of adapters in a model's state dict start with, those of one adapter or of all."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     carrying = [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.adapters]
-    parts = [(path, name) for path, layer in carrying for name in (*layer.adapter_layer_names, ADAPTER_PARTS)]
+    buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in carrying}
+    parts = [
+        (path, name)
+        for path, layer in carrying
+        for name in (*layer.adapter_layer_names, *buffers[layer], ADAPTER_PARTS)
+    ]
     return {".".join(filter(None, (*part, adapter_name))) for part in parts}
 
 
@@ -305,3 +311,29 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
     """Activates adapters, their modules trained as a whole included."""
     set_adapter(model, adapter_name, inference_mode)
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """Name of a module in a model; empty where it is not in it."""
+    return next((name for name, module in model.named_modules() if module is reference_module), "")
+
+
+def get_device_map(model: nn.Module) -> Any:
+    """Where accelerate put the parts of a model, or the one device of a model that it did not distribute."""
+    return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+
+
+def has_valid_embedding_base_layer(layer: Any) -> bool:
+    """Whether a layer is an adapted embedding or linear layer."""
+    return isinstance(getattr(layer, "base_layer", None), nn.Linear | nn.Embedding)
+
+
+def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
+    """Name in a model of a layer, or of the frozen layer inside it where that is adapted; None for neither."""
+    wanted = [getattr(layer, "base_layer", None), *([] if is_embedding_in_target_modules else [layer])]
+    return next((name for name, module in model.named_modules() if any(module is one for one in wanted)), None)
+
+
+def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
+    """``torch.load``, of tensors alone unless it is told otherwise."""
+    return torch.load(*args, weights_only=weights_only, **kwargs)

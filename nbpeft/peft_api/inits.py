@@ -1,4 +1,4 @@
-"""``peft.utils.loftq_utils`` and what PEFT has beside the public names for its inits from data."""
+"""``peft.utils.loftq_utils`` and what PEFT has beside the public names for its inits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nbpeft.engine.methods.lora.incremental_pca import IncrementalPCA as IncrementalPCA
 from nbpeft.engine.methods.lora.loftq import loftq_start
+from nbpeft.engine.methods.shira import random_mask as random_mask
 from nbpeft.model.data_inits import CordaEigens as CordaEigens
 from nbpeft.model.data_inits import estimate_gradients as estimate_gradients
 from nbpeft.model.eva import forward_fn_dict as forward_fn_dict

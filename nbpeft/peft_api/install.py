@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from importlib.metadata import Distribution, DistributionFinder
+from contextlib import ExitStack, suppress
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +61,7 @@ def install_as_peft() -> ExitStack:
             )
         absent = "peft" in sys.modules or find_spec("peft") is None
         _undo.callback(sys.modules.update, _take_modules())
-        _finder = _PeftFinder("peft")
+        _finder = _PeftFinder(installed=_is_installed())
         sys.meta_path.insert(0, _finder)
         with ExitStack() as until_end:
             until_end.callback(uninstall_as_peft)
@@ -87,12 +87,25 @@ def uninstall_as_peft() -> None:
         _clear_answers()
 
 
+def _is_installed() -> bool:
+    """Whether a PEFT is installed, which need not be one that may be imported."""
+    return next(iter(Distribution.discover(name="peft")), None) is not None
+
+
 class _PeftFinder(PeftModules):
-    """Finds ``peft`` and what is below, and its metadata."""
+    """Finds ``peft`` and what is below, and its metadata.
+
+    Args:
+        installed: whether others find a PEFT, too: a list of all that is installed has it once.
+    """
+
+    def __init__(self, *, installed: bool) -> None:
+        super().__init__("peft")
+        self.installed = installed
 
     def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
         """What is installed under the name that ``importlib.metadata`` looks for, or all of it."""
-        if context.name is None or context.name.lower() == "peft":
+        if (context.name is None and not self.installed) or (context.name or "").lower() == "peft":
             yield _PeftDistribution()
 
 
@@ -106,15 +119,19 @@ class _PeftDistribution(Distribution):
     def read_text(self, filename: str) -> str | None:
         wanted = getattr(sys.modules.get("transformers.integrations.peft"), "MIN_PEFT_VERSION", PEFT_VERSION)
         version = max(PEFT_VERSION, wanted, key=Version)
-        summary = "nbpeft, by the name of peft"
-        files = {
-            "METADATA": f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\nSummary: {summary}\n",
-            "top_level.txt": "peft\n",
-        }
-        return files.get(filename)
+        lines = ["Metadata-Version: 2.1", "Name: peft", f"Version: {version}", "Summary: nbpeft, by the name of peft"]
+        lines += [f"Requires-Dist: {wanted}" for wanted in _requirements()]
+        return {"METADATA": "\n".join(lines) + "\n", "top_level.txt": "peft\n"}.get(filename)
 
     def locate_file(self, path: str | os.PathLike[str]) -> Path:
         return Path(__file__).parent / path
+
+
+def _requirements() -> list[str]:
+    """What nbpeft needs; nothing where it lies in a folder and is not installed."""
+    with suppress(PackageNotFoundError):
+        return requires(__name__.partition(".")[0]) or []
+    return []
 
 
 def _take_modules() -> dict[str, ModuleType]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.methods.lora.custom_layers import Linear
+from nbpeft.engine.methods.poly import PolyRouter as PolyRouter
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.peft_layer_api import LayerType, layer_type
+from nbpeft.engine.peft_layer_api import LayerType, layer_type, refuse_pickle_of_peft
 from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.status import LayerStatus, ModelStatus
@@ -26,9 +27,33 @@ BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
-IA3Layer = layer_type("IA3", "IA3Layer")
-TrainableTokensLayer = layer_type("TRAINABLE_TOKENS", "TrainableTokensLayer")
-TrainableTokensWrapper = layer_type("TRAINABLE_TOKENS", "TrainableTokensWrapper")
+
+
+def _names_in_layers(peft_type: str) -> dict[str, tuple[str, ...]]:
+    """Where PEFT's layers keep what adapters of a method have, which libraries read from the classes of layers."""
+    method = next(iter(methods_of_type(peft_type)), None)
+    attributes = ("adapter_layer_names", "other_param_names")
+    return (
+        {} if method is None else dict(zip(attributes, (tuple(one.split()) for one in method.layer_names), strict=True))
+    )
+
+
+@cache
+def _layer_type(peft_type: str, name: str) -> type[Any]:
+    """The class of layers with adapters of a method: the same one each time."""
+    return layer_type(peft_type, name, **_names_in_layers(peft_type))
+
+
+IA3Layer = _layer_type("IA3", "IA3Layer")
+TrainableTokensLayer = _layer_type("TRAINABLE_TOKENS", "TrainableTokensLayer")
+TrainableTokensWrapper = layer_type(
+    "TRAINABLE_TOKENS",
+    "TrainableTokensWrapper",
+    **{
+        kind: tuple(f"token_adapter.{name}" for name in names)
+        for kind, names in _names_in_layers("TRAINABLE_TOKENS").items()
+    },
+)
 """The same: rows that a LoRA config asks for are an adapter of their own here."""
 
 
@@ -42,11 +67,8 @@ def layer_class(title: str) -> type[Any]:
     if title == Linear.title:
         return Linear
     doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
-    return LayerType(title.rpartition(".")[2], (), {"title": title, "__doc__": doc})
-
-
-_layer_type = cache(layer_type)
-"""The same class each time."""
+    own = {"title": title, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
+    return LayerType(title.rpartition(".")[2], (), own | _names_in_layers(title.partition(".")[0].upper()))
 
 
 def of_method(package: str, name: str) -> Any:
@@ -69,6 +91,6 @@ def of_method(package: str, name: str) -> Any:
         return _layer_type(method.peft_type, name)
     if name.isupper():
         return usual_targets_of(method.peft_type)
-    own = name.removeprefix(title)
+    own = name.removeprefix(title).removeprefix(method.layer_prefix)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
     return layer_class(f"{package}.{method.layer_prefix}{own}") if own in known else None

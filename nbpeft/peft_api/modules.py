@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -58,11 +59,12 @@ class PeftModules:
         def find(name: str) -> Any:
             if name == "__all__":
                 return names()
-            if name.startswith("__"):  # inspect asks every module for its __file__, also while torch is being imported
+            if name.startswith("__"):  # inspect asks every module, also while torch is being imported
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return getattr(own, name) if own and name in own.__all__ else attribute(module.__name__, name)
 
         module.__doc__ = f"The names of PEFT's ``{'.'.join(filter(None, ('peft', place)))}``."
+        module.__file__ = os.path.join(os.path.dirname(os.path.dirname(__file__)), "as_peft.py")
         module.__dict__.update(__getattr__=find, __dir__=lambda: sorted({*vars(module), *names()}))
         if own:
             module.__dict__["__version__"] = PEFT_VERSION

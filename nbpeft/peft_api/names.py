@@ -84,20 +84,26 @@ _OTHER_QUANTIZED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
     "bnb": "Linear4bit Linear8bitLt",
+    "eetq": "EetqLoraLinear",
     "gptq": "GPTQLoraLinear",
     "hqq": "HqqLoraLinear",
+    "inc": "IncLoraLinear",
     "torchao": "TorchaoLoraLinear",
 }
 
-_ONLY_HERE = {"Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
+_ONLY_HERE = {"Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
 """Names that several methods give to layers of theirs: they are not passed on to the packages above."""
 
+_ADALORA = (
+    "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
+    "SVDQuantLinear"
+)
 METHODS = {
-    "adalora": ("AdaLoRA", "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDQuantLinear"),
+    "adalora": ("AdaLoRA", _ADALORA),
     "adamss": ("AdaMSS", "AdamssConfig AdamssLayer AdamssModel Linear"),
     "adaption_prompt": ("LLaMA-Adapter", "AdaptedAttention AdaptionPromptConfig AdaptionPromptModel"),
     "beft": ("BEFT", "BeftConfig BeftLayer BeftModel Linear"),
-    "boft": ("BOFT", "BOFTConfig BOFTLayer BOFTModel"),
+    "boft": ("BOFT", "BOFTConfig BOFTLayer BOFTModel Conv2d Linear"),
     "c3a": ("C3A", "C3AConfig C3ALayer C3ALinear C3AModel"),
     "cartridge": ("Cartridge", f"CartridgeConfig CartridgeEncoder {_CARTRIDGE_FUNCTIONS}"),
     "cpt": ("context-aware prompt tuning", "CPTConfig CPTEmbedding"),
@@ -106,13 +112,13 @@ METHODS = {
     "fourierft": ("FourierFT", "FourierFTConfig FourierFTLayer FourierFTLinear FourierFTModel"),
     "frod": ("FRoD", "FrodConfig FrodLayer FrodModel Linear"),
     "glora": ("GLoRA", "GloraConfig GloraLayer GloraLinear GloraModel"),
-    "gralora": ("GraLoRA", "GraloraConfig GraloraLayer GraloraModel"),
-    "hira": ("HiRA", "Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear"),
+    "gralora": ("GraLoRA", "GraloraConfig GraloraLayer GraloraModel Linear"),
+    "hira": ("HiRA", "Conv1d Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear"),
     "hra": ("HRA", "HRAConfig HRAConv2d HRALayer HRALinear HRAModel"),
     "lily": ("Lily", "LilyConfig LilyLayer LilyModel Linear"),
     "ln_tuning": ("LayerNorm tuning", "LNTuningConfig LNTuningLayer LNTuningModel"),
-    "loha": ("LoHa", "Conv2d Linear LoHaConfig LoHaLayer LoHaModel"),
-    "lokr": ("LoKr", "Conv2d Linear LoKrConfig LoKrLayer LoKrModel factorization"),
+    "loha": ("LoHa", "Conv1d Conv2d Linear LoHaConfig LoHaLayer LoHaModel"),
+    "lokr": ("LoKr", "Conv1d Conv2d Linear LoKrConfig LoKrLayer LoKrModel factorization"),
     "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
     "mixed": (
         "a class apart for mixed methods, which any PeftModel takes",
@@ -164,7 +170,11 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": f"replace_lora_weights_loftq {_LORA_EXTRAS} {_PREFIX_POSTPROCESSING}",
     },
     "auto": {OWN: _AUTO, "mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"},
-    "config": {OWN: "PeftConfig PromptLearningConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin"},
+    "config": {
+        OWN: "PeftConfig PromptLearningConfig",
+        "constants": "CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS",
+        "missing": "PeftConfigMixin",
+    },
     "functional": {
         OWN: f"{_ADAPTER_FUNCTIONS} get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict"
     },
@@ -212,8 +222,8 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: f"{_ADAPTER_FUNCTIONS} PeftConfig",
         "layers": "BasePromptEncoder BaseTuner BaseTunerLayer",
         "helpers": "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
-        "_maybe_include_all_linear_layers check_adapters_to_merge check_target_module_exists inspect_matched_modules "
-        "onload_layer",
+        "_maybe_include_all_linear_layers check_adapters_to_merge check_target_module_exists "
+        "find_parameter_name_by_module get_device_map inspect_matched_modules onload_layer",
         "constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES",
         "missing": "clone_module replicate_layers",
@@ -222,6 +232,7 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.config": {OWN: "LoraConfig LoraRuntimeConfig", "missing": _LORA_EXTRAS},
     "tuners.lora.layer": {
         **_LORA_ROOM,
+        "constants": "VARIANT_KWARG_KEYS",
         "missing": f"{_LORA_EXTRAS} LoraVariant _LoraFactorsProxy _LoraParameterProxy",
     },
     "tuners.lora.model": {
@@ -231,6 +242,11 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.conversion": {OWN: _CONVERSION},
     "tuners._buffer_dict": {"missing": "BufferDict"},
     "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
+    "tuners.lora.dora": {
+        "constants": "ENABLE_DORA_CACHING",
+        "missing": "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
+    },
+    "tuners.lora.tp_layer": {"missing": "LoraParallelLinear dispatch_megatron get_default_module_allowlist"},
     "tuners.lora.corda": {OWN: "preprocess_corda", "inits": "CordaEigens"},
     "tuners.lora.eva": {
         OWN: "get_eva_state_dict initialize_lora_eva_weights",
@@ -273,8 +289,12 @@ MODULES: dict[str, dict[str, str]] = {
         for package, (_, names) in METHODS.items()
         for part in ("", ".bnb", ".config", ".layer", ".model")
     },
+    "tuners.adalora.gptq": {OWN: "SVDQuantLinear"},
     "tuners.adamss.asa_callback": {"callbacks": "AdamssAsaCallback"},
     "tuners.adamss.utils": {"missing": "clustering_Z get_trainable_subspaces seg_locations slice_pca"},
+    "tuners.poly.router": {"layers": "PolyRouter", "missing": "Router get_router"},
+    "tuners.shira.mask_functions": {"inits": "random_mask"},
+    "tuners.xlora.classifier": {"missing": "XLoraClassifier"},
     "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},
@@ -296,6 +316,7 @@ MODULES: dict[str, dict[str, str]] = {
     "utils.error": {OWN: "NoMatchingPeftModuleError PeftError"},
     "utils.hotswap": {
         OWN: "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+        "constants": "CONFIG_KEYS_TO_CHECK",
         "helpers": "check_hotswap_configs_compatible",
     },
     "utils.integrations": {
@@ -325,10 +346,14 @@ MODULES: dict[str, dict[str, str]] = {
         "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
     },
     "utils.incremental_pca": {"inits": "IncrementalPCA"},
-    "utils.save_and_load": {OWN: _STATE_DICTS},
+    "utils.save_and_load": {
+        OWN: _STATE_DICTS,
+        "helpers": "get_embedding_layer_name has_valid_embedding_base_layer torch_load",
+    },
     "utils.transformers_weight_conversion": {
-        "conversion": "build_peft_weight_mapping",
-        "missing": "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
+        "conversion": "build_peft_weight_mapping get_model_conversion_mapping",
+        "missing": "FlattenDims PeftConcatenate PermuteDims convert_peft_adapter_state_dict_for_transformers "
+        "convert_peft_config_for_transformers",
     },
     "utils.warning": {OWN: "PeftWarning"},
 }

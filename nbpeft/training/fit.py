@@ -23,6 +23,7 @@ from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInter
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
+from nbpeft.model.observing import modes_kept
 from nbpeft.optional import needs
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
@@ -542,20 +543,23 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks."""
+    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks.
+
+    After a training adapters are in the mode of their base: one that was made in training mode drops nothing then.
+    """
     base: Any = base_of(model)
     embedding = embedding_of(base)
     watched = set() if embedding is None else set(embedding._forward_hooks)
-    was_training = model.training
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
     checkpoints = is_checkpointing(base)
     cast = {"forward", "_original_forward"} - vars(model).keys()
     try:
-        yield
+        with modes_kept(model):
+            yield
+        model.train(base.training)
     finally:
         model.zero_grad(set_to_none=True)
-        model.train(was_training)
         if config is not None:
             config.use_cache = cache
         if not checkpoints and is_checkpointing(base):

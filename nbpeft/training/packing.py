@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers.training_args import TrainingArguments
 from nbpeft.engine.method_hooks import prepares_calls
 from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
+from nbpeft.model.observing import evaluated
 from nbpeft.names import LOSS_WEIGHTS
 from nbpeft.training.adapted import base_of, main_dtype
 from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined, prepare_data
@@ -190,7 +190,7 @@ def check_packing(
     before, row = cut
     other = {**before, "input_ids": before["input_ids"][1:] + before["input_ids"][:1]}
     length, own = len(before["input_ids"]), len(row["input_ids"])
-    with _evaluating(model):
+    with evaluated(model), torch.no_grad():
         try:
             packed = _logits(model, collator([joined([before, row]), joined([other, row])]), device)
             alone = _logits(model, collator([row]), device).reshape(own, -1)
@@ -215,18 +215,6 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], device: torch.device) ->
     }
     output: Tensor = model(**given).logits
     return output
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _refusal(reason: str) -> ConfigError:

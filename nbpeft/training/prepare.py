@@ -55,14 +55,15 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
     *,
-    upcast: Upcast = "norms",
+    upcast: Upcast | None = None,
     quantization_aware: bool = False,
 ) -> Any:
     """Freezes a base model and prepares it for training adapters. Returns the model.
 
-    Norms compute in float32 and hand on the dtype they were given; embeddings and head stay as
-    they are. ``upcast="peft"`` turns everything that is not quantized into float32, as PEFT does;
-    for a model with a large vocabulary that costs gigabytes, and a warning says how many.
+    Norms of a quantized model compute in float32 and hand on the dtype they were given; its embeddings
+    and head stay as they are. A model that is not quantized is float32 afterwards, as with PEFT, and
+    ``upcast="peft"`` turns everything that is not quantized into float32. That costs memory, and a
+    warning says how much.
 
     Args:
         model: A transformers model, quantized or not.
@@ -70,7 +71,7 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: For ``torch.utils.checkpoint``; ``use_reentrant`` is False
             unless given.
         auto_clear_cache: Whether to give cached device memory back after casting.
-        upcast: ``"norms"``, ``"peft"`` or ``"none"``.
+        upcast: ``"norms"``, ``"peft"`` or ``"none"``; None for norms of a quantized model and all of any other.
         quantization_aware: Whether new adapters act, and learn, as if merged into the quantized weights and rounded
             with them; see ``LoraConfig``.
 
@@ -78,19 +79,22 @@ def prepare_model_for_kbit_training(
         ConfigError: ``upcast`` is none of these, or ``quantization_aware`` is asked for on a model that is not
             quantized.
     """
-    if quantization_aware and not is_quantized(model):
+    quantized = is_quantized(model)
+    if quantization_aware and not quantized:
         raise ConfigError(
             f"quantization_aware=True is for quantized models, and this {type(model).__name__} is not one",
             field="quantization_aware",
         )
+    chosen: Upcast = upcast if upcast is not None else "norms" if quantized else "peft"
     done = prepare_model(
-        model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=upcast
+        model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=chosen
     )
     set_quantization_aware(model, quantization_aware)
-    if upcast == "peft" and done.extra_bytes:
+    if chosen == "peft" and done.extra_bytes:
+        cause = "upcast='peft'" if upcast is not None else "the model is not quantized: preparing it"
         warnings.warn(
-            f"upcast='peft' turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "
-            "The default, upcast='norms', trains as well without.",
+            f"{cause} turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "
+            "upcast='norms' trains as well without.",
             stacklevel=2,
         )
     logger.info("prepared for training: %s", done)

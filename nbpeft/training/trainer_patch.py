@@ -1,4 +1,4 @@
-"""The one place where nbpeft changes other libraries: their Trainers take our models as they take PEFT's.
+"""The one place where nbpeft changes other libraries: they take our models and configs as they take PEFT's.
 
 transformers, accelerate and TRL recognise models with adapters by their class, which is one of the
 ``peft`` package. For any other class a Trainer writes whole state dicts as checkpoints (and fails at
@@ -15,9 +15,12 @@ takes the wrong module for the backbone. :func:`patch_trainer` changes, until :f
 * In modules of TRL that derive a Trainer, the names of PEFT's classes that are compared with, and
   ``get_peft_model``, cover ours too: an adapted output head is refused there as one of PEFT's is, and
   ``peft_config=nbpeft.LoraConfig(...)`` is taken. Where PEFT is not installed, they are ours alone.
+  What methods import from PEFT when they are called is ours where the model is.
+* ``add_adapter`` of transformers' models, and what they do with adapters besides, takes our configs;
+  that of diffusers says what to do (:mod:`nbpeft.training.adapter_mixins`).
 
 For all other models everything is as before. Importing nbpeft changes nothing: the package root
-registers :func:`patch_when_adapted` with :mod:`nbpeft.hooks`, and the model layer runs it when the first
+registers :func:`patch_when_used` with :mod:`nbpeft.hooks`, which runs it when the first config or
 adapted model is made. Importing ``transformers.trainer`` at that moment would cost those who only run
 models about half a second; so where it is not imported yet, an :class:`ImportHook` waits for it.
 A hook in the model instead would have to rely on what the constructor of some Trainer happens to
@@ -37,12 +40,13 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.adapter_tensors import is_half
 from nbpeft.engine.model_tree import unwrapped
 from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model import LoraLayer, PeftModel, files, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from nbpeft.training.adapter_mixins import explaining, importing, is_adapted, methods_with_imports
 from nbpeft.training.checkpoints import in_checkpoint, resume_point, save_beside, save_whole
 from nbpeft.training.extra_loss import with_extra_loss
 from nbpeft.training.import_hook import ImportHook
@@ -51,15 +55,17 @@ from nbpeft.training.optimizer_steps import watch_steps
 from nbpeft.training.record import score_of
 from nbpeft.training.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
 
-_ACCELERATE, _FSDP, _TRANSFORMERS = (
+_ACCELERATE, _FSDP, _TRANSFORMERS, _MODELS, _DIFFUSERS = (
     "accelerate.utils.modeling",
     "accelerate.utils.fsdp_utils",
     "transformers.trainer",
+    "transformers.integrations.peft",
+    "diffusers.loaders.peft",
 )
 _DEFAULT_NAME = "default"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _ABSENT = object()
-_originals: dict[str, Callable[[Any], bool]] = {}
+_originals: dict[str, FunctionType] = {}
 _undo: list[Callable[[], None]] = []
 _patched_trl: set[str] = set()
 _lock = threading.RLock()
@@ -68,21 +74,28 @@ _declined = False
 
 
 def patch_trainer() -> None:
-    """Makes Trainers of transformers, accelerate and TRL take models of nbpeft as they take those of PEFT.
+    """Makes transformers, accelerate and TRL take models and configs of nbpeft as they take those of PEFT.
 
-    Called when the first adapted model is made, unless it was undone; a second call does nothing.
+    Called when the first config or adapted model is made, unless it was undone; a second call does nothing.
     :mod:`nbpeft.training.trainer_patch` lists what it changes.
     """
     global _hook, _declined
     with HeldInterrupts(), _lock:
         _declined = False
         if _hook is None:
-            _hook = ImportHook({_ACCELERATE: _patch_accelerate, _FSDP: _patch_fsdp, _TRANSFORMERS: _patch_transformers})
+            callbacks = {
+                _ACCELERATE: _patch_accelerate,
+                _FSDP: _patch_fsdp,
+                _TRANSFORMERS: _patch_transformers,
+                _MODELS: _patch_models,
+                **({_DIFFUSERS: _patch_diffusers} if find_spec("diffusers") else {}),
+            }
+            _hook = ImportHook(callbacks)
         _hook.run_pending()
 
 
 def unpatch_trainer() -> None:
-    """Restores the Trainers as they were, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
+    """Restores the libraries as they were, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
     global _hook, _declined
     with HeldInterrupts(), _lock:
         _declined = True
@@ -95,7 +108,7 @@ def unpatch_trainer() -> None:
         _patched_trl.clear()
 
 
-def patch_when_adapted() -> None:
+def patch_when_used() -> None:
     """Calls ``patch_trainer``, unless ``unpatch_trainer`` was called."""
     if not _declined:
         patch_trainer()
@@ -266,8 +279,9 @@ def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
     return next((place for place in places if any((place / file).is_file() for file in _WEIGHT_FILES)), None)
 
 
-# Patching accelerate and transformers. The first two functions lend their code to those of the libraries and
-# so run with the names of those modules: they import what they need.
+# Patching the libraries. The first four functions lend their code to those of the libraries and so run with the
+# names of those modules: they import what they need. ``model.add_adapter(LoraConfig())`` has found its method before
+# the config is made, which is why it has to be the same one.
 
 
 def _accelerate_is_peft_model(model: Any) -> bool:
@@ -280,6 +294,28 @@ def _transformers_is_peft_model(model: Any) -> bool:
     from nbpeft.training.trainer_patch import is_ours_or_peft
 
     return is_ours_or_peft("transformers.trainer", model)
+
+
+def _transformers_add_adapter(*args: Any, **kwargs: Any) -> Any:
+    from nbpeft.training.trainer_patch import add_to_transformers
+
+    return add_to_transformers(*args, **kwargs)
+
+
+def _diffusers_add_adapter(*args: Any, **kwargs: Any) -> Any:
+    from nbpeft.training.trainer_patch import add_to_diffusers
+
+    return add_to_diffusers(*args, **kwargs)
+
+
+def add_to_transformers(*args: Any, **kwargs: Any) -> Any:
+    """``add_adapter`` of a model of transformers."""
+    return importing(_originals[_MODELS], is_adapted)(*args, **kwargs)
+
+
+def add_to_diffusers(*args: Any, **kwargs: Any) -> Any:
+    """``add_adapter`` of a model of diffusers."""
+    return explaining(_originals[_DIFFUSERS])(*args, **kwargs)
 
 
 def _patch_accelerate(module: ModuleType) -> None:
@@ -303,11 +339,28 @@ def _patch_transformers(module: ModuleType) -> None:
         _patch_trl(derived)
 
 
+def _patch_models(module: ModuleType) -> None:
+    mixin = module.PeftAdapterMixin
+    _replace_code(_MODELS, mixin.add_adapter, _transformers_add_adapter)
+    for name, method in methods_with_imports(mixin, is_adapted).items():
+        _replace(mixin, name, method)
+
+
+def _patch_diffusers(module: ModuleType) -> None:
+    _replace_code(_DIFFUSERS, module.PeftAdapterMixin.add_adapter, _diffusers_add_adapter)
+
+
 def _replace_code(library: str, function: Any, replacement: Any) -> None:
     code = function.__code__
-    _originals[library] = FunctionType(code, function.__globals__, function.__name__)
+    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    _originals[library] = function.__wrapped__ = original
     function.__code__ = replacement.__code__
-    _undo.append(lambda: setattr(function, "__code__", code))
+
+    def undo() -> None:
+        function.__code__ = code
+        del function.__wrapped__
+
+    _undo.append(undo)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -351,6 +404,8 @@ def _patch_trl(derived: type) -> None:
     """Makes the module of a Trainer of TRL compare with our classes where it compares with PEFT's."""
     name = derived.__module__
     names = vars(sys.modules[name]) if name.startswith("trl.") and name in sys.modules else {}
+    for own, method in methods_with_imports(derived, _has_ours).items() if names else ():
+        _replace(derived, own, method)
     if "is_peft_model" not in names or name in _patched_trl:
         return
     _patched_trl.add(name)
@@ -368,6 +423,10 @@ def _patch_trl(derived: type) -> None:
         _replace(module, "get_peft_model", _by_config(names["get_peft_model"]))
 
 
+def _has_ours(value: Any) -> bool:
+    return is_ours(value) or is_ours(getattr(value, "model", None))
+
+
 def _yes() -> bool:
     return True
 
@@ -376,6 +435,8 @@ _INSTEAD_OF_PEFT: dict[str, Any] = {
     "BaseTunerLayer": LoraLayer,
     "LoraConfig": (),  # nothing is an instance: asked before the version of PEFT is
     "PeftConfig": AdapterConfig,
+    "PeftModel": PeftModel,
+    "PeftType": PeftType,
     "PrefixTuningConfig": (),
     "get_peft_model": get_peft_model,
     "is_peft_available": _yes,

@@ -12,9 +12,10 @@ import pytest
 from torch import nn
 
 from nbpeft.checkpoint import config_text, config_to_save, parse_config
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, CorruptCheckpointError, UnknownMethodError
+from nbpeft.model import get_peft_model
 from tests.tiny_models import llama
 
 FIELDS: list[dict[str, Any]] = [
@@ -152,8 +153,23 @@ def test_fields_make_a_config_of_their_method(tmp_path: Path) -> None:
 def test_type_and_version_are_those_of_peft() -> None:
     ours, theirs = LoraConfig(), peft.LoraConfig()
     assert ours.peft_type == theirs.peft_type == ours.peft_type.value == "LORA"
-    assert f"{ours.peft_type}" == "LORA" and ours.peft_version == theirs.peft_version
+    assert ours.peft_version == theirs.peft_version
     assert parse_config(config_text(ours))[0].to_dict() == ours.to_dict() == theirs.to_dict()
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", TaskType.CAUSAL_LM, peft.TaskType.CAUSAL_LM])
+def test_types_and_tasks_are_written_as_peft_writes_them(task: Any, tmp_path: Path) -> None:
+    """Notebooks name folders by them: a task that is given as a string stays one."""
+    of_peft = peft.TaskType.CAUSAL_LM if isinstance(task, TaskType) else task
+    ours, theirs = LoraConfig(task_type=task), peft.LoraConfig(task_type=of_peft)
+
+    def written(config: Any) -> list[str]:
+        return [f"{config.peft_type} {config.task_type}", str(config.peft_type), repr(config.task_type)]
+
+    assert written(ours) == written(theirs)
+    ours.save_pretrained(str(tmp_path))
+    assert written(AdapterConfig.from_pretrained(str(tmp_path))) == written(peft.PeftConfig.from_pretrained(tmp_path))
+    assert written(get_peft_model(llama(), ours).peft_config["default"]) == written(theirs)
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])

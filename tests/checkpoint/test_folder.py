@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nbpeft.checkpoint import (
     to_file,
     write_checkpoint,
 )
+from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.plan import plan
@@ -258,6 +260,19 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"unknown option 'revison'.*Did you mean 'revision'"):
         read_config(tmp_path, revison="main")
+
+
+def test_a_config_ignores_what_is_for_models_and_warns_of_misspellings(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, a_config(), tensors_of())
+    of_models = ("trust_remote_code", "torch_dtype", "dtype", "device_map", "code_revision", "attn_implementation")
+    options: dict[str, Any] = {**dict.fromkeys(of_models, True), "token": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = AdapterConfig.from_pretrained(str(tmp_path), **options)
+    assert read == AdapterConfig.from_pretrained(str(tmp_path)) == read_config(tmp_path)
+    with pytest.warns(UserWarning, match=r"'revison' is no option .* Did you mean 'revision'\?"):
+        AdapterConfig.from_pretrained(str(tmp_path), revison="main")
+    assert AdapterConfig.from_pretrained(str(tmp_path.parent), subfolder=tmp_path.name) == read
 
 
 def test_other_files_stay_and_permissions_are_ordinary(tmp_path: Path) -> None:

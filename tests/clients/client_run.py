@@ -1,8 +1,9 @@
 """Uses libraries that call PEFT, in a process of its own, and writes down what they give.
 
-    python client_run.py {peft,as-peft} RESULTS.json CASE...
+    python client_run.py {peft,as-peft,nbpeft} RESULTS.json CASE...
 
-``as-peft`` is nbpeft by the name ``peft``. A result is numbers and names, in a list.
+``as-peft`` is nbpeft by the name ``peft``, ``nbpeft`` its configs by their own name. A result is a list of numbers
+and names.
 """
 
 from __future__ import annotations
@@ -285,11 +286,19 @@ def sentence_transformers(peft: Any, folder: str) -> list[Any]:
     model = made()
     found = [encoded(model)]
     model.add_adapter(config(peft, target_modules=["query"], task_type="FEATURE_EXTRACTION"))
+    model.eval()
     found.append(encoded(model))
+    if peft.__name__ == "nbpeft":  # what reads an adapter's folder looks for PEFT
+        return [*found, found[-1], found[-1], model.active_adapters()]
     model.save_pretrained(f"{folder}/adapter")
     read = made()
     read.load_adapter(f"{folder}/adapter")
-    return [*found, encoded(read), model.active_adapters()]
+    return [
+        *found,
+        encoded(read),
+        encoded(SentenceTransformer(f"{folder}/adapter", device="cpu")),
+        model.active_adapters(),
+    ]
 
 
 # lm-eval
@@ -418,7 +427,7 @@ def main(library: str, results: str, *names: str) -> None:
         from nbpeft import install_as_peft
 
         install_as_peft()
-    peft = __import__("peft")
+    peft = __import__("nbpeft" if library == "nbpeft" else "peft")
     if library == "peft":  # transformers 5.24 asks for a PEFT that is not released
         __import__("transformers.integrations.peft").integrations.peft.MIN_PEFT_VERSION = peft.__version__
     found: dict[str, Any] = {"library": peft.LoraConfig.__module__.partition(".")[0]}

@@ -24,6 +24,11 @@ PACKAGES = {
         *("threadpoolctl==3.8.0", "narwhals==2.29.0", "cloudpickle==3.1.3"),
     ),
 }
+ONE_WORD = {
+    "transformers": ("transformers_adapters", "transformers_trainer"),
+    "sentence": ("sentence_transformers",),
+}
+"""What runs without the name ``peft``."""
 
 
 def results(client: str, library: str, names: list[str], folder: Path) -> dict[str, Any]:
@@ -47,9 +52,19 @@ def close(one: Any, other: Any) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("client", PACKAGES)
 def test_a_client_gives_what_it_gives_with_peft(client: str, tmp_path: Path) -> None:
+    compare(client, "as-peft", [name for name in CASES if name.startswith(client)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", ONE_WORD)
+def test_a_client_takes_configs_by_the_one_word_replaced(client: str, tmp_path: Path) -> None:
+    compare(client, "nbpeft", list(ONE_WORD[client]), tmp_path)
+
+
+def compare(client: str, library: str, names: list[str], folder: Path) -> None:
+    """Asserts that a client gives in some cases what it gives with PEFT."""
     pytest.importorskip("peft")
-    names = [name for name in CASES if name.startswith(client)]
-    theirs, ours = (results(client, library, names, tmp_path) for library in ("peft", "as-peft"))
+    theirs, ours = (results(client, each, names, folder) for each in ("peft", library))
     failed = {name: found for name, found in (theirs | ours).items() if isinstance(found, str)}
     assert not failed, "\n".join(failed.values())
     assert [name for name in names if not close(ours[name], theirs[name])] == [], (ours, theirs)

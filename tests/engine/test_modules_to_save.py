@@ -105,3 +105,38 @@ def test_two_copies_cannot_act_on_one_module() -> None:
         wrappers(model)[0].set_adapter(["default", "other"])
     assert torch.equal(model(INPUT), before)
     assert wrappers(model)[0].active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["copies", "tokens"])
+@pytest.mark.filterwarnings("ignore:.*was active and is deleted", "ignore:.*share one weight")
+def test_the_active_adapter_is_a_string_as_in_peft(tokens: bool) -> None:
+    """axolotl takes the copy ``modules_to_save[module.active_adapter]``."""
+
+    def states(library: Any) -> list[Any]:
+        more: dict[str, Any] = (
+            {"trainable_token_indices": {"table": [1, 2]}} if tokens else {"modules_to_save": ["head"]}
+        )
+        base = nn.Sequential()
+        base.table, base.first, base.head = nn.Embedding(4, 2), nn.Linear(2, 3), nn.Linear(3, 2)
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["first"], r=2, **more))
+        wrapper, found = model.get_base_model().table if tokens else model.get_base_model().head, []
+
+        def note() -> None:
+            found.append((wrapper.active_adapter, wrapper.active_adapters, wrapper.disable_adapters))
+
+        note()
+        model.add_adapter("other", library.LoraConfig(target_modules=["first"], r=2, **more))
+        model.add_adapter("plain", library.LoraConfig(target_modules=["first"], r=2))
+        for name in ("other", "plain", "default"):
+            model.set_adapter(name)
+            note()
+        with model.disable_adapter():
+            note()
+        model.base_model.set_adapter(["default", "plain"])
+        note()
+        model.set_adapter("default")
+        model.delete_adapter("default")
+        note()
+        return found
+
+    assert states(nbpeft) == states(peft)

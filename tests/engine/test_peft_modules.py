@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
 import nbpeft
@@ -84,7 +85,7 @@ def test_modules_are_listed_and_found_by_pefts_paths() -> None:
     assert len(layer.lora_embedding_A) == len(layer.lora_magnitude_vector) == 0
     assert ours.get_parameter("base_model.model.first.lora_A.default.weight") is factor.weight
     assert isinstance(ours.base_model, LoraModel) and isinstance(layer, LoraLayer)
-    assert ours.prefix == theirs.prefix == "lora_" and str(ours.peft_type) == "LORA"
+    assert ours.prefix == theirs.prefix == "lora_" and f"{ours.peft_type}" == f"{theirs.peft_type}"
 
 
 @pytest.mark.parametrize("name", ["linear", "bias", "all"])
@@ -502,3 +503,61 @@ def test_parameters_stay_the_adapters_where_deepspeed_takes_modules_over() -> No
     live._in_forward = True
     assert shown._parameters is live and shown.weight is adapter.lora_A
     assert adapter.ds_external_parameters() == ()
+
+
+def test_every_part_that_is_shown_is_in_the_mode_of_its_adapters() -> None:
+    ours, theirs = pair("dora", ("default", "other"))
+    for mode in (True, False):
+        for model in (ours, theirs):
+            model.train(mode)
+        assert {module.training for module in ours.modules()} == {mode}
+        assert {module.training for module in theirs.modules()} == {mode}
+    layer = ours.base_model.model.first
+    layer.lora_dropout["default"].train()
+    assert [layer.lora_A[name].training for name in ("default", "other")] == [True, False]
+    layer.lora_A.eval()
+    assert layer.adapter("default").training, "what shows a factor switches no dropout"
+
+
+def test_notes_on_the_frozen_layer_are_not_the_layers() -> None:
+    """accelerate and diffusers ask each module for what they noted on it, and take it off."""
+    ours, _ = pair("copies")
+    layer, copied = ours.base_model.model.first, ours.base_model.model.second
+    for wrapper, frozen in ((layer, layer.base_layer), (copied, copied.modules_to_save["default"])):
+        add_hook_to_module(frozen, ModelHook())
+        frozen._note, frozen.remark = 1, 2
+        assert hasattr(frozen, "_hf_hook") and not hasattr(wrapper, "_hf_hook") and not hasattr(wrapper, "_note")
+        assert wrapper.remark == 2
+        with pytest.raises(AttributeError, match="has no attribute '_note'"):
+            _ = wrapper._note
+    expected = ours(IDS)
+    for wrapper in (layer, copied):
+        add_hook_to_module(wrapper, ModelHook(), append=True)
+    assert torch.equal(ours(IDS), expected)
+    remove_hook_from_module(ours, recurse=True)
+    assert torch.equal(ours(IDS), expected)
+    assert not any(hasattr(module, "_hf_hook") for module in ours.modules())
+
+
+def test_a_scaling_that_is_kept_aside_can_be_put_back() -> None:
+    def states(model: Any) -> list[Any]:
+        layer, found = model.base_model.model.first, []
+        kept = layer.scaling
+        layer.scaling = {name: value * 3 for name, value in kept.items()}
+        found += [dict(kept), dict(layer.scaling), len(kept)]
+        layer.scaling = kept
+        found.append(dict(layer.scaling))
+        kept["default"] = 7.0
+        found.append(layer.scaling["default"])
+        layer.scaling["default"] = 5.0
+        copied = layer.scaling.copy()
+        found += [kept["default"], layer.scaling is kept, isinstance(layer.scaling, dict)]
+        layer.scaling["default"] = 1.0
+        return [*found, copied]
+
+    ours, theirs = pair("linear")
+    assert states(ours) == states(theirs)
+    layer = weakref.ref(ours.base_model.model.first)
+    del ours
+    gc.collect()
+    assert layer() is None

@@ -103,7 +103,7 @@ from tests.tiny_models import llama, logits, tokens
 folder = tempfile.mkdtemp()
 found = {}
 config = nbpeft.StrangeConfig(size=3)
-found["public"] = ["StrangeConfig" in dir(nbpeft), nbpeft.PeftType.STRANGE.value, str(config.peft_type)]
+found["public"] = ["StrangeConfig" in dir(nbpeft), nbpeft.PeftType.STRANGE.value, config.peft_type]
 model = nbpeft.get_peft_model(llama(), config)
 found["paths"] = sorted({path.rsplit(".", 1)[1] for path in model.manager.layers})
 before = logits(model.get_base_model())

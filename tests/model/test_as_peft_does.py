@@ -17,6 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import nbpeft
 from nbpeft.engine.adapter import TaskType
+from nbpeft.engine.adapter_tensors import is_training
+from nbpeft.engine.reached import reached_modules
 from nbpeft.model import (
     LoraConfig,
     PeftModel,
@@ -25,6 +27,7 @@ from nbpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from nbpeft.model.observing import evaluated
 from tests.tiny_models import adapted, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -246,3 +249,86 @@ def test_many_paths_are_names_in_the_chosen_layers(
     names = set(theirs.base_model.targeted_module_names)
     assert len(names) == adapted_layers
     assert set(ours.manager.layers) == set(again.manager.layers) == names
+
+
+# Modes
+
+
+def modes(model: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Which modules train, of a handle or an injected model of either library."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = base.model.layers[0].self_attn.q_proj
+    return {
+        "model": (model.training, getattr(model, "base_model", model).training, base.training, base.lm_head.training),
+        "layer": (layer.training, layer.base_layer.training, layer.lora_A.training, layer.lora_dropout.training),
+        **{name: (layer.lora_dropout[name].training, layer.lora_A[name].training) for name in names},
+    }
+
+
+def stages(library: Any, folder: Path, *, train: bool) -> list[Any]:
+    """The modes after each thing that one does with a model that was in one of them."""
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "lora_dropout": 0.5}
+
+    def config() -> Any:
+        return library.LoraConfig(**fields, modules_to_save=["lm_head"])
+
+    model = library.get_peft_model(llama().train(train), config())
+    found = [modes(model, ("default",))]
+    for mode in (False, True, False):
+        found.append(modes(model.train(mode), ("default",)))
+    model.add_adapter("b", library.LoraConfig(**fields))
+    found.append(modes(model, ("default", "b")))
+    model.save_pretrained(folder)
+    for trainable in (False, True):
+        read = library.PeftModel.from_pretrained(llama().train(train), folder, is_trainable=trainable)
+        found.append(modes(read, ("default",)))
+    read.eval().load_adapter(folder, "b", is_trainable=True)
+    found.append(modes(read, ("default", "b")))
+    read.load_adapter(folder, "c")
+    found.append(modes(read, ("default", "b", "c")))
+    injected = library.inject_adapter_in_model(library.LoraConfig(**fields), llama().train(train))
+    return [*found, modes(injected, ("default",))]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.filterwarnings("ignore")
+def test_new_adapters_train_whatever_mode_their_base_is_in(train: bool, tmp_path: Path) -> None:
+    theirs, ours = (stages(library, tmp_path / library.__name__, train=train) for library in (peft, nbpeft))
+    assert ours == theirs
+
+
+def test_an_adapter_that_is_made_of_others_is_in_the_mode_of_the_model() -> None:
+    """peft's drops then, in a model that was put into evaluation mode."""
+    model = adapted(name="one", lora_dropout=0.5)
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
+    model.eval()
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", "exact")
+    model.manager.copy("one", "copy")
+    assert [is_training(model.manager.layers, name) for name in model.manager.names] == [False] * 4
+    model.train()
+    model.manager.copy("one", "another")
+    assert is_training(model.manager.layers, "another")
+
+
+def test_running_a_model_to_see_what_its_layers_get_leaves_every_mode() -> None:
+    model = adapted(llama().eval())
+    model.get_base_model().train(False)
+    model.manager.layers["model.layers.0.self_attn.q_proj"].adapters.train()
+    before = [(module, module.training) for module in reached_modules(model)]
+    with evaluated(model):
+        assert not any(module.training for module in reached_modules(model))
+    assert before == [(module, module.training) for module in reached_modules(model)]
+    assert {mode for _, mode in before} == {True, False}
+
+
+def test_names_may_be_given_twice() -> None:
+    for names in (["one", "one"], ["one", "two", "one"], ("one",)):
+        model = adapted(name="one")
+        for other in ("two", "three"):
+            model.add_adapter(other, LoraConfig(target_modules=["q_proj"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.delete_adapter(names)
+        assert list(model.peft_config) == [name for name in ("one", "two", "three") if name not in names]
+        model.set_adapter(["three", "three"])
+        assert model.active_adapters == ["three"]

@@ -44,6 +44,10 @@ def test_adapters_of_a_model_with_or_without_handle(bare: bool) -> None:
     with pytest.raises(UnknownAdapterError):
         nbpeft.set_requires_grad(model, ["one", "three"], False)
     assert nbpeft.delete_adapter(model, "one", prefix="lora_") == ["two"]
+    with pytest.warns(UserWarning, match="there is no adapter 'one' to delete; the model has: 'two'"):
+        assert nbpeft.delete_adapter(model, "one") == ["two"]
+    with pytest.raises(UnknownAdapterError):
+        nbpeft.delete_adapter(model, ["two"])  # type: ignore[arg-type]
     assert nbpeft.delete_adapter(model, "two") is None
 
 

@@ -6,6 +6,7 @@ difference matches any more.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -13,6 +14,7 @@ import pkgutil
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +39,9 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "tools that nbpeft lacks": (
         "peft*: create_riemannian_optimizer refuses",
+        "peft.tuners.lora.model: no *",  # tensor parallelism
+        "peft.tuners.lora.tp_layer: *",  # Megatron's layers
+        "peft.utils.integrations: no *",
         "peft.tuners.tuners_utils: replicate_layers refuses",
         "peft.utils.merge_utils: * refuses",
     ),
@@ -51,24 +56,26 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "PeftModel: no attribute special_peft_forward_args",
     ),
     "of methods that nbpeft lacks": (
+        "peft.tuners.shadow.*: no *",
+        "peft.tuners.xlora.*: no *",
         "peft.tuners.lycoris_utils: * refuses",
         "peft.tuners._buffer_dict: * refuses",
     ),
     "a class for isinstance: the engine makes layers": (
         "peft.tuners*: *: only for isinstance",
-        "peft.utils: *Wrapper: *",
+        "peft.utils*: *Wrapper: *",
     ),
     "how PEFT builds its layers; the engine has kinds of layers and ways to store a weight instead": (
-        "peft.tuners.lora.*: no dispatch_*",
-        "peft.tuners.lora.dora: no such module",
-        "peft.tuners.lora.eetq: no such module",
-        "peft.tuners.lora.inc: no such module",
+        "peft.tuners.*: no dispatch_*",
+        "peft.tuners.lora.bnb: no VARIANT_KWARG_KEYS",
+        "peft.tuners.lora.dora: *",
         "peft.tuners.lora.layer: no Lora*",
         "peft.tuners.lora.te: TeLinear refuses",
-        "peft.tuners.lora.tp_layer: no such module",
         "peft.tuners.lora.layer: LoraVariant refuses",
         "peft.tuners.lora.variants: *",
-        "peft.tuners.lora.model: no *",
+        "peft.utils.other: no is_gptqmodel_*",
+        "peft.utils.other: no mlu_available",
+        "peft.utils.quantization_utils: no LayerType",
         "peft*: get_gptqmodel_quant_linear refuses",
         "peft*: get_quantization_kwargs refuses",
         "peft*: quantization_extra_repr refuses",
@@ -95,15 +102,30 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.tuners_utils: clone_module refuses",
         "peft.tuners.tuners_utils: no *",
         "peft.utils: _set_trainable refuses",
-        "peft.utils: set_additional_trainable_modules refuses",
-        "peft.utils.integrations: no *",
+        "peft.utils*: check_file_exists_on_hf_hub refuses",
+        "peft.utils*: set_additional_trainable_modules refuses",
         "peft.utils.integrations: dequantize_bnb_weight refuses",
         "peft.utils.integrations: gather_params_ctx refuses",
         "peft.utils.integrations: init_empty_weights refuses",
         "peft.utils.integrations: skip_init_on_device refuses",
-        "peft.utils.save_and_load: no *",
-        "peft.utils.transformers_weight_conversion: *",
+        "peft.utils.other: no create_attention_mask",
+        "peft.utils.transformers_weight_conversion: * refuses",
     ),
+    "the maths of a method, which is the engine's": (
+        "peft.tuners.adaption_prompt.*: no *",
+        "peft.tuners.boft.*: no *",
+        "peft.tuners.c3a.utils: no such module",
+        "peft.tuners.glora.layer: no Glora*Path",
+        "peft.tuners.loha.layer: no *",
+        "peft.tuners.lokr.layer: no make_*",
+        "peft.tuners.mixed.model: no *",
+        "peft.tuners.oft.layer: no *",
+        "peft.tuners.poly.router: no EPS",
+        "peft.tuners.psoft.layer: no OrthLayer",
+        "peft.tuners.randlora.layer: no UniqueBaseGrad",
+        "peft.tuners.waveft.*: no such module",
+    ),
+    "a type for annotations": ("peft.tuners.road.config: no RoadVariant",),
     "whose layers they are is known": (
         "peft*: delete_adapter: layer_cls=None, not *",
         "peft*: delete_adapter: prefix='lora_', not *",
@@ -163,19 +185,26 @@ class Tiny(nn.Module):
 
 
 def modules() -> Iterator[tuple[str, Any]]:
-    """PEFT's modules; of a method that nbpeft lacks only the package, whose modules are the method's own affair."""
+    """All of PEFT's modules."""
     for info in pkgutil.walk_packages(peft.__path__, "peft."):
-        parts = info.name.split(".")
-        inside = len(parts) > 3 and parts[1] == "tuners" and parts[2] in METHODS
-        if not inside:
-            yield info.name, importlib.import_module(info.name)
+        yield info.name, importlib.import_module(info.name)
     yield "peft", peft
 
 
+def is_of_a_method(path: str) -> bool:
+    """Whether a module is below the package of a method other than LoRA: its names only have to be there."""
+    parts = path.split(".")
+    return len(parts) > 3 and parts[1] == "tuners" and parts[2] in METHODS
+
+
 def public_names(module: Any) -> list[str]:
-    """What a module calls public, or defines without an underscore."""
-    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    return getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
+    """What a module calls public, and what it defines without an underscore: functions, classes and constants."""
+    nodes = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
+    targets = [node.targets[0] for node in nodes if isinstance(node, ast.Assign)]
+    found = [target.id for target in targets if isinstance(target, ast.Name)]
+    found += [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    public = {name for name in found if name and not name.startswith("_") and hasattr(module, name)}
+    return sorted({*public, *getattr(module, "__all__", [])})
 
 
 def is_missing(value: Any) -> bool:
@@ -193,6 +222,8 @@ def differing_names() -> Iterator[str]:
         for name in public_names(module):
             if not hasattr(ours, name):
                 yield f"{path}: no {name}"
+            elif is_of_a_method(path):
+                continue
             elif is_missing(getattr(ours, name)):
                 yield from () if name in lacking else (f"{path}: {name} refuses",)
             elif callable(getattr(module, name)):
@@ -327,3 +358,30 @@ def test_constants_are_pefts() -> None:
             if (name, model_type) == ("LNTUNING_TARGET", "llava"):  # whose embeddings and head are no norms
                 continue
             assert set(found[model_type]) == set(targets), (table, model_type)
+
+
+def test_layer_classes_say_where_pefts_keep_what_adapters_have() -> None:
+    """diffusers reads it from the classes, whether a layer of the method is in a model or not."""
+    names, compared = ("adapter_layer_names", "other_param_names"), 0
+    for path, module in modules():
+        place = (
+            importlib.import_module(path.replace("peft", "nbpeft", 1)) if path.partition(".")[2] in MODULES else None
+        )
+        for name, theirs in vars(module).items():
+            own = getattr(place, name, None)
+            if isinstance(theirs, type) and hasattr(theirs, names[0]) and isinstance(own, type) and not is_missing(own):
+                wanted = () if name == "AuxiliaryTrainingWrapper" else tuple(getattr(theirs, one) for one in names)
+                assert wanted in ((), tuple(getattr(own, one) for one in names)), (path, name)
+                compared += 1
+    assert compared > 150
+    assert not isinstance(nn.Linear(2, 2), importlib.import_module("nbpeft.tuners.lora.tp_layer").LoraParallelLinear)
+
+
+def test_constants_that_scripts_import_are_pefts() -> None:
+    for path, name in (
+        ("config", "MIN_EXPECTED_CONFIG_KEYS"),
+        ("tuners.lora.layer", "VARIANT_KWARG_KEYS"),
+        ("utils.hotswap", "CONFIG_KEYS_TO_CHECK"),
+    ):
+        theirs, ours = (importlib.import_module(f"{library}.{path}") for library in ("peft", "nbpeft"))
+        assert getattr(ours, name) == getattr(theirs, name), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -243,9 +244,7 @@ def test_the_mappings_are_those_of_the_methods() -> None:
     theirs = importlib.import_module("peft.mapping")
     for table in ("CONFIG", "PREFIX", "TUNER"):
         ours, name = getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING"), f"PEFT_TYPE_TO_{table}_MAPPING"
-        assert {str(kind) for kind in ours} == {method.peft_type for method in methods()} and len(ours) == len(
-            set(ours)
-        )
+        assert set(ours) == {method.peft_type for method in methods()} and len(ours) == len(set(ours))
         assert {"LORA", "IA3", "TRAINABLE_TOKENS"} <= set(ours) & set(getattr(theirs, name))
         assert nbpeft.PeftType.LORA in ours and nbpeft.PeftType.SHADOW not in ours
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is nbpeft.LoraConfig
@@ -280,3 +279,25 @@ def test_adapters_to_merge_are_those_that_are_not_merged() -> None:
             assert check(layer, ["a"]) == []
         with pytest.raises((TypeError, nbpeft.ConfigError), match="adapter_names should be a list of strings, got 'a'"):
             check(layer, "a")
+
+
+@pytest.mark.parametrize("library", [nbpeft, peft], ids=["nbpeft", "peft"])
+def test_functions_about_places_in_a_model(library: Any, tmp_path: Path) -> None:
+    places = ("utils.save_and_load", "tuners.tuners_utils", "utils.transformers_weight_conversion")
+    state, other, conversion = (importlib.import_module(f"{library.__name__}.{place}") for place in places)
+    model = library.get_peft_model(tiny_models.llama(), library.LoraConfig(target_modules=["embed_tokens"]))
+    base = model.get_base_model()
+    layer, head = base.model.embed_tokens, base.lm_head
+    assert state.has_valid_embedding_base_layer(layer) and not state.has_valid_embedding_base_layer(head)
+    assert state.get_embedding_layer_name(base, layer, True) == "model.embed_tokens.base_layer"
+    assert state.get_embedding_layer_name(base, head, False) == "lm_head"
+    assert state.get_embedding_layer_name(base, head, True) is None
+    assert other.find_parameter_name_by_module(base, head) == "lm_head"
+    assert other.find_parameter_name_by_module(base, nn.Linear(1, 1)) == ""
+    assert other.get_device_map(base) == {"": torch.device("cpu")}
+    torch.save({"weight": torch.ones(2)}, tmp_path / "file")
+    assert torch.equal(state.torch_load(tmp_path / "file")["weight"], torch.ones(2))
+    torch.save(nn.Linear(1, 1), tmp_path / "file")
+    with pytest.raises(Exception, match=r"(?i)weights"):
+        state.torch_load(tmp_path / "file")
+    assert conversion.get_model_conversion_mapping(tiny_models.mixture("mixtral"))

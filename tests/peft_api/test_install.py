@@ -36,6 +36,25 @@ def test_it_is_off_until_it_is_installed_and_leaves_no_trace() -> None:
     """)
 
 
+@pytest.mark.parametrize("others", ["", "hide()"], ids=["installed", "not-installed"])
+def test_its_metadata_is_there_once(others: str) -> None:
+    run(f"""
+        import importlib.metadata as metadata
+        import nbpeft
+        def hide():
+            found = metadata.MetadataPathFinder.find_distributions
+            metadata.MetadataPathFinder.find_distributions = classmethod(
+                lambda cls, context: (one for one in found(context) if one.metadata["Name"] != "peft")
+            )
+        {others}
+        with nbpeft.install_as_peft():
+            assert [one.version for one in metadata.distributions() if one.name == "peft"] == ["0.21.2"]
+            assert metadata.packages_distributions()["peft"] == ["peft"]
+            assert metadata.metadata("peft")["Summary"] == "nbpeft, by the name of peft"
+            assert metadata.requires("peft") == metadata.requires("nbpeft") and metadata.requires("peft")
+    """)
+
+
 def test_an_inner_block_does_not_end_an_outer_one() -> None:
     run("""
         import sys, nbpeft

@@ -80,6 +80,19 @@ def test_peft_behaviour_is_an_option_and_says_what_it_costs():
     torch.testing.assert_close(model(tokens).logits, oracle(tokens).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_not_quantized_is_float32_afterwards_as_with_peft(dtype):
+    model, oracle = llama(dtype=dtype), llama(dtype=dtype)
+    with pytest.warns(UserWarning, match=r"the model is not quantized: preparing it turned \d+ tensors into float32"):
+        prepare_model_for_kbit_training(model)
+    peft.prepare_model_for_kbit_training(oracle)
+    assert dtypes(model) == dtypes(oracle) and set(dtypes(model).values()) == {torch.float32}
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(model(tokens).logits, oracle(tokens).logits)
+    kept = prepare_model_for_kbit_training(llama(dtype=dtype), upcast="norms")
+    assert set(dtypes(kept).values()) == {dtype, torch.float32}
+
+
 def test_none_casts_nothing():
     model = four_bit()
     before = dtypes(model)

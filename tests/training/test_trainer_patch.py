@@ -22,7 +22,7 @@ from transformers.trainer import _is_peft_model
 
 import nbpeft
 from nbpeft.training import Collator
-from nbpeft.training.trainer_patch import patch_when_adapted
+from nbpeft.training.trainer_patch import patch_when_used
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
 
@@ -277,10 +277,10 @@ def test_what_others_put_over_it_stays(unpatched: None, monkeypatch: pytest.Monk
 
 
 def test_a_second_patch_changes_nothing(unpatched: None) -> None:
-    patch_when_adapted()
+    patch_when_used()
     assert "__init_subclass__" not in transformers.Trainer.__dict__
     nbpeft.patch_trainer()
-    patch_when_adapted()
+    patch_when_used()
     assert transformers.Trainer._save.__wrapped__.__module__ == "transformers.trainer"
     assert not hasattr(transformers.Trainer._save.__wrapped__, "__wrapped__")
 
@@ -315,10 +315,12 @@ def test_a_trainer_is_patched_after_the_first_model_not_on_import(tmp_path: Path
 RESTORED = """
 import json, sys
 import accelerate.utils, accelerate.utils.fsdp_utils, torch, transformers.trainer as library
+import transformers.integrations.peft as integration
 from transformers import Trainer
 asks = (accelerate.utils.is_peft_model, library._is_peft_model)
 def state():
-    modules = {module.__name__: dict(vars(module)) for module in (library, accelerate.utils.fsdp_utils)}
+    owners = (library, accelerate.utils.fsdp_utils, integration.PeftAdapterMixin)
+    modules = {owner.__name__: dict(vars(owner)) for owner in owners}
     finders = [finder for finder in sys.meta_path if type(finder).__name__ != "PeftModules"]  # of nbpeft's own modules
     return dict(vars(Trainer)), modules, [ask.__code__ for ask in asks], finders
 def same(one, other):
@@ -329,14 +331,17 @@ def same(one, other):
 before = state()
 import nbpeft
 from nbpeft import LoraConfig, get_peft_model, patch_trainer, unpatch_trainer
+nbpeft.IA3Config, nbpeft.model
 imported = same(before, state())
+LoraConfig()
+configured = hasattr(Trainer._save, "__wrapped__") and hasattr(integration.PeftAdapterMixin.add_adapter, "__wrapped__")
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
 patched = hasattr(Trainer._save, "__wrapped__") and asks[0](model) and asks[1](model)
 unpatch_trainer()
-print(json.dumps([imported, patched, same(before, state()), Trainer.__init__ is before[0]["__init__"]]))
+print(json.dumps([imported, configured, patched, same(before, state()), Trainer.__init__ is before[0]["__init__"]]))
 """
 
 
 def test_importing_patches_nothing_and_unpatching_restores_all(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", RESTORED], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True, True]
+    assert json.loads(done.stdout.splitlines()[-1]) == [True] * 5

@@ -163,8 +163,6 @@ def learned(inputs: Any) -> dict[str, float]:
 def starting_model(library: Any, name: str, adapters: Path) -> Any:
     """The model of a case with its starting adapter, or without one where TRL makes it."""
     if name == "sft-config":
-        if library.__name__ == "nbpeft":  # no adapted model need have been made before
-            library.patch_trainer()
         return tiny_base()
     if name == "sft-head":
         return library.get_peft_model(

@@ -23,6 +23,7 @@ class Attention(Composite):
     peft_name = "MultiheadAttention"
     parameter = "in_proj_weight"
     layers = ("out_proj",)
+    private = ("_qkv_same_embed_dim",)  # nn.TransformerEncoderLayer
     priority = 20
     is_linear = False
     takes_ids = False

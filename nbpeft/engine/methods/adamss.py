@@ -262,6 +262,11 @@ def _reset_importance(layer: Any, adapter_name: str) -> None:
 @register(
     AdamssConfig,
     peft_type="ADAMSS",
+    layer_names=(
+        "adamss_A adamss_B",
+        "num_subspaces train_subspace_index seg_result scatter_index exp_avg_ipt_A exp_avg_ipt_B exp_avg_unc_A "
+        "exp_avg_unc_B adamss_newB",
+    ),
     label="AdaMSS",
     when="few numbers in each part of a weight; may train fewer and fewer of them",
     paper="https://openreview.net/forum?id=8ZdWmpYxT0",

@@ -53,6 +53,7 @@ def _value_projections(model_type: str | None) -> list[str] | None:
 @register(
     BeftConfig,
     peft_type="BEFT",
+    layer_names=("beft_bias", ""),
     label="BEFT",
     when="few examples: one bias a layer, hardly any parameters, and a cheap step",
     paper="arXiv:2509.15974",

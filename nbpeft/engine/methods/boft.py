@@ -98,6 +98,7 @@ _LARGEST_EXPONENT = 24
 @register(
     BOFTConfig,
     peft_type="BOFT",
+    layer_names=("boft_R boft_s", "boft_block_size boft_block_num boft_dropout"),
     label="BOFT",
     when="as OFT, with every input turned against every other",
     paper="arXiv:2311.06243",

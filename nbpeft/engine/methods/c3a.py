@@ -61,6 +61,7 @@ class C3AConfig(LayersConfig):
 @register(
     C3AConfig,
     peft_type="C3A",
+    layer_names=("c3a_kernel", "block_size"),
     label="C3A",
     layer_prefix="C3A",
     when="a high rank from few parameters, where blocks divide the layers",

@@ -79,6 +79,10 @@ class DeftConfig(LayersConfig):
 @register(
     DeftConfig,
     peft_type="DEFT",
+    layer_names=(
+        "deft_P deft_R",
+        "deft_r deft_decomposition deft_init_scale deft_para deft_scaling deft_dropout _cached_merge_factor",
+    ),
     label="DEFT",
     layer_prefix="Deft",
     when="new content in place of old: a subject, a style",

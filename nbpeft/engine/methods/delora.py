@@ -77,6 +77,7 @@ class DeloraConfig(LayersConfig):
 @register(
     DeloraConfig,
     peft_type="DELORA",
+    layer_names=("delora_A delora_B delora_lambda", "r delora_dropout delora_w_norm"),
     label="DeLoRA",
     when="as LoRA, with a bound on how far each layer may move",
     paper="arXiv:2503.18225",

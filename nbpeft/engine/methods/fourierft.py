@@ -75,6 +75,7 @@ class FourierFTConfig(LayersConfig):
 @register(
     FourierFTConfig,
     peft_type="FOURIERFT",
+    layer_names=("fourierft_spectrum", "fourierft_n_frequency fourierft_scaling fourierft_random_loc_seed indices"),
     label="FourierFT",
     layer_prefix="FourierFT",
     when="very small files: some numbers a layer, whatever its size",

@@ -317,6 +317,10 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
 @register(
     FrodConfig,
     peft_type="FROD",
+    layer_names=(
+        "frod_lambda_l frod_lambda_s_values",
+        "r frod_V frod_U frod_s_indices frod_s_size runtime_offload_base_weight frod_dropout",
+    ),
     label="FRoD",
     when="a full rank from few numbers: fast to converge, slow to put in",
     paper="https://doi.org/10.1609/aaai.v40i31.39813",

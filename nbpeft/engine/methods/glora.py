@@ -79,6 +79,7 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
 @register(
     GloraConfig,
     peft_type="GLORA",
+    layer_names=("glora_A glora_B glora_C glora_D glora_E", "r"),
     label="GLoRA",
     layer_prefix="Glora",
     when="as LoRA, where weights should be scaled and biases learn too",

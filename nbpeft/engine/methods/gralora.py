@@ -83,6 +83,10 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
 @register(
     GraloraConfig,
     peft_type="GRALORA",
+    layer_names=(
+        "gralora_A gralora_B gralora_A_general gralora_B_general",
+        "r hybrid_r alpha scaling gralora_dropout gralora_k",
+    ),
     label="GraLoRA",
     when="as LoRA with a high rank, for the parameters of a lower one",
     paper="arXiv:2505.20355",

@@ -62,6 +62,7 @@ class HiraConfig(LayersConfig):
 @register(
     HiraConfig,
     peft_type="HIRA",
+    layer_names=("hira_A hira_B hira_embedding_A hira_embedding_B", "r hira_dropout"),
     label="HiRA",
     paper="https://openreview.net/forum?id=TwJrTz9cRS",
     when="much to learn: a high rank for LoRA's parameters",

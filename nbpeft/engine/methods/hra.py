@@ -52,6 +52,7 @@ class HRAConfig(LayersConfig):
 @register(
     HRAConfig,
     peft_type="HRA",
+    layer_names=("hra_u", "hra_r hra_apply_GS"),
     label="HRA",
     layer_prefix="HRA",
     when="as OFT, for fewer parameters",

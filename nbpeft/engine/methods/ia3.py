@@ -188,6 +188,7 @@ def _vector_of(path: str, member: Member) -> Tensor:
 @register(
     IA3Config,
     peft_type="IA3",
+    layer_names=("ia3_l", ""),
     label="(IA)³",
     when="few rows to learn from, and very few parameters",
     paper="arXiv:2205.05638",

@@ -89,6 +89,7 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
 @register(
     LilyConfig,
     peft_type="LILY",
+    layer_names=("lily_A lily_B lily_router", "r scaling stride_A num_B"),
     label="Lily",
     when="many layers that learn alike: they share factors of a higher rank",
     paper="arXiv:2407.09946",

@@ -111,6 +111,7 @@ class LNTuningConfig(LayersConfig):
 @register(
     LNTuningConfig,
     peft_type="LN_TUNING",
+    layer_names=("ln_tuning_layers", ""),
     label="LN tuning",
     when="norms alone: very few parameters, and nothing added to the model",
     paper="arXiv:2312.11420",

@@ -54,6 +54,10 @@ class LoHaConfig(RankedConfig):
 @register(
     LoHaConfig,
     peft_type="LOHA",
+    layer_names=(
+        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2",
+        "r alpha scaling rank_dropout rank_dropout_scale module_dropout",
+    ),
     label="LoHa",
     when="a high rank from few parameters; images",
     paper="arXiv:2108.06098",

@@ -89,6 +89,10 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
 @register(
     LoKrConfig,
     peft_type="LOKR",
+    layer_names=(
+        "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2",
+        "r alpha scaling rank_dropout rank_dropout_scale module_dropout",
+    ),
     label="LoKr",
     when="very small files; images",
     paper="arXiv:2212.10650",

@@ -61,6 +61,7 @@ class MissConfig(LayersConfig):
 @register(
     MissConfig,
     peft_type="MISS",
+    layer_names=("miss_block", "miss_r miss_dropout miss_mini_r"),
     label="MiSS",
     layer_prefix="Miss",
     when="LoRA's memory, for about half of its parameters at the same rank",

@@ -103,6 +103,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
 @register(
     OFTConfig,
     peft_type="OFT",
+    layer_names=("oft_R oft_embedding_R", "r oft_block_size oft_dropout"),
     label="OFT",
     when="keeping what the model knows: rotations leave the angles between outputs",
     paper="arXiv:2306.07280",

@@ -151,6 +151,10 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
 @register(
     OSFConfig,
     peft_type="OSF",
+    layer_names=(
+        "osf_svd_params",
+        "_osf_U_low_init _osf_S_low_init _osf_V_low_init _osf_U_high _osf_V_high effective_rank",
+    ),
     label="OSF",
     when="one task after another: what a weight does most is kept, the rest trained",
     paper="arXiv:2504.07097",

@@ -86,6 +86,7 @@ def _activations() -> Any:
 @register(
     PeanutConfig,
     peft_type="PEANUT",
+    layer_names=("peanut_A peanut_B peanut_encoders peanut_decoders", "r depth scaling act_fn res_num"),
     label="PEANuT",
     when="changes that follow from the weights themselves",
     paper="arXiv:2410.01870",

@@ -77,6 +77,7 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
 @register(
     PolyConfig,
     peft_type="POLY",
+    layer_names=("poly_lora_A poly_lora_B poly_router", "r n_tasks n_skills n_splits poly_type"),
     label="Polytropon",
     when="several tasks that need some of the same skills; a new task learns which",
     paper="arXiv:2202.13914",
@@ -137,7 +138,7 @@ class Polytropon(Adapter, ConvertsToLora):
             logits = torch.empty(site.shapes[ROUTER], device=site.base.device, dtype=site.dtype)
             tensors[ROUTER] = logits.uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in (ROUTER, A, B)})  # PEFT's order
         return made
 
     @property

@@ -115,6 +115,11 @@ class PsoftConfig(LayersConfig):
 @register(
     PsoftConfig,
     peft_type="PSOFT",
+    layer_names=(
+        "psoft_R",
+        "r psoft_alpha scaling psoft_dropout psoft_svd psoft_svd_lowrank_niter random_seed ab_svd_init "
+        "_psoft_A_cache _psoft_B_cache",
+    ),
     label="PSOFT",
     when="as OFT, in the directions that matter alone: few numbers",
     paper="https://openreview.net/forum?id=FSHrinMArK",

@@ -133,6 +133,10 @@ class WideProjections(Projections):
 @register(
     PveraConfig,
     peft_type="PVERA",
+    layer_names=(
+        "pvera_lambda_b pvera_lambda_d",
+        "pvera_A pvera_B pvera_dropout r sample_at_inference pvera_generator",
+    ),
     label="PVeRA",
     when="as VeRA, where adapters shall not be too sure of few examples",
     paper="arXiv:2512.07703",

@@ -137,6 +137,7 @@ def _sparse_bases(
 @register(
     RandLoraConfig,
     peft_type="RANDLORA",
+    layer_names=("randlora_lambda randlora_gamma", "randlora_A randlora_B randlora_dropout r scaling"),
     label="RandLoRA",
     when="a full rank from few trained numbers",
     paper="arXiv:2502.00987",

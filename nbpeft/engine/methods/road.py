@@ -59,6 +59,7 @@ class RoadConfig(LayersConfig):
 @register(
     RoadConfig,
     peft_type="ROAD",
+    layer_names=("road_theta road_alpha", "variant group_size"),
     label="RoAd",
     when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
     paper="arXiv:2409.00119",

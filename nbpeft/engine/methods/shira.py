@@ -90,6 +90,7 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
 @register(
     ShiraConfig,
     peft_type="SHIRA",
+    layer_names=("shira_weight", "r scaling shira_indices"),
     label="SHiRA",
     when="few entries of each weight: adapters that hardly touch each other",
     paper="arXiv:2406.13175",

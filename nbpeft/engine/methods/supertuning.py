@@ -81,6 +81,10 @@ class SupertuningConfig(LayersConfig):
 @register(
     SupertuningConfig,
     peft_type="SUPERTUNING",
+    layer_names=(
+        "supertuning_values supertuning_lora_A supertuning_lora_B",
+        "supertuning_indices supertuning_rank supertuning_lora_alpha supertuning_lora_dropout",
+    ),
     label="Super-Tuning",
     when="as SHiRA, with the entries that matter most; beside them a LoRA if need be",
     paper="arXiv:2607.09287",

@@ -149,6 +149,7 @@ class TinyVectors(SharedState):
 @register(
     TinyLoraConfig,
     peft_type="TINYLORA",
+    layer_names=("tinylora_v", "tinylora_A tinylora_B tinylora_P"),
     label="TinyLoRA",
     when="a dozen trained numbers for a whole model, as reinforcement learning needs",
     paper="arXiv:2602.04118",

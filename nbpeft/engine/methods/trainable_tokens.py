@@ -135,6 +135,7 @@ class _Companion:
 @register(
     TrainableTokensConfig,
     peft_type="TRAINABLE_TOKENS",
+    layer_names=("trainable_tokens_delta", "token_indices trainable_tokens_original"),
     label="trainable tokens",
     when="new tokens, and nothing else of the model",
     listed_with={"token_indices": [0]},

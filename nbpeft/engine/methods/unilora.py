@@ -173,6 +173,10 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
 @register(
     UniLoraConfig,
     peft_type="UNILORA",
+    layer_names=(
+        "unilora_theta_d",
+        "r unilora_indices_A unilora_indices_B unilora_scales_A unilora_scales_B unilora_dropout",
+    ),
     label="Uni-LoRA",
     when="a file of some hundred numbers for all low-rank factors of a model",
     paper="arXiv:2506.00799",

@@ -194,6 +194,7 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
 @register(
     VBLoRAConfig,
     peft_type="VBLORA",
+    layer_names=("vblora_logits_A vblora_logits_B vblora_vector_bank", "r topk vblora_dropout"),
     label="VB-LoRA",
     when="the smallest files of many adapters: vectors from one bank",
     paper="arXiv:2405.15179",

@@ -43,6 +43,7 @@ class VeraProjections(Projections):
 @register(
     VeraConfig,
     peft_type="VERA",
+    layer_names=("vera_lambda_b vera_lambda_d", "vera_A vera_B vera_dropout r"),
     label="VeRA",
     when="very many adapters of one model: two vectors a layer in each file",
     paper="arXiv:2310.11454",

@@ -217,6 +217,10 @@ def _coiflet(order: int) -> NDArray[np.float64]:
 @register(
     WaveFTConfig,
     peft_type="WAVEFT",
+    layer_names=(
+        "waveft_spectrum",
+        "waveft_n_frequency waveft_scaling waveft_random_loc_seed waveft_wavelet_family waveft_indices waveft_use_idwt",
+    ),
     label="WaveFT",
     layer_prefix="WaveFT",
     when="as FourierFT, with changes that stay local: pictures of one subject",

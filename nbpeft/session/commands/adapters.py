@@ -116,7 +116,7 @@ def add(
         named = manager.plan(files.with_base_name(made, manager.model), name, allow_missing=allow_missing)
         if present is None:
             with starting_from(ctx, manager.model, named.config, rows, notes) as start:
-                put = manager.prepare(name, named, trainable=trainable)
+                put = manager.prepare(name, named, trainable=trainable, training=trainable)
                 with manager.transaction():
                     planned = put()
                     manager.activate(name)
@@ -172,7 +172,7 @@ def _reconfigured(
     steps = tracked.steps_of([name])
     kept, stays = going.kept, rows is None and keeps_weights(manager, name, planned)
     weights = fresh_copies(kept.weights) if stays else None
-    options = {"trainable": trainable, "half": stays and kept.half, "replace": True}
+    options = {"trainable": trainable, "training": trainable, "half": stays and kept.half, "replace": True}
     beginning = nullcontext(_nothing) if stays else starting_from(ctx, manager.model, planned.config, rows, notes)
     with beginning as start:
         put = manager.prepare(name, planned, weights, **options)
@@ -301,9 +301,9 @@ def load(
     with ctx.command(f"loading {chosen!r}", slow=True) as notes, nested_adapters_in_error(place):
 
         def loaded(tracked: TrackedModel) -> LoadResult:
-            state = tracked.state()
+            state, more = tracked.state(), _notes_of_dropout(tracked.manager, chosen)
             return LoadResult(
-                _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=tuple(notes)
+                _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=(*notes, *more)
             )
 
         tracked = ctx.find(model, variable, command="load")
@@ -443,13 +443,24 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
 
 def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:
     """Remember the fields that an adapter was asked for with, if they are new, and make the result."""
-    state = tracked.state()
+    state, notes = tracked.state(), [*notes, *_notes_of_dropout(tracked.manager, name)]
     result = AddResult(
         _reference(tracked), tracked.name, adapter_in(state, name), state, notes=tuple(dict.fromkeys(notes)), **more
     )
     if fields is not None:
         tracked.requested[name] = (tracked.manager.configs[name], fields)
     return result
+
+
+def _notes_of_dropout(manager: AdapterManager, name: str) -> list[str]:
+    """Say it where an adapter is in training mode and its base is not: commands evaluate, the user's own calls drop."""
+    from nbpeft.engine.adapter_tensors import is_training
+
+    if manager.model.training or not is_training(manager.layers, name):
+        return []
+    fields = [field.name for field in dataclasses.fields(manager.configs[name]) if field.name.endswith("dropout")]
+    rates = [f"{field} = {rate:g}" for field in fields if (rate := getattr(manager.configs[name], field) or 0)]
+    return [f"{' and '.join(rates)} acts in your own calls of the model until model.eval()"] if rates else []
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from nbpeft.engine.config_checks import check_bias, check_count, check_number, c
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
@@ -42,6 +43,7 @@ from nbpeft.errors import ConfigError, few, shown
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
 """Names in the state of a training."""
+_RANK = "ranknum"
 _ROBERTA = ["query", "key", "value", "dense"]
 
 
@@ -325,6 +327,7 @@ def _distance(matrix: Tensor) -> Tensor:
 @register(
     AdaLoraConfig,
     peft_type="ADALORA",
+    layer_names=("lora_A lora_B lora_E lora_embedding_A lora_embedding_B", "r lora_alpha scaling lora_dropout ranknum"),
     label="AdaLoRA",
     when="where ranks should differ by layer: it shares them out as it trains",
     paper="arXiv:2303.10512",
@@ -352,6 +355,9 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     """
 
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha"}
+    peft_mappings: ClassVar[tuple[str, ...]] = (_A, _B, _E, "lora_embedding_A", "lora_embedding_B")
+    peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    frozen_parameters: ClassVar[tuple[str, ...]] = (_RANK,)  # PEFT counts it; no file has it, and nothing reads it
 
     flags_of_places: list[bool]
     path: str
@@ -395,11 +401,17 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     ) -> None:
         super().__init__()
         self._parameters.update({name: nn.Parameter(tensors[name]) for name in (_A, _B, _E)})
+        rank = tensors[_E].new_full((1,), float(config.init_r))
+        self._parameters[_RANK] = nn.Parameter(rank, requires_grad=False)
         # The first layer holds the allocator as a module.
         self.__dict__.update(path=path, allocator=allocator, scaling=config.scaling_at(path))
         self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
         self.__dict__["flags_of_places"] = _places(config, path, self.rank) or [True] * self.rank
         allocator.adapters[path] = self
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """The dropout; see ``Adapter``."""
+        return AdapterDropout(self) if name in self.peft_modules else None
 
     @property
     def rank(self) -> int:
@@ -475,7 +487,7 @@ class AdaLora(Adapter, Rescales, IsLowRank):
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The ranks that are left; see ``Adapter``."""
-        tensors = super().saved_tensors(shapes)
+        tensors = {name: tensor for name, tensor in super().saved_tensors(shapes).items() if name != _RANK}
         left = self._own(self.allocator.config.ranks_left(self.path) or self.flags_of_places)
         if all(left):
             return tensors

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.peft_layer_api import LayerType
+from nbpeft.engine.peft_layer_api import LayerType, refuse_pickle_of_peft
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
 
@@ -302,6 +302,11 @@ class Linear(nn.Module, LoraLayer):
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_caches" in state:  # which PEFT's layers have, and these have not
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The frozen layer's output with the active adapters' added, in its dtype.

@@ -8,6 +8,7 @@ from typing import Any
 from nbpeft.engine.methods.lora.combining import combine_low_rank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import as_plain_lora
+from nbpeft.engine.methods.lora.custom_layers import LoraLayer
 from nbpeft.engine.methods.lora.fused import fuse
 from nbpeft.engine.targets import usual_targets
 
@@ -32,6 +33,7 @@ def _smaller(config: LoraConfig) -> LoraConfig | None:
 
 FAMILY: dict[str, Any] = {
     "peft_type": "LORA",
+    "layer_names": (" ".join(LoraLayer.adapter_layer_names), " ".join(LoraLayer.other_param_names)),
     "file_keys": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"},
     "default_targets": usual_targets,
     "summary": _summary,

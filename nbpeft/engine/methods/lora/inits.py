@@ -2,7 +2,7 @@
 
     True             A uniform in 1 / sqrt(fan in), B zero
     "gaussian"       A normal with deviation 1 / r, B zero
-    False            both random: not the identity at start
+    False            both random, and the bias of B: not the identity at start
     "orthogonal"     rows of one orthogonal matrix, shared out: B A = 0 though neither is zero (even ranks)
     "olora"          B, A = Q, R of the weight's first r columns (Büyükakyüz 2024, arXiv:2406.01775)
     "pissa"          the r largest singular directions of the weight (Meng et al. 2024, arXiv:2404.02948)
@@ -163,7 +163,8 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
 
     Args:
         config: gives the init and the rank.
-        site: the layer; of its shapes the first two are the factors', and anything after them starts at zero.
+        site: the layer; of its shapes the first two are the factors'. What is after them starts at zero, but for a
+            bias of B where both are random.
         initial: factors that ``start_of`` gave; None for random ones.
 
     Returns:
@@ -183,6 +184,9 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
     elif init == "random":
         for factor in (first, second):
             factor.normal_() if lookup else _uniform(factor)
+        for name, extra in tensors.items():
+            if name.endswith("_bias"):
+                _uniform(extra, of=second)
     elif lookup:
         first.zero_()
         second.normal_()
@@ -192,10 +196,10 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
     return tensors
 
 
-def _uniform(factor: Tensor) -> None:
-    """Uniform in 1 / sqrt(fan in), as torch initialises a linear layer."""
-    bound = 1.0 / math.sqrt(max(1, math.prod(factor.shape[1:])))
-    factor.uniform_(-bound, bound)
+def _uniform(tensor: Tensor, of: Tensor | None = None) -> None:
+    """Uniform in 1 / sqrt(fan in), as torch initialises a linear layer: its weight, or the bias ``of`` a weight."""
+    bound = 1.0 / math.sqrt(max(1, math.prod((tensor if of is None else of).shape[1:])))
+    tensor.uniform_(-bound, bound)
 
 
 def _fill_orthogonal(lora_A: Tensor, lora_B: Tensor) -> None:

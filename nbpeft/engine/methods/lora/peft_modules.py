@@ -55,6 +55,9 @@ class TiedFactor(LinearFactor):
         super().__init__()
         self.__dict__.update(_adapter=adapter, _name=name, bias=None)
 
+    def _showing(self) -> tuple[nn.Module]:
+        return (self.adapter,)
+
     @property
     def adapter(self) -> Any:
         """The adapter."""

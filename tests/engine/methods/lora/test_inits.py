@@ -194,3 +194,29 @@ def test_what_an_init_cannot_do_is_refused(more: dict[str, Any], message: str) -
 def test_only_linear_layers_start_so(kind: str, init: str, dora: bool) -> None:
     with pytest.raises(ConfigError, match="linear layers only"):
         get_peft_model(make(CASES[kind]), LoraConfig(**settings(init_lora_weights=init, use_dora=dora)))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Conv2d(4, 6, 3), nn.Conv1d(6, 4, 3, groups=2)
+
+
+@pytest.mark.parametrize("init", [True, False])
+@pytest.mark.parametrize("targets", [["first"], ["second"], ["first", "second", "third"]], ids=len)
+@pytest.mark.filterwarnings("ignore:.*cannot be merged")
+def test_a_bias_of_b_starts_as_pefts_and_so_does_what_is_drawn_after_it(init: bool, targets: list[str]) -> None:
+    made = []
+    for get, config_class in ((peft.get_peft_model, peft.LoraConfig), (get_peft_model, LoraConfig)):
+        base = Layers()
+        torch.manual_seed(3)
+        config = config_class(r=4, target_modules=targets, lora_bias=True, init_lora_weights=init)
+        found = {name: value for name, value in get(base, config).named_parameters() if "lora_" in name}
+        made.append((found, torch.rand(2)))
+    (theirs, after_theirs), (ours, after_ours) = made
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert not init or "lora_A" in name or not value.any(), name
+        assert init or torch.allclose(value, theirs[name], atol=1e-6), name
+        assert init or not name.endswith("bias") or value.any()
+    assert init or torch.equal(after_ours, after_theirs)
