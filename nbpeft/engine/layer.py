@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
@@ -23,11 +24,14 @@ from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(vars(torch_module)[f"_global{name}"] for name in _HOOKS)
+"""Those that torch runs in the calls of all modules; it fills these dictionaries and never replaces them."""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module does what its class says: no hook of a person or a library is on it."""
-    return not any(module.__dict__.get(name) for name in _HOOKS) and "forward" not in module.__dict__
+    """Whether a call of a module does what its class says: no hook of a person or a library runs in it."""
+    own = module.__dict__
+    return not (any(_GLOBAL_HOOKS) or any(own.get(name) for name in _HOOKS) or "forward" in own)
 
 
 @dataclass
@@ -421,17 +425,6 @@ class AdaptedLayer(PeftLayerMixin):
             self.merged_names,
             self._frozen,
         )
-
-    def keep_merged(self) -> Callable[[], None] | None:
-        """Keeps a merged weight whose bits another merge need not give again, one that is quantized.
-
-        Returns:
-            What puts it back once the same adapters are merged again; None where nothing has to be kept.
-        """
-        if not self.merged_names or self.backend.name == "dense":
-            return None
-        kept = self.backend.snapshot(self.weight_module)
-        return lambda: self.backend.restore(self.weight_module, kept)
 
     @torch.no_grad()
     def _put_back(self, stored: Stored) -> None:

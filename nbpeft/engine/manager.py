@@ -103,7 +103,7 @@ class AdapterManager:
         self._scales: dict[str, float] = {}
         self._merged: tuple[str, ...] = ()
         self._parked: tuple[str, ...] = ()
-        self._parked_weights: list[Callable[[], None]] = []
+        self._parked_layers: dict[str, tuple[str, ...]] = {}
         self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
@@ -352,6 +352,7 @@ class AdapterManager:
             self._scales.pop(name, None)
             self.frozen.discard(name)
             was_active = name in self._selected
+            self._parked = tuple(other for other in self._parked if other != name)
             self._selected = tuple(other for other in self._selected if other != name)
             if was_active and not self._selected:
                 self._selected = self.names[:1]
@@ -388,6 +389,9 @@ class AdapterManager:
                 self.frozen = (self.frozen - {old}) | {new}
             if old in self.unsaved:
                 self.unsaved = (self.unsaved - {old}) | {new}
+            self._parked = tuple(new if name == old else name for name in self._parked)
+            for path, names in self._parked_layers.items():
+                self._parked_layers[path] = tuple(new if name == old else name for name in names)
             self._selected = tuple(new if name == old else name for name in self._selected)
             for scope in self.active_state.scopes:
                 scope.names = tuple(new if name == old else name for name in scope.names)
@@ -447,7 +451,7 @@ class AdapterManager:
     def _keep_choice(self, change: Transaction) -> None:
         """Records who acts."""
         change.keep_attributes(
-            self, "_selected", "_enabled", "_merged", "_parked", "_parked_weights", "frozen", "_scales"
+            self, "_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales"
         )
         change.keep_attributes(self.active_state, "live", "traced")
         for scope in self.active_state.scopes:
@@ -492,7 +496,7 @@ class AdapterManager:
             scope.names = chosen
             scope = scope.outer
         if scope is None:
-            self._selected, self._parked = chosen, ()
+            self._selected, self._parked = chosen, chosen if chosen == self._parked else ()
         else:
             scope.names = chosen
         if trainable is not None:
@@ -524,7 +528,7 @@ class AdapterManager:
                 self.unmerge()
             self._keep_choice(change)
             if scope is None:
-                self._enabled, self._parked = enabled, ()
+                self._enabled, self._parked = enabled, self._parked if enabled else ()
             else:
                 scope.enabled = enabled
             self.refresh(self.active, change)
@@ -549,11 +553,18 @@ class AdapterManager:
         """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
         with self.transaction() as change:
             self._keep_choice(change)
-            names = self._merged
-            kept = [keep for layer in self.layers.values() if (keep := layer.keep_merged()) is not None]
+            names, partly = self._merged, self.partly_merged()
             self.unmerge()
-            self._parked, self._parked_weights = names, kept
+            self._parked, self._parked_layers = names, partly
             self._publish_active()
+
+    def partly_merged(self) -> dict[str, tuple[str, ...]]:
+        """Path -> what is merged there, of layers on which not all is that is merged and present."""
+        return {
+            path: layer.merged_names
+            for path, layer in self.layers.items()
+            if layer.merged_names != tuple(name for name in self._merged if name in layer.adapters)
+        }
 
     def merge_parked(self) -> None:
         """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
@@ -561,15 +572,13 @@ class AdapterManager:
             return
         with self.transaction() as change:
             self._keep_choice(change)
-            names, kept = self._parked, self._parked_weights
-            self._parked, self._parked_weights = (), []
-            parked = tuple(name for name in names if name in self.configs)
-            if parked:
-                self._merge(parked, change)
-            if parked == names:
-                for put_back in kept:
-                    put_back()
-            self._publish_active()
+            names, partly = self._parked, self._parked_layers
+            self._parked, self._parked_layers = (), {}
+            self._merge(names, change, {path: layer for path, layer in self.layers.items() if path not in partly})
+            for path in partly.keys() & self.layers.keys():
+                layer = self.layers[path]
+                there = [name for name in partly[path] if name in names and name in layer.adapters]
+                self.layer_commands.merge(layer, there, safe=False)
 
     def idle(self, names: Iterable[str]) -> set[str]:
         """Those of the adapters that act nowhere: in no scope, and not outside of them."""
@@ -586,7 +595,7 @@ class AdapterManager:
         factor = check_scale(name, scale, fixed=name in self.configs and self.configs[name].is_prompt_learning)
         with self.transaction(during_calls=True) as change:
             self.require(name)
-            if name in (*self._merged, *self._parked):
+            if name in self._merged:
                 raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
             self._keep_choice(change)
             self._scales[name] = factor
@@ -686,7 +695,7 @@ class AdapterManager:
         chosen = self.active if names is None else names_in(names)
         self.require(*chosen)
         together = tuple(dict.fromkeys((*self._merged, *chosen)))
-        if self._merged and together == self._merged:
+        if self._merged and together == self._merged and not self.partly_merged():
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
             return
         check_compatible(self.copies, self.layers, together)
@@ -695,9 +704,17 @@ class AdapterManager:
             self._refuse_in_scopes("merging")
             self._merge(together, change, safe=safe)
 
-    def _merge(self, together: tuple[str, ...], change: Transaction, *, safe: bool = False) -> None:
+    def _merge(
+        self,
+        together: tuple[str, ...],
+        change: Transaction,
+        layers: Mapping[str, AdaptedLayer] | None = None,
+        *,
+        safe: bool = False,
+    ) -> None:
         self._keep_choice(change)
-        merge_additional(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
+        chosen = self.layers if layers is None else layers
+        merge_additional(self.model, chosen, self._merged, together, self.scale, change, safe=safe)
         self._merged, self._enabled = together, True
         self.refresh(self._selected, change)
 
@@ -706,15 +723,15 @@ class AdapterManager:
             raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
 
     def unmerge(self) -> None:
-        """Puts the frozen weights back, bit for bit."""
+        """Puts the frozen weights back, bit for bit; inside a block, where they are back, also for afterwards."""
         self.check_alive()
-        if not self._merged:
+        if not self._merged and not self._parked:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
         with self.transaction() as change:
             self._keep_choice(change)
             unmerge_layers(self.layers.values(), change)
-            self._merged = ()
+            self._merged = self._parked = ()
             self._publish_active()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
@@ -738,7 +755,7 @@ class AdapterManager:
         with self.transaction() as change:
             self._refuse_in_scopes("unloading")
             self._keep_structure(change)
-            if self._merged and set(self._merged) != set(chosen):
+            if self._merged and (safe or set(self._merged) != set(chosen) or self.partly_merged()):
                 unmerge_layers(self.layers.values(), change)
                 self._merged = ()
                 if merge:
@@ -779,7 +796,7 @@ class AdapterManager:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
 
     def __getstate__(self) -> dict[str, Any]:
-        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_weights": [], "provider": None}
+        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
         state = {**self.__dict__, **new}
         del state["_transaction"], state["layer_commands"]
         return state

@@ -130,10 +130,7 @@ def _same(values: Iterable[Any]) -> Any:
 
 def _merged(manager: AdapterManager) -> list[str] | str:
     """Returns the adapters that are merged on every layer that has them, or "irregular"."""
-    for layer in manager.layers.values():
-        if layer.merged_names != tuple(name for name in manager.merged if name in layer.adapters._modules):
-            return _IRREGULAR
-    return list(manager.merged)
+    return _IRREGULAR if manager.partly_merged() else list(manager.merged)
 
 
 def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:
