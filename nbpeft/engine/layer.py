@@ -19,6 +19,7 @@ from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
 from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
 from nbpeft.engine.recomputed import parts_of
+from nbpeft.engine.row_order import check_row_order
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
@@ -226,6 +227,7 @@ class AdaptedLayer(PeftLayerMixin):
         if not present:
             return output
         x, output = rows.spread(x), rows.spread(output)
+        check_row_order(rows, x, self)
         batch = output.shape[0]
         if self.training:
             return self._learning(x, output, active, rows)

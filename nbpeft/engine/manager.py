@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Self
@@ -31,6 +31,7 @@ from nbpeft.engine.merging import (
     merge_additional,
     merge_layers,
     module_to_keep,
+    partly_merged,
     unmerge_layers,
     warn_of_requantization,
 )
@@ -57,6 +58,7 @@ from nbpeft.subscribers import Subscribers
 
 _ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
+_CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
 
 
 def require_manager(model: nn.Module) -> AdapterManager:
@@ -367,6 +369,10 @@ class AdapterManager:
 
     def rename(self, old: str, new: str) -> None:
         """Gives an adapter another name, at the same place in every order."""
+
+        def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(new if name == old else name for name in names)
+
         check_name(new)
         with self.transaction() as change:
             self.require(old)
@@ -376,25 +382,18 @@ class AdapterManager:
                 self.refuse_merged(f"{old!r} is renamed")
             self._keep_structure(change)
             for held in (*self._holders(), self.configs):
-                if old in held:
-                    items = [(new if name == old else name, value) for name, value in held.items()]
-                    held.clear()
-                    held.update(items)
+                items = [(new if name == old else name, value) for name, value in held.items()]
+                held.clear()
+                held.update(items)
             self.layer_commands.gather(change)
             self._biases.rename(old, new)
             self._slots.pop(old, None)
-            if old in self._scales:
-                self._scales[new] = self._scales.pop(old)
-            if old in self.frozen:
-                self.frozen = (self.frozen - {old}) | {new}
-            if old in self.unsaved:
-                self.unsaved = (self.unsaved - {old}) | {new}
-            self._parked = tuple(new if name == old else name for name in self._parked)
-            for path, names in self._parked_layers.items():
-                self._parked_layers[path] = tuple(new if name == old else name for name in names)
-            self._selected = tuple(new if name == old else name for name in self._selected)
+            self._scales = {new if name == old else name: scale for name, scale in self._scales.items()}
+            self.frozen, self.unsaved = set(renamed((*self.frozen,))), set(renamed((*self.unsaved,)))
+            self._selected, self._parked = renamed(self._selected), renamed(self._parked)
+            self._parked_layers = {path: renamed(names) for path, names in self._parked_layers.items()}
             for scope in self.active_state.scopes:
-                scope.names = tuple(new if name == old else name for name in scope.names)
+                scope.names = renamed(scope.names)
             self.refresh((), change)
 
     def place(self, name: str, place: int) -> None:
@@ -450,9 +449,7 @@ class AdapterManager:
 
     def _keep_choice(self, change: Transaction) -> None:
         """Records who acts."""
-        change.keep_attributes(
-            self, "_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales"
-        )
+        change.keep_attributes(self, *_CHOICE)
         change.keep_attributes(self.active_state, "live", "traced")
         for scope in self.active_state.scopes:
             change.keep_attributes(scope, "names", "enabled", "active")
@@ -553,18 +550,10 @@ class AdapterManager:
         """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
         with self.transaction() as change:
             self._keep_choice(change)
-            names, partly = self._merged, self.partly_merged()
+            names, partly = self._merged, partly_merged(self.layers, self._merged)
             self.unmerge()
             self._parked, self._parked_layers = names, partly
             self._publish_active()
-
-    def partly_merged(self) -> dict[str, tuple[str, ...]]:
-        """Path -> what is merged there, of layers on which not all is that is merged and present."""
-        return {
-            path: layer.merged_names
-            for path, layer in self.layers.items()
-            if layer.merged_names != tuple(name for name in self._merged if name in layer.adapters)
-        }
 
     def merge_parked(self) -> None:
         """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
@@ -574,7 +563,7 @@ class AdapterManager:
             self._keep_choice(change)
             names, partly = self._parked, self._parked_layers
             self._parked, self._parked_layers = (), {}
-            self._merge(names, change, {path: layer for path, layer in self.layers.items() if path not in partly})
+            self._merge(names, change, but=partly)
             for path in partly.keys() & self.layers.keys():
                 layer = self.layers[path]
                 there = [name for name in partly[path] if name in names and name in layer.adapters]
@@ -695,7 +684,7 @@ class AdapterManager:
         chosen = self.active if names is None else names_in(names)
         self.require(*chosen)
         together = tuple(dict.fromkeys((*self._merged, *chosen)))
-        if self._merged and together == self._merged and not self.partly_merged():
+        if self._merged and together == self._merged and not partly_merged(self.layers, self._merged):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
             return
         check_compatible(self.copies, self.layers, together)
@@ -705,16 +694,11 @@ class AdapterManager:
             self._merge(together, change, safe=safe)
 
     def _merge(
-        self,
-        together: tuple[str, ...],
-        change: Transaction,
-        layers: Mapping[str, AdaptedLayer] | None = None,
-        *,
-        safe: bool = False,
+        self, together: tuple[str, ...], change: Transaction, *, safe: bool = False, but: Collection[str] = ()
     ) -> None:
         self._keep_choice(change)
-        chosen = self.layers if layers is None else layers
-        merge_additional(self.model, chosen, self._merged, together, self.scale, change, safe=safe)
+        layers = {path: layer for path, layer in self.layers.items() if path not in but}
+        merge_additional(self.model, layers, self._merged, together, self.scale, change, safe=safe)
         self._merged, self._enabled = together, True
         self.refresh(self._selected, change)
 
@@ -755,7 +739,7 @@ class AdapterManager:
         with self.transaction() as change:
             self._refuse_in_scopes("unloading")
             self._keep_structure(change)
-            if self._merged and (safe or set(self._merged) != set(chosen) or self.partly_merged()):
+            if self._merged and (safe or set(self._merged) != set(chosen) or partly_merged(self.layers, self._merged)):
                 unmerge_layers(self.layers.values(), change)
                 self._merged = ()
                 if merge:

@@ -175,6 +175,15 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
         layer.restore_base(change)
 
 
+def partly_merged(layers: Mapping[str, AdaptedLayer], merged: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns path -> what is merged there, of the layers on which not all is that is merged and present."""
+    return {
+        path: layer.merged_names
+        for path, layer in layers.items()
+        if layer.merged_names != tuple(name for name in merged if name in layer.adapters)
+    }
+
+
 def warn_of_requantization(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
     """Warns once where merging has to quantize again, and the adapters do not act so already."""
     lossy = (

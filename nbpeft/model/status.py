@@ -10,6 +10,7 @@ from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.merging import partly_merged
 from nbpeft.engine.model_tree import parameter_counts, unwrapped
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.registry import method_of
@@ -130,7 +131,7 @@ def _same(values: Iterable[Any]) -> Any:
 
 def _merged(manager: AdapterManager) -> list[str] | str:
     """Returns the adapters that are merged on every layer that has them, or "irregular"."""
-    return _IRREGULAR if manager.partly_merged() else list(manager.merged)
+    return _IRREGULAR if partly_merged(manager.layers, manager.merged) else list(manager.merged)
 
 
 def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:

@@ -171,7 +171,7 @@ def test_what_is_merged_after_a_block_is_what_the_adapters_are_then(base: nn.Mod
     assert all(torch.equal(one, other) for one, other in zip(weights(model), frozen, strict=True))
 
 
-def test_an_adapter_has_its_new_name_at_once_where_merged_ones_act_outside_of_a_block(base: nn.Module) -> None:
+def test_merged_adapters_act_under_their_new_names_at_once(base: nn.Module) -> None:
     model = adapted(base)
     model.merge_adapter()
     with model.disable_adapter():
