@@ -141,6 +141,14 @@ class AdapterConfig:
         """Whether an adapter takes over a part of the weight at its start, so that it depends on the base's values."""
         return False
 
+    def started_as(self, init: str) -> Self | None:
+        """A copy that takes over what an init finds in the weight; None where it would not find the same again."""
+        return None
+
+    def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
+        """Whether what another adapter of the method takes over of the weights at some paths fits to this one."""
+        return False
+
     @property
     def is_quantization_aware(self) -> bool:
         """Whether an adapter acts as it will once it is merged into quantized weights, and learns so."""
@@ -308,6 +316,7 @@ class AdapterWeights:
         base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
         shared: name of a tensor that all layers of the adapter share -> tensor.
         parameters: those of the paths in ``adapters`` that are parameters, those of one module in its own order.
+        starts: path -> the part of the weight that the adapter takes over there, which no file holds.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -315,6 +324,30 @@ class AdapterWeights:
     base: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     parameters: Collection[str] = ()
+    starts: dict[str, TakenOver] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """The part of a layer's weight that an adapter starts in: ``scaling * up @ down``, with its own scaling.
+
+    Attributes:
+        down: (r, in).
+        up: (out, r).
+        init: what found it, as in the adapter's config.
+        names: of the two parameters that start there.
+    """
+
+    down: Tensor
+    up: Tensor
+    init: str
+    names: tuple[str, str]
+
+    def is_start_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether parameters are nearer to these factors than to zero, as after a training that started here."""
+        down, up = (tensors[name].to(own) for name, own in zip(self.names, (self.down, self.up), strict=True))
+        common = ((up.mT @ self.up) * (down @ self.down.mT)).sum()
+        return bool(2 * common > ((self.up.mT @ self.up) * (self.down @ self.down.mT)).sum())
 
 
 @dataclass(frozen=True)
@@ -328,6 +361,7 @@ class AdapterSite:
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers, where its method has one.
         name: of the adapter; for layers of somebody else's class, which go by it.
+        start: the part of the weight that it takes over, where that is known already.
     """
 
     path: str
@@ -336,6 +370,7 @@ class AdapterSite:
     dtype: torch.dtype
     shared: SharedState | None = None
     name: str = "default"
+    start: TakenOver | None = None
 
 
 Shape = tuple[int, ...]
@@ -360,6 +395,9 @@ class Adapter(nn.Module):
 
     loses_start: bool = False
     """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
+
+    leaves_start: bool = False
+    """Whether it was saved for a base without the part of the weight that it starts in (``take_out_``)."""
 
     is_tied: ClassVar[bool] = False
     """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
@@ -503,6 +541,15 @@ class Adapter(nn.Module):
             kind: of the layer.
         """
         return {}
+
+    @property
+    def taken_over(self) -> TakenOver | None:
+        """The part of the weight that it starts in, and subtracts from the layer; None where there is none."""
+        return None
+
+    def take_out_(self, weight: Tensor) -> None:
+        """Subtracts that part from a canonical weight in place, as the adapter does not do in a file without it."""
+        raise NotImplementedError
 
     def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its tensors in a file; only where it ``loses_start``."""

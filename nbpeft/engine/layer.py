@@ -334,12 +334,28 @@ class AdaptedLayer(PeftLayerMixin):
         frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
         change.on_undo(lambda: self._put_back(frozen))
         if apart:
-            shared: Any = self.weight_module._parameters["weight"]
-            self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+            self._part_weight()
         self.write_merged(chosen, self.weight_module, self.base.bias)
         self.merged_names = tuple(name for name, _ in chosen)
         self.__dict__["_twin"] = None
         self._frozen = frozen if keep_frozen else None
+
+    @torch.no_grad()
+    def take_out(self, adapters: Sequence[Adapter], change: Transaction, *, apart: bool) -> None:
+        """Subtracts the parts that adapters start in from the weight for good; see ``merge_into_base`` for the rest."""
+        before = self._stored(apart=apart, spool=change.spool)
+        change.on_undo(lambda: self._put_back(before))
+        if apart:
+            self._part_weight()
+        weight = self.backend.dequantize(self.weight_module)
+        for adapter in adapters:
+            adapter.take_out_(self.kind.canonical(self.weight_module, weight))
+        self.backend.store(self.weight_module, weight)
+
+    def _part_weight(self) -> None:
+        """Gives the layer a weight of its own in place of the one that others share."""
+        shared: Any = self.weight_module._parameters["weight"]
+        self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
     def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
         """Adds deltas of adapters here, each taken against the frozen layer.

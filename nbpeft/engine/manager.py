@@ -28,6 +28,7 @@ from nbpeft.engine.merging import (
     check_addable,
     check_compatible,
     check_merge,
+    leave_starts,
     merge_additional,
     merge_layers,
     module_to_keep,
@@ -353,11 +354,9 @@ class AdapterManager:
             del self.configs[name]
             self._scales.pop(name, None)
             self.frozen.discard(name)
-            was_active = name in self._selected
             self._parked = tuple(other for other in self._parked if other != name)
-            self._selected = tuple(other for other in self._selected if other != name)
-            if was_active and not self._selected:
-                self._selected = self.names[:1]
+            left = tuple(other for other in self._selected if other != name)
+            self._selected = left or (self.names[:1] if self._selected else ())
             for scope in self.active_state.scopes:
                 scope.names = tuple(other for other in scope.names if other != name)
             self.refresh(self._selected, change)
@@ -719,7 +718,7 @@ class AdapterManager:
             self._publish_active()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
-        """Takes all adapters out for good and returns the bare base model.
+        """Takes all adapters out for good and returns the bare base model; see also ``leave_starts``.
 
         Args:
             merge: fold the deltas in first. What the weights were is kept on the CPU until that is done.
@@ -746,8 +745,9 @@ class AdapterManager:
                     check_merge(self.layers, chosen, self.scale, safe=safe)
             if merge and not self._merged:
                 merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
+            left = leave_starts(self.model, self.layers, self.configs, chosen, change)
             self._dismantle(chosen, change)
-            if merge:
+            if merge or left:
                 untie_embeddings_(self.model, change)
         return self.model
 
