@@ -17,7 +17,8 @@ OLoRA, PiSSA, CorDA and LoRA-GA train a part ``s B0 A0`` of the weight itself, s
 base; KaSA leaves one out and trains another. PEFT subtracts it from the base's weight for good. Here the base stays
 as it is and the adapter subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload``
 find the model they expect, and half-precision or quantized weights are not rounded again. What CorDA and LoRA-GA
-start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA.
+start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA. PEFT's way to save
+the rest of the base and an adapter for that works, too: see ``nbpeft.model.residuals``.
 
 LoftQ is made for a base that will be quantized, so the base's weight becomes the quantized one for good, as in PEFT.
 """
