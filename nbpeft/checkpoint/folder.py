@@ -193,6 +193,7 @@ def write_checkpoints(
     adapters: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]],
     *,
     fingerprint: Fingerprint | None = None,
+    notes: Mapping[str, Mapping[str, str]] | None = None,
     card: AdapterConfig | str | None = None,
     tags: Sequence[str] = (),
     facts: model_card.CardFacts | None = None,
@@ -204,6 +205,7 @@ def write_checkpoints(
         folder: made if need be; other files in it stay.
         adapters: subfolder, or ``""`` for the folder itself -> config and tensors, as for ``write_checkpoint``.
         fingerprint: of the base model, kept in the tensors' metadata.
+        notes: subfolder -> what else these metadata say of an adapter.
         card: what the README of the folder describes: a config, or the whole text; None writes none.
         tags: tags of the README besides those that follow from the config.
         facts: what else the README says; a loss curve among them is written beside it.
@@ -227,6 +229,7 @@ def write_checkpoints(
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
             text, ready = config_text(config, inference_mode=True), storable(tensors)
             metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
+            metadata.update((notes or {}).get(subfolder, {}))
             weights = LEGACY_WEIGHTS_NAME if pickled else WEIGHTS_NAME
             names[subfolder] = [os.path.join(subfolder, name) for name in (weights, CONFIG_NAME)]
             write: Any = functools.partial(_write, tensors=ready, metadata=metadata)

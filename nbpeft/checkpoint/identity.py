@@ -151,6 +151,20 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
     return None
 
 
+def is_same_base(saved: Mapping[str, str], model: nn.Module) -> bool:
+    """Whether an adapter's file names just the weights of a base model; False where that is not known.
+
+    Args:
+        saved: the metadata of the file.
+        model: the base model. None of its adapters may be merged.
+    """
+    then = Fingerprint.from_metadata(saved)
+    if then is None or not then.weights:
+        return False
+    now = fingerprint(model)
+    return (then.weights, then.shapes) == (now.weights, now.shapes)
+
+
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     # Modules that hang in several places come once for each: what is tied must not change the result.
     return (module for _, module in bare_modules(before_replication(model), repeat=True))

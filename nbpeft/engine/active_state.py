@@ -9,6 +9,7 @@ Commands that change tensors or modules wait until no call runs (``close``).
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +35,49 @@ _ENTERED_BY = "nbpeft.model.serving"
 """The module with the contexts around a call, whose own frames are not those of the block."""
 
 
+@dataclass
+class CallShape:
+    """The shape of a call of the model with a mixed batch, by which layers tell rows from positions.
+
+    Attributes:
+        batch: rows, those for beams counted; None where the call does not show it.
+        lengths: how many positions a row may have.
+        first: the length of a row, and what else the second size of an input is.
+    """
+
+    batch: int | None = None
+    lengths: set[int] = field(default_factory=set)
+    first: set[int] = field(default_factory=set)
+
+    def note(self, shapes: Sequence[tuple[int, ...]], rows: int) -> None:
+        """Notes the shapes of the tensors of a call, without features, that which tells the batch first.
+
+        Args:
+            shapes: (batch, positions) mostly.
+            rows: how many adapters were named.
+        """
+        having = [shape for shape in shapes if shape and shape[0] and shape[0] % rows == 0]
+        self.batch = having[0][0] if having else None
+        self.lengths, self.first = set(), set()
+        for shape in having:
+            if shape[0] == self.batch and len(shape) > 1:
+                self.first.add(shape[1])
+                self.add_positions(shape)
+
+    def add_positions(self, shape: tuple[int, ...]) -> None:
+        """Notes how many positions of a row follow each other where a tensor of some shape is flattened."""
+        self.lengths.update(math.prod(shape[1:end]) for end in range(2, len(shape) + 1))
+
+    def holds(self, count: int) -> bool:
+        """Whether so many rows are those of the batch, or all their positions."""
+        assert self.batch is not None
+        return count == self.batch or any(count == self.batch * length for length in self.lengths)
+
+    def is_positions_first(self, shape: tuple[int, ...], values: Tensor) -> bool:
+        """Whether a tensor has the positions in front of the batch, as far as that can be told."""
+        return shape[1] == self.batch and (shape[0] in self.first or values.stride(0) < values.stride(1))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which adapter serves which row of a mixed batch.
@@ -42,12 +87,19 @@ class Rows:
         index: for each row the position in ``names``, or -1 for the base alone.
         scales: factor on each adapter's delta.
         cache: what layers prepare once for the call this assignment belongs to.
+        call: the shape of the call that runs.
     """
 
     names: tuple[str, ...]
     index: tuple[int, ...]
     scales: tuple[float, ...]
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    call: CallShape = field(default_factory=CallShape, compare=False, repr=False)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether one adapter serves all rows."""
+        return len(set(self.index)) < 2
 
     def expanded(self, batch: int, device: torch.device) -> Tensor:
         """``index`` as int64 (batch,), each row repeated where the batch holds beams or tokens.
@@ -59,17 +111,18 @@ class Rows:
         found = self.cache.get(key)
         if found is None:
             repeats, rest = divmod(batch, len(self.index))
-            if rest:
+            if rest and not self.is_uniform:
                 raise AdapterError(
                     f"adapter_names has {len(self.index)} names for {batch} rows: give one name for each row"
                 )
             index = torch.tensor(self.index, dtype=torch.long, device=device)
-            found = self.cache[key] = index.repeat_interleave(repeats)
+            index = index[:1].expand(batch) if self.is_uniform else index.repeat_interleave(repeats)
+            found = self.cache[key] = index
         return found
 
     def spread(self, values: Tensor) -> Tensor:
         """One row that serves the whole batch (positions) once for each row; anything else as it is."""
-        count = len(self.index)
+        count = self.call.batch or len(self.index)
         return values.expand(count, *values.shape[1:]) if values.shape[0] == 1 < count else values
 
     def runs(self, batch: int) -> list[tuple[str, slice]]:
@@ -78,6 +131,8 @@ class Rows:
         Args:
             batch: rows, a multiple of those that were assigned.
         """
+        if self.is_uniform:
+            return [(self.names[0] if self.names else "", slice(0, batch))]
         repeats, start, found = batch // len(self.index), 0, []
         for place, group in groupby(self.index):
             end = start + len(list(group)) * repeats

@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import hooks
+from nbpeft.engine.adapter_weights import AdapterWeights as AdapterWeights
+from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
@@ -143,6 +145,14 @@ class AdapterConfig:
     @property
     def initialised_from_weight(self) -> bool:
         """Whether an adapter takes over a part of the weight at its start, so that it depends on the base's values."""
+        return False
+
+    def started_as(self, init: str) -> Self | None:
+        """A copy that takes over what an init finds in the weight; None where it would not find the same again."""
+        return None
+
+    def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
+        """Whether what another adapter of the method takes over of the weights at some paths fits to this one."""
         return False
 
     @property
@@ -306,26 +316,6 @@ def _store(cls: type[AdapterConfig]) -> ConfigStore:
     return cls.store
 
 
-@dataclass
-class AdapterWeights:
-    """The tensors of one adapter, apart from any file format.
-
-    Attributes:
-        adapters: path of the adapted module -> parameter name -> tensor.
-        copies: path of a module trained as a whole (``modules_to_save``) -> parameter or
-            buffer name inside that module -> tensor.
-        base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
-        shared: name of a tensor that all layers of the adapter share -> tensor.
-        parameters: those of the paths in ``adapters`` that are parameters, those of one module in its own order.
-    """
-
-    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    base: dict[str, Tensor] = field(default_factory=dict)
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    parameters: Collection[str] = ()
-
-
 @dataclass(frozen=True)
 class AdapterSite:
     """Where an adapter is built.
@@ -337,6 +327,7 @@ class AdapterSite:
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers, where its method has one.
         name: of the adapter; for layers of somebody else's class, which go by it.
+        start: the part of the weight that it takes over, where that is known already.
     """
 
     path: str
@@ -345,6 +336,7 @@ class AdapterSite:
     dtype: torch.dtype
     shared: SharedState | None = None
     name: str = "default"
+    start: TakenOver | None = None
 
 
 Shape = tuple[int, ...]
@@ -369,6 +361,9 @@ class Adapter(nn.Module):
 
     loses_start: bool = False
     """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
+
+    leaves_start: bool = False
+    """Whether it was saved for a base without the part of the weight that it starts in (``take_out_``)."""
 
     is_tied: ClassVar[bool] = False
     """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
@@ -512,6 +507,15 @@ class Adapter(nn.Module):
             kind: of the layer.
         """
         return {}
+
+    @property
+    def taken_over(self) -> TakenOver | None:
+        """The part of the weight that it starts in, and subtracts from the layer; None where there is none."""
+        return None
+
+    def take_out_(self, weight: Tensor) -> None:
+        """Subtracts that part from a canonical weight in place, as the adapter does not do in a file without it."""
+        raise NotImplementedError
 
     def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its tensors in a file; only where it ``loses_start``."""

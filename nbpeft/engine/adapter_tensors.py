@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConf
     for path, layer in layers.items():
         if name in layer.adapters._modules:
             weights.adapters[path] = _saved_tensors(path, layer, name, config)
+            start = layer.adapter(name).taken_over
+            if start is not None:
+                weights.starts[path] = start
     weights.parameters = parameter_paths(layers)
     for path, module in copies.items():
         if name in module.modules_to_save._modules:
@@ -107,6 +111,10 @@ def copied_weights(weights: AdapterWeights, device: str | None = None) -> Adapte
         {path: copied(named, device) for path, named in weights.copies.items()},
         shared=copied(weights.shared, device),
         parameters=weights.parameters,
+        starts={
+            path: replace(start, down=_copied(start.down, device), up=_copied(start.up, device))
+            for path, start in weights.starts.items()
+        },
     )
 
 

@@ -112,7 +112,9 @@ def build(
     def create(target: Target) -> Adapter:
         check_interrupt()  # some inits take a second a layer
         base = layers[target.path].base
-        site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared, name)
+        start = None if weights is None else weights.starts.get(target.path)
+        dtype = adapter_dtype(base.dtype, half=half)
+        site = AdapterSite(target.path, base, target.shapes, dtype, shared, name, start)
         given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
         return _create(target, site, given)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
@@ -18,16 +19,20 @@ from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
 from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
 from nbpeft.engine.recomputed import parts_of
+from nbpeft.engine.row_order import check_row_order
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(vars(torch_module)[f"_global{name}"] for name in _HOOKS)
+"""Those that torch runs in the calls of all modules; it fills these dictionaries and never replaces them."""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module does what its class says: no hook of a person or a library is on it."""
-    return not any(module.__dict__.get(name) for name in _HOOKS) and "forward" not in module.__dict__
+    """Whether a call of a module does what its class says: no hook of a person or a library runs in it."""
+    own = module.__dict__
+    return not (any(_GLOBAL_HOOKS) or any(own.get(name) for name in _HOOKS) or "forward" in own)
 
 
 @dataclass
@@ -221,6 +226,7 @@ class AdaptedLayer(PeftLayerMixin):
         if not present:
             return output
         x, output = rows.spread(x), rows.spread(output)
+        check_row_order(rows, x, self)
         batch = output.shape[0]
         if self.training:
             return self._learning(x, output, active, rows)
@@ -327,12 +333,28 @@ class AdaptedLayer(PeftLayerMixin):
         frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
         change.on_undo(lambda: self._put_back(frozen))
         if apart:
-            shared: Any = self.weight_module._parameters["weight"]
-            self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+            self._part_weight()
         self.write_merged(chosen, self.weight_module, self.base.bias)
         self.merged_names = tuple(name for name, _ in chosen)
         self.__dict__["_twin"] = None
         self._frozen = frozen if keep_frozen else None
+
+    @torch.no_grad()
+    def take_out(self, adapters: Sequence[Adapter], change: Transaction, *, apart: bool) -> None:
+        """Subtracts the parts that adapters start in from the weight for good; see ``merge_into_base`` for the rest."""
+        before = self._stored(apart=apart, spool=change.spool)
+        change.on_undo(lambda: self._put_back(before))
+        if apart:
+            self._part_weight()
+        weight = self.backend.dequantize(self.weight_module)
+        for adapter in adapters:
+            adapter.take_out_(self.kind.canonical(self.weight_module, weight))
+        self.backend.store(self.weight_module, weight)
+
+    def _part_weight(self) -> None:
+        """Gives the layer a weight of its own in place of the one that others share."""
+        shared: Any = self.weight_module._parameters["weight"]
+        self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
     def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
         """Adds deltas of adapters here, each taken against the frozen layer.
@@ -420,17 +442,6 @@ class AdaptedLayer(PeftLayerMixin):
             self.merged_names,
             self._frozen,
         )
-
-    def keep_merged(self) -> Callable[[], None] | None:
-        """Keeps a merged weight whose bits another merge need not give again, one that is quantized.
-
-        Returns:
-            What puts it back once the same adapters are merged again; None where nothing has to be kept.
-        """
-        if not self.merged_names or self.backend.name == "dense":
-            return None
-        kept = self.backend.snapshot(self.weight_module)
-        return lambda: self.backend.restore(self.weight_module, kept)
 
     @torch.no_grad()
     def _put_back(self, stored: Stored) -> None:

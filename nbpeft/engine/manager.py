@@ -11,7 +11,7 @@ import copy
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ParamSpec, Self, TypeVar
@@ -40,9 +40,11 @@ from nbpeft.engine.merging import (
     check_addable,
     check_compatible,
     check_merge,
+    leave_starts,
     merge_additional,
     merge_layers,
     module_to_keep,
+    partly_merged,
     unmerge_layers,
     warn_of_requantization,
 )
@@ -69,6 +71,7 @@ from nbpeft.subscribers import Subscribers
 
 _ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
+_CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -130,7 +133,7 @@ class AdapterManager:
         self._scales: dict[str, float] = {}
         self._merged: tuple[str, ...] = ()
         self._parked: tuple[str, ...] = ()
-        self._parked_weights: list[Callable[[], None]] = []
+        self._parked_layers: dict[str, tuple[str, ...]] = {}
         self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
@@ -400,10 +403,9 @@ class AdapterManager:
             del self.configs[name]
             self._scales.pop(name, None)
             self.frozen.discard(name)
-            was_active = name in self._selected
-            self._selected = tuple(other for other in self._selected if other != name)
-            if was_active and not self._selected:
-                self._selected = self.names[:1]
+            self._parked = tuple(other for other in self._parked if other != name)
+            left = tuple(other for other in self._selected if other != name)
+            self._selected = left or (self.names[:1] if self._selected else ())
             for scope in self.active_state.scopes:
                 scope.names = tuple(other for other in scope.names if other != name)
             self.refresh(self._selected, change)
@@ -415,6 +417,10 @@ class AdapterManager:
 
     def rename(self, old: str, new: str) -> None:
         """Gives an adapter another name, at the same place in every order."""
+
+        def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(new if name == old else name for name in names)
+
         check_name(new)
         with self.transaction() as change:
             self.require(old)
@@ -424,19 +430,18 @@ class AdapterManager:
                 self.refuse_merged(f"{old!r} is renamed")
             self._keep_structure(change)
             for held in (*self._holders(), self.configs):
-                if old in held:
-                    items = [(new if name == old else name, value) for name, value in held.items()]
-                    held.clear()
-                    held.update(items)
+                items = [(new if name == old else name, value) for name, value in held.items()]
+                held.clear()
+                held.update(items)
             self.layer_commands.gather(change)
             self._biases.rename(old, new)
             self._slots.pop(old, None)
-            if old in self._scales:
-                self._scales[new] = self._scales.pop(old)
-            self.frozen, self.unsaved = ({new if n == old else n for n in held} for held in (self.frozen, self.unsaved))
-            self._selected = tuple(new if name == old else name for name in self._selected)
+            self._scales = {new if name == old else name: scale for name, scale in self._scales.items()}
+            self.frozen, self.unsaved = set(renamed((*self.frozen,))), set(renamed((*self.unsaved,)))
+            self._selected, self._parked = renamed(self._selected), renamed(self._parked)
+            self._parked_layers = {path: renamed(names) for path, names in self._parked_layers.items()}
             for scope in self.active_state.scopes:
-                scope.names = tuple(new if name == old else name for name in scope.names)
+                scope.names = renamed(scope.names)
             self.refresh((), change)
 
     def place(self, name: str, place: int) -> None:
@@ -511,9 +516,7 @@ class AdapterManager:
 
     def _keep_choice(self, change: Transaction) -> None:
         """Records who acts."""
-        change.keep_attributes(
-            self, "_selected", "_enabled", "_merged", "_parked", "_parked_weights", "frozen", "_scales"
-        )
+        change.keep_attributes(self, *_CHOICE)
         change.keep_attributes(self.active_state, "live", "traced")
         for scope in self.active_state.scopes:
             change.keep_attributes(scope, "names", "enabled", "active")
@@ -557,7 +560,7 @@ class AdapterManager:
             scope.names = chosen
             scope = scope.outer
         if scope is None:
-            self._selected, self._parked = chosen, ()
+            self._selected, self._parked = chosen, chosen if chosen == self._parked else ()
         else:
             scope.names = chosen
         if trainable is not None:
@@ -589,7 +592,7 @@ class AdapterManager:
                 self.unmerge()
             self._keep_choice(change)
             if scope is None:
-                self._enabled, self._parked = enabled, ()
+                self._enabled, self._parked = enabled, self._parked if enabled else ()
             else:
                 scope.enabled = enabled
             self.refresh(self.active, change)
@@ -617,10 +620,9 @@ class AdapterManager:
         """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
         with self.transaction() as change:
             self._keep_choice(change)
-            names = self._merged
-            kept = [keep for layer in self.layers.values() if (keep := layer.keep_merged()) is not None]
+            names, partly = self._merged, partly_merged(self.layers, self._merged)
             self.unmerge()
-            self._parked, self._parked_weights = names, kept
+            self._parked, self._parked_layers = names, partly
             self._publish_active()
 
     def merge_parked(self) -> None:
@@ -631,15 +633,13 @@ class AdapterManager:
             if not self._parked or self.active_state.scopes:
                 return
             self._keep_choice(change)
-            names, kept = self._parked, self._parked_weights
-            self._parked, self._parked_weights = (), []
-            parked = tuple(name for name in names if name in self.configs)
-            if parked:
-                self._merge(parked, change)
-            if parked == names:
-                for put_back in kept:
-                    put_back()
-            self._publish_active()
+            names, partly = self._parked, self._parked_layers
+            self._parked, self._parked_layers = (), {}
+            self._merge(names, change, but=partly)
+            for path in partly.keys() & self.layers.keys():
+                layer = self.layers[path]
+                there = [name for name in partly[path] if name in names and name in layer.adapters]
+                self.layer_commands.merge(layer, there, safe=False)
 
     def idle(self, names: Iterable[str]) -> set[str]:
         """Those of the adapters that act nowhere: in no scope, and not outside of them."""
@@ -656,7 +656,7 @@ class AdapterManager:
         with self.transaction(during_calls=True) as change:
             self.require(name)
             factor = check_scale(name, scale, fixed=self.configs[name].is_prompt_learning)
-            if name in (*self._merged, *self._parked):
+            if name in self._merged:
                 raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
             self._keep_choice(change)
             self._scales[name] = factor
@@ -763,7 +763,7 @@ class AdapterManager:
             chosen = self.active if names is None else names_in(names)
             self.require(*chosen)
             together = tuple(dict.fromkeys((*self._merged, *chosen)))
-            if self._merged and together == self._merged:
+            if self._merged and together == self._merged and not partly_merged(self.layers, self._merged):
                 warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
                 return
             check_compatible(self.copies, self.layers, together)
@@ -771,9 +771,12 @@ class AdapterManager:
             self._refuse_in_scopes("merging")
             self._merge(together, change, safe=safe)
 
-    def _merge(self, together: tuple[str, ...], change: Transaction, *, safe: bool = False) -> None:
+    def _merge(
+        self, together: tuple[str, ...], change: Transaction, *, safe: bool = False, but: Collection[str] = ()
+    ) -> None:
         self._keep_choice(change)
-        merge_additional(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
+        layers = {path: layer for path, layer in self.layers.items() if path not in but}
+        merge_additional(self.model, layers, self._merged, together, self.scale, change, safe=safe)
         self._merged, self._enabled = together, True
         self.refresh(self._selected, change)
 
@@ -782,19 +785,19 @@ class AdapterManager:
             raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
 
     def unmerge(self) -> None:
-        """Puts the frozen weights back, bit for bit."""
+        """Puts the frozen weights back, bit for bit; inside a block, where they are back, also for afterwards."""
         with self.transaction() as change:
             self.check_alive()
-            if not self._merged:
+            if not self._merged and not self._parked:
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
                 return
             self._keep_choice(change)
             unmerge_layers(self.layers.values(), change)
-            self._merged = ()
+            self._merged = self._parked = ()
             self._publish_active()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
-        """Takes all adapters out for good and returns the bare base model.
+        """Takes all adapters out for good and returns the bare base model; see also ``leave_starts``.
 
         Args:
             merge: fold the deltas in first. What the weights were is kept on the CPU until that is done.
@@ -814,15 +817,16 @@ class AdapterManager:
                     warn_of_requantization(self.layers, chosen)
             self._refuse_in_scopes("unloading")
             self._keep_structure(change)
-            if self._merged and set(self._merged) != set(chosen):
+            if self._merged and (safe or set(self._merged) != set(chosen) or partly_merged(self.layers, self._merged)):
                 unmerge_layers(self.layers.values(), change)
                 self._merged = ()
                 if merge:
                     check_merge(self.layers, chosen, self.scale, safe=safe)
             if merge and not self._merged:
                 merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
+            left = leave_starts(self.model, self.layers, self.configs, chosen, change)
             self._dismantle(chosen, change)
-            if merge:
+            if merge or left:
                 untie_embeddings_(self.model, change)
         return self.model
 
@@ -856,7 +860,7 @@ class AdapterManager:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
 
     def __getstate__(self) -> dict[str, Any]:
-        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_weights": [], "provider": None}
+        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
         state = {**self.__dict__, **new}
         del state["_transaction"], state["layer_commands"]
         return state

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from nbpeft.engine.adapter import Adapter, AdapterConfig
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan
@@ -174,6 +175,60 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
     for layer in reversed(list(layers)):
         check_interrupt()
         layer.restore_base(change)
+
+
+def leave_starts(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    configs: Mapping[str, AdapterConfig],
+    merged: Sequence[str],
+    change: Transaction,
+) -> bool:
+    """Subtracts from the base what adapters start in that say, or were saved saying, that the base is without it.
+
+    PEFT's way to save such an adapter and the rest of its base: ``init_lora_weights = True`` in its config, then
+    ``save_pretrained``, ``unload()``, and ``save_pretrained`` of the base.
+
+    Args:
+        model: the base model.
+        layers: path -> adapted layer.
+        configs: adapter name -> its config.
+        merged: adapters that are merged, their parts of the base with them.
+        change: records the weights as they were.
+
+    Returns:
+        Whether there were any.
+
+    Raises:
+        MergeError: a weight cannot be written.
+    """
+    leaving: dict[str, dict[str, Adapter]] = {}
+    for path, layer in layers.items():
+        others = {name: layer.adapter(name) for name in layer.adapters if name not in merged}
+        starting = {name: adapter for name, adapter in others.items() if adapter.taken_over is not None}
+        for name, adapter in starting.items():
+            if adapter.leaves_start or not configs[name].initialised_from_weight:
+                leaving.setdefault(path, {})[name] = adapter
+    for path, adapters in leaving.items():
+        try:
+            layers[path].check_mergeable(list(adapters))
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}", path=path) from None
+    names = list(dict.fromkeys(name for adapters in leaving.values() for name in adapters))
+    parted = layers_to_untie(model, {path: layers[path] for path in leaving}, names) if leaving else set()
+    for path, adapters in leaving.items():
+        check_interrupt()
+        layers[path].take_out(list(adapters.values()), change, apart=path in parted)
+    return bool(leaving)
+
+
+def partly_merged(layers: Mapping[str, AdaptedLayer], merged: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns path -> what is merged there, of the layers on which not all is that is merged and present."""
+    return {
+        path: layer.merged_names
+        for path, layer in layers.items()
+        if layer.merged_names != tuple(name for name in merged if name in layer.adapters)
+    }
 
 
 def warn_of_requantization(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:

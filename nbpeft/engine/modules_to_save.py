@@ -12,6 +12,7 @@ from nbpeft.engine.active_state import ActiveState, LayerState, ReplicaState, Ro
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.peft_layer_api import ChoosesAlone, one_or_all, refuse_pickle_of_peft
 from nbpeft.engine.peft_modules import AdapterDict
+from nbpeft.engine.row_order import check_row_order
 from nbpeft.errors import AdapterError, LayerKindError
 
 
@@ -117,6 +118,9 @@ class ModulesToSaveWrapper(ChoosesAlone):
     def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A batch whose rows are served by different copies; the first argument is the batch."""
         copies: Any = self.modules_to_save._modules
+        present = [name for name in rows.names if name in copies]
+        if present and isinstance(x, Tensor):
+            check_row_order(rows, rows.spread(x), self)
         if self.training and isinstance(x, Tensor) and len(x) % len(rows.index) == 0:
             runs = [(copies.get(name, self.original_module), run) for name, run in rows.runs(len(x))]
             return torch.cat([module(x[run], *args, **kwargs) for module, run in runs])
@@ -126,7 +130,6 @@ class ModulesToSaveWrapper(ChoosesAlone):
                 f"adapter_names cannot serve a {type(self.original_module).__name__} trained as a whole: "
                 "its input and output are not single tensors; give each adapter a batch of its own"
             )
-        present = [name for name in rows.names if name in self.modules_to_save._modules]
         if not present:
             return result
         x, result = rows.spread(x.to(result.device)), rows.spread(result).clone()

@@ -20,6 +20,7 @@ from nbpeft.engine.factored_weight import AdaptsParameters, FactoredWeight, Prod
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.peft_modules import use_shown
+from nbpeft.engine.row_order import check_row_order
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 
@@ -174,6 +175,7 @@ def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: 
             f"lora.ParamWrapper does not support mixed adapter batches yet in a {kind:.60}: adapter {name!r} adapts "
             f"its {parameters}, so give each adapter a batch of its own"
         )
+    check_row_order(rows, args[0], layers[0])
     parts = []
     for name, run in rows.runs(tokens.pop()):  # experts take tokens one by one, those of a row after those of another
         alone = Active((name,), (rows.scales[rows.names.index(name)],)) if name else NONE_ACTIVE

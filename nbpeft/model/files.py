@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights, TakenOver
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
@@ -27,6 +27,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
+from nbpeft.model.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.sharded import gathered, is_sharded, noted_fingerprint
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -119,8 +120,16 @@ def read(
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)
-    ignored = bool(options.get("ignore_mismatched_sizes", False))
-    plan, loaded = fitted(manager, name, config, tensors, key_mapping=key_mapping, ignore_mismatched=ignored)
+    settings = {"key_mapping": key_mapping}
+    settings["ignore_mismatched"] = bool(options.get("ignore_mismatched_sizes", False))
+    plan, loaded = fitted(manager, name, config, tensors, **settings)
+    starts = kept_start(manager, name, config, saved, loaded.weights)
+    on_base = manager.configs[name] if starts else config_on(manager.model, config, saved.metadata)
+    if on_base is not config:
+        plan, loaded = fitted(manager, name, on_base.copy(inference_mode=not trainable), tensors, **settings)
+        loaded.weights.starts = starts
+    elif START in saved.metadata:
+        note = None  # its base is expected to have other weights
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
     modes = {"trainable": trainable, "training": trainable, "half": half}
@@ -129,6 +138,8 @@ def read(
     def load() -> LoadResult:
         with manager.transaction() as change:
             put()
+            if starts:
+                mark_left(manager, name)
             if given is not None:  # as in PEFT the model has this object from now on
                 change.keep(vars(given))
                 vars(given).update(vars(manager.configs[name]))
@@ -305,7 +316,7 @@ def save(
     embeddings: str | bool = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
     flat: bool = False,
-    converted: bool = False,
+    initial: str | os.PathLike[str] | None = None,
     rewrite: Rewrite | None = None,
     stays: bool = True,
     facts: checkpoint.CardFacts | None = None,
@@ -322,7 +333,8 @@ def save(
         embeddings: also save the embeddings; "auto" decides from the model.
         state_dict: take tensors from here, under the names they have in the handle.
         flat: put the one adapter named into the folder itself, whatever its name.
-        converted: write adapters that started in a part of the base as plain LoRA.
+        initial: write adapters that started in a part of the base as plain LoRA for the whole of it; a folder of the
+            adapter as it was at its start, which is read for one on a base without that part.
         rewrite: (name, config, tensors) -> what is written in their place.
         stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
         facts: what the card says besides the config.
@@ -340,14 +352,18 @@ def save(
         if print_ is None and write and not manager.merged and not is_sharded(manager.model):
             print_ = checkpoint.fingerprint(manager.model)
         places: dict[str, str] = {}
+        notes: dict[str, Mapping[str, str]] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
         for name in chosen:
             places[name] = "" if name == _ROOT_ADAPTER or flat else name
             with manager.reading():
                 paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
                 weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
-            if converted or _loses_start(manager, name):
-                config, weights = _without_weight(manager, name, weights)
+                notes[places[name]] = left_start(manager, name) if initial is None else {}
+                if notes[places[name]]:
+                    take_out_of_saved(manager, name, weights)
+            if initial is not None or _loses_start(manager, name):
+                config, weights = _without_weight(manager, name, weights, initial)
             if rewrite is not None:
                 config, weights = rewrite(name, config, weights)
             config = checkpoint.config_to_save(config, manager.model, targets=paths)
@@ -360,29 +376,37 @@ def save(
             folder,
             ready,
             fingerprint=print_,
+            notes=notes,
             card=card,
             tags=_card_tags(manager.model),
             facts=facts,
             pickled=pickled,
         )
+    for name in chosen:
+        if notes[places[name]]:
+            mark_left(manager, name)
     if stays:
         mark_saved(manager, *chosen)
     return {name: written[place] for name, place in places.items()}
 
 
 def _loses_start(manager: AdapterManager, name: str) -> bool:
-    """Whether a file of an adapter could not say what it started from."""
+    """Whether a file of an adapter could not say what it started from, and has to hold that."""
+    if not manager.configs[name].initialised_from_weight:
+        return False  # it is for a base without that
     adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
     return any(adapter is not None and adapter.loses_start for adapter in adapters)
 
 
 def _without_weight(
-    manager: AdapterManager, name: str, weights: AdapterWeights
+    manager: AdapterManager, name: str, weights: AdapterWeights, initial: str | os.PathLike[str] | None
 ) -> tuple[AdapterConfig, AdapterWeights]:
     """The config and tensors of an adapter as those of one that is not initialised from the weight."""
     config = manager.configs[name]
     rewrite = method_of(config).without_weight
-    if rewrite is None or not (config.initialised_from_weight or _loses_start(manager, name)):
+    if rewrite is not None and initial is not None and not (weights.starts or config.initialised_from_weight):
+        weights.starts = _starts_in(initial, manager, name)
+    if rewrite is None or not (weights.starts or config.initialised_from_weight):
         warnings.warn(f"adapter {name!r} did not start in a part of the base: it is saved as it is", stacklevel=5)
         return config, weights
     adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
@@ -392,6 +416,29 @@ def _without_weight(
         raise AdapterError(
             f"Passing `path_initial_model_for_weight_conversion` to `save_pretrained` cannot convert {name!r}: {error}"
         ) from None
+
+
+def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: str) -> dict[str, TakenOver]:
+    """Returns path -> the factors of an adapter at its start, from the folder that it was saved to then.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not of the same layers and ranks.
+    """
+    saved = checkpoint.read_checkpoint(str(folder))
+    if saved.config.initialised_from_weight:
+        raise CheckpointError(
+            f"{folder} is no start for {name!r}: its init_lora_weights must be True, as PEFT saves one for a base "
+            "without what it started from"
+        )
+    plan, loaded = fitted(manager, name, saved.config, saved.tensors)
+    adapters, starts = manager.weights(name).adapters, {}
+    for target in plan.targets:
+        tensors, (down, up, *_) = loaded.weights.adapters[target.path], target.shapes
+        own = adapters.get(target.path, {})
+        if any(key not in own or own[key].shape != tensors[key].shape for key in (down, up)):
+            raise CheckpointError(f"{folder} is no start for {name!r}: {target.path} has another rank there, or none")
+        starts[target.path] = TakenOver(tensors[down], tensors[up], "", (down, up))
+    return starts
 
 
 def _first_config(manager: AdapterManager) -> AdapterConfig:
@@ -495,6 +542,7 @@ def _picked(
             for key, own in weights.shared.items()
         },
         weights.parameters,
+        weights.starts,
     )
 
 

@@ -526,7 +526,8 @@ class PeftModel(nn.Module):
                 them or the vocabulary was resized.
             is_main_process: other processes write nothing.
             path_initial_model_for_weight_conversion: save adapters that started in a part of the base (OLoRA,
-                PiSSA) as plain LoRA of twice the rank. Each remembers its start: no folder is read.
+                PiSSA) as plain LoRA of twice the rank, for the base with that part. Each remembers its start: this
+                folder, of the adapter as it was then, is read for one that was loaded on a base without that part.
             state_dict: take the tensors from here (as gathered from a sharded model).
             **kwargs: accepted for PEFT's sake.
 
@@ -543,7 +544,7 @@ class PeftModel(nn.Module):
             names=selected_adapters,
             embeddings=save_embedding_layers,
             state_dict=state_dict,
-            converted=path_initial_model_for_weight_conversion is not None,
+            initial=path_initial_model_for_weight_conversion,
             pickled=not safe_serialization,
         )
 

@@ -13,6 +13,7 @@ from nbpeft.engine.adapter_names import BASE_NAME
 from nbpeft.engine.combination import check_weights
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import call_arguments
+from nbpeft.engine.row_order import note_calls
 from nbpeft.errors import AdapterError
 
 
@@ -85,6 +86,7 @@ def serving_rows(
     with (
         manager.provided(names),
         manager.active_state.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
+        note_calls(manager.model, manager.active_state),
     ):
         yield
 

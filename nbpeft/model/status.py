@@ -11,6 +11,7 @@ from torch import nn
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.merging import partly_merged
 from nbpeft.engine.model_tree import parameter_counts, unwrapped
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.registry import method_of
@@ -136,10 +137,7 @@ def _same(values: Iterable[Any]) -> Any:
 
 def _merged(manager: AdapterManager) -> list[str] | str:
     """Returns the adapters that are merged on every layer that has them, or "irregular"."""
-    for layer in manager.layers.values():
-        if layer.merged_names != tuple(name for name in manager.merged if name in layer.adapters._modules):
-            return _IRREGULAR
-    return list(manager.merged)
+    return _IRREGULAR if partly_merged(manager.layers, manager.merged) else list(manager.merged)
 
 
 def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:

@@ -353,3 +353,34 @@ def test_a_safe_merge_counts_the_scale_of_an_adapter() -> None:
     with pytest.raises(MergeError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
     assert torch.equal(model.get_base_model()[0].base_layer.weight, before)
+
+
+def test_a_safe_merge_for_good_looks_at_what_is_merged_already() -> None:
+    model = adapted(linear())
+    with torch.no_grad():
+        model.manager.parameters("default")[0].fill_(float("nan"))
+    with pytest.warns(UserWarning, match="is not finite"):
+        model.merge_adapter()
+    with pytest.raises(MergeError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    assert model.manager.merged == ("default",)
+
+
+def test_merging_a_model_completes_what_was_merged_on_one_layer() -> None:
+    x = torch.randn(3, 6)
+
+    def merged_on_one() -> tuple[PeftModel, Tensor]:
+        config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+        model = get_peft_model(nn.Sequential(linear(), linear()), config)
+        before = model(x)
+        next(iter(model.manager.layers.values())).merge()
+        return model, before
+
+    model, before = merged_on_one()
+    base = model.merge_and_unload()
+    assert torch.allclose(base(x), before, atol=1e-5)
+    model, before = merged_on_one()
+    model.merge_adapter()
+    assert all(layer.merged for layer in model.manager.layers.values())
+    model.unmerge_adapter()
+    assert torch.equal(model(x), before)

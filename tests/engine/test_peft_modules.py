@@ -413,6 +413,17 @@ def test_hooks_on_factors_run_and_change_nothing(name: str) -> None:
     assert twin.first.adapters["default"].observed["lora_A"] is twin.first.lora_A["default"]
 
 
+def test_hooks_on_all_modules_of_torch_run_for_a_frozen_layer() -> None:
+    ours, _ = pair("linear")
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        ours(IDS)
+    finally:
+        handle.remove()
+    assert ours.first.base_layer in seen
+
+
 def test_hooks_see_gradients_and_mixed_batches() -> None:
     ours, _ = pair("linear", ("default", "other"))
     before = ours(IDS, adapter_names=["default", "other"])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import nbpeft.model as nbpeft
-from nbpeft.errors import AdapterError, HotSwapError, MergeError
+from nbpeft.errors import AdapterError, CheckpointNotFoundError, HotSwapError, MergeError
 from nbpeft.model.merge_export import merge_to_folder
 from tests.model.test_oracle import settings
 from tests.tiny_models import llama, logits
@@ -71,7 +71,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
         patterned.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion="x")
     assert not (tmp_path / "a").exists()
     plain = nbpeft.get_peft_model(llama(), nbpeft.LoraConfig(**settings()))
-    with pytest.warns(UserWarning, match="saved as it is"):
+    with pytest.raises(CheckpointNotFoundError, match="no folder x"):
         plain.save_pretrained(tmp_path / "b", path_initial_model_for_weight_conversion="x")
 
 

@@ -144,9 +144,23 @@ def test_it_is_saved_as_plain_lora_for_any_copy_of_the_base(init: str, more: dic
         again = PeftModel.from_pretrained(Net(), tmp_path)
     assert torch.allclose(again(data()), expected, atol=1e-5)
     assert torch.allclose(peft.PeftModel.from_pretrained(Net(), tmp_path)(data()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+@pytest.mark.filterwarnings("ignore:.*specified but will be ignored")
+def test_set_to_true_by_hand_it_is_saved_for_the_rest_of_the_base(init: str, tmp_path: Path) -> None:
+    model = started(init)
+    train(model)
+    expected = model(data())
     model.peft_config["default"].init_lora_weights = True  # as PEFT's tutorials do before they save
-    model.save_pretrained(tmp_path / "again")
-    assert torch.allclose(PeftModel.from_pretrained(Net(), tmp_path / "again")(data()), expected, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(str(tmp_path)).r == 4  # type: ignore[attr-defined]
+    residual = model.unload()
+    for library in (nbpeft, peft):
+        again = library.PeftModel.from_pretrained(copy.deepcopy(residual), tmp_path)
+        assert torch.allclose(again(data()), expected, atol=1e-5)
+    with pytest.warns(UserWarning, match="a base without what it started from"):
+        PeftModel.from_pretrained(Net(), tmp_path)
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales
+from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales, TakenOver
 from nbpeft.engine.base import BaseLayer, Composite, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.decompositions import nearest_product
@@ -100,6 +100,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         alpha: what the config asks for on the layer.
         use_rslora: whether the scaling is alpha / sqrt(r).
         padded: whether the factors have more rows than the adapter uses, filled with zeros.
+        started_as: the init that found the part of the weight it takes over; empty where it takes none.
     """
 
     low_rank: LowRank
@@ -108,6 +109,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
     alpha: float
     use_rslora: bool
     padded: bool
+    started_as: str
 
     wrapped_parameters: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
     peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
@@ -146,6 +148,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
             padded=False,
             is_quantization_aware=config.is_quantization_aware,
             loses_start=start.is_from_data,
+            started_as=start.init,
         )
         if start.remembered is not None:
             self.__dict__["_remembered"] = (start.remembered, path)
@@ -177,6 +180,19 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         name_A, name_B = _INITIAL
         init_A, neg_init_B = self._buffers.get(name_A), self._buffers.get(name_B)
         return None if init_A is None or neg_init_B is None else (init_A, neg_init_B)
+
+    @property
+    def taken_over(self) -> TakenOver | None:
+        """That component; see ``Adapter``."""
+        if self.initial is None:
+            return None
+        return TakenOver(self.initial[0], -self.initial[1], self.started_as, self.factor_names)
+
+    def take_out_(self, weight: Tensor) -> None:
+        """Subtracts that component as it was at the start, rounded once; see ``Adapter``."""
+        assert self.initial is not None
+        init_A, neg_init_B = map(widened, self.initial)
+        weight.copy_(widened(weight) + self.trained_scaling * (neg_init_B @ init_A))
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:

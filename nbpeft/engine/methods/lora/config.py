@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -336,6 +336,20 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     def initialised_from_data(self) -> bool:
         """Whether the part of the weight that the adapter takes over depends on what the layer met in a run."""
         return self.init_name in ("corda", "lora_ga")
+
+    def started_as(self, init: str) -> Self | None:
+        """A copy with another init that finds its part of the weight again; see ``AdapterConfig``."""
+        made = self.copy(init_lora_weights=init)
+        return made if made.initialised_from_weight and not made.initialised_from_data else None
+
+    def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
+        """Whether ranks and scalings are the same at some paths; see ``AdapterConfig``."""
+        if not isinstance(other, LoraConfig) or self.variant != other.variant:
+            return False
+        return all(
+            (self.rank_at(path), self.scaling_at(path)) == (other.rank_at(path), other.scaling_at(path))
+            for path in paths
+        )
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path, ``rank_pattern`` included."""

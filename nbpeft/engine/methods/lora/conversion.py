@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
 from nbpeft.engine.base import LayerKind
-from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.init_configs import no_settings
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
@@ -43,11 +42,7 @@ def as_plain_lora(
     Raises:
         AdapterError: its method or its patterns of ranks and alphas do not allow it.
     """
-    started = {
-        path: (adapter, adapter.initial)
-        for path, adapter in adapters.items()
-        if isinstance(adapter, LowRankAdapter) and adapter.initial is not None
-    }
+    started = {path: (adapters[path], start) for path, start in weights.starts.items()}
     if config.use_dora:
         raise AdapterError("it is DoRA, whose norm a plain LoRA does not have: save it as it is")
     if config.init_name == "loftq":
@@ -56,14 +51,14 @@ def as_plain_lora(
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern) and not lost:
         raise AdapterError("it joins use_rslora with rank_pattern or alpha_pattern: save it as it is")
     tensors = dict(weights.adapters)
-    for path, (adapter, (init_A, neg_init_B)) in started.items():
+    for path, (adapter, start) in started.items():
         name_A, name_B = adapter.factor_names
         saved = tensors[path]
         lora_A, lora_B = adapter.own_factors if adapter.computes_factors else (saved[name_A], saved[name_B])
         tensors[path] = {
             **{key: tensor for key, tensor in saved.items() if key == f"{name_B}_bias"},
-            name_A: torch.cat([lora_A, init_A.to(lora_A)]),
-            name_B: torch.cat([lora_B, neg_init_B.to(lora_B)], 1),
+            name_A: torch.cat([lora_A, start.down.to(lora_A)]),
+            name_B: torch.cat([lora_B, -start.up.to(lora_B)], 1),
         }
     return _doubled(config, tensors.keys() - started.keys()), AdapterWeights(tensors, weights.copies, weights.base)
 

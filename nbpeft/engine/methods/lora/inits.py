@@ -17,7 +17,8 @@ OLoRA, PiSSA, CorDA and LoRA-GA train a part ``s B0 A0`` of the weight itself, s
 base; KaSA leaves one out and trains another. PEFT subtracts it from the base's weight for good. Here the base stays
 as it is and the adapter subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload``
 find the model they expect, and half-precision or quantized weights are not rounded again. What CorDA and LoRA-GA
-start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA.
+start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA. PEFT's way to save
+the rest of the base and an adapter for that works, too: see ``nbpeft.model.residuals``.
 
 LoftQ is made for a base that will be quantized, so the base's weight becomes the quantized one for good, as in PEFT.
 """
@@ -34,7 +35,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.adapter import AdapterSite, TakenOver
 from nbpeft.engine.base import LayerKind, offloading
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.decompositions import randomized_svd
@@ -65,6 +66,7 @@ class Start:
         factors: A and B; None for random ones.
         is_subtracted: whether their product is a part of the weight that the adapter takes over.
         is_from_data: whether it depends on more than the weight and the config.
+        init: what found that part, as in the config.
         quantized: what the base's weight becomes, as the module stores it.
         found: attribute of the layer that held what it was computed from, and is of no use any more.
     """
@@ -72,6 +74,7 @@ class Start:
     factors: Factors | None = None
     is_subtracted: bool = False
     is_from_data: bool = False
+    init: str = ""
     quantized: QuantizedWeight | None = None
     found: str = ""
     remembered: dict[str, Factors] | None = None
@@ -228,13 +231,15 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     Raises:
         ConfigError: the weight is not finite or stored in a form that the init does not take, or data is missing.
     """
+    if site.start is not None:
+        return _known_start(config, site, site.start)
     if config.init_name == "eva" and is_new:
         seen: _Starts = config.__dict__.get(_STARTS) or _Starts()
         return Start(seen.again(config, site))
     if not config.initialised_from_weight and not (config.init_name == "mica" and is_new):
         return RANDOM
     if config.init_name in INIT_CONFIGS and not _has_values(site.base.module):
-        return RANDOM if config.init_name == "loftq" else Start(_empty(site), is_subtracted=True)
+        return RANDOM if config.init_name == "loftq" else _subtracted(_empty(site), config)
     if config.initialised_from_data:
         return _data_start(config, site, is_new=is_new)
     path, weight = site.path, site.base.weight()
@@ -250,9 +255,22 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     if config.init_name == "mica":
         return Start(_stored(_mica(weight, rank), site))
     if config.variant == "kasa_config":
-        return Start(_stored(_kasa(weight, rank, scaling), site), is_subtracted=True)
+        return _subtracted(_stored(_kasa(weight, rank, scaling), site), config)
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
-    return Start(_stored(factors, site), is_subtracted=True)
+    return _subtracted(_stored(factors, site), config)
+
+
+def _subtracted(factors: Factors, config: LoraConfig, **more: Any) -> Start:
+    """The start of an adapter that takes over the part of the weight that two factors make."""
+    return Start(factors, is_subtracted=True, init=str(config.init_lora_weights), **more)
+
+
+def _known_start(config: LoraConfig, site: AdapterSite, start: TakenOver) -> Start:
+    """The start of an adapter that is made again, whatever its config has come to say."""
+    more: dict[str, Any] = {}
+    if config.initialised_from_data:
+        more = {"is_from_data": True, "remembered": config.__dict__.setdefault(_STARTS, _Starts())}
+    return Start(_stored((start.down, start.up), site), is_subtracted=True, init=start.init, **more)
 
 
 def _has_values(module: nn.Module) -> bool:
@@ -283,7 +301,7 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
     data = site.base.module.__dict__.get(attribute)
     known = starts.get(site.path) if not is_new else starts.again(config, site)
     if known is not None and (not is_new or data is None):
-        return Start(_stored(known, site), is_subtracted=True, is_from_data=True, remembered=starts)
+        return _subtracted(_stored(known, site), config, is_from_data=True, remembered=starts)
     if data is None:
         if is_new:
             raise ConfigError(
@@ -301,7 +319,7 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
     make = _corda if config.init_name == "corda" else gradient_factors
     starts[site.path] = factors = _stored(make(data, config, site), site)
     starts.modules[site.path] = site.base.module
-    return Start(factors, is_subtracted=True, is_from_data=True, found=attribute, remembered=starts)
+    return _subtracted(factors, config, is_from_data=True, found=attribute, remembered=starts)
 
 
 def _corda(found: Any, config: LoraConfig, site: AdapterSite) -> Factors:
