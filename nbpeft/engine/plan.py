@@ -463,9 +463,7 @@ def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict
     return sharing_embedding(model, ((site.path, site.module) for site in sites))
 
 
-def _tied_copies(
-    copies: Mapping[str, Extent], tied: Mapping[str, nn.Module], sites: list[Site]
-) -> dict[str, Extent]:
+def _tied_copies(copies: Mapping[str, Extent], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Extent]:
     """The modules that are copied because one with the same weight is, whose tensors they share; no parameters each."""
     copied = {id(site.module) for site in sites if site.path in copies}
     if not any(id(module) in copied for module in tied.values()):

@@ -67,7 +67,8 @@ def test_counts_of_methods_on_a_whole_model_in_half_precision() -> None:
         if method.transforms_calls:
             del fields["target_modules"]
         config = method.config_class(**{name: value for name, value in fields.items() if name in known})
-        check(llama(dtype=torch.bfloat16), config, onto=None if method.transforms_calls else {"target_modules": ["q_proj"]})
+        present = None if method.transforms_calls else {"target_modules": ["q_proj"]}
+        check(llama(dtype=torch.bfloat16), config, onto=present)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
