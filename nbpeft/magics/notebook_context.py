@@ -16,6 +16,7 @@ from nbpeft.magics.body import evaluate_expression, expression_of, look_up, pars
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
+from nbpeft.session.results.base import ModelResult
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _FILE = re.compile(rf"(?i)([^\[\]()]+)\.({'|'.join(suffix[1:] for suffix in DATA_SUFFIXES)})(?:\[[^\]]*\])?")
@@ -83,7 +84,7 @@ class NotebookContext:
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""
-        known = [name for name in self.session.names if name in self.namespace]
+        known = list(self.session.names)
         return known + [
             name
             for name, value in list(self.namespace.items())
@@ -97,6 +98,8 @@ class NotebookContext:
             CellError: the variable is not there, or holds no model; names those that do.
         """
         text = reference(name) or name
+        if text not in self.namespace and text in self.session.names:  # no variable holds it any more
+            return self.session.model(text)
         if text not in self.namespace:
             raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text)}")
         value = self.namespace[text]
@@ -128,24 +131,27 @@ class NotebookContext:
             CellError: none is named and it is not clear which one is meant, or no model is called that.
             AdapterError: the model carries no adapters.
         """
-        model, names = self.chosen(name), self.session.names
-        if model is None and names and (len(names) > 1 or self.session.state.current is None):
+        model, names = self.chosen(name), self.session.choices
+        if model is None and len(names) > 1:
             raise which_model(names, command)
-        found = model if is_module(model) else self.session.model(model)
+        found = model if is_module(model) else self.session.model(model, command=command)
         return self.session.watch(found, name=name)
 
     def chosen(self, name: str | None) -> Any:
         """Return the model of a command as the session takes it: a module, a session name, or None for the only one.
 
-        The present value of a variable has precedence over a model that it held before.
+        What a variable holds now has precedence over a model that the session calls so.
 
         Raises:
             CellError: no model is called that.
         """
-        self.session.adopt(self.namespace)
-        if name is None or (name in self.session.names and not is_module(self.namespace.get(name))):
-            return name
-        return self.module(name)
+        return name if name is None or name in self.session.past_names else self.module(name)
+
+    def bind(self, variable: str | None, result: ModelResult) -> None:
+        """Let a variable that holds a model hold that of a result, which keeps it alive no longer."""
+        if variable is not None and is_module(self.namespace.get(variable)):
+            self.namespace[variable] = result.model
+        result.release()
 
     def replace(self, old: object, new: object) -> None:
         """Let every variable that holds one object hold another."""
@@ -232,9 +238,8 @@ class NotebookContext:
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:
-    """The error for a command that was not given a model: the only one left is not taken for one that is gone."""
-    why = "several models" if len(names) > 1 else "the model used last is unloaded or gone"
-    return CellError(f"{why}: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
+    """The error for a command that was not given a model, where there are several."""
+    return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
 
 
 def _is_tokenizer(value: object) -> bool:

@@ -34,7 +34,6 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         CellError: a variable of it is not there, or it was not a cell.
     """
     session = notebook.session
-    session.adopt(notebook.namespace)
     record, facts = session.kept_run(options.run)
     source = facts.get("source") or {}
     target = options.model or record.model

@@ -99,7 +99,6 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         CellError: a variable is not there.
     """
     model = notebook.module(options.target)
-    notebook.session.adopt(notebook.namespace)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
     trainer = {} if options.trainer is None else {"trainer_class": notebook.value(options.trainer, "--trainer")}
@@ -181,7 +180,6 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     Raises:
         CellError: no cell trained it, or one of its fields cannot be written down.
     """
-    notebook.session.adopt(notebook.namespace)
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))
