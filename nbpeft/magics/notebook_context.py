@@ -22,6 +22,7 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _FILE = re.compile(rf"(?i)([^\[\]()]+)\.({'|'.join(suffix[1:] for suffix in DATA_SUFFIXES)})(?:\[[^\]]*\])?")
 _HUB_NAME = re.compile(r"([\w.-]+)/([\w.-]+)(?::[\w.-]+){0,2}(?:\[[^\]]*\])?")
 """``user/name:config:split[:1000]``."""
+_NUMBER = re.compile(r"\d{1,9}|\d?\.\d{1,9}")
 _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 
@@ -68,11 +69,12 @@ class NotebookContext:
     cell: str | None = None
     silent: bool = False
 
-    def source(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """The text of the magic, to run it again another day, without fields that hold a token or password.
+    def source(self, fields: Mapping[str, Any], rows: Mapping[str, str | None]) -> dict[str, str]:
+        """The text of the magic, to be shown another day, without fields that hold a token or password.
 
         Args:
             fields: of the magic, evaluated.
+            rows: what the line says of the rows: option -> text. What ``by_name`` takes is kept, too.
         """
         secret = {name.partition(".")[0] for name in without_secrets(fields)[1]}
         shown = [item for item in parse_body(self.cell or "") if item.name not in secret]
@@ -80,6 +82,7 @@ class NotebookContext:
         return {
             "line": masked(re.sub(rf"(?<!\S)(?:{words})=\S*", "", self.line)).strip(),
             "cell": "\n".join(masked(f"{item.name} = {ast.unparse(item.value)}") for item in shown),
+            **{option: text for option, text in rows.items() if text is not None and self.by_name(text) is not None},
         }
 
     def model_names(self) -> list[str]:
@@ -169,6 +172,21 @@ class NotebookContext:
         if name.isidentifier():
             return look_up(name, self.namespace)
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
+
+    def by_name(self, text: object) -> Any:
+        """Return what a text names that may be a stranger's, such as one out of a file; None where it names nothing.
+
+        Nothing is evaluated: it is a variable, a file with rows that is there, or a number.
+        """
+        if not isinstance(text, str):
+            return None
+        name = reference(text) or text
+        if name.isidentifier():
+            return None if name.startswith("_") else self.namespace.get(name)
+        if _NUMBER.fullmatch(text):
+            return float(text) if "." in text else int(text)
+        found = _FILE.fullmatch(text)
+        return text if found and os.path.isfile(f"{found[1]}.{found[2]}") else None
 
     def data(self, text: str, option: str) -> Any:
         """Return what an option for rows names: a variable or expression, a file, or a dataset on the hub.

@@ -45,7 +45,7 @@ from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
-from nbpeft.training.sweep.trainer import callbacks_of
+from nbpeft.training.sweep.trainer import SideBySideTrainer, callbacks_of
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
 
@@ -136,6 +136,7 @@ def train(
         importlib.import_module("accelerate")
     _can_train(model, adapter)
     _takes_labels(model, trainer_class, arguments)
+    classes = _own_classes(trainer_class, arguments_class)
     trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
@@ -173,7 +174,9 @@ def train(
                     own |= {"run_dir": run_dir, "track": track}
                     metrics = _elsewhere(model, run, launch, rows, arguments | own)
                 else:
-                    kept = given | fields | own | kept_of(members)
+                    own |= _not_none(columns=columns, patience=patience, every=every, track=list(trackers) or None)
+                    own |= {} if batch is None else {"sample": list(batch.prompts)}
+                    kept = given | fields | own | classes | kept_of(members)
                     around = _around(run_dir, run, model, kept, trackers, rows)
                     inside: list[Any] = [PackingCheck(run, learned, collator)] if packing else []
                     inside += [*callbacks_of(members, run), *_inside(run, model, patience, batch, every)]
@@ -199,6 +202,14 @@ def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: 
 
 def _not_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _own_classes(trainer_class: Any, arguments_class: Any) -> dict[str, Any]:
+    """The classes that a person has given: no file holds them, so that a run that goes on needs them again."""
+    bases = getattr(trainer_class, "__bases__", ())
+    given = bases[-1] if SideBySideTrainer in bases else trainer_class  # a sweep derives its own
+    found = {} if given is Trainer else {"trainer_class": given}
+    return found if arguments_class is TrainingArguments else found | {"arguments_class": arguments_class}
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:
