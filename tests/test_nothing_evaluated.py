@@ -1,4 +1,4 @@
-"""Nothing that is read from a folder is evaluated: whatever runs code by a text is listed, with where the text is from."""
+"""Nothing that is read from a folder is evaluated: what runs code by a text is listed, and where the text is from."""
 
 from __future__ import annotations
 

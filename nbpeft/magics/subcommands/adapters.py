@@ -130,6 +130,7 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     "Save adapters as PEFT does.",
     argument("folder", metavar="DIR", completes="path", help="made if need be"),
     argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter; all if left out"),
+    argument("--replace", action="store_true", help="write over another adapter in that folder"),
     ON_MODEL,
     example="%lora save adapters/sql --name sql",
 )
@@ -137,7 +138,8 @@ def save(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Save one adapter or all."""
     if not options.folder.strip():
         raise CellError("%lora save needs a folder")
-    return notebook.session.save(options.folder, name=options.name, model=notebook.chosen(options.model))
+    model = notebook.chosen(options.model)
+    return notebook.session.save(options.folder, name=options.name, model=model, replace=options.replace)
 
 
 session_command("delete", "Delete an adapter from the model.", ADAPTER, ON_MODEL, example="%lora delete sql")

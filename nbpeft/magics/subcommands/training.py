@@ -179,6 +179,7 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     "Write the last %%lora_train cell as a script, for accelerate launch on several GPUs or machines.",
     argument("path", metavar="SCRIPT", completes="path", help="a new .py file; the rows go beside it"),
     argument("--base", metavar="SOURCE", completes="path", help="where the script loads the base model from"),
+    argument("--replace", action="store_true", help="write over another file, or a script that was changed since"),
     argument("--model", "-m", metavar="MODEL", completes="model", help="may be left out where one alone was trained"),
     example="%lora export train.py",
 )
@@ -204,6 +205,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
         eval_data,
         tokenizer=tokenizer,
         base=options.base,
+        replace=options.replace,
         model=notebook.module(target),
         **cell.arguments,
     )

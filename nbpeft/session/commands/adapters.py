@@ -355,17 +355,25 @@ def _load_beside(
 
 
 def save(
-    ctx: SessionContext, folder: str | os.PathLike[str], *, name: str | None = None, model: ModelLike = None
+    ctx: SessionContext,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    model: ModelLike = None,
+    replace: bool = False,
 ) -> SaveResult:
-    """Save adapters in PEFT's format, each folder completely or not at all.
+    """Save adapters in PEFT's format, all of them completely or none.
 
     Args:
         folder: one adapter is written right into it, several each into a folder of its name.
         name: None: all of the model's adapters.
         model: an adapted model.
+        replace: write over another adapter that a folder holds: one of another name, another base model or other
+            tensors. Where that was the only copy of an adapter of this process, that one is marked as not saved.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: a folder holds another adapter.
         CheckpointError: the folder cannot be written.
     """
     from nbpeft.model import files
@@ -377,7 +385,7 @@ def save(
     if not names:
         raise AdapterError(f"{tracked.name} has no adapter to save")
     with ctx.command(f"saving {', '.join(names)}", slow=True) as notes:
-        written = files.save(tracked.manager, place, names=list(names), flat=len(names) == 1)
+        written = files.save(tracked.manager, place, names=list(names), flat=len(names) == 1, replace=replace)
         saved = tuple(
             SavedAdapter(
                 adapter,

@@ -283,6 +283,7 @@ def export(
     tokenizer: Any = None,
     base: str | None = None,
     model: ModelLike = None,
+    replace: bool = False,
     **arguments: Any,
 ) -> ExportResult:
     """Write a script that trains an adapter like the active one on the same rows: ``uv run``, ``accelerate launch``.
@@ -294,9 +295,11 @@ def export(
         tokenizer: as for ``train``.
         base: where the script finds the base model; by default where this one came from.
         model: an adapted model.
+        replace: write over a file that is there and that was not exported, or that was changed since.
         **arguments: as for ``train``.
 
     Raises:
+        CheckpointError: another file is there.
         ConfigError: an argument cannot be written into a script.
         TrainingError: it is not known how to load the base model, or the data cannot be read.
     """
@@ -304,7 +307,8 @@ def export(
 
     tracked, place = ctx.models.get(model, command="export"), place_of(path, "export")
     with ctx.command(f"exporting to {place}", slow=True) as notes:
-        files = export_script(tracked.model, place, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
+        how = {"tokenizer": tokenizer, "base": base, "replace": replace}
+        files = export_script(tracked.model, place, data, eval_data, **how, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
         return ExportResult(str(files.script), files.adapter, data_files, (*files.notes, *notes))
 
