@@ -246,6 +246,16 @@ class ModelState:
 
 
 @dataclass(frozen=True)
+class PastState:
+    """What is left of a model that is gone: adapters that were trained and not saved, without their base model."""
+
+    name: str
+    """What it is called now, e.g. ``model (before)``."""
+    adapters: str
+    """Their names, and which runs on disk have them, too."""
+
+
+@dataclass(frozen=True)
 class SessionState:
     """Everything the panels know."""
 
@@ -257,6 +267,8 @@ class SessionState:
     revision: int = 0
     """Grows with every published state."""
     notes: tuple[str, ...] = field(default=())
+    past: tuple[PastState, ...] = ()
+    """Models that are gone, and of which adapters can be brought back; the last one last."""
 
     def model(self, name: str | None = None) -> ModelState | None:
         """The model of that name, the one used last for None, or None if it is not there."""

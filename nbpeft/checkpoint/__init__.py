@@ -9,6 +9,7 @@ from nbpeft.checkpoint.atomic import NewFile as NewFile
 from nbpeft.checkpoint.atomic import disk_errors as disk_errors
 from nbpeft.checkpoint.atomic import in_place_of as in_place_of
 from nbpeft.checkpoint.atomic import replace_files as replace_files
+from nbpeft.checkpoint.atomic import shown as shown
 from nbpeft.checkpoint.card import CardFacts as CardFacts
 from nbpeft.checkpoint.card import card_text as card_text
 from nbpeft.checkpoint.config_format import config_text as config_text
@@ -47,10 +48,14 @@ from nbpeft.checkpoint.model_files import other_files as other_files
 from nbpeft.checkpoint.model_files import write_model as write_model
 from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
 from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
-from nbpeft.checkpoint.source import present_card as present_card
+from nbpeft.checkpoint.present import other_adapter as other_adapter
+from nbpeft.checkpoint.present import other_config as other_config
+from nbpeft.checkpoint.source import CONFIG_NAME as CONFIG_NAME
+from nbpeft.checkpoint.source import present_file as present_file
 from nbpeft.checkpoint.source import push as push
 from nbpeft.checkpoint.staging import scratch_folder as scratch_folder
 from nbpeft.checkpoint.tensor_file import UnreadTensors as UnreadTensors
+from nbpeft.checkpoint.weights_format import PREFIX as PREFIX
 from nbpeft.checkpoint.weights_format import SHARED_PREFIX as SHARED_PREFIX
 from nbpeft.checkpoint.weights_format import Expected as Expected
 from nbpeft.checkpoint.weights_format import Loaded as Loaded

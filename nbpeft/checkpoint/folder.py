@@ -18,6 +18,7 @@ from nbpeft.checkpoint import card as model_card
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
+from nbpeft.checkpoint.present import NAME_KEY
 from nbpeft.checkpoint.source import CONFIG_NAME, Source, download_options, push
 from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import (
@@ -198,6 +199,7 @@ def write_checkpoints(
     tags: Sequence[str] = (),
     facts: model_card.CardFacts | None = None,
     pickled: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, WrittenFiles]:
     """Saves several adapters of a model into a folder and its subfolders. All files or none; no network.
 
@@ -210,6 +212,7 @@ def write_checkpoints(
         tags: tags of the README besides those that follow from the config.
         facts: what else the README says; a loss curve among them is written beside it.
         pickled: write the tensors as PEFT's old ``.bin``, which holds nothing about the base model.
+        names: subfolder -> what the adapter is called, kept in the tensors' metadata.
 
     Returns:
         Subfolder -> what was written; the README counts to the folder itself.
@@ -220,7 +223,7 @@ def write_checkpoints(
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
     files: list[NewFile] = []
-    names: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     byte_count = 0
     with disk_errors(target):
         sweep(target)  # before looking what is there
@@ -230,24 +233,25 @@ def write_checkpoints(
             text, ready = config_text(config, inference_mode=True), storable(tensors)
             metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
             metadata.update((notes or {}).get(subfolder, {}))
+            metadata |= {NAME_KEY: names[subfolder]} if names else {}
             weights = LEGACY_WEIGHTS_NAME if pickled else WEIGHTS_NAME
-            names[subfolder] = [os.path.join(subfolder, name) for name in (weights, CONFIG_NAME)]
+            paths[subfolder] = [os.path.join(subfolder, name) for name in (weights, CONFIG_NAME)]
             write: Any = functools.partial(_write, tensors=ready, metadata=metadata)
             if pickled:
                 _check_read_first(target / subfolder)
                 write = functools.partial(write_pickled, tensors=ready)
-            files.append(NewFile(names[subfolder][0], write))
+            files.append(NewFile(paths[subfolder][0], write))
             if _text_or_none(target / subfolder / CONFIG_NAME) != text:
-                files.append(NewFile.of_text(names[subfolder][1], text))
+                files.append(NewFile.of_text(paths[subfolder][1], text))
             byte_count += sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
         files += _card_file(target / CARD_NAME, card, tags, facts=facts)
         if facts is not None and facts.curve:
             files.append(NewFile.of_text(model_card.CURVE_NAME, facts.curve))
-            names.setdefault("", []).append(model_card.CURVE_NAME)
+            paths.setdefault("", []).append(model_card.CURVE_NAME)
         sizes = replace_files(target, files, byte_count=byte_count)
         if target / CARD_NAME in sizes:
-            names.setdefault("", []).append(CARD_NAME)
-        return {subfolder: _written([target / name for name in found], sizes) for subfolder, found in names.items()}
+            paths.setdefault("", []).append(CARD_NAME)
+        return {subfolder: _written([target / name for name in found], sizes) for subfolder, found in paths.items()}
 
 
 def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: Sequence[str] = ()) -> None:

@@ -140,8 +140,7 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
             f"they differ in the weights of {', '.join(changed[:3])}"
             + (f" and {len(changed) - 3} more sizes" if len(changed) > 3 else "")
         )
-    same_values = then.dtype == now.dtype or {then.dtype, now.dtype} <= _COMPARABLE
-    if then.weights and now.weights and same_values and then.weights != now.weights:
+    if _has_other_weights(then, now):
         return (
             f"the adapter was trained on other weights of the same shapes ({then.architecture}): "
             "another revision, or a base that was trained or merged into"
@@ -163,6 +162,19 @@ def is_same_base(saved: Mapping[str, str], model: nn.Module) -> bool:
         return False
     now = fingerprint(model)
     return (then.weights, then.shapes) == (now.weights, now.shapes)
+
+
+def describe_difference(then: Fingerprint, now: Fingerprint) -> str:
+    """What another base model is, in a few words; empty where nothing says that it is another one."""
+    if then.shapes != now.shapes or then.architecture != now.architecture:
+        return _described(then)
+    return "other weights of the same shapes" if _has_other_weights(then, now) else ""
+
+
+def _has_other_weights(then: Fingerprint, now: Fingerprint) -> bool:
+    """Whether two models of the same shapes have other values, as far as that is known."""
+    same_kind = then.dtype == now.dtype or {then.dtype, now.dtype} <= _COMPARABLE
+    return bool(then.weights and now.weights and same_kind and then.weights != now.weights)
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

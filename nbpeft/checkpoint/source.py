@@ -257,8 +257,10 @@ def push(
     return _translating(lambda: _writing(upload, repo_id), repo_id, "", revision)
 
 
-def present_card(repo_id: str, *, token: str | None, revision: str | None = None, endpoint: str | None = None) -> str:
-    """The README of a repository on the hub; empty where there is none yet.
+def present_file(
+    repo_id: str, name: str, *, token: str | None, revision: str | None = None, endpoint: str | None = None
+) -> str:
+    """The text of a small file of a repository on the hub, such as its README; empty where there is none yet.
 
     Raises:
         CheckpointError: the hub refused or cannot be reached.
@@ -270,7 +272,7 @@ def present_card(repo_id: str, *, token: str | None, revision: str | None = None
     def download() -> str:
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled
-        address = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=endpoint or constants.ENDPOINT)
+        address = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint or constants.ENDPOINT)
         # The client's own download tries again for half a minute where there is no network.
         answer = utils.get_session().get(address, headers=utils.build_hf_headers(token=token), follow_redirects=True)
         try:
@@ -279,7 +281,7 @@ def present_card(repo_id: str, *, token: str | None, revision: str | None = None
             return ""
         return str(answer.content, "utf-8", errors="replace")
 
-    return _translating(lambda: _writing(download, repo_id), repo_id, "README.md", revision)
+    return _translating(lambda: _writing(download, repo_id), repo_id, name, revision)
 
 
 def _writing(call: Callable[[], Result], repo_id: str) -> Result:

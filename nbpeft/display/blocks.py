@@ -45,7 +45,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Pill(Text):
-    """A state in a word or two, on a background of its tone."""
+    """A state in a word or two, on a background of its tone.
+
+    Attributes:
+        saved: what is true of it later, too: seen in its place where no style sheet of ``CURRENT`` is alive.
+    """
+
+    saved: str = ""
+
+
+CURRENT, SAVED = "nbpeft-current", "nbpeft-saved"
+"""CSS classes of what is seen while a state is followed, and of what a saved notebook shows in its place."""
 
 
 Span = str | Text

@@ -73,6 +73,10 @@ def span(item: blocks.Span) -> str:
         return escape(item)
     if not item.text:
         return ""
+    if isinstance(item, blocks.Pill) and item.saved:
+        now, then = span(replace(item, saved="")), span(replace(item, text=item.saved, tone="dim", saved=""))
+        hidden = f'<span class="{blocks.CURRENT}" style="display:none">{now}</span>'
+        return f'{hidden}<span class="{blocks.SAVED}">{then}</span>'
     if isinstance(item, blocks.Pill):
         return (
             f'<span style="{_TONES.get(item.tone, "")};font-weight:600;font-size:12px;white-space:nowrap;'

@@ -171,7 +171,7 @@ def no_adapters(model: ModelState) -> tuple[Line, ...]:
 def missing_model(called: str | None) -> str:
     """What is to be said where there is no model."""
     if called:
-        return f"There is no model {called!r} any more: it was unloaded or deleted."
+        return f"There is no model {called!r} any more: it was unloaded or deleted, or its variable holds another."
     return "No adapted model yet."
 
 

@@ -44,13 +44,14 @@ _MORE = "%lora traceback shows where it failed."
 _LONGEST_ANSWER = 400
 
 
-def training_card(train: TrainState, *, model_name: str = "", hint: str = "") -> Card:
+def training_card(train: TrainState, *, model_name: str = "", hint: str = "", seen: str = "") -> Card:
     """A run: figures, progress, curves, samples, memory and what a person should know.
 
     Args:
         train: the run.
         model_name: what its model is called.
         hint: how to end the run, where there are no buttons.
+        seen: what the clock said, for what a saved notebook shows of a run that goes on; see ``Pill``.
     """
     begun = train.first_step
     planned = (train.total_steps or 0) - begun
@@ -66,8 +67,19 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "") ->
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
         line(dim(hint)),
-        aside=(dim(model_name), Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"))),
+        aside=(dim(model_name), _pill(train, seen)),
     )
+
+
+def _pill(train: TrainState, seen: str) -> Pill:
+    """The status; of a run that goes on also what is true once nobody follows it."""
+    status = "" if train.status in ("starting", "running") else f" ({status_words(train)})"
+    saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
+    return Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"), saved=saved)
+
+
+def _at(train: TrainState) -> str:
+    return f"step {train.step:,}" + (f" of {train.total_steps:,}" if train.total_steps else "")
 
 
 def _subject(train: TrainState) -> str:
@@ -216,10 +228,11 @@ def status_words(train: TrainState) -> str:
     return _WORDS.get(train.status, train.status)
 
 
-def training_text(train: TrainState) -> str:
-    """A run in one line of plain text."""
+def training_text(train: TrainState, *, seen: str = "") -> str:
+    """A run in one line of plain text; see ``training_card`` for ``seen``."""
     total = f"/{train.total_steps}" if train.total_steps else ""
-    parts = [f"{status_words(train)}: step {train.step}{total}"]
+    status = f"last seen {seen}" if seen and train.status not in ENDED else status_words(train)
+    parts = [f"{status}: step {train.step}{total}"]
     if train.loss is not None:
         parts.append(f"loss {numbers.loss(train.loss)}")
     if train.eval_loss is not None:

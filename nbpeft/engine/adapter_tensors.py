@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Pads, SharedState
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import AdaptedParameter
@@ -61,19 +62,40 @@ def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[tuple[nn.Modu
 
 def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> AdapterWeights:
     """Returns references to the tensors that a file of an adapter holds, but for those of the base."""
-    weights = AdapterWeights()
-    for path, layer in layers.items():
-        if name in layer.adapters._modules:
-            weights.adapters[path] = _saved_tensors(path, layer, name, config)
-            start = layer.adapter(name).taken_over
-            if start is not None:
-                weights.starts[path] = start
-    weights.parameters = parameter_paths(layers)
-    for path, module in copies.items():
-        if name in module.modules_to_save._modules:
-            weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
-    shared = shared_state_of(layers, name)
-    weights.shared = {} if shared is None else shared.saved_tensors()
+    shapes = {path: _shapes(path, layer, name, config) for path, layer in layers.items() if name in layer.adapters}
+    return _weights(layers, copies, name, shapes)()
+
+
+def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> Callable[[], AdapterWeights]:
+    """Returns what gives the tensors of ``saved_weights`` as they are when it is called.
+
+    It holds the modules of the adapter, and not the layers and the base model that they are in.
+    """
+    shapes = {
+        # Whoever has more room than it uses asks how much of it that is.
+        path: _shapes(path, layer, name, config)() if isinstance(layer.adapter(name), Pads) else {}
+        for path, layer in layers.items()
+        if name in layer.adapters
+    }
+    return _weights(layers, copies, name, {path: functools.partial(dict, own) for path, own in shapes.items()})
+
+
+def _weights(
+    layers: Layers, copies: Copies, name: str, shapes: Mapping[str, Callable[[], Mapping[str, tuple[int, ...]]]]
+) -> Callable[[], AdapterWeights]:
+    adapters = {path: layers[path].adapter(name) for path in shapes}
+    copied = {path: module.modules_to_save[name] for path, module in copies.items() if name in module.modules_to_save}
+    parameters, shared = parameter_paths(layers), shared_state_of(layers, name)
+
+    def weights() -> AdapterWeights:
+        return AdapterWeights(
+            {path: adapter.saved_tensors(shapes[path]) for path, adapter in adapters.items()},
+            {path: dict(module.state_dict(keep_vars=True)) for path, module in copied.items()},
+            shared={} if shared is None else shared.saved_tensors(),
+            parameters=parameters,
+            starts={path: start for path, adapter in adapters.items() if (start := adapter.taken_over) is not None},
+        )
+
     return weights
 
 
@@ -82,9 +104,12 @@ def parameter_paths(layers: Layers) -> tuple[str, ...]:
     return tuple(path for path, layer in layers.items() if isinstance(layer, AdaptedParameter))
 
 
-def _saved_tensors(path: str, layer: AdaptedLayer, name: str, config: AdapterConfig) -> dict[str, Tensor]:
+def _shapes(
+    path: str, layer: AdaptedLayer, name: str, config: AdapterConfig
+) -> Callable[[], dict[str, tuple[int, ...]]]:
+    """Returns what computes the shapes of an adapter's parameters, without padding."""
     adapter = layer.adapter(name)
-    return adapter.saved_tensors(lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind))
+    return lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
 
 
 def shared_state_of(layers: Layers, name: str) -> SharedState | None:

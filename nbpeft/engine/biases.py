@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class BaseBiases:
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._trained: dict[str, tuple[str, ...]] = {}
 
-    def check(self, adapter: str, names: Sequence[str]) -> None:
+    def check(self, adapter: str, names: Collection[str]) -> None:
         """Raises ConfigError if another adapter trains base biases already, or one has no data to train."""
         others = [other for other in self._trained if other != adapter]
         if names and others:
@@ -44,7 +44,7 @@ class BaseBiases:
             change.keep(originals)
 
     def start(
-        self, adapter: str, names: Sequence[str], values: Mapping[str, Tensor] | None, change: Transaction
+        self, adapter: str, names: Collection[str], values: Mapping[str, Tensor] | None, change: Transaction
     ) -> None:
         """Takes parameters of the base for an adapter, with new values where given.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence, Set
 from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
-from nbpeft.engine.model_tree import Site, embedding_of, reader_of
+from nbpeft.engine.model_tree import Site, embedding_of, parameter_counts, reader_of
 from nbpeft.engine.registry import resolve_layer_kind
 from nbpeft.errors import PeftWarning, TargetError, shown
 
@@ -106,7 +106,7 @@ def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
     stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
     if not stacked or any(map(taken, stacked)):
         return
-    share = sum(stacked.values()) / sum(parameter.numel() for parameter in model.parameters())
+    share = sum(stacked.values()) / parameter_counts(model)[1]
     which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
     warnings.warn(
         f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales
-from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half, is_training
+from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half, is_training, weights_source
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
@@ -71,22 +71,64 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
         UnknownAdapterError: there is no such adapter.
     """
     with manager.reading():
-        weights = copied_weights(manager.weights(name), "cpu")
-        weights.base = copied(manager.values_in_base(name), "cpu")
-        return KeptAdapter(
-            name=name,
-            config=manager.configs[name],
-            weights=weights,
-            place=manager.names.index(name),
-            selected=manager.selected,
-            frozen=name in manager.frozen,
-            training=is_training(manager.layers, name),
-            unsaved=name in manager.unsaved,
-            scale=manager.scale(name),
-            half=is_half(manager.layers, name),
-            scalings=_scalings(manager, name),
-            patterns=_patterns(manager.configs[name]),
-        )
+        return Keeper(manager, name)()
+
+
+class Keeper:
+    """Does ``keep`` later, also when the model is gone: it holds the modules of the adapter, and not the base model.
+
+    The tensors are then those of that moment, and all else is as it was at the last ``update``.
+
+    Args:
+        manager: the model's adapters.
+        name: one of them.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+
+    def __init__(self, manager: AdapterManager, name: str) -> None:
+        manager.require(name)
+        self._name = name
+        self._known_by = self._identity(manager)
+        self._tensors = weights_source(manager.layers, manager.copies, name, manager.configs[name])
+        self.update(manager)
+
+    def fits(self, manager: AdapterManager) -> bool:
+        """Whether the adapter of that name is the same one still."""
+        return self._name in manager.configs and self._identity(manager) == self._known_by
+
+    def update(self, manager: AdapterManager) -> None:
+        """Takes over what the adapter is besides its tensors."""
+        self._of_base, self._settings = manager.values_in_base(self._name), _settings(manager, self._name)
+
+    def __call__(self) -> KeptAdapter:
+        """The adapter, in host memory."""
+        weights = copied_weights(self._tensors(), "cpu")
+        weights.base = copied(self._of_base, "cpu")
+        return KeptAdapter(weights=weights, **self._settings)
+
+    def _identity(self, manager: AdapterManager) -> tuple[int, ...]:
+        """What changes when other modules take the place of the adapter's; they are held, so that no id comes again."""
+        held = (layer.adapters._modules.get(self._name) for layer in manager.layers.values())
+        return id(manager.configs[self._name]), *(id(module) for module in held if module is not None)
+
+
+def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
+    """What is kept of an adapter besides its tensors."""
+    return dict(
+        name=name,
+        config=manager.configs[name],
+        place=manager.names.index(name),
+        selected=manager.selected,
+        frozen=name in manager.frozen,
+        training=is_training(manager.layers, name),
+        unsaved=name in manager.unsaved,
+        scale=manager.scale(name),
+        half=is_half(manager.layers, name),
+        scalings=_scalings(manager, name),
+        patterns=_patterns(manager.configs[name]),
+    )
 
 
 def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = False) -> None:

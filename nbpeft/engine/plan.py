@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import nbpeft.engine.backends
 import nbpeft.engine.layer_kinds
@@ -38,6 +38,7 @@ from nbpeft.engine.model_tree import (
     bare_modules,
     embedding_of,
     frozen_module,
+    parameter_counts,
     reader_of,
     sharing_embedding,
     walk,
@@ -128,6 +129,24 @@ class Target:
         return sum(math.prod(shape) for name, shape in own.items() if name not in others)
 
 
+class Extent(NamedTuple):
+    """How much something takes that is in the base model already.
+
+    Attributes:
+        count: number of parameters.
+        byte_count: bytes, in the base's own dtype.
+    """
+
+    count: int = 0
+    byte_count: int = 0
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor]) -> Extent:
+        """The extent of some parameters together."""
+        sizes = [(parameter.numel(), parameter.numel() * parameter.element_size()) for parameter in parameters]
+        return cls(sum(count for count, _ in sizes), sum(byte_count for _, byte_count in sizes))
+
+
 @dataclass(frozen=True)
 class InjectionPlan:
     """Everything that applying a config would change in a model.
@@ -136,8 +155,8 @@ class InjectionPlan:
         method: label of the method.
         config: a copy of the config with its targets resolved.
         targets: what gets an adapter, in model order.
-        copies: paths of modules trained as a whole, with their parameter counts.
-        biases: names of base parameters trained along.
+        copies: paths of modules trained as a whole, with what their copies take; what shares another's takes nothing.
+        biases: names of base parameters trained along, with what they take.
         excluded: paths that the targets name and ``exclude_modules`` takes out.
         missing: targets that match nothing.
         shared: name -> shape of the tensors that the layers share, where the method has such.
@@ -147,8 +166,8 @@ class InjectionPlan:
     method: str
     config: AdapterConfig
     targets: tuple[Target, ...]
-    copies: dict[str, int]
-    biases: tuple[str, ...]
+    copies: dict[str, Extent]
+    biases: dict[str, Extent]
     excluded: tuple[str, ...]
     missing: tuple[str, ...]
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -167,14 +186,20 @@ class InjectionPlan:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters added: adapters, what they share, and copies."""
-        own = sum(target.parameter_count for target in self.targets)
-        return own + self.shared_count + sum(self.copies.values())
+        """Parameters that train: of adapters, what they share, copies and biases."""
+        return self._added_count + sum(extent.count for extent in self._of_base)
 
     @property
-    def shared_count(self) -> int:
-        """Elements of the tensors that all targets share."""
-        return sum(math.prod(shape) for shape in self.shared.values())
+    def _of_base(self) -> list[Extent]:
+        """What trains in the place of something of the base model."""
+        return [*self.copies.values(), *self.biases.values()]
+
+    @property
+    def _added_count(self) -> int:
+        """Parameters that train and are new."""
+        state = method_of(self.config).shared
+        trained = self.shared.values() if state is not None and state.is_trained else ()
+        return sum(target.parameter_count for target in self.targets) + sum(map(math.prod, trained))
 
     def not_tied_in(self, weights: AdapterWeights) -> list[Target]:
         """The targets that use the tensors of another one and have others of their own in loaded ones."""
@@ -204,12 +229,20 @@ class InjectionPlan:
                         f"the file has other {name} for {target.path} than for {owner}, which share one ({self.method})"
                     )
 
-    def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of the added parameters in a dtype, and of what is shared in its own."""
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the parameters that train; the new ones are float32."""
+        return self._added_count * torch.float32.itemsize + sum(extent.byte_count for extent in self._of_base)
+
+    @property
+    def frozen_byte_count(self) -> int:
+        """Bytes of what the layers share and nobody trains, such as drawn projections."""
         state = method_of(self.config).shared
-        others = {} if state is None else state.other_dtypes(self.shared)
-        wider = sum(math.prod(self.shared[name]) * (own.itemsize - dtype.itemsize) for name, own in others.items())
-        return self.parameter_count * dtype.itemsize + wider
+        if state is None or state.is_trained:
+            return 0
+        others = state.other_dtypes(self.shared)
+        sizes = {name: others.get(name, torch.float32).itemsize for name in self.shared}
+        return sum(math.prod(shape) * sizes[name] for name, shape in self.shared.items())
 
 
 def plan(
@@ -330,14 +363,14 @@ def _plan_for_calls(
     target = _target(site, config, method)
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
     _check_size(model, [target], {})
-    return InjectionPlan(method.label, config, (target,), copies, (), (), ())
+    return InjectionPlan(method.label, config, (target,), copies, {}, (), ())
 
 
 def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
     shapes = [*shared.values(), *(shape for target in targets for shape in target.saved_shapes.values())]
     size = sum(map(math.prod, shapes)) + sum(target.unsaved for target in targets)
-    if size > _LARGEST and size > 10 * sum(parameter.numel() for parameter in model.parameters()):
+    if size > _LARGEST and size > 10 * parameter_counts(model)[1]:
         raise ConfigError(f"the adapter would have {size:,} numbers, many times the model's: are its sizes right?")
 
 
@@ -400,15 +433,13 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     return found
 
 
-def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, int]:
+def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
     """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
     if not names:
         return {}
     wanted = set(names)
     found = {
-        site.path: sum(parameter.numel() for parameter in site.module.parameters())
-        for site in sites
-        if matches_segment_names(site.path, wanted)
+        site.path: Extent.of(site.module.parameters()) for site in sites if matches_segment_names(site.path, wanted)
     }
     matched = {suffix for path in found for suffix in suffixes(path)}
     missing = [name for name in names if name not in matched]
@@ -422,7 +453,7 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
         if site.path in found:
             check_copy(site.path, site.module, site.wrapper)
     inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
-    return {path: count for path, count in found.items() if path not in inner}
+    return {path: extent for path, extent in found.items() if path not in inner}
 
 
 def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, nn.Module]:
@@ -432,12 +463,12 @@ def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict
     return sharing_embedding(model, ((site.path, site.module) for site in sites))
 
 
-def _tied_copies(copies: Mapping[str, int], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, int]:
+def _tied_copies(copies: Mapping[str, Extent], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Extent]:
     """The modules that are copied because one with the same weight is, whose tensors they share; no parameters each."""
     copied = {id(site.module) for site in sites if site.path in copies}
     if not any(id(module) in copied for module in tied.values()):
         return {}
-    return {path: 0 for path, module in tied.items() if id(module) not in copied}
+    return {path: Extent() for path, module in tied.items() if id(module) not in copied}
 
 
 def _with_tied(
@@ -628,16 +659,16 @@ def adaptable_paths(sites: list[Site]) -> list[str]:
     return [site.path for site in sites if resolve_layer_kind(site.module) and resolve_backend(site.module)]
 
 
-def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> tuple[str, ...]:
-    """Names (in the bare base model) of base biases that train along; those of copied modules do in the copy."""
+def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> dict[str, Extent]:
+    """Base biases that train along, by their names in the bare base model; those of copied modules do in the copy."""
     kind = getattr(config, "bias", "none")
     if kind == "none":
-        return ()
+        return {}
     copied = tuple(f"{path}." for path in copies)
-    return tuple(
-        f"{path}.bias" if path else "bias"
+    return {
+        f"{path}.bias" if path else "bias": Extent.of([bias])
         for path, module in bare_modules(model)
-        if isinstance(module._parameters.get("bias"), nn.Parameter)
+        if isinstance(bias := module._parameters.get("bias"), nn.Parameter)
         and (kind == "all" or path in adapted)
         and not f"{path}.".startswith(copied)
-    )
+    }

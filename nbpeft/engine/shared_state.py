@@ -21,6 +21,9 @@ class SharedState(nn.Module):
     made_from: ClassVar[tuple[str, ...]] = ()
     """Fields that say, with its shapes, what ``create`` makes where no file holds it."""
 
+    is_trained: ClassVar[bool] = True
+    """Whether its tensors are trained, or else frozen."""
+
     named_first: ClassVar[tuple[str, ...]] = ()
     """Of its modules, which give tensors by name, those of which PEFT has these by name first and then by adapter."""
 
@@ -105,6 +108,7 @@ class DrawnTensors(SharedState):
     """
 
     made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection")
+    is_trained: ClassVar[bool] = False
     names: ClassVar[tuple[str, str]]
 
     def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:

@@ -20,7 +20,7 @@ _PHRASES = {
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=\{('\w+': '.*?')\}")
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
-_MODEL = re.compile(r"\bmodel='(\w+)'")
+_MODEL = re.compile(r"\bmodel='([^']+)'")
 _PAIR = r"'(\w+)': '(.*?)'(?:, )?(?=(')?)"
 
 
@@ -28,6 +28,11 @@ def _as_option(pair: re.Match[str]) -> str:
     """``'prompt': 'my question', `` as ``prompt="my question" ``."""
     column = f'"{pair[2]}"' if " " in pair[2] else pair[2]
     return f"{pair[1]}={column}{' ' if pair[3] else ''}"
+
+
+def _with_model(name: re.Match[str]) -> str:
+    """``model='a'`` as ``--model a``; a name with spaces in quotes."""
+    return f'--model "{name[1]}"' if " " in name[1] else f"--model {name[1]}"
 
 
 def _with_option(argument: re.Match[str]) -> str:
@@ -44,7 +49,7 @@ def in_cell_spelling(said: Any) -> Any:
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
         said = _COLUMNS.sub(lambda found: f"--columns {re.sub(_PAIR, _as_option, found[1])}", said)
-        return _ARGUMENT.sub(_with_option, _MODEL.sub(r"--model \1", said))
+        return _ARGUMENT.sub(_with_option, _MODEL.sub(_with_model, said))
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
         changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}

@@ -9,6 +9,7 @@ from typing import Any
 
 from IPython.core import magic
 from IPython.core.error import UsageError
+from IPython.display import display
 from traitlets import Enum, Unicode, observe
 
 from nbpeft.errors import CellError, NbpeftError, TrainingInterrupted, in_one_line
@@ -24,6 +25,7 @@ from nbpeft.magics.tokenize import tokenize
 from nbpeft.session import Session, StatusReport, get_session
 from nbpeft.session.fields import module_names
 from nbpeft.session.handles import is_module
+from nbpeft.session.results import Notice
 
 # Typed Any: their own types fit plain functions, not methods.
 _as_typed: Any = magic.no_var_expand
@@ -119,7 +121,6 @@ class NbpeftMagics(magic.Magics):
                 line = f"{name} --help"
             request = parse_line(line, SUBCOMMANDS, notebook.namespace)
             if request is None:
-                self.session.adopt(notebook.namespace)
                 return StatusReport(self.session.state)
             prog = f"%lora {request.command.name}"
         else:
@@ -147,10 +148,14 @@ class NbpeftMagics(magic.Magics):
         if silent and cell is None:
             line = line.rstrip().rstrip(";")
         interrupted: TrainingInterrupted | None = None
+        self.session.adopt(self.shell.user_ns)
+        self._show_notices()
         try:
             result = self._run(name, line, cell, silent=silent)
+            self._show_notices()
             return None if silent else in_cell_spelling(result)
         except NbpeftError as error:
+            self._show_notices()
             message = _message(error, cell)
             self._keep_traceback(error)
         except TrainingInterrupted as error:
@@ -165,6 +170,11 @@ class NbpeftMagics(magic.Magics):
         if interrupted is not None:
             raise interrupted
         raise UsageError(message)
+
+    def _show_notices(self) -> None:
+        """Shows what a person should know besides what the command gives, each in a line."""
+        for words in self.session.notices():
+            display(Notice(in_cell_spelling(words)))
 
     def _keep_traceback(self, error: BaseException) -> None:
         """Keeps the traceback as text, and nothing that its frames hold."""

@@ -16,11 +16,13 @@ from nbpeft.magics.body import evaluate_expression, expression_of, look_up, pars
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
+from nbpeft.session.results.base import ModelResult
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _FILE = re.compile(rf"(?i)([^\[\]()]+)\.({'|'.join(suffix[1:] for suffix in DATA_SUFFIXES)})(?:\[[^\]]*\])?")
 _HUB_NAME = re.compile(r"([\w.-]+)/([\w.-]+)(?::[\w.-]+){0,2}(?:\[[^\]]*\])?")
 """``user/name:config:split[:1000]``."""
+_NUMBER = re.compile(r"\d{1,9}|\d?\.\d{1,9}")
 _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 
@@ -67,11 +69,12 @@ class NotebookContext:
     cell: str | None = None
     silent: bool = False
 
-    def source(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """The text of the magic, to run it again another day, without fields that hold a token or password.
+    def source(self, fields: Mapping[str, Any], rows: Mapping[str, str | None]) -> dict[str, str]:
+        """The text of the magic, to be shown another day, without fields that hold a token or password.
 
         Args:
             fields: of the magic, evaluated.
+            rows: what the line says of the rows: option -> text. What ``by_name`` takes is kept, too.
         """
         secret = {name.partition(".")[0] for name in without_secrets(fields)[1]}
         shown = [item for item in parse_body(self.cell or "") if item.name not in secret]
@@ -79,11 +82,12 @@ class NotebookContext:
         return {
             "line": masked(re.sub(rf"(?<!\S)(?:{words})=\S*", "", self.line)).strip(),
             "cell": "\n".join(masked(f"{item.name} = {ast.unparse(item.value)}") for item in shown),
+            **{option: text for option, text in rows.items() if text is not None and self.by_name(text) is not None},
         }
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""
-        known = [name for name in self.session.names if name in self.namespace]
+        known = list(self.session.names)
         return known + [
             name
             for name, value in list(self.namespace.items())
@@ -97,6 +101,8 @@ class NotebookContext:
             CellError: the variable is not there, or holds no model; names those that do.
         """
         text = reference(name) or name
+        if text not in self.namespace and text in self.session.names:  # no variable holds it any more
+            return self.session.model(text)
         if text not in self.namespace:
             raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text)}")
         value = self.namespace[text]
@@ -128,24 +134,27 @@ class NotebookContext:
             CellError: none is named and it is not clear which one is meant, or no model is called that.
             AdapterError: the model carries no adapters.
         """
-        model, names = self.chosen(name), self.session.names
-        if model is None and names and (len(names) > 1 or self.session.state.current is None):
+        model, names = self.chosen(name), self.session.choices
+        if model is None and len(names) > 1:
             raise which_model(names, command)
-        found = model if is_module(model) else self.session.model(model)
+        found = model if is_module(model) else self.session.model(model, command=command)
         return self.session.watch(found, name=name)
 
     def chosen(self, name: str | None) -> Any:
         """Return the model of a command as the session takes it: a module, a session name, or None for the only one.
 
-        The present value of a variable has precedence over a model that it held before.
+        What a variable holds now has precedence over a model that the session calls so.
 
         Raises:
             CellError: no model is called that.
         """
-        self.session.adopt(self.namespace)
-        if name is None or (name in self.session.names and not is_module(self.namespace.get(name))):
-            return name
-        return self.module(name)
+        return name if name is None or name in self.session.past_names else self.module(name)
+
+    def bind(self, variable: str | None, result: ModelResult) -> None:
+        """Let a variable that holds a model hold that of a result, which keeps it alive no longer."""
+        if variable is not None and is_module(self.namespace.get(variable)):
+            self.namespace[variable] = result.model
+        result.release()
 
     def replace(self, old: object, new: object) -> None:
         """Let every variable that holds one object hold another."""
@@ -163,6 +172,21 @@ class NotebookContext:
         if name.isidentifier():
             return look_up(name, self.namespace)
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
+
+    def by_name(self, text: object) -> Any:
+        """Return what a text names that may be a stranger's, such as one out of a file; None where it names nothing.
+
+        Nothing is evaluated: it is a variable, a file with rows that is there, or a number.
+        """
+        if not isinstance(text, str):
+            return None
+        name = reference(text) or text
+        if name.isidentifier():
+            return None if name.startswith("_") else self.namespace.get(name)
+        if _NUMBER.fullmatch(text):
+            return float(text) if "." in text else int(text)
+        found = _FILE.fullmatch(text)
+        return text if found and os.path.isfile(f"{found[1]}.{found[2]}") else None
 
     def data(self, text: str, option: str) -> Any:
         """Return what an option for rows names: a variable or expression, a file, or a dataset on the hub.
@@ -232,9 +256,8 @@ class NotebookContext:
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:
-    """The error for a command that was not given a model: the only one left is not taken for one that is gone."""
-    why = "several models" if len(names) > 1 else "the model used last is unloaded or gone"
-    return CellError(f"{why}: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
+    """The error for a command that was not given a model, where there are several."""
+    return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
 
 
 def _is_tokenizer(value: object) -> bool:

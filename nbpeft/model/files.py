@@ -28,11 +28,14 @@ from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 from nbpeft.model.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
+from nbpeft.model.saved_places import note_place, note_saved, note_written_over, owner_of
 from nbpeft.model.sharded import gathered, is_sharded, noted_fingerprint
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 _ROOT_ADAPTER = "default"
+_WRAPPED = ("", ".base_layer")
+"""What stands in a key between the path of an embedding and its weight."""
 
 
 Rewrite = Callable[[str, AdapterConfig, AdapterWeights], tuple[AdapterConfig, AdapterWeights]]
@@ -144,6 +147,8 @@ def read(
                 change.keep(vars(given))
                 vars(given).update(vars(manager.configs[name]))
                 manager.configs[name] = given
+        if single is None and not hub and os.path.isdir(os.path.expanduser(source)):
+            note_place(manager, name, source)
         return LoadResult(loaded.missing, loaded.unexpected)
 
     return load
@@ -323,6 +328,7 @@ def save(
     pickled: bool = False,
     write: bool = True,
     base: checkpoint.Fingerprint | None = None,
+    replace: bool = True,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters. Where they are sharded over processes, all of them call it, and one writes.
 
@@ -341,9 +347,13 @@ def save(
         pickled: write the tensors as PEFT's old ``.bin``.
         write: whether this process writes.
         base: fingerprint of the base model, taken before that was sharded; taken here by default.
+        replace: write over another adapter that a folder holds; by default as PEFT does.
 
     Returns:
         Adapter name -> what was written.
+
+    Raises:
+        AdapterExistsError: a folder holds another adapter, and that is not to be replaced.
     """
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
@@ -370,6 +380,10 @@ def save(
             ready[places[name]] = config, _under_keys(config, weights)
         if not ready or not write:
             return {}
+        targets = {name: Path(os.path.expanduser(folder), place) for name, place in places.items()}
+        if not replace:
+            for name, target in targets.items():
+                _refuse_other(manager, name, target, ready[places[name]][1], print_)
         first = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
         card = _card_config(manager, first)
         written = checkpoint.write_checkpoints(
@@ -381,13 +395,44 @@ def save(
             tags=_card_tags(manager.model),
             facts=facts,
             pickled=pickled,
+            names={place: name for name, place in places.items()},
         )
     for name in chosen:
         if notes[places[name]]:
             mark_left(manager, name)
     if stays:
-        mark_saved(manager, *chosen)
+        note_saved(manager, targets)
+    else:  # something made of the adapters, or a copy that goes again
+        note_written_over(targets.values())
     return {name: written[place] for name, place in places.items()}
+
+
+def _refuse_other(
+    manager: AdapterManager,
+    name: str,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    base: checkpoint.Fingerprint | None,
+) -> None:
+    """Refuses to write over another adapter.
+
+    Raises:
+        AdapterExistsError: the folder holds one.
+    """
+    owner = owner_of(manager, name, folder)
+    if owner is None:
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        embeddings = [key.rpartition(".") for key in embedding_weights(manager.model)]
+        optional = {f"{checkpoint.PREFIX}{path}{middle}.{leaf}" for path, _, leaf in embeddings for middle in _WRAPPED}
+        found = checkpoint.other_adapter(folder, name, shapes, base, optional=optional)
+    else:
+        of_another = " of another model" if owner == name else ""
+        found = f"another adapter, {owner!r}{of_another}" if owner else ""
+    if found:
+        where = checkpoint.shown(folder)
+        raise AdapterExistsError(
+            f"{where} holds {found}: choose another folder for {name!r}, or replace it (replace=…)", name=name
+        )
 
 
 def _loses_start(manager: AdapterManager, name: str) -> bool:
@@ -592,6 +637,7 @@ def push(
     *,
     name: str | None = None,
     facts: checkpoint.CardFacts | None = None,
+    replace: bool = True,
     **kwargs: Any,
 ) -> str:
     """Saves adapters into a temporary folder and uploads it.
@@ -601,20 +647,32 @@ def push(
         repo_id: ``user/name``.
         name: the adapter that goes into the repository itself; None: ``default`` does, others go into folders.
         facts: what the card says besides the config; a card that the repository has keeps its own text.
+        replace: upload over another adapter that the repository holds; by default as PEFT does.
         **kwargs: as for ``checkpoint.push``.
 
     Returns:
         The address of the commit.
+
+    Raises:
+        AdapterExistsError: the repository holds another adapter, and that is not to be replaced.
     """
     manager.check_alive()
+    hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
     with checkpoint.scratch_folder() as folder:
         if facts is not None:
-            hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
-            present = checkpoint.present_card(repo_id, **hub)
+            present = checkpoint.present_file(repo_id, "README.md", **hub)
             if present:
                 (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
         save(manager, folder, names=names, flat=name is not None, facts=facts, stays=False)
+        if not replace:
+            own = (folder / checkpoint.CONFIG_NAME).read_text(encoding="utf-8")
+            found = checkpoint.other_config(checkpoint.present_file(repo_id, checkpoint.CONFIG_NAME, **hub), own)
+            if found:
+                raise AdapterExistsError(
+                    f"{repo_id} holds {found}: choose another repository for {names[0]!r}, or replace it (replace=…)",
+                    name=names[0],
+                )
         pushed = checkpoint.push(folder, repo_id, **kwargs)
     mark_saved(manager, *names)
     return pushed

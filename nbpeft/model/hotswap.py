@@ -24,6 +24,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, shortened
 from nbpeft.model.files import HUB_OPTIONS, embedding_weights, not_floating
+from nbpeft.model.saved_places import note_place
 
 _CHECKS = ("error", "warn", "ignore")
 
@@ -70,6 +71,8 @@ def hotswap_adapter(
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
     swapped = _swap(model, manager, adapter_name, config, saved.unread, kwargs.get("key_mapping"), validate, done)
+    if not hub and os.path.isdir(os.path.expanduser(model_name_or_path)):
+        note_place(manager, adapter_name, model_name_or_path)
     if note is not None and not note.startswith("the adapter does not say"):
         warnings.warn(note, stacklevel=2)
     return swapped

@@ -16,7 +16,7 @@ from nbpeft.engine.base import onloaded
 from nbpeft.engine.model_tree import bare_modules, is_quantized_layer
 from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
-from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, few
 
 
 def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
@@ -32,9 +32,9 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
     except (OSError, ValueError) as error:
         raise CheckpointNotFoundError(f"no config of a model in {folder}: {str(error).splitlines()[0]}") from None
     names = list(getattr(config, "architectures", None) or [])
-    model_class = getattr(transformers, names[0], None) if names else None
-    if model_class is None:
-        raise ConfigError(f"the config in {folder} names no class of transformers ({', '.join(names) or 'none'})")
+    model_class = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ConfigError(f"the config in {folder} names no class of transformers ({few(names) if names else 'none'})")
     if hasattr(config, "quantization_config"):
         raise ConfigError(f"the weights in {folder} are quantized: load that model and give it instead of the folder")
     with torch.device("meta"):

@@ -30,7 +30,6 @@ class MethodFacts:
         swaps: whether another adapter can take its place while the model runs.
         quantized: whether it goes on quantized layers.
         dequantizes: whether it needs the whole weight of such a layer in each call.
-        trains_shared: whether it trains what its layers share.
         serves_rows: whether a batch whose rows are served by several of its adapters is one pass.
     """
 
@@ -38,7 +37,6 @@ class MethodFacts:
     swaps: bool
     quantized: bool
     dequantizes: bool
-    trains_shared: bool
     serves_rows: bool
 
 
@@ -76,7 +74,6 @@ def facts_of_method(method: Method) -> MethodFacts | None:
         and not (shared and shared.is_saved(config)),
         quantized=adapter.takes_quantized,
         dequantizes=adapter.reads_weight and not acts_beside,
-        trains_shared=shared is not None and any(True for _ in shared.parameters()),
         serves_rows=isinstance(adapter, ServesRows),
     )
 

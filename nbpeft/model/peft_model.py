@@ -80,7 +80,7 @@ class PeftModel(nn.Module):
         super().__init__()
         model = _base_for(model, peft_config)
         manager = manager_of(model) or AdapterManager(model)
-        config = files.with_base_name(self._complete(peft_config), model)
+        config = self.completed(peft_config, model)
         put = manager.prepare(
             adapter_name,
             config,
@@ -127,7 +127,13 @@ class PeftModel(nn.Module):
         found: AdapterManager = self.__dict__[MANAGER]
         return found
 
-    def _complete(self, config: AdapterConfig) -> AdapterConfig:
+    @classmethod
+    def completed(cls, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+        """Returns a config as it goes onto a base model: with what the task adds to it, and the base's name."""
+        return files.with_base_name(cls._complete(config), model)
+
+    @classmethod
+    def _complete(cls, config: AdapterConfig) -> AdapterConfig:
         """Returns the config with what a task adds to it; here nothing."""
         return config
 
@@ -330,7 +336,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Adds another adapter to the model; it does not become active."""
         self._check_live()
-        config = files.with_base_name(self._complete(peft_config), self.get_base_model())
+        config = self.completed(peft_config, self.get_base_model())
         with self.manager.transaction():
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
             self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)

@@ -20,11 +20,12 @@ class _TaskModel(PeftModel):
     heads: ClassVar[tuple[str, ...]] = ()
     """Names of heads that start random and are therefore trained and saved too."""
 
-    def _complete(self, config: AdapterConfig) -> AdapterConfig:
-        if not self.heads or not hasattr(config, "modules_to_save"):
+    @classmethod
+    def _complete(cls, config: AdapterConfig) -> AdapterConfig:
+        if not cls.heads or not hasattr(config, "modules_to_save"):
             return config
-        names = dict.fromkeys([*(config.modules_to_save or ()), *self.heads])
-        return config.copy(modules_to_save=list(names), task_type=config.task_type or self.task)
+        names = dict.fromkeys([*(config.modules_to_save or ()), *cls.heads])
+        return config.copy(modules_to_save=list(names), task_type=config.task_type or cls.task)
 
     def _run(self, named: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
         given = {name: value for name, value in named.items() if value is not None}

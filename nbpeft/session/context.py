@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, BusyError, in_one_line
@@ -17,7 +18,8 @@ from nbpeft.session.history import History
 from nbpeft.session.lock import CommandLock
 from nbpeft.session.registry import ModelRegistry, TrackedModel
 from nbpeft.session.results import CommandResult
-from nbpeft.state import SessionState
+from nbpeft.session.variables import Variables
+from nbpeft.state import PastState, SessionState
 from nbpeft.subscribers import Subscribers
 
 if TYPE_CHECKING:
@@ -43,14 +45,14 @@ class SessionContext:
     Attributes:
         lock: lets one command run at a time.
         models: the adapted models.
+        variables: of the notebook, where there is one.
         subscribers: called with every new state.
         run_subscribers: called with every run that starts.
-        runs: model name -> the run that trains it now.
-        background: model name -> its last training in the background.
-        results: model name -> what came of its last training, the newest last.
+        runs: model -> the run that trains it now; None for a model without adapters.
+        background: model -> its last training in the background.
+        last_result: what came of the last training.
         tokenizers: base model -> the tokenizer that was given for it last.
         conversations: base model -> who answered -> (prompt, answer) of each turn of the last conversation.
-        combinations: (model name, adapter name) -> config of an adapter that ``combine`` made.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         last_traceback: of the last command that failed, as text.
         history: adapters that commands deleted or replaced.
@@ -62,15 +64,15 @@ class SessionContext:
 
     def __init__(self) -> None:
         self.lock = CommandLock()
-        self.models = ModelRegistry(self._model_changed)
+        self.variables = Variables(self)
+        self.models = ModelRegistry(self._model_changed, self.variables)
         self.subscribers, self.run_subscribers = Subscribers(), Subscribers()
-        self.runs: dict[str, Run] = {}
-        self.background: dict[str, BackgroundTraining] = {}
-        self.results: dict[str, TrainResult] = {}
+        self.runs: dict[TrackedModel | None, Run] = {}
+        self.background: weakref.WeakKeyDictionary[TrackedModel, BackgroundTraining] = weakref.WeakKeyDictionary()
+        self.last_result: TrainResult | None = None
         self.tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.conversations: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[str, str], ...]]]
         self.conversations = weakref.WeakKeyDictionary()
-        self.combinations: dict[tuple[str, str], weakref.ref[Any]] = {}
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.last_traceback = ""
         self.history = History()
@@ -92,7 +94,7 @@ class SessionContext:
         with self.lock.try_lock() as free:
             if not free:
                 last = self._last
-                return SessionState(last.models, last.current, self.lock.busy, last.revision, last.notes), False
+                return replace(last, busy=self.lock.busy), False
             current = self.models.current
             self._last = SessionState(
                 models=tuple(tracked.state() for tracked in self.models.all()),
@@ -100,6 +102,7 @@ class SessionContext:
                 busy=self.lock.busy,
                 revision=self._revision,
                 notes=tuple(self.notes),
+                past=tuple(PastState(past.name, past.words) for past in self.history.models),
             )
             return self._last, True
 
@@ -163,6 +166,7 @@ class SessionContext:
         model = uncompiled(model)
         if not is_module(model):
             raise AdapterError(f"expected a model, or the name of one, not {model!r:.60}")
+        self.variables.look()
         tracked = self.models.find(model)
         if tracked is None:
             handle: Any = model if is_handle(model) else handle_over(model)
@@ -191,15 +195,14 @@ class SessionContext:
             line = f"{line} ({tracked.name})"
         return CommandResult(line, tracked.state(), tuple(notes))
 
-    def keep_result(self, model: str, result: TrainResult) -> None:
+    def keep_result(self, tracked: TrackedModel, result: TrainResult) -> None:
         """Remember what came of the training of a model, of whatever way it ended."""
-        self.results.pop(model, None)
-        self.results[model] = result
+        tracked.result = self.last_result = result
 
     @property
     def training_in_background(self) -> BackgroundTraining | None:
         """The training that runs in the background."""
-        return next((training for training in self.background.values() if not training.ended), None)
+        return next((training for training in list(self.background.values()) if not training.ended), None)
 
     def refuse_another_training(self) -> None:
         """Refuse a training while one runs in the background.
@@ -214,7 +217,7 @@ class SessionContext:
 
     def end_trainings(self) -> None:
         """Stop what trains in the background, and wait for the end of the step it is in."""
-        for training in self.background.values():
+        for training in list(self.background.values()):
             training.control.request_stop("the session was closed")
             training.join()
 
@@ -222,6 +225,7 @@ class SessionContext:
         """End what runs in the background, and forget models and subscribers."""
         self.end_trainings()
         self.models.clear()
+        self.variables.clear()
         self.history.clear()
         self.subscribers.clear()
         self.run_subscribers.clear()
@@ -270,6 +274,7 @@ class _Command:
                 with held.released():
                     context.publish()
                 context.changed = True
+            notes += context.variables.take_notices()
             entered.enter_context(collapsed())
             if self._gather:
                 entered.enter_context(_WarningsAsNotes(notes, block))

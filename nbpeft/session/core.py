@@ -35,7 +35,7 @@ from nbpeft.session.commands.training import run_place
 from nbpeft.session.configs import combination_types, method_names
 from nbpeft.session.context import SessionContext
 from nbpeft.session.fields import Field, fields
-from nbpeft.session.handles import is_handle, is_live, uncompiled
+from nbpeft.session.handles import uncompiled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,9 +85,9 @@ class Session:
 
     A model is known by the name of its variable and held weakly. Every command that takes
     ``model`` accepts that name, the model itself, or None for the only model that carries adapters;
-    where several do, None is refused. When the model used last is unloaded or gone, none that is left takes
-    its place until a command names it. A command that fails leaves model, session and disk as they were;
-    one that another thread runs meanwhile makes it raise ``BusyError`` at once.
+    where several do, None is refused. When the model used last is unloaded or gone, the only one that is left takes
+    its place, and that is noted; to merge or unload it has to be named. A command that fails leaves model, session and
+    disk as they were; one that another thread runs meanwhile makes it raise ``BusyError`` at once.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class Session:
     @property
     def last_result(self) -> TrainResult | None:
         """The result of the last training that finished, was stopped or interrupted; None before the first."""
-        return next(reversed(self.context.results.values()), None)
+        return self.context.last_result
 
     @property
     def last_traceback(self) -> str:
@@ -240,28 +240,31 @@ class Session:
         return tracked.name
 
     def adopt(self, variables: Mapping[str, object]) -> None:
-        """Track the adapted models among variables that are not tracked yet.
+        """Follow the variables of a notebook from now on: before each command they are looked at.
 
-        A model that was forgotten under a name keeps the newest variable's name. Only a model that
-        is the first and only one becomes the current one. Cheap, and imports nothing: without
-        ``nbpeft.model`` nothing can be adapted.
+        Adapted models among them are tracked; only one that is the first and only one becomes the current one. A model
+        whose variable holds something else is called by another variable that holds it, or ``NAME (before)``. Of
+        one that is gone, adapters that were trained and not saved are kept for ``undo``. ``notices`` says so. Cheap,
+        and imports nothing: without ``nbpeft.model`` nothing can be adapted.
         """
-        if "nbpeft.model" not in sys.modules:
-            return
-        models = self.context.models
-        known = models.all()
-        new = []
-        for name, value in list(variables.items()):
-            if not name.startswith("_") and is_handle(value):
-                handle: Any = value
-                if is_live(handle) and models.find(handle) is None:
-                    new.append(models.add(name, handle, select=False))
-        if len(new) == 1 and not known:
-            models.select(new[0])
-        if new:
-            self.context.publish()
+        self.context.variables.follow(variables)
 
     # For front ends
+
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know before the next command, e.g. that a variable holds another model; each once."""
+        self.context.variables.look()
+        return self.context.variables.take_notices()
+
+    @property
+    def past_names(self) -> tuple[str, ...]:
+        """Names of the models that are gone, and of which adapters can be brought back."""
+        return self.context.history.model_names
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Names of the models that a command without one may mean: those whose variable holds them."""
+        return self.context.models.choices
 
     would_reuse = _question(quantizing.would_reuse)
 

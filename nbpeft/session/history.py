@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class PastAdapter:
         did: what happened to it, e.g. ``deleted``.
         successor: config of what took its place, by which that is known again; None where nothing did.
         requested: what ``TrackedModel.requested`` had of it.
-        combination: what ``SessionContext.combinations`` had of it.
+        combination: what ``TrackedModel.combinations`` had of it.
         in_place: whether its tensors were overwritten.
     """
 
@@ -39,11 +40,73 @@ class PastAdapter:
     in_place: bool
 
 
+@dataclass(frozen=True)
+class PastModel:
+    """What was trained and not saved on a model that is gone.
+
+    Attributes:
+        name: what it is called from now on, e.g. ``model (before)``.
+        variable: that held it.
+        adapters: as they were, in host memory.
+        fingerprint: of its base model, as in the metadata of a file; empty where it is not known.
+        runs: adapter -> the run on disk that has it, too.
+        remembered: attribute of ``TrackedModel`` -> what it had of these adapters.
+    """
+
+    name: str
+    variable: str
+    adapters: tuple[KeptAdapter, ...]
+    fingerprint: Mapping[str, str]
+    runs: Mapping[str, str]
+    remembered: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def words(self) -> str:
+        """``'sql' (in run sql-3), 'chat'``."""
+        runs = {name: f" (in run {run})" for name, run in self.runs.items()}
+        return ", ".join(f"{kept.name!r}{runs.get(kept.name, '')}" for kept in self.adapters)
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes in host memory."""
+        return sum(kept.byte_count for kept in self.adapters)
+
+
 class History:
-    """The past adapters of each model, the last one last. A model takes its own along when it goes."""
+    """The past adapters of each model, the last one last, which it takes along when it goes; and past models.
+
+    Attributes:
+        models: the past models, the last one last.
+    """
 
     def __init__(self) -> None:
         self._past: weakref.WeakKeyDictionary[AdapterManager, tuple[PastAdapter, ...]] = weakref.WeakKeyDictionary()
+        self.models: tuple[PastModel, ...] = ()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the past models."""
+        return tuple(model.name for model in self.models)
+
+    def add_model(self, past: PastModel) -> tuple[PastModel, ...]:
+        """Keeps what is left of one more model; returns those that are too much and forgotten."""
+        kept, adapters, left = [past], MOST_KEPT - len(past.adapters), MOST_BYTES - past.byte_count
+        for older in reversed(self.models):
+            adapters, left = adapters - len(older.adapters), left - older.byte_count
+            if left < 0 or adapters < 0:
+                break
+            kept.insert(0, older)
+        dropped = self.models[: len(self.models) + 1 - len(kept)]
+        self.models = tuple(kept)
+        return dropped
+
+    def model(self, name: str) -> PastModel | None:
+        """The past model of that name."""
+        return next((model for model in self.models if model.name == name), None)
+
+    def drop_model(self, past: PastModel) -> None:
+        """Forgets a past model."""
+        self.models = tuple(model for model in self.models if model is not past)
 
     def of(self, manager: AdapterManager) -> tuple[PastAdapter, ...]:
         """What can be brought back to a model."""
@@ -80,3 +143,4 @@ class History:
     def clear(self) -> None:
         """Forgets everything."""
         self._past.clear()
+        self.models = ()

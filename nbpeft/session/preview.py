@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.session.configs import label_of
 from nbpeft.session.results.preview import Preview, PreviewRow
 
 if TYPE_CHECKING:
@@ -36,22 +37,23 @@ def preview_of(
         notes: put into the preview.
         stored: how targets will be stored by then, by path, where that is not how they are now.
     """
+    from nbpeft.engine.model_tree import parameter_counts
     from nbpeft.engine.plan import plan
 
     made = plan(base, config, allow_missing=True, replacing=name if replaces else None)
-    byte_count = made.byte_count()
     return Preview(
         model_name=model_name,
         name=name,
-        method=made.method,
+        method=label_of(made.config),
         rows=_rows(made.targets, made.config, stored or {}),
         copies=tuple(made.copies),
         excluded_count=len(made.excluded),
         missing=made.missing,
         parameter_count=made.parameter_count,
-        base_count=sum(parameter.numel() for parameter in base.parameters()),
-        byte_count=byte_count,
-        training_bytes=byte_count * (1 + _ADAMW_BYTES),
+        base_count=parameter_counts(base)[1],
+        byte_count=made.byte_count,
+        training_bytes=made.byte_count * (1 + _ADAMW_BYTES),
+        frozen_bytes=made.frozen_byte_count,
         replaces=replaces,
         notes=tuple(note for note in notes if not made.missing or "match" not in note),
     )

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, did_you_mean
 from nbpeft.session.configs import meaning
-from nbpeft.session.handles import is_live, uncompiled
+from nbpeft.session.handles import is_live, is_module, uncompiled
 from nbpeft.session.snapshot import Snapshots
 from nbpeft.state import MemberState, MemoryState, ModelState, TrainState
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.kept import Keeper
     from nbpeft.engine.manager import AdapterManager
     from nbpeft.memory import Meter
     from nbpeft.model import PeftModel
     from nbpeft.session.trained import TrainingCall
-    from nbpeft.training import Run
+    from nbpeft.session.variables import Variables
+    from nbpeft.training import Run, TrainResult
 
 
 class TrackedModel:
@@ -37,10 +39,17 @@ class TrackedModel:
         first_random: adapter name -> its config, and the random numbers that its first weights were drawn with.
         sweep: adapters that a cell made for several values, until they are trained.
         origins: adapter of a sweep -> the adapter that it started from.
+        combinations: adapter that ``combine`` made -> its config.
+        result: what came of its last training.
+        variable: name of the notebook variable that was seen to hold it last.
+        before: whether its variable holds something else now, and no other one holds it.
+        adapters: their names.
+        held: adapter that was trained and is not saved -> what copies it to host memory, also without the model.
+        fingerprint: of the base model, as in the metadata of a file; empty where it is not known.
     """
 
     def __init__(self, name: str, model: PeftModel, changed: Callable[[], None]) -> None:
-        self.name = name
+        self.name = self.variable = name
         self.memory: MemoryState | None = None
         self.training: TrainState | None = None
         self.training_call: TrainingCall | None = None
@@ -50,6 +59,12 @@ class TrackedModel:
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()
         self.origins: dict[str, str] = {}
+        self.combinations: dict[str, weakref.ref[Any]] = {}
+        self.result: TrainResult | None = None
+        self.before = self._bound = self._in_variable = self._unloaded = False
+        self.adapters: tuple[str, ...] = ()
+        self.held: dict[str, Keeper] = {}
+        self.fingerprint: Mapping[str, str] = {}
         self._model = weakref.ref(model)
         self._manager = weakref.ref(model.manager)
         self._snapshots = Snapshots()
@@ -83,8 +98,46 @@ class TrackedModel:
             if config is not None:  # another thread may have taken it out meanwhile
                 self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
 
+    def remembered(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is known of some adapters, by attribute, to go along with them to another model."""
+        known = {"requested": self.requested, "trained_steps": self.trained_steps, "first_random": self.first_random}
+        wanted = set(names)
+        return {key: {name: item for name, item in found.items() if name in wanted} for key, found in known.items()}
+
+    def bind(self) -> None:
+        """Called while a variable of its name holds the model: what would be lost with it is held from now on."""
+        self._in_variable = True
+        if not self._bound:
+            self._bound = True
+            self.fingerprint = self.fingerprint or _fingerprint(self.manager)
+            self._hold()
+
+    def stay(self) -> None:
+        """Called when its variable was deleted: what else holds it may go on doing so."""
+        self._in_variable = False
+
+    def unbind(self) -> None:
+        """Holds nothing any more."""
+        self._bound, self.held = False, {}
+
+    def _hold(self) -> None:
+        manager = self._manager()
+        self._unloaded = manager is not None and not manager.alive
+        names = manager.names if manager is not None and manager.alive else ()
+        before, self.adapters, self.held = self.held, names, {}
+        if manager is None or not self._bound:
+            return
+        for name in [name for name in names if name in manager.unsaved]:
+            keeper = before.get(name)
+            if keeper is not None and keeper.fits(manager):
+                keeper.update(manager)
+            else:
+                keeper = _keeper(manager, name)
+            self.held[name] = keeper
+
     def on_change(self) -> None:
         """Report a change of the adapters; a method, because managers hold those weakly."""
+        self._hold()
         self._changed()
 
     @property
@@ -92,6 +145,16 @@ class TrackedModel:
         """Whether the model still exists and is still adapted."""
         model = self._model()
         return model is not None and is_live(model)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the model does not exist any more, though nobody unloaded it."""
+        return self._model() is None and not self._unloaded
+
+    @property
+    def was_bound(self) -> bool:
+        """Whether a variable of its name held it when that was looked at last."""
+        return self._bound and self._in_variable
 
     @property
     def model(self) -> PeftModel:
@@ -120,6 +183,10 @@ class TrackedModel:
             or getattr(thing, "manager", None) is manager
         )
 
+    def is_inside(self, thing: object) -> bool:
+        """Whether a module is a wrapper around the model."""
+        return is_module(thing) and any(self.matches(part) for part in thing.modules())  # type: ignore[attr-defined]
+
     def state(self) -> ModelState:
         """The model's state now."""
         return self._snapshots.build(self.name, self.manager, memory=self.memory, training=self.training)
@@ -141,19 +208,34 @@ class ModelRegistry:
     """Tracked models by name. A command that gets no model means the only one, and is refused where there are several.
 
     The current model is the one that was adapted, loaded into, trained or switched last. When it is unloaded
-    or gone, no other takes its place, not even the only one left, until a command names one.
+    or gone, the only one left takes its place, but not to merge or unload that. When its variable holds another model
+    that has no adapters, none takes its place until a command names one.
+
+    Args:
+        changed: called when a model changed.
+        variables: of the notebook, where there is one.
+
+    Attributes:
+        rebound: variable of the model that was current until that variable held another; empty once another is.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], variables: Variables) -> None:
         self._models: dict[str, TrackedModel] = {}
-        self._changed = changed
+        self._changed, self._variables = changed, variables
         self._current: str | None = None
+        self.rebound = ""
+
+    def known(self) -> tuple[TrackedModel, ...]:
+        """The models, also those that nobody has noticed to be gone yet; without those that were unloaded."""
+        return tuple(tracked for tracked in self._models.values() if tracked.alive or tracked.is_gone)
 
     def all(self) -> tuple[TrackedModel, ...]:
         """The models that still exist."""
-        for name, tracked in list(self._models.items()):
-            if not tracked.alive and self._models.get(name) is tracked:
-                self._models.pop(name, None)
+        for tracked in list(self._models.values()):
+            if not tracked.alive:
+                self.remove(tracked)
+                if tracked.is_gone:
+                    self._variables.gone(tracked)
         return tuple(self._models.values())
 
     def deciding(self) -> ExitStack:
@@ -165,10 +247,20 @@ class ModelRegistry:
                     block.enter_context(manager.deciding())
             return block.pop_all()
 
+    def let_go(self, name: str) -> None:
+        """Called when the variable of a model holds something else: if it was current, none is now."""
+        if name == self._current:
+            self._current, self.rebound = None, name
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the models."""
         return tuple(tracked.name for tracked in self.all())
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Names of the models that a command without one may mean: those whose variable holds them."""
+        return tuple(tracked.name for tracked in self.all() if not tracked.before)
 
     @property
     def current(self) -> TrackedModel | None:
@@ -178,7 +270,7 @@ class ModelRegistry:
 
     def new(self, name: str | None, model: PeftModel) -> TrackedModel:
         """Prepare a model for ``select``, which alone adds it: what may fail can be done in between."""
-        return TrackedModel(name or self._free_name(), model, self._changed)
+        return TrackedModel(name or self.free_name("model"), model, self._changed)
 
     def add(self, name: str | None, model: PeftModel, *, select: bool = True) -> TrackedModel:
         """Track a model and make it the current one.
@@ -193,13 +285,27 @@ class ModelRegistry:
         tracked = self.find(model) or self.new(name, model)
         self._models[tracked.name] = tracked
         if select:
-            self._current = tracked.name
+            self.select(tracked)
         return tracked
 
     def select(self, tracked: TrackedModel) -> None:
-        """Make a model the current one, tracking it if it is new; cannot fail."""
+        """Make a model the current one, unless its variable holds another, tracking it if it is new; cannot fail."""
         self._models[tracked.name] = tracked
-        self._current = tracked.name
+        if not tracked.before:
+            self._current, self.rebound = tracked.name, ""
+
+    def rename(self, names: Mapping[TrackedModel, str], before: Collection[TrackedModel]) -> None:
+        """Gives models other names, all at once.
+
+        Args:
+            names: model -> its new name.
+            before: those that no variable holds any more; the others are called by their variables.
+        """
+        for tracked, name in names.items():
+            tracked.name, tracked.before = name, tracked in before
+            if not tracked.before:
+                tracked.variable = name
+        self._models = {tracked.name: tracked for tracked in self._models.values()}
 
     def find(self, model: object) -> TrackedModel | None:
         """Find a model by itself, its base model or its manager; None if it is not tracked."""
@@ -217,12 +323,13 @@ class ModelRegistry:
         Raises:
             AdapterError: there is no such model, or it has to be named; the message names the models.
         """
-        current, names = self.current, self.names
-        if model is None and len(names) > 1:
-            message = f"several models carry adapters; {command or 'this'} needs one of them: {_choices(names)}"
-            raise AdapterError(message, available=names)
+        self._variables.look()
+        current, choices = self.current, self.choices
+        if model is None and len(choices) > 1:
+            message = f"several models carry adapters; {command or 'this'} needs one of them: {_choices(choices)}"
+            raise AdapterError(message, available=choices)
         if model is None:
-            found = current
+            found = current if current is not None else self._only_left(command)
         elif isinstance(model, str):
             found = self._models.get(model)
         else:
@@ -230,24 +337,36 @@ class ModelRegistry:
         if found is None:
             raise self._missing(model)
         if current is None:
-            self._current = found.name
+            self.select(found)
         return found
 
+    def _only_left(self, command: str) -> TrackedModel | None:
+        """The only model that a command without one can mean, after the current one was unloaded or is gone."""
+        if self.rebound or command in _ON_THE_BASE or len(self.choices) != 1:
+            return None
+        (name,) = self.choices
+        if self._current is not None:
+            self._variables.note(f"this is {name!r}, the only model with adapters: {self._current!r} has none any more")
+        return self._models[name]
+
     def remove(self, tracked: TrackedModel) -> None:
-        """Forget a model."""
+        """Forget a model; that it was the current one stays known by its name."""
         self._models.pop(tracked.name, None)
-        if self._current == tracked.name:
-            self._current = None
 
     def clear(self) -> None:
         """Forget all models."""
         self._models.clear()
-        self._current = None
+        self._current, self.rebound = None, ""
 
     def _missing(self, model: object) -> AdapterError:
         names = self.names
         there = ", ".join(names)
-        if not names:
+        if isinstance(model, str) and (words := self._variables.words_of_gone(model)):
+            message = words
+        elif model is None and self.rebound:
+            message = f"{self.rebound!r} holds another object now, which has no adapters"
+            message += f"; say which one is meant: {_choices(names)}" if names else ""
+        elif not names:
             what = f"{model!r:.60} carries no adapters" if isinstance(model, str) else "no model carries adapters"
             message = f"{what} yet; add one with session.add(model, config), or load one"
         elif model is None:
@@ -261,11 +380,33 @@ class ModelRegistry:
             )
         return AdapterError(message, **({"available": names} if names else {}))
 
-    def _free_name(self) -> str:
-        name, number = "model", 2
-        while name in self._models:
-            name, number = f"model{number}", number + 1
+    def free_name(self, wanted: str, taken: Iterable[str] = ()) -> str:
+        """A name that no model has: ``model``, ``model2``; ``model (before)``, ``model (before 2)``."""
+        stem, bracket = wanted.removesuffix(")"), ")" if wanted.endswith(")") else ""
+        used, name, number = {*self._models, *taken}, wanted, 2
+        while name in used:
+            name, number = f"{stem}{' ' if bracket else ''}{number}{bracket}", number + 1
         return name
+
+
+_ON_THE_BASE = ("merge", "unload")
+"""Commands on base weights and on all adapters at once, which take no model for another that is gone."""
+
+
+def _keeper(manager: AdapterManager, name: str) -> Keeper:
+    from nbpeft.engine.kept import Keeper
+
+    return Keeper(manager, name)
+
+
+def _fingerprint(manager: AdapterManager) -> Mapping[str, str]:
+    """What a base model is known by; empty where that cannot be told now."""
+    if manager.merged:
+        return {}
+    from nbpeft.checkpoint import fingerprint
+    from nbpeft.model.sharded import is_sharded
+
+    return {} if is_sharded(manager.model) else fingerprint(manager.model).to_metadata()
 
 
 def _choices(names: Iterable[str]) -> str:

@@ -54,9 +54,9 @@ class Undoable:
         """Notes, inside the transaction in which it went, what was there."""
         ctx, tracked, name = self._ctx, self._tracked, self.kept.name
         change.keep_attributes(tracked, "requested")
-        change.keep(ctx.combinations)
+        change.keep(tracked.combinations)
         requested = tracked.requested.pop(name, None)
-        combination = ctx.combinations.pop((tracked.name, name), None)
+        combination = tracked.combinations.pop(name, None)
         successor = tracked.manager.configs.get(name)
         past = PastAdapter(self.kept, self._did, successor, requested, combination, self._in_place)
         ctx.history.add(tracked.manager, past, change)

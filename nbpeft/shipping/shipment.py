@@ -14,6 +14,7 @@ from nbpeft.checkpoint import NewFile, in_place_of
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
+from nbpeft.model.saved_places import note_written_over
 from nbpeft.shipping import formats
 from nbpeft.shipping.engines import ENGINES, Engine, Form
 from nbpeft.shipping.facts import AdapterFacts, facts_of
@@ -100,6 +101,7 @@ def ship(
             return planned
         with in_place_of(planned.folder, allowed=overwrite):
             package.write(planned.folder)
+        note_written_over([planned.folder])
     return replace(planned, written=True)
 
 

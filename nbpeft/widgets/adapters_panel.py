@@ -25,7 +25,7 @@ from nbpeft.display.models import (
     no_model,
     totals,
 )
-from nbpeft.errors import NbpeftError
+from nbpeft.errors import AdapterExistsError, NbpeftError
 from nbpeft.session.results.comparing import BASE
 from nbpeft.state import MemoryState, ModelState, SessionState
 from nbpeft.widgets.environment import Ui
@@ -105,14 +105,14 @@ class AdaptersPanel(SessionPanel):
     def _run(self, *command: Any) -> str:
         session, model = self._session, self._name
         what, *arguments = command
-        self._offer_undo(False)
+        self._offer(None)
         if what == "use":
             return _notes(session.use(arguments[0], model=model))
         if what == "off":
             return _notes(session.off(model=model))
         if what == "delete":
             deleted = session.delete(arguments[0], model=model)
-            self._offer_undo(True)
+            self._offer("undo")
             return _line(deleted)
         if what == "undo":
             return _line(session.undo(model=model))
@@ -120,14 +120,25 @@ class AdaptersPanel(SessionPanel):
             name, folder = arguments
             if not folder:
                 raise NbpeftError(f"Give a folder to save {name!r} to.")
-            return str(session.save(folder, name=name, model=model))
+            return self._save(name, folder, replace=False)
+        if what == "replace":
+            return self._save(*arguments, replace=True)
         self._parts.draw(self._session.state.model(model), model, session.state.busy)  # "filter"
         return ""
 
-    def _offer_undo(self, wanted: bool) -> None:
+    def _save(self, name: str, folder: str, *, replace: bool) -> str:
+        """Saves an adapter; where the folder holds another one, a button replaces that."""
+        try:
+            return str(self._session.save(folder, name=name, model=self._name, replace=replace))
+        except AdapterExistsError as error:
+            self._offer("replace", name, folder)
+            raise NbpeftError(error.message.removesuffix(" (replace=…)")) from None
+
+    def _offer(self, *command: str | None) -> None:
+        """Shows the button of a command beside the message; none for None."""
         with self._lock:
             if self._parts is not None:
-                self._parts.offer_undo(wanted)
+                self._parts.offer(*command)
 
 
 class _Parts:
@@ -156,18 +167,30 @@ class _Parts:
         self._totals = parts.html(flex="1 1 260px")
         self._memory = parts.html()
         self.message = parts.Message()
-        self._undo = parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"), hides=True)
-        self._undo.layout.display = "none"
+        self._command, self._replacing = command, ("", "")
+        self._offers = {
+            "undo": parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"), hides=True),
+            "replace": parts.button(
+                "Replace", "Write over the adapter in that folder", weakly(self._replace), "danger", hides=True
+            ),
+        }
+        self.offer(None)
         *words, dismiss = self.message.box.children
-        self.message.box.children = (*words, self._undo, dismiss)
+        self.message.box.children = (*words, *self._offers.values(), dismiss)
         foot = ipywidgets.HBox([self._totals, self.side_panel.buttons])
         foot.add_class("nbpeft-foot")
         above = [self._choices.box, self._rows.filter_box, self._rows.box, self._empty]
         self.root = parts.panel_root(self._head, *above, foot, self._memory, self.message.box, self.side_panel.slot)
 
-    def offer_undo(self, wanted: bool) -> None:
-        """Shows the button that brings back what was deleted, beside the message that says so."""
-        self._undo.layout.display = None if wanted else "none"
+    def offer(self, what: str | None, *arguments: str) -> None:
+        """Shows one of the buttons beside the message: ``undo``, or ``replace`` with an adapter and a folder."""
+        if what == "replace":
+            self._replacing = arguments
+        for name, button in self._offers.items():
+            button.layout.display = None if name == what else "none"
+
+    def _replace(self) -> None:
+        self._command("replace", *self._replacing)
 
     def draw(self, model: ModelState | None, name: str | None, busy: str) -> None:
         """Shows a state; widgets whose value stays send nothing."""

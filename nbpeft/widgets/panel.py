@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbpeft.display.blocks import Block, Tone, dim, line
@@ -163,11 +163,17 @@ class Panel:
         _open[self._place] = self
         self._opened()
 
-    def _guarded(self, act: Callable[[], str]) -> None:
-        """Does something and shows what came of it, errors included."""
+    def _guarded(self, act: Callable[[], str], told: Sequence[str] = ()) -> None:
+        """Does something and shows what came of it, errors included.
+
+        Args:
+            act: Does it; returns what to say.
+            told: What to say before that.
+        """
         tone: Tone
         try:
-            self._say(act(), "dim")
+            words = act()
+            self._say(" ".join((*told, words)).strip(), "warning" if told else "dim")
             return
         except NbpeftError as error:
             words = str(error)
@@ -177,7 +183,7 @@ class Panel:
         with self._lock:
             if self._parts is not None:
                 self._failed()
-        self._say(words, tone)
+        self._say(" ".join((*told, words)), tone)
 
     def _say(self, words: str, tone: Tone) -> None:
         """Shows a message; none for the empty string."""
@@ -228,7 +234,7 @@ class SessionPanel(Panel):
 
     def _command(self, *command: Any) -> None:
         """What widgets call."""
-        self._guarded(lambda: self._run(*command))
+        self._guarded(lambda: self._run(*command), self._session.notices())
 
     def _opened(self) -> None:
         self._revision = -1

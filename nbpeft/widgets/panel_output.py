@@ -28,10 +28,11 @@ _REST = 50
 _LONGEST = 1.0
 """Most seconds between two updates."""
 _EMPTY = {"text/html": "", "text/plain": ""}
-_DEAD_WIDGETS = """\
+DEAD_WIDGETS = """\
 .jp-OutputArea-child:has(.nbpeft-state) + .jp-OutputArea-child:not(:has(.jupyter-widgets *)),
-.nbpeft-panel.jupyter-widgets-disconnected { display: none !important; }
+.nbpeft-panel.jupyter-widgets-disconnected, .nbpeft-run.jupyter-widgets-disconnected { display: none !important; }
 """
+"""Hides, behind a state in the output before, the view of widgets that are gone."""
 
 
 class PanelOutput:
@@ -106,5 +107,5 @@ class PanelOutput:
 
     def _framed(self) -> dict[str, str]:
         """The state with the name by which the widgets hide it."""
-        framed = f'<style>{_DEAD_WIDGETS}</style><div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
+        framed = f'<style>{DEAD_WIDGETS}</style><div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
         return {**self._sent, "text/html": framed}

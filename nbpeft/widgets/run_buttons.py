@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.display.blocks import CURRENT, SAVED
 from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import close_tree, view_of, weakly
@@ -19,6 +23,10 @@ from nbpeft.widgets.styles import RUN_BUTTONS_CSS
 
 if TYPE_CHECKING:
     from nbpeft.session import RunControl
+
+
+PERIOD = 30.0
+"""Seconds for which a card is taken for current without an update, at least."""
 
 
 class RunButtons:
@@ -50,9 +58,13 @@ class RunButtons:
         self.members: dict[str, Any] = {}
         self.clones: dict[str, Any] = {}
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
-        style = ipywidgets.HTML(f"<style>{RUN_BUTTONS_CSS}</style>", layout=ipywidgets.Layout(display="none"))
-        self.box = ipywidgets.HBox([style, self.pause, self.resume, self.stop, self.save], layout=layout)
+        self.name = f"nbpeft-{uuid.uuid4().hex[:12]}"
+        self._style = ipywidgets.HTML(layout=ipywidgets.Layout(display="none"))
+        self._period, self._card = -1, ""
+        self.box = ipywidgets.HBox([self._style, self.pause, self.resume, self.stop, self.save], layout=layout)
         self.box.add_class("nbpeft-run")
+        self.box.add_class(f"{self.name}-view")
+        self.period()
         self._requests: dict[Any, Callable[[], None]] = {}
         self._delivery: Delivery | None = None
         self._take(
@@ -91,6 +103,26 @@ class RunButtons:
         if requests:
             self._take(requests)
             self.box.children = (*self.box.children, *requests)
+
+    def period(self) -> int:
+        """The number of the present time, with which a card is framed that is seen as current now.
+
+        A card of this period or the next is seen as current. One that a page was opened with, and that no update
+        reaches, has an older number soon.
+        """
+        now = int(time.time() // PERIOD)
+        if now != self._period and not self._ended:
+            self._period = now
+            cards = [f"{self._alive} .{self.name}-{number}" for number in (now, now + 1)]
+            rules = [f"{', '.join(f'{card} .{CURRENT}' for card in cards)} {{ display: inline !important; }}"]
+            rules += [f"{', '.join(f'{card} .{SAVED}' for card in cards)} {{ display: none; }}"]
+            self._style.value = f"<style>{RUN_BUTTONS_CSS}{' '.join(rules)}</style>"
+        return now
+
+    @property
+    def _alive(self) -> str:
+        """Selects a page on which these widgets live."""
+        return f":root:has(.{self.name}-view:not(.jupyter-widgets-disconnected))"
 
     def show(self) -> None:
         """Displays the buttons in the running cell."""
@@ -137,11 +169,16 @@ class RunButtons:
         if self._delivery is not None:
             self._delivery.peek()
 
-    def close(self) -> None:
-        """Takes the buttons away. May be called twice."""
+    def close(self, card: str = "") -> None:
+        """Takes the buttons away. May be called twice.
+
+        Args:
+            card: how the run ended, as HTML: a page that was closed at that time and is opened again shows it in the
+                place of the buttons, and not the state that it was closed with.
+        """
         if self._ended:
             return
-        self._ended = True
+        self._ended, self._card = True, card
         if self._control.deliver_clicks == self._poll:
             self._control.deliver_clicks = self._previous_poll
         if self._delivery is not None:
@@ -193,7 +230,19 @@ class RunButtons:
 
     def _free(self) -> None:
         _waiting.discard(self)
-        close_tree(self.box)
+        if not self._card:
+            close_tree(self.box)
+            return
+        import ipywidgets
+
+        children = self.box.children
+        hidden = f"<style>{self._alive} .{self.name} {{ display: none; }}</style>"
+        self.box.children = (ipywidgets.HTML(f"{hidden}{self._card}"),)
+        for child in children:
+            close_tree(child)
+        _left.append(self.box)
+        while len(_left) > _MOST_LEFT:
+            close_tree(_left.popleft())
 
 
 def _button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
@@ -201,6 +250,17 @@ def _button(description: str, icon: str, tooltip: str, display: str | None = Non
 
     layout = ipywidgets.Layout(width="auto", display=display)
     return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
+
+
+_left: deque[Any] = deque()
+"""What stands in the place of the buttons of runs that have ended."""
+_MOST_LEFT = 16
+
+
+def close_left() -> None:
+    """Closes it."""
+    while _left:
+        close_tree(_left.popleft())
 
 
 _waiting: set[RunButtons] = set()

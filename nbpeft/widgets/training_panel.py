@@ -24,7 +24,8 @@ from nbpeft.display.html import to_html
 from nbpeft.display.training import training_card, training_text
 from nbpeft.state import ENDED, SessionState, TrainState
 from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
-from nbpeft.widgets.run_buttons import RunButtons
+from nbpeft.widgets.panel_output import DEAD_WIDGETS
+from nbpeft.widgets.run_buttons import RunButtons, close_left
 
 if TYPE_CHECKING:
     from nbpeft.session import Run, Session
@@ -91,6 +92,8 @@ class RunView:
         if self._run is not None and self._shown_as == "widgets":
             self._buttons = RunButtons(run.control, [member.name for member in run.state.members])
             self._buttons.show()
+            self._output.framed_for(self._buttons)
+            self.draw(run.state, at_once=True)
         if self._run is not None:
             removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
             self._unsubscribe = lambda: [remove() for remove in removals]
@@ -111,7 +114,8 @@ class RunView:
             now = time.monotonic()
             before = self._drawn
             changed = before is None or before.status != train.status
-            if train == before or not (changed or ended or at_once or now - self._drawn_at >= self._wait):
+            due = changed or ended or now - self._drawn_at >= self._wait
+            if not at_once and (train == before or not due):
                 return
             began = time.perf_counter()
             self._output.draw(train)
@@ -122,14 +126,18 @@ class RunView:
             if ended:
                 self._end(train)
 
-    def close(self) -> None:
-        """Stops following the run; the last state drawn stays."""
+    def close(self, final: str = "") -> None:
+        """Stops following the run; the last state drawn stays.
+
+        Args:
+            final: The card of a run that has ended, as HTML.
+        """
         self._stop_ticking()
         with self._lock:
             if self._unsubscribe is not None:
                 self._unsubscribe()
             if self._buttons is not None:
-                self._buttons.close()
+                self._buttons.close(final)
             self._unsubscribe = self._buttons = self._output = self._run = None
             key = (id(self._session), self._model_name)
             if _live.get(key) is self:
@@ -149,7 +157,7 @@ class RunView:
         if isinstance(output, _HtmlOutput):
             # Once more when the cell is done: a flood of output may have swallowed it.
             _after_cell(lambda: output.draw(train))
-        self.close()
+        self.close(output.card(train) if isinstance(output, _HtmlOutput) else "")
 
     def _stop_ticking(self) -> None:
         self._ticks = False
@@ -186,15 +194,26 @@ class _HtmlOutput:
         self._model_name = model_name
         self._hint = hint
         self._handle: Any = None
+        self._buttons: RunButtons | None = None
+
+    def framed_for(self, buttons: RunButtons) -> None:
+        """From now on the card is followed by buttons, which say whether it is current."""
+        self._buttons = buttons
+
+    def card(self, train: TrainState, seen: str = "") -> str:
+        """A state as HTML."""
+        hint = self._hint if train.status not in ENDED else ""
+        return to_html(training_card(train, model_name=self._model_name, hint=hint, seen=seen))
 
     def draw(self, train: TrainState) -> None:
         from IPython.display import display
 
-        hint = self._hint if train.status not in ENDED else ""
-        bundle = {
-            "text/html": to_html(training_card(train, model_name=self._model_name, hint=hint)),
-            "text/plain": training_text(train),
-        }
+        seen = time.strftime("%Y-%m-%d %H:%M")
+        html, buttons = self.card(train, seen), self._buttons
+        if buttons is not None:
+            names = f"nbpeft-state {buttons.name} {buttons.name}-{buttons.period()}"
+            html = f'<style>{DEAD_WIDGETS}</style><div class="{names}">{html}</div>'
+        bundle = {"text/html": html, "text/plain": training_text(train, seen=seen)}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
         else:
@@ -249,3 +268,4 @@ def close_views() -> None:
     """Closes all live views; their last states stay."""
     for view in list(_live.values()):
         view.close()
+    close_left()

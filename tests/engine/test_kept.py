@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch import nn
 
 import nbpeft
 from nbpeft import LoraConfig, get_peft_model
-from nbpeft.engine.kept import has_weights, keep, keeps_weights, put_back
+from nbpeft.engine.kept import Keeper, has_weights, keep, keeps_weights, put_back
+from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import methods
 from nbpeft.errors import MergeError
 from tests.faults.commands import IDS, adapted, config, state_of, tiny
@@ -57,7 +60,15 @@ def test_every_method_comes_back_bit_by_bit(method: Any, fields: dict[str, Any])
         put_back(model.manager, kept)
         with torch.no_grad():
             assert torch.equal(model(IDS), before)
-    assert model.manager.names == ("x", "y") and model.manager.active == ("x",)
+        assert model.manager.names == ("x", "y") and model.manager.active == ("x",)
+        later, weight = Keeper(model.manager, "x"), weakref.ref(model.get_base_model().first.base.module.weight)
+        del model
+        gc.collect()
+        assert weight() is None, "what keeps an adapter keeps its model"
+        manager = AdapterManager(tiny("dense"))
+        put_back(manager, later())
+        with torch.no_grad():
+            assert torch.equal(manager.model(IDS), before)
 
 
 @pytest.mark.parametrize("name", NAMES)

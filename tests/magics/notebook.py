@@ -22,6 +22,13 @@ class Outcome:
     error: BaseException | None
     printed: str
     complained: str
+    shown: tuple[str, ...] = ()
+    """What was displayed besides the value, as plain text."""
+
+    @property
+    def everything(self) -> str:
+        """All that a person sees, in one text."""
+        return "\n".join((*self.shown, self.printed, self.complained, str(self.error or "")))
 
     @property
     def line(self) -> str:
@@ -44,7 +51,8 @@ class Notebook:
         with capture_output() as captured:
             result = self.shell.run_cell(cell, store_history=True)
         error = result.error_in_exec or result.error_before_exec
-        return Outcome(result.result, error, captured.stdout, captured.stderr)
+        shown = tuple(str(output.data.get("text/plain", "")) for output in captured.outputs)
+        return Outcome(result.result, error, captured.stdout, captured.stderr, shown)
 
     def do(self, cell: str) -> Any:
         """Runs a cell that must work, and gives its value."""

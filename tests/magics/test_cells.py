@@ -176,8 +176,6 @@ def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> Non
     notebook.do(CELL)
     assert notebook["model"] is not notebook["kept"]
     assert notebook["kept"].active_adapters == ["sql"]
-    assert set(notebook.session.names) == {"model"}
-    notebook.do("%lora")
     assert set(notebook.session.names) == {"model", "kept"}
 
 

@@ -177,9 +177,10 @@ def test_no_adapter_is_called_base(trained: Notebook, verb: str) -> None:
 
 
 def test_loading_into_a_model_of_the_session_rebinds_no_other_variable(trained: Notebook, tmp_path: Path) -> None:
-    """The session knows the model as ``model``, and the variable of that name holds something else by now."""
     trained.do(f"%lora save {tmp_path}/sql")
     trained.do("kept = model\nmodel = 'notes that took an hour'")
-    trained.do(f"%lora load {tmp_path}/sql --name again --model model")
+    line = trained.run(f"%lora load {tmp_path}/sql --name again --model model").line
+    assert line == "'model' is a str, not a model. Models here: kept."
+    trained.do(f"%lora load {tmp_path}/sql --name again --model kept")
     assert trained["model"] == "notes that took an hour"
     assert trained["kept"].manager.names == ("sql", "again")

@@ -18,7 +18,7 @@ from tests.magics.notebook import Notebook
 from tests.runs.killed import when_noted
 from tests.tiny_models import llama
 
-CELL = """%%lora_train model --data data['train'] --eval data["held out"] --tokenizer tok --max-length 12
+CELL = """%%lora_train model --data rows --eval held --tokenizer tok --max-length 12
 max_steps = 6
 per_device_train_batch_size = batch
 learning_rate = 0.05  # high"""
@@ -35,7 +35,7 @@ def prepare(notebook: Notebook, *, adapter: bool = True) -> Notebook:
     """What the cells above the training do."""
     notebook["model"], notebook["tok"], notebook["batch"] = llama(), CharTokenizer(), 2
     rows = [{"prompt": f"{number} and", "completion": f" {number + 1}"} for number in range(8)]
-    notebook["data"] = {"train": rows, "held out": rows[:2]}
+    notebook["rows"], notebook["held"] = rows, rows[:2]
     if adapter:
         torch.manual_seed(3)
         notebook.do("%%lora model --name sql\nr = 4\nlora_dropout = 0.1\ntarget_modules = ['q_proj', 'v_proj']")
@@ -69,10 +69,11 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("del data", "name 'data' is not defined."),
-        ("data['train'] = data['train'][:5]", "run sql-1 was trained with 8 rows, and these are 5"),
+        ("del rows", "run sql-1 had what no file holds; give it again: %lora resume sql-1 --data ROWS"),
+        ("del held", "run sql-1 had what no file holds; give it again: %lora resume sql-1 --eval ROWS"),
+        ("del rows, held", "give it again: %lora resume sql-1 --data ROWS --eval ROWS"),
+        ("rows = rows[:5]", "run sql-1 was trained with 8 rows, and these are 5"),
         ("del model", "no variable is called 'model'."),
-        ("del batch", "name 'batch' is not defined."),
         ("model = 3", "'model' is an int, not a model."),
     ],
 )
@@ -81,6 +82,44 @@ def test_what_is_missing_in_the_new_kernel_is_one_line(bare: Notebook, change: s
     prepare(bare, adapter=False).do(change)
     assert told in bare.run("%lora resume sql-1").line
     assert not hasattr(bare.shell.user_ns.get("model"), "peft_config")
+
+
+def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, place: Path) -> None:
+    cell = CELL.replace("--data rows --eval held", "--data data['train'] --eval 0.25").replace("= batch", "= batch * 1")
+
+    def act() -> None:
+        keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+        notebook = prepare(Notebook())
+        notebook["data"] = {"train": notebook["rows"]}
+        notebook.session.on_run(lambda run, name: when_noted(run, 3, die))
+        notebook.run(cell)
+
+    assert forked(act)
+    facts = json.loads((place / "sql-1" / "run.json").read_text())
+    assert facts["arguments"]["per_device_train_batch_size"] == 2
+    assert {"eval_data": "0.25", "tokenizer": "tok"}.items() <= facts["source"].items()
+    assert "data" not in facts["source"], "an expression names nothing"
+    fresh = prepare(bare, adapter=False)
+    del fresh.shell.user_ns["batch"]
+    assert fresh.run("%lora resume").line.endswith("give it again: %lora resume sql-1 --data ROWS")
+    assert fresh.do("%lora resume --data rows[:]").training.steps == 6
+
+
+def test_objects_are_named_and_given_again(bare: Notebook, place: Path) -> None:
+    prepare(bare).do(
+        "from transformers import TrainerCallback\nfrom nbpeft.training import Trainer\n"
+        "class Mine(Trainer):\n    made = []\n    def __init__(self, *args, **more):\n"
+        "        super().__init__(*args, **more)\n        self.made.append(1)\nown = [TrainerCallback()]"
+    )
+    bare.session.on_run(lambda run, name: run.control.request_stop())
+    bare.do(CELL.replace("--max-length", "--trainer Mine --patience 3 --max-length") + "\ncallbacks = own")
+    facts = json.loads((place / "sql-1" / "run.json").read_text())
+    assert facts["objects"] == ["callbacks", "trainer_class"] and facts["arguments"]["patience"] == 3
+    assert bare.run("%lora resume").line == (
+        "run sql-1 had what no file holds; give it again: %lora resume sql-1 callbacks={callbacks} --trainer CLASS"
+    )
+    bare.do("%lora resume sql-1 --trainer Mine callbacks={own}")
+    assert bare["Mine"].made == [1, 1]
 
 
 def test_a_model_of_another_name_is_given(bare: Notebook) -> None:
@@ -93,11 +132,10 @@ def test_a_model_of_another_name_is_given(bare: Notebook) -> None:
 def test_a_run_of_a_script_says_how_it_goes_on(bare: Notebook) -> None:
     prepare(bare)
     bare.session.on_run(lambda run, name: run.control.request_stop())
-    bare.session.train(bare["model"], bare["data"]["train"], tokenizer=bare["tok"], max_steps=4)
+    bare.session.train(bare["model"], bare["rows"], tokenizer=bare["tok"], max_steps=4)
     told = bare.run("%lora resume").line
-    assert told.startswith(
-        "run sql-1 was not started by a cell, so its rows are not known here: session.resume('sql-1'"
-    )
+    assert told == "run sql-1 had what no file holds; give it again: %lora resume sql-1 --data ROWS"
+    assert bare.do("%lora resume --data rows").training.steps > 0
 
 
 def test_running_a_cell_again_and_restarting_it(bare: Notebook) -> None:
@@ -140,7 +178,7 @@ def test_where_and_whether_runs_are_kept(bare: Notebook, place: Path, tmp_path: 
 def test_no_token_of_a_cell_is_kept(bare: Notebook, place: Path) -> None:
     prepare(bare)
     bare.do(f"{CELL}\nhub_token = 'a password'\nrun_name = {TOKEN!r}")
-    bare.do(f"%lora_train model --data data['train'] --tokenizer tok max_steps=1 hub_token=other run_name={TOKEN}")
+    bare.do(f"%lora_train model --data rows --tokenizer tok max_steps=1 hub_token=other run_name={TOKEN}")
     text = b"".join(path.read_bytes() for path in place.rglob("*") if path.is_file())
     assert TOKEN.encode() not in text and b"a password" not in text and b"other" not in text
     source = json.loads((place / "sql-1" / "run.json").read_text())["source"]

@@ -293,17 +293,28 @@ class TestWhichModel:
         assert line == "several models carry adapters; unload needs one of them: --model model or --model q4"
         two.do("%lora unload --model model")
         before = fingerprint(two["q4"])
-        for verb in ("merge", "unload", "off", "delete q", "use q", "save x", "memory", "inspect"):
+        for verb in ("merge", "unload"):
             line = two.run(f"%lora {verb}").line
             assert line == "the model used last is unloaded or gone; say which one is meant: --model q4"
-        for verb, named in (("plan", "plan q4"), ("panel", "panel adapters q4"), ("panel blend", "panel blend q4")):
-            line = two.run(f"%lora {verb}").line
-            assert line == f"the model used last is unloaded or gone: say which one, as in %lora {named}"
         assert fingerprint(two["q4"]) == before and two["q4"].manager.merged == ()
         assert "q4" in str(two.do("%lora"))
         two.do("%lora merge --model q4")
         assert two["q4"].manager.merged == ("q",)
         two.do("%lora unmerge")
+
+    @pytest.mark.parametrize("verb", ["off", "delete q", "use q", "save {}", "memory", "inspect", "panel", "plan"])
+    def test_after_an_unload_the_only_one_left_is_meant_and_named(
+        self, two: Notebook, verb: str, tmp_path: Path
+    ) -> None:
+        two.do("%lora unload --model model")
+        told = "this is 'q4', the only model with adapters: 'model' has none any more"
+        assert told in two.run(f"%lora {verb.format(tmp_path / 'q')}").everything
+        assert told not in two.run("%lora on").everything
+
+    def test_after_an_unload_undo_is_for_the_only_one_left(self, two: Notebook) -> None:
+        two.do("%lora delete q --model q4")
+        two.do("%lora unload --model model")
+        assert "'q' is back" in str(two.do("%lora undo"))
 
     @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "delete sql", "rename sql x", "combine sql --as x"])
     def test_of_several_it_is_said(self, two: Notebook, line: str) -> None:

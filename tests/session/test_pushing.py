@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -14,7 +15,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from nbpeft.errors import AdapterError, CheckpointError, UnknownAdapterError
+from nbpeft.checkpoint import other_config
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, UnknownAdapterError
 from nbpeft.session import PushResult, Session
 from tests.char_tokenizer import CharTokenizer
 from tests.checkpoint.loopback import COMMIT, TOKEN, Hub, be_the_hub, serving
@@ -221,3 +223,34 @@ def test_the_secret_of_kaggle(hub: Hub, session: Session, trained: Any, monkeypa
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     session.push("me/orders")
     assert hub.tokens == {TOKEN}
+
+
+def test_another_adapter_in_the_repository_is_not_replaced_unasked(hub: Hub, session: Session, trained: Any) -> None:
+    session.push("me/orders")
+    session.push("me/orders")  # the same one again
+    session.add(trained, {"r": 8, "target_modules": ["q_proj"]}, name="wide")
+    files, commits = dict(hub.files["me/orders"]), list(hub.commits)
+    with pytest.raises(AdapterExistsError, match=r"me/orders holds an adapter with another r: .* \(replace=…\)"):
+        session.push("me/orders", name="wide")
+    assert hub.files["me/orders"] == files and hub.commits == commits
+    session.push("me/orders", name="wide", replace=True)
+    assert b'"r": 8' in hub.files["me/orders"]["adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("present", "told"),
+    [
+        ({"peft_type": "IA3"}, "an adapter with another peft_type"),
+        ({"target_modules": ["v_proj"]}, "an adapter with another target_modules"),
+        ({"base_model_name_or_path": "them/other"}, "an adapter of another base model, them/other"),
+        ({"base_model_name_or_path": "/home/me/base"}, ""),
+        ({"target_modules": ["k_proj", "q_proj"]}, ""),
+        ("no JSON", "an adapter that cannot be read"),
+        ([1], "an adapter that cannot be read"),
+        ("", ""),
+    ],
+)
+def test_what_a_config_in_a_repository_describes(present: Any, told: str) -> None:
+    own = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "k_proj"], "base_model_name_or_path": "me/base"}
+    text = present if isinstance(present, str) else json.dumps(own | present if isinstance(present, dict) else present)
+    assert other_config(text, json.dumps(own)) == told

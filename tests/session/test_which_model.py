@@ -89,7 +89,7 @@ def test_one_that_is_named_is_the_one(session: Session, two: tuple[Any, Any]) ->
 
 
 @pytest.mark.parametrize("gone", ["unloaded", "unloaded in Python", "deleted"])
-def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: str) -> None:
+def test_the_only_one_left_is_meant_and_named_but_not_merged_or_unloaded(session: Session, gone: str) -> None:
     left = session.add(llama(), FIELDS, name="x", variable="left").model
     model = session.add(llama(), FIELDS, name="x", variable="model").model
     if gone == "unloaded":
@@ -98,12 +98,14 @@ def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: st
         model.unload()
     del model
     assert session.names == ("left",) and session.state.current is None
-    for command in (session.merge, session.off, session.unload, session.unmerge, session.model):
+    for command in (session.merge, session.unload):
         words = "the model used last is unloaded or gone; say which one is meant: model='left'"
         with pytest.raises(AdapterError, match=words):
             command()
-    assert left.manager.merged == () and left.manager.enabled
-    session.merge(model="left")  # which says it for those that follow
+    assert left.manager.merged == () and left.manager.alive
+    told = "this is 'left', the only model with adapters: 'model' has none any more"
+    assert session.off().notes == (told,) and session.on().notes == ()
+    session.merge()  # said already
     assert session.state.current == "left" and list(left.manager.merged) == ["x"]
     session.unmerge()
     assert not left.manager.merged

@@ -20,7 +20,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.model.quantize import quantize_model
 from nbpeft.training import export_script, prepare_model_for_kbit_training, train
@@ -267,6 +267,26 @@ def test_rows_belong_to_their_script_and_old_ones_go(folder: Path) -> None:
     assert constants(script)["DATA"] == second.data[0].name and "EVAL_DATA" not in constants(script)
     assert not any(path.exists() for path in first.data)
     assert (folder / "train_data-mine.jsonl").exists() and other.data[0].exists()
+
+
+@pytest.mark.parametrize("present", ["print('mine')", "", "changed", "a folder"])
+def test_a_file_that_was_not_exported_is_not_written_over_unasked(folder: Path, present: str) -> None:
+    model, script, rows = loaded(folder), folder / "train.py", token_rows(2)
+    if present == "changed":
+        export_script(model, script, rows, **ARGUMENTS)
+        script.write_text(script.read_text().replace("max_steps", "max_steps "))
+    elif present == "a folder":
+        script.mkdir()
+    else:
+        script.write_text(present)
+    before = None if script.is_dir() else script.read_text()
+    told = "train.py (was changed since it was exported|is there already and was not exported from here): take another"
+    with pytest.raises(CheckpointError, match=told):
+        export_script(model, script, token_rows(3), **ARGUMENTS)
+    assert before is None or script.read_text() == before
+    if before is not None:
+        export_script(model, script, rows, replace=True, **ARGUMENTS)
+        assert constants(script)["ARGUMENTS"]["max_steps"] == 3
 
 
 @pytest.mark.slow

@@ -175,8 +175,12 @@ class FakeSession:
         self.change(model, adapters=adapters, active=(), enabled=False)
         return SimpleNamespace(notes=())
 
-    def save(self, folder: str, *, name: str, model: str) -> str:
-        self._take("save", name, folder)
+    def notices(self) -> tuple[str, ...]:
+        """There are none."""
+        return ()
+
+    def save(self, folder: str, *, name: str, model: str, replace: bool) -> str:
+        self._take("replace" if replace else "save", name, folder)
         self._require(name, model)
         return f"saved {name!r} to {folder}, 19.5 MB"
 

@@ -11,7 +11,7 @@ from typing import Any
 import ipywidgets
 import pytest
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, AdapterExistsError
 from nbpeft.widgets import AdaptersPanel, close_all, show_run
 from nbpeft.widgets import panel as panel_module
 from nbpeft.widgets.adapter_rows import MOST
@@ -132,6 +132,18 @@ def test_a_message_about_something_else_offers_no_undo(panel: AdaptersPanel, ses
     button(panel, "Save").click()
     button(panel, "Save", 1).click()
     assert "saved" in text(panel) and "Undo" not in labels(panel)
+
+
+def test_another_adapter_is_written_over_by_a_second_click_alone(panel: AdaptersPanel, session: Any) -> None:
+    there = "adapters/orders holds another adapter, 'x': choose another folder for 'orders', or replace it"
+    session.error = AdapterExistsError(f"{there} (replace=…)")
+    button(panel, "Save").click()
+    button(panel, "Save", 1).click()
+    assert "or replace it<" in text(panel) and "Replace" in labels(panel) and "Undo" not in labels(panel)
+    session.error = None
+    button(panel, "Replace").click()
+    assert session.commands == [("save", "orders", "adapters/orders"), ("replace", "orders", "adapters/orders")]
+    assert "saved" in text(panel) and "Replace" not in labels(panel)
 
 
 def test_unsaved_training_is_marked_in_its_row(panel: AdaptersPanel, session: Any) -> None:

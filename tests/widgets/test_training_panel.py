@@ -17,7 +17,7 @@ from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.training_panel import RunView
 from tests.waiting import PATIENCE, wait_until
 from tests.widgets.fakes import FakeRun, FakeSession, model, simulate, train_state
-from tests.widgets.support import Output
+from tests.widgets.support import Output, live_widgets
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -112,6 +112,77 @@ def test_the_buttons_vanish_with_the_run(session: Any, outputs: list[Output]) ->
     assert WIDGET_VIEW in buttons.bundles[0]
     assert buttons.last == {"text/html": "", "text/plain": ""}
     assert WIDGET_VIEW not in str(card.bundles)
+
+
+class TestASavedCard:
+    """What a notebook shows that was saved while the run went on; the page may have been closed meanwhile."""
+
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        now = [1_000_000.0]
+        monkeypatch.setattr("nbpeft.widgets.run_buttons.time.time", lambda: now[0])
+        monkeypatch.setattr("nbpeft.widgets.training_panel.time.strftime", lambda form: "2026-11-28 21:52")
+        return now
+
+    @pytest.mark.parametrize(
+        ("status", "more"), [("running", ""), ("paused", " (paused)"), ("stopping", " (stopping after this step)")]
+    )
+    @pytest.mark.parametrize("ui", ["html", "widgets"])
+    def test_says_when_it_was_seen_last(
+        self, session: Any, outputs: list[Output], ui: Any, status: Any, more: str
+    ) -> None:
+        view = RunView(fake_run(session), session, "model", ui=ui)
+        view.start()
+        view.draw(train_state(23, 120, status=status), at_once=True)
+        view.close()
+        html, text = outputs[0].last["text/html"], outputs[0].last["text/plain"]
+        assert '"nbpeft-saved"><span' in html and f">last seen 2026-11-28 21:52, step 23 of 120{more}</span>" in html
+        current = html.partition("nbpeft-current")[2].partition("nbpeft-saved")[0]
+        assert current.startswith('" style="display:none"'), "which is seen where a live style sheet says so"
+        assert f">{status_words(train_state(23, status=status))}</span>" in current
+        assert "running" not in html.replace(current, "") and "running" not in text
+
+    def test_of_a_run_that_has_ended_says_so(self, session: Any, outputs: list[Output]) -> None:
+        shown(session)
+        simulate(session, steps=5, seconds=0)
+        assert "last seen" not in outputs[0].last["text/html"] + outputs[0].last["text/plain"]
+
+    def test_is_current_while_its_buttons_are_of_its_period(
+        self, session: Any, outputs: list[Output], clock: list[float]
+    ) -> None:
+        view = RunView(fake_run(session), session, "model", ui="widgets")
+        view.start()
+        buttons = view._buttons
+        assert buttons is not None
+        for _ in range(3):
+            view.draw(train_state(23, 120), at_once=True)
+            number, style = int(clock[0] // run_buttons.PERIOD), buttons._style.value
+            assert f'class="nbpeft-state {buttons.name} {buttons.name}-{number}"' in outputs[0].last["text/html"]
+            rules = [f"{buttons._alive} .{buttons.name}-{one} .nbpeft-current" for one in (number, number + 1)]
+            assert f"{', '.join(rules)} {{ display: inline !important; }}" in style
+            assert f".{buttons.name}-{number - 1} " not in style, "a page that no update reaches shows an older one"
+            clock[0] += run_buttons.PERIOD
+        view.close()
+
+    def test_a_page_that_is_opened_again_after_the_end_shows_the_end(self, session: Any, outputs: list[Output]) -> None:
+        shown(session, "widgets")
+        simulate(session, steps=3, seconds=0)
+        card, buttons = outputs
+        assert "finished" in card.last["text/html"] and "nbpeft-state" in card.last["text/html"]
+        assert buttons.last == {"text/html": "", "text/plain": ""}, "an open page has the card"
+        root = live_widgets()[buttons.bundles[0][WIDGET_VIEW]["model_id"]]
+        (left,) = root.children
+        name = next(name for name in root._dom_classes if name.endswith("-view")).removesuffix("-view")
+        assert f":root:has(.{name}-view:not(.jupyter-widgets-disconnected)) .{name} {{ display: none; }}" in left.value
+        assert "finished" in left.value and "3 / 3" in left.value and "Stop" not in left.value
+
+    def test_only_the_last_ends_are_kept(self, session: Any, outputs: list[Output]) -> None:
+        shown(session, "widgets")
+        for _ in range(run_buttons._MOST_LEFT + 2):
+            simulate(session, steps=1, seconds=0)
+        assert len(run_buttons._left) == run_buttons._MOST_LEFT
+        training_panel.close_views()
+        assert not run_buttons._left
 
 
 def run_in_thread(session: Any, steps: int) -> tuple[FakeRun, threading.Thread]:

@@ -150,6 +150,8 @@ class FrodDirections(SharedState):
         *("projection_prng_key", "save_projection", "sparse_rate", "regularization_alpha"),
     )
 
+    is_trained: ClassVar[bool] = False
+
     named_first: ClassVar[tuple[str, ...]] = (DIRECTIONS, PLACES, SIZES)
 
     regularization: float

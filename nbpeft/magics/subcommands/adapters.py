@@ -25,7 +25,7 @@ from nbpeft.magics.registry import (
     subcommand,
 )
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
-from nbpeft.session.handles import is_module
+from nbpeft.session.results import BroughtBack
 
 _DEFAULTS = "no field is given, so these are PEFT's defaults; r = 16 with target_modules = 'all-linear' learns more"
 
@@ -73,7 +73,6 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Adapt the model in a variable, or show what that would do."""
     variable, fields, sizes = options.target, fields_of(options), settings_of(options)
     model = notebook.module(variable)
-    notebook.session.adopt(notebook.namespace)
     if options.dry_run:
         return notebook.session.preview(model, fields, name=options.name, variable=variable, **sizes)
     if sizes:
@@ -87,8 +86,7 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
         trainable=not options.frozen,
         **_rows_to_start_from(options, notebook),
     )
-    notebook.namespace[variable] = result.model
-    result.release()
+    notebook.bind(variable, result)
     return result if fields else replace(result, notes=(*result.notes, _DEFAULTS))
 
 
@@ -123,9 +121,7 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     how = {"trainable": options.train, "replace": options.replace}
     how |= {"revision": options.revision, "subfolder": options.subfolder}
     result = notebook.session.load(options.path, name=options.name, model=model, variable=variable, **how)
-    if variable is not None and is_module(notebook.namespace.get(variable)):
-        notebook.namespace[variable] = result.model
-    result.release()
+    notebook.bind(variable, result)
     return result
 
 
@@ -134,6 +130,7 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     "Save adapters as PEFT does.",
     argument("folder", metavar="DIR", completes="path", help="made if need be"),
     argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter; all if left out"),
+    argument("--replace", action="store_true", help="write over another adapter in that folder"),
     ON_MODEL,
     example="%lora save adapters/sql --name sql",
 )
@@ -141,16 +138,28 @@ def save(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Save one adapter or all."""
     if not options.folder.strip():
         raise CellError("%lora save needs a folder")
-    return notebook.session.save(options.folder, name=options.name, model=notebook.chosen(options.model))
+    model = notebook.chosen(options.model)
+    return notebook.session.save(options.folder, name=options.name, model=model, replace=options.replace)
 
 
 session_command("delete", "Delete an adapter from the model.", ADAPTER, ON_MODEL, example="%lora delete sql")
-session_command(
+
+
+@subcommand(
     "undo",
-    "Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, as it was.",
+    "Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, as it was; or what was "
+    "trained and not saved on the model that the variable held before.",
     ON_MODEL,
     example="%lora undo",
 )
+def undo(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Undo; where adapters of a model that is gone come back, the variable holds the adapted model."""
+    result = notebook.session.undo(model=notebook.chosen(options.model), variable=options.model)
+    if isinstance(result, BroughtBack):
+        notebook.bind(result.model_name, result)
+    return result
+
+
 session_command(
     "reset",
     "Let an adapter start anew, with the weights that its config begins with; %lora undo brings the old ones back.",

@@ -66,7 +66,10 @@ session_command("unmerge", "Put the base weights back, bit for bit.", ON_MODEL)
 )
 def unload(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Unload; no variable, output or traceback keeps the adapters alive afterwards."""
-    handle = notebook.session.model(notebook.chosen(options.model), command="unload")
+    chosen = notebook.chosen(options.model)
+    if chosen in notebook.session.past_names:
+        return notebook.session.unload(model=chosen)
+    handle = notebook.session.model(chosen, command="unload")
     result = notebook.session.unload(merge=options.merge, model=handle, safe=options.safe)
     notebook.replace(handle, result.base)
     result.release()

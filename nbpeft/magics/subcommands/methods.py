@@ -20,7 +20,6 @@ from nbpeft.magics.subcommands.planning import SIZES, settings_of
 )
 def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """List the methods."""
-    notebook.session.adopt(notebook.namespace)
     names = notebook.model_names()
     variable = options.target or (names[0] if len(names) == 1 else None)
     model = None if variable is None else notebook.chosen(variable)

@@ -179,7 +179,6 @@ def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
     Raises:
         CellError: a variable holds something else.
     """
-    notebook.session.adopt(notebook.namespace)
     if name is None:
         if notebook.session.names:
             return (found := notebook.adapted_model(None, "%lora plan")), found

@@ -60,7 +60,6 @@ def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
         ConfigError: a field is unknown or impossible.
     """
     session = notebook.session
-    session.adopt(notebook.namespace)
     source, variable = _source(options, notebook)
     own, config = _sorted(fields_of(options))
     sizes = settings_of(options)

@@ -3,51 +3,59 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from nbpeft.errors import AdapterError, CellError
-from nbpeft.magics.body import with_fields
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import Subcommand, argument, parse_arguments
-from nbpeft.magics.registry import cell_command, subcommand
-from nbpeft.magics.subcommands.training import training_arguments, training_data
-from nbpeft.magics.tokenize import tokenize
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
+from nbpeft.magics.subcommands.training import EVAL, PROCESSES, TRACK, TRAINER, training_arguments
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results.kept_runs import SORTS
 
-_CELL = "lora_train"
+_SAID = {
+    "data": ("--data", "ROWS"),
+    "eval_data": ("--eval", "ROWS"),
+    "tokenizer": ("--tokenizer", "TOKENIZER"),
+    "trainer_class": ("--trainer", "CLASS"),
+}
+"""Argument of a training -> how a line gives it."""
 
 
 @subcommand(
     "resume",
     "Go on with a training that was broken off, from the last state that was kept. A new kernel needs the model "
-    "and the rows in the same variables; the adapter comes back by itself.",
+    "and the rows, in the same variables or named here; the adapter and the settings come back by themselves.",
     argument("run", nargs="?", metavar="RUN", completes="run", help="the newest one if left out"),
     argument("--model", "-m", metavar="MODEL", completes="model", help="its variable; that of then if left out"),
-    example="%lora resume sql-3",
+    replace(DATA, options={**DATA.options, "required": False}),
+    EVAL,
+    COLUMNS,
+    TOKENIZER,
+    TRAINER,
+    TRACK,
+    *PROCESSES,
+    fields="training",
+    example="%lora resume sql-3 --data rows",
 )
 def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Evaluate the cell of a run again, and let it go on.
+    """Let a run go on. Of what its folder says nothing is evaluated: variables and files are looked up by name.
 
     Raises:
-        CellError: a variable of it is not there, or it was not a cell.
+        CellError: something of it has to be given again.
     """
     session = notebook.session
-    session.adopt(notebook.namespace)
     record, facts = session.kept_run(options.run)
-    source = facts.get("source") or {}
     target = options.model or record.model
     if not target:
         raise CellError(f"say which model run {record.name} goes on with: --model MODEL")
-    given: dict[str, Any] = {}
-    if not record.is_complete:
-        if "line" not in source:
-            raise CellError(
-                f"run {record.name} was not started by a cell, so its rows are not known here: "
-                f"session.resume({record.name!r}, data=…)"
-            )
-        given = _of_cell(cell_command(_CELL), source, notebook)
+    given = _given(options, facts, notebook)
+    if not record.is_complete and (missing := _missing(facts, given)):
+        words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
+        raise CellError(f"run {record.name} had what no file holds; give it again: %lora resume {record.name} {words}")
     model = notebook.module(target)
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
@@ -56,22 +64,31 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
             with suppress(AdapterError):
                 notebook.namespace[target] = session.model(model)
         raise
-    notebook.namespace[target] = result.model
-    result.release()
+    notebook.bind(target, result)
     return result
 
 
-def _of_cell(command: Subcommand, source: dict[str, str], notebook: NotebookContext) -> dict[str, Any]:
-    """What a training cell gives to the session, evaluated now."""
-    request = parse_arguments(command, f"%%{_CELL}", tokenize(source["line"]), notebook.namespace)
-    options = with_fields(request.options, source.get("cell", ""), notebook.namespace)
-    data, eval_data, tokenizer = training_data(options, notebook)
-    given = {"data": data, "eval_data": eval_data, "tokenizer": tokenizer, **training_arguments(options, notebook)}
+def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: NotebookContext) -> dict[str, Any]:
+    """What the line gives to the session; where it says nothing of the rows, what has the names that they had then."""
+    source = facts.get("source") or {}
+    given: dict[str, Any] = training_arguments(options, notebook)
+    for name in ("data", "eval_data"):
+        text = getattr(options, name)
+        given[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _SAID[name][0])
+    text = options.tokenizer
+    if text is None and notebook.by_name(source.get("tokenizer")) is not None:
+        text = source["tokenizer"]
+    given["tokenizer"] = notebook.tokenizer(text)
     if options.trainer is not None:
         given["trainer_class"] = notebook.value(options.trainer, "--trainer")
-    if options.track:
-        given["track"] = options.track
-    return given
+    return given | ({"track": options.track} if options.track else {})
+
+
+def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """What a run needs and neither the line nor its folder gives."""
+    rows = facts.get("data") or {}
+    needed = ["data", *(["eval_data"] if rows.get("eval_rows") else []), *(facts.get("objects") or ())]
+    return [str(name) for name in needed if given.get(str(name)) is None]
 
 
 @subcommand(

@@ -18,6 +18,7 @@ from nbpeft.names import SERVING_ENGINES, STORED_TYPES
     argument("--private", action="store_true", help="make a new repository private"),
     argument("--message", metavar="TEXT", help="of the commit (default: Upload adapter)"),
     argument("--revision", metavar="BRANCH", help="a branch, made if need be (default: main)"),
+    argument("--replace", action="store_true", help="upload over another adapter in that repository"),
     ON_MODEL,
     example="%lora push user/sql-adapter --private",
 )
@@ -30,6 +31,7 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
         private=True if options.private else None,
         message=options.message,
         revision=options.revision,
+        replace=options.replace,
     )
 
 

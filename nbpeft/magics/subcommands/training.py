@@ -29,50 +29,26 @@ _RESERVED = (
     "processes",
     "machines",
 )
+ROWS = ("data", "eval_data", "tokenizer")
+"""What a line says of the rows."""
 _OF_THIS_NOTEBOOK = ("sample", "every", "processes", "machines")
 """What a script is not given."""
-
-
-@subcommand(
-    "lora_train",
-    "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
-    MODEL,
-    DATA,
-    argument(
-        "--eval",
-        "-e",
-        dest="eval_data",
-        metavar="DATA",
-        completes="data",
-        help="rows to evaluate on, as for --data; or how many to hold out: 0.1, or 64",
-    ),
-    COLUMNS,
-    argument(
-        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
-    ),
-    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
-    MAX_LENGTH,
-    argument(
-        "--packing", action="store_true", help="several rows in each sequence of --max-length: nothing is padding"
-    ),
-    argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
-    argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
-    argument(
-        "--track",
-        metavar="TRACKER",
-        action="append",
-        choices=("tensorboard", "wandb", "trackio"),
-        words=("tensorboard", "wandb", "trackio"),
-        help="send the numbers to tensorboard, wandb or trackio as well",
-    ),
-    argument(
-        "--patience",
-        type=positive,
-        metavar="N",
-        help="end after N evaluations without a better one, and put the best state back; needs --eval",
-    ),
-    argument("--sample", action="append", metavar="PROMPT", help="answer this while it trains; may be repeated"),
-    argument("--every", type=positive, metavar="STEPS", help="how often to sample; about five times a run if left out"),
+EVAL = argument(
+    *("--eval", "-e"),
+    dest="eval_data",
+    metavar="DATA",
+    completes="data",
+    help="rows to evaluate on, as for --data; or how many to hold out: 0.1, or 64",
+)
+TRACK = argument(
+    "--track",
+    metavar="TRACKER",
+    action="append",
+    choices=("tensorboard", "wandb", "trackio"),
+    words=("tensorboard", "wandb", "trackio"),
+    help="send the numbers to tensorboard, wandb or trackio as well",
+)
+PROCESSES = (
     argument(
         "--processes",
         type=positive,
@@ -86,7 +62,38 @@ _OF_THIS_NOTEBOOK = ("sample", "every", "processes", "machines")
         metavar="ADDRESS",
         help="N processes on each of these machines, this one first; all must see this folder under this path",
     ),
-    argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
+)
+TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use")
+
+
+@subcommand(
+    "lora_train",
+    "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
+    MODEL,
+    DATA,
+    EVAL,
+    COLUMNS,
+    argument(
+        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
+    ),
+    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
+    MAX_LENGTH,
+    argument(
+        "--packing", action="store_true", help="several rows in each sequence of --max-length: nothing is padding"
+    ),
+    argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
+    argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
+    TRACK,
+    argument(
+        "--patience",
+        type=positive,
+        metavar="N",
+        help="end after N evaluations without a better one, and put the best state back; needs --eval",
+    ),
+    argument("--sample", action="append", metavar="PROMPT", help="answer this while it trains; may be repeated"),
+    argument("--every", type=positive, metavar="STEPS", help="how often to sample; about five times a run if left out"),
+    *PROCESSES,
+    TRAINER,
     argument("--background", "-b", action="store_true", help="the cell returns at once; other cells run meanwhile"),
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\nnum_train_epochs = 1",
@@ -99,7 +106,6 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         CellError: a variable is not there.
     """
     model = notebook.module(options.target)
-    notebook.session.adopt(notebook.namespace)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
     trainer = {} if options.trainer is None else {"trainer_class": notebook.value(options.trainer, "--trainer")}
@@ -112,7 +118,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         background=options.background,
         keep=not options.no_keep,
         restart=options.restart,
-        source=notebook.source(options.fields),
+        source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
         data_hint=f"{_look(options, arguments)} shows them",
         **arguments,
         **trainer,
@@ -151,9 +157,10 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     given = {
         name: getattr(options, name, None) for name in ("max_length", "patience", "every", "processes", "machines")
     }
-    given["columns"] = None if options.columns is None else dict(options.columns)
-    given["sample"] = [prompt_text(text) for text in options.sample] if options.sample else None
-    given["packing"] = options.packing or None
+    columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
+    given["columns"] = None if columns is None else dict(columns)
+    given["sample"] = [prompt_text(text) for text in sample] if sample else None
+    given["packing"] = getattr(options, "packing", None) or None
     return arguments | {name: value for name, value in given.items() if value is not None}
 
 
@@ -172,6 +179,7 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     "Write the last %%lora_train cell as a script, for accelerate launch on several GPUs or machines.",
     argument("path", metavar="SCRIPT", completes="path", help="a new .py file; the rows go beside it"),
     argument("--base", metavar="SOURCE", completes="path", help="where the script loads the base model from"),
+    argument("--replace", action="store_true", help="write over another file, or a script that was changed since"),
     argument("--model", "-m", metavar="MODEL", completes="model", help="may be left out where one alone was trained"),
     example="%lora export train.py",
 )
@@ -181,7 +189,6 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     Raises:
         CellError: no cell trained it, or one of its fields cannot be written down.
     """
-    notebook.session.adopt(notebook.namespace)
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))
@@ -198,6 +205,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
         eval_data,
         tokenizer=tokenizer,
         base=options.base,
+        replace=options.replace,
         model=notebook.module(target),
         **cell.arguments,
     )

@@ -24,6 +24,8 @@ from nbpeft.session.undoable import Undoable, unsaved_words
 from nbpeft.sweeps import largest_of, swept
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.engine.manager import AdapterManager
     from nbpeft.engine.plan import InjectionPlan
@@ -77,7 +79,7 @@ def add(
     """
     from nbpeft.engine.plan import plan
     from nbpeft.engine.random_numbers import random_state
-    from nbpeft.model import files, get_peft_model
+    from nbpeft.model import get_peft_model
 
     adapter_name(name)
     rows = InitRows.of(init_data, init_rows, tokenizer, columns, max_length)
@@ -90,7 +92,7 @@ def add(
         tracked, first_random = ctx.find(model, variable, command="add"), random_state()
         if tracked is None:
             bare: Any = uncompiled(model)
-            planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched
+            planned = plan(bare, completed(made, None, bare), allow_missing=allow_missing)  # before it is touched
             with starting_from(ctx, bare, made, rows, notes) as start, HeldInterrupts():
                 handle = get_peft_model(bare, made, adapter_name=name)
                 with _unloaded_on_failure(handle):
@@ -113,7 +115,7 @@ def add(
             result = _added(tracked, name, None, notes, unchanged=True)
             ctx.models.select(tracked)
             return result
-        named = manager.plan(files.with_base_name(made, manager.model), name, allow_missing=allow_missing)
+        named = manager.plan(completed(made, tracked, manager.model), name, allow_missing=allow_missing)
         if present is None:
             with starting_from(ctx, manager.model, named.config, rows, notes) as start:
                 put = manager.prepare(name, named, trainable=trainable, training=trainable)
@@ -245,11 +247,20 @@ def preview(
         base = tracked.manager.model if tracked is not None else uncompiled(model)
         title = tracked.name if tracked is not None else variable or "model"
         replaces = tracked is not None and name in tracked.manager.configs
+        made = completed(made, tracked, base)
         if tracked is not None and replaces:
             stays = keeps_weights(tracked.manager, name, tracked.manager.plan(made, name))
             notes.append(what_becomes_of_weights(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
         result = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
         return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
+
+
+def completed(config: AdapterConfig, tracked: TrackedModel | None, base: nn.Module) -> AdapterConfig:
+    """A config as it goes onto a base model: with the heads of its task, which are trained, too."""
+    from nbpeft.model import PeftModel
+
+    kind = PeftModel.for_task(config) if tracked is None else type(tracked.model)
+    return kind.completed(config, base)
 
 
 def _present(ctx: SessionContext, model: ModelLike, name: str) -> AdapterConfig | None:
@@ -344,17 +355,25 @@ def _load_beside(
 
 
 def save(
-    ctx: SessionContext, folder: str | os.PathLike[str], *, name: str | None = None, model: ModelLike = None
+    ctx: SessionContext,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    model: ModelLike = None,
+    replace: bool = False,
 ) -> SaveResult:
-    """Save adapters in PEFT's format, each folder completely or not at all.
+    """Save adapters in PEFT's format, all of them completely or none.
 
     Args:
         folder: one adapter is written right into it, several each into a folder of its name.
         name: None: all of the model's adapters.
         model: an adapted model.
+        replace: write over another adapter that a folder holds: one of another name, another base model or other
+            tensors. Where that was the only copy of an adapter of this process, that one is marked as not saved.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: a folder holds another adapter.
         CheckpointError: the folder cannot be written.
     """
     from nbpeft.model import files
@@ -366,7 +385,7 @@ def save(
     if not names:
         raise AdapterError(f"{tracked.name} has no adapter to save")
     with ctx.command(f"saving {', '.join(names)}", slow=True) as notes:
-        written = files.save(tracked.manager, place, names=list(names), flat=len(names) == 1)
+        written = files.save(tracked.manager, place, names=list(names), flat=len(names) == 1, replace=replace)
         saved = tuple(
             SavedAdapter(
                 adapter,

@@ -75,7 +75,7 @@ def combine(
     with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):
         remade = _may_replace(ctx, tracked, as_name, weights, replace)
         combined = make_combination(ctx, tracked, weights, as_name, settings, replaces=remade)
-        ctx.combinations[tracked.name, as_name] = weakref.ref(tracked.manager.configs[as_name])
+        tracked.combinations[as_name] = weakref.ref(tracked.manager.configs[as_name])
         if type == "linear" and combined.relative_error > _LINEAR_NOTE:
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
@@ -185,7 +185,7 @@ def _may_replace(
         return False
     if name in weights:
         raise AdapterExistsError(f"{name!r} is one of the adapters that are combined; take another name", name=name)
-    known = ctx.combinations.get((tracked.name, name))
+    known = tracked.combinations.get(name)
     same = known is not None and known() is manager.configs[name]
     if replace or (same and name in manager.frozen and name not in manager.unsaved):
         return True

@@ -55,8 +55,7 @@ def methods(
         rows = []
         for method in known:
             facts = facts_of_method(method)
-            shared = facts is not None and facts.trains_shared
-            cost = None if base is None else _cost(ctx, method, base, fields, settings, shared=shared)
+            cost = None if base is None else _cost(ctx, method, base, fields, settings)
             rows.append(MethodRow(method.label, _written(method), cost, facts, method.when, method.paper))
         rows.sort(key=lambda row: row.cost.parameter_count if row.cost and not row.cost.refusal else 1 << 60)
         if base is None:
@@ -82,8 +81,6 @@ def _cost(
     base: Any,
     fields: Mapping[str, Any],
     settings: Mapping[str, Any],
-    *,
-    shared: bool,
 ) -> MethodCost:
     """What a method costs, or why it does not go on the model."""
     from nbpeft.engine.plan import plan
@@ -94,8 +91,8 @@ def _cost(
             warnings.simplefilter("ignore")
             config = listed_config(method, fields)
             made = plan(base, config)
-            trained = made.parameter_count if shared else made.parameter_count - made.shared_count
             peak = plan_memory(ctx, base, config, suggest=False, **settings).peak_bytes if settings else None
-            return MethodCost(trained, made.byte_count(), trained * _TRAINING_BYTES, peak)
+            trained, byte_count = made.parameter_count, made.byte_count + made.frozen_byte_count
+            return MethodCost(trained, byte_count, trained * _TRAINING_BYTES, peak)
     except NbpeftError as error:
         return MethodCost(refusal=str(error))

@@ -29,6 +29,7 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    replace: bool = False,
 ) -> PushResult:
     """Upload an adapter to the hub, with a card that says how it was trained and how to load it.
 
@@ -44,8 +45,10 @@ def push(
         revision: a branch, made if need be; None for the main one.
         token: an access token instead of those above.
         endpoint: address of the hub; None for ``HF_ENDPOINT``, or the usual one.
+        replace: upload over another adapter that the repository holds: one of another method, rank, targets or base.
 
     Raises:
+        AdapterExistsError: the repository holds another adapter.
         AdapterError: there are several adapters and none is named, or ``repo`` is not a repository's name.
         CheckpointError: there is no token, or the hub refused or cannot be reached.
     """
@@ -67,6 +70,7 @@ def push(
             private=private,
             token=token,
             endpoint=endpoint,
+            replace=replace,
             **{key: value for key, value in options.items() if value is not None},
         )
         return PushResult(tracked.name, chosen, address, tuple(notes))

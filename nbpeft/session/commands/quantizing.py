@@ -15,7 +15,7 @@ from nbpeft.hub_access import hub_options
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.names import DTYPES
 from nbpeft.session.checks import adapter_name, place_of
-from nbpeft.session.commands.adapters import add
+from nbpeft.session.commands.adapters import add, completed
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config
 from nbpeft.session.handles import is_module, uncompiled
@@ -190,10 +190,11 @@ def preview_qlora(
         if skeleton is not None:
             settings["dtype"] = skeleton.dtype
             notes += [skeleton.note] if skeleton.note else []
+        config = completed(request.config, tracked, base)
         adapter = preview_of(
-            base, request.config, name=name, model_name=title, replaces=replaces, notes=notes, stored=come.backends()
+            base, config, name=name, model_name=title, replaces=replaces, notes=notes, stored=come.backends()
         )
-        planned = plan_or_reason(base if skeleton is None else skeleton.architecture, request.config, title, settings)
+        planned = plan_or_reason(base if skeleton is None else skeleton.architecture, config, title, settings)
         return QloraPreview(
             source=_title(origin, base),
             action="" if come.layers is None else "quantize" if skeleton is None else "load and quantize",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nbpeft.session.registry import TrackedModel
     from nbpeft.training import Run, TrainResult
 
+UNTRACKED = "model"
+"""What a model without adapters is called while a loop of somebody's own trains it."""
 _WAYS = "session.stop() ends it, session.result() shows what came of it"
 
 
@@ -46,7 +48,7 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
     try:
         with ctx.command(description, gather=False):
             ctx.refuse_another_training()
-            ctx.background[tracked.name], state.turns = training, turns
+            ctx.background[tracked], state.turns = training, turns
         training.start(working, lambda run: ctx.notes.extend(ctx.run_subscribers.notify(run, tracked.name)))
     except BaseException:  # one that never began would keep all others out
         training.abandon()
@@ -108,7 +110,7 @@ def clone(
     if name is not None:
         check_name(name)
         trained = next((known for known, other in list(ctx.runs.items()) if other is run), None)
-        if trained is not None and name in ctx.models.get(trained).manager.configs:
+        if trained is not None and name in trained.manager.configs:
             raise AdapterExistsError(f"{name!r} is there already: take another name", name=name)
     run.control.request_clone_of(adapter, name, **fields)
     what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state
@@ -152,7 +154,8 @@ def _check_learns(run: Run, adapter: str) -> None:
 
 
 def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
-    runs = dict(ctx.runs)
+    ctx.variables.look()
+    runs = runs_by_name(ctx)
     if model is None and len(runs) == 1:
         return next(iter(runs.values()))
     if model in runs:
@@ -161,6 +164,11 @@ def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
         raise AdapterError(f"several trainings run: say which model to {command}: {', '.join(runs)}")
     what = "no training runs" if model is None else f"no training of {model!r:.60} runs"
     raise AdapterError(what + (f"; there is one of {', '.join(runs)}" if runs else f": there is nothing to {command}"))
+
+
+def runs_by_name(ctx: SessionContext) -> dict[str, Run]:
+    """The runs that go on, by the names of their models."""
+    return {UNTRACKED if tracked is None else tracked.name: run for tracked, run in list(ctx.runs.items())}
 
 
 def _requested(run: Run, what: str) -> RequestResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,9 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     ended = [record for record in store.records() if record.status not in ("running", UNREADABLE)]
     if run is None and not ended:
         raise CheckpointNotFoundError(f"no run that has ended is kept in {store.place}, so there is nothing to resume")
-    record = ended[0] if run is None else _record(store, run)
+    # One of which the file says that it began later than now is taken by its name alone.
+    newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
+    record = newest if run is None and newest is not None else _record(store, str(run))
     if record.status == "running":
         raise TrainingError(f"run {record.name} is still running")
     if not record.kept_steps:

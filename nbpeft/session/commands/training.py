@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from nbpeft.errors import AdapterError, TrainingInterrupted
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.checks import place_of
-from nbpeft.session.commands.running import start
+from nbpeft.session.commands.running import UNTRACKED, runs_by_name, start
 from nbpeft.session.first_weights import draw_anew, weights_kept_unless
 from nbpeft.session.results import ExportResult
 from nbpeft.session.sweeps import plan_sweep
@@ -170,7 +170,7 @@ def train_tracked(
             result = _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
-        ctx.background.pop(tracked.name, None)  # how one in the background ended is not the last any more
+        ctx.background.pop(tracked, None)  # how one in the background ended is not the last any more
         ctx.models.select(tracked)
     if interrupted is not None:
         raise interrupted.with_traceback(None)
@@ -225,9 +225,9 @@ def _trained(
                 else:  # made again from the adapter that the sweep starts from
                     manager.remove(name)
             result = train(trained, data, eval_data, **arguments, run_factory=make_run)
-        ctx.keep_result(tracked.name, result)
+        ctx.keep_result(tracked, result)
     except TrainingInterrupted as error:
-        ctx.keep_result(tracked.name, error.result)
+        ctx.keep_result(tracked, error.result)
         raise
     finally:
         if learned():
@@ -261,17 +261,17 @@ def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
         AdapterError: it was not trained here, or still is.
         Exception: what the training failed with.
     """
-    name = ctx.models.get(model).name
-    training = ctx.background.get(name)
+    tracked = ctx.models.get(model)
+    training = ctx.background.get(tracked)
     if training is not None and training.state is not None and training.state.status in _ENDED:
         training.join()  # what it leaves is being put away
     if training is not None and not training.ended:
         raise AdapterError(f"{training.description} goes on: it has no result yet")
     if training is not None and training.error is not None:
         raise training.error
-    if name not in ctx.results:
-        raise AdapterError(f"{name} was not trained in this session")
-    return ctx.results[name]
+    if tracked.result is None:
+        raise AdapterError(f"{tracked.name} was not trained in this session")
+    return tracked.result
 
 
 def export(
@@ -284,6 +284,7 @@ def export(
     tokenizer: Any = None,
     base: str | None = None,
     model: ModelLike = None,
+    replace: bool = False,
     **arguments: Any,
 ) -> ExportResult:
     """Write a script that trains an adapter like the active one on the same rows: ``uv run``, ``accelerate launch``.
@@ -295,9 +296,11 @@ def export(
         tokenizer: as for ``train``.
         base: where the script finds the base model; by default where this one came from.
         model: an adapted model.
+        replace: write over a file that is there and that was not exported, or that was changed since.
         **arguments: as for ``train``.
 
     Raises:
+        CheckpointError: another file is there.
         ConfigError: an argument cannot be written into a script.
         TrainingError: it is not known how to load the base model, or the data cannot be read.
     """
@@ -305,15 +308,16 @@ def export(
 
     tracked, place = ctx.models.get(model, command="export"), place_of(path, "export")
     with ctx.command(f"exporting to {place}", slow=True) as notes:
-        files = export_script(tracked.model, place, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
+        how = {"tokenizer": tokenizer, "base": base, "replace": replace}
+        files = export_script(tracked.model, place, data, eval_data, **how, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
         return ExportResult(str(files.script), files.adapter, data_files, (*files.notes, *notes))
 
 
 def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:
     """Return Stop and Pause of the run on a model, or None while none runs."""
-    name = model if model is not None else next(reversed(ctx.runs), "")
-    run = ctx.runs.get(name)
+    runs = runs_by_name(ctx)
+    run = runs.get(model if model is not None else next(reversed(runs), ""))
     return run.control if run is not None else None
 
 
@@ -329,19 +333,19 @@ def _run(
 
 
 def _published(ctx: SessionContext, run: Run, tracked: TrackedModel | None, state: TrainState) -> None:
-    name = tracked.name if tracked is not None else "model"
     if tracked is not None:
         tracked.training = state
     if state.status in _ENDED:
-        ctx.runs.pop(name, None)
+        ctx.runs.pop(tracked, None)
         ctx.lock.release(run.run_id)
-    elif ctx.runs.get(name) is not run:
-        ctx.runs[name] = run
+    elif ctx.runs.get(tracked) is not run:
+        ctx.runs[tracked] = run
         in_background = ctx.training_in_background
         if in_background is not None and in_background.control is run.control:
             in_background.begun(run)  # its cell shows it
             ctx.publish()
             return
+        name = UNTRACKED if tracked is None else tracked.name
         ctx.lock.reserve(run.run_id, f"training {state.adapter or name}", run)
         ctx.notes.extend(ctx.run_subscribers.notify(run, name))
     ctx.publish()

@@ -6,31 +6,61 @@ from typing import TYPE_CHECKING
 
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
 from nbpeft.session.first_weights import draw_anew
+from nbpeft.session.past_models import bring_back, lost
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
-    from nbpeft.session.history import PastAdapter
+    from nbpeft.session.history import PastAdapter, PastModel
     from nbpeft.session.registry import TrackedModel
-    from nbpeft.session.results import CommandResult
+    from nbpeft.session.results import BroughtBack, CommandResult
 
 
-def undo(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
+def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None = None) -> CommandResult | BroughtBack:
     """Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, exactly as it was.
 
     Called again it goes one further back. The last 10 adapters of a model are kept in host memory,
-    2 GiB of them at most, until the model is unloaded or the process ends.
+    2 GiB of them at most, until the model is unloaded or the process ends. Where there is none, and the variable
+    of a notebook held another model before, what was trained on that and not saved comes back, onto the model that the
+    variable holds now.
 
     Args:
-        model: an adapted model.
+        model: an adapted model; a bare one for the adapters of one that is gone.
+        variable: what to call a model that is new here.
 
     Raises:
         AdapterError: there is nothing to bring back, or what took its place was trained and is not saved.
         AdapterExistsError: another adapter has its name now.
+        BaseMismatchError: the adapters were trained on another base model.
         MergeError: adapters are merged.
     """
+    ctx.variables.look()
+    tracked, source = _what_to_undo(ctx, model, variable)
+    if source is not None:
+        return bring_back(ctx, source, tracked, model, variable)
+    assert tracked is not None
+    return _undone(ctx, tracked)
+
+
+def _what_to_undo(
+    ctx: SessionContext, model: ModelLike, variable: str | None
+) -> tuple[TrackedModel | None, PastModel | TrackedModel | None]:
+    """The model that something comes back to, where it is known; and what has it, where that is another model."""
+    past = ctx.history.model(model) if isinstance(model, str) else None
+    if past is not None:
+        return None, past
+    if model is None and (ctx.models.rebound or not ctx.models.choices) and (found := lost(ctx, None)) is not None:
+        return None, found
+    tracked = ctx.find(model, variable, command="undo")
+    if tracked is not None and (tracked.before or ctx.history.of(tracked.manager)):
+        return tracked, None
+    found = lost(ctx, variable) if tracked is None else lost(ctx, tracked.name, other=False)
+    return ctx.models.get(model, command="undo") if found is None else tracked, found
+
+
+def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
+    """Brings the last adapter back that is gone from a model."""
     from nbpeft.engine.kept import put_back
 
-    tracked = ctx.find_adapted(model, command="undo")
     manager = tracked.manager
     refuse_in_training(ctx, tracked, "undone")
     known = ctx.history.of(manager)
@@ -44,11 +74,11 @@ def undo(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
             put_back(manager, kept, in_place=past.in_place and name in manager.configs)
             ctx.history.drop_last(manager, change)
             change.keep_attributes(tracked, "requested")
-            change.keep(ctx.combinations)
+            change.keep(tracked.combinations)
             if past.requested is not None:
                 tracked.requested[name] = past.requested
             if past.combination is not None:
-                ctx.combinations[tracked.name, name] = past.combination
+                tracked.combinations[name] = past.combination
         state = "; its training is not saved" if kept.unsaved else ""
         return ctx.result(tracked, f"{name!r} is back, as it was before it was {past.did}{state}", notes)
 
@@ -83,7 +113,7 @@ def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) ->
     Raises:
         BusyError: a run trains the model.
     """
-    run = ctx.runs.get(tracked.name)
+    run = ctx.runs.get(tracked)
     if run is not None:
         raise BusyError(f"{tracked.name} is training {run.adapter}: nothing can be {what} before that has ended")
 

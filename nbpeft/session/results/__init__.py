@@ -6,7 +6,9 @@ A result never keeps a tensor alive once it was shown: what a notebook keeps in 
 from __future__ import annotations
 
 from nbpeft.session.results.adapters import AddResult as AddResult
+from nbpeft.session.results.adapters import BroughtBack as BroughtBack
 from nbpeft.session.results.adapters import CommandResult as CommandResult
+from nbpeft.session.results.adapters import Discarded as Discarded
 from nbpeft.session.results.adapters import LoadResult as LoadResult
 from nbpeft.session.results.adapters import MemoryReport as MemoryReport
 from nbpeft.session.results.adapters import SavedAdapter as SavedAdapter
@@ -14,6 +16,7 @@ from nbpeft.session.results.adapters import SaveResult as SaveResult
 from nbpeft.session.results.adapters import StatusReport as StatusReport
 from nbpeft.session.results.adapters import UnloadResult as UnloadResult
 from nbpeft.session.results.base import ModelRef as ModelRef
+from nbpeft.session.results.base import Notice as Notice
 from nbpeft.session.results.base import Result as Result
 from nbpeft.session.results.combining import CombineResult as CombineResult
 from nbpeft.session.results.combining import SwapResult as SwapResult

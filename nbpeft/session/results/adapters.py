@@ -104,6 +104,30 @@ class CommandResult(Result):
 
 
 @dataclass(frozen=True, repr=False)
+class BroughtBack(ModelResult):
+    """Adapters of a model that is gone are on another one.
+
+    Attributes:
+        model_name: the notebook variable of that one.
+        line: what was done.
+        state: the model as it is now.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    line: str
+    state: ModelState
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return with_notes(self.line, self.notes)
+
+    def view(self) -> Card:
+        """What was done, and the model's adapters."""
+        return card(self.line, adapter_table(self.state.adapters), notes(self.notes), aside=model_title(self.state))
+
+
+@dataclass(frozen=True, repr=False)
 class LoadResult(ModelResult):
     """An adapter was loaded.
 
@@ -214,6 +238,24 @@ class UnloadResult(ModelResult):
 
 
 @dataclass(frozen=True, repr=False)
+class Discarded(Result):
+    """What was left of a model that is gone is not kept any longer.
+
+    Attributes:
+        line: what was done.
+    """
+
+    line: str
+
+    def __str__(self) -> str:
+        return self.line
+
+    def view(self) -> Card:
+        """What was done."""
+        return card(self.line)
+
+
+@dataclass(frozen=True, repr=False)
 class StatusReport(Result):
     """The state of things.
 
@@ -225,7 +267,7 @@ class StatusReport(Result):
 
     def __str__(self) -> str:
         if not self.state.models:
-            return "no adapted model yet"
+            return "\n".join(("no adapted model yet", *self._past()))
         from nbpeft.display.text import columns
 
         blocks = []
@@ -236,11 +278,19 @@ class StatusReport(Result):
                 for item in model.adapters
             ]
             blocks += [columns(rows)] if rows else []
-        return "\n".join(blocks + ([f"busy: {self.state.busy}"] if self.state.busy else []))
+        return "\n".join([*blocks, *self._past(), *([f"busy: {self.state.busy}"] if self.state.busy else [])])
+
+    def _past(self) -> tuple[str, ...]:
+        """What is left of models that are gone."""
+        return tuple(
+            f"{past.name}: the model is gone; undo brings back {past.adapters}, trained and not saved"
+            for past in self.state.past
+        )
 
     def view(self) -> Block:
         """One card a model."""
-        return Stack(tuple(model_card(model) for model in self.state.models or (None,)))
+        cards = tuple(model_card(model) for model in self.state.models or (None,))
+        return Stack((*cards, *(line(Text(words, "warning")) for words in self._past())))
 
 
 @dataclass(frozen=True, repr=False)

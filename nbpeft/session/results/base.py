@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.display.blocks import Block, Card, Text, card, line, notes
+from nbpeft.display.blocks import Block, Card, Line, Text, card, line, notes
 from nbpeft.display.models import adapter_table, model_title
 from nbpeft.display.shown import Shown
 from nbpeft.errors import AdapterError
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, repr=False)
 class Result(Shown):
     """Base of all results: a line of text in a terminal, a card in a notebook."""
+
+
+@dataclass(frozen=True, repr=False)
+class Notice(Result):
+    """What a person should know before a command, e.g. that a variable holds another model now.
+
+    Attributes:
+        line: it.
+    """
+
+    line: str
+
+    def __str__(self) -> str:
+        return self.line
+
+    def view(self) -> Line:
+        """The line."""
+        return line(Text(self.line, "warning"))
 
 
 @dataclass(frozen=True, repr=False)

@@ -45,9 +45,10 @@ class Preview(Result):
         copies: modules that would be trained as a whole.
         excluded_count: modules that the config excludes.
         missing: target patterns that match nothing.
-        parameter_count: of the new adapter.
+        parameter_count: that the new adapter trains.
         base_count: parameters of the model as it is.
-        byte_count: of the new adapter.
+        byte_count: of those parameters.
+        frozen_bytes: of the frozen tensors that its layers share.
         training_bytes: gradients and AdamW's two moments for it.
         replaces: whether an adapter of that name would be reconfigured.
         memory: what training would need, or why there is no forecast.
@@ -67,18 +68,19 @@ class Preview(Result):
     replaces: bool = False
     notes: tuple[str, ...] = ()
     memory: PlanResult | str = ""
+    frozen_bytes: int = 0
 
     @property
     def module_count(self) -> int:
-        """Modules that would be adapted."""
-        return sum(row.module_count for row in self.rows)
+        """Modules that would be adapted, or trained as a whole."""
+        return sum(row.module_count for row in self.rows) + len(self.copies)
 
     def __str__(self) -> str:
         return with_notes(f"dry run: {self.what()}; nothing was changed", self.all_notes()) + self.forecast_text()
 
     def what(self) -> str:
         """What would be adapted, in words."""
-        where = ", ".join(row.target for row in self.rows)
+        where = ", ".join((*(row.target for row in self.rows), *self.copies))
         return (
             f"{self.method} {self.name!r} would {'reconfigure' if self.replaces else 'adapt'} "
             f"{plural(self.module_count, 'module')} of {self.model_name} ({where}); "
@@ -119,6 +121,7 @@ class Preview(Result):
             f"({share(self.parameter_count, self.base_count)}); {size(self.byte_count)} for the adapter, "
             f"{size(self.training_bytes)} more for gradients and AdamW while training"
         )
+        total += f"; {size(self.frozen_bytes)} of frozen tensors that its layers share" if self.frozen_bytes else ""
         whole = f"whole modules: {', '.join(self.copies)}" if self.copies else ""
         excluded = f"{plural(self.excluded_count, 'module')} excluded" if self.excluded_count else ""
         return (

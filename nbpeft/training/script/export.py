@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
 from nbpeft.confidential import LOG_IN, without_secrets
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
@@ -41,6 +41,8 @@ _OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", 
 """Fields of a config that say where it comes from, not what to make."""
 
 _DIGEST_LENGTH = 12
+_MARK = "# Exported by nbpeft, and unchanged as long as this is its digest: "
+"""The last line of a script."""
 
 _TEMPLATE = '''# /// script
 # requires-python = ">=3.11"
@@ -113,6 +115,7 @@ def export_script(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     base: str | None = None,
+    replace: bool = False,
     **arguments: Any,
 ) -> ScriptFiles:
     """Writes a script that trains a new adapter, configured as the active one, on the same rows.
@@ -134,15 +137,19 @@ def export_script(
         columns: as for ``train``.
         base: where the script loads the base model from: a folder or a hub id; by default where
             this one came from.
+        replace: write over a file that is there and that this did not write, or that was changed since.
         **arguments: fields of ``TrainingArguments``, as for ``train``.
 
     Raises:
         ConfigError: an argument cannot be written down, or the path is not a ``.py`` file.
+        CheckpointError: another file is there, or it cannot be written.
         TrainingError: it is not known how to load the base model, or rows cannot be read.
     """
     target = Path(os.path.expanduser(os.fspath(path)))
     if target.suffix != ".py":
         raise ConfigError(f"a script's name ends in .py, not {target.name!r:.60}")
+    if not replace:
+        _refuse_other(target)
     refused = unwritable(arguments)
     if refused:
         raise ConfigError(f"{', '.join(refused)}: objects of the notebook cannot be written into a script")
@@ -320,7 +327,23 @@ def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]
     for name, value in constants.items():
         if name not in found or found[name] != value:
             raise ConfigError(f"{name} cannot be written into a script: {value!r:.60}", name=name)
-    return text
+    return f"{text}{_MARK}{_digest(text)}\n"
+
+
+def _refuse_other(path: Path) -> None:
+    """Refuses to write over a file that is not a script as it was exported.
+
+    Raises:
+        CheckpointError: it is another one, or was changed since.
+    """
+    if not os.path.lexists(path):
+        return
+    with disk_errors(path):
+        found = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    text, mark, digest = found.rpartition(_MARK)
+    if not mark or digest.strip() != _digest(text):
+        why = "was changed since it was exported" if mark else "is there already and was not exported from here"
+        raise CheckpointError(f"{shown(path)} {why}: take another name, or replace it (replace=…)")
 
 
 def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:

@@ -1,0 +1,125 @@
+"""Which adapters of this process are in which folder as they are now: saved to it, or loaded from it.
+
+Where another adapter is written over the only copy of one, that one counts as not saved again.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.trained import mark_saved, mark_unsaved
+
+Mark = tuple[int, int]
+"""Size of a file and when it was written."""
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """An adapter of a model; both are held weakly, and renaming it changes nothing.
+
+    Attributes:
+        manager: of its model.
+        config: its config.
+        mark: what its file there is known by.
+    """
+
+    manager: weakref.ref[AdapterManager]
+    config: weakref.ref[AdapterConfig]
+    mark: Mark | None
+
+    @property
+    def name(self) -> str | None:
+        """What it is called now; None where it is not on a model any more."""
+        manager, config = self.manager(), self.config()
+        if manager is None or config is None or not manager.alive:
+            return None
+        return next((name for name, present in manager.configs.items() if present is config), None)
+
+    def is_adapter(self, manager: AdapterManager, name: str) -> bool:
+        """Whether it is that one."""
+        return self.manager() is manager and self.config() is manager.configs[name]
+
+
+_owners: dict[str, list[_Owner]] = {}
+"""Folder -> the adapters that are in it as they are now: the one that was saved, and those that were loaded from it."""
+
+
+def note_place(manager: AdapterManager, name: str, folder: str | os.PathLike[str]) -> None:
+    """Notes that a folder has the adapter as it is now."""
+    for place, owners in list(_owners.items()):
+        _owners[place] = [owner for owner in owners if owner.name is not None]
+        if not _owners[place]:
+            del _owners[place]
+    owners = _owners.setdefault(_key(folder), [])
+    owners[:] = [owner for owner in owners if not owner.is_adapter(manager, name)]
+    owners.append(_Owner(weakref.ref(manager), weakref.ref(manager.configs[name]), _mark(folder)))
+
+
+def owner_of(manager: AdapterManager, name: str, folder: str | os.PathLike[str]) -> str | None:
+    """Which adapter a folder has, as far as this process knows: empty for this one, the name of another, or None."""
+    mark, names = _mark(folder), []
+    for owner in _owners.get(_key(folder), ()):
+        if owner.mark == mark and owner.name is not None:
+            names.append("" if owner.is_adapter(manager, name) else owner.name)
+    return None if not names else "" if "" in names else names[0]
+
+
+def note_saved(manager: AdapterManager, places: Mapping[str, Path]) -> None:
+    """Called when adapters were saved: adapter -> its folder. Who had its only copy there is not saved any more."""
+    lost = []
+    for name, place in places.items():
+        changed = name in manager.unsaved
+        if changed:
+            _forget(manager, name)  # elsewhere it is as before it was trained
+        owners = _owners.get(_key(place), [])
+        if changed or not any(owner.is_adapter(manager, name) for owner in owners):
+            lost += _owners.pop(_key(place), [])
+    for name, place in places.items():
+        note_place(manager, name, place)
+    mark_saved(manager, *places)
+    _mark_lost(lost)
+
+
+def note_written_over(folders: Iterable[str | os.PathLike[str]]) -> None:
+    """Called when something else was written into folders. Who had its only copy there is not saved any more."""
+    _mark_lost([owner for folder in folders for owner in _owners.pop(_key(folder), [])])
+
+
+def _mark_lost(owners: Iterable[_Owner]) -> None:
+    for owner in owners:
+        manager, name = owner.manager(), owner.name
+        if manager is not None and name is not None and not _has_copy(owner):
+            mark_unsaved(manager, name)
+
+
+def _forget(manager: AdapterManager, name: str) -> None:
+    for owners in _owners.values():
+        owners[:] = [owner for owner in owners if not owner.is_adapter(manager, name)]
+
+
+def _has_copy(lost: _Owner) -> bool:
+    """Whether an adapter is in another folder as it is now."""
+    return any(
+        owner.manager() is lost.manager() and owner.config() is lost.config() and owner.mark == _mark(place)
+        for place, owners in _owners.items()
+        for owner in owners
+    )
+
+
+def _key(folder: str | os.PathLike[str]) -> str:
+    return os.path.realpath(os.path.expanduser(os.fspath(folder)))
+
+
+def _mark(folder: str | os.PathLike[str]) -> Mark | None:
+    try:
+        found = os.stat(Path(_key(folder), WEIGHTS_NAME))
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

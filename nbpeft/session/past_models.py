@@ -1,0 +1,133 @@
+"""Bringing adapters back that were trained and not saved on a model that is gone, or that no variable holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError, AdapterExistsError, BaseMismatchError
+from nbpeft.interrupts import HeldInterrupts
+from nbpeft.session.handles import is_module, rehandle, uncompiled
+from nbpeft.session.history import PastModel
+from nbpeft.session.results import BroughtBack, ModelRef
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nbpeft.engine.kept import KeptAdapter
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
+
+
+def lost(ctx: SessionContext, variable: str | None, *, other: bool = True) -> PastModel | TrackedModel | None:
+    """The model whose adapters are to come back to a variable: it is gone, or no variable holds it.
+
+    Args:
+        ctx: of the session.
+        variable: name of the variable; None for any.
+        other: take the last model of another variable where there is none of this one.
+    """
+    found = [*(tracked for tracked in ctx.models.all() if tracked.before and tracked.held), *ctx.history.models]
+    own = [model for model in found if model.variable == variable]
+    return next(reversed(own or (found if other else [])), None)
+
+
+def bring_back(
+    ctx: SessionContext,
+    source: PastModel | TrackedModel,
+    tracked: TrackedModel | None,
+    model: ModelLike,
+    variable: str | None,
+) -> BroughtBack:
+    """Puts the adapters of a model onto another one, all or none.
+
+    Args:
+        ctx: of the session.
+        source: had them.
+        tracked: the model that gets them; None for one that carries none.
+        model: that one; None or a name for what the variable of ``source`` holds now.
+        variable: what to call it.
+
+    Raises:
+        AdapterError: there is no model to put them on.
+        AdapterExistsError: it has other adapters of their names.
+        BaseMismatchError: they were trained on another base model.
+    """
+    past = source if isinstance(source, PastModel) else ctx.variables.unsaved_of(source)
+    names = [kept.name for kept in past.adapters]
+    variable = variable or (past.variable if tracked is None else tracked.name)
+    if tracked is None and not is_module(model):
+        model = ctx.variables.module(past.variable)
+        if model is None:
+            where = f"load it again into {past.variable!r}, or name a model (model=…)"
+            raise AdapterError(f"the base model of {past.words} is gone: {where}")
+        tracked = ctx.find(model, variable)
+    base = tracked.manager.model if tracked is not None else uncompiled(model)
+    if tracked is not None:
+        tracked.manager.refuse_merged(f"{names[0]!r} is put back")
+        taken = next((name for name in names if name in tracked.manager.configs), None)
+        if taken is not None:
+            raise AdapterExistsError(f"{tracked.name} has another adapter {taken!r}: rename that one first", name=taken)
+    _check_base(past, base, variable)
+    with ctx.command(f"bringing back {', '.join(names)}", slow=True) as notes:
+        with _put_onto(base, past.adapters) as handle:
+            tracked = tracked if tracked is not None else ctx.models.new(variable, handle)
+            for attribute, known in past.remembered.items():
+                getattr(tracked, attribute).update(known)
+            result = _result(tracked, past, notes)
+        ctx.models.select(tracked)
+        ctx.changed = True
+        if isinstance(source, PastModel):
+            ctx.history.drop_model(source)
+        else:
+            source.unbind()
+        return result
+
+
+def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> BroughtBack:
+    several = len(past.adapters) > 1
+    names = ", ".join(repr(kept.name) for kept in past.adapters)
+    where = f"{'are' if several else 'is'} on {tracked.name}, as on the model before"
+    line = f"{names} {where}; {'their' if several else 'its'} training is not saved"
+    reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
+    return BroughtBack(reference, tracked.name, line, tracked.state(), tuple(notes))
+
+
+def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
+    """Refuses another base model than that of the adapters, where it is known.
+
+    Raises:
+        BaseMismatchError: it is another one.
+    """
+    from nbpeft.checkpoint import compare
+
+    if not past.fingerprint:
+        return
+    try:
+        told = compare(past.fingerprint, base)
+    except BaseMismatchError as error:
+        told = str(error)
+    if told is not None:
+        raise BaseMismatchError(f"{past.words} cannot be put on {name!r}: {told}")
+
+
+@contextmanager
+def _put_onto(base: nn.Module, adapters: Sequence[KeptAdapter]) -> Iterator[Any]:
+    """Puts adapters onto a base model, and yields its handle; they are off again where something fails."""
+    from nbpeft.engine.kept import put_back
+    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.model import PeftModel
+
+    present = manager_of(base)
+    manager = present or AdapterManager(base)
+    with HeldInterrupts(), manager.transaction():
+        chosen = manager.selected
+        for kept in adapters:
+            put_back(manager, kept)
+        if chosen:
+            manager.activate(chosen)
+        owner = None if present is None else present.owner
+        handle = PeftModel.for_task(adapters[0].config).over(base, manager) if owner is None else None
+        yield handle

@@ -1,0 +1,224 @@
+"""The variables of a notebook: which of them holds which model, and what becomes of a model when its variable changes.
+
+Models are held weakly. What was trained on one and is not saved stays all the same: as long as a variable of its name
+holds the model, the modules of such adapters are held apart from it. When the model goes, they move to host memory,
+without the base model, until ``undo`` brings them back or ``unload`` discards them.
+
+    model = load() again ──> alive, m2 holds it        called "m2" from now on
+                             alive, no variable        called "model (before)"
+                             gone, trained, not saved  its adapters are kept as "model (before)"
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.session.handles import is_handle, is_live, is_module, uncompiled
+from nbpeft.session.history import PastModel
+
+if TYPE_CHECKING:
+    from nbpeft.session.context import SessionContext
+    from nbpeft.session.registry import TrackedModel
+
+
+_COLLECTIONS = 3
+"""What torch holds on its side comes free in the next one."""
+
+
+class Variables:
+    """Follows the variables of a notebook, and says once where one holds another model by now.
+
+    Args:
+        ctx: of the session.
+    """
+
+    def __init__(self, ctx: SessionContext) -> None:
+        self._ctx = ctx
+        self._mapping: Mapping[str, object] | None = None
+        self._notices: list[str] = []
+        self._looking = threading.Lock()
+
+    def follow(self, mapping: Mapping[str, object]) -> None:
+        """Looks at these variables now, and before each command that comes."""
+        self._mapping = mapping
+        self.look()
+
+    def module(self, name: str) -> Any:
+        """The model that a variable holds, adapted or not; None for anything else."""
+        value = None if self._mapping is None else self._mapping.get(name)
+        return uncompiled(value) if is_module(value) else None
+
+    def note(self, words: str) -> None:
+        """Has the next command say something."""
+        if words not in self._notices:
+            self._notices.append(words)
+
+    def take_notices(self) -> tuple[str, ...]:
+        """What there is to be said, once."""
+        taken, self._notices = tuple(self._notices), []
+        return taken
+
+    def clear(self) -> None:
+        """Forgets the variables."""
+        self._mapping = None
+        self._notices.clear()
+
+    def look(self) -> None:
+        """Finds out what the variables hold now. Cheap, and imports nothing.
+
+        Without ``nbpeft.model`` nothing is adapted. Inside a command nothing is looked at: its model stays what it is.
+        """
+        if self._mapping is None or self._ctx.lock.depth or "nbpeft.model" not in sys.modules:
+            return
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            variables = {name: value for name, value in list(self._mapping.items()) if not name.startswith("_")}
+            moved = self._follow_known(variables)
+            if self._adopt(variables) or moved:
+                self._ctx.publish()
+        finally:
+            self._looking.release()
+
+    def _follow_known(self, variables: Mapping[str, object]) -> bool:
+        """Finds the variables of the models that are known; says whether one is called otherwise now."""
+        moved: dict[TrackedModel, str] = {}
+        deleted: list[TrackedModel] = []
+        for tracked in self._ctx.models.known():
+            holders = _holders(tracked, variables)
+            if tracked.alive and (tracked.name in holders or tracked.is_inside(variables.get(tracked.name))):
+                tracked.bind()
+            elif tracked.name in variables or (tracked.before and holders):
+                moved[tracked] = holders[-1] if holders else ""
+            elif tracked.was_bound and not holders and not tracked.before:  # the variable was deleted
+                deleted.append(tracked)
+        _collect([*deleted, *(tracked for tracked, alias in moved.items() if not alias)])
+        for tracked in deleted:
+            tracked.stay()
+        if moved:
+            self._move(moved)
+        return bool(moved or deleted)
+
+    def _move(self, moved: Mapping[TrackedModel, str]) -> None:
+        """Gives models whose variable holds something else the name of another one, and says so."""
+        registry = self._ctx.models
+        names: dict[TrackedModel, str] = {}
+        for tracked, alias in moved.items():
+            if not tracked.alive:
+                registry.remove(tracked)
+                self.gone(tracked)
+                continue
+            registry.let_go(tracked.name)
+            names[tracked] = alias or self._free(f"{tracked.variable} (before)", names.values())
+            if not tracked.before:
+                self.note(self._moved_words(tracked, names[tracked], offers_undo=not alias))
+        registry.rename(names, {tracked for tracked, alias in moved.items() if not alias})
+
+    def _moved_words(self, tracked: TrackedModel, name: str, *, offers_undo: bool) -> str:
+        adapters = ", ".join(map(repr, tracked.manager.names)) or "no adapters"
+        unsaved = ", ".join(map(repr, tracked.held)) if offers_undo else ""
+        back = f"; session.undo() copies {unsaved}, trained and not saved, to {tracked.variable!r}" if unsaved else ""
+        return f"{self._holds(tracked)}; the model with {adapters} is {name!r}{back}"
+
+    def _holds(self, tracked: TrackedModel) -> str:
+        value = None if self._mapping is None else self._mapping.get(tracked.variable)
+        return f"{tracked.variable!r} holds {'another model' if is_module(value) else 'something else'} now"
+
+    def _adopt(self, variables: Mapping[str, object]) -> bool:
+        """Tracks the adapted models that are not tracked yet; says whether there were any."""
+        models = self._ctx.models
+        known = models.all()
+        new = []
+        for name, value in variables.items():
+            if is_handle(value):
+                handle: Any = value
+                if is_live(handle) and models.find(handle) is None:
+                    new.append(models.add(name, handle, select=name == models.rebound))
+        for tracked in new:
+            tracked.bind()
+        if len(new) == 1 and not known:
+            models.select(new[0])
+        return bool(new)
+
+    # Models that are gone
+
+    def gone(self, tracked: TrackedModel) -> None:
+        """Called when a model turns out to be gone: keeps what was trained on it and is not saved."""
+        variables = {} if self._mapping is None else self._mapping
+        if _holders(tracked, variables):  # its base model carries the adapters still
+            return
+        rebound = tracked.variable in variables and not tracked.before
+        if rebound:
+            self._ctx.models.let_go(tracked.name)
+        if rebound and tracked.was_bound and not tracked.held:
+            adapters = f", with {', '.join(map(repr, tracked.adapters))}," if tracked.adapters else ""
+            self.note(f"{self._holds(tracked)}; the model before{adapters} is gone")
+        if tracked.held:
+            self._keep(tracked, self._holds(tracked) if rebound else f"the model {tracked.name!r} is gone")
+            tracked.unbind()
+
+    def unsaved_of(self, tracked: TrackedModel) -> PastModel:
+        """Copies of what was trained on a model and is not saved, in host memory."""
+        adapters, remembered = [], tracked.remembered(tracked.held)
+        for keep in tracked.held.values():
+            kept = keep()
+            config = kept.config.copy()
+            for known in remembered.values():
+                if kept.name in known:
+                    known[kept.name] = (config, *known[kept.name][1:])
+            adapters.append(replace(kept, config=config))
+        return PastModel(
+            name=self._free(tracked.name if tracked.before else f"{tracked.variable} (before)"),
+            variable=tracked.variable,
+            adapters=tuple(adapters),
+            fingerprint=tracked.fingerprint,
+            runs={name: run for name in tracked.held if (run := self._run_of(tracked, name))},
+            remembered=remembered,
+        )
+
+    def _keep(self, tracked: TrackedModel, what: str) -> None:
+        """Keeps what was trained and is not saved, and says so."""
+        past = self.unsaved_of(tracked)
+        dropped = self._ctx.history.add_model(past)
+        were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
+        self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() brings {them} back")
+        for older in dropped:
+            self.note(f"{older.words} of {older.name!r} took too much memory and is not kept any longer")
+
+    def _free(self, name: str, taken: Iterable[str] = ()) -> str:
+        return self._ctx.models.free_name(name, (*taken, *self._ctx.history.model_names))
+
+    def words_of_gone(self, name: str) -> str:
+        """What is left of a model that is gone; empty for any other name."""
+        past = self._ctx.history.model(name)
+        if past is None:
+            return ""
+        return f"{name!r} is gone; {past.words} of it, trained and not saved, can be brought back: session.undo()"
+
+    def _run_of(self, tracked: TrackedModel, name: str) -> str:
+        """The run on disk that an adapter can be loaded from; empty where there is none."""
+        from nbpeft.runs.folder import RunFolder
+        from nbpeft.session.commands.training import run_place
+
+        run = tracked.trained_steps.get(name, (None, 0, ""))[2]
+        place = run_place(self._ctx) if run else None
+        return run if place is not None and RunFolder(place.store.place / run).kept_steps() else ""
+
+
+def _holders(tracked: TrackedModel, variables: Mapping[str, object]) -> list[str]:
+    """The variables that hold a model, its handle or its base."""
+    own = {name: value for name, value in list(variables.items()) if not name.startswith("_") and is_module(value)}
+    return [name for name, value in own.items() if tracked.matches(uncompiled(value))]
+
+
+def _collect(models: Collection[TrackedModel]) -> None:
+    """Collects garbage, so that models that nothing holds are gone, and not only by chance."""
+    for _ in range(_COLLECTIONS if models else 0):
+        gc.collect()
+        if all(tracked.is_gone for tracked in models):
+            return
