@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.training.launch.agreement import several_processes
+from nbpeft.training.agreement import several_processes
 from nbpeft.training.record import score_of
 from nbpeft.training.run import Run, StopRun
 

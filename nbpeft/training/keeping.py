@@ -35,9 +35,9 @@ from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
+from nbpeft.training.agreement import is_first, of_the_first, several_processes, write_together
 from nbpeft.training.checkpoints import put_checkpoint
 from nbpeft.training.kept_arguments import to_keep
-from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
 from nbpeft.training.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.run import Run
 from nbpeft.training.sharded_trainer import base_mark

@@ -8,7 +8,7 @@ from typing import Any
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import TrainingError
 from nbpeft.training.adapted import trained_names
-from nbpeft.training.launch.agreement import is_first, several_processes
+from nbpeft.training.agreement import is_first, several_processes
 
 
 def save_adapters(model: Any, folder: str, step: int, *, together: bool) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from nbpeft.errors import ConfigError, in_one_line
 from nbpeft.interrupts import HeldInterrupts
-from nbpeft.training.launch.agreement import is_launched
+from nbpeft.training.agreement import is_launched
 from nbpeft.training.launch.job import Ended
 
 CHILD = "nbpeft.training.process"
