@@ -370,7 +370,12 @@ def drop(
 
 
 def replace_modules(
-    model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction, *, merged: bool | None = None
+    model: nn.Module,
+    replacements: Mapping[int, nn.Module],
+    change: Transaction,
+    *,
+    merged: bool | None = None,
+    release: bool = False,
 ) -> None:
     """Puts other modules wherever those with the given ids hang.
 
@@ -379,10 +384,13 @@ def replace_modules(
         replacements: id of a module -> what takes its place.
         change: records the places.
         merged: where no adapter is left: whether some were merged for good, into replicated layers too.
+        release: whether backends undo what they did to layers for the sake of adapters.
     """
     _replace(model, replacements, change)
     if merged is not None:
         settle_layers(model, change, keep=merged)
+    if release:
+        _release_storage(model, change)
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
@@ -415,8 +423,7 @@ def prepare_storage(model: nn.Module, change: Transaction) -> None:
                     module.__dict__[_PREPARED] = backend.name
 
 
-def release_storage(model: nn.Module, change: Transaction) -> None:
-    """Lets backends undo what they did to layers for the sake of adapters; the last of these is gone."""
+def _release_storage(model: nn.Module, change: Transaction) -> None:
     for module in reached_modules(model):
         if _PREPARED in module.__dict__:
             change.keep(module.__dict__)

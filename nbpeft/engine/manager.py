@@ -23,16 +23,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales, Share
 from nbpeft.engine.adapter_names import check_name, check_scale, names_in
 from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
-from nbpeft.engine.build import (
-    CollectionPaused,
-    Parts,
-    build,
-    commit,
-    drop,
-    prepare_storage,
-    release_storage,
-    replace_modules,
-)
+from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_commands import LayerCommands
 from nbpeft.engine.loss_terms import LossTerm
@@ -838,8 +829,7 @@ class AdapterManager:
                 self._biases.stop(name, change)
         replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
         replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
-        replace_modules(self.model, replacements, change, merged=bool(merged))
-        release_storage(self.model, change)
+        replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
         change.set_requires_grad(self._was_trainable, True)
         change.keep_attributes(self, "layers", "copies", "configs")
         change.keep_attributes(self.model, *_ATTRIBUTES)

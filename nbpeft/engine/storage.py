@@ -137,14 +137,14 @@ def plain(weight: Any) -> Tensor:
     return tensor
 
 
-def pickled_as_themselves(*parameters: Tensor) -> None:
-    """Lets pickle keep the classes of parameters, as bitsandbytes has them, with their attributes.
+def keep_parameter_classes(module: nn.Module) -> None:
+    """Lets pickle keep the classes of a module's parameters, as bitsandbytes has them, with their attributes.
 
     As torch pickles them they come back as plain parameters, whose deep copies have no attributes.
     """
-    for kind in {type(parameter) for parameter in parameters}:
-        if issubclass(kind, nn.Parameter) and kind is not nn.Parameter:
-            copyreg.pickle(kind, reduced_parameter)  # type: ignore[arg-type]
+    for kind in {type(parameter) for parameter in module._parameters.values()}:
+        if nn.Parameter in kind.__mro__[1:]:
+            copyreg.pickle(kind, reduced_parameter)
 
 
 def reduced_parameter(parameter: Any) -> tuple[Any, ...]:

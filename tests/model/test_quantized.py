@@ -111,6 +111,7 @@ def test_a_refused_adapter_leaves_layers_to_be_repacked(tmp_path: Path, monkeypa
     pretend_repacking(monkeypatch, True)
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization(compute_dtype="float32"))
+    expected = logits(base.eval())
     before = [[*vars(base.get_submodule(path))] for path in quantized_paths(base)]
 
     def fails(*_: Any) -> None:
@@ -120,7 +121,9 @@ def test_a_refused_adapter_leaves_layers_to_be_repacked(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         adapted(base)
     layers = [base.get_submodule(path) for path in quantized_paths(base)]
-    assert all(layer.support_avx512bf16_for_cpu for layer in layers) and [[*vars(one)] for one in layers] == before
+    assert [[*vars(layer)] for layer in layers] == before and all(one.support_avx512bf16_for_cpu for one in layers)
+    assert all(layer.quant_state is layer.weight.quant_state for layer in layers)
+    assert torch.equal(logits(base), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

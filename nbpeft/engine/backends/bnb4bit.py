@@ -33,7 +33,7 @@ from nbpeft.engine.four_bit import NESTED_BLOCK, fitted, in_blocks
 from nbpeft.engine.nearest_levels import round_blocks
 from nbpeft.engine.registry import register_backend
 from nbpeft.engine.rounding import Grid
-from nbpeft.engine.storage import StoredWeight, loaded, pickled_as_themselves, plain
+from nbpeft.engine.storage import StoredWeight, keep_parameter_classes, loaded, plain
 
 PACKED_ROWS = 32
 _REPACKS = "support_avx512bf16_for_cpu"
@@ -65,7 +65,7 @@ class Bnb4bit(StoredWeight):
         Returns:
             Whether ``release`` may let the library re-pack it; shapes at which the library would fail stay plain.
         """
-        pickled_as_themselves(module.weight)
+        keep_parameter_classes(module)
         _make_plain(module)
         if not getattr(module, _REPACKS, False):
             return False
@@ -195,7 +195,6 @@ def _make_plain(module: nn.Module) -> None:
         data = _unpacked(data, *state.shape).view(-1).view(storage).view(-1, 1)
     elif state.absmax.dim() == 1:
         return
-    state = copy.copy(state)
     state.absmax, state.dtype, state.packing_format_for_cpu = _constants(state), _original_dtype(state), False
     _bind(module, data, state)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.registry import register_backend
 from nbpeft.engine.rounding import Grid
-from nbpeft.engine.storage import StoredWeight, loaded, pickled_as_themselves, plain
+from nbpeft.engine.storage import StoredWeight, keep_parameter_classes, loaded, plain
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Bnb8bit(StoredWeight):
 
     def prepare(self, module: nn.Module) -> bool:
         """Lets pickle keep the class of the parameter; there is nothing to release."""
-        pickled_as_themselves(module.weight)
+        keep_parameter_classes(module)
         return False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
