@@ -369,7 +369,10 @@ class Adapter(nn.Module):
     """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters that a file holds as any other, and that are never trained."""
+    """Parameters that are never trained."""
+
+    constant_parameters: ClassVar[tuple[str, ...]] = ()
+    """Those of them that no file holds and nothing reads: PEFT's users count them."""
 
     has_tensors: ClassVar[bool] = True
     """Whether there is anything in it that a file would hold."""
@@ -492,7 +495,8 @@ class Adapter(nn.Module):
         Args:
             shapes: returns what ``parameter_shapes`` gives for its config.
         """
-        return {key: value for key, value in self._parameters.items() if value is not None}
+        own = self._parameters.items()
+        return {key: value for key, value in own if value is not None and key not in self.constant_parameters}
 
     @classmethod
     def fixed_tensors(

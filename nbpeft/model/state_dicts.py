@@ -213,7 +213,7 @@ def _replace_data(
     for layer in manager.layers.values():
         adapter: Any = layer.adapters._modules.get(name)
         for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
-            if parameter is None:
+            if parameter is None or key in adapter.constant_parameters:
                 continue
             if id(parameter) not in made and (values := data(parameter, layer)) is not None:
                 made[id(parameter)] = nn.Parameter(values, parameter.requires_grad)

@@ -94,10 +94,7 @@ def _trained(manager: AdapterManager, name: str, adapter: Adapter) -> list[nn.Pa
     shared = None if adapter._parameters else manager.shared(name)
     if shared is not None:
         return list(shared.parameters())
-    names = adapter.layer_names()  # as in PEFT: what a layer has besides, as AdaLoRA's ranknum, does not count
-    return [
-        parameter for key, parameter in adapter.named_parameters() if "." in key or key.removesuffix("_bias") in names
-    ]
+    return [parameter for key, parameter in adapter.named_parameters() if key not in adapter.constant_parameters]
 
 
 def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:

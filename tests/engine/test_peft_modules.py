@@ -572,3 +572,29 @@ def test_a_scaling_that_is_kept_aside_can_be_put_back() -> None:
     del ours
     gc.collect()
     assert layer() is None
+
+
+def test_buffers_of_adapters_are_listed_by_pefts_names() -> None:
+    def made(library: Any) -> Any:
+        torch.manual_seed(0)
+        base = Net().eval()
+        model = library.get_peft_model(base, library.DeloraConfig(r=2, target_modules=["first"]))
+        model.add_adapter("other", library.DeloraConfig(r=2, target_modules=["first"]))
+        return model.eval()
+
+    ours, theirs = made(nbpeft), made(peft)
+    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in theirs.named_buffers()]
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    layer = ours.base_model.model.first
+    norms = layer.get_submodule("delora_w_norm")
+    assert len(norms) == 2 and norms["default"] is layer.adapter("default")._buffers["delora_w_norm"]
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(twin(IDS), ours(IDS))
+        assert twin.state_dict().keys() == ours.state_dict().keys()
+    ours.to(torch.float64)
+    assert {value.dtype for value in norms.values()} == {torch.float64} == {ours(IDS).dtype}
+    norms["default"] = torch.zeros_like(norms["default"])
+    assert not layer.adapter("default")._buffers["delora_w_norm"].any()
+    ours.delete_adapter("other")
+    assert list(norms) == ["default"] and not any("other" in name for name in ours.state_dict())

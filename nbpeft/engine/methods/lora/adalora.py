@@ -357,7 +357,8 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha"}
     peft_mappings: ClassVar[tuple[str, ...]] = (_A, _B, _E, "lora_embedding_A", "lora_embedding_B")
     peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
-    frozen_parameters: ClassVar[tuple[str, ...]] = (_RANK,)  # PEFT counts it; no file has it, and nothing reads it
+    frozen_parameters: ClassVar[tuple[str, ...]] = (_RANK,)
+    constant_parameters: ClassVar[tuple[str, ...]] = (_RANK,)
 
     flags_of_places: list[bool]
     path: str
@@ -487,7 +488,7 @@ class AdaLora(Adapter, Rescales, IsLowRank):
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The ranks that are left; see ``Adapter``."""
-        tensors = {name: tensor for name, tensor in super().saved_tensors(shapes).items() if name != _RANK}
+        tensors = super().saved_tensors(shapes)
         left = self._own(self.allocator.config.ranks_left(self.path) or self.flags_of_places)
         if all(left):
             return tensors

@@ -171,3 +171,24 @@ def test_a_run_and_a_trainer_call_it_themselves(tmp_path: Path) -> None:
 def test_impossible_values_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         nbpeft.AdaLoraConfig(**FIELDS | fields)
+
+
+def test_the_number_of_ranks_is_counted_as_in_peft_and_in_no_file(tmp_path: Path) -> None:
+    fields = {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"], "lora_dropout": 0.25}
+    made = [library.get_peft_model(llama(), library.AdaLoraConfig(**fields)) for library in (nbpeft, peft)]
+    ours, theirs = made
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    layers: list[Any] = [model.base_model.model.model.layers[0].self_attn.q_proj for model in made]
+    assert {float(layer.ranknum["default"]) for layer in layers} == {4.0}
+    assert not any(layer.ranknum["default"].requires_grad for layer in layers)
+    assert [layer.lora_dropout["default"].p for layer in layers] == [0.25, 0.25]
+    assert len(layers[0].lora_embedding_A) == len(layers[1].lora_embedding_A) == 0
+    ours.set_requires_grad("default", True)
+    assert not layers[0].ranknum["default"].requires_grad
+    ours.save_pretrained(tmp_path)
+    assert not any("ranknum" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    read = nbpeft.PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in read.parameters())
+    empty = nbpeft.get_peft_model(llama(), nbpeft.AdaLoraConfig(**fields), low_cpu_mem_usage=True)
+    nbpeft.set_peft_model_state_dict(empty, load_file(tmp_path / "adapter_model.safetensors"), low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in empty.parameters())
