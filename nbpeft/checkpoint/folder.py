@@ -23,7 +23,6 @@ from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import (
     LEGACY_WEIGHTS_NAME,
     WEIGHTS_NAME,
-    TensorFile,
     UnreadTensors,
     read_metadata,
     read_tensors,
@@ -146,17 +145,15 @@ def read_checkpoint(
     options = {name: value for name, value in hub.items() if not (name == "local_files_only" and not value)}
     place = Source.of(source, subfolder, options)
     path = place.config_file()
-    weights_path = place.weights_file(path)
     for _ in range(_READS):
-        version = _version(weights_path)
-        file = TensorFile(weights_path)
+        file = place.tensor_file(path)
         text = _config_text_of(path, file.metadata)
-        if _version(weights_path) == version:
+        if file.is_current:
             break
     config, unknown = parse_config(text, str(path))
     _warn_of_unknown(unknown, path)
     unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).unpack, config))
-    return Checkpoint(config, unread, file.metadata, weights_path.parent, tuple(sorted(unknown)))
+    return Checkpoint(config, unread, file.metadata, file.path.parent, tuple(sorted(unknown)))
 
 
 def write_checkpoint(
@@ -378,14 +375,6 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     if wanted is None or wanted == _digest(text):
         return text
     return next((staged_text for staged_text in map(_text, waiting) if _digest(staged_text) == wanted), text)
-
-
-def _version(path: Path) -> int | None:
-    """Changes when the file is replaced."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 def _text(path: Path) -> str:

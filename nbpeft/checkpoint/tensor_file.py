@@ -7,6 +7,7 @@ that somebody takes. A file that fits nothing costs no memory, however large it 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
@@ -40,7 +41,7 @@ DTYPES = {
     if hasattr(torch, full)
 }
 """Name in a safetensors file -> dtype."""
-_LONGEST_HEADER = 2**26
+LONGEST_HEADER = 2**26
 """Bytes; 400,000 tensors have such a one."""
 _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
@@ -118,15 +119,28 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._legacy = path.suffix == ".bin"
+        self._version = 0
         try:
             if self._legacy:
+                self._version = path.stat().st_mtime_ns
                 self.header = _mapped(path)
             else:
                 self._handle = _opened(path)
                 weakref.finalize(self, os.close, self._handle)
-                self._read_header()
+                found = os.fstat(self._handle)
+                self._version = found.st_mtime_ns
+                with open(self._handle, "rb", closefd=False) as file:
+                    self._read_header(file, found.st_size)
         except UNREADABLE as error:
             raise unreadable(path, error) from None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is still the file at its path, and not another that took its place."""
+        try:
+            return self.path.stat().st_mtime_ns == self._version
+        except OSError:
+            return False
 
     def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """Some of the tensors, of their own memory: the file may be replaced while they are in use.
@@ -157,16 +171,14 @@ class TensorFile:
             raise ValueError("it was cut off while it was read")
         return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
-    def _read_header(self) -> None:
-        """Reads what comes before the tensors, and checks that it describes the file to its last byte."""
-        size = os.fstat(self._handle).st_size
-        with open(self._handle, "rb", closefd=False) as file:
-            length = int.from_bytes(_exactly(file, 8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError("its header does not end in it")
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"its header has more than {_LONGEST_HEADER:,} bytes")
-            header = json.loads(_exactly(file, length))
+    def _read_header(self, file: BinaryIO, size: int) -> None:
+        """Reads what comes before the tensors, and checks that it describes a file of a size to its last byte."""
+        length = int.from_bytes(_exactly(file, 8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError("its header does not end in it")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"its header has more than {LONGEST_HEADER:,} bytes")
+        header = json.loads(_exactly(file, length))
         if not isinstance(header, dict):
             raise TypeError("its header is none")
         start = end = 8 + length
@@ -180,6 +192,44 @@ class TensorFile:
         if end != size:
             raise ValueError(f"its tensors end at byte {end:,}, and it has {size:,}")
         self.header = {key: entry.tensor for key, entry in entries.items()}
+
+
+class TensorFileToFetch(TensorFile):
+    """A large safetensors file that is elsewhere, of which only the header was fetched so far.
+
+    Args:
+        path: where it will be, for messages.
+        start: its first bytes, with all of its header.
+        size: bytes of the whole file.
+        fetch: gets it, and says where it is.
+
+    Raises:
+        CorruptCheckpointError: what was fetched is no header.
+    """
+
+    def __init__(self, path: Path, start: bytes, size: int, fetch: Callable[[], Path]) -> None:
+        self.path, self._fetch = path, fetch
+        self.header, self.metadata, self._places = {}, {}, {}
+        try:
+            self._read_header(io.BytesIO(start), size)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from None
+
+    def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Gets the file, and reads some of its tensors.
+
+        Raises:
+            CorruptCheckpointError: another file came than the one that the header is of.
+        """
+        file, wanted = TensorFile(self._fetch()), list(keys)
+        if file._places != self._places or file.metadata != self.metadata:
+            raise CorruptCheckpointError(f"{file.path} is not the file whose header was read", path=str(file.path))
+        return file.read(wanted, device)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is still the file at its path: there is none yet."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -357,8 +407,8 @@ def _check_archive(path: Path) -> bool:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # torch writes none
         raise ValueError("its archive is compressed")
-    if any(member.file_size > _LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
-        raise ValueError(f"what it says of its tensors has more than {_LONGEST_HEADER:,} bytes")
+    if any(member.file_size > LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
+        raise ValueError(f"what it says of its tensors has more than {LONGEST_HEADER:,} bytes")
     return True
 
 
