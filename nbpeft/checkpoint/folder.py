@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.checkpoint import card as model_card
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
@@ -338,10 +339,10 @@ def _card_file(
         return []
     present = None
     try:
-        present = path.read_bytes().decode("utf-8")
+        present = inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
     except FileNotFoundError:
         pass
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, CheckpointError):
         return []
     except OSError:
         if needed:
@@ -379,13 +380,9 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
 
 def _text(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_CONFIG + 1)
-        if len(content) > LARGEST_CONFIG:
-            raise CorruptCheckpointError(
-                f"{path} is not the config of an adapter: it has more than {LARGEST_CONFIG:,} bytes", path=str(path)
-            )
-        return content.decode("utf-8")
+        return inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
+    except CheckpointError as error:
+        raise CorruptCheckpointError(f"this is not the config of an adapter: {error.message}", path=str(path)) from None
     except UnicodeDecodeError:
         raise CorruptCheckpointError(f"{path} is not a text file", path=str(path)) from None
     except OSError as error:
@@ -394,8 +391,8 @@ def _text(path: Path) -> str:
 
 def _text_or_none(path: Path) -> str | None:
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
+    except (OSError, UnicodeDecodeError, CheckpointError):
         return None
 
 

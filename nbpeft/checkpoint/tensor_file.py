@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import stat
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nbpeft.checkpoint import inside
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, shortened
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -47,7 +47,6 @@ _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
 _MOST_OF_MADE = 16
 """Bytes of a file for each that is made of them; indices and shares take more than the numbers they stand for."""
-_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -125,12 +124,14 @@ class TensorFile:
                 self._version = path.stat().st_mtime_ns
                 self.header = _mapped(path)
             else:
-                self._handle = _opened(path)
+                self._handle = inside.open_file(path)
                 weakref.finalize(self, os.close, self._handle)
                 found = os.fstat(self._handle)
                 self._version = found.st_mtime_ns
                 with open(self._handle, "rb", closefd=False) as file:
                     self._read_header(file, found.st_size)
+        except CheckpointError:
+            raise
         except UNREADABLE as error:
             raise unreadable(path, error) from None
 
@@ -267,15 +268,6 @@ def _metadata(given: Any) -> dict[str, str]:
     return given
 
 
-def _opened(path: Path) -> int:
-    """Opens a plain file, or a link to one; a pipe would be waited for, and a device has no end."""
-    handle = os.open(path, _OPEN)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise ValueError("it is no plain file")
-
-
 def _exactly(file: Any, count: int) -> bytes:
     content = file.read(count)
     if len(content) != count:
@@ -387,6 +379,8 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     try:
         mapped = _check_archive(path)
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
     except Exception as error:  # a pickle that somebody else made can raise anything
         raise unreadable(path, error) from None
     if not isinstance(tensors, dict) or not all(
@@ -398,7 +392,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path) -> bool:
     """Whether a ``.bin`` is an archive, which can be mapped. Raises ValueError for one that is read without bounds."""
-    os.close(_opened(path))
+    os.close(inside.open_file(path))
     if not zipfile.is_zipfile(path):  # as torch wrote them before 2020
         if path.stat().st_size > _LARGEST_UNMAPPED:
             raise ValueError(f"it is no archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
