@@ -402,10 +402,13 @@ def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
-        ({"processes": 256}, "trained with its work shared out; say again how: processes=…"),
-        ({"processes": 2, "fsdp": True}, "say again how: processes=…, fsdp=…"),
-        ({"machines": ["a", "b"]}, "say again how: machines=…"),
-        ({"deepspeed": "/etc/passwd"}, "say again how: deepspeed=…"),
+        (
+            {"processes": 256},
+            "several processes, which run.json does not start; give them again: processes=…",
+        ),
+        ({"processes": 2, "fsdp": True}, "give them again: processes=…, fsdp=…"),
+        ({"machines": ["a", "b"]}, "give them again: machines=…"),
+        ({"deepspeed": "/etc/passwd"}, "give them again: deepspeed=…"),
     ],
 )
 def test_how_work_was_shared_out_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:

@@ -244,9 +244,13 @@ def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, argumen
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
     kept = facts.get("arguments") or {}
+    launched = [name for name in SHARED_OUT if kept.get(name)]
     for why, names in (
         ("objects that no file holds; give them again", facts.get("objects") or ()),
-        ("its work shared out; say again how", [name for name in SHARED_OUT if kept.get(name)]),
+        (
+            "several processes, which run.json does not start; give them again",
+            [name for name in SHARED_OUT if kept.get(name)],
+        ),
     ):
         missing = [name for name in names if name not in arguments]
         if missing:
