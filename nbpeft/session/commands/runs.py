@@ -247,10 +247,7 @@ def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, argumen
     launched = [name for name in SHARED_OUT if kept.get(name)]
     for why, names in (
         ("objects that no file holds; give them again", facts.get("objects") or ()),
-        (
-            "several processes, which run.json does not start; give them again",
-            [name for name in SHARED_OUT if kept.get(name)],
-        ),
+        ("several processes, which run.json does not start; give them again", launched),
     ):
         missing = [name for name in names if name not in arguments]
         if missing:
