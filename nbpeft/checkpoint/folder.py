@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.checkpoint import card as model_card
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
@@ -24,7 +25,6 @@ from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import (
     LEGACY_WEIGHTS_NAME,
     WEIGHTS_NAME,
-    TensorFile,
     UnreadTensors,
     read_metadata,
     read_tensors,
@@ -147,17 +147,15 @@ def read_checkpoint(
     options = {name: value for name, value in hub.items() if not (name == "local_files_only" and not value)}
     place = Source.of(source, subfolder, options)
     path = place.config_file()
-    weights_path = place.weights_file(path)
     for _ in range(_READS):
-        version = _version(weights_path)
-        file = TensorFile(weights_path)
+        file = place.tensor_file(path)
         text = _config_text_of(path, file.metadata)
-        if _version(weights_path) == version:
+        if file.is_current:
             break
     config, unknown = parse_config(text, str(path))
     _warn_of_unknown(unknown, path)
     unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).unpack, config))
-    return Checkpoint(config, unread, file.metadata, weights_path.parent, tuple(sorted(unknown)))
+    return Checkpoint(config, unread, file.metadata, file.path.parent, tuple(sorted(unknown)))
 
 
 def write_checkpoint(
@@ -348,10 +346,10 @@ def _card_file(
         return []
     present = None
     try:
-        present = path.read_bytes().decode("utf-8")
+        present = inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
     except FileNotFoundError:
         pass
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, CheckpointError):
         return []
     except OSError:
         if needed:
@@ -387,23 +385,11 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     return next((staged_text for staged_text in map(_text, waiting) if _digest(staged_text) == wanted), text)
 
 
-def _version(path: Path) -> int | None:
-    """Changes when the file is replaced."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
-
-
 def _text(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_CONFIG + 1)
-        if len(content) > LARGEST_CONFIG:
-            raise CorruptCheckpointError(
-                f"{path} is not the config of an adapter: it has more than {LARGEST_CONFIG:,} bytes", path=str(path)
-            )
-        return content.decode("utf-8")
+        return inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
+    except CheckpointError as error:
+        raise CorruptCheckpointError(f"this is not the config of an adapter: {error.message}", path=str(path)) from None
     except UnicodeDecodeError:
         raise CorruptCheckpointError(f"{path} is not a text file", path=str(path)) from None
     except OSError as error:
@@ -412,8 +398,8 @@ def _text(path: Path) -> str:
 
 def _text_or_none(path: Path) -> str | None:
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
+    except (OSError, UnicodeDecodeError, CheckpointError):
         return None
 
 

@@ -18,8 +18,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import BinaryIO
 
-from nbpeft.errors import CheckpointError
+from nbpeft.errors import CheckpointError, CorruptCheckpointError
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _HANDLES = os.open in os.supports_dir_fd and os.listdir in os.supports_fd
@@ -183,9 +184,44 @@ def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o66
 
 def _check_file(path: Path, found: os.stat_result, *, alone: bool) -> None:
     if _is_link(found) or not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{shown(path)} is {kind_of(found)}, not a plain file", path=str(path))
+        raise CorruptCheckpointError(f"{shown(path)} is {kind_of(found)}, not a plain file", path=str(path))
     if alone and found.st_nlink > 1:
-        raise CheckpointError(f"{shown(path)} has a second name elsewhere, and is not written", path=str(path))
+        raise CorruptCheckpointError(f"{shown(path)} has a second name elsewhere, and is not written", path=str(path))
+
+
+def open_file(path: Path) -> int:
+    """Opens a plain file that is named by a caller, or a link to one, as those of the hub's cache are.
+
+    Raises:
+        CheckpointError: it is something whose reading could wait or have no end.
+        OSError: it cannot be opened.
+    """
+    _check_file(path, os.stat(path), alone=False)
+    handle = os.open(path, os.O_RDONLY | _FILE & ~_NO_LINK)
+    try:
+        _check_file(path, os.fstat(handle), alone=False)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The content of a plain file that is named by a caller, or of a link to one.
+
+    Raises:
+        CheckpointError: it has more than ``most`` bytes, or is not a plain file.
+        OSError: it cannot be read.
+    """
+    with open(open_file(path), "rb") as file:
+        return _content(file, path, most)
+
+
+def _content(file: BinaryIO, path: Path, most: int) -> bytes:
+    content = file.read(most + 1)
+    if len(content) > most:
+        raise CorruptCheckpointError(f"{shown(path)} has more than {most:,} bytes", path=str(path))
+    return content
 
 
 def read_plain(root: Path, name: str, most: int) -> bytes:
@@ -196,10 +232,7 @@ def read_plain(root: Path, name: str, most: int) -> bytes:
         OSError: it cannot be read.
     """
     with open(open_plain(root, name), "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise CheckpointError(f"{shown(root / name)} has more than {most:,} bytes", path=str(root / name))
-    return content
+        return _content(file, root / name, most)
 
 
 # Changing
@@ -260,8 +293,8 @@ def make_folders(root: Path, name: str) -> list[Path]:
             if found is not None:
                 _check_folder(root / path, found)
     except BaseException:
-        for path in reversed(made):
+        for folder in reversed(made):
             with contextlib.suppress(OSError):
-                path.rmdir()
+                folder.rmdir()
         raise
     return made

@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
 from nbpeft.checkpoint.staging import sweep
-from nbpeft.checkpoint.tensor_file import DTYPES, UNREADABLE, unreadable
+from nbpeft.checkpoint.tensor_file import DTYPES, LONGEST_HEADER, UNREADABLE, unreadable
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
 SINGLE = "model.safetensors"
@@ -171,9 +172,11 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            paths = [folder / name for name in sorted(set(names))]
-        except (ValueError, KeyError, AttributeError, TypeError):
+            names = set(json.loads(inside.read_file(index, LONGEST_HEADER))["weight_map"].values())
+            if not all(name == os.path.basename(name) for name in names):
+                raise ValueError("a shard is elsewhere")
+            paths = [folder / name for name in sorted(names)]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CorruptCheckpointError(f"{index} is not an index of weights") from None
         missing = next((path for path in paths if not path.is_file()), None)
         if missing is not None:

@@ -5,6 +5,7 @@ The hub is never contacted while an adapter is saved.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -16,7 +17,13 @@ from typing import Any, TypeVar
 
 from nbpeft.checkpoint.hub_token import TOKENS_PAGE
 from nbpeft.checkpoint.staging import STAGING_PREFIX
-from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
+from nbpeft.checkpoint.tensor_file import (
+    LEGACY_WEIGHTS_NAME,
+    LONGEST_HEADER,
+    WEIGHTS_NAME,
+    TensorFile,
+    TensorFileToFetch,
+)
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, near, shown
 from nbpeft.hub_access import hub_options
 
@@ -26,6 +33,8 @@ Result = TypeVar("Result")
 
 _MISSPELLED = 0.85
 """How alike a name is to that of an option that it was meant to be, and no option for something else."""
+LARGE = 2**28
+"""Bytes of a file of tensors on the hub, of which the header is looked at before it is downloaded."""
 _OWN_OPTIONS = frozenset({"repo_id", "filename", "subfolder", "dry_run"})
 
 
@@ -69,6 +78,24 @@ class Source:
         if self._is_local():
             raise self._absent(CONFIG_NAME)
         return download(self.name, CONFIG_NAME, self.subfolder, self.options)
+
+    def tensor_file(self, config_file: Path) -> TensorFile:
+        """The tensors that belong to a config, before they are read; of a large file on the hub only the header comes.
+
+        Args:
+            config_file: what ``config_file`` returned; on the hub it pins the commit.
+
+        Raises:
+            CheckpointNotFoundError: there are none.
+            CorruptCheckpointError: they are truncated, altered or something else.
+        """
+        path = config_file.parent / WEIGHTS_NAME
+        if config_file.parent != self.folder and not _is_file(path) and not self.options.get("force_download"):
+            options = {**self.options, **commit_of(config_file)}
+            found = start_of_large_file(self.name, WEIGHTS_NAME, self.subfolder, options)
+            if found is not None:
+                return TensorFileToFetch(path, *found, lambda: self.weights_file(config_file))
+        return TensorFile(self.weights_file(config_file))
 
     def weights_file(self, config_file: Path) -> Path:
         """Path of the tensors that belong to a config: safetensors, or else PEFT's old ``.bin``.
@@ -197,6 +224,45 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
 
     where = f"{subfolder}/{filename}" if subfolder else filename
     return _translating(fetch, repo_id, where, options.get("revision"))
+
+
+def start_of_large_file(
+    repo_id: str, filename: str, subfolder: str | None, options: Mapping[str, Any]
+) -> tuple[bytes, int] | None:
+    """The first bytes of a safetensors file on the hub, up to the end of its header, and its size.
+
+    Returns:
+        None for a file that is no larger than ``LARGE``, and where the hub does not say: then the download says why.
+    """
+    if options.get("local_files_only") or hub_options(repo_id, options):
+        return None
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    utils: Any = importlib.import_module("huggingface_hub.utils")
+    endpoint = options.get("endpoint") or constants.ENDPOINT
+    address = hf_hub_url(
+        repo_id,
+        filename,
+        subfolder=subfolder,
+        revision=options.get("revision"),
+        endpoint=endpoint,
+        repo_type=options.get("repo_type"),
+    )
+    headers = utils.build_hf_headers(token=options.get("token"), library_name="nbpeft")
+    with contextlib.suppress(Exception):  # of the network, of the hub, of an older client: the download reports them
+        size = get_hf_file_metadata(address, token=options.get("token"), endpoint=endpoint).size
+        if constants.HF_HUB_OFFLINE or size is None or size <= LARGE:
+            return None
+        wanted, start = 8, b""
+        asked = {**headers, "Range": f"bytes=0-{LONGEST_HEADER + 7}"}
+        with utils.get_session().stream("GET", address, headers=asked, follow_redirects=True) as answer:
+            answer.raise_for_status()
+            for part in answer.iter_bytes():
+                start += part
+                wanted = min(8 + int.from_bytes(start[:8], "little"), 8 + LONGEST_HEADER) if len(start) >= 8 else 8
+                if len(start) >= wanted:
+                    return start[:wanted], size
+    return None
 
 
 def commit_of(path: Path) -> dict[str, str]:

@@ -292,7 +292,7 @@ def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
     try:
         noted = json.loads(inside.read_plain(folder, f"{entry}/{_MOVES}", _MOST_MOVES))
         return {str(name): (int(size), int(when)) for name, (size, when) in noted.items()}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return {}
 
 

@@ -7,10 +7,10 @@ that somebody takes. A file that fits nothing costs no memory, however large it 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
-import stat
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nbpeft.checkpoint import inside
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, shortened
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -40,13 +41,12 @@ DTYPES = {
     if hasattr(torch, full)
 }
 """Name in a safetensors file -> dtype."""
-_LONGEST_HEADER = 2**26
+LONGEST_HEADER = 2**26
 """Bytes; 400,000 tensors have such a one."""
 _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
 _MOST_OF_MADE = 16
 """Bytes of a file for each that is made of them; indices and shares take more than the numbers they stand for."""
-_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -118,15 +118,30 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._legacy = path.suffix == ".bin"
+        self._version = 0
         try:
             if self._legacy:
+                self._version = path.stat().st_mtime_ns
                 self.header = _mapped(path)
             else:
-                self._handle = _opened(path)
+                self._handle = inside.open_file(path)
                 weakref.finalize(self, os.close, self._handle)
-                self._read_header()
+                found = os.fstat(self._handle)
+                self._version = found.st_mtime_ns
+                with open(self._handle, "rb", closefd=False) as file:
+                    self._read_header(file, found.st_size)
+        except CheckpointError:
+            raise
         except UNREADABLE as error:
             raise unreadable(path, error) from None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is still the file at its path, and not another that took its place."""
+        try:
+            return self.path.stat().st_mtime_ns == self._version
+        except OSError:
+            return False
 
     def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """Some of the tensors, of their own memory: the file may be replaced while they are in use.
@@ -157,16 +172,14 @@ class TensorFile:
             raise ValueError("it was cut off while it was read")
         return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
-    def _read_header(self) -> None:
-        """Reads what comes before the tensors, and checks that it describes the file to its last byte."""
-        size = os.fstat(self._handle).st_size
-        with open(self._handle, "rb", closefd=False) as file:
-            length = int.from_bytes(_exactly(file, 8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError("its header does not end in it")
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"its header has more than {_LONGEST_HEADER:,} bytes")
-            header = json.loads(_exactly(file, length))
+    def _read_header(self, file: BinaryIO, size: int) -> None:
+        """Reads what comes before the tensors, and checks that it describes a file of a size to its last byte."""
+        length = int.from_bytes(_exactly(file, 8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError("its header does not end in it")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"its header has more than {LONGEST_HEADER:,} bytes")
+        header = json.loads(_exactly(file, length))
         if not isinstance(header, dict):
             raise TypeError("its header is none")
         start = end = 8 + length
@@ -180,6 +193,44 @@ class TensorFile:
         if end != size:
             raise ValueError(f"its tensors end at byte {end:,}, and it has {size:,}")
         self.header = {key: entry.tensor for key, entry in entries.items()}
+
+
+class TensorFileToFetch(TensorFile):
+    """A large safetensors file that is elsewhere, of which only the header was fetched so far.
+
+    Args:
+        path: where it will be, for messages.
+        start: its first bytes, with all of its header.
+        size: bytes of the whole file.
+        fetch: gets it, and says where it is.
+
+    Raises:
+        CorruptCheckpointError: what was fetched is no header.
+    """
+
+    def __init__(self, path: Path, start: bytes, size: int, fetch: Callable[[], Path]) -> None:
+        self.path, self._fetch = path, fetch
+        self.header, self.metadata, self._places = {}, {}, {}
+        try:
+            self._read_header(io.BytesIO(start), size)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from None
+
+    def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Gets the file, and reads some of its tensors.
+
+        Raises:
+            CorruptCheckpointError: another file came than the one that the header is of.
+        """
+        file, wanted = TensorFile(self._fetch()), list(keys)
+        if file._places != self._places or file.metadata != self.metadata:
+            raise CorruptCheckpointError(f"{file.path} is not the file whose header was read", path=str(file.path))
+        return file.read(wanted, device)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is still the file at its path: there is none yet."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -215,15 +266,6 @@ def _metadata(given: Any) -> dict[str, str]:
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
         raise TypeError("its metadata are not texts by name")
     return given
-
-
-def _opened(path: Path) -> int:
-    """Opens a plain file, or a link to one; a pipe would be waited for, and a device has no end."""
-    handle = os.open(path, _OPEN)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise ValueError("it is no plain file")
 
 
 def _exactly(file: Any, count: int) -> bytes:
@@ -337,6 +379,8 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     try:
         mapped = _check_archive(path)
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
     except Exception as error:  # a pickle that somebody else made can raise anything
         raise unreadable(path, error) from None
     if not isinstance(tensors, dict) or not all(
@@ -348,7 +392,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path) -> bool:
     """Whether a ``.bin`` is an archive, which can be mapped. Raises ValueError for one that is read without bounds."""
-    os.close(_opened(path))
+    os.close(inside.open_file(path))
     if not zipfile.is_zipfile(path):  # as torch wrote them before 2020
         if path.stat().st_size > _LARGEST_UNMAPPED:
             raise ValueError(f"it is no archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
@@ -357,8 +401,8 @@ def _check_archive(path: Path) -> bool:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # torch writes none
         raise ValueError("its archive is compressed")
-    if any(member.file_size > _LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
-        raise ValueError(f"what it says of its tensors has more than {_LONGEST_HEADER:,} bytes")
+    if any(member.file_size > LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
+        raise ValueError(f"what it says of its tensors has more than {LONGEST_HEADER:,} bytes")
     return True
 
 

@@ -119,7 +119,20 @@ def _line(text: str) -> str:
 def unreadable(name: str, path: str, why: str) -> RunRecord:
     """The record of a run of which nothing is known."""
     return RunRecord(
-        *(name, path, "", "", UNREADABLE), *(0, None, None, None, None, None), seconds=0.0, started=0.0, message=why
+        name=name,
+        path=path,
+        adapter="",
+        model="",
+        status=UNREADABLE,
+        step=0,
+        total_steps=None,
+        loss=None,
+        eval_loss=None,
+        best_loss=None,
+        best_step=None,
+        seconds=0.0,
+        started=0.0,
+        message=why,
     )
 
 
@@ -158,7 +171,7 @@ def checked_entry(given: Any) -> dict[str, Any] | None:
 
 def last_step(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Step, loss and seconds of the last step in what was logged."""
-    last = next((entry for entry in reversed(entries) if _is_number(entry.get("loss"))), {})
+    last: Mapping[str, Any] = next((entry for entry in reversed(entries) if _is_number(entry.get("loss"))), {})
     return {name: last[name] for name in ("step", "loss", "seconds") if name in last}
 
 

@@ -385,7 +385,7 @@ def _keeper(
         return None
     chosen = RunPlace.of(place)
     if chosen.name is not None:
-        check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data", {}), data)
+        check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data") or {}, data)
     return RunKeeper(chosen, run, model, given, data)
 
 

@@ -135,7 +135,7 @@ class RunKeeper(TrainerCallback):
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
                 self._before.pop("saved", None)  # what it learns from here on is saved nowhere
-                self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
+                self._facts["resumed"] = [*(self._before.get("resumed") or ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
             self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | own

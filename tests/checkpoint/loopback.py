@@ -34,6 +34,8 @@ class Hub:
         branches: besides ``main``.
         commits: repository, branch and message of each commit.
         private: repositories that were made private.
+        gives_parts: whether it honours ``Range``.
+        sent: path of a file -> bytes of it that were sent.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,8 @@ class Hub:
         self.commits: list[tuple[str, str, str]] = []
         self.private: set[str] = set()
         self.endpoint = ""
+        self.gives_parts = True
+        self.sent: dict[str, int] = {}
 
 
 def listing(name: str, content: bytes) -> dict[str, Any]:
@@ -108,7 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.hub.files[repo].get(name)
         if content is None:
             return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        etag = hashlib.sha1(content).hexdigest()
+        etag, asked = hashlib.sha1(content).hexdigest(), self.headers.get("Range", "")
+        if asked and self.hub.gives_parts:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            content = content[int(first) : int(last) + 1]
+        if self.command == "GET":
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(content)
         return self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
 
     def take_in(self, repo: str, branch: str, body: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -305,3 +306,24 @@ def test_home_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not (tmp_path / "adapter" / "README.md").exists()
     shutil.copytree(tmp_path / "adapter", tmp_path / "copy")
     assert read_checkpoint("~/copy").tensors.keys() == tensors_of().keys()
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "endless", "huge"])
+def test_files_in_the_way_that_cannot_be_read_are_replaced_or_left(name: str, kind: str, tmp_path: Path) -> None:
+    """And never waited for, or read without bounds."""
+    path = tmp_path / name
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero") if kind == "endless" else path.touch()
+    if kind == "huge":
+        os.truncate(path, 2**40)
+    write_checkpoint(tmp_path, a_config(), tensors_of(3.0))
+    read = read_checkpoint(tmp_path).tensors
+    assert all(torch.equal(tensor, read[key]) for key, tensor in tensors_of(3.0).items())
+    assert path.is_file() or name == "README.md"
+
+
+def test_a_config_that_is_no_file_of_a_size_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, a_config(), tensors_of())
+    os.truncate(tmp_path / "adapter_config.json", 2**40)
+    with pytest.raises(CorruptCheckpointError, match=r"not the config of an adapter: .*has more than 8,000,000 bytes"):
+        read_checkpoint(tmp_path)

@@ -59,6 +59,41 @@ def test_reads_from_the_hub_and_then_from_the_cache(hub: Hub, options: dict[str,
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("parts", [True, False])
+def test_of_a_large_file_the_header_comes_first(
+    parts: bool, hub: Hub, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a hub that sends it whole, whatever is asked for."""
+    monkeypatch.setattr("nbpeft.checkpoint.source.LARGE", 1000)
+    monkeypatch.setattr("nbpeft.checkpoint.source.LONGEST_HEADER", 2000)
+    hub.gives_parts = parts
+    tensors = {"base_model.model.q.lora_A.weight": torch.full((2, 4), 3.0), "extra": torch.ones(2**20)}
+    write_checkpoint(tmp_path / "adapter", LoraConfig(r=2, target_modules=["q"]), tensors)
+    hub.files["me/large"] = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    checkpoint = read_checkpoint("me/large", **options)
+    assert {key: tuple(tensor.shape) for key, tensor in checkpoint.unread.header.items()} == {
+        key: tuple(tensor.shape) for key, tensor in tensors.items()
+    }
+    cached = checkpoint.folder / "adapter_model.safetensors"
+    assert not cached.exists() and (not parts or hub.sent["adapter_model.safetensors"] == 2008)
+    read = checkpoint.unread.read(["extra"])
+    assert read["base_model.model.q.lora_A.weight"].sum() == 24 and read["extra"].is_meta and cached.exists()
+    hub.asked.clear()
+    assert torch.equal(read_checkpoint("me/large", **options).tensors["extra"], tensors["extra"])
+    assert not any("safetensors" in asked for asked in hub.asked)
+
+
+def test_a_large_file_that_changes_on_its_way_is_refused(
+    hub: Hub, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbpeft.checkpoint.source.LARGE", 10)
+    hub.files["me/sql"] = saved(tmp_path / "adapter", rank=3)
+    checkpoint = read_checkpoint("me/sql", **options)
+    hub.files["me/sql"] |= saved(tmp_path / "other", rank=5)
+    with pytest.raises(CheckpointError, match="is not the file whose header was read"):
+        checkpoint.unread.read()
+
+
 def test_subfolder_revision_and_legacy_weights(hub: Hub, options: dict[str, Any], tmp_path: Path) -> None:
     files = saved(tmp_path / "adapter", rank=5)
     torch.save({"base_model.model.q.lora_A.weight": torch.ones(5, 4)}, tmp_path / "old.bin")

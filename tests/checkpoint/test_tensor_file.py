@@ -86,7 +86,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "zero.bin").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.bin")
     for name in os.listdir(tmp_path):
-        with pytest.raises(CorruptCheckpointError, match="it is no plain file"):
+        with pytest.raises(CorruptCheckpointError, match="not a plain file"):
             TensorFile(tmp_path / name)
 
 
