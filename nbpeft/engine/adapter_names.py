@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-from nbpeft.errors import AdapterError, shown
+from nbpeft.errors import AdapterError, UnknownAdapterError, did_you_mean, shown
 
 BASE_NAME = "__base__"
 """Name of the base model in a mixed batch."""
@@ -14,6 +15,31 @@ _TAKEN_NAMES = {
     "base": "it stands for the base model in panels and results",
     "training": "torch keeps there whether a module trains",
 }
+
+
+class ByName(dict[str, Any]):
+    """What there is of each adapter, by its name; to ask for one that is not there is an error of one line.
+
+    Another thread may take an adapter out at any moment, so that whoever asks may be wrong by then.
+    """
+
+    def __missing__(self, name: object) -> Any:
+        raise unknown_adapter(name, self)
+
+
+def unknown_adapter(name: object, present: Collection[str]) -> UnknownAdapterError:
+    """The error that there is no such adapter.
+
+    Args:
+        name: what was asked for.
+        present: names of those there are.
+    """
+    have = ", ".join(map(repr, present)) or "none"
+    return UnknownAdapterError(
+        f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), present),
+        name=name,
+        available=tuple(present),
+    )
 
 
 def check_name(name: object) -> None:

@@ -191,7 +191,7 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
         name: the adapter.
         plan: of the config that is to take its place.
     """
-    old, new = manager.config(name), plan.config
+    old, new = manager.configs[name], plan.config
     if method_of(old) is not method_of(new) or old.initialised_from_weight or new.initialised_from_weight:
         return False
     ignored = {*_BOOKKEEPING, *_ABOUT_TARGETS, *old.value_fields}

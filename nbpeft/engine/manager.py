@@ -8,19 +8,16 @@ one that fails or is interrupted leaves it as it was. Activation is one assignme
 from __future__ import annotations
 
 import copy
-import functools
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any, ParamSpec, Self, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales, SharedState
-from nbpeft.engine.adapter_names import check_name, check_scale, names_in
+from nbpeft.engine.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
 from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
@@ -39,7 +36,7 @@ from nbpeft.engine.merging import (
     unmerge_layers,
     warn_of_requantization,
 )
-from nbpeft.engine.method_hooks import call_contexts, extra_loss, hooks_in_training, prepares_calls
+from nbpeft.engine.method_hooks import extra_loss, hooks_in_training
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, plan
@@ -53,19 +50,13 @@ from nbpeft.errors import (
     AdapterExistsError,
     BusyError,
     MergeError,
-    NbpeftError,
     StaleModelError,
-    UnknownAdapterError,
-    did_you_mean,
 )
 from nbpeft.subscribers import Subscribers
 
 _ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
 
 def require_manager(model: nn.Module) -> AdapterManager:
@@ -80,18 +71,6 @@ def require_manager(model: nn.Module) -> AdapterManager:
     return found
 
 
-def in_one_transaction(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorator of a command on an adapted ``model``, its first argument: nothing changes between its checks and it."""
-
-    @functools.wraps(function)
-    def command(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        model: Any = args[0] if args else kwargs["model"]
-        with require_manager(model).transaction():
-            return function(*args, **kwargs)
-
-    return command
-
-
 class AdapterManager:
     """The adapters of one base model and every command on them.
 
@@ -102,7 +81,6 @@ class AdapterManager:
         layers: path -> adapted layer.
         copies: path -> module with copies trained as a whole.
         alive: False once the adapters were unloaded; every command then refuses.
-        revision: grows with every change.
         frozen: adapters that do not train even while active.
         unsaved: adapters that were trained since they were added, loaded or saved.
         owner: token of the one handle that may use the manager.
@@ -112,11 +90,10 @@ class AdapterManager:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.active_state = ActiveState()
-        self.configs: dict[str, AdapterConfig] = {}
+        self.configs: dict[str, AdapterConfig] = ByName()
         self.layers: dict[str, AdaptedLayer] = {}
         self.copies: dict[str, ModulesToSaveWrapper] = {}
         self.alive = True
-        self.revision = 0
         self.frozen: set[str] = set()
         self.unsaved: set[str] = set()
         self._selected: tuple[str, ...] = ()
@@ -129,11 +106,16 @@ class AdapterManager:
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers = Subscribers()
-        self._transaction = Transaction(self.active_state, self._count_change, self._notify)
+        self._transaction = Transaction(self.active_state, self._notify)
         self.owner: object | None = None
         self.provider: AdapterProvider | None = None
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)
+
+    @property
+    def revision(self) -> int:
+        """Grows with every change, before another thread can make the next one."""
+        return self._transaction.revision
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -165,16 +147,6 @@ class AdapterManager:
     def scale(self, name: str) -> float:
         """Factor on an adapter's delta; 1 unless set."""
         return self._scales.get(name, 1.0)
-
-    def config(self, name: str) -> AdapterConfig:
-        """The config of an adapter, also where other threads may take it out.
-
-        Raises:
-            UnknownAdapterError: there is no such adapter.
-        """
-        with self.reading():
-            self.require(name)
-            return self.configs[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """All trainable tensors of an adapter, copies and trained base biases included."""
@@ -224,12 +196,7 @@ class AdapterManager:
         self.check_alive()
         for name in names:
             if not isinstance(name, str) or name not in self.configs:
-                have = ", ".join(map(repr, self.configs)) or "none"
-                raise UnknownAdapterError(
-                    f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), self.configs),
-                    name=name,
-                    available=self.names,
-                )
+                raise unknown_adapter(name, self.configs)
 
     def require_available(self, *names: str) -> None:
         """As ``require``, where an adapter that the provider can bring counts as there."""
@@ -253,12 +220,7 @@ class AdapterManager:
 
     def changed(self) -> None:
         """Notifies subscribers that something changed; for code that wrote tensors itself."""
-        with self.reading():
-            self._count_change()
-        self._notify()
-
-    def _count_change(self) -> None:
-        self.revision += 1
+        self._transaction.report()
 
     def _notify(self) -> None:
         for failure in self._subscribers.notify():
@@ -486,24 +448,11 @@ class AdapterManager:
 
     def reading(self) -> Block:
         """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
-        return self._transaction.block(during_calls=True, quiet=True)
+        return self._transaction.reading()
 
-    @contextmanager
-    def deciding(self) -> Iterator[None]:
-        """Context manager around the part of a command that looks at adapters and takes too long for a transaction.
-
-        Raises:
-            BusyError: something went wrong that another thread may have brought about, because it changed the adapters.
-        """
-        revision = self.revision
-        try:
-            yield
-        except NbpeftError:
-            raise
-        except Exception as error:
-            if self.revision == revision or self._transaction.changed_by == threading.get_ident():
-                raise
-            raise BusyError("another thread changed the adapters meanwhile: try again") from error
+    def deciding(self) -> AbstractContextManager[None]:
+        """A block of a command that takes too long for a transaction; see ``Transaction.deciding``."""
+        return self._transaction.deciding()
 
     def _keep_choice(self, change: Transaction) -> None:
         """Records who acts."""
@@ -692,29 +641,6 @@ class AdapterManager:
 
     # Calls and training
 
-    def prepared_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active | None:
-        """What is active in one call of the model; None for what is anyway, where no method prepares anything for it.
-
-        Args:
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-        """
-        active = self.active_state.current()
-        prepares = any(prepares_calls(self.configs[name]) for name in active.names if name in self.configs)
-        return self.in_call(active, args, kwargs) if prepares else None
-
-    def in_call(self, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active:
-        """What is active in one call of the model, with what the methods prepare for it.
-
-        Args:
-            active: what is active.
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-        """
-        names = active.names if active.rows is None else active.rows.names
-        context = call_contexts({name: self.configs[name] for name in names if name in self.configs}, args, kwargs)
-        return replace(active, context=context) if context else active
-
     def after_backward(self, step: int) -> None:
         """Calls the hooks of the adapters that train; for training loops, once their gradients are there.
 
@@ -834,7 +760,7 @@ class AdapterManager:
         change.keep_attributes(self, "layers", "copies", "configs")
         change.keep_attributes(self.model, *_ATTRIBUTES)
         self.alive = False
-        self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
+        self.layers, self.copies, self.configs, self._slots = {}, {}, ByName(), {}
         self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
         self.active_state.publish(NONE_ACTIVE)
         for attribute in _ATTRIBUTES:
@@ -857,7 +783,7 @@ class AdapterManager:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._transaction = Transaction(self.active_state, self._count_change, self._notify)
+        self._transaction = Transaction(self.active_state, self._notify)
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)
         self._publish_active()

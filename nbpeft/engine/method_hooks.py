@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from nbpeft.engine.active_state import Active
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_tensors import Layers, shared_state_of
 from nbpeft.engine.loss_terms import current_step, marked_sum, share_of_batch, terms_in
@@ -59,6 +61,30 @@ def call_contexts(
         if prepare is not None:
             contexts[name] = prepare(config, args, kwargs)
     return contexts
+
+
+def in_call(
+    configs: Mapping[str, AdapterConfig], active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Active:
+    """What is active in one call of the model, with what the methods prepare for it.
+
+    Args:
+        configs: adapter name -> config, of all on the model.
+        active: what is active.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+    """
+    names = active.names if active.rows is None else active.rows.names
+    context = call_contexts({name: configs[name] for name in names if name in configs}, args, kwargs)
+    return replace(active, context=context) if context else active
+
+
+def prepared(
+    configs: Mapping[str, AdapterConfig], active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Active | None:
+    """As ``in_call``; None where no method of what is active prepares anything."""
+    prepares = any(prepares_calls(configs[name]) for name in active.names if name in configs)
+    return in_call(configs, active, args, kwargs) if prepares else None
 
 
 def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[LearnsWithHooks]:

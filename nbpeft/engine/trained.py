@@ -19,8 +19,10 @@ class Manager(Protocol):
     """What marking needs of the adapters' manager."""
 
     alive: bool
-    revision: int
     unsaved: set[str]
+
+    @property
+    def revision(self) -> int: ...  # noqa: D102
 
     @property
     def names(self) -> tuple[str, ...]: ...  # noqa: D102

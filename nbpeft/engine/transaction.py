@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.spool import Spool
+from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.interrupts import HeldInterrupts, check_interrupt
+
+CHANGED_MEANWHILE = "another thread changed the adapters meanwhile: try again"
 
 
 class Transaction:
@@ -31,20 +35,20 @@ class Transaction:
 
     Args:
         active_state: of the model; keeps calls out.
-        changed: called at the end of the outermost block, if changes stand that were made in a block that is not quiet.
-        done: called after that, when other threads may change the model again.
+        done: called after the outermost block, if it succeeded.
 
     Attributes:
-        changed_by: the thread that made the last changes that ``changed`` was called for; None before any.
+        revision: grows with every change, before another thread can make the next one.
         spool: keeps large tensors until the outermost block ends.
     """
 
-    def __init__(self, active_state: ActiveState, changed: Callable[[], None], done: Callable[[], None]) -> None:
+    def __init__(self, active_state: ActiveState, done: Callable[[], None]) -> None:
         self.active_state = active_state
-        self._changed, self._done = changed, done
+        self._done = done
+        self.revision = 0
+        self._changed_by: int | None = None
         self._lock = threading.Lock()
         self._owner: int | None = None
-        self.changed_by: int | None = None
         self._marks: list[int] = []
         self._has_changes = False
         self._undo: list[Callable[[], None]] = []
@@ -55,7 +59,7 @@ class Transaction:
 
         Args:
             during_calls: do not wait until no call of the model runs: the change acts from the next call on.
-            quiet: nobody need hear of it: call neither ``changed`` nor ``done``.
+            quiet: nobody need hear of it: count no change, and do not call ``done``.
         """
         return Block(self, during_calls, quiet)
 
@@ -87,8 +91,7 @@ class Transaction:
             outermost = not self._marks
             if outermost:
                 if self._has_changes:
-                    self.changed_by = self._owner
-                    self._changed()
+                    self.revision, self._changed_by = self.revision + 1, self._owner
                 self._has_changes = False
                 self._undo.clear()
                 self.spool.close()
@@ -96,6 +99,33 @@ class Transaction:
                 self._owner = None
                 self._lock.release()
         return outermost and not failed
+
+    def reading(self) -> Block:
+        """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        return self.block(during_calls=True, quiet=True)
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Context manager around the part of a command that looks at adapters and takes too long for a block.
+
+        Raises:
+            BusyError: something went wrong that another thread may have brought about, because it changed the adapters.
+        """
+        revision = self.revision
+        try:
+            yield
+        except NbpeftError:
+            raise
+        except Exception as error:
+            if self.revision == revision or self._changed_by == threading.get_ident():
+                raise
+            raise BusyError(CHANGED_MEANWHILE) from error
+
+    def report(self) -> None:
+        """Counts a change that was made outside of all blocks, and calls ``done``."""
+        with self.reading():
+            self._has_changes = True
+        self._done()
 
     def notify(self) -> None:
         """Calls ``done``."""

@@ -16,6 +16,7 @@ from torch import nn
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.grouped_heads import grouped_heads
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.method_hooks import prepared
 from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize, manager_of
 from nbpeft.engine.parameter_layer import AdaptedParameter
 from nbpeft.engine.registry import method_of
@@ -366,7 +367,7 @@ def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any
     shape = (setting.batch_size, setting.sequence_length)
     shapes = {name: shape if name in method.token_arguments else shape[:1] for name in method.call_arguments}
     given = {name: torch.zeros(size, dtype=torch.long) for name, size in shapes.items()}
-    with manager.active_state.call(lambda: manager.prepared_call((), given)):
+    with manager.active_state.call(lambda: prepared(manager.configs, manager.active_state.current(), (), given)):
         return model(**batch)
 
 

@@ -16,6 +16,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import companions, method_of
+from nbpeft.engine.transaction import CHANGED_MEANWHILE
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, ConfigError, did_you_mean
 from nbpeft.interrupts import check_interrupt
 from nbpeft.state import LayerLoss
@@ -95,7 +96,7 @@ def _combined(
 ) -> Combined:
     manager.require(*adapters)
     copies = _only_copies(manager, adapters)
-    configs: list[Any] = [manager.config(adapter) for adapter in adapters]
+    configs: list[Any] = [manager.configs[adapter] for adapter in adapters]
     combine = combine_of(manager, adapters)
     chosen = settings.get("combination_type") or combine.usual_type
     if chosen not in combine.types:
@@ -120,7 +121,7 @@ def _combined(
     half = all(tensor.dtype != torch.float32 for named in tensors.values() for tensor in named.values())
     with manager.transaction():
         if any(manager.configs.get(one) is not config for one, config in zip(adapters, configs, strict=True)):
-            raise BusyError("another thread changed the adapters meanwhile: try again")
+            raise BusyError(CHANGED_MEANWHILE)
         manager.add(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)
         for path in combination.tensors:
             layer = manager.layers[path]

@@ -17,7 +17,7 @@ from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.hotswap import Swapped, check_contents, config_for_slot, prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager, in_one_transaction, require_manager
+from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
@@ -70,7 +70,8 @@ def hotswap_adapter(
         # Merged weights are not the base's: the comparison would report another base.
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
-    swapped = _swap(model, manager, adapter_name, config, saved.unread, kwargs.get("key_mapping"), validate, done)
+    with manager.transaction():
+        swapped = _swap(model, manager, adapter_name, config, saved.unread, kwargs.get("key_mapping"), validate, done)
     if not hub and os.path.isdir(os.path.expanduser(model_name_or_path)):
         note_place(manager, adapter_name, model_name_or_path)
     if note is not None and not note.startswith("the adapter does not say"):
@@ -102,9 +103,11 @@ def hotswap_adapter_from_state_dict(
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
-    peft_type = method_of(manager.config(adapter_name)).peft_type
-    plain = checkpoint.keys_of_a_file(state_dict, adapter_name, peft_type)
-    return _swap(model, manager, adapter_name, config, plain, None, validate)
+    with manager.transaction():
+        manager.require(adapter_name)
+        peft_type = method_of(manager.configs[adapter_name]).peft_type
+        plain = checkpoint.keys_of_a_file(state_dict, adapter_name, peft_type)
+        return _swap(model, manager, adapter_name, config, plain, None, validate)
 
 
 def prepare_model_for_compiled_hotswap(
@@ -168,7 +171,6 @@ def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
             raise ConfigError(f"hotswap_adapter has no argument {name!r}. Did you mean {close[0]!r}?", field=name)
 
 
-@in_one_transaction
 def _swap(
     model: nn.Module,
     manager: AdapterManager,

@@ -12,7 +12,7 @@ from nbpeft.engine.active_state import NONE_ACTIVE, Active, Rows
 from nbpeft.engine.adapter_names import BASE_NAME
 from nbpeft.engine.combination import check_weights
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import call_arguments
+from nbpeft.engine.method_hooks import call_arguments, in_call, prepared
 from nbpeft.engine.row_order import note_calls
 from nbpeft.errors import AdapterError
 
@@ -40,7 +40,7 @@ def serving(
     """
     if adapter_names is None:
         # Asked inside the call: before it, another thread may still take an adapter out.
-        with manager.active_state.call(lambda: manager.prepared_call(args, kwargs)):
+        with manager.active_state.call(lambda: prepared(manager.configs, manager.active_state.current(), args, kwargs)):
             yield
         return
     if training:
@@ -114,7 +114,7 @@ def _assigned(
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)
     active = Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
-    return manager.in_call(active, args, kwargs)
+    return in_call(manager.configs, active, args, kwargs)
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,27 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.manager import AdapterManager, in_one_transaction, require_manager
+from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
 from nbpeft.model.sharded import like
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _in_one_transaction(function: Callable[_Arguments, LoadResult]) -> Callable[_Arguments, LoadResult]:
+    """Decorator of what writes into a ``model``, its first argument: no thread comes between its checks and it."""
+
+    @functools.wraps(function)
+    def command(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> LoadResult:
+        model: Any = args[0] if args else kwargs["model"]
+        with require_manager(model).transaction():
+            return function(*args, **kwargs)
+
+    return command
 
 
 def get_peft_model_state_dict(
@@ -50,7 +65,7 @@ def get_peft_model_state_dict(
 
 
 @torch.no_grad()
-@in_one_transaction
+@_in_one_transaction
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -235,7 +250,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {own: tensor for key, tensor in base.state_dict().items() if (own := bare(key)) is not None}
 
 
-@in_one_transaction
+@_in_one_transaction
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
     """Loads tensors under the keys of the bare base model; adapters stay as they are.
 

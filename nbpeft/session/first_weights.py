@@ -32,7 +32,7 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
 
     manager = tracked.manager
     with manager.reading():
-        config, scale, place = manager.config(name), manager.scale(name), manager.names.index(name)
+        config, scale, place = manager.configs[name], manager.scale(name), manager.names.index(name)
         requested = tracked.requested_fields(name)
     made, states = tracked.first_random.get(name, (None, None))
     first = states if made is config else seed

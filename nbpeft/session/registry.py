@@ -74,7 +74,7 @@ class TrackedModel:
 
     def requested_fields(self, name: str) -> dict[str, Any]:
         """The fields that an adapter was made with, or else those of its config."""
-        present = self.manager.config(name)
+        present = self.manager.configs[name]
         config, fields = self.requested.get(name, (None, {}))
         return fields if config is present else meaning(present)
 

@@ -45,7 +45,7 @@ class Undoable:
         """
         manager = self._tracked.manager
         with manager.transaction() as change:
-            if manager.config(self.kept.name) is not self.kept.config:
+            if manager.configs[self.kept.name] is not self.kept.config:
                 raise BusyError(f"another thread changed {self.kept.name!r} meanwhile: try again")
             yield
             self.gone(change)

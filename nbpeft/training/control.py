@@ -43,6 +43,8 @@ class RunControl:
     poll_interval = 0.05
     reaches_all = False
     """Whether the other processes of a training hear of each request, at the same step."""
+    writes = True
+    """Whether this process writes what is saved."""
 
     def __init__(self) -> None:
         self.deliver_clicks: Callable[[], None] | None = None

@@ -510,8 +510,9 @@ class Run:
 
     def _save_now(self) -> None:
         try:
-            place, together = self.output_dir or self.folder, self.control.reaches_all
-            folder = save_adapters(self._model(), place, self._record.step, together=together)
+            place, control = self.output_dir or self.folder, self.control
+            options = {"together": control.reaches_all, "write": control.writes}
+            folder = save_adapters(self._model(), place, self._record.step, **options)
             self._saved = f"saved in {folder}"
         except Exception as error:  # a full disk, say: training goes on
             self._saved = f"not saved: {error}"

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import TrainingError
 from nbpeft.training.adapted import trained_names
-from nbpeft.training.agreement import is_first, several_processes
 
 
-def save_adapters(model: Any, folder: str, step: int, *, together: bool) -> str:
+def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: bool) -> str:
     """Saves the adapters in training, as PEFT would, into a new folder of their name and step.
-
-    Where several processes train, all of them call it, and the first one writes.
 
     Args:
         model: in training.
         folder: where the new folder goes; the working directory where it is empty.
         step: optimizer steps done.
         together: whether all processes call it, where there are several.
+        write: whether this process writes.
 
     Returns:
         The new folder.
@@ -35,12 +35,16 @@ def save_adapters(model: Any, folder: str, step: int, *, together: bool) -> str:
     from nbpeft.model import files  # tracking a loop imports no more than it needs
     from nbpeft.model.sharded import is_sharded
 
-    if not together and several_processes() and is_sharded(manager.model):  # it would wait for the others for ever
+    if not together and _several_processes() and is_sharded(manager.model):  # it would wait for the others for ever
         raise TrainingError("each process has a part of the model, and one alone was asked: use Trainer.save_model")
     names = trained_names(model)
     place = _free(Path(folder or "."), f"{names[0] if len(names) == 1 else 'adapters'}-step-{step}")
-    files.save(manager, place, names=names, flat=len(names) == 1, write=is_first() or not together)
+    files.save(manager, place, names=names, flat=len(names) == 1, write=write)
     return str(place)
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _free(folder: Path, name: str) -> Path:

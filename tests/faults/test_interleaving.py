@@ -160,7 +160,7 @@ def test_a_change_counts_before_another_thread_may_make_one(monkeypatch: pytest.
     assert seen[-1] == manager.revision
 
 
-def test_a_command_of_another_thread_does_not_come_between_what_one_decides_and_does(
+def test_no_other_command_comes_between_a_decision_and_its_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same adapter would be brought back twice, and another one be forgotten."""

@@ -57,7 +57,7 @@ def test_an_interrupted_command_leaves_the_model_before_or_after(name: str, stor
     harness.try_all(points, interrupted_at, KeyboardInterrupt)
 
 
-def test_a_sweep_that_is_interrupted_as_it_begins_leaves_none_of_its_adapters() -> None:
+def test_a_sweep_interrupted_as_it_begins_leaves_no_adapters() -> None:
     harness = Harness("sweep", "dense")
     points = drawn([point for point in points_of(harness) if "/sweep/" in point[0]], quick=25)
     assert len(points) >= 25

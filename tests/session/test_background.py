@@ -136,7 +136,7 @@ def test_others_compute_between_steps_alone(session: Session, model: Any) -> Non
     run.wait(60)
 
 
-def test_threads_that_call_without_a_pause_leave_its_steps_and_its_stop_to_it(session: Session, model: Any) -> None:
+def test_threads_that_never_pause_leave_it_its_steps_and_its_stop(session: Session, model: Any) -> None:
     run, gate = begin(session, model)
     ended = threading.Event()
 

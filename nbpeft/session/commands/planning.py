@@ -130,7 +130,7 @@ def _planned(
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
         name = (manager.active or manager.names)[0]
-        adapter, fields = manager.config(name), tracked.requested_fields(name)
+        adapter, fields = manager.configs[name], tracked.requested_fields(name)
     else:
         adapter = build_config(USUAL_FIELDS if config is None else config)
         fields = meaning(adapter)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from nbpeft.training.agreement import of_the_first
+from nbpeft.training.agreement import is_first, of_the_first
 from nbpeft.training.control import RunControl
 
 _STOP, _PAUSE, _SAVE = range(3)
@@ -37,6 +37,11 @@ class SharedControl(RunControl):
             for place, name in ((_STOP, "stop"), (_PAUSE, "pause"), (_SAVE, "save")):
                 self._wanted[place] = bool(request.get(name, self._wanted[place]))
             self._reason = str(request.get("reason", self._reason))
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]  # a constant where there is one process
+        """Whether this process writes what is saved."""
+        return is_first()
 
     def wait_for_stop(self, timeout: float) -> bool:
         """Waits until the run is to end after the step that it has just done, at most ``timeout`` seconds.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.method_hooks import in_call
 from nbpeft.engine.methods.lora.alora import invocation_starts
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
@@ -221,7 +222,7 @@ def test_another_task_or_embeddings_alone_are_warned_of() -> None:
 def test_inputs_without_the_rows_in_front_are_refused() -> None:
     manager = invoked(target_modules=["q_proj"]).manager
     layer = next(iter(manager.layers.values()))
-    active = manager.in_call(manager.active_state.current(), (), {"input_ids": IDS})
+    active = in_call(manager.configs, manager.active_state.current(), (), {"input_ids": IDS})
     with manager.active_state.call(active), pytest.raises(AdapterError, match="rows in front"):
         layer(torch.zeros(1, IDS.numel(), 32))
 
