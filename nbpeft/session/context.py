@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, BusyError, in_one_line
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     ModelLike = nn.Module | str | None
 
 _MOST_NOTES = 20
+_RUNS_DIR = "nbpeft_runs"
+_OFF = ("", "0", "off", "no", "none")
+"""Values of the place of runs that keep none."""
 _FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 """Warnings that are not turned into notes."""
 
@@ -64,8 +68,9 @@ class SessionContext:
 
     def __init__(self) -> None:
         self.lock = CommandLock()
-        self.variables = Variables(self)
-        self.models = ModelRegistry(self._model_changed, self.variables)
+        self.models, self.history = ModelRegistry(self._model_changed), History()
+        self.variables = Variables(self.models, self.history, self.publish, lambda: bool(self.lock.depth), self.has_run)
+        self.models.watcher = self.variables
         self.subscribers, self.run_subscribers = Subscribers(), Subscribers()
         self.runs: dict[TrackedModel | None, Run] = {}
         self.background: weakref.WeakKeyDictionary[TrackedModel, BackgroundTraining] = weakref.WeakKeyDictionary()
@@ -75,7 +80,6 @@ class SessionContext:
         self.conversations = weakref.WeakKeyDictionary()
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.last_traceback = ""
-        self.history = History()
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self.runs_dir: str | None = None
@@ -188,6 +192,19 @@ class SessionContext:
         """
         tracked = self.find(model, variable, command=command)
         return tracked if tracked is not None else self.models.get(model)
+
+    @property
+    def runs_folder(self) -> Path | None:
+        """Where runs are kept; None where that is switched off."""
+        chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if self.runs_dir is None else self.runs_dir
+        return None if chosen.strip().lower() in _OFF else Path(self.home, os.path.expanduser(chosen))
+
+    def has_run(self, name: str) -> bool:
+        """Whether a run of that name is kept, with an adapter."""
+        from nbpeft.runs.folder import RunFolder
+
+        folder = self.runs_folder
+        return bool(name) and folder is not None and bool(RunFolder(folder / name).kept_steps())
 
     def result(self, tracked: TrackedModel, line: str, notes: list[str]) -> CommandResult:
         """The result of a command that only has a line to report."""

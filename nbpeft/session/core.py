@@ -247,7 +247,7 @@ class Session:
         one that is gone, adapters that were trained and not saved are kept for ``undo``. ``notices`` says so. Cheap,
         and imports nothing: without ``nbpeft.model`` nothing can be adapted.
         """
-        self.context.variables.follow(variables)
+        self.context.variables.watch(variables)
 
     # For front ends
 

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nbpeft.errors import AdapterError, did_you_mean
 from nbpeft.session.configs import meaning
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from nbpeft.memory import Meter
     from nbpeft.model import PeftModel
     from nbpeft.session.trained import TrainingCall
-    from nbpeft.session.variables import Variables
     from nbpeft.training import Run, TrainResult
 
 
@@ -97,6 +96,10 @@ class TrackedModel:
             config, steps = self.manager.configs.get(name), run.steps_before + run.state.step
             if config is not None:  # another thread may have taken it out meanwhile
                 self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
+
+    def last_run(self, name: str) -> str:
+        """The run that trained an adapter last; empty where none did."""
+        return self.trained_steps.get(name, (None, 0, ""))[2]
 
     def remembered(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What is known of some adapters, by attribute, to go along with them to another model."""
@@ -204,6 +207,22 @@ class TrackedModel:
         self._snapshots.forget()
 
 
+class Watcher(Protocol):
+    """Who watches the variables of a notebook; see ``Variables``."""
+
+    def look(self) -> None:
+        """Finds out what the variables hold now."""
+
+    def gone(self, tracked: TrackedModel) -> None:
+        """Called when a model turns out to be gone."""
+
+    def note(self, words: str) -> None:
+        """Has the next command say something."""
+
+    def words_of_gone(self, name: str) -> str:
+        """What is left of a model that is gone; empty for any other name."""
+
+
 class ModelRegistry:
     """Tracked models by name. A command that gets no model means the only one, and is refused where there are several.
 
@@ -213,15 +232,16 @@ class ModelRegistry:
 
     Args:
         changed: called when a model changed.
-        variables: of the notebook, where there is one.
 
     Attributes:
+        watcher: of the variables of a notebook; None before there is one.
         rebound: variable of the model that was current until that variable held another; empty once another is.
     """
 
-    def __init__(self, changed: Callable[[], None], variables: Variables) -> None:
+    def __init__(self, changed: Callable[[], None]) -> None:
         self._models: dict[str, TrackedModel] = {}
-        self._changed, self._variables = changed, variables
+        self._changed = changed
+        self.watcher: Watcher | None = None
         self._current: str | None = None
         self.rebound = ""
 
@@ -234,8 +254,8 @@ class ModelRegistry:
         for tracked in list(self._models.values()):
             if not tracked.alive:
                 self.remove(tracked)
-                if tracked.is_gone:
-                    self._variables.gone(tracked)
+                if tracked.is_gone and self.watcher is not None:
+                    self.watcher.gone(tracked)
         return tuple(self._models.values())
 
     def deciding(self) -> ExitStack:
@@ -247,7 +267,7 @@ class ModelRegistry:
                     block.enter_context(manager.deciding())
             return block.pop_all()
 
-    def let_go(self, name: str) -> None:
+    def release_current(self, name: str) -> None:
         """Called when the variable of a model holds something else: if it was current, none is now."""
         if name == self._current:
             self._current, self.rebound = None, name
@@ -323,7 +343,8 @@ class ModelRegistry:
         Raises:
             AdapterError: there is no such model, or it has to be named; the message names the models.
         """
-        self._variables.look()
+        if self.watcher is not None:
+            self.watcher.look()
         current, choices = self.current, self.choices
         if model is None and len(choices) > 1:
             message = f"several models carry adapters; {command or 'this'} needs one of them: {_choices(choices)}"
@@ -345,8 +366,8 @@ class ModelRegistry:
         if self.rebound or command in _ON_THE_BASE or len(self.choices) != 1:
             return None
         (name,) = self.choices
-        if self._current is not None:
-            self._variables.note(f"this is {name!r}, the only model with adapters: {self._current!r} has none any more")
+        if self._current is not None and self.watcher is not None:
+            self.watcher.note(f"this is {name!r}, the only model with adapters: {self._current!r} has none any more")
         return self._models[name]
 
     def remove(self, tracked: TrackedModel) -> None:
@@ -361,7 +382,7 @@ class ModelRegistry:
     def _missing(self, model: object) -> AdapterError:
         names = self.names
         there = ", ".join(names)
-        if isinstance(model, str) and (words := self._variables.words_of_gone(model)):
+        if isinstance(model, str) and self.watcher is not None and (words := self.watcher.words_of_gone(model)):
             message = words
         elif model is None and self.rebound:
             message = f"{self.rebound!r} holds another object now, which has no adapters"

@@ -14,16 +14,15 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.handles import is_handle, is_live, is_module, uncompiled
-from nbpeft.session.history import PastModel
+from nbpeft.session.history import History, PastModel
 
 if TYPE_CHECKING:
-    from nbpeft.session.context import SessionContext
-    from nbpeft.session.registry import TrackedModel
+    from nbpeft.session.registry import ModelRegistry, TrackedModel
 
 
 _COLLECTIONS = 3
@@ -31,19 +30,31 @@ _COLLECTIONS = 3
 
 
 class Variables:
-    """Follows the variables of a notebook, and says once where one holds another model by now.
+    """Watches the variables of a notebook, and says once where one holds another model by now.
 
     Args:
-        ctx: of the session.
+        models: of the session.
+        history: keeps what is left of models that are gone.
+        publish: called when something is called otherwise.
+        is_busy: whether a command runs.
+        has_run: whether a run of a name is kept on disk.
     """
 
-    def __init__(self, ctx: SessionContext) -> None:
-        self._ctx = ctx
+    def __init__(
+        self,
+        models: ModelRegistry,
+        history: History,
+        publish: Callable[[], None],
+        is_busy: Callable[[], bool],
+        has_run: Callable[[str], bool],
+    ) -> None:
+        self._models, self._history, self._publish = models, history, publish
+        self._is_busy, self._has_run = is_busy, has_run
         self._mapping: Mapping[str, object] | None = None
         self._notices: list[str] = []
         self._looking = threading.Lock()
 
-    def follow(self, mapping: Mapping[str, object]) -> None:
+    def watch(self, mapping: Mapping[str, object]) -> None:
         """Looks at these variables now, and before each command that comes."""
         self._mapping = mapping
         self.look()
@@ -73,23 +84,23 @@ class Variables:
 
         Without ``nbpeft.model`` nothing is adapted. Inside a command nothing is looked at: its model stays what it is.
         """
-        if self._mapping is None or self._ctx.lock.depth or "nbpeft.model" not in sys.modules:
+        if self._mapping is None or self._is_busy() or "nbpeft.model" not in sys.modules:
             return
         if not self._looking.acquire(blocking=False):
             return
         try:
             variables = {name: value for name, value in list(self._mapping.items()) if not name.startswith("_")}
-            moved = self._follow_known(variables)
+            moved = self._find_known(variables)
             if self._adopt(variables) or moved:
-                self._ctx.publish()
+                self._publish()
         finally:
             self._looking.release()
 
-    def _follow_known(self, variables: Mapping[str, object]) -> bool:
+    def _find_known(self, variables: Mapping[str, object]) -> bool:
         """Finds the variables of the models that are known; says whether one is called otherwise now."""
         moved: dict[TrackedModel, str] = {}
         deleted: list[TrackedModel] = []
-        for tracked in self._ctx.models.known():
+        for tracked in self._models.known():
             holders = _holders(tracked, variables)
             if tracked.alive and (tracked.name in holders or tracked.is_inside(variables.get(tracked.name))):
                 tracked.bind()
@@ -106,14 +117,14 @@ class Variables:
 
     def _move(self, moved: Mapping[TrackedModel, str]) -> None:
         """Gives models whose variable holds something else the name of another one, and says so."""
-        registry = self._ctx.models
+        registry = self._models
         names: dict[TrackedModel, str] = {}
         for tracked, alias in moved.items():
             if not tracked.alive:
                 registry.remove(tracked)
                 self.gone(tracked)
                 continue
-            registry.let_go(tracked.name)
+            registry.release_current(tracked.name)
             names[tracked] = alias or self._free(f"{tracked.variable} (before)", names.values())
             if not tracked.before:
                 self.note(self._moved_words(tracked, names[tracked], offers_undo=not alias))
@@ -131,7 +142,7 @@ class Variables:
 
     def _adopt(self, variables: Mapping[str, object]) -> bool:
         """Tracks the adapted models that are not tracked yet; says whether there were any."""
-        models = self._ctx.models
+        models = self._models
         known = models.all()
         new = []
         for name, value in variables.items():
@@ -154,7 +165,7 @@ class Variables:
             return
         rebound = tracked.variable in variables and not tracked.before
         if rebound:
-            self._ctx.models.let_go(tracked.name)
+            self._models.release_current(tracked.name)
         if rebound and tracked.was_bound and not tracked.held:
             adapters = f", with {', '.join(map(repr, tracked.adapters))}," if tracked.adapters else ""
             self.note(f"{self._holds(tracked)}; the model before{adapters} is gone")
@@ -177,37 +188,28 @@ class Variables:
             variable=tracked.variable,
             adapters=tuple(adapters),
             fingerprint=tracked.fingerprint,
-            runs={name: run for name in tracked.held if (run := self._run_of(tracked, name))},
+            runs={name: run for name in tracked.held if self._has_run(run := tracked.last_run(name))},
             remembered=remembered,
         )
 
     def _keep(self, tracked: TrackedModel, what: str) -> None:
         """Keeps what was trained and is not saved, and says so."""
         past = self.unsaved_of(tracked)
-        dropped = self._ctx.history.add_model(past)
+        dropped = self._history.add_model(past)
         were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
         self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() brings {them} back")
         for older in dropped:
             self.note(f"{older.words} of {older.name!r} took too much memory and is not kept any longer")
 
     def _free(self, name: str, taken: Iterable[str] = ()) -> str:
-        return self._ctx.models.free_name(name, (*taken, *self._ctx.history.model_names))
+        return self._models.free_name(name, (*taken, *self._history.model_names))
 
     def words_of_gone(self, name: str) -> str:
         """What is left of a model that is gone; empty for any other name."""
-        past = self._ctx.history.model(name)
+        past = self._history.model(name)
         if past is None:
             return ""
         return f"{name!r} is gone; {past.words} of it, trained and not saved, can be brought back: session.undo()"
-
-    def _run_of(self, tracked: TrackedModel, name: str) -> str:
-        """The run on disk that an adapter can be loaded from; empty where there is none."""
-        from nbpeft.runs.folder import RunFolder
-        from nbpeft.session.commands.training import run_place
-
-        run = tracked.trained_steps.get(name, (None, 0, ""))[2]
-        place = run_place(self._ctx) if run else None
-        return run if place is not None and RunFolder(place.store.place / run).kept_steps() else ""
 
 
 def _holders(tracked: TrackedModel, variables: Mapping[str, object]) -> list[str]:

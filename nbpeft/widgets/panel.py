@@ -163,17 +163,17 @@ class Panel:
         _open[self._place] = self
         self._opened()
 
-    def _guarded(self, act: Callable[[], str], told: Sequence[str] = ()) -> None:
+    def _guarded(self, act: Callable[[], str], notices: Sequence[str] = ()) -> None:
         """Does something and shows what came of it, errors included.
 
         Args:
             act: Does it; returns what to say.
-            told: What to say before that.
+            notices: What to say before that.
         """
         tone: Tone
         try:
             words = act()
-            self._say(" ".join((*told, words)).strip(), "warning" if told else "dim")
+            self._say(" ".join((*notices, words)).strip(), "warning" if notices else "dim")
             return
         except NbpeftError as error:
             words = str(error)
@@ -183,7 +183,7 @@ class Panel:
         with self._lock:
             if self._parts is not None:
                 self._failed()
-        self._say(" ".join((*told, words)), tone)
+        self._say(" ".join((*notices, words)), tone)
 
     def _say(self, words: str, tone: Tone) -> None:
         """Shows a message; none for the empty string."""

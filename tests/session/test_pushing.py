@@ -243,7 +243,7 @@ def test_another_adapter_in_the_repository_is_not_replaced_unasked(hub: Hub, ses
         ({"peft_type": "IA3"}, "an adapter with another peft_type"),
         ({"target_modules": ["v_proj"]}, "an adapter with another target_modules"),
         ({"base_model_name_or_path": "them/other"}, "an adapter of another base model, them/other"),
-        ({"base_model_name_or_path": "/home/me/base"}, ""),
+        ({"base_model_name_or_path": "./base"}, ""),
         ({"target_modules": ["k_proj", "q_proj"]}, ""),
         ("no JSON", "an adapter that cannot be read"),
         ([1], "an adapter that cannot be read"),

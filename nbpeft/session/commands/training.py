@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nbpeft.errors import AdapterError, TrainingInterrupted
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from nbpeft.training import Run, RunControl, TrainResult
 
 _ENDED = ("finished", "stopped", "failed")
-_RUNS_DIR = "nbpeft_runs"
-_OFF = ("", "0", "off", "no", "none")
-"""Values of the place that keep nothing."""
 _SEED = 42
 """Of ``TrainingArguments``."""
 
@@ -244,11 +239,8 @@ def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | 
     """Where runs of this session are kept; None where that is switched off."""
     from nbpeft.runs.store import RunPlace, RunStore
 
-    chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if ctx.runs_dir is None else ctx.runs_dir
-    if chosen.strip().lower() in _OFF:
-        return None
-    place = Path(ctx.home, os.path.expanduser(chosen))
-    return RunPlace(RunStore(place), model=model, source=source or {})
+    place = ctx.runs_folder
+    return None if place is None else RunPlace(RunStore(place), model=model, source=source or {})
 
 
 def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
