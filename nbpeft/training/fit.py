@@ -199,8 +199,8 @@ def train(
         raise failure.with_traceback(None)
     result = _result(run, metrics, fields.get("output_dir"))
     if run.interrupted:
-        outcome = "what it learned is kept" if run.steps_done else "the adapters are as before"
-        raise TrainingInterrupted(f"{result} · {run.lost or outcome}", result)
+        left = run.lost or ("what it learned is kept" if run.steps_done else "the adapters are as before")
+        raise TrainingInterrupted(f"{result} · {left}", result)
     return result
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.errors import AdapterError, TargetError
+from nbpeft.errors import AdapterError, TargetError, UnknownAdapterError
 from tests.tiny_models import llama, same_state, state
 
 INPUTS = torch.linspace(-1, 1, 12).view(3, 4)
@@ -55,6 +57,17 @@ def test_adapters_renamed_or_deleted_inside_a_block() -> None:
     with manager.use("b"):
         manager.remove("c")
     assert (manager.active, manager.enabled) == (("z",), False)
+
+
+def test_a_config_of_no_adapter_is_asked_for_in_one_line() -> None:
+    manager = adapted("sql")
+    with pytest.raises(UnknownAdapterError, match=r"^Adapter 'sgl' not found; the model has: 'sql'\. .*'sql'\?$"):
+        manager.configs["sgl"]
+    configs = manager.configs
+    assert copy.deepcopy(configs).keys() == {"sql"} and pickle.loads(pickle.dumps(configs)).keys() == {"sql"}
+    manager.unload(merge=False)
+    with pytest.raises(UnknownAdapterError, match="has: none"):
+        manager.configs["sql"]
 
 
 def test_none_are_active_again_where_none_were() -> None:

@@ -194,6 +194,17 @@ def test_a_keyboard_interrupt_keeps_what_was_learned_and_goes_on():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_interrupted_before_a_step_nothing_is_called_kept():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model = trainable()
+    before = weights(model)
+    with pytest.raises(TrainingInterrupted, match=r"default stopped · 0 of 5 steps .* · the adapters are as before$"):
+        train(model, token_rows(), callbacks=[At(0, interrupt)], **QUICK)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
 def test_interrupted_with_a_folder_still_saves_the_adapter(tmp_path):
     def interrupt():
         raise KeyboardInterrupt

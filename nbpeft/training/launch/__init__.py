@@ -11,5 +11,7 @@ The processes get the variables that ``torch.distributed.run`` and ``accelerate 
 them what it does under those. They are started without either: ``accelerate launch`` starts one process on a CPU,
 whatever ``--num_processes`` says, follows a configuration file of the machine in what the cell decides (precision,
 devices), and puts a process of torch between, which hands on neither requests nor states, nor ends with the notebook's.
-Nothing of the notebook's model changes before the trained adapter is there.
+Nothing of the notebook's model changes before the trained adapter is there. Where the notebook's process is killed, the
+others end after the step that they are in, or within seconds where that does not end, and remove the copy of the model
+that it had made for them.
 """
