@@ -30,7 +30,6 @@ from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
 from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
 
-_MESSAGE_TONES: dict[str, Tone] = {"failed": "error", "finished": "dim", "stopped": "dim"}
 _STATUS_TONES: dict[str, Tone] = {
     "failed": "error",
     "finished": "success",
@@ -59,15 +58,27 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "") ->
         f"Training {_subject(train)}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
-        line(Text(train.message, _MESSAGE_TONES.get(train.status, "warning"))),
+        line(*_message(train)),
         line(dim(_MORE if train.status == "failed" else "")),
         _curves(train),
         members_table(train) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
         line(dim(hint)),
-        aside=(dim(model_name), Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"))),
+        aside=(dim(model_name), Pill(status_words(train), _status_tone(train))),
     )
+
+
+def _message(train: TrainState) -> tuple[Text, ...]:
+    """What a person should know: why it failed, then warnings, then what else is noted."""
+    if train.status == "failed":
+        return (Text(train.message, "error"),)
+    rest = train.message
+    for warning in train.warnings:
+        rest = rest.replace(warning, "")
+    notes = [part.strip() for part in rest.split(" · ") if part.strip()]
+    found = (Text(" · ".join(train.warnings), "warning"), dim(" · ".join(notes)))
+    return tuple(text for text in found if text.text)
 
 
 def _subject(train: TrainState) -> str:
@@ -209,6 +220,12 @@ def members_table(train: TrainState) -> Table:
 
 def _member_words(member: MemberState) -> str:
     return member.status if member.status == "finished" else f"{member.status} at step {member.step:,}"
+
+
+def _status_tone(train: TrainState) -> Tone:
+    """The colour of the status; one that ended with a warning has that of a warning."""
+    warned = train.warnings and train.status in ("finished", "stopped")
+    return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
 
 
 def status_words(train: TrainState) -> str:

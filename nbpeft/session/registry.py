@@ -78,7 +78,8 @@ class TrackedModel:
     def count_steps(self, names: Iterable[str], run: Run) -> None:
         """Remember that a run trained adapters."""
         for name in names:
-            steps = run.steps_before + run.state.step
+            state = run.state
+            steps = run.steps_before + (state.step if state.kept_step is None else state.kept_step)
             self.trained_steps[name] = (self.manager.configs[name], steps, os.path.basename(run.folder))
 
     def on_change(self) -> None:
