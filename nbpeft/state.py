@@ -202,7 +202,11 @@ class TrainState:
     eval_history: Curve = ()
     memory: MemoryState | None = None
     message: str = ""
-    """One line for a person: why it stopped, or a warning that it cannot learn."""
+    """One line for a person: why it stopped, what was done to the rows, a warning that it cannot learn."""
+    warnings: tuple[str, ...] = ()
+    """The parts of ``message`` that are warnings."""
+    kept_step: int | None = None
+    """Step whose weights the model has, where the training diverged later and they were put back."""
     first_step: int = 0
     """Steps done before, where it resumes an earlier run and counts on from there."""
     gradient_norm: float | None = None

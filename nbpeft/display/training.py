@@ -30,7 +30,6 @@ from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
 from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
 
-_MESSAGE_TONES: dict[str, Tone] = {"failed": "error", "finished": "dim", "stopped": "dim"}
 _STATUS_TONES: dict[str, Tone] = {
     "failed": "error",
     "finished": "success",
@@ -60,7 +59,7 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "", se
         f"Training {_subject(train)}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
-        line(Text(train.message, _MESSAGE_TONES.get(train.status, "warning"))),
+        line(*_message(train)),
         line(dim(_MORE if train.status == "failed" else "")),
         _curves(train),
         members_table(train) if train.members else SmallCharts(train),
@@ -75,11 +74,23 @@ def _pill(train: TrainState, seen: str) -> Pill:
     """The status; of a run that goes on also what is true once nobody follows it."""
     status = "" if train.status in ("starting", "running") else f" ({status_words(train)})"
     saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
-    return Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"), saved=saved)
+    return Pill(status_words(train), _status_tone(train), saved=saved)
 
 
 def _at(train: TrainState) -> str:
     return f"step {train.step:,}" + (f" of {train.total_steps:,}" if train.total_steps else "")
+
+
+def _message(train: TrainState) -> tuple[Text, ...]:
+    """What a person should know: why it failed, then warnings, then what else is noted."""
+    if train.status == "failed":
+        return (Text(train.message, "error"),)
+    rest = train.message
+    for warning in train.warnings:
+        rest = rest.replace(warning, "")
+    notes = [part.strip() for part in rest.split(" · ") if part.strip()]
+    found = (Text(" · ".join(train.warnings), "warning"), dim(" · ".join(notes)))
+    return tuple(text for text in found if text.text)
 
 
 def _subject(train: TrainState) -> str:
@@ -221,6 +232,12 @@ def members_table(train: TrainState) -> Table:
 
 def _member_words(member: MemberState) -> str:
     return member.status if member.status == "finished" else f"{member.status} at step {member.step:,}"
+
+
+def _status_tone(train: TrainState) -> Tone:
+    """The colour of the status; one that ended with a warning has that of a warning."""
+    warned = train.warnings and train.status in ("finished", "stopped")
+    return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
 
 
 def status_words(train: TrainState) -> str:

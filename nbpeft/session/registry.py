@@ -93,7 +93,8 @@ class TrackedModel:
     def count_steps(self, names: Iterable[str], run: Run) -> None:
         """Remember that a run trained adapters."""
         for name in names:
-            config, steps = self.manager.configs.get(name), run.steps_before + run.state.step
+            config, state = self.manager.configs.get(name), run.state
+            steps = run.steps_before + (state.step if state.kept_step is None else state.kept_step)
             if config is not None:  # another thread may have taken it out meanwhile
                 self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
 

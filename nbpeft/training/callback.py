@@ -126,7 +126,7 @@ class RunCallback(TrainerCallback):
         if self.run.entered:
             return
         if self.run.cut_short:
-            self.run.finish("stopped", self.run.stop_message())
+            self.run.finish("stopped")
         else:
             self.run.finish("finished")
 

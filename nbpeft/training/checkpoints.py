@@ -109,6 +109,29 @@ def put_checkpoint(home: Path, step: int, write: Callable[[Path], object], *, mo
             staging.close()
 
 
+def drop_after(home: Path, step: int) -> None:
+    """Removes the checkpoints of later steps than one, where those of it or of earlier ones are left.
+
+    Args:
+        home: a folder that is there.
+        step: optimizer steps done.
+
+    Raises:
+        CheckpointError: they cannot be removed.
+    """
+    folders = _checkpoints(home)
+    later = [folder for folder in folders if int(folder.name.rpartition("-")[2]) > step]
+    if not later or len(later) == len(folders):
+        return
+    with write_errors(home):
+        staging = Staging(home)
+        try:
+            for folder in later:
+                os.replace(folder, staging.path / folder.name)
+        finally:
+            staging.close()
+
+
 def save_beside(folder: Path, tokenizer: Any, arguments: Any) -> None:
     """Writes what a Trainer keeps beside the weights: the tokenizer, if any, and its arguments without tokens.
 

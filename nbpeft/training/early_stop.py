@@ -59,7 +59,8 @@ class EarlyStop(TrainerCallback):
         elif file is not None and file.is_file():
             self._state = Snapshot.read(file, self._model)
         else:
-            self._run.note(f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be")
+            lost = f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be"
+            self._run.note(lost, warning=True)
 
     def on_evaluate(
         self,
@@ -74,6 +75,11 @@ class EarlyStop(TrainerCallback):
             self._state = Snapshot.of(self._model, state.global_step)
         elif self._worse >= self._patience:
             control.should_training_stop = True
+
+    @property
+    def kept_step(self) -> int | None:
+        """Step of the best state, where it is kept."""
+        return None if self._state is None else self._state.step
 
     def _is_better(self, score: float | None, step: int) -> bool:
         if score is None:

@@ -36,7 +36,7 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.agreement import is_first, of_the_first, several_processes, write_together
-from nbpeft.training.checkpoints import put_checkpoint
+from nbpeft.training.checkpoints import drop_after, put_checkpoint
 from nbpeft.training.kept_arguments import to_keep
 from nbpeft.training.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.run import Run
@@ -171,7 +171,7 @@ class RunKeeper(TrainerCallback):
 
     def after_step(self) -> None:
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
-        if self._step_open:  # stopped inside a step: that is kept when the run ends
+        if self._step_open or self._run.diverged:  # stopped inside a step: that is kept when the run ends
             return
         if self._evaluated:  # which draws random numbers
             self._random, self._method = random_state(), method_state(self._model)
@@ -204,6 +204,7 @@ class RunKeeper(TrainerCallback):
                     elif not alone and self._has_new_state(state.step):
                         self._save_as_the_step_ended()
                     else:
+                        self._drop_diverged()
                         self._write_facts()
         finally:
             with HeldInterrupts(to_the_end=True):
@@ -232,13 +233,20 @@ class RunKeeper(TrainerCallback):
                 place = place if place.is_dir() else Path(folder)
                 self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
 
+    def _drop_diverged(self) -> None:
+        """Removes states after the last good weights of a run that diverged, where an earlier one is left."""
+        last_good = self._run.state.kept_step
+        if self.folder is not None and last_good is not None:
+            drop_after(self.folder.path, last_good)
+
     def _save_as_the_step_ended(self) -> None:
         set_method_state(self._model, self._method)
         with drawing_from(self._random or random_state()):
             self._save()
 
     def _has_new_state(self, step: int) -> bool:
-        return not self._in_step and self.trainer.optimizer is not None and step > self._saved_step
+        known = not self._in_step and not self._run.diverged and self.trainer.optimizer is not None
+        return known and step > self._saved_step
 
     def _undo(self, folder: RunFolder) -> None:
         """Leaves the disk as it was before a run that failed before its first step."""
@@ -368,7 +376,7 @@ class RunKeeper(TrainerCallback):
                 else:
                     folder.close()
                     self._run.folder = ""
-            self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}")
+            self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}", warning=True)
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:

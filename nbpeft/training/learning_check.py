@@ -10,7 +10,7 @@ Training that cannot learn looks like training that learns slowly. What is looke
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ PATIENCE = 10
 _SAMPLE = 64
 _MOST = 1e4
 """Larger weights of an adapter have exploded."""
-_TOO_HIGH = "the learning rate is too high"
+TOO_HIGH = "the learning rate is too high"
 _REMEDY_CHECKPOINTING = (
     "gradient checkpointing with use_reentrant=True cuts the graph off because the embeddings are frozen; "
     "call model.enable_input_require_grads(), or use use_reentrant=False"
@@ -156,14 +156,10 @@ class LearningCheck:
 
     def _exploded(self) -> bool:
         """Whether what is trained has values that no training leads to, or none at all."""
-        peaks = [_peak(_sample(parameter)) for parameter in self._parameters.values()]
-        if not peaks:
-            return False
-        peak = float(torch.stack([value.to(peaks[0].device) for value in peaks]).amax())
-        return not peak <= _MOST
+        return have_exploded(self._parameters.values())
 
     def _explosion(self, steps: int) -> str:
-        return f"Weights of {self._subject} have exploded in {steps} step{'' if steps == 1 else 's'}: {_TOO_HIGH}."
+        return f"Weights of {self._subject} have exploded in {steps} step{'' if steps == 1 else 's'}: {TOO_HIGH}."
 
     def _judge_weights(self, steps: int) -> str:
         # A Trainer brings the model to its device after the samples were taken.
@@ -174,6 +170,15 @@ class LearningCheck:
             f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
             "rate zero, or was the optimizer made before the adapter?"
         )
+
+
+def have_exploded(parameters: Iterable[Tensor]) -> bool:
+    """Whether parameters have values that no training leads to, or none at all; some elements of each are looked at."""
+    peaks = [_peak(_sample(parameter)) for parameter in parameters]
+    if not peaks:
+        return False
+    peak = float(torch.stack([value.to(peaks[0].device) for value in peaks]).amax())
+    return not peak <= _MOST
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
@@ -188,7 +193,8 @@ def _peak(tensor: Tensor) -> Tensor:
 
 def _sample(parameter: Tensor) -> Tensor:
     """Some elements spread over a parameter, copied. (at most 64,)."""
-    flat = parameter.detach().reshape(-1)
+    own: Any = parameter.detach()
+    flat = (own.to_local() if hasattr(own, "to_local") else own).reshape(-1)  # of a sharded one this process's part
     return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].clone()
 
 

@@ -39,6 +39,11 @@ class TrainResult(Shown):
     """How a front end has shown the run's last state: what it said need not be said once more below it."""
 
     @property
+    def kept_step(self) -> int | None:
+        """Step whose weights the model has, where the training diverged later; else None."""
+        return self.state.kept_step
+
+    @property
     def best_step(self) -> int | None:
         """Step of the best evaluation, or None."""
         return self.state.best_step
@@ -77,9 +82,11 @@ class TrainResult(Shown):
             parts.append(f"{numbers.rate(self.tokens_per_second)} tokens/s")
         if self.output_dir is not None:
             parts.append(f"saved in {self.output_dir}")
-        if message and self.message and self.status != "stopped":
+        if message and self.status != "stopped":
             parts.append(self.message)
-        return parts
+        elif message:  # that it was stopped is said above
+            parts += self.state.warnings
+        return [part for part in parts if part]
 
 
 def _duration(seconds: float) -> str:

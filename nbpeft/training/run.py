@@ -36,6 +36,8 @@ from nbpeft.training.record import Number, Record
 from nbpeft.training.save_now import save_adapters
 from nbpeft.training.tracebacks import release_frames
 
+_NOT_SAVED = "not saved"
+
 
 class StopRun(BaseException):  # not an Exception: a loop's ``except Exception`` must not swallow it
     """Ends a tracked block after Stop was clicked, or where no step is left; the block's ``with`` swallows it."""
@@ -89,6 +91,8 @@ class Run:
         starts_from: That in words; empty for weights that no run has trained.
         members: Says, by the status of the run, how each adapter of a sweep does.
         lost: Why the model has nothing of what was learned, where other processes did it; else the empty string.
+        diverged: Why the training diverged, or the empty string.
+        kept_step: Step whose weights the model has, where the training diverged later; else None.
     """
 
     interval = 0.2
@@ -130,6 +134,9 @@ class Run:
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._notes: list[str] = []
+        self._severe: set[str] = set()
+        self.diverged, self.kept_step = "", None
+        self._divergence_noted = False
         self._warnings: list[str] = []
         self._saved = ""
         self._samples: deque[Sample] = deque(maxlen=self.most_samples)
@@ -272,11 +279,44 @@ class Run:
                 self._warn(self._check.after_step(self.steps_done, last=last))
         self.publish()
 
-    def note(self, message: str) -> None:
-        """Adds to the line shown with the run; what it says already is not said again."""
+    def note(self, message: str, *, warning: bool = False) -> None:
+        """Adds to the line shown with the run; what it says already is not said again.
+
+        Args:
+            message: for a person.
+            warning: whether it is shown as one: something went wrong, or has to be done.
+        """
         with self._lock:
             if message and message not in self._notes:
                 self._notes.append(message)
+            if message and warning:
+                self._severe.add(message)
+
+    def diverge(self, reason: str, kept_step: int, *, put_back: bool = False) -> None:
+        """Notes that the training diverged at this step, and with which weights the model is left.
+
+        Args:
+            reason: why.
+            kept_step: step whose weights it has.
+            put_back: whether that is said here; else who puts them back says it.
+        """
+        with self._lock:
+            self.diverged, self.kept_step = reason, kept_step
+            self.replaced_weights()
+            if put_back:
+                self.note(f"{self.weights_of(kept_step)}, the last good ones, were put back", warning=True)
+
+    def weights_of(self, step: int) -> str:
+        """The weights of a step in words."""
+        return "the weights it began with" if step == self._record.first_step else f"the weights of step {step:,}"
+
+    def replaced_weights(self) -> None:
+        """Called when weights that diverged were replaced: what the run sees of them and of the loss says no more."""
+        with self._lock:
+            self._divergence_noted = True
+            if self._check is not None:
+                self._check.close()
+                self._check = None
 
     def goes_on_from(self, steps: int, run_name: str = "") -> None:
         """Says that the weights at its start are those of earlier runs.
@@ -300,6 +340,7 @@ class Run:
             now = self._clock()
             self._mirrored, self._memory, self._memory_state = state, None, state.memory
             self._record.step, self._record.first_step = state.step, state.first_step
+            self.kept_step = state.kept_step
             self.total_steps, self.folder = state.total_steps, state.folder
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
         self.publish(force=True)  # they come as seldom as they are to be shown
@@ -337,7 +378,7 @@ class Run:
 
         Args:
             status: ``"finished"``, ``"stopped"`` or ``"failed"``.
-            message: One line for a person; a warning noted before stays when it is empty.
+            message: One line for a person, in the place of what was noted before.
         """
         with HeldInterrupts(to_the_end=True):  # a second interruption must not leave it half ended
             with self._lock:
@@ -351,7 +392,9 @@ class Run:
                     self._check.close()
                     self._check = None
                 self._status = status
-                if message:
+                if status == "stopped":
+                    self._notes = self._stop_notes()
+                elif message:
                     self._notes = [message]
                 self._memory_due = float("-inf")
             self.publish(force=True)
@@ -372,7 +415,7 @@ class Run:
         elif self.interrupted or stopped or (error is None and self.cut_short):
             if error is not None:
                 release_frames(error)
-            self.finish("stopped", self.stop_message())
+            self.finish("stopped")
             if self.interrupted:
                 raise TrainingInterrupted(f"{self.adapter or 'training'} {self.stop_message()}") from None
         elif error is None:
@@ -414,6 +457,7 @@ class Run:
             remaining=remaining,
             memory=self._memory_state,
             message=self._message(),
+            warnings=self._severe_notes(),
         )
 
     def publish(self, *, force: bool = False) -> None:
@@ -441,10 +485,17 @@ class Run:
 
     def stop_message(self) -> str:
         """``stopped at step 12``, with the reason where one was given."""
+        return " · ".join(self._notes if self._ended is not None else self._stop_notes())
+
+    def _stop_notes(self) -> list[str]:
+        """What is noted with the run once it is stopped: that first, unless the processes that trained say it."""
         if self._mirrored is not None and self._mirrored.status == "stopped":
-            return self._message()
-        reason = f": {self.control.reason}" if self.control.reason else ""
-        return " · ".join([f"stopped at step {self._record.step:,}{reason}", *self._notes])
+            return [*self._notes, *([self._mirrored.message] if self._mirrored.message else [])]
+        reason = self.diverged or self.control.reason
+        first = f"stopped at step {self._record.step:,}" + (f": {reason}" if reason else "")
+        if self.diverged:
+            self._severe.add(first)
+        return [first, *self._notes]
 
     @property
     def label(self) -> str:
@@ -467,13 +518,17 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps of this run that its model has learned from, those of one that it resumes left out."""
-        return 0 if self.mirrors and not self._came_back else self._record.step - self._record.first_step
+        """Optimizer steps of this run that the model's weights have, those of one that it resumes left out."""
+        if self.mirrors and not self._came_back:
+            return 0
+        done = self._record.step if self.kept_step is None else self.kept_step
+        return done - self._record.first_step
 
     @property
     def cut_short(self) -> bool:
-        """Whether the run ends, or has ended, before its last step because a stop was requested."""
-        return self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
+        """Whether the run ends, or has ended, before its last step because a stop was requested, or it diverged."""
+        stops = self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
+        return stops or bool(self.diverged)
 
     # Inside
 
@@ -493,7 +548,7 @@ class Run:
             step, byte_count = self._readings.popleft()
             self._record.trace("memory", byte_count, step)
         lost = self._record.collect()
-        if lost is not None and not any("NaN" in note for note in self._notes):
+        if lost is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
             self._warn(f"The loss is NaN since step {lost}: try a lower learning rate, or look at the labels.")
 
     def _catch_up(self) -> None:
@@ -515,7 +570,7 @@ class Run:
             folder = save_adapters(self._model(), place, self._record.step, **options)
             self._saved = f"saved in {folder}"
         except Exception as error:  # a full disk, say: training goes on
-            self._saved = f"not saved: {error}"
+            self._saved = f"{_NOT_SAVED}: {error}"
         self.publish(force=True)
 
     def _measure_memory(self) -> None:
@@ -554,6 +609,12 @@ class Run:
         saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])
 
+    def _severe_notes(self) -> tuple[str, ...]:
+        """What of the message is a warning."""
+        mirrored = () if self._mirrored is None else self._mirrored.warnings
+        own = [note for note in self._notes if note in self._severe]
+        return tuple(dict.fromkeys([*own, *([self._saved] if self._saved.startswith(_NOT_SAVED) else []), *mirrored]))
+
     def _build(self) -> TrainState:
         if self._mirrored is not None:
             self._latest = dataclasses.replace(
@@ -563,6 +624,7 @@ class Run:
                 elapsed=self._elapsed(),
                 remaining=None if self._ended is not None else self._mirrored.remaining,
                 message=self._message(),
+                warnings=self._severe_notes(),
             )
             return self._latest
         record, elapsed = self._record, self._elapsed()
@@ -590,6 +652,8 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message(),
+            warnings=self._severe_notes(),
+            kept_step=self.kept_step,
             first_step=record.first_step,
             gradient_norm=record.gradient_norm,
             series={name: curve.points() for name, curve in list(record.series.items())},
@@ -604,7 +668,7 @@ class Run:
 
     def _warn(self, message: str) -> None:
         if message:
-            self.note(message)
+            self.note(message, warning=True)
             self._warnings.append(message)  # said by the next publication, where nothing shows the run
 
     def _warn_once(self, message: str) -> None:

@@ -57,7 +57,7 @@ class SampleCallback(TrainerCallback):
                 answers = self._answers(None)
         except Exception as error:
             self._failed = True
-            self._run.note(f"no samples: {type(error).__name__}: {in_one_line(error):.200}")
+            self._run.note(f"no samples: {type(error).__name__}: {in_one_line(error):.200}", warning=True)
             return
         told = zip(self._batch.prompts, answers, self._base, strict=True)
         self._run.sampled(Sample(step, prompt, answer, base) for prompt, answer, base in told)

@@ -129,7 +129,7 @@ class TrackCallback(TrainerCallback):
             self._note(name, error)
 
     def _note(self, name: str, error: Exception) -> None:
-        self._run.note(f"{name} takes no more numbers: {in_one_line(error):.200}")
+        self._run.note(f"{name} takes no more numbers: {in_one_line(error):.200}", warning=True)
 
     def __enter__(self) -> TrackCallback:
         return self

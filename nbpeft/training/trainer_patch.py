@@ -130,13 +130,21 @@ def is_ours_or_peft(library: str, model: Any) -> bool:
 def training_step(
     original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """As the Trainer's, with what methods add to the loss; callbacks with ``count_batch`` are shown the batch."""
+    """As the Trainer's, with what methods add to the loss; callbacks are shown the batch and the loss.
+
+    Those with ``count_batch`` the one, before, and those with ``after_batch`` the other.
+    """
     for callback in trainer.callback_handler.callbacks:
         count_batch = getattr(callback, "count_batch", None)
         if count_batch is not None:
             count_batch(inputs)
     with with_extra_loss(trainer, args[0] if args else kwargs.get("num_items_in_batch")):
-        return original(trainer, model, inputs, *args, **kwargs)
+        loss = original(trainer, model, inputs, *args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        after_batch = getattr(callback, "after_batch", None)
+        if after_batch is not None:
+            after_batch(loss)
+    return loss
 
 
 def save(

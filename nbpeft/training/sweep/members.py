@@ -16,11 +16,13 @@ from nbpeft.engine.active_state import Active, Call
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
 from nbpeft.sweeps import MOST, check_own, members_together, names_of
 from nbpeft.training.arguments import changed_arguments
 from nbpeft.training.callback import shape_of
 from nbpeft.training.control import CloneRequest
+from nbpeft.training.learning_check import have_exploded
 from nbpeft.training.record import Record
 
 
@@ -38,6 +40,7 @@ class Member:
         status: whether it learns, or why not.
         settings: ``settings`` in words.
         learning_rate: of the step that runs.
+        good_step: step of the weights that are kept; None without any.
     """
 
     arguments: TrainingArguments
@@ -53,6 +56,9 @@ class Member:
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
         self._broken: Tensor | None = None
+        self._good: list[Tensor] = []
+        self.good_step: int | None = None
+        self._exploded, self._watches_weights = False, not have_exploded(self.parameters)
 
     def clip(self) -> Tensor | None:
         """Clips its gradients as its arguments say. Returns their norm before that, or None where it has none."""
@@ -61,6 +67,13 @@ class Member:
             self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
             return self._norm
         return None
+
+    def measure_norm(self) -> Tensor:
+        """The norm of its gradients, which stay as they are."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        self._norm = norm
+        return norm
 
     def add_loss(self, loss: Tensor) -> None:
         """Adds the loss of a batch to that of the step."""
@@ -73,10 +86,28 @@ class Member:
             self._broken = ~self._loss.isfinite()
         self._loss = self._norm = None
 
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss of the last step is no finite number."""
-        return self._broken is not None and bool(self._broken)
+    def has_diverged(self, *, weights: bool) -> bool:
+        """Whether the loss of the last step is not finite or, where ``weights`` asks for it, they have exploded."""
+        lost = self._exploded or (self._broken is not None and bool(self._broken))
+        return lost or (weights and self._watches_weights and have_exploded(self.parameters))
+
+    def keep(self, step: int) -> None:
+        """Copies its weights to host memory, unless they have exploded or the loss of the step that runs is not finite.
+
+        Args:
+            step: optimizer steps done.
+        """
+        self._exploded = self._watches_weights and have_exploded(self.parameters)
+        if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
+            self._good = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+            self.good_step = step
+
+    def put_back(self) -> int | None:
+        """Writes the weights that were kept last into it. Returns their step, or None without any."""
+        with HeldInterrupts(to_the_end=True), torch.no_grad():
+            for parameter, kept in zip(self.parameters, self._good, strict=self.good_step is not None):
+                parameter.copy_(kept)
+        return self.good_step
 
     def evaluated(self, step: int, loss: float | None) -> None:
         """Notes what was measured on held-out rows."""

@@ -20,6 +20,7 @@ from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.model.serving import serving_rows
 from nbpeft.training.adapted import base_of
 from nbpeft.training.control import CloneRequest
+from nbpeft.training.divergence import Seldom
 from nbpeft.training.extra_loss import loss_divisor
 from nbpeft.training.kept_arguments import is_plain_value
 from nbpeft.training.run import Run
@@ -163,6 +164,12 @@ class SideBySideTrainer(transformers.Trainer):
         norms = [norm for member in self.group.training if (norm := member.clip()) is not None]
         return torch.stack(norms).max() if norms else torch.zeros(())
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the Trainer's, which without clipping would mix the gradients of one that diverges into all others."""
+        if grad_norm is not None or not self.group.training:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return torch.stack([member.measure_norm() for member in self.group.training]).max().item()
+
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,10 +219,12 @@ class SideBySideCallback(TrainerCallback, ExportableState):
     Args:
         group: the members.
         run: their common run.
+        stop_on_divergence: whether those that diverge stop, with their last good weights.
     """
 
-    def __init__(self, group: SideBySide, run: Run) -> None:
-        self._group, self._run = group, run
+    def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool = True) -> None:
+        self._group, self._run, self._stops = group, run, stop_on_divergence
+        self._seldom = Seldom()
         group.note = run.note
         run.members = group.states
 
@@ -235,6 +244,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         stopped: Any = kept["attributes"].get("stopped", {}) if isinstance(kept, dict) else {}
         for name, status in stopped.items():
             self._group.stop(name, status)
+        if self._stops:
+            self._seldom(lambda: self._copy(state.global_step))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -244,29 +255,50 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         for member in self._group.training:
             member.learning_rate = rates.get(member.name)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Copies what trains in each of which it is good, where it is time."""
+        if self._stops and self._seldom.due:
+            self._seldom(lambda: self._copy(state.global_step))
+
+    def _copy(self, step: int) -> None:
+        for member in self._group.training:
+            member.keep(step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes the step of each, and who learns on."""
         self._group.learned = True
         for member in self._group.training:
             member.end_step(state.global_step)
-        if control.should_log:
-            for member in [one for one in self._group.training if one.diverged]:
-                self._group.stop(member.name, "diverged")
-                self._run.note(f"{member.name} diverged at step {state.global_step:,} and learns no more")
+        last = state.global_step >= state.max_steps > 0
+        if self._stops and (control.should_log or control.should_evaluate or control.should_save or last):
+            self._stop_diverged(state.global_step, weights=last or control.should_evaluate or control.should_save)
         for name in self._run.control.members_to_stop:
             self._group.stop(name)
         for request in self._run.control.take_clones():
             self._clone(request, state.global_step)
         if not self._group.training:
-            self._run.note("all adapters have stopped")
+            self._run.note("" if self._run.diverged else "all adapters have stopped")
             control.should_training_stop = True
+
+    def _stop_diverged(self, step: int, *, weights: bool) -> None:
+        """Takes those out of the batch that have diverged, and puts their last good weights back."""
+        for member in [one for one in self._group.training if one.has_diverged(weights=weights)]:
+            kept = member.put_back()
+            self._group.stop(member.name, "diverged")
+            self._run.replaced_weights()
+            back = "" if kept is None else f"; {self._run.weights_of(kept)} were put back"
+            self._run.note(f"{member.name} diverged at step {step:,} and learns no more{back}", warning=True)
+        if all(member.status == "diverged" for member in self._group.members):
+            self._run.diverge("all adapters diverged", max(member.good_step or 0 for member in self._group.members))
 
     def _clone(self, request: CloneRequest, step: int) -> None:
         """Carries a request out, or says with the run why not: training goes on."""
         try:
             clone = self._group.clone(request)
         except NbpeftError as error:
-            self._run.note(f"{request.source} was not cloned: {error}")
+            self._run.note(f"{request.source} was not cloned: {error}", warning=True)
             return
         self._run.adapter = ", ".join(self._group.names)
         self._run.note(f"{clone.name} goes on beside {request.source} from step {step:,}")
@@ -285,9 +317,11 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: dict(fields) for name, fields in own if isinstance(fields, Mapping)}
 
 
-def callbacks_of(members: object, run: Run) -> list[SideBySideCallback]:
+def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool) -> list[SideBySideCallback]:
     """What notes the steps of the members of a sweep; nothing where it is none."""
-    return [SideBySideCallback(members, run)] if isinstance(members, SideBySide) else []
+    if not isinstance(members, SideBySide):
+        return []
+    return [SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence)]
 
 
 def _factor(member: Member, steps: int) -> Any:
