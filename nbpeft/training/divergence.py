@@ -24,8 +24,8 @@ from transformers.training_args import TrainingArguments
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.trained import mark_saved
 from nbpeft.training.adapted import trainable, trained_names
+from nbpeft.training.agreement import of_the_first
 from nbpeft.training.callback import any_process
-from nbpeft.training.launch.agreement import of_the_first
 from nbpeft.training.learning_check import PATIENCE, TOO_HIGH, have_exploded
 from nbpeft.training.run import Run
 from nbpeft.training.snapshot import Snapshot
