@@ -101,7 +101,8 @@ class TrackedModel:
 
     def remembered(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What is known of some adapters, by attribute, to go along with them to another model."""
-        known = {"requested": self.requested, "trained_steps": self.trained_steps, "first_random": self.first_random}
+        known: dict[str, dict[str, Any]] = {"requested": dict(self.requested), "first_random": dict(self.first_random)}
+        known["trained_steps"] = dict(self.trained_steps)
         wanted = set(names)
         return {key: {name: item for name, item in found.items() if name in wanted} for key, found in known.items()}
 

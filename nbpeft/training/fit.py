@@ -206,7 +206,7 @@ def _not_none(**values: Any) -> dict[str, Any]:
 
 def _own_classes(trainer_class: Any, arguments_class: Any) -> dict[str, Any]:
     """The classes that a person has given: no file holds them, so that a run that goes on needs them again."""
-    bases = getattr(trainer_class, "__bases__", ())
+    bases: tuple[Any, ...] = getattr(trainer_class, "__bases__", ())
     given = bases[-1] if SideBySideTrainer in bases else trainer_class  # a sweep derives its own
     found = {} if given is Trainer else {"trainer_class": given}
     return found if arguments_class is TrainingArguments else found | {"arguments_class": arguments_class}
