@@ -299,7 +299,13 @@ class ModelRegistry:
         return tracked
 
     def select(self, tracked: TrackedModel) -> None:
-        """Make a model the current one, unless its variable holds another, tracking it if it is new; cannot fail."""
+        """Make a model the current one, unless its variable holds another, tracking it if it is new; cannot fail.
+
+        Another one of that name is forgotten, but one that holds training that is not saved gets another name.
+        """
+        other = self._models.get(tracked.name)
+        if other is not None and other is not tracked and other.held:
+            self.rename({other: self.free_name(f"{other.variable} (before)")}, {other})
         self._models[tracked.name] = tracked
         if not tracked.before:
             self._current, self.rebound = tracked.name, ""
