@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,8 @@ class Target:
         return sum(math.prod(shape) for name, shape in own.items() if name not in others)
 
 
-class Extent(NamedTuple):
+@dataclass(frozen=True)
+class Extent:
     """How much something takes that is in the base model already.
 
     Attributes:

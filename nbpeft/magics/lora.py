@@ -195,6 +195,10 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         hidden = magics.shell.user_ns_hidden
         return [name for name in magics.shell.user_ns if not name.startswith("_") and name not in hidden]
 
+    def models() -> list[str]:
+        names = [*magics.notebook.model_names(), *magics.session.names, *magics.session.past_names]
+        return [f'"{name}"' if " " in name else name for name in dict.fromkeys(names)]
+
     def adapters() -> list[str]:
         magics.session.adopt(magics.shell.user_ns)
         return [item.name for model in magics.session.state.models for item in model.adapters]
@@ -211,7 +215,7 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         return Values((*field.choices, *names), (*field.listed, *names))
 
     return CompletionSources(
-        models=lambda: magics.notebook.model_names(),
+        models=models,
         adapters=adapters,
         variables=variables,
         runs=magics.session.run_names,

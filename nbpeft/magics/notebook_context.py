@@ -87,7 +87,7 @@ class NotebookContext:
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""
-        known = list(self.session.names)
+        known = [name for name in self.session.choices if name in self.namespace]
         return known + [
             name
             for name, value in list(self.namespace.items())

@@ -107,6 +107,7 @@ class Session:
     copy = _command(adapters.copy)
     reset = _command(undoing.reset)
     undo = _command(undoing.undo)
+    discard = _command(undoing.discard)
     inspect = _command(inspecting.inspect)
     methods = _command(listing.methods)
 

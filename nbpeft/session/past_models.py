@@ -28,7 +28,8 @@ def lost(ctx: SessionContext, variable: str | None, *, other: bool = True) -> Pa
         variable: name of the variable; None for any.
         other: take the last model of another variable where there is none of this one.
     """
-    found = [*(tracked for tracked in ctx.models.all() if tracked.before and tracked.held), *ctx.history.models]
+    before = [tracked for tracked in ctx.models.all() if tracked.before and tracked.held]
+    found: list[PastModel | TrackedModel] = [*before, *ctx.history.models]
     own = [model for model in found if model.variable == variable]
     return next(reversed(own or (found if other else [])), None)
 

@@ -104,7 +104,8 @@ class TrackedModel:
 
     def remembered(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What is known of some adapters, by attribute, to go along with them to another model."""
-        known = {"requested": self.requested, "trained_steps": self.trained_steps, "first_random": self.first_random}
+        known: dict[str, dict[str, Any]] = {"requested": dict(self.requested), "first_random": dict(self.first_random)}
+        known["trained_steps"] = dict(self.trained_steps)
         wanted = set(names)
         return {key: {name: item for name, item in found.items() if name in wanted} for key, found in known.items()}
 
@@ -310,7 +311,13 @@ class ModelRegistry:
         return tracked
 
     def select(self, tracked: TrackedModel) -> None:
-        """Make a model the current one, unless its variable holds another, tracking it if it is new; cannot fail."""
+        """Make a model the current one, unless its variable holds another, tracking it if it is new; cannot fail.
+
+        Another one of that name is forgotten, but one that holds training that is not saved gets another name.
+        """
+        other = self._models.get(tracked.name)
+        if other is not None and other is not tracked and other.held:
+            self.rename({other: self.free_name(f"{other.variable} (before)")}, {other})
         self._models[tracked.name] = tracked
         if not tracked.before:
             self._current, self.rebound = tracked.name, ""

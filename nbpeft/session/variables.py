@@ -2,7 +2,7 @@
 
 Models are held weakly. What was trained on one and is not saved stays all the same: as long as a variable of its name
 holds the model, the modules of such adapters are held apart from it. When the model goes, they move to host memory,
-without the base model, until ``undo`` brings them back or ``unload`` discards them.
+without the base model, until ``undo`` brings them back or ``discard`` is called.
 
     model = load() again ──> alive, m2 holds it        called "m2" from now on
                              alive, no variable        called "model (before)"
@@ -99,11 +99,14 @@ class Variables:
     def _find_known(self, variables: Mapping[str, object]) -> bool:
         """Finds the variables of the models that are known; says whether one is called otherwise now."""
         moved: dict[TrackedModel, str] = {}
+        named: dict[TrackedModel, str] = {}
         deleted: list[TrackedModel] = []
         for tracked in self._models.known():
             holders = _holders(tracked, variables)
             if tracked.alive and (tracked.name in holders or tracked.is_inside(variables.get(tracked.name))):
                 tracked.bind()
+            elif holders and not tracked.was_bound and not tracked.before:  # Python gave it no name, or another one
+                named[tracked] = holders[-1]
             elif tracked.name in variables or (tracked.before and holders):
                 moved[tracked] = holders[-1] if holders else ""
             elif tracked.was_bound and not holders and not tracked.before:  # the variable was deleted
@@ -111,14 +114,14 @@ class Variables:
         _collect([*deleted, *(tracked for tracked, alias in moved.items() if not alias)])
         for tracked in deleted:
             tracked.stay()
-        if moved:
-            self._move(moved)
-        return bool(moved or deleted)
+        if moved or named:
+            self._move(moved, named)
+        return bool(moved or named or deleted)
 
-    def _move(self, moved: Mapping[TrackedModel, str]) -> None:
-        """Gives models whose variable holds something else the name of another one, and says so."""
+    def _move(self, moved: Mapping[TrackedModel, str], named: Mapping[TrackedModel, str]) -> None:
+        """Gives models whose variable holds something else the name of another one, and says so; others get theirs."""
         registry = self._models
-        names: dict[TrackedModel, str] = {}
+        names: dict[TrackedModel, str] = dict(named)
         for tracked, alias in moved.items():
             if not tracked.alive:
                 registry.remove(tracked)

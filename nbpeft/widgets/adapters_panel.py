@@ -167,7 +167,8 @@ class _Parts:
         self._totals = parts.html(flex="1 1 260px")
         self._memory = parts.html()
         self.message = parts.Message()
-        self._command, self._replacing = command, ("", "")
+        self._command = command
+        self._replacing: tuple[str, ...] = ()
         self._offers = {
             "undo": parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"), hides=True),
             "replace": parts.button(

@@ -92,7 +92,8 @@ class RunView:
         if self._run is not None and self._shown_as == "widgets":
             self._buttons = RunButtons(run.control, [member.name for member in run.state.members])
             self._buttons.show()
-            self._output.framed_for(self._buttons)
+            if isinstance(self._output, _HtmlOutput):
+                self._output.framed_for(self._buttons)
             self.draw(run.state, at_once=True)
         if self._run is not None:
             removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]

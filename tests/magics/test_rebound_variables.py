@@ -322,3 +322,37 @@ def test_a_panel_says_it(trained: Notebook) -> None:
     said = panel._parts.message._text.value
     assert "holds another model now" in said and "no adapters" in said
     panel.close()
+
+
+def test_a_model_that_takes_the_name_of_another_loses_nothing(trained: Notebook) -> None:
+    old, trained["other"] = trained["model"], llama()
+    trained.do("kept = [model]")
+    trained.do(
+        "import nbpeft\nnew = nbpeft.get_session().add(other, {'r': 2, 'target_modules': ['q_proj']}, "
+        "variable='model').model\nmodel = new"
+    )
+    shown = trained.run("%lora").everything
+    assert set(trained.session.names) == {"model", "model (before)"} and "sql" in shown
+    assert trained.session.model("model (before)") is old
+
+
+def test_names_of_such_models_are_completed_in_quotes(trained: Notebook) -> None:
+    trained.do("kept = [model]")
+    trained["model"] = llama()
+    trained.do("%lora")
+    assert '"model (before)"' in trained.complete("%lora use sql --model ")
+    trained.do("del kept")
+    gc.collect()
+    trained.do("%lora")
+    assert '"model (before)"' in trained.complete("%lora unload --model ")
+
+
+def test_a_model_that_python_gave_no_name_is_called_by_its_variable(notebook: Notebook) -> None:
+    notebook["net"] = llama()
+    notebook.do(
+        "import nbpeft\nnet = nbpeft.get_session().add(net, {'r': 2, 'target_modules': ['q_proj']}, name='sql').model"
+    )
+    assert "holds" not in notebook.run("%lora").everything and notebook.session.names == ("net",)
+    learn(notebook, "net")
+    notebook["net"] = llama()
+    assert "'net' holds another model now; 'sql' on it" in notebook.run("%lora").everything

@@ -68,7 +68,7 @@ def unload(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Unload; no variable, output or traceback keeps the adapters alive afterwards."""
     chosen = notebook.chosen(options.model)
     if chosen in notebook.session.past_names:
-        return notebook.session.unload(model=chosen)
+        return notebook.session.discard(chosen)
     handle = notebook.session.model(chosen, command="unload")
     result = notebook.session.unload(merge=options.merge, model=handle, safe=options.safe)
     notebook.replace(handle, result.base)

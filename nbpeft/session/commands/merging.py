@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import names_of, place_of
-from nbpeft.session.results import Discarded, ModelRef, UnloadResult
+from nbpeft.session.results import ModelRef, UnloadResult
 from nbpeft.session.results.merging import MergedCopy
 
 if TYPE_CHECKING:
@@ -88,23 +88,14 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
         return ctx.result(tracked, f"unmerged {', '.join(map(repr, merged))}: the base weights are back", notes)
 
 
-def unload(
-    ctx: SessionContext, *, merge: bool = False, model: ModelLike = None, safe: bool = False
-) -> UnloadResult | Discarded:
+def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None, safe: bool = False) -> UnloadResult:
     """Take all adapters off and forget the model; its handles cannot be used afterwards.
-
-    Of a model that is gone, what was trained on it and not saved is discarded.
 
     Args:
         merge: add the active adapters to the base weights first.
         model: an adapted model.
         safe: with ``merge``, refuse where a merged weight would not be finite.
     """
-    past = ctx.history.model(model) if isinstance(model, str) else None
-    if past is not None:
-        ctx.history.drop_model(past)
-        ctx.publish()
-        return Discarded(f"discarded {past.words} of {past.name!r}")
     tracked = ctx.models.get(model, command="unload")
     with ctx.command("unloading", slow=True) as notes:
         names = tracked.manager.names

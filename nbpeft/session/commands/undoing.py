@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
 from nbpeft.session.first_weights import draw_anew
 from nbpeft.session.past_models import bring_back, lost
+from nbpeft.session.results import Discarded
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
@@ -39,6 +40,24 @@ def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None =
         return bring_back(ctx, source, tracked, model, variable)
     assert tracked is not None
     return _undone(ctx, tracked)
+
+
+def discard(ctx: SessionContext, model: str) -> Discarded:
+    """Keep no longer what was trained and not saved on a model that is gone; ``undo`` cannot bring it back then.
+
+    Args:
+        model: what the model is called since it is gone, e.g. ``model (before)``.
+
+    Raises:
+        AdapterError: there is no such model.
+    """
+    past = ctx.history.model(model)
+    if past is None:
+        there = ", ".join(map(repr, ctx.history.model_names)) or "none"
+        raise AdapterError(f"nothing is kept of a model {model!r:.60} that is gone; there is: {there}")
+    ctx.history.drop_model(past)
+    ctx.publish()
+    return Discarded(f"discarded {past.words} of {past.name!r}")
 
 
 def _what_to_undo(
