@@ -7,7 +7,7 @@ evaluation, a checkpoint and the end.
 What trains is copied to host memory before an optimizer step, when the loss of just these weights is known to be
 finite. The first copy is made before the first step, the next ones as often as takes one hundredth of the time: after
 each step where an adapter is tiny, every few seconds where a copy takes a tenth of one. It takes as much host memory
-as the parameters that train, twice for the time of a copy.
+as the parameters that train.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.training_args import TrainingArguments
 
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.trained import mark_saved
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable, trained_names
 from nbpeft.training.agreement import of_the_first
 from nbpeft.training.callback import any_process
@@ -125,7 +126,11 @@ class DivergenceStop(TrainerCallback):
         return (parameter for _, parameter in trainable(self._model))
 
     def _copy(self, step: int) -> None:
-        self._good = Snapshot.of(self._model, step)
+        if self._good is None:
+            self._good = Snapshot.of(self._model, step)
+        else:
+            with HeldInterrupts():  # half of one and half of another would be no copy
+                self._good.renew(self._model, step)
 
     def _copy_if_good(self, args: TrainingArguments, step: int) -> None:
         self._reason_before = self._reason(args, weights=True)

@@ -302,6 +302,7 @@ class Run:
         """
         with self._lock:
             self.diverged, self.kept_step = reason, kept_step
+            self._warnings.append(f"Training stopped: {reason}.")
             self.replaced_weights()
             if put_back:
                 self.note(f"{self.weights_of(kept_step)}, the last good ones, were put back", warning=True)

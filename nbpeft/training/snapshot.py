@@ -37,6 +37,22 @@ class Snapshot:
         tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable(model)}
         return cls(step, tensors, method_state(model))
 
+    def renew(self, model: nn.Module, step: int) -> None:
+        """Copies what trains now into the place of what was copied: no further memory is taken.
+
+        Args:
+            model: the same one.
+            step: optimizer steps done.
+        """
+        now = {name: parameter.detach() for name, parameter in trainable(model)}
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in now}
+        for name, parameter in now.items():
+            if name in self._tensors:
+                self._tensors[name].copy_(parameter)
+            else:
+                self._tensors[name] = parameter.to("cpu", copy=True)
+        self.step, self._method = step, method_state(model)
+
     @classmethod
     def read(cls, file: Path, model: nn.Module) -> Self:
         """Reads what ``write`` wrote.

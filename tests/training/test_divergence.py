@@ -25,7 +25,9 @@ from tests.training.support import Clock, token_rows, trainable, weights
 SETTINGS: dict[str, Any] = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 ROWS = token_rows()
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*exploded", "ignore:.*NaN", "ignore:.*finite")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Training stopped", "ignore:.*exploded", "ignore:.*NaN", "ignore:.*finite"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -329,8 +329,11 @@ def test_a_loss_that_is_nan_is_said():
             loss: Any = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step == 3 else loss
 
-    with pytest.warns(UserWarning, match="The loss is NaN since step 4"):
+    with pytest.warns(UserWarning, match="Training stopped: the loss is NaN"):
         result = train(trainable(), token_rows(), trainer_class=Lost, **QUICK)
+    assert "stopped at step 4: the loss is NaN" in str(result)
+    with pytest.warns(UserWarning, match="The loss is NaN since step 4"):
+        result = train(trainable(), token_rows(), trainer_class=Lost, stop_on_divergence=False, **QUICK)
     assert "NaN since step 4" in str(result)
 
 

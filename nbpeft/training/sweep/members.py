@@ -99,8 +99,11 @@ class Member:
         """
         self._exploded = self._watches_weights and have_exploded(self.parameters)
         if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
-            self._good = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-            self.good_step = step
+            with HeldInterrupts():
+                self._good = self._good or [torch.empty_like(parameter, device="cpu") for parameter in self.parameters]
+                for kept, parameter in zip(self._good, self.parameters, strict=True):
+                    kept.copy_(parameter.detach())
+                self.good_step = step
 
     def put_back(self) -> int | None:
         """Writes the weights that were kept last into it. Returns their step, or None without any."""
