@@ -106,6 +106,7 @@ class Method:
         derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
+        draws_in_training: whether its adapters compute with random numbers in training mode, besides dropout.
         layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
         layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
@@ -148,6 +149,7 @@ class Method:
     derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
+    draws_in_training: bool = False
     layer_kinds: tuple[LayerKind, ...] = ()
     layer_prefix: str = ""
     layer_name: str = ""

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from nbpeft.engine.reached import reached_modules
+from nbpeft.engine.registry import Method, methods
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, logits, randomize
@@ -73,6 +74,20 @@ def test_one_that_is_loaded_to_be_trained_says_so(session: Session, model: Any, 
     assert NOTE in session.load(tmp_path / "sql", name="more", trainable=True).notes
     assert session.add(model, {**FIELDS, "lora_dropout": 0.0}, name="plain").notes == ()
     assert not session.add(llama().train(), FIELDS, variable="other").notes, "all of it trains"
+
+
+@pytest.mark.parametrize("method", [method for method in methods() if method.sample_configs])
+def test_a_method_that_draws_in_training_says_so(session: Session, method: Method) -> None:
+    """What is random in training and is no dropout is declared by the method; of all others outputs stay."""
+    if method.transforms_calls or method.companion is not None or method.layer_kinds:
+        return
+    fields = dict(next(iter(method.sample_configs.values())))
+    fields["target_modules"] = ["q_proj", "down_proj"]
+    fields |= {"feedforward_modules": []} if method.peft_type == "IA3" else {}
+    result = session.add(llama().eval(), method.config_class(**fields), variable="model")
+    randomize(result.model, "default")
+    notes = [note for note in result.notes if "draws acts" in note]
+    assert bool(notes) is method.draws_in_training is drops(result.model)
 
 
 def test_what_is_put_back_is_in_the_mode_it_was_in(session: Session, model: Any) -> None:

@@ -137,6 +137,7 @@ class WideProjections(Projections):
         "pvera_lambda_b pvera_lambda_d",
         "pvera_A pvera_B pvera_dropout r sample_at_inference pvera_generator",
     ),
+    draws_in_training=True,
     label="PVeRA",
     when="as VeRA, where adapters shall not be too sure of few examples",
     paper="arXiv:2512.07703",

@@ -312,7 +312,7 @@ def load(
     with ctx.command(f"loading {chosen!r}", slow=True) as notes, nested_adapters_in_error(place):
 
         def loaded(tracked: TrackedModel) -> LoadResult:
-            state, more = tracked.state(), _notes_of_dropout(tracked.manager, chosen)
+            state, more = tracked.state(), _notes_of_mode(tracked.manager, chosen)
             return LoadResult(
                 _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=(*notes, *more)
             )
@@ -462,7 +462,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
 
 def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:
     """Remember the fields that an adapter was asked for with, if they are new, and make the result."""
-    state, notes = tracked.state(), [*notes, *_notes_of_dropout(tracked.manager, name)]
+    state, notes = tracked.state(), [*notes, *_notes_of_mode(tracked.manager, name)]
     result = AddResult(
         _reference(tracked), tracked.name, adapter_in(state, name), state, notes=tuple(dict.fromkeys(notes)), **more
     )
@@ -471,15 +471,21 @@ def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, note
     return result
 
 
-def _notes_of_dropout(manager: AdapterManager, name: str) -> list[str]:
-    """Say it where an adapter is in training mode and its base is not: commands evaluate, the user's own calls drop."""
-    from nbpeft.engine.adapter_tensors import is_training
+def _notes_of_mode(manager: AdapterManager, name: str) -> list[str]:
+    """Say it where an adapter is in training mode and its base is not: commands evaluate, the user's own calls do not.
 
+    Nothing is said of one that computes the same in both.
+    """
+    from nbpeft.engine.adapter_tensors import is_training
+    from nbpeft.engine.registry import method_of
+
+    config = manager.configs[name]
     if manager.model.training or not is_training(manager.layers, name):
         return []
-    fields = [field.name for field in dataclasses.fields(manager.configs[name]) if field.name.endswith("dropout")]
-    rates = [f"{field} = {rate:g}" for field in fields if (rate := getattr(manager.configs[name], field) or 0)]
-    return [f"{' and '.join(rates)} acts in your own calls of the model until model.eval()"] if rates else []
+    fields = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
+    random = [f"{field} = {rate:g}" for field in fields if (rate := getattr(config, field) or 0)]
+    random += [f"what {method_of(config).label} draws"] if method_of(config).draws_in_training else []
+    return [f"{' and '.join(random)} acts in your own calls of the model until model.eval()"] if random else []
 
 
 @contextmanager

@@ -146,6 +146,7 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
 
 @register(
     LoraConfig,
+    draws_in_training=True,
     label="MonteCLoRA",
     when="small data: A is trained together with how sure it is",
     paper="arXiv:2411.04358",
