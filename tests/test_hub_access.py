@@ -82,7 +82,8 @@ def test_an_unknown_id_is_one_line(
     assert "the hub is offline or cannot be reached" in loaded.line
     assert "cannot read the config of 'some/base'" in planned.line
     assert "no model could be loaded from 'some/base'" in quantized.line
-    assert [record.getMessage() for record in caplog.records] == [], "nothing is tried again"
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")]
+    assert told == [], "nothing is tried again"
 
 
 @pytest.fixture

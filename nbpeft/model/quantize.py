@@ -65,9 +65,10 @@ def load_quantized(
     whole and then quantized layer by layer. Embeddings, norms and the head stay as they are.
     Experts compute in the dtype of their input.
 
-    4-bit layers are never re-packed, as bitsandbytes does it on CPUs with AVX512-BF16, so that their
-    outputs are the same on every CPU, before and after an adapter; generating is slower there for it,
-    by a factor of 2 for a model of 135M parameters.
+    On CPUs with AVX512-BF16 bitsandbytes re-packs 4-bit layers in evaluations, which then compute in
+    bfloat16 with rounded constants. A model that is quantized here is not re-packed: its outputs are the
+    same in training, in evaluation and on every CPU. On those CPUs that makes generating slower: by a
+    factor of 2 for a model of 135M parameters, and by more for larger ones.
 
     Args:
         source: a folder, a hub id, or the path of a ``.gguf`` file.
@@ -108,8 +109,8 @@ def load_quantized(
         raise ConfigError(f"transformers has no class {chosen!r}", field="model_class")
     if not hasattr(loader, "from_pretrained"):
         raise ConfigError(f"model_class is {chosen!r:.60}; expected a class of transformers, or its name")
-    given = [from_pretrained.pop(name, None) for name in ("dtype", "torch_dtype")]  # and transformers' old name of it
-    dtype = next(filter(None, (*given, compute_dtype)), None) or usual_dtype()
+    older = from_pretrained.pop("torch_dtype", None)  # transformers' former name of it
+    dtype = from_pretrained.pop("dtype", None) or older or compute_dtype or usual_dtype()
     options: dict[str, Any] = {"dtype": dtype, **from_pretrained}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
         options["dtype"] = dtype_of(options["dtype"], "dtype", DTYPES)
@@ -122,7 +123,7 @@ def load_quantized(
                 with quantizing_while_reading(settings):
                     model = _from_pretrained(loader, place, {**options, "quantization_config": settings})
                 quantize_experts(model)  # those of a checkpoint that is quantized already
-                if compute_dtype is None and not model.hf_quantizer.pre_quantized:
+                if compute_dtype is None and not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True):
                     _compute_as_the_rest(model, model.config.quantization_config)
                 _prepare(model)
                 return model

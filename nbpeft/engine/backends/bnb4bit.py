@@ -60,10 +60,11 @@ class Bnb4bit(StoredWeight):
         return isinstance(module, loaded("bitsandbytes.nn", "Linear4bit", "Embedding4bit"))
 
     def prepare(self, module: nn.Module) -> bool:
-        """Brings the weight to the plain layout for good, in which it has gradients and one output for an input.
+        """Brings the weight to the plain layout and keeps it there, in training and in evaluation.
 
         Returns:
-            Whether ``release`` may let the library re-pack it; shapes at which the library would fail stay plain.
+            Whether ``release`` lets the library re-pack it again. A weight of a shape that it cannot re-pack, where
+            its next evaluation would fail, stays plain.
         """
         keep_parameter_classes(module)
         _make_plain(module)
