@@ -186,7 +186,7 @@ def train(
                     apart = {**form, "columns": None, "sample": batch, "every": every, "patience": patience}
                     apart |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
                     apart |= {"run_dir": place, "track": track, "packing": packing}
-                    apart |= {"stop_on_divergence": stop_on_divergence}
+                    apart |= {"stop_on_divergence": stop_on_divergence, "processes": processes, "machines": machines}
                     metrics = _elsewhere(model, run, launch, rows, arguments | _not_none(**apart))
                 else:
                     around = _around(run_dir, run, model, kept, trackers, rows)
