@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nbpeft.training import keeping
+from nbpeft.training import Trainer, keeping
 
 
 class FailsInTheSecond(TrainerCallback):
@@ -17,6 +17,14 @@ class FailsInTheSecond(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if os.environ["RANK"] == "1" and state.global_step == 2:
             raise ValueError("the second of them is out of rows")
+
+
+class BreaksInTheSecond(Trainer):
+    """The loss of process 1 is no number from the seventh step on."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if os.environ["RANK"] == "1" and self.state.global_step >= 6 else loss
 
 
 class KeepsEachState(TrainerCallback):
