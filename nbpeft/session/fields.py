@@ -131,6 +131,8 @@ def _training() -> Iterator[Field]:
         yield field
     about = "Tokens whose logits are in memory at once for the loss of a language model; 0 for all."
     yield Field("loss_chunk_size", "int", str(LOSS_CHUNK_SIZE), about)
+    about = "End when the loss is NaN or the weights have exploded, and put the last good ones back."
+    yield Field("stop_on_divergence", "bool", "True", about, (True, False))
 
 
 def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:

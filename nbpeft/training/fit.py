@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.engine.model_tree import embedding_of, manager_of
@@ -185,18 +185,13 @@ def train(
                 kept = given | fields | own | kept_of(members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    place = None if run_dir is None else replace(RunPlace.of(run_dir), arguments=kept)
-                    apart = {"tokenizer": tokenizer, "max_length": max_length}
-                    apart |= {"sample": batch, "every": every, "patience": patience}
-                    apart |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
-                    apart |= {"run_dir": place, "track": track, "packing": packing}
-                    apart |= {"stop_on_divergence": stop_on_divergence}
-                    metrics = _elsewhere(model, run, launch, rows, said, arguments | _not_none(**apart))
+                    apart = {name: value for name, value in own.items() if name not in ("columns", "eval_data")}
+                    apart |= _not_none(tokenizer=tokenizer, sample=batch, run_dir=_keeping(run_dir, kept))
+                    metrics = _elsewhere(model, run, launch, rows, said, arguments | apart)
                 else:
                     around = _around(run_dir, run, model, kept, trackers, rows)
                     inside: list[Any] = [PackingCheck(run, learned, collator)] if packing else []
-                    inside += callbacks_of(members, run, stop_on_divergence=stop_on_divergence)
-                    inside += [DivergenceStop(run, model)] if stop_on_divergence and members is None else []
+                    inside += _guards(run, model, members) if stop_on_divergence else callbacks_of(members, run)
                     inside += _inside(run, model, patience, batch, every)
                     metrics = _fit(trainer_class, model, run, options, around, inside, fields)
         except Exception as error:
@@ -367,6 +362,16 @@ def _around(
     keeper = _keeper(place, run, model, given, mark_of_rows(rows.train, rows.evaluation))
     tracking = TrackCallback(trackers, run, given) if trackers else None
     return [part for part in (keeper, tracking) if part is not None]
+
+
+def _keeping(place: RunPlace | str | os.PathLike[str] | None, kept: Mapping[str, Any]) -> RunPlace | None:
+    """The place of a run whose arguments are those given here, and not those of the process that trains."""
+    return None if place is None else replace(RunPlace.of(place), arguments=kept)
+
+
+def _guards(run: Run, model: nn.Module, members: Any) -> Sequence[TrainerCallback]:
+    """What ends a training that diverges, or takes the adapters of a sweep that do out of it."""
+    return callbacks_of(members, run, stop_on_divergence=True) or [DivergenceStop(run, model)]
 
 
 def _inside(

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from nbpeft.display import numbers
-from nbpeft.display.blocks import Block, Text
+from nbpeft.display.blocks import Block, Line, Pill, Text
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import adapter_cells, adapter_table, condition, model_card, model_text, modules
@@ -238,6 +238,19 @@ def test_messages_are_shown() -> None:
     stopped = train_state(status="stopped", message="stopped at step 25", remaining=None)
     assert "stopped at step 25" in read(training_card(stopped)).text
     assert "stopping after this step" in read(training_card(train_state(status="stopping"))).text
+
+
+def test_a_warning_is_coloured_and_a_note_is_not() -> None:
+    """Also where the run has ended, whose status has the colour then."""
+    message = "4 rows held out · the loss is NaN · goes on"
+    for status in ("running", "finished", "stopped"):
+        shown = training_card(train_state(status=status, message=message, warnings=("the loss is NaN",)))
+        expected = Line((Text("the loss is NaN", "warning"), Text("4 rows held out · goes on", "dim")))
+        assert expected in shown.blocks
+        assert (shown.aside[-1].tone == "warning") == (status != "running")
+    assert training_card(train_state(status="finished", message="4 rows held out")).aside[-1] == Pill(
+        "finished", "success"
+    )
 
 
 def test_lines_of_text() -> None:

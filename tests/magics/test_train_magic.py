@@ -50,6 +50,14 @@ def test_rows_are_packed_where_the_line_says_so(ready: Notebook) -> None:
     assert result.token_count == 2 * 8 * 6
 
 
+@pytest.mark.filterwarnings("ignore:.*exploded", "ignore:.*NaN", "ignore:Training stopped")
+def test_a_cell_says_whether_a_training_that_diverges_goes_on(ready: Notebook) -> None:
+    body = "max_steps = 4\nlearning_rate = 1e38\nmax_grad_norm = 0\nlr_scheduler_type = 'constant'"
+    assert ready.do(f"%%lora_train model --data rows\n{body}").status == "stopped"
+    on = ready.do(f"%%lora_train model --data rows\n{body}\nstop_on_divergence = False")
+    assert (on.status, on.steps) == ("finished", 4)
+
+
 def test_an_adapter_can_be_chosen(ready: Notebook) -> None:
     result = ready.do("%lora_train model --data rows --adapter chat max_steps=1")
     assert result.adapter == "chat"

@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {"max_steps": 12, "per_device_train_batch_size": 4, "
 ROWS = token_rows()
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Training stopped", "ignore:.*exploded", "ignore:.*NaN", "ignore:.*finite"
+    *("ignore:Training stopped", "ignore:.*exploded", "ignore:.*NaN", "ignore:.*finite")
 )
 
 

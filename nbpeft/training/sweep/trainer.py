@@ -222,7 +222,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         stop_on_divergence: whether those that diverge stop, with their last good weights.
     """
 
-    def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool = True) -> None:
+    def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool) -> None:
         self._group, self._run, self._stops = group, run, stop_on_divergence
         self._seldom = Seldom()
         group.note = run.note
@@ -317,7 +317,7 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: dict(fields) for name, fields in own if isinstance(fields, Mapping)}
 
 
-def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool) -> list[SideBySideCallback]:
+def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool = False) -> list[SideBySideCallback]:
     """What notes the steps of the members of a sweep; nothing where it is none."""
     if not isinstance(members, SideBySide):
         return []

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nbpeft.training import keeping
+from nbpeft.training import Trainer, keeping
 
 
 class FailsInTheSecond(TrainerCallback):
@@ -40,6 +40,14 @@ class LeavesTheOtherWaiting(TrainerCallback):
         if os.environ["RANK"] == "1" and state.global_step == 1:
             (self.folder / "waiting").touch()
             time.sleep(600)
+
+
+class BreaksInTheSecond(Trainer):
+    """The loss of process 1 is no number from the seventh step on."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if os.environ["RANK"] == "1" and self.state.global_step >= 6 else loss
 
 
 class KeepsEachState(TrainerCallback):

@@ -20,7 +20,7 @@ from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer
 from tests.runs.killed import session_in
 from tests.tiny_models import VOCABULARY, llama, same_state
-from tests.training.launch.callbacks import FailsInTheSecond
+from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond
 from tests.training.support import trainable, weights
 
 ARGUMENTS: dict[str, Any] = {"max_steps": 24, "learning_rate": 0.01}
@@ -70,6 +70,25 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
     assert all(message.count("columns not used: 'id'") == 1 for message in (result.message, facts["message"]))
     assert "saved in" in result.message and list(folder.glob("default-step-*/adapter_model.safetensors"))
     assert result.state.folder == str(folder) and result.state.memory is not None
+
+
+@pytest.mark.slow
+@pytest.mark.slice
+@pytest.mark.filterwarnings("ignore:Training stopped")
+def test_one_process_whose_loss_is_lost_ends_all_with_the_last_good_weights(tmp_path: Path) -> None:
+    """The same ones in both; what comes back to the one that waits are those."""
+    model = trainable()
+    result = train(model, rows(), run_dir=tmp_path, trainer_class=BreaksInTheSecond, **TWO, **ARGUMENTS)
+    assert (result.status, result.steps) == ("stopped", 7) and result.kept_step <= 5
+    words = f"the weights of step {result.kept_step}" if result.kept_step else "the weights it began with"
+    assert result.message.endswith(
+        "stopped at step 7: the loss is NaN: try a lower learning rate, or look at the labels · "
+        f"{words}, the last good ones, were put back"
+    )
+    assert all(bool(value.isfinite().all()) for value in weights(model).values())
+    (folder,) = tmp_path.glob("default-*")
+    facts = RunFolder(folder).facts()
+    assert (facts["status"], facts["arguments"]["processes"], facts["objects"]) == ("stopped", 2, ["trainer_class"])
 
 
 def when_shown(run: Any, step: int, act: Callable[[], None]) -> None:
