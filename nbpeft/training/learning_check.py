@@ -80,7 +80,7 @@ class LearningCheck:
         model = self._model()
         if model is None:
             return message
-        if len(self._parameters) < len(self._paths):  # FSDP2 has put others in their places
+        if self._are_replaced(model):  # by FSDP2, or by an adapter of another rank that was read from a state
             self.close()
             return message
         # A loop may report a step before its backward pass: then nothing has arrived at step 1.
@@ -153,6 +153,12 @@ class LearningCheck:
         if not bool(largest.any()):
             return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
         return ""
+
+    def _are_replaced(self, model: nn.Module) -> bool:
+        """Whether others are in the places of the parameters; what shows them by PEFT's names may hold them still."""
+        present = {id(parameter) for parameter in model.parameters()}
+        watched = list(self._parameters.values())
+        return len(watched) < len(self._paths) or not all(id(parameter) in present for parameter in watched)
 
     def _exploded(self) -> bool:
         """Whether what is trained has values that no training leads to, or none at all."""
