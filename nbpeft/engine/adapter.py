@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from nbpeft import hooks
 from nbpeft.engine.adapter_weights import AdapterWeights as AdapterWeights
+from nbpeft.engine.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
@@ -583,8 +584,21 @@ class Adapter(nn.Module):
         """What DeepSpeed's ZeRO-3 asks each module with hooks for: parameters of other modules that it uses; none."""
         return ()
 
-    def observe(self, module: nn.Module) -> None:
-        """Called when somebody puts a hook on a module that ``peft_module`` made, which a layer does not call."""
+    @property
+    def computes_by_parts(self) -> bool:
+        """Whether a call can be computed by the modules that ``peft_module`` made, one after the other."""
+        return False
+
+    def forget_observed(self, name: str) -> None:
+        """Computes without the module of a name again, which is as ``peft_module`` makes it."""
+
+    def observe(self, module: nn.Module, name: str = "") -> None:
+        """Called when somebody puts a hook on a module that ``peft_module`` made, or another module in its place.
+
+        Args:
+            module: the module, which a layer does not call by itself.
+            name: of what it takes the place of, as for ``peft_module``.
+        """
         warnings.warn(
             f"a {type(module).__name__} of an adapter computes only where it is called itself: this hook will not run "
             "in calls of the model; put it on the layer",
@@ -744,28 +758,6 @@ class ServesRows(ABC):
             A function of the input (batch, …) and an index (batch,) into ``adapters`` (-1: none)
             that gives the delta to add, or None where rows have to be served adapter by adapter.
         """
-
-
-@dataclass(frozen=True)
-class LowRankDelta:
-    """What an adapter adds to one layer: ``scaling * up @ down`` to the weight, and a bias.
-
-    Attributes:
-        down: (r, in), for a convolution (r, in, *kernel).
-        up: (out, r), for a convolution (out, r, 1, …).
-        scaling: factor on the product.
-        bias: (out,), added to the layer's bias as it is; None where there is none.
-    """
-
-    down: Tensor
-    up: Tensor
-    scaling: float
-    bias: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rows of ``down``."""
-        return int(self.down.shape[0])
 
 
 class ConvertsToLora(ABC):

@@ -137,7 +137,7 @@ def copied_weights(weights: AdapterWeights, device: str | None = None) -> Adapte
         shared=copied(weights.shared, device),
         parameters=weights.parameters,
         starts={
-            path: replace(start, down=_copied(start.down, device), up=_copied(start.up, device))
+            path: replace(start, down=_copied(start.down, device), neg_up=_copied(start.neg_up, device))
             for path, start in weights.starts.items()
         },
     )

@@ -10,25 +10,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TakenOver:
-    """The part of a layer's weight that an adapter starts in: ``scaling * up @ down``, with its own scaling.
+    """The part of a layer's weight that an adapter starts in: ``-scaling * neg_up @ down``, with its own scaling.
 
     Attributes:
         down: (r, in).
-        up: (out, r).
+        neg_up: (out, r).
         init: what found it, as in the adapter's config.
         names: of the two parameters that start there.
     """
 
     down: Tensor
-    up: Tensor
+    neg_up: Tensor
     init: str
     names: tuple[str, str]
 
     def is_start_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether parameters are nearer to these factors than to zero, as after a training that started here."""
-        down, up = (tensors[name].to(own) for name, own in zip(self.names, (self.down, self.up), strict=True))
-        common = ((up.mT @ self.up) * (down @ self.down.mT)).sum()
-        return bool(2 * common > ((self.up.mT @ self.up) * (self.down @ self.down.mT)).sum())
+        down, up = (tensors[name].to(own) for name, own in zip(self.names, (self.down, self.neg_up), strict=True))
+        common = ((up.mT @ self.neg_up) * (down @ self.down.mT)).sum()
+        return bool(-2 * common > ((self.neg_up.mT @ self.neg_up) * (self.down @ self.down.mT)).sum())
 
 
 @dataclass
@@ -51,3 +51,25 @@ class AdapterWeights:
     shared: dict[str, Tensor] = field(default_factory=dict)
     parameters: Collection[str] = ()
     starts: dict[str, TakenOver] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """What an adapter adds to one layer: ``scaling * up @ down`` to the weight, and a bias.
+
+    Attributes:
+        down: (r, in), for a convolution (r, in, *kernel).
+        up: (out, r), for a convolution (out, r, 1, …).
+        scaling: factor on the product.
+        bias: (out,), added to the layer's bias as it is; None where there is none.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rows of ``down``."""
+        return int(self.down.shape[0])

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
@@ -17,22 +16,21 @@ from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.merged_twin import MergedTwin
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
-from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
+from nbpeft.engine.peft_modules import (
+    AdapterDict,
+    ParameterMapping,
+    ShownParts,
+    empty_mapping,
+    show_adapters,
+    shown_under,
+    use_shown,
+)
+from nbpeft.engine.reached import is_plain
 from nbpeft.engine.recomputed import parts_of
 from nbpeft.engine.row_order import check_row_order
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(vars(torch_module)[f"_global{name}"] for name in _HOOKS)
-"""Those that torch runs in the calls of all modules; it fills these dictionaries and never replaces them."""
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module does what its class says: no hook of a person or a library runs in it."""
-    own = module.__dict__
-    return not (any(_GLOBAL_HOOKS) or any(own.get(name) for name in _HOOKS) or "forward" in own)
 
 
 @dataclass
@@ -538,6 +536,18 @@ class AdaptedLayer(PeftLayerMixin):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        replica = isinstance(self.__dict__.get("active_state"), ReplicaState)  # nn.DataParallel fills it in
+        put = isinstance(value, nn.Module) and name != "base_layer" and not replica
+        found = getattr(self, name, None) if put else None
+        if not isinstance(found, ShownParts | ParameterMapping):
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.ModuleDict | nn.ParameterDict):
+            for adapter in value:
+                found[adapter] = value[adapter]
+        else:
+            raise AdapterError(f"{name} of an adapted layer is by adapter, not one {type(value).__name__}")
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules") or {}

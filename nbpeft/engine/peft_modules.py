@@ -7,7 +7,8 @@ the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
+from nbpeft.engine.reached import is_changed
+from nbpeft.errors import AdapterError
 
 
 class _FollowsMode(nn.Module):
@@ -70,6 +73,46 @@ class _Shows(_FollowsMode):
             super().__delattr__(name)
 
 
+class _Parts(dict[str, Any]):
+    """The modules that show one part of the adapters of a layer; what is put in the place of one acts as it did.
+
+    Attributes:
+        slots: adapter name -> the adapter, and its own name of the part.
+        base: the layer.
+    """
+
+    slots: dict[str, Slot]
+    base: BaseLayer
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        slots: dict[str, Slot] = self.__dict__.get("slots", {})  # none yet while it is read from a pickle
+        shown = self.get(name)
+        if slots and name not in slots:
+            raise AdapterError(
+                f"there is no adapter {name!r} on this layer: add it with add_adapter(), then write to it"
+            )
+        if shown is not None and module is not shown:
+            module = put_part(*slots[name], module, shown, self.base)
+        super().__setitem__(name, module)
+
+    def __delitem__(self, name: str) -> None:
+        raise AdapterError(
+            f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to take the adapter out"
+        )
+
+    def keep(self, leaves: Mapping[str, nn.Module], slots: dict[str, Slot], base: BaseLayer | None = None) -> None:
+        """Shows other parts from now on, of adapters on a layer."""
+        self.__dict__.update(slots=slots, base=base)
+        self.clear()
+        self.update(leaves)
+
+    def of(self, name: str, adapter: nn.Module) -> Any:
+        """What shows the part of an adapter already, under its name or one that it had before; None if nothing does."""
+        slots: dict[str, Slot] = self.__dict__.get("slots", {})
+        names = (own for own in (name, *slots) if own in slots and slots[own][0] is adapter)
+        return next((self.get(own) for own in names), None)
+
+
 class AdapterDict(_Shows, nn.ModuleDict):
     """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``.
 
@@ -116,6 +159,14 @@ class AdapterDict(_Shows, nn.ModuleDict):
         return "ModuleDict"
 
 
+class ShownParts(AdapterDict):
+    """One part of the adapters of a layer, by adapter name, as in ``layer.core["default"]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = _Parts()
+
+
 def shown_name(adapter: Adapter, own: str, name: str) -> str:
     """Returns the name of a parameter below an adapted layer.
 
@@ -136,12 +187,17 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
 
 
 class Observed(nn.Module):
-    """A module that tells an adapter of hooks that are put on it: its layer computes without it otherwise."""
+    """A module that tells an adapter of hooks on it, or another forward: its layer computes without it otherwise."""
 
     @property
     def adapter(self) -> Any:
         """The adapter."""
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # accelerate's and diffusers' hooks put one of theirs there
+            self.adapter.observe(self)
+        super().__setattr__(name, value)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``nn.Module``."""
@@ -346,35 +402,26 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
         base: the layer.
     """
     modules: dict[str, dict[str, nn.Module]] = {}
+    slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
     buffers = _buffer_names(adapters)
     for name, adapter in list(adapters.items()):  # whoever walks over a model takes no lock
-        for own in adapter.peft_modules:
-            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or adapter.peft_module(own, base)
-        for own in adapter.parameter_lists:
-            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or ParameterListing(adapter, own)
+        for own, make in _parts_of(adapter, base):
+            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
+            slots.setdefault(own, {})[name] = (adapter, own)
         for own in adapter._parameters:
-            if own.partition(".")[0] in adapter.parameter_lists:
-                continue
-            if own in adapter.wrapped_parameters:
-                leaf = _kept(shown, own, name, adapter) or _leaf(adapter, own, base)
-                modules.setdefault(own, {})[name] = leaf
-            elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
+            listed = own.partition(".")[0] in adapter.parameter_lists
+            if not listed and own.removesuffix("_bias") not in adapter.wrapped_parameters:
                 parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
-        if adapter._modules:
-            rest = _kept(shown, adapter.parts_shown_as, name, adapter) or Remainder(adapter)
-            modules.setdefault(adapter.parts_shown_as, {})[name] = rest
     used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))
     for shown_as, leaves in modules.items():
-        held = _container(shown, shown_as, AdapterDict)._modules
-        held.clear()
-        held.update(leaves)
+        _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots[shown_as], base)
         shown[shown_as].show(parameters.pop(("", shown_as), {}))
-    for (container, own), slots in parameters.items():
+    for (container, own), own_slots in parameters.items():
         place = shown.setdefault(container, Container(adapters))._modules if container else shown
-        _container(place, own, ParameterMapping).show(slots)
+        _container(place, own, ParameterMapping).show(own_slots)
     _show_buffers(shown, adapters, buffers)
     _sort(shown, adapters)
 
@@ -396,7 +443,20 @@ def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
         shown[name] = shown.pop(name)
 
 
-def _container(place: dict[str, Any], name: str, kind: type[AdapterDict | ParameterMapping | BufferMapping]) -> Any:
+def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields the names of the modules that show parts of an adapter, and what makes each."""
+    for own in adapter.peft_modules:
+        yield own, partial(adapter.peft_module, own, base)
+    for own in adapter.parameter_lists:
+        yield own, partial(ParameterListing, adapter, own)
+    for own in adapter._parameters:
+        if own in adapter.wrapped_parameters:
+            yield own, partial(_leaf, adapter, own, base)
+    if adapter._modules:
+        yield adapter.parts_shown_as, partial(Remainder, adapter)
+
+
+def _container(place: dict[str, Any], name: str, kind: type[ShownParts | ParameterMapping | BufferMapping]) -> Any:
     """The mapping of a kind under a name, in place of one of another kind."""
     if not isinstance(place.get(name), kind):
         if name in place:
@@ -413,16 +473,102 @@ def _empty(container: Any) -> None:
         container.show({}, "")
     for inner in container._modules.values() if isinstance(container, Container) else ():
         _empty(inner)
+    if isinstance(container, ShownParts):
+        container._modules.keep({}, {})  # type: ignore[operator]
     container._modules.clear()
 
 
 def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
     """The module that shows something of an adapter already."""
-    leaves: dict[str, Any] = shown[shown_as]._modules if shown_as in shown else {}
-    leaf = leaves.get(name)
-    if leaf is not None and leaf.adapter is adapter:
-        return leaf  # type: ignore[no-any-return]
-    return next((other for other in leaves.values() if other.adapter is adapter), None)  # it was renamed
+    leaves: Any = shown[shown_as]._modules if isinstance(shown.get(shown_as), ShownParts) else None
+    return None if leaves is None else leaves.of(name, adapter)
+
+
+def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:
+    """Lets a module act that somebody puts in the place of a part of an adapter.
+
+    A plain one becomes the module that shows the part: what is written to it acts, and the layer goes on computing
+    by itself. Any other is called from then on, where the method can compute in that way.
+
+    Args:
+        adapter: the adapter.
+        own: its own name of the part.
+        module: what is put there.
+        shown: what shows the part now, or is called in its place.
+        base: the layer.
+
+    Returns:
+        What is found there from now on.
+
+    Raises:
+        AdapterError: the module would not act, or not be trained and saved with the adapter.
+        ValueError: its weight has another shape.
+    """
+    if not isinstance(shown, Observed | Remainder | ParameterListing):  # somebody's
+        made = _leaf(adapter, own, base) if own in adapter._parameters else adapter.peft_module(own, base)
+        shown = shown if made is None else made
+    if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
+        raise AdapterError(f"{own} of an adapter cannot be a {type(module).__name__}: write its tensors in place")
+    slots = _slots(shown)
+    given = {name: value for name, value in dict(module._parameters).items() if value is not None and name in slots}
+    _check_parameters(adapter, own, module, slots, given)
+    of_another, plain = isinstance(module, Observed), _is_plain_part(module, shown)
+    if not (of_another or plain or adapter.computes_by_parts):
+        raise AdapterError(
+            f"{own} of this adapter cannot be a {type(module).__name__}, which would not be called: write its weight, "
+            f"or put a torch.nn.{_torch_class(shown).__name__} there"
+        )
+    live = LiveParameters(slots)
+    for name, parameter in given.items():
+        live[name] = parameter
+    if not slots and (of_another or plain):
+        adapter.__dict__["dropout"] = float(getattr(module, "p", 0.0))
+    if of_another:
+        return shown
+    if given:
+        show_parameter(module, adapter, own)
+    if not plain:
+        adapter.observe(module, own)
+        return module
+    adapter.forget_observed(own)
+    if not slots:
+        for name in ("p", "training"):
+            module.__dict__.pop(name, None)
+        module.__dict__.update(inplace=False, _adapter=adapter)
+    module.__class__ = type(shown)
+    return module
+
+
+def _slots(shown: nn.Module) -> dict[str, Slot]:
+    live = shown.__dict__["_parameters"]
+    return live.slots if isinstance(live, LiveParameters) else {}
+
+
+def _check_parameters(
+    adapter: Adapter, own: str, module: nn.Module, slots: Mapping[str, Slot], given: Mapping[str, Any]
+) -> None:
+    """Raises AdapterError unless the parameters of a module are those that the part of an adapter has."""
+    mine = {id(parameter) for parameter in adapter.parameters()}
+    held = {name: id(parameter) in mine for name, parameter in module.named_parameters()}
+    other = next((name for name, is_mine in held.items() if not is_mine and name not in given), None)
+    missing = [] if any(held.values()) and not given else [name for name in slots if name not in given]
+    if other is not None or missing:
+        wrong = f"has {other}, too" if other is not None else f"has no {missing[0]}"
+        having = " and ".join(slots) or "none"
+        raise AdapterError(f"{own} takes a module whose parameters are {having}: this {type(module).__name__} {wrong}")
+
+
+def _torch_class(shown: nn.Module) -> type[nn.Module]:
+    """The class of torch that a module which shows a part derives from."""
+    return next(kind for kind in type(shown).__mro__ if kind.__module__.startswith("torch.nn."))
+
+
+def _is_plain_part(module: nn.Module, shown: nn.Module) -> bool:
+    """Whether a module computes what the one does that shows a part now, with no hook on it."""
+    kinds = (nn.Dropout, nn.Identity) if isinstance(shown, nn.Dropout) else (_torch_class(shown),)
+    settings = ("stride", "padding", "dilation", "groups", "padding_mode")
+    alike = all(getattr(module, name, None) == getattr(shown, name, None) for name in settings)
+    return type(module) in kinds and kinds[0] is not nn.Module and alike and not is_changed(module)
 
 
 def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.numerics import FLOATS, composes, compute_dtype, without_autocast
+from nbpeft.engine.numerics import composes, compute_dtype, without_autocast
 from nbpeft.engine.transaction import Transaction
 
 Compute = Callable[..., Tensor]
@@ -215,7 +215,7 @@ def apply_delta(
 def in_one_product(
     x: Tensor, base: BaseLayer, changed: Callable[..., Tensor], parameters: tuple[Tensor, ...]
 ) -> Tensor | None:
-    """``W' x + b`` of a linear layer; None where its weight is not stored in floating point, so that no W' is at hand.
+    """``W' x + b`` of a linear layer; None where its weight is not stored as it is, so that no W is at hand.
 
     Args:
         x: the layer's input, (…, in).
@@ -223,8 +223,7 @@ def in_one_product(
         changed: the canonical weight and the parameters -> W'.
         parameters: tensors that are trained.
     """
-    stored = getattr(base.module, "weight", None)
-    if not isinstance(stored, Tensor) or stored.dtype not in FLOATS:
+    if base.backend.name != "dense":
         return None
     weight = base.weight()
     dtype = compute_dtype(x, weight)

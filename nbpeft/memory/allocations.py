@@ -19,13 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbpeft.engine.storage import storage_of
-from nbpeft.memory.processor import onednn_multiplies
+from nbpeft.memory.processor import onednn_multiplies, product_scratch
 from nbpeft.memory.saved import SavedTensors, tensors_in
 from nbpeft.memory.stages import Peak, Stages
 
 _ONE: dict[torch.dtype, Any] = {torch.bool: True, torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 _DEVICE = torch.ops.prim.device.default
 _ARITHMETIC = frozenset(getattr(torch.ops.aten, name) for name in ("add", "sub", "mul", "div"))
+_PLACED = frozenset(getattr(torch.ops.aten, name) for name in ("select_backward", "slice_backward"))
+"""Gradients of a part of a tensor: zeros as large as the whole, which autograd sums up."""
+_PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"))
 
 
 @contextmanager
@@ -107,6 +110,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         self.total = 0
         self._stages = stages
         self._on_cpu = on_cpu
+        self._placed: set[int] = set()
         self._known = {storage_of(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
@@ -118,10 +122,13 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         if isinstance(result, Tensor):
             scratch = 0
             if func.overloadpacket in _ARITHMETIC:
-                scratch = _promoted_bytes(args, result)
-            elif self._on_cpu and func is torch.ops.aten.bmm.default:
-                scratch = _repeated_bytes(args[1])
+                scratch = _promoted_bytes(args, result) - self._in_place_bytes(args, result)
+            elif self._on_cpu and func.overloadpacket in _PRODUCTS:
+                left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+                scratch = _product_bytes(left, right) + (_repeated_bytes(right) if right.dim() == 3 else 0)
             self._follow(result, scratch)
+            if func.overloadpacket in _PLACED:
+                self._placed.add(storage_of(result)._cdata)
         elif isinstance(result, (tuple, list)):
             for item in result:
                 if isinstance(item, Tensor):
@@ -133,6 +140,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         storage = storage_of(tensor)
         key = storage._cdata
         if key in self._known:
+            self._stages.reached(self.total + scratch)
             return
         byte_count = storage.nbytes()
         self._known.add(key)
@@ -140,8 +148,17 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, self._freed, key, byte_count)
         self._stages.allocated(key, byte_count, self.total + scratch)
 
+    def _in_place_bytes(self, args: tuple[Any, ...], result: Tensor) -> int:
+        """Bytes of a sum of such gradients: autograd makes it in the first of them, of fake ones in a new tensor."""
+        given = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(given) != 2 or not all(storage_of(one)._cdata in self._placed for one in given):
+            return 0
+        self._placed.add(storage_of(result)._cdata)
+        return result.nbytes
+
     def _freed(self, key: int, byte_count: int) -> None:
         self._known.discard(key)
+        self._placed.discard(key)
         self._stages.freed(key)
         self.total -= byte_count
 
@@ -150,6 +167,13 @@ def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
     """Bytes of the copies that a CPU makes of inputs of another dtype than the result's."""
     others = (arg for arg in args if isinstance(arg, Tensor) and arg.dtype != result.dtype and arg.dim())
     return sum(other.numel() * result.element_size() for other in others)
+
+
+def _product_bytes(left: Tensor, right: Tensor) -> int:
+    """Bytes that a CPU needs while it multiplies matrices, or some pairs of them."""
+    rows, depth = left.shape[-2:]
+    transposed = left.stride(-2) < left.stride(-1)
+    return product_scratch(rows, depth, right.shape[-1], left.dtype, transposed=transposed) if left.numel() else 0
 
 
 def _repeated_bytes(matrices: Tensor) -> int:

@@ -40,6 +40,8 @@ from nbpeft.sweeps import members_together
 SAMPLED_LAYERS = 3
 """Number of layers that are run; what more of them need follows, because each adds the same."""
 
+_SCANNED = (8, 16)
+"""Positions of a row that are run of a model without attention, which may compute them one after the other."""
 _CACHE_SIZE = 512
 
 
@@ -112,6 +114,7 @@ class Weights:
         layers: path of the list of layers, where all have the same shapes and the same adapter; else empty.
         layer_bytes: base weights of one of these that are not quantized.
         of_experts: how many of the trained numbers are an adapter's on experts.
+        attends: whether modules of the model are named attentions.
     """
 
     kinds: dict[str, int]
@@ -120,6 +123,7 @@ class Weights:
     layers: str
     layer_bytes: int = 0
     of_experts: int = 0
+    attends: bool = True
 
     @property
     def trained_count(self) -> int:
@@ -212,7 +216,8 @@ def _count_weights(setting: Setting) -> Weights:
     inside = found[0].parameters() if layers else ()
     layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
     adapter_bytes = sum(tensor.nbytes for tensor in added)
-    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes, _trained_on_experts(model))
+    attends = any("att" in type(module).__name__.lower() for module in model.modules())
+    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes, _trained_on_experts(model), attends)
 
 
 def _trained_on_experts(model: nn.Module) -> int:
@@ -228,8 +233,32 @@ def _peak_of(setting: Setting) -> Peak:
     key = setting.key(step=True)
     if key not in _steps:
         _make_room(_steps)
-        _steps[key] = _extrapolated_peak(setting) or run_step(setting)
+        _steps[key] = _scanned_peak(setting) or _extrapolated_peak(setting) or run_step(setting)
     return _steps[key]
+
+
+def _scanned_peak(setting: Setting) -> Peak | None:
+    """The peak where a model has no attention, and may go over the positions one by one; None for another.
+
+    A position then costs the same wherever it is, so that as many tokens in more, shorter rows tell it in seconds.
+    """
+    length, longest = setting.sequence_length, _SCANNED[-1]
+    if length <= 2 * longest or weights_of(setting).attends:
+        return None
+    below = length - length % longest
+    peak = _in_more_rows(replace(setting, sequence_length=below))
+    if below == length:
+        return peak
+    return peak.towards(_in_more_rows(replace(setting, sequence_length=below + longest)), (length - below) / longest)
+
+
+def _in_more_rows(setting: Setting) -> Peak:
+    """The peak of a step from two with as many tokens in more rows, of which each has something besides its tokens."""
+    tokens = setting.batch_size * setting.sequence_length
+    runs = (replace(setting, batch_size=tokens // size, sequence_length=size) for size in _SCANNED)
+    first, second = (_extrapolated_peak(run) or run_step(run) for run in runs)
+    most, fewer = (tokens // size for size in _SCANNED)
+    return first.towards(second, (most - setting.batch_size) / (most - fewer))
 
 
 def _extrapolated_peak(setting: Setting) -> Peak | None:

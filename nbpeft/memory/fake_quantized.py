@@ -19,6 +19,7 @@ from nbpeft.engine.four_bit import NESTED_BLOCK
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.quantized_matrices import BLOCK, Form, QuantizedMatrices
+from nbpeft.engine.storage import StoredWeight
 
 
 def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
@@ -78,7 +79,30 @@ def replace_by_fakes(
             fake = FakeQuantizedLinear(layer, kind, double=double, hides_input=checkpointed and kind == "int8")
             setattr(parent, attribute, fake)
             if isinstance(parent, AdaptedLayer):
-                parent.base = BaseLayer(fake, parent.kind, parent.backend)
+                parent.base = BaseLayer(fake, parent.kind, _BACKEND)
+
+
+class FakeQuantizedWeight(StoredWeight):
+    """How a fake layer stores its weight: what an adapter reads of it is dequantized for it, as of a real one."""
+
+    name = "quantized"
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """The stored bytes."""
+        stored: Any = module.stored
+        return [stored]
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype that was quantized."""
+        return module.dtype  # type: ignore[return-value]
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """A new tensor in the layer's own orientation."""
+        weight: Any = module.weight
+        return weight  # type: ignore[no-any-return]
+
+
+_BACKEND: Any = FakeQuantizedWeight()
 
 
 class FakeQuantizedLinear(nn.Module):

@@ -15,6 +15,8 @@ from torch import nn
 
 _ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 _onednn: Any = torch.backends.mkldnn
+_TILE_ROWS, _TILE_COLUMNS, _DEPTH, _DEEP = 256, 64, 32, 512
+"""Tiles in which oneDNN 3 multiplies: rows and columns of the product, and the depth, in steps and at most."""
 HALF = tuple(_ASKS)
 
 
@@ -24,6 +26,28 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
         return False
     asked: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
     return asked is not None and bool(asked())
+
+
+def product_scratch(rows: int, depth: int, columns: int, dtype: torch.dtype, *, transposed: bool) -> int:
+    """Bytes that oneDNN needs while it multiplies two matrices in half precision.
+
+    Each thread copies a tile of the right matrix, and of a left one that is stored by columns, and sums in float32.
+
+    Args:
+        rows: of the left matrix and the product.
+        depth: columns of the left matrix, rows of the right one.
+        columns: of the right matrix and the product.
+        dtype: of both.
+        transposed: whether the left one is stored by columns.
+    """
+    if dtype not in _ASKS or not onednn_multiplies(dtype):
+        return 0
+    threads = torch.get_num_threads()
+    tall = -(-rows // -(-rows // _TILE_ROWS))
+    tall = -(-tall // -(-threads // -(-columns // _TILE_COLUMNS)))
+    deep = min(-(-depth // _DEPTH) * _DEPTH, _DEEP if depth <= 2 * _DEEP else 2 * _DEEP)
+    sums, right = tall * min(columns, _TILE_COLUMNS) * 4, deep * _TILE_COLUMNS * dtype.itemsize
+    return threads * (sums + right + (tall * min(deep, _DEEP) * dtype.itemsize if transposed else 0))
 
 
 def has_instructions(dtype: torch.dtype) -> bool | None:

@@ -31,6 +31,11 @@ class Peak:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Peak(*(mine + times * theirs for mine, theirs in pairs))
 
+    def towards(self, other: Peak, share: float) -> Peak:
+        """What is on the straight line to another one, after that share of the way; it may lie beyond."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Peak(*(round(mine + share * (theirs - mine)) for mine, theirs in pairs))
+
 
 NOTHING = Peak(0, 0, 0)
 
@@ -92,6 +97,10 @@ class Stages:
         """A storage was allocated, and with what is needed for that moment so many bytes are now."""
         if "into middle" in self._marks and not self._stage:
             self._middle[key] = byte_count
+        self.reached(total)
+
+    def reached(self, total: int) -> None:
+        """With what is needed for that moment so many bytes are allocated."""
         if self._stage in self._peaks and total > self._peaks[self._stage].total:
             self._peaks[self._stage] = dataclasses.replace(self._now(), total=total)
 

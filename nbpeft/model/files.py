@@ -482,7 +482,7 @@ def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: st
         own = adapters.get(target.path, {})
         if any(key not in own or own[key].shape != tensors[key].shape for key in (down, up)):
             raise CheckpointError(f"{folder} is no start for {name!r}: {target.path} has another rank there, or none")
-        starts[target.path] = TakenOver(tensors[down], tensors[up], "", (down, up))
+        starts[target.path] = TakenOver(tensors[down], -tensors[up], "", (down, up))
     return starts
 
 

@@ -427,9 +427,8 @@ class Frod(Adapter, ReplacesCall):
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight; see ``ReplacesCall``."""
-        stored = getattr(base.module, "weight", None)
-        exact = isinstance(stored, Tensor) and {stored.dtype, x.dtype, compute_dtype(x, stored)} == {torch.float32}
-        if not exact or (self.training and self.dropout):
+        dtypes = {base.dtype, x.dtype, compute_dtype(x, self.outputs)}
+        if base.backend.name != "dense" or dtypes != {torch.float32} or (self.training and self.dropout):
             return None
         return self._between(x, base, self.whole, base.bias)
 

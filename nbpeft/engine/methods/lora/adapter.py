@@ -186,7 +186,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         """That component; see ``Adapter``."""
         if self.initial is None:
             return None
-        return TakenOver(self.initial[0], -self.initial[1], self.started_as, self.factor_names)
+        return TakenOver(*self.initial, self.started_as, self.factor_names)
 
     def take_out_(self, weight: Tensor) -> None:
         """Subtracts that component as it was at the start, rounded once; see ``Adapter``."""

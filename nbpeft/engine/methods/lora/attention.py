@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.factored_weight import AdaptsParameters, Product
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -62,9 +62,10 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         """Takes the scaling of a config over; see ``Adapter``."""
         super().configure(config, _attention_path(path, self.low_rank.kind))
 
-    def observe(self, module: nn.Module) -> None:
-        """Warns: neither factor is called."""
-        Adapter.observe(self, module)
+    @property
+    def computes_by_parts(self) -> bool:
+        """Whether the factors are called: the attention computes with their product."""
+        return False
 
     def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
         """The one product; see ``AdaptsParameters``."""

@@ -58,7 +58,7 @@ def as_plain_lora(
         tensors[path] = {
             **{key: tensor for key, tensor in saved.items() if key == f"{name_B}_bias"},
             name_A: torch.cat([lora_A, start.down.to(lora_A)]),
-            name_B: torch.cat([lora_B, -start.up.to(lora_B)], 1),
+            name_B: torch.cat([lora_B, start.neg_up.to(lora_B)], 1),
         }
     return _doubled(config, tensors.keys() - started.keys()), AdapterWeights(tensors, weights.copies, weights.base)
 

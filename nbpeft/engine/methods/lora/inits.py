@@ -270,7 +270,7 @@ def _known_start(config: LoraConfig, site: AdapterSite, start: TakenOver) -> Sta
     more: dict[str, Any] = {}
     if config.initialised_from_data:
         more = {"is_from_data": True, "remembered": config.__dict__.setdefault(_STARTS, _Starts())}
-    return Start(_stored((start.down, start.up), site), is_subtracted=True, init=start.init, **more)
+    return Start(_stored((start.down, -start.neg_up), site), is_subtracted=True, init=start.init, **more)
 
 
 def _has_values(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ weight of the layer and cannot be merged. DoRA norms it all the same, in the sha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,17 @@ class LowRank:
         """
         return low_rank_linear(x, lora_A, lora_B, scaling, dropout, onto)
 
+    has_steps: ClassVar[bool] = True
+    """Whether ``down`` and ``up``, one after the other, are the product."""
+
+    def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
+        """The first step, A x, of what was cast and dropped."""
+        return F.linear(x, lora_A)
+
+    def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        """The second step, B times the result of the first, and a bias (out,)."""
+        return F.linear(hidden, lora_B, bias)
+
     def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """B A as a canonical weight.
 
@@ -103,6 +114,7 @@ class LowRankLookup(LowRank):
 
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     zero_init_factor = 0
+    has_steps = False
 
     def shapes(self, module: nn.Module, rank: int) -> Shapes:
         """Shapes of A and B; see ``LowRank.shapes``."""
@@ -178,9 +190,17 @@ class LowRankConvolution(LowRank):
 
     def compose(self, module: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
         """``scaling * B(A(x))`` in the dtype of ``x``."""
-        hidden = self.kind.convolve(module, x, lora_A.to(x.dtype), groups=1)
-        product: Tensor = self.kind.pointwise(hidden * scaling, lora_B.to(x.dtype), groups=module.groups)
-        return product
+        return self.up(module, self.down(module, x, lora_A.to(x.dtype)) * scaling, lora_B.to(x.dtype), None)
+
+    def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
+        """The first step: a convolution as the layer's; see ``LowRank``."""
+        hidden: Tensor = self.kind.convolve(module, x, lora_A, groups=1)
+        return hidden
+
+    def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        """The second step: a convolution with kernel 1; see ``LowRank``."""
+        output: Tensor = self.kind.pointwise(hidden, lora_B, groups=module.groups)
+        return output if bias is None else output + self.kind.per_channel(module, bias)
 
     def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """B A as a canonical weight (out, in, *kernel); see ``LowRank.product``."""
@@ -205,6 +225,8 @@ class LowRankConvolution(LowRank):
 
 class LowRankParameter(LowRank):
     """The products on a bare parameter, one for each of its matrices: A (n r, in), B (out, r n)."""
+
+    has_steps = False
 
     def shapes(self, module: Any, rank: int) -> Shapes:
         """Shapes of A and B; see ``LowRank.shapes``."""

@@ -98,29 +98,49 @@ class PlainLowRank(LowRankAdapter):
             delta = delta + base.kind.per_channel(base.module, bias * self.scaling).to(delta.dtype)
         return add_delta(base_output, delta) if fused else delta
 
-    def observe(self, module: nn.Module) -> None:
-        """Computes with a module from now on, so that its hooks run; on linear layers alone."""
-        if not (self.observable and self.low_rank.kind.is_linear):
+    @property
+    def computes_by_parts(self) -> bool:
+        """Whether the product is computed by two modules, as on linear layers and convolutions; see ``Adapter``."""
+        return self.observable and self.low_rank.has_steps
+
+    def observe(self, module: nn.Module, name: str = "") -> None:
+        """Computes with a module from now on, so that it is called and its hooks run; see ``Adapter``."""
+        if not self.computes_by_parts:
             super().observe(module)
             return
-        name = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
-        self.__dict__["observed"] = {**(self.observed or {}), name: module}
+        shown = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
+        self.__dict__["observed"] = {**(self.observed or {}), name or shown: module}
+
+    def forget_observed(self, name: str) -> None:
+        """Computes that step by itself again; see ``Adapter``."""
+        others = {other: module for other, module in (self.observed or {}).items() if other != name}
+        self.__dict__["observed"] = others or None
 
     def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
-        """The product of a linear layer, each step that somebody observes computed by its module."""
+        """The product, each step that somebody observes computed by its module."""
         name_A, name_B = self.factor_names
         lora_A, lora_B = self.active_factors
-        x = x.to(compute_dtype(x, lora_A))
+        if lora_A.element_size() > 1:  # in one byte it is stored alone: a hook brings it into another dtype
+            x = x.to(compute_dtype(x, lora_A))
         delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
         steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [
             (self.peft_modules[0], lambda value: F.dropout(value, self.dropout, self.training)),
-            (name_A, lambda value: F.linear(value, lora_A.to(value.dtype))),
-            (name_B, lambda value: F.linear(value, lora_B.to(value.dtype), self.output_bias)),
+            (name_A, lambda value: self.low_rank.down(module, value, lora_A.to(value.dtype))),
+            (name_B, lambda value: self.low_rank.up(module, value, lora_B.to(value.dtype), self.output_bias)),
         ]
         for name, plain in steps:
             x = observed.get(name, plain)(x)
         x = x * self.scaling
         return x if delta is None else x + delta
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why the product of the factors is not what the layer computes; see ``Adapter``."""
+        parts = {name: module for name, module in (self.observed or {}).items() if name in self.factor_names}
+        known = (ParameterModule, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        other = next((name for name, module in parts.items() if not isinstance(module, known)), None)
+        if other is not None:
+            return f"a layer whose {other} is of the class {type(parts[other]).__name__}, which need not be a product"
+        return super().unmergeable_reason(base)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``s * B A``, shaped like the canonical weight."""
