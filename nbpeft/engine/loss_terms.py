@@ -125,7 +125,7 @@ class LossTerm(Tensor):
                 if own and own <= terms_in(loss, own):
                     return loss
                 return func(*(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 class _Marked(torch.autograd.Function):

@@ -200,7 +200,7 @@ def _peak(tensor: Tensor) -> Tensor:
 def _sample(parameter: Tensor) -> Tensor:
     """Some elements spread over a parameter, copied. (at most 64,)."""
     own: Any = parameter.detach()
-    flat = (own.to_local() if hasattr(own, "to_local") else own).reshape(-1)  # of a sharded one this process's part
+    flat: Tensor = (own.to_local() if hasattr(own, "to_local") else own).reshape(-1)  # of a sharded one its own part
     return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].clone()
 
 

@@ -135,7 +135,8 @@ class Run:
         self._status: TrainStatus = "starting"
         self._notes: list[str] = []
         self._severe: set[str] = set()
-        self.diverged, self.kept_step = "", None
+        self.diverged = ""
+        self.kept_step: int | None = None
         self._divergence_noted = False
         self._warnings: list[str] = []
         self._saved = ""

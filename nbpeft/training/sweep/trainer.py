@@ -167,7 +167,7 @@ class SideBySideTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As the Trainer's, which without clipping would mix the gradients of one that diverges into all others."""
         if grad_norm is not None or not self.group.training:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)
+            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         return torch.stack([member.measure_norm() for member in self.group.training]).max().item()
 
     # Evaluation
