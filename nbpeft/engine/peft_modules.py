@@ -92,7 +92,8 @@ class _Parts(dict[str, Any]):
                 f"there is no adapter {name!r} on this layer: add it with add_adapter(), then write to it"
             )
         if shown is not None and module is not shown:
-            module = put_part(*slots[name], module, shown, self.base)
+            adapter, own = slots[name]
+            module = put_part(adapter, own, module, shown, self.base)  # type: ignore[arg-type]
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
@@ -474,7 +475,8 @@ def _empty(container: Any) -> None:
     for inner in container._modules.values() if isinstance(container, Container) else ():
         _empty(inner)
     if isinstance(container, ShownParts):
-        container._modules.keep({}, {})  # type: ignore[operator]
+        parts: Any = container._modules
+        parts.keep({}, {})
     container._modules.clear()
 
 

@@ -123,7 +123,7 @@ def read(
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)
-    settings = {"key_mapping": key_mapping}
+    settings: dict[str, Any] = {"key_mapping": key_mapping}
     settings["ignore_mismatched"] = bool(options.get("ignore_mismatched_sizes", False))
     plan, loaded = fitted(manager, name, config, tensors, **settings)
     starts = kept_start(manager, name, config, saved, loaded.weights)

@@ -263,7 +263,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_what_is_written_acts_with_every_method_or_is_refused(sample: str) -> None:
-    made: tuple[type[AdapterConfig], dict[str, Any]] = SAMPLES[sample]
+    made: tuple[type[AdapterConfig], Any] = SAMPLES[sample]
     x = torch.randn(3, 16)
 
     def model() -> Any:
@@ -295,7 +295,8 @@ def test_what_is_written_acts_with_every_method_or_is_refused(sample: str) -> No
             for parameter in expected.parameters():
                 parameter.data.mul_(2)
         elif isinstance(expected, nn.Dropout) and layer.adapter("default").computes_by_parts:
-            part["default"], expected.forward = Halved(), Halved().forward
+            part["default"] = Halved()
+            expected.forward = Halved().forward  # type: ignore[method-assign, assignment]
         else:
             with pytest.raises(AdapterError):
                 part["default"] = Halved()

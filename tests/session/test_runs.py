@@ -263,17 +263,12 @@ def test_what_is_not_taken_from_the_folder_of_a_run_is_named(tmp_path: Path) -> 
 def test_what_is_given_to_resume_is_kept_for_the_next_time(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     for step, given in ((3, {}), (6, {"weight_decay": 0.5}), (None, {})):
-        act = (
-            None
-            if step is None
-            else session.on_run(lambda run, name, at=step: when_noted(run, at, run.control.request_stop))
-        )
+        end = session.on_run(lambda run, name, at=step: when_noted(run, at, run.control.request_stop) if at else None)  # type: ignore[misc]
         if step == 3:
             session.train(model, rows(), **ARGUMENTS)
         else:
             session.resume(model=model, data=rows(), **given)
-        if act is not None:
-            act()
+        end()
     _, facts = session.kept_run("sql-1")
     assert facts["arguments"]["weight_decay"] == 0.5 and facts["settings"]["weight_decay"] == 0.5
 

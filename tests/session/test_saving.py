@@ -89,7 +89,8 @@ def test_the_same_adapter_is_saved_to_its_folder_again(
     if how == "trained further":
         learn(session, "c", 5)
     elif how == "renamed":
-        name = session.rename("c", "e") and "e"
+        session.rename("c", "e")
+        name = "e"
     elif how == "reconfigured":
         session.add("model", {**FIELDS, "lora_alpha": 32}, name="c")
     elif how == "loaded":

@@ -67,7 +67,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
 class AsInPeftsExample(transformers.Trainer):
     """As the one of PEFT's example of KaSA."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         if return_outputs:
             return result[0] + model._get_kasa_loss(), result[1]
@@ -171,7 +171,7 @@ def test_equal_to_the_trainer_of_pefts_example(batches: int, tmp_path: Path) -> 
     ours = PeftModel.from_pretrained(llama(), tmp_path / "start", is_trainable=True)
 
     class Once(AsInPeftsExample):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
             loss = transformers.Trainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
             return loss + model._get_kasa_loss() / batches
 

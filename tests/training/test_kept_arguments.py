@@ -53,11 +53,11 @@ def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
 
 
 def test_a_run_keeps_them_as_plain_values(tmp_path: Path) -> None:
-    given = {"patience": 2, "eval_data": 4, "max_length": 9, "learning_rate": np.float64(0.5)}
+    given: dict[str, Any] = {"patience": 2, "eval_data": 4, "max_length": 9, "learning_rate": np.float64(0.5)}
     given |= {"lr_scheduler_type": SchedulerType.COSINE, "output_dir": tmp_path / "out", "trainer_class": MyTrainer}
     train(trainable(), token_rows(), run_dir=tmp_path / "runs", max_steps=1, save_total_limit=2, **given)
     facts = json.loads((tmp_path / "runs/default-1/run.json").read_text())
-    wanted = {"patience": 2, "eval_data": 4, "max_length": 9, "learning_rate": 0.5, "max_steps": 1}
+    wanted: dict[str, Any] = {"patience": 2, "eval_data": 4, "max_length": 9, "learning_rate": 0.5, "max_steps": 1}
     wanted |= {"lr_scheduler_type": "cosine", "output_dir": str(tmp_path / "out"), "save_total_limit": 2}
     assert wanted.items() <= facts["arguments"].items()
     assert facts["objects"] == ["trainer_class"]

@@ -149,7 +149,7 @@ def test_a_layer_without_a_rank_trains(tmp_path: Path) -> None:
     assert not all(any(left) for left in model.peft_config["sql"].rank_pattern.values())
     model.save_pretrained(str(tmp_path))
     small = PeftModel.from_pretrained(llama(), tmp_path / "sql", "sql", is_trainable=True)
-    assert min(layer.adapter("sql").rank for layer in small.manager.layers.values()) == 0
+    assert 0 in {layer.adapter("sql").rank for layer in small.manager.layers.values()}
     assert train(small, token_rows(24), **SETTINGS | {"max_steps": 2}).steps == 2
 
 
