@@ -104,7 +104,7 @@ def adapted(storage: str) -> Stage:
     model.add_adapter("dora", config(2, use_dora=True))
     model.add_adapter("whole", config(2, target_modules=["first"], modules_to_save=["head"], bias="lora_only"))
     model.add_adapter("rows", config(2, target_modules=["second"], trainable_token_indices={"embed": [1, 4]}))
-    return Stage(base, model)
+    return Stage(base, model.eval())
 
 
 def merged(storage: str) -> Stage:
