@@ -86,7 +86,7 @@ def test_an_adapter_starts_as_if_peft_s_function_was_called(ready: Notebook, ini
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert torch.allclose(found[key], value, atol=1e-5), key
-    assert model.active_adapters == ["sql"] and not model.training
+    assert model.active_adapters == ["sql"] and not model.get_base_model().training
     assert "already; nothing changed" in str(ready.do(cell(init, "--init-data rows")))
     assert same_state(state(model.unload()), state(llama()))
 

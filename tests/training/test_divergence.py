@@ -264,7 +264,7 @@ def test_in_the_background_too() -> None:
     torch.manual_seed(0)
     model = session.add(llama(), {"r": 4}, name="a", variable="m").model
     session.train(model, ROWS, background=True, trainer_class=Breaks, **SETTINGS)
-    session.context.background["m"].join()
+    session.context.background[session.context.models.get(model)].join()
     result = session.result(model)
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert session.train(model, ROWS, **SETTINGS | {"max_steps": 1}).message.startswith(
