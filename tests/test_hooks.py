@@ -11,7 +11,7 @@ from nbpeft import LoraConfig, get_peft_model, hooks
 
 def test_what_is_registered_runs_with_every_handle_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Callable[[], None]] = []
-    monkeypatch.setattr(hooks, "_calls", calls)
+    monkeypatch.setattr(hooks, "_when_adapted", calls)
     seen: list[int] = []
 
     def note() -> None:

@@ -31,8 +31,8 @@ class LearnsWithHooks:
 class HasTrainingState:
     """Has more than the tensors of its file on which the steps to come depend; an ``Adapter`` or a ``SharedState``.
 
-    What is measured over steps, who has gone, generators of its own: it is kept with the state of a training and comes
-    back with it, so that a training that is resumed ends as if nothing had happened.
+    Moving averages, pruned ranks, generators of its own: it is kept with the state of a training and comes back with
+    it, so that a resumed training ends as if nothing had happened.
     """
 
     @property

@@ -291,7 +291,8 @@ class _Command:
                 with held.released():
                     context.publish()
                 context.changed = True
-            notes += context.variables.take_notices()
+            if self._description:  # a block that only decides has nobody to tell
+                notes += context.variables.take_notices()
             entered.enter_context(collapsed())
             if self._gather:
                 entered.enter_context(_WarningsAsNotes(notes, block))

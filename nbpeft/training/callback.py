@@ -115,9 +115,11 @@ class RunCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After Stop, no evaluation is begun."""
-        if self.run.control.stop_requested:
+        """After Stop, no evaluation is begun; a training that diverged saves nothing either."""
+        if self.run.control.stop_requested or self.run.diverged:
             control.should_evaluate = False
+        if self.run.diverged:
+            control.should_save = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -56,8 +56,8 @@ class EarlyStop(TrainerCallback):
         file = Path(folder, _FILE) if isinstance(folder, str | os.PathLike) else None
         if self._best_step == state.global_step:
             self._state = Snapshot.of(self._model, self._best_step)
-        elif file is not None and file.is_file():
-            self._state = Snapshot.read(file, self._model)
+        elif file is not None and file.is_file() and (kept := Snapshot.read(file, self._model)).fits(self._model):
+            self._state = kept
         else:
             lost = f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be"
             self._run.note(lost, warning=True)

@@ -156,13 +156,10 @@ def train(
     check_options(options)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
-    launch = launch_of(processes, machines, sharded=bool(fields.get("fsdp")))
-    if launch is not None and members is not None:
-        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
+    launch = _launch(processes, machines, fields, members)
     data = open_data(data)
     form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
-    form |= {"all_columns": fields.get("remove_unused_columns") is False}
-    form |= {"unweighted": why_unweighted(trainer_class, own_batches=options.get("data_collator") is not None)}
+    form |= _row_options(fields, options, trainer_class)
     rows = training_rows(model, data, eval_data, **form, seed=fields.get("seed"))
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
@@ -201,10 +198,34 @@ def train(
     if failure is not None:  # raised out here, the new error does not hold the frames of the old one
         raise failure.with_traceback(None)
     result = _result(run, metrics, fields.get("output_dir"))
+    return _unless_interrupted(result, run)
+
+
+def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
+    """The result, or TrainingInterrupted with it."""
     if run.interrupted:
         left = run.lost or ("what it learned is kept" if run.steps_done else "the adapters are as before")
         raise TrainingInterrupted(f"{result} · {left}", result)
     return result
+
+
+def _launch(
+    processes: int | None, machines: Sequence[str] | None, fields: Mapping[str, Any], members: object
+) -> Launch | None:
+    """How many processes train; None for this one alone. A sweep trains in one."""
+    launch = launch_of(processes, machines, sharded=bool(fields.get("fsdp")))
+    if launch is not None and members is not None:
+        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
+    return launch
+
+
+def _row_options(fields: Mapping[str, Any], options: Mapping[str, Any], trainer_class: type[Any]) -> dict[str, Any]:
+    """How rows are read, by what is given besides: whether all columns are kept, and why none can be weighted."""
+    own_batches = options.get("data_collator") is not None
+    return {
+        "all_columns": fields.get("remove_unused_columns") is False,
+        "unweighted": why_unweighted(trainer_class, own_batches=own_batches),
+    }
 
 
 def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:

@@ -32,7 +32,7 @@ _TAKEN_OVER = frozenset(
         *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
         *("eval_accumulation_steps", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics"),
         *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
-        *("max_length", "packing", "columns", "members", "patience", "sample", "every", "track", "stop_on_divergence"),
+        *("max_length", "packing", "columns", "members", "patience", "sample", "every", "stop_on_divergence"),
     }
 )
 """Arguments that the losses depend on, and what is shown while it trains."""
@@ -40,7 +40,7 @@ _COUNTS = ("processes", "dataloader_num_workers")
 """Arguments that start processes: a machine takes as many as it has processors."""
 _OUTSIDE = frozenset(
     {
-        *("output_dir", "logging_dir", "run_name", "report_to", "project", "trackio_space_id", "push_to_hub"),
+        *("output_dir", "logging_dir", "run_name", "report_to", "track", "project", "trackio_space_id", "push_to_hub"),
         *("trackio_bucket_id", "trackio_static_space_id", "overwrite_output_dir", "save_on_each_node"),
         *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "enable_jit_checkpoint"),
         *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "debug", "skip_memory_metrics"),
@@ -115,4 +115,6 @@ def _is_taken_over(name: str, value: Any) -> bool:
         return isinstance(value, int | float)
     if name in _COUNTS:
         return isinstance(value, int) and value <= (os.cpu_count() or 1)
+    if name == "fsdp_config":  # text is the path of a file
+        return isinstance(value, Mapping)
     return name in _TAKEN_OVER

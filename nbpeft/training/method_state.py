@@ -1,4 +1,4 @@
-"""What a training that is resumed needs of a method besides the adapter's file: who has gone, and what is measured.
+"""What a resumed training needs of a method besides the adapter's file: pruned ranks, moving averages, generators.
 
 It is kept beside the optimizer's state; the adapter's file then holds all that trains (``in_training``).
 """

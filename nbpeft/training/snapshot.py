@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
+from nbpeft.errors import CorruptCheckpointError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable
 from nbpeft.training.method_state import method_state, read_state, set_method_state
@@ -65,8 +66,15 @@ class Snapshot:
             CorruptCheckpointError: the file is truncated, altered or something else.
         """
         tensors, metadata = read_state(file, model)
+        if not metadata.get("step", "").isdecimal():
+            raise CorruptCheckpointError(f"{file.name} does not say of which step it is")
         method = {key.removeprefix(_METHOD): tensors.pop(key) for key in [*tensors] if key.startswith(_METHOD)}
         return cls(int(metadata["step"]), tensors, method or None)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether it has all that trains in a model now, in the same shapes."""
+        found = self._tensors
+        return all(name in found and found[name].shape == parameter.shape for name, parameter in trainable(model))
 
     def write(self, file: Path) -> None:
         """Writes a file; nothing where this process has a part of sharded tensors.

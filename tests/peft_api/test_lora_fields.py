@@ -31,7 +31,7 @@ MORE: dict[str, tuple[Any, str]] = {
     "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
     "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
-    "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; what it adds to the loss is in the model's"),
+    "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; each loss has its terms once"),
     "layer_replication": (
         [[0, 2], [1, 3]],
         "merged, too; layers come back with `unload()`; several adapters share the replicas",
@@ -46,7 +46,7 @@ MORE: dict[str, tuple[Any, str]] = {
     "modules_to_save": (["score"], "whole path segments: `score` is not `underscore`"),
     "monteclora_config": (
         peft_lora.MontecloraConfig(num_samples=2),
-        "quantized layers; nothing is drawn ahead; the divergence is right, and in the model's loss",
+        "quantized layers; nothing is drawn ahead; the divergence is right, and each loss has it once",
     ),
     "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
     "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),

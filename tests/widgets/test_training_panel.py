@@ -42,6 +42,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def strftime(self, form: str) -> str:
+        return "2026-11-28 21:52"
+
     def perf_counter(self) -> float:
         """Called before and after each update."""
         self._counted += 1

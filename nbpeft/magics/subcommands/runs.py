@@ -88,7 +88,8 @@ def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """What a run needs and neither the line nor its folder gives."""
     rows = facts.get("data") or {}
     needed = ["data", *(["eval_data"] if rows.get("eval_rows") else []), *(facts.get("objects") or ())]
-    return [str(name) for name in needed if given.get(str(name)) is None]
+    kept = facts.get("arguments") or {}
+    return [str(name) for name in needed if given.get(str(name)) is None and kept.get(str(name)) is None]
 
 
 @subcommand(

@@ -134,8 +134,8 @@ def resume(
         tokenizer: as for ``train``.
         variable: what to call a model that is new here.
         **arguments: further arguments of ``train`` that could not be kept; others replace those of the run. What the
-            run was given comes back, but for places where something is written, published or reported, and more
-            processes than this machine has: ``notes`` of the result name them. It trains in the foreground.
+            run was given comes back, but for where something is written, published or reported: ``notes`` of the result
+            name that. More processes than this machine has are asked for again. It trains in the foreground.
 
     Raises:
         CheckpointNotFoundError: there is no such run, or no state of it.

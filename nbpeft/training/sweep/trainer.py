@@ -281,6 +281,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         if not self._group.training:
             self._run.note("" if self._run.diverged else "all adapters have stopped")
             control.should_training_stop = True
+            if self._run.diverged:
+                control.should_evaluate = control.should_save = False
 
     def _stop_diverged(self, step: int, *, weights: bool) -> None:
         """Takes those out of the batch that have diverged, and puts their last good weights back."""

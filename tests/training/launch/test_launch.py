@@ -75,7 +75,7 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.slice
 @pytest.mark.filterwarnings("ignore:Training stopped")
-def test_one_process_whose_loss_is_lost_ends_all_with_the_last_good_weights(tmp_path: Path) -> None:
+def test_a_loss_that_one_process_loses_ends_all(tmp_path: Path) -> None:
     """The same ones in both; what comes back to the one that waits are those."""
     model = trainable()
     result = train(model, rows(), run_dir=tmp_path, trainer_class=BreaksInTheSecond, **TWO, **ARGUMENTS)
