@@ -315,8 +315,9 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     kept: Any = state
     for name in ("stateful_callbacks", SideBySideCallback.__name__, "attributes", "members"):
         kept = kept.get(name) if isinstance(kept, Mapping) else None
-    own = kept.items() if isinstance(kept, Mapping) else ()
-    return {name: dict(fields) for name, fields in own if isinstance(fields, Mapping)}
+    pairs = kept.items() if isinstance(kept, Mapping) else kept if isinstance(kept, list) else ()
+    named = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]
+    return {name: dict(own) for name, own in named if isinstance(name, str) and isinstance(own, Mapping)}
 
 
 def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool = False) -> list[SideBySideCallback]:
