@@ -116,7 +116,7 @@ def test_a_quantized_model_and_checkpointing(model: Any) -> None:
     fields = {"per_device_train_batch_size": 16, **QUICK}
     with Allocations() as free:
         train(quantized, rows(), gradient_checkpointing=True, **fields)
-    with Allocations(free.peak + 1000):
+    with Allocations(free.peak + 100_000):  # the copy of good weights of the run that failed waits for a collection
         with pytest.raises(TrainingError, match="gradient_checkpointing=True saves") as caught:
             train(quantized, rows(), **fields)
         assert caught.value.details["parts"]["base weights"] > 0
