@@ -126,6 +126,7 @@ def several(name: str) -> None:
         torch.manual_seed(5)
         settings = {"target_modules": ["embed", "first", "second", "conv", "head"]} | CONFIGS[name]
         model.add_adapter("b", LoraConfig(r=4, lora_alpha=3, init_lora_weights=False, **settings))
+        model.eval()  # new adapters train
     with torch.no_grad():
         for names in (["default", "b"], ["b", "__base__"]):
             close(ours(ids, adapter_names=names), theirs(IDS, adapter_names=names))

@@ -477,8 +477,7 @@ class AdaptedLayer(PeftLayerMixin):
         """Brings the modules with PEFT's names up to date."""
         adapters = self.adapters._modules
         if self._shown != adapters:
-            show_adapters(self._modules, adapters, self.base)
-            self.__dict__["_shown"] = dict(adapters)
+            self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
 
     def _shown_where_tied(self, name: str) -> nn.Module | None:
         """What the layer shows under a name whose adapters those here are tied to."""

@@ -394,23 +394,27 @@ class Remainder(_FollowsMode):
         return (self.__dict__["adapter"],)
 
 
-def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: BaseLayer) -> None:
+def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer) -> dict[str, Any]:
     """Brings the modules of a layer up to date with its adapters; those of adapters that stay are kept.
 
     Args:
         shown: the modules by PEFT's name, changed in place.
-        adapters: adapter name -> adapter.
+        live: adapter name -> adapter; another thread may change it meanwhile.
         base: the layer.
+
+    Returns:
+        The adapters that are shown now.
     """
+    adapters = dict(live)  # whoever walks over a model takes no lock
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
     buffers = _buffer_names(adapters)
-    for name, adapter in list(adapters.items()):  # whoever walks over a model takes no lock
+    for name, adapter in adapters.items():
         for own, make in _parts_of(adapter, base):
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
             slots.setdefault(own, {})[name] = (adapter, own)
-        for own in adapter._parameters:
+        for own in list(adapter._parameters):
             listed = own.partition(".")[0] in adapter.parameter_lists
             if not listed and own.removesuffix("_bias") not in adapter.wrapped_parameters:
                 parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
@@ -421,14 +425,15 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
         _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots[shown_as], base)
         shown[shown_as].show(parameters.pop(("", shown_as), {}))
     for (container, own), own_slots in parameters.items():
-        place = shown.setdefault(container, Container(adapters))._modules if container else shown
+        place = shown.setdefault(container, Container(live))._modules if container else shown
         _container(place, own, ParameterMapping).show(own_slots)
-    _show_buffers(shown, adapters, buffers)
+    _show_buffers(shown, live, buffers)
     _sort(shown, adapters)
+    return adapters
 
 
 def _buffer_names(adapters: Mapping[str, Any]) -> list[str]:
-    return [*dict.fromkeys(own for adapter in adapters.values() for own in adapter._buffers)]
+    return [*dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))]
 
 
 def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -438,7 +443,7 @@ def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Ite
 
 def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
     """Lists what has parameters in the order in which adapters have them, as PEFT: an optimizer's state goes by it."""
-    own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in adapter._parameters]
+    own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in list(adapter._parameters)]
     places = {name: place for place, name in enumerate(dict.fromkeys(name.partition(".")[0] for name in own))}
     for name in sorted(places.keys() & shown.keys(), key=lambda name: places[name]):
         shown[name] = shown.pop(name)
@@ -450,7 +455,7 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
         yield own, partial(adapter.peft_module, own, base)
     for own in adapter.parameter_lists:
         yield own, partial(ParameterListing, adapter, own)
-    for own in adapter._parameters:
+    for own in list(adapter._parameters):
         if own in adapter.wrapped_parameters:
             yield own, partial(_leaf, adapter, own, base)
     if adapter._modules:

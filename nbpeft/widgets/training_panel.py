@@ -115,8 +115,8 @@ class RunView:
             now = time.monotonic()
             before = self._drawn
             changed = before is None or before.status != train.status
-            due = changed or ended or now - self._drawn_at >= self._wait
-            if not at_once and (train == before or not due):
+            due = at_once or changed or ended or now - self._drawn_at >= self._wait
+            if not due or (train == before and not self._output.outdated):
                 return
             began = time.perf_counter()
             self._output.draw(train)
@@ -196,6 +196,12 @@ class _HtmlOutput:
         self._hint = hint
         self._handle: Any = None
         self._buttons: RunButtons | None = None
+        self._frame = ""
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the page takes the card for an old one soon, even if the run's state has not changed since."""
+        return self._frame != self._frame_now()
 
     def framed_for(self, buttons: RunButtons) -> None:
         """From now on the card is followed by buttons, which say whether it is current."""
@@ -210,21 +216,26 @@ class _HtmlOutput:
         from IPython.display import display
 
         seen = time.strftime("%Y-%m-%d %H:%M")
-        html, buttons = self.card(train, seen), self._buttons
-        if buttons is not None:
-            names = f"nbpeft-state {buttons.name} {buttons.name}-{buttons.period()}"
-            html = f'<style>{DEAD_WIDGETS}</style><div class="{names}">{html}</div>'
+        html, self._frame = self.card(train, seen), self._frame_now()
+        if self._frame:
+            html = f'<style>{DEAD_WIDGETS}</style><div class="{self._frame}">{html}</div>'
         bundle = {"text/html": html, "text/plain": training_text(train, seen=seen)}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
 
+    def _frame_now(self) -> str:
+        """The class names by which the page tells a current card from an old one; none without buttons."""
+        buttons = self._buttons
+        return "" if buttons is None else f"nbpeft-state {buttons.name} {buttons.name}-{buttons.period()}"
+
 
 class _TextOutput:
     """One line in a terminal that is written over; a line now and then where output is a file."""
 
     seconds = 10.0
+    outdated = False
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stdout

@@ -249,10 +249,11 @@ def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
         "warnings.simplefilter('ignore', DeprecationWarning)\n"
         "print('WIDGETS', len(getattr(module, '_instances', None) or module.Widget.widgets))"
     )
-    before = notebook.run(count)
-    notebook.run(RUN.format(steps=3, seconds=0.02))
     # How the last runs ended stays for a page that is opened again, until the extension is unloaded.
     notebook.run("from nbpeft.widgets.run_buttons import close_left\nclose_left()")
+    before = notebook.run(count)
+    notebook.run(RUN.format(steps=3, seconds=0.02))
+    notebook.run("close_left()")
     assert notebook.run(count) == before
 
 

@@ -22,7 +22,8 @@ from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model import sharded
 from nbpeft.model.sharded import gathered, is_sharded
 from nbpeft.state import TrainState
-from nbpeft.training import Run, agreement, parent, save_now, shared_control, train
+from nbpeft.training import Run, agreement, save_now, train
+from nbpeft.training.launch import parent, shared_control
 from nbpeft.training.launch.job import Ended
 from nbpeft.training.launch.processes import CHILD, Failure, Launch, Processes, environment, launch_of
 from nbpeft.training.launch.shared_control import SharedControl
