@@ -358,8 +358,8 @@ class CustomLayer(AdaptedLayer):
             for name, adapter in self._shown.items():
                 adapter.entries.update({attribute: mapping[name]} if name in mapping else {})  # written meanwhile
             entries = {name: value for name, value in mapping.items() if name not in self._shown}
-            held = ((name, adapter.entries) for name, adapter in now.items())
-            entries.update({name: own[attribute] for name, own in held if attribute in own})
+            own_entries = ((name, adapter.entries) for name, adapter in now.items())
+            entries.update({name: own[attribute] for name, own in own_entries if attribute in own})
             _fill(mapping, entries)
         for name, adapter in now.items():
             adapter.__dict__.update(owner=self.custom, name=name)

@@ -134,18 +134,18 @@ def make_combination(
     manager, made = tracked.manager, free_name(name, tracked.manager.names) if replaces else name
     _check_options(manager, weights, settings)
     with HeldInterrupts():
-        combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, settings)
-        if not replaces:
-            return combined
         try:
-            with Undoable(ctx, tracked, name, "combined anew").change():
-                if name in manager.active:
-                    manager.activate([made if other == name else other for other in manager.active])
-                manager.remove(name)
-                manager.rename(made, name)
+            combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, settings)
+            if replaces:
+                with Undoable(ctx, tracked, name, "combined anew").change():
+                    if name in manager.active:
+                        manager.activate([made if other == name else other for other in manager.active])
+                    manager.remove(name)
+                    manager.rename(made, name)
         except BaseException:
-            with HeldInterrupts(to_the_end=True):
-                manager.remove(made)
+            if replaces and made in manager.names:  # also where an interruption comes as it has just been made
+                with HeldInterrupts(to_the_end=True):
+                    manager.remove(made)
             raise
         return combined
 
