@@ -236,10 +236,10 @@ class RunButtons:
         import ipywidgets
 
         children = self.box.children
-        hidden = f"<style>{self._alive} .{self.name} {{ display: none; }}</style>"
-        self.box.children = (ipywidgets.HTML(f"{hidden}{self._card}"),)
         for child in children:
-            close_tree(child)
+            child.layout.display = "none"  # and not closed: the kernel would complain about a click that comes late
+        hidden = f"<style>{self._alive} .{self.name} {{ display: none; }}</style>"
+        self.box.children = (ipywidgets.HTML(f"{hidden}{self._card}"), *children)
         _left.append(self.box)
         while len(_left) > _MOST_LEFT:
             close_tree(_left.popleft())

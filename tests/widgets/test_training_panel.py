@@ -174,7 +174,8 @@ class TestASavedCard:
         assert "finished" in card.last["text/html"] and "nbpeft-state" in card.last["text/html"]
         assert buttons.last == {"text/html": "", "text/plain": ""}, "an open page has the card"
         root = live_widgets()[buttons.bundles[0][WIDGET_VIEW]["model_id"]]
-        (left,) = root.children
+        left, *unseen = root.children
+        assert unseen and all(child.layout.display == "none" for child in unseen), "they wait for late clicks"
         name = next(name for name in root._dom_classes if name.endswith("-view")).removesuffix("-view")
         assert f":root:has(.{name}-view:not(.jupyter-widgets-disconnected)) .{name} {{ display: none; }}" in left.value
         assert "finished" in left.value and "3 / 3" in left.value and "Stop" not in left.value
