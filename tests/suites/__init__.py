@@ -1,0 +1,1 @@
+"""Test suites of other projects, run on nbpeft by the name ``peft``: ``python -m tests.suites``."""
