@@ -40,6 +40,7 @@ from .engine.methods.p_tuning import PromptEncoder as PromptEncoder
 from .engine.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .engine.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
 from .engine.methods.peanut import PeanutConfig as PeanutConfig
+from .engine.methods.lora.xlora_config import XLoraConfig as XLoraConfig
 from .engine.methods.poly import PolyConfig as PolyConfig
 from .engine.methods.prefix_tuning import PrefixEncoder as PrefixEncoder
 from .engine.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig

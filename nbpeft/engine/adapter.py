@@ -52,6 +52,10 @@ ADAPTER_PARTS = "adapter_parts"
 """Where the submodules of adapters are shown, for which PEFT has no name."""
 
 
+ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[str, Mapping[str, Tensor]]]
+"""Path of a layer -> parameter -> shape, of an adapter on a model: the same with the tensors of its file."""
+
+
 class ConfigStore(Protocol):
     """Reads and writes configs on disk or a hub; the checkpoint package provides it."""
 
@@ -73,6 +77,10 @@ class ConfigStore(Protocol):
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """The tensors of a file, by key."""
+        ...
+
+    def adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
+        """The config of a saved adapter, and what reads its tensors."""
         ...
 
 
@@ -187,6 +195,19 @@ class AdapterConfig:
         """PEFT's question: whether the method adds the attention to prompts inside the model."""
         return False
 
+    def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> AdapterConfig:
+        """The config that a model is adapted with: a copy, where other adapters or the model itself complete it.
+
+        Args:
+            model: the base model.
+            planned: gives the plan of another config for it.
+
+        Raises:
+            ConfigError: it cannot be completed.
+            CheckpointError: an adapter that it names cannot be read.
+        """
+        return self
+
     def fill_in(self, model_type: str | None) -> None:
         """Fills in what the method derives from a model's type; called on a copy of a config, its targets resolved.
 
@@ -227,6 +248,18 @@ class AdapterConfig:
             CheckpointError: it cannot be read.
         """
         return _store(type(self)).tensors(path)
+
+    def saved_adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
+        """The config of another adapter that a field names, and a function that reads its tensors.
+
+        Args:
+            source: a folder or a hub id.
+            model: the base model, whose layers may have had other names when it was saved.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _store(type(self)).adapter(source, model)
 
     @property
     def size(self) -> int | None:
@@ -633,6 +666,11 @@ class Adapter(nn.Module):
         """Whether loaded tensors of an adapter that uses those of another one differ from what is given of these."""
         tied = cls.tied_tensors(own, source)
         return any(name in tied and not torch.equal(tensor, tied[name]) for name, tensor in own.items())
+
+    @property
+    def inner_adapters(self) -> Mapping[str, Adapter]:
+        """Adapters that it consists of, submodules of it, by the names under which PEFT's layers have their parts."""
+        return {}
 
     @property
     def held(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from nbpeft.engine.base import BaseLayer, Composite, offloading
 from nbpeft.engine.composite_layer import AdaptedComposite
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
+from nbpeft.engine.first_pass import NeedsFirstPass, put_first_pass
 from nbpeft.engine.inner_calls import put_inner_hooks
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
@@ -325,6 +326,8 @@ def commit(
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
             put_inner_hooks(parts.model, layer, change)
+    if isinstance(parts.shared, NeedsFirstPass):
+        put_first_pass(parts.model, parts.adapters[0][1], change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:

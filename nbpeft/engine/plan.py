@@ -263,6 +263,7 @@ def plan(
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
+    config = config.on_model(model, lambda other: plan(model, other, allow_missing=allow_missing, replacing=replacing))
     layer_map = pending_replication(model, config)
     model = model if layer_map is None else replicated(model, layer_map)
     sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]

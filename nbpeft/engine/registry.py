@@ -119,6 +119,8 @@ class Method:
             those layers joined to the parameter's; for files from before transformers 5.
         model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
             model's manager and the arguments.
+        model_attributes: PEFT's name of an attribute of such a model -> a function of its manager.
+        generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
             bare parameters (``target_parameters``) and for each ``Composite`` kind, or goes on none.
@@ -158,6 +160,8 @@ class Method:
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     fuse: Callable[[Mapping[str, Tensor], Mapping[str, tuple[str, ...]]], Mapping[str, Tensor]] | None = None
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    model_attributes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    generation: Callable[[Any, nn.Module], Mapping[str, Any]] = lambda config, model: {}
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)
     tied_class: Callable[[Any, Sequence[str]], type[Adapter]] | None = None
