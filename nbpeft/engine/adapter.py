@@ -241,6 +241,14 @@ class AdapterConfig:
         """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
         return self, tensors
 
+    def beside_parts(self, find: Callable[[str], str | None]) -> Self:
+        """A copy that names the adapters it consists of where they are saved beside it.
+
+        Args:
+            find: gives the place of an adapter that is saved in a folder there; None where there is none.
+        """
+        return self
+
     def stored_tensors(self, path: str) -> dict[str, Tensor]:
         """The tensors of a file that a field names, by key.
 

@@ -8,6 +8,7 @@ active as every layer does. A cache of keys and values has a second one for the 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from nbpeft.engine.model_calls import LayerHook, cache_argument, parameters_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 
-_ONLY_FOR_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
+_ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict")
 
 
 class NeedsFirstPass(ABC):
@@ -73,12 +74,8 @@ class _FirstPass(LayerHook):
         call: dict[str, Any] = dict(zip(parameters_of(module), args, strict=False)) | kwargs
         first = _first_call(module, call)
         contexts.update({name: state.first_context for name, state in states.items()})
-        with torch.no_grad():
-            output: Any = module.forward(**first)
-        found = getattr(output, "hidden_states", None)
-        if not found:
-            raise AdapterError(f"{type(module).__name__} gives no hidden states, which the active adapter needs")
-        contexts.update({name: state.context(found[-1]) for name, state in states.items()})
+        hidden = _last_hidden_states(module, first)
+        contexts.update({name: state.context(hidden) for name, state in states.items()})
         return (), call
 
     def _states(self, active: Active) -> dict[str, NeedsFirstPass]:
@@ -137,32 +134,52 @@ def put_first_pass(model: nn.Module, layer: AdaptedLayer, change: Transaction) -
     model.register_forward_hook(_AfterCall(first), with_kwargs=True, always_call=True)
 
 
+@torch.no_grad()
+def _last_hidden_states(module: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """Makes the first pass, with the backbone of a model alone where it has one.
+
+    Raises:
+        AdapterError: the model gives no hidden states.
+    """
+    backbone = getattr(module, str(getattr(module, "base_model_prefix", "")) or "", None)
+    if isinstance(backbone, nn.Module):
+        known = inspect.signature(backbone.forward).parameters
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        output: Any = backbone(**{name: value for name, value in call.items() if takes_all or name in known})
+    else:  # its hooks, this one among them, are for the call itself
+        output = module.forward(**call, output_hidden_states=True)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        hidden = (getattr(output, "hidden_states", None) or (None,))[-1]
+    if not isinstance(hidden, Tensor):
+        raise AdapterError(f"{type(module).__name__} gives no hidden states, which the active adapter needs")
+    return hidden
+
+
 def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the first pass; a cache that the call itself is to fill is put among its own.
 
     Raises:
         AdapterError: the call goes on with a cache that the first pass has not seen.
     """
-    known = parameters_of(module)
-    first = {name: value for name, value in call.items() if name not in _ONLY_FOR_LOSSES}
-    first |= {"output_hidden_states": True, "return_dict": True}
-    if "logits_to_keep" in known:  # none is needed
-        first["logits_to_keep"] = 1
+    first = {name: value for name, value in call.items() if name not in _ONLY_FOR_HEADS}
     name = cache_argument(module)
     if not name:
         return first
-    given = next((one for one in (name, "past_key_values") if call.get(one) is not None), name)
-    if call.get(given) is None and not _fills_cache(module, call):
+    first.pop("past_key_values", None)
+    former = call.pop("past_key_values", None)
+    given = call.get(name) if former is None else former
+    if given is None and not _fills_cache(module, call):
         return first | {"use_cache": False}
     from nbpeft.engine.two_pass_cache import with_first_pass
 
-    call[given] = with_first_pass(call.get(given), module)
-    return first | {given: call[given].first_pass, "use_cache": True}
+    call[name] = with_first_pass(given, module)
+    return first | {name: call[name].first_pass, "use_cache": True}
 
 
 def _fills_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Whether a call without a cache begins one: what is learned from needs none, also where the model makes it."""
-    if torch.is_grad_enabled():
-        return False
+    """Whether a call without a cache begins one; what is learned from needs none, where nobody asks for it."""
     asked = call.get("use_cache")
-    return bool(getattr(getattr(module, "config", None), "use_cache", False) if asked is None else asked)
+    if asked is None:
+        asked = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
+    return bool(asked)

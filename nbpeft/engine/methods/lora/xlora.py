@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.first_pass import NeedsFirstPass
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
 from nbpeft.engine.methods.lora.xlora_classifier import XLoraClassifier
 from nbpeft.engine.methods.lora.xlora_config import XLoraConfig
@@ -162,6 +163,18 @@ def _unpacked(config: XLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
     }
 
 
+def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dict[str, Tensor]]]]:
+    """The adapters as they are now, by number."""
+    layers = {path: layer.adapter(name) for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    return {
+        str(number): (
+            expert.config.copy(inference_mode=True),
+            {path: dict(layers[path].inner_adapters[str(number)].named_parameters()) for path in expert.shapes},
+        )
+        for number, expert in enumerate(manager.configs[name].experts)
+    }
+
+
 def _state(manager: Any) -> XLora:
     """What the layers of the first X-LoRA on a model share, an active one before others."""
     for name in (*manager.active, *manager.configs):
@@ -264,6 +277,7 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
         "xlora_config": lambda manager: _state(manager).config,
     },
     generation=_without_cache,
+    parts=_parts,
 )
 class XLoraLayer(Adapter):
     """The adapters of one layer, by number.

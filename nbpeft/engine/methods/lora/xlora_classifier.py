@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class XLoraClassifier(nn.Module):
     Attributes:
         layers: the linear layers and what is between them.
         log_scalings: what was predicted while that was logged, each (rows, length, layers, adapters).
-        latest: what was predicted last.
+        latest: what was predicted last, with its gradient, for losses of one's own.
         scalings_logging: whether it is logged.
     """
 
@@ -60,8 +62,11 @@ class XLoraClassifier(nn.Module):
         scalings = scalings.expand(-1, -1, self.n_layers, -1)
         self.latest = scalings
         if self.scalings_logging:
-            self.log_scalings.append(scalings)
+            self.log_scalings.append(scalings.detach())
         return scalings
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "latest": None}
 
     def chosen(self, scalings: Tensor) -> Tensor:
         """The weights with those of the adapters that a token is not given set to zero; shaped like them."""

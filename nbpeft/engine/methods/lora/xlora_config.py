@@ -145,6 +145,14 @@ class XLoraConfig(AdapterConfig):
         made.__dict__.update(experts=experts, target_modules=set(paths))
         return made
 
+    def beside_parts(self, find: Callable[[str], str | None]) -> Self:
+        """A copy with the adapters that are saved along, by number as in PEFT or by name; see ``AdapterConfig``."""
+        named = {
+            name: find(str(number)) or find(name) or source
+            for number, (name, source) in enumerate((self.adapters or {}).items())
+        }
+        return self.copy(adapters=named)
+
     def check_top_k(self, value: int | None) -> None:
         """Refuses a number of adapters for each token.
 
