@@ -24,7 +24,7 @@ from nbpeft.engine.model_calls import LayerHook, cache_argument, parameters_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 
-_ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict")
+_ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
 
 
 class NeedsFirstPass(ABC):
@@ -163,6 +163,8 @@ def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
         AdapterError: the call goes on with a cache that the first pass has not seen.
     """
     first = {name: value for name, value in call.items() if name not in _ONLY_FOR_HEADS}
+    if hasattr(module, "config"):
+        first["return_dict"] = True
     name = cache_argument(module)
     if not name:
         return first

@@ -119,7 +119,7 @@ class Method:
             those layers joined to the parameter's; for files from before transformers 5.
         model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
             model's manager and the arguments.
-        model_attributes: PEFT's name of an attribute of such a model -> a function of its manager.
+        model_attributes: PEFT's name of an attribute of such a model's ``base_model`` -> a function of that.
         parts: (manager, adapter name) -> folder beside its file -> config, and path -> parameter -> tensor, of other
             adapters that it consists of.
         generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.

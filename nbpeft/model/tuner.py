@@ -367,7 +367,7 @@ def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _model_attribute(read: Callable[[Any], Any]) -> property:
     """What a method gives a model, as an attribute of its class."""
-    return property(lambda self: read(self.manager), doc=read.__doc__)
+    return property(lambda self: read(self), doc=read.__doc__)
 
 
 def _class_name(method: Method) -> str:

@@ -272,9 +272,10 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     unpack=_unpacked,
     model_functions={function.__name__: function for function in _FUNCTIONS},
     model_attributes={
-        CLASSIFIER: lambda manager: _state(manager).classifier,
-        "internal_xlora_scalings": get_latest_scalings,
-        "xlora_config": lambda manager: _state(manager).config,
+        CLASSIFIER: lambda tuner: _state(tuner.manager).classifier,
+        "internal_xlora_scalings": lambda tuner: get_latest_scalings(tuner.manager),
+        "lora_model": lambda tuner: tuner,
+        "xlora_config": lambda tuner: _state(tuner.manager).config,
     },
     generation=_without_cache,
     parts=_parts,

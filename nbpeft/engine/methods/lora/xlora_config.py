@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -96,10 +96,8 @@ class XLoraConfig(AdapterConfig):
         *("scaling_pass_value", "global_scaling_weight"),
     )
     condenses_targets: ClassVar[bool] = False
-    target_modules: ClassVar[Collection[str] | None] = None
-    """Paths of the layers that an adapter is on, once they are read."""
     experts: ClassVar[tuple[Expert, ...]] = ()
-    """The adapters, once they are read."""
+    """The adapters, once they are read; the paths of their layers are the ``target_modules`` then."""
 
     def __post_init__(self) -> None:
         if isinstance(self.adapters, Mapping):
