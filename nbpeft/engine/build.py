@@ -204,9 +204,12 @@ def shared_state(
     shared = method_of(plan.config).shared
     if shared is None:
         return None
-    given = None if weights is None or plan.shared.keys() - weights.shared.keys() else weights.shared
-    made = shared.create(plan.config, plan.shared, given, device, dtype)
+    given = {} if weights is None else weights.shared
+    whole = weights is not None and plan.shared.keys() <= given.keys()
+    made = shared.create(plan.config, plan.shared, given if whole else None, device, dtype)
     made.place({path: layers[path] for path in plan.features})
+    if not whole:
+        _copy_in(made, {name: tensor for name, tensor in given.items() if name in plan.shared})
     return made
 
 

@@ -157,8 +157,14 @@ def read(
 
 
 def _part_in(folder: Path, part: str) -> str | None:
-    """The place of an adapter that is saved in a folder inside another one's; None where there is none."""
-    return str(folder / part) if (folder / part / checkpoint.CONFIG_NAME).is_file() else None
+    """The place of an adapter that is saved in a folder inside another one's; None where there is none.
+
+    PEFT writes whole models there under keys of its own, which are no adapters.
+    """
+    if not (folder / part / checkpoint.CONFIG_NAME).is_file():
+        return None
+    keys = checkpoint.read_checkpoint(folder / part).unread.header
+    return str(folder / part) if all(key.startswith(checkpoint.PREFIX) for key in keys) else None
 
 
 def fitted(

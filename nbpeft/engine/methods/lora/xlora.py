@@ -7,9 +7,10 @@ is trained. It reads the last hidden states h of a first pass, in which each ada
 ``scaling_pass_value``: with 0, which is usual, those of the base model. The weights are for a token (rows, length), for
 all layers or for each.
 
-PEFT gives the adapters numbers, and looks for the names of the config among them: with other names than 0, 1, … it adds
-nothing. It does not save the adapters that it trains, adds the bias of B (``lora_bias``) with a weight of 1, leaves the
-weights out of what gradient checkpointing computes again, and takes no cache of keys and values.
+PEFT gives the adapters numbers and looks for the names of the config among them, so that names other than 0, 1, … raise
+in each call. Of the classifier it leaves out of its file what has the number of an adapter in its name, and beside it
+the files hold the base model. It adds the bias of B (``lora_bias``) with a weight of 1, in the first pass, too, leaves
+the weights out of what gradient checkpointing computes again, and takes no cache of keys and values.
 """
 
 from __future__ import annotations
