@@ -425,7 +425,9 @@ def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[Ad
     """Subfolder -> config and tensors by key of the other adapters that one consists of."""
     with manager.reading():
         found = method_of(manager.configs[name]).parts(manager, name)
-        made = {part: (config, _under_keys(config, AdapterWeights(tensors))) for part, (config, tensors) in found.items()}
+        made = {
+            part: (config, _under_keys(config, AdapterWeights(tensors))) for part, (config, tensors) in found.items()
+        }
     return {
         os.path.join(place, part): (checkpoint.config_to_save(config, manager.model), tensors)
         for part, (config, tensors) in made.items()

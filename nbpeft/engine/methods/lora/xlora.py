@@ -260,7 +260,6 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     XLoraConfig,
     peft_type="XLORA",
     label="X-LoRA",
-    prefix=CLASSIFIER,
     when="trained adapters of several fields at once: a classifier weighs them for each token",
     paper="arXiv:2402.07148",
     summary=lambda config: {

@@ -406,9 +406,7 @@ def test_softmaxes_that_do_not_fit_are_told() -> None:
         ({"adapters": {}}, "adapters must map the name of each LoRA"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(
-    fields: dict[str, Any], message: str, adapters: dict[str, str]
-) -> None:
+def test_what_does_not_fit_the_model_is_refused(fields: dict[str, Any], message: str, adapters: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=message):
         get_peft_model(llama(), nbpeft.XLoraConfig(**{"adapters": adapters} | fields))
 
