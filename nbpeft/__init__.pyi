@@ -30,6 +30,7 @@ from .engine.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .engine.methods.loha import LoHaConfig as LoHaConfig
 from .engine.methods.lokr import LoKrConfig as LoKrConfig
 from .engine.methods.lora.adalora import AdaLoraConfig as AdaLoraConfig
+from .engine.methods.lora.xlora_config import XLoraConfig as XLoraConfig
 from .engine.methods.miss import MissConfig as MissConfig
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptEmbedding as MultitaskPromptEmbedding
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
@@ -40,7 +41,6 @@ from .engine.methods.p_tuning import PromptEncoder as PromptEncoder
 from .engine.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .engine.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
 from .engine.methods.peanut import PeanutConfig as PeanutConfig
-from .engine.methods.lora.xlora_config import XLoraConfig as XLoraConfig
 from .engine.methods.poly import PolyConfig as PolyConfig
 from .engine.methods.prefix_tuning import PrefixEncoder as PrefixEncoder
 from .engine.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nbpeft import hooks
 from nbpeft.engine.adapter_weights import AdapterWeights as AdapterWeights
 from nbpeft.engine.adapter_weights import LowRankDelta as LowRankDelta
+from nbpeft.engine.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
@@ -50,10 +51,6 @@ from nbpeft.names import PEFT_VERSION
 
 ADAPTER_PARTS = "adapter_parts"
 """Where the submodules of adapters are shown, for which PEFT has no name."""
-
-
-ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[str, Mapping[str, Tensor]]]
-"""Path of a layer -> parameter -> shape, of an adapter on a model: the same with the tensors of its file."""
 
 
 class ConfigStore(Protocol):
@@ -80,7 +77,7 @@ class ConfigStore(Protocol):
         ...
 
     def adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
-        """The config of a saved adapter, and what reads its tensors."""
+        """The config of a saved adapter in a folder or on the hub, and what reads its tensors for a model."""
         ...
 
 
@@ -203,8 +200,7 @@ class AdapterConfig:
             planned: gives the plan of another config for it.
 
         Raises:
-            ConfigError: it cannot be completed.
-            CheckpointError: an adapter that it names cannot be read.
+            NbpeftError: it cannot be completed, or an adapter that it names cannot be read.
         """
         return self
 
@@ -241,33 +237,13 @@ class AdapterConfig:
         """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
         return self, tensors
 
-    def beside_parts(self, find: Callable[[str], str | None]) -> Self:
-        """A copy that names the adapters it consists of where they are saved beside it.
-
-        Args:
-            find: gives the place of an adapter that is saved in a folder there; None where there is none.
-        """
-        return self
-
     def stored_tensors(self, path: str) -> dict[str, Tensor]:
         """The tensors of a file that a field names, by key.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        return _store(type(self)).tensors(path)
-
-    def saved_adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
-        """The config of another adapter that a field names, and a function that reads its tensors.
-
-        Args:
-            source: a folder or a hub id.
-            model: the base model, whose layers may have had other names when it was saved.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        return _store(type(self)).adapter(source, model)
+        return store_of(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:
@@ -313,7 +289,7 @@ class AdapterConfig:
             CheckpointNotFoundError: there is no ``adapter_config.json``.
             UnknownMethodError: the file names a method that is not registered.
         """
-        return _store(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        return store_of(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
 
     @classmethod
     def from_peft_type(cls, **fields: Any) -> AdapterConfig:
@@ -321,7 +297,7 @@ class AdapterConfig:
 
         Fields that are not known are left out, with a warning.
         """
-        return _store(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
+        return store_of(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -332,7 +308,7 @@ class AdapterConfig:
 
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Writes ``adapter_config.json`` into a folder, atomically."""
-        _store(type(self)).write(self, save_directory, **options)
+        store_of(type(self)).write(self, save_directory, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads ``adapter_config.json`` to a repository on the hub.
@@ -344,7 +320,7 @@ class AdapterConfig:
         Returns:
             The address of the commit.
         """
-        return _store(type(self)).push(self, repo_id, **options)
+        return store_of(type(self)).push(self, repo_id, **options)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -352,7 +328,8 @@ class AdapterConfig:
         return kwargs
 
 
-def _store(cls: type[AdapterConfig]) -> ConfigStore:
+def store_of(cls: type[AdapterConfig]) -> ConfigStore:
+    """What reads and writes configs of a class; raises ConfigError where nothing does."""
     if cls.store is None:
         raise ConfigError("reading and writing configs needs nbpeft.checkpoint to be imported")
     return cls.store

@@ -329,7 +329,8 @@ def commit(
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
             put_inner_hooks(parts.model, layer, change)
-    if isinstance(parts.shared, NeedsFirstPass):
+    shared: Any = parts.shared
+    if isinstance(shared, NeedsFirstPass):
         put_first_pass(parts.model, parts.adapters[0][1], change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained

@@ -81,10 +81,10 @@ class _FirstPass(LayerHook):
     def _states(self, active: Active) -> dict[str, NeedsFirstPass]:
         """Adapter name -> what its layers share, of those active adapters that need the pass."""
         names = active.names if active.rows is None else active.rows.names
-        found = {}
+        found: dict[str, NeedsFirstPass] = {}
         for name in names:
             adapter = self.layer.adapters._modules.get(name)
-            state = None if adapter is None else adapter._modules.get("shared")
+            state: Any = None if adapter is None else adapter._modules.get("shared")
             if isinstance(state, NeedsFirstPass):
                 found[name] = state
         return found

@@ -272,8 +272,7 @@ def plan(
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
     if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
-    names = list(getattr(resolved, "modules_to_save", None) or ())
-    copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
+    copies = _copies(sites, resolved, guessed_heads(config), strict=not allow_missing)
     tied = _ensured(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
@@ -360,8 +359,7 @@ def _plan_for_calls(
     config.fill_in_sizes(model, kind.features(site.module)[1])
     adapter_class: Any = method.adapter_class
     adapter_class.check_model(config, model)
-    names = list(getattr(config, "modules_to_save", None) or ())
-    copies = _copies(sites, names, guessed_heads(config), strict=strict)
+    copies = _copies(sites, config, guessed_heads(config), strict=strict)
     target = _target(site, config, method)
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
     _check_size(model, [target], {})
@@ -435,8 +433,9 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     return found
 
 
-def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
+def _copies(sites: list[Site], config: AdapterConfig, heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
     """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
+    names = list(getattr(config, "modules_to_save", None) or ())
     if not names:
         return {}
     wanted = set(names)

@@ -19,7 +19,7 @@ class TwoPassCache(DynamicCache):
 
     first_pass: DynamicCache
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """As of ``DynamicCache``, of both."""
         super().reorder_cache(beam_idx)
         self.first_pass.reorder_cache(beam_idx)
@@ -41,8 +41,8 @@ class TwoPassCache(DynamicCache):
 
     def reset(self) -> None:
         """As of ``DynamicCache``, of both."""
-        super().reset()
-        self.first_pass.reset()
+        super().reset()  # type: ignore[no-untyped-call]
+        self.first_pass.reset()  # type: ignore[no-untyped-call]
 
 
 def with_first_pass(cache: Any, model: nn.Module) -> TwoPassCache:
@@ -59,7 +59,7 @@ def with_first_pass(cache: Any, model: nn.Module) -> TwoPassCache:
         return cache
     config: Any = getattr(model, "config", None)
     decoder = None if config is None else config.get_text_config(decoder=True)
-    made = DynamicCache(config=decoder) if cache is None else cache
+    made: Any = DynamicCache(config=decoder) if cache is None else cache
     if type(made) is not DynamicCache:
         raise AdapterError(
             f"the active adapter runs the model twice for each call, which a {type(made).__name__} cannot keep: leave "
@@ -67,8 +67,9 @@ def with_first_pass(cache: Any, model: nn.Module) -> TwoPassCache:
         )
     if made.get_seq_length():
         raise AdapterError(
-            "the cache holds tokens that the active adapter has not seen: begin with an empty one, or pass use_cache=False"
+            "the cache holds tokens that the active adapter has not seen: begin with an empty one, or pass "
+            "use_cache=False"
         )
     made.__class__ = TwoPassCache
     made.first_pass = DynamicCache(config=decoder)
-    return made
+    return made  # type: ignore[no-any-return]

@@ -120,7 +120,8 @@ def read(
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
-    config = config or saved.config.beside_parts(functools.partial(_part_in, saved.folder))
+    if config is None:
+        config = method_of(saved.config).with_parts(saved.config, functools.partial(_part_in, saved.folder))
     config, tensors = saved.beside(config.copy(inference_mode=not trainable))
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
@@ -424,14 +425,13 @@ def save(
 def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
     """Subfolder -> config and tensors by key of the other adapters that one consists of."""
     with manager.reading():
-        found = method_of(manager.configs[name]).parts(manager, name)
-        made = {
-            part: (config, _under_keys(config, AdapterWeights(tensors))) for part, (config, tensors) in found.items()
+        return {
+            os.path.join(place, part): (
+                checkpoint.config_to_save(config, manager.model),
+                _under_keys(config, AdapterWeights(tensors)),
+            )
+            for part, (config, tensors) in method_of(manager.configs[name]).parts(manager, name).items()
         }
-    return {
-        os.path.join(place, part): (checkpoint.config_to_save(config, manager.model), tensors)
-        for part, (config, tensors) in made.items()
-    }
 
 
 def _refuse_other(

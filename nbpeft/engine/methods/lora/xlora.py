@@ -16,7 +16,7 @@ the weights out of what gradient checkpointing computes again, and takes no cach
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,7 +29,7 @@ from nbpeft.engine.first_pass import NeedsFirstPass
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
 from nbpeft.engine.methods.lora.xlora_classifier import XLoraClassifier
-from nbpeft.engine.methods.lora.xlora_config import XLoraConfig
+from nbpeft.engine.methods.lora.xlora_config import XLoraConfig, with_parts
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.storage import loaded
@@ -85,7 +85,7 @@ class XLora(SharedState, NeedsFirstPass):
         dtype: torch.dtype,
     ) -> Self:
         """Binds a loaded classifier; a new one is drawn after the adapters, as in PEFT."""
-        layers = next(reversed(shapes.values()))[0] // len(config.experts)
+        layers = list(shapes.values())[-1][0] // len(config.experts)
         with torch.device("meta"):
             classifier = XLoraClassifier(config, len(config.experts), layers)
         for name, parameter in classifier.named_parameters():
@@ -279,6 +279,7 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     },
     generation=_without_cache,
     parts=_parts,
+    with_parts=with_parts,
 )
 class XLoraLayer(Adapter):
     """The adapters of one layer, by number.
@@ -369,7 +370,7 @@ class XLoraLayer(Adapter):
         if output.dim() == 2 and len(output) == own.shape[:-1].numel():
             return own.flatten(0, 1)
         raise AdapterError(
-            f"X-LoRA weighs the {tuple(own.shape[:-1])} tokens of a call, and one of its layers gave an output of shape "
+            f"X-LoRA weighs the {tuple(own.shape[:-1])} tokens of a call, and a layer gave an output of shape "
             f"{tuple(output.shape)}: use adapters without that layer"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class XLoraClassifier(nn.Module):
         self.scalings_logging = False
         sizes = [config.hidden_size or 0, *[config.xlora_size] * (config.xlora_depth - 1)]
         parts: list[nn.Module] = []
-        for taken, given in zip(sizes, sizes[1:], strict=False):
+        for taken, given in itertools.pairwise(sizes):
             parts += [nn.Linear(taken, given), nn.ReLU()]
             if config.xlora_dropout_p > 0:
                 parts.append(nn.Dropout(config.xlora_dropout_p))
@@ -54,9 +55,9 @@ class XLoraClassifier(nn.Module):
         Returns:
             (rows, length, layers, adapters).
         """
-        last = self.layers[-1]
-        logits: Tensor = self.layers(hidden.to(last.weight.device, last.weight.dtype))
-        scalings = logits.unflatten(-1, (-1, self.n_classes))
+        weight: Any = self.layers[-1].weight
+        logits: Tensor = self.layers(hidden.to(weight.device, weight.dtype))
+        scalings = logits.view(*logits.shape[:2], -1, self.n_classes)
         if self.config.enable_softmax:
             scalings = torch.softmax(scalings / self.config.softmax_temperature, -1)
         scalings = scalings.expand(-1, -1, self.n_layers, -1)
@@ -73,6 +74,7 @@ class XLoraClassifier(nn.Module):
         config = self.config
         if config.top_k_lora is None:
             return torch.softmax(scalings, -1) if config.enable_softmax_topk else scalings
+        values: Tensor
         values, places = scalings.topk(config.top_k_lora, -1)
         values = torch.softmax(values, -1) if config.enable_softmax_topk else values
         return torch.zeros_like(scalings).scatter(-1, places, values)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, PeftType, ReadsTensors
+from nbpeft.engine.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
 from nbpeft.engine.config_checks import check_count, check_number, check_share
 from nbpeft.engine.layers_config import check_filled
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -143,14 +143,6 @@ class XLoraConfig(AdapterConfig):
         made.__dict__.update(experts=experts, target_modules=set(paths))
         return made
 
-    def beside_parts(self, find: Callable[[str], str | None]) -> Self:
-        """A copy with the adapters that are saved along, by number as in PEFT or by name; see ``AdapterConfig``."""
-        named = {
-            name: find(str(number)) or find(name) or source
-            for number, (name, source) in enumerate((self.adapters or {}).items())
-        }
-        return self.copy(adapters=named)
-
     def check_top_k(self, value: int | None) -> None:
         """Refuses a number of adapters for each token.
 
@@ -181,7 +173,7 @@ class XLoraConfig(AdapterConfig):
         return width
 
     def _read(self, name: str, source: str, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> Expert:
-        config, reads = self.saved_adapter(source, model)
+        config, reads = store_of(type(self)).adapter(source, model)
         if not isinstance(config, LoraConfig):
             raise ConfigError(
                 f"adapters: {name!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}, and X-LoRA "
@@ -195,6 +187,20 @@ class XLoraConfig(AdapterConfig):
         made = Expert(name, source, plan.config, {target.path: dict(target.shapes) for target in plan.targets})
         made.reads = reads
         return made
+
+
+def with_parts(config: XLoraConfig, find: Callable[[str], str | None]) -> XLoraConfig:
+    """A copy with the adapters where they are saved along, by number as in PEFT or by name.
+
+    Args:
+        config: of a file.
+        find: gives the place of one in a folder beside the file; None where there is none.
+    """
+    named = {
+        name: find(str(number)) or find(name) or source
+        for number, (name, source) in enumerate((config.adapters or {}).items())
+    }
+    return config.copy(adapters=named)
 
 
 def _refusal(config: LoraConfig, plan: Any) -> str:
