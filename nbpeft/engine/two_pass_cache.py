@@ -70,6 +70,8 @@ def with_first_pass(cache: Any, model: nn.Module) -> TwoPassCache:
             "the cache holds tokens that the active adapter has not seen: begin with an empty one, or pass "
             "use_cache=False"
         )
-    made.__class__ = TwoPassCache
-    made.first_pass = DynamicCache(config=decoder)
-    return made  # type: ignore[no-any-return]
+    both: Any = made
+    both.__class__ = TwoPassCache
+    both.first_pass = DynamicCache(config=decoder)
+    found: TwoPassCache = both
+    return found
