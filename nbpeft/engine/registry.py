@@ -122,8 +122,8 @@ class Method:
         model_attributes: PEFT's name of an attribute of such a model's ``base_model`` -> a function of that.
         parts: (manager, adapter name) -> folder beside its file -> config, and path -> parameter -> tensor, of other
             adapters that it consists of.
-        with_parts: (config of a file, function of the folder of such an adapter) -> the config with their places; the
-            function gives None where there is none.
+        with_parts: (config of a file, function of the folder of such an adapter, keywords of loading) -> the config with
+            their places; the function gives None where there is none.
         generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
@@ -166,7 +166,7 @@ class Method:
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     model_attributes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     parts: Callable[[Any, str], Mapping[str, tuple[AdapterConfig, dict[str, dict[str, Tensor]]]]] = lambda _, name: {}
-    with_parts: Callable[[Any, Callable[[str], str | None]], Any] = lambda config, find: config
+    with_parts: Callable[[Any, Callable[[str], str | None], Mapping[str, Any]], Any] = lambda config, *_: config
     generation: Callable[[Any, nn.Module], Mapping[str, Any]] = lambda config, model: {}
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)

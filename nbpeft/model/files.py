@@ -121,7 +121,8 @@ def read(
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
     if config is None:
-        config = method_of(saved.config).with_parts(saved.config, functools.partial(_part_in, saved.folder))
+        find = functools.partial(_part_in, saved.folder)
+        config = method_of(saved.config).with_parts(saved.config, find, options)
     config, tensors = saved.beside(config.copy(inference_mode=not trainable))
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)

@@ -260,7 +260,7 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     XLoraConfig,
     peft_type="XLORA",
     label="X-LoRA",
-    when="trained adapters of several fields at once: a classifier weighs them for each token",
+    when="several trained adapters at once: a classifier weighs them for each token",
     paper="arXiv:2402.07148",
     summary=lambda config: {
         "adapters": str(len(config.adapters)),

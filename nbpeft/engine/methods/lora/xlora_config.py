@@ -16,10 +16,8 @@ from nbpeft.engine.layers_config import check_filled
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
 from nbpeft.engine.model_calls import has_encoder
+from nbpeft.engine.registry import layer_kind_named
 from nbpeft.errors import ConfigError, few, shown
-
-_LINEAR_OR_LOOKUP = ("conv", "parameter", "attention")
-"""What the names of kinds of layers begin with that have no token for each place of their input."""
 
 
 class Expert:
@@ -189,13 +187,27 @@ class XLoraConfig(AdapterConfig):
         return made
 
 
-def with_parts(config: XLoraConfig, find: Callable[[str], str | None]) -> XLoraConfig:
+def with_parts(config: XLoraConfig, find: Callable[[str], str | None], options: Mapping[str, Any]) -> XLoraConfig:
     """A copy with the adapters where they are saved along, by number as in PEFT or by name.
 
     Args:
         config: of a file.
         find: gives the place of one in a folder beside the file; None where there is none.
+        options: keywords of the one who loads it; ``adapters`` among them are in their place.
+
+    Raises:
+        ConfigError: these are others than those of the file.
     """
+    given = options.get("adapters")
+    if given is not None:
+        made = XLoraConfig(adapters=given)
+        if len(made.adapters or ()) != len(config.adapters or ()):
+            raise ConfigError(
+                f"adapters has {len(made.adapters or ())} entries, and the classifier of the file weighs "
+                f"{len(config.adapters or ())} adapters",
+                field="adapters",
+            )
+        return config.copy(adapters=made.adapters)
     named = {
         name: find(str(number)) or find(name) or source
         for number, (name, source) in enumerate((config.adapters or {}).items())
@@ -217,5 +229,6 @@ def _refusal(config: LoraConfig, plan: Any) -> str:
         return f"shares its factors at {other.path} with another layer (ensure_weight_tying)"
     if other is not None:
         return f"is no plain LoRA: it has {other.adapter_class.__name__} at {other.path}"
-    place = next((target for target in plan.targets if target.kind.startswith(_LINEAR_OR_LOOKUP)), None)
-    return "" if place is None else f"is on {place.path}, a {place.kind}, whose input is no tokens"
+    kinds = ((target.path, layer_kind_named(target.kind)) for target in plan.targets)
+    place = next(((path, kind) for path, kind in kinds if not (kind.is_linear or kind.takes_ids)), None)
+    return "" if place is None else f"is on {place[0]}, a {place[1].peft_name}, whose input is no tokens"

@@ -22,7 +22,7 @@ from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.training import train
-from tests.tiny_models import llama, logits, randomize, same_state, state, tokens
+from tests.tiny_models import gpt2, llama, logits, randomize, same_state, state, tokens
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 DEEP: dict[str, Any] = {"layerwise_scalings": True, "xlora_depth": 3, "xlora_size": 16, "xlora_dropout_p": 0.0}
@@ -307,6 +307,17 @@ def test_a_folder_holds_the_adapters_and_needs_no_other(tmp_path: Path) -> None:
     torch.testing.assert_close(found, logits(alone), atol=1e-5, rtol=1e-4)
 
 
+def test_other_places_of_the_adapters_can_be_given(adapters: dict[str, str], tmp_path: Path) -> None:
+    model = made(adapters)
+    model.save_pretrained(tmp_path)
+    swapped = {"0": adapters["1"], "1": adapters["0"], "2": adapters["2"]}
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, adapters=swapped)
+    assert loaded.peft_config["default"].adapters == swapped  # type: ignore[attr-defined]
+    assert not torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ConfigError, match="adapters has 1 entries, and the classifier of the file weighs 3"):
+        PeftModel.from_pretrained(llama(), tmp_path, adapters={"0": adapters["0"]})
+
+
 def test_a_file_of_peft_is_read_and_what_it_lacks_is_told(adapters: dict[str, str], tmp_path: Path) -> None:
     """PEFT takes ``layers.0`` of its classifier for a part of the adapter 0 and leaves it out of its file.
 
@@ -434,6 +445,26 @@ def test_adapters_that_cannot_be_weighed_are_refused(
     own = {"0": prompt(tmp_path)} if fields is None else saved(tmp_path, 1, **fields)
     with pytest.raises(ConfigError, match=f"adapters: {message}"):
         get_peft_model(llama(), nbpeft.XLoraConfig(adapters=own))
+
+
+def test_layers_without_tokens_are_refused(tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv1d(4, 4, 3)
+
+    get_peft_model(Net(), nbpeft.LoraConfig(r=2, target_modules=["conv"])).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="'0' is on conv, a Conv1d, whose input is no tokens"):
+        get_peft_model(Net(), nbpeft.XLoraConfig(adapters={"0": str(tmp_path)}, hidden_size=4))
+
+
+def test_one_adapter_on_gpt2_acts_as_alone(tmp_path: Path) -> None:
+    targets = {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    alone = get_peft_model(gpt2(), nbpeft.LoraConfig(r=2, **targets)).eval()
+    alone.save_pretrained(tmp_path)
+    model = get_peft_model(gpt2(), nbpeft.XLoraConfig(adapters={"0": str(tmp_path)}, task_type="CAUSAL_LM")).eval()
+    torch.testing.assert_close(logits(model), logits(alone), atol=1e-5, rtol=1e-4)
+    assert torch.equal(*(one.generate(input_ids=tokens(), **GENERATE) for one in (model, alone)))
 
 
 def test_an_encoder_and_decoder_are_refused(adapters: dict[str, str]) -> None:
