@@ -122,8 +122,8 @@ class Method:
         model_attributes: PEFT's name of an attribute of such a model's ``base_model`` -> a function of that.
         parts: (manager, adapter name) -> folder beside its file -> config, and path -> parameter -> tensor, of other
             adapters that it consists of.
-        with_parts: (config of a file, folder of such an adapter -> its place or None, keywords of loading) -> the config
-            with their places.
+        with_parts: (config of a file, folder of such an adapter -> its place or None, keywords of loading) -> the same
+            config with their places.
         generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
