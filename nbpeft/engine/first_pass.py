@@ -61,8 +61,11 @@ class _FirstPass(LayerHook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _FirstPass)]
+        if hooks[0] is not self:  # one pass is for all of them
+            return None
         active = self.layer.active_state.current()
-        states = self._states(active)
+        states = {name: state for hook in hooks for name, state in hook.states(active).items()}
         if not states:
             return None
         contexts: Any = active.context
@@ -78,7 +81,7 @@ class _FirstPass(LayerHook):
         contexts.update({name: state.context(hidden) for name, state in states.items()})
         return (), call
 
-    def _states(self, active: Active) -> dict[str, NeedsFirstPass]:
+    def states(self, active: Active) -> dict[str, NeedsFirstPass]:
         """Adapter name -> what its layers share, of those active adapters that need the pass."""
         names = active.names if active.rows is None else active.rows.names
         found: dict[str, NeedsFirstPass] = {}

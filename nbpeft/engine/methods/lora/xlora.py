@@ -44,7 +44,7 @@ _HERE = re.compile(r"base_model\.model\.(.+)\.(\d+)\.(lora_(?:embedding_)?[AB])(
 """The same under the path of its layer."""
 
 
-class XLora(SharedState, NeedsFirstPass):
+class XLoraState(SharedState, NeedsFirstPass):
     """The classifier, and what it predicts for a call.
 
     Attributes:
@@ -176,11 +176,11 @@ def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dic
     }
 
 
-def _state(manager: Any) -> XLora:
+def _state(manager: Any) -> XLoraState:
     """What the layers of the first X-LoRA on a model share, an active one before others."""
     for name in (*manager.active, *manager.configs):
         state = manager.shared(name)
-        if isinstance(state, XLora):
+        if isinstance(state, XLoraState):
             return state
     raise AdapterError("the model has no X-LoRA adapter")
 
@@ -266,7 +266,7 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
         "adapters": str(len(config.adapters)),
         **({"top k": str(config.top_k_lora)} if config.top_k_lora else {}),
     },
-    shared=XLora,
+    shared=XLoraState,
     call_context=lambda config, args, kwargs: None,
     pack=_packed,
     unpack=_unpacked,
@@ -290,7 +290,7 @@ class XLoraLayer(Adapter):
     """
 
     has_tensors: ClassVar[bool] = False
-    state: XLora
+    state: XLoraState
     number: int
 
     @classmethod
@@ -309,7 +309,7 @@ class XLoraLayer(Adapter):
     @classmethod
     def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Takes the adapters over that were read, with other tensors where those were saved; see ``Adapter``."""
-        assert isinstance(site.shared, XLora)
+        assert isinstance(site.shared, XLoraState)
         made = cls(site.shared, site.path)
         for name, tensor in (tensors or {}).items():
             number, _, own = name.partition(".")
@@ -320,7 +320,7 @@ class XLoraLayer(Adapter):
             made.requires_grad_(False)
         return made
 
-    def __init__(self, state: XLora, path: str) -> None:
+    def __init__(self, state: XLoraState, path: str) -> None:
         super().__init__()
         self.__dict__.update(state=state, number=state.numbers[path])
         self._modules.update(state.start.pop(path))

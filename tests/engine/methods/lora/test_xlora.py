@@ -239,6 +239,23 @@ def test_each_row_of_a_mixed_batch_is_as_alone(adapters: dict[str, str]) -> None
     assert (logits(model, ids) - found).abs().amax((1, 2)).min() > 1e-3
 
 
+@torch.no_grad()
+def test_two_that_begin_at_other_layers_share_a_first_pass(adapters: dict[str, str], tmp_path: Path) -> None:
+    own = {"whole": adapters, "values": saved(tmp_path, 2, target_modules=["v_proj"])}
+    found = []
+    for names in (("whole", "values"), ("values", "whole")):
+        model = get_peft_model(llama(), nbpeft.XLoraConfig(adapters=own[names[0]], task_type="CAUSAL_LM"), names[0])
+        model.add_adapter(names[1], nbpeft.XLoraConfig(adapters=own[names[1]], task_type="CAUSAL_LM"))
+        for name in names:
+            randomize(model, name, seed=len(name))
+        model.base_model.set_adapter(["whole", "values"])
+        calls: list[int] = []
+        model.get_base_model().model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found.append(logits(model.eval()))
+        assert len(calls) == 2
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
 def test_the_base_model_called_by_itself_acts_likewise(adapters: dict[str, str]) -> None:
     model = made(adapters)
     base, expected = model.get_base_model(), logits(model)
