@@ -10,7 +10,8 @@ all layers or for each.
 PEFT gives the adapters numbers and looks for the names of the config among them, so that names other than 0, 1, … raise
 in each call. Of the classifier it leaves out of its file what has the number of an adapter in its name, and beside it
 the files hold the base model. It adds the bias of B (``lora_bias``) with a weight of 1, in the first pass, too, leaves
-the weights out of what gradient checkpointing computes again, and takes no cache of keys and values.
+the weights out of what gradient checkpointing computes again, whose gradients then are others, and takes no cache of
+keys and values.
 """
 
 from __future__ import annotations
@@ -364,6 +365,8 @@ class XLoraLayer(Adapter):
 
     def _of_tokens(self, weights: Tensor, output: Tensor) -> Tensor:
         """The weights of the layer, (…, adapters), for an output (…, out)."""
+        if weights.grad_fn is not None and torch._C._current_graph_task_id() != -1:
+            _check_recomputed()
         own = weights[:, :, self.number].to(output.device)
         if output.shape[:-1] == own.shape[:-1]:
             return own
@@ -398,6 +401,20 @@ class XLoraLayer(Adapter):
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
         return f"adapters={len(self.inner_adapters)}"
+
+
+def _check_recomputed() -> None:
+    """Refuses a layer that is computed again in backward by itself: the classifier's gradient would need all at once.
+
+    Raises:
+        AdapterError: reentrant checkpointing does that.
+    """
+    node = torch._C._current_autograd_node()
+    if node is not None and node.name() == "CheckpointFunctionBackward":
+        raise AdapterError(
+            "X-LoRA does not train with reentrant gradient checkpointing: pass "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
 
 
 def _weighed(expert: Any, x: Tensor, base_output: Tensor, base: BaseLayer, weight: Tensor | float | None) -> Tensor:

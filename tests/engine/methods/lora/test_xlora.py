@@ -285,6 +285,15 @@ def test_checkpointing_computes_with_the_weights_of_the_call(whole: bool, adapte
     assert min(one.abs().max() for one in gradients[0] if one is not None) > 0
 
 
+def test_reentrant_checkpointing_is_refused(adapters: dict[str, str]) -> None:
+    model = made(adapters).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with pytest.raises(AdapterError, match="does not train with reentrant gradient checkpointing"):
+        loss.backward()
+
+
 def test_copies_and_pickles_give_the_same(adapters: dict[str, str]) -> None:
     model = made(adapters)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -365,6 +374,21 @@ def test_a_failed_start_leaves_the_model_as_it_was(adapters: dict[str, str]) -> 
 
 
 # Where PEFT is wrong
+
+
+def test_peft_neither_checkpoints_nor_caches(adapters: dict[str, str]) -> None:
+    """What checkpointing computes again has no weights in PEFT: torch finds other tensors, or gradients are others."""
+    gradients = []
+    for checkpointing in (False, True):
+        _, theirs = both(adapters, use_trainable_adapters=True)
+        if checkpointing:
+            theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            theirs.enable_input_require_grads()
+        theirs.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append(next(one.grad for name, one in theirs.named_parameters() if ".lora_A." in name))
+    assert (gradients[0] - gradients[1]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="`use_cache` must be False"):
+        peft.get_peft_model(llama(), peft.XLoraConfig(hidden_size=32, adapters=adapters))
 
 
 def test_names_other_than_numbers_mean_the_adapters(adapters: dict[str, str]) -> None:
