@@ -30,6 +30,7 @@ from .engine.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .engine.methods.loha import LoHaConfig as LoHaConfig
 from .engine.methods.lokr import LoKrConfig as LoKrConfig
 from .engine.methods.lora.adalora import AdaLoraConfig as AdaLoraConfig
+from .engine.methods.lora.xlora_config import XLoraConfig as XLoraConfig
 from .engine.methods.miss import MissConfig as MissConfig
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptEmbedding as MultitaskPromptEmbedding
 from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig

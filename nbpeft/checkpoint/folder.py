@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbpeft.checkpoint import card as model_card
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
+from nbpeft.checkpoint.key_conversion import key_conversion_of
 from nbpeft.checkpoint.present import NAME_KEY
 from nbpeft.checkpoint.source import CONFIG_NAME, Source, download_options, push
 from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
@@ -32,9 +33,10 @@ from nbpeft.checkpoint.tensor_file import (
     write_pickled,
     write_tensors,
 )
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.checkpoint.weights_format import Expected, from_file
+from nbpeft.engine.adapter import AdapterConfig, ReadsTensors
 from nbpeft.engine.registry import method_of
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, in_one_line, shortened
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, few, in_one_line, shortened
 
 CARD_NAME = "README.md"
 _READS = 3
@@ -288,6 +290,20 @@ class FolderStore:
         if not Path(path).is_file():
             raise CheckpointNotFoundError(f"there is no file {path!r}")
         return read_tensors(Path(path))[0]
+
+    def adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
+        """See ``ConfigStore``."""
+        config, conversion = read_config(source), key_conversion_of(model)
+
+        def read(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Mapping[str, Mapping[str, Tensor]]:
+            _, tensors = read_checkpoint(source).beside(config)
+            peft_type = method_of(config).peft_type
+            loaded = from_file(tensors, Expected(adapters=shapes), peft_type=peft_type, conversion=conversion)
+            if loaded.missing:
+                raise CheckpointError(f"{source} has no {few(loaded.missing)}")
+            return loaded.weights.adapters
+
+        return config, read
 
     def make(self, fields: dict[str, Any]) -> AdapterConfig:
         """See ``config_of``; warns of fields that are not known."""

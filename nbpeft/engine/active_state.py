@@ -158,7 +158,7 @@ class Active:
         names: active adapters, in order.
         scales: factor on each one's delta.
         rows: the assignment of a mixed batch; ``names`` is then ignored.
-        context: adapter name -> what its method prepared for the call that runs.
+        context: adapter name -> what its method prepared for the call that runs, or finds in a first pass of it.
     """
 
     names: tuple[str, ...] = ()

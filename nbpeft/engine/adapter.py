@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nbpeft import hooks
 from nbpeft.engine.adapter_weights import AdapterWeights as AdapterWeights
 from nbpeft.engine.adapter_weights import LowRankDelta as LowRankDelta
+from nbpeft.engine.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
@@ -73,6 +74,10 @@ class ConfigStore(Protocol):
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """The tensors of a file, by key."""
+        ...
+
+    def adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
+        """The config of a saved adapter in a folder or on the hub, and what reads its tensors for a model."""
         ...
 
 
@@ -187,6 +192,18 @@ class AdapterConfig:
         """PEFT's question: whether the method adds the attention to prompts inside the model."""
         return False
 
+    def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> AdapterConfig:
+        """The config that a model is adapted with: a copy, where other adapters or the model itself complete it.
+
+        Args:
+            model: the base model.
+            planned: gives the plan of another config for it.
+
+        Raises:
+            NbpeftError: it cannot be completed, or an adapter that it names cannot be read.
+        """
+        return self
+
     def fill_in(self, model_type: str | None) -> None:
         """Fills in what the method derives from a model's type; called on a copy of a config, its targets resolved.
 
@@ -226,7 +243,7 @@ class AdapterConfig:
         Raises:
             CheckpointError: it cannot be read.
         """
-        return _store(type(self)).tensors(path)
+        return store_of(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:
@@ -272,7 +289,7 @@ class AdapterConfig:
             CheckpointNotFoundError: there is no ``adapter_config.json``.
             UnknownMethodError: the file names a method that is not registered.
         """
-        return _store(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        return store_of(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
 
     @classmethod
     def from_peft_type(cls, **fields: Any) -> AdapterConfig:
@@ -280,7 +297,7 @@ class AdapterConfig:
 
         Fields that are not known are left out, with a warning.
         """
-        return _store(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
+        return store_of(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -291,7 +308,7 @@ class AdapterConfig:
 
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Writes ``adapter_config.json`` into a folder, atomically."""
-        _store(type(self)).write(self, save_directory, **options)
+        store_of(type(self)).write(self, save_directory, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads ``adapter_config.json`` to a repository on the hub.
@@ -303,7 +320,7 @@ class AdapterConfig:
         Returns:
             The address of the commit.
         """
-        return _store(type(self)).push(self, repo_id, **options)
+        return store_of(type(self)).push(self, repo_id, **options)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -311,7 +328,8 @@ class AdapterConfig:
         return kwargs
 
 
-def _store(cls: type[AdapterConfig]) -> ConfigStore:
+def store_of(cls: type[AdapterConfig]) -> ConfigStore:
+    """What reads and writes configs of a class; raises ConfigError where nothing does."""
     if cls.store is None:
         raise ConfigError("reading and writing configs needs nbpeft.checkpoint to be imported")
     return cls.store
@@ -633,6 +651,11 @@ class Adapter(nn.Module):
         """Whether loaded tensors of an adapter that uses those of another one differ from what is given of these."""
         tied = cls.tied_tensors(own, source)
         return any(name in tied and not torch.equal(tensor, tied[name]) for name, tensor in own.items())
+
+    @property
+    def inner_adapters(self) -> Mapping[str, Adapter]:
+        """Adapters that it consists of, submodules of it, by the names under which PEFT's layers have their parts."""
+        return {}
 
     @property
     def held(self) -> Mapping[str, Any]:

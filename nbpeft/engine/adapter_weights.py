@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[str, Mapping[str, Tensor]]]
+"""Path of a layer -> parameter -> shape, of an adapter on a model: the same with the tensors of its file."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from nbpeft.engine.base import BaseLayer, Composite, offloading
 from nbpeft.engine.composite_layer import AdaptedComposite
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
+from nbpeft.engine.first_pass import NeedsFirstPass, put_first_pass
 from nbpeft.engine.inner_calls import put_inner_hooks
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
@@ -203,9 +204,12 @@ def shared_state(
     shared = method_of(plan.config).shared
     if shared is None:
         return None
-    given = None if weights is None or plan.shared.keys() - weights.shared.keys() else weights.shared
-    made = shared.create(plan.config, plan.shared, given, device, dtype)
+    given = {} if weights is None else weights.shared
+    whole = weights is not None and plan.shared.keys() <= given.keys()
+    made = shared.create(plan.config, plan.shared, given if whole else None, device, dtype)
     made.place({path: layers[path] for path in plan.features})
+    if not whole:
+        _copy_in(made, {name: tensor for name, tensor in given.items() if name in plan.shared})
     return made
 
 
@@ -325,6 +329,9 @@ def commit(
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
             put_inner_hooks(parts.model, layer, change)
+    shared: Any = parts.shared
+    if isinstance(shared, NeedsFirstPass):
+        put_first_pass(parts.model, parts.adapters[0][1], change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:

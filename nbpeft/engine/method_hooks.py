@@ -42,6 +42,16 @@ def call_arguments(configs: Iterable[AdapterConfig]) -> set[str]:
     return {name for config in configs for name in method_of(config).call_arguments}
 
 
+def generation_arguments(manager: Any) -> dict[str, Any]:
+    """What the methods of the active adapters want of ``generate`` where a call does not say otherwise.
+
+    Args:
+        manager: of the model.
+    """
+    configs = [manager.configs[name] for name in manager.active if name in manager.configs] if manager.enabled else []
+    return {key: value for one in configs for key, value in method_of(one).generation(one, manager.model).items()}
+
+
 def call_contexts(
     configs: Mapping[str, AdapterConfig], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:

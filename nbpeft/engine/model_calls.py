@@ -32,7 +32,7 @@ _CACHES = ("cache", "past_key_values")
 """What models call the argument; newer versions of transformers first."""
 
 
-def _parameters_of(module: nn.Module) -> tuple[str, ...]:
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward."""
     module_class: Any = type(module)
     return _signature(module_class)
@@ -45,7 +45,7 @@ def _signature(module_class: Any) -> tuple[str, ...]:
 
 def cache_argument(module: nn.Module) -> str:
     """Name of the argument with which a model takes cached keys and values; empty if it takes none."""
-    return next((name for name in _CACHES if name in _parameters_of(module)), "")
+    return next((name for name in _CACHES if name in parameters_of(module)), "")
 
 
 def has_encoder(model: nn.Module) -> bool:
@@ -156,7 +156,7 @@ class _CallHook(LayerHook):
         prompts = _active_prompts(self.layer)
         if prompts is None:
             return None
-        named = _Call(zip(_parameters_of(module), args, strict=False))
+        named = _Call(zip(parameters_of(module), args, strict=False))
         named.update(kwargs)
         prompts = prompts.with_arguments_of(named)
         self.transform(module, prompts, named)
@@ -561,7 +561,7 @@ def _extend_positions(
     """
     given = call.get("position_ids")
     if given is None:
-        if front.mask is None or "position_ids" not in _parameters_of(module):
+        if front.mask is None or "position_ids" not in parameters_of(module):
             return
         given = torch.arange(length, device=front.mask.device).unsqueeze(0) + max(seen - front.width, 0)
     moved = given + (front.offset if front.mask is None else front.offset.to(given.device))

@@ -179,6 +179,8 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     listed, _, number = own.partition(".")
     if listed in adapter.parameter_lists:
         return f"{listed}.{name}.{number}"
+    if listed in adapter.inner_adapters:
+        return shown_name(adapter.inner_adapters[listed], number, listed)
     if "." in own:  # of a module inside the adapter
         return f"{adapter.parts_shown_as}.{name}.{own}"
     for wrapped in (own, own.removesuffix("_bias")):
@@ -384,11 +386,13 @@ class BufferMapping(_FollowsMode):
 
 
 class Remainder(_FollowsMode):
-    """Submodules of an adapter, which PEFT has no name for."""
+    """Submodules of an adapter, which PEFT has no name for; those that are adapters are shown as such."""
 
-    def __init__(self, adapter: nn.Module) -> None:
+    def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        self.__dict__.update(adapter=adapter, _modules=adapter._modules)
+        inner, own = adapter.inner_adapters, adapter._modules
+        shown = {name: module for name, module in own.items() if name not in inner} if inner else own
+        self.__dict__.update(adapter=adapter, _modules=shown)
 
     def _showing(self) -> Iterable[nn.Module]:
         return (self.__dict__["adapter"],)
@@ -405,7 +409,8 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     Returns:
         The adapters that are shown now.
     """
-    adapters = dict(live)  # whoever walks over a model takes no lock
+    present = dict(live)  # whoever walks over a model takes no lock
+    adapters = {inner: one for adapter in present.values() for inner, one in adapter.inner_adapters.items()} | present
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
@@ -429,7 +434,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
         _container(place, own, ParameterMapping).show(own_slots)
     _show_buffers(shown, live, buffers)
     _sort(shown, adapters)
-    return adapters
+    return present
 
 
 def _buffer_names(adapters: Mapping[str, Any]) -> list[str]:
@@ -458,7 +463,7 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in list(adapter._parameters):
         if own in adapter.wrapped_parameters:
             yield own, partial(_leaf, adapter, own, base)
-    if adapter._modules:
+    if adapter._modules.keys() - adapter.inner_adapters.keys():
         yield adapter.parts_shown_as, partial(Remainder, adapter)
 
 

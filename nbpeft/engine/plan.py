@@ -263,6 +263,7 @@ def plan(
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
+    config = config.on_model(model, lambda other: plan(model, other, allow_missing=allow_missing, replacing=replacing))
     layer_map = pending_replication(model, config)
     model = model if layer_map is None else replicated(model, layer_map)
     sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
@@ -271,8 +272,7 @@ def plan(
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
     if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
-    names = list(getattr(resolved, "modules_to_save", None) or ())
-    copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
+    copies = _copies(sites, resolved, guessed_heads(config), strict=not allow_missing)
     tied = _ensured(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
@@ -359,8 +359,7 @@ def _plan_for_calls(
     config.fill_in_sizes(model, kind.features(site.module)[1])
     adapter_class: Any = method.adapter_class
     adapter_class.check_model(config, model)
-    names = list(getattr(config, "modules_to_save", None) or ())
-    copies = _copies(sites, names, guessed_heads(config), strict=strict)
+    copies = _copies(sites, config, guessed_heads(config), strict=strict)
     target = _target(site, config, method)
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
     _check_size(model, [target], {})
@@ -434,8 +433,9 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     return found
 
 
-def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
+def _copies(sites: list[Site], config: AdapterConfig, heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
     """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
+    names = list(getattr(config, "modules_to_save", None) or ())
     if not names:
         return {}
     wanted = set(names)

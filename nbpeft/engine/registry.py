@@ -119,6 +119,12 @@ class Method:
             those layers joined to the parameter's; for files from before transformers 5.
         model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
             model's manager and the arguments.
+        model_attributes: PEFT's name of an attribute of such a model's ``base_model`` -> a function of that.
+        parts: (manager, adapter name) -> folder beside its file -> config, and path -> parameter -> tensor, of other
+            adapters that it consists of.
+        with_parts: (config of a file, folder of such an adapter -> its place or None, keywords of loading) -> the same
+            config with their places.
+        generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
             bare parameters (``target_parameters``) and for each ``Composite`` kind, or goes on none.
@@ -158,6 +164,10 @@ class Method:
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     fuse: Callable[[Mapping[str, Tensor], Mapping[str, tuple[str, ...]]], Mapping[str, Tensor]] | None = None
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    model_attributes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    parts: Callable[[Any, str], Mapping[str, tuple[AdapterConfig, dict[str, dict[str, Tensor]]]]] = lambda _, name: {}
+    with_parts: Callable[[Any, Callable[[str], str | None], Mapping[str, Any]], Any] = lambda config, *_: config
+    generation: Callable[[Any, nn.Module], Mapping[str, Any]] = lambda config, model: {}
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)
     tied_class: Callable[[Any, Sequence[str]], type[Adapter]] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -119,7 +120,10 @@ def read(
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
-    config, tensors = saved.beside((config or saved.config).copy(inference_mode=not trainable))
+    if config is None:
+        find = functools.partial(_part_in, saved.folder)
+        config = method_of(saved.config).with_parts(saved.config, find, options)
+    config, tensors = saved.beside(config.copy(inference_mode=not trainable))
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)
@@ -152,6 +156,17 @@ def read(
         return LoadResult(loaded.missing, loaded.unexpected)
 
     return load
+
+
+def _part_in(folder: Path, part: str) -> str | None:
+    """The place of an adapter that is saved in a folder inside another one's; None where there is none.
+
+    PEFT writes whole models there under keys of its own, which are no adapters.
+    """
+    if not (folder / part / checkpoint.CONFIG_NAME).is_file():
+        return None
+    keys = checkpoint.read_checkpoint(folder / part).unread.header
+    return str(folder / part) if all(key.startswith(checkpoint.PREFIX) for key in keys) else None
 
 
 def fitted(
@@ -378,6 +393,7 @@ def save(
                 config, weights = rewrite(name, config, weights)
             config = checkpoint.config_to_save(config, manager.model, targets=paths)
             ready[places[name]] = config, _under_keys(config, weights)
+            ready |= _parts(manager, name, places[name])
         if not ready or not write:
             return {}
         targets = {name: Path(os.path.expanduser(folder), place) for name, place in places.items()}
@@ -395,7 +411,7 @@ def save(
             tags=_card_tags(manager.model),
             facts=facts,
             pickled=pickled,
-            names={place: name for name, place in places.items()},
+            names={place: os.path.basename(place) for place in ready} | {place: name for name, place in places.items()},
         )
     for name in chosen:
         if notes[places[name]]:
@@ -405,6 +421,18 @@ def save(
     else:  # something made of the adapters, or a copy that goes again
         note_written_over(targets.values())
     return {name: written[place] for name, place in places.items()}
+
+
+def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
+    """Subfolder -> config and tensors by key of the other adapters that one consists of."""
+    with manager.reading():
+        return {
+            os.path.join(place, part): (
+                checkpoint.config_to_save(config, manager.model),
+                _under_keys(config, AdapterWeights(tensors)),
+            )
+            for part, (config, tensors) in method_of(manager.configs[name]).parts(manager, name).items()
+        }
 
 
 def _refuse_other(

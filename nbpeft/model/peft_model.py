@@ -12,7 +12,13 @@ from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import extra_loss_of_call, learns_with_hooks, prepares_calls, transforms_calls
+from nbpeft.engine.method_hooks import (
+    extra_loss_of_call,
+    generation_arguments,
+    learns_with_hooks,
+    prepares_calls,
+    transforms_calls,
+)
 from nbpeft.engine.model_calls import has_encoder
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
 from nbpeft.engine.peft_layer_api import refuse_pickle_of_peft
@@ -323,7 +329,8 @@ class PeftModel(nn.Module):
             self.manager.active_state.turn(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
-            return self.base_model.model.generate(*args, **of_the_model(self.manager, kwargs))  # type: ignore[operator]
+            kwargs = {**generation_arguments(self.manager), **of_the_model(self.manager, kwargs)}
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing
 

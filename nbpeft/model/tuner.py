@@ -348,6 +348,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
             **{name: _model_function(function) for name, function in functions.items()},
+            **{name: _model_attribute(read) for one in alike for name, read in one.model_attributes.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
     return _classes[name]
@@ -362,6 +363,11 @@ def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__doc__ = function.__doc__
     return call
+
+
+def _model_attribute(read: Callable[[Any], Any]) -> property:
+    """What a method gives a model, as an attribute of its class."""
+    return property(lambda self: read(self), doc=read.__doc__)
 
 
 def _class_name(method: Method) -> str:

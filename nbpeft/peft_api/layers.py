@@ -7,6 +7,7 @@ from typing import Any
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.methods.lora.custom_layers import Linear
+from nbpeft.engine.methods.lora.xlora_classifier import XLoraClassifier as XLoraClassifier
 from nbpeft.engine.methods.poly import PolyRouter as PolyRouter
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper

@@ -294,7 +294,7 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.adamss.utils": {"missing": "clustering_Z get_trainable_subspaces seg_locations slice_pca"},
     "tuners.poly.router": {"layers": "PolyRouter", "missing": "Router get_router"},
     "tuners.shira.mask_functions": {"inits": "random_mask"},
-    "tuners.xlora.classifier": {"missing": "XLoraClassifier"},
+    "tuners.xlora.classifier": {"layers": "XLoraClassifier"},
     "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},

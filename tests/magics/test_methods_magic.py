@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.magics.notebook import Notebook
@@ -46,3 +48,21 @@ def test_a_cell_of_a_method_completes_the_fields_of_that_method_alone(notebook: 
     assert not any(word.startswith(("lora_", "use_dora", "vera_")) for word in offered)
     assert not notebook.complete("%%lora model --method oft\nlora_a")
     assert any(word.startswith("vera_dropout") for word in notebook.complete("%%lora model --method vera\nvera_"))
+
+
+def test_a_mixture_of_saved_adapters_is_made_in_a_cell(adapted: Notebook, tmp_path: Path) -> None:
+    for name in ("sql", "chat"):
+        adapted.do(f"%lora save {tmp_path / name} --name {name}")
+    adapted["saved"] = {name: str(tmp_path / name) for name in ("sql", "chat")}
+    listed = str(adapted.do("%lora methods"))
+    assert "adapters must map the name of each LoRA to its folder or hub id" in listed
+    cell = "%%lora model --method xlora --name mix{}\nadapters = saved\nlayerwise_scalings = True"
+    assert "dry run: X-LoRA 'mix' would adapt" in str(adapted.do(cell.format(" --dry-run")))
+    assert "added 'mix' on model: X-LoRA adapters=2" in str(adapted.do(cell.format("")))
+    refused = adapted.run("%%lora model --method xlora --name other\nadapters = {'sql': 'nowhere'}").line
+    assert "nowhere" in refused and "other" not in adapted["model"].manager.names
+    adapted.do("%lora use mix")
+    assert "X-LoRA weighs its adapters anew for each token" in adapted.run("%lora merge").line
+    adapted.do("%lora delete mix")
+    adapted.do("%lora undo")
+    assert "mix" in adapted["model"].manager.names

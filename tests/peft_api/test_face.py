@@ -57,7 +57,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "of methods that nbpeft lacks": (
         "peft.tuners.shadow.*: no *",
-        "peft.tuners.xlora.*: no *",
         "peft.tuners.lycoris_utils: * refuses",
         "peft.tuners._buffer_dict: * refuses",
     ),
@@ -124,6 +123,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.psoft.layer: no OrthLayer",
         "peft.tuners.randlora.layer: no UniqueBaseGrad",
         "peft.tuners.waveft.*: no such module",
+        "peft.tuners.xlora.*: no *",
     ),
     "a type for annotations": ("peft.tuners.road.config: no RoadVariant",),
     "whose layers they are is known": (
@@ -138,8 +138,13 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
     "the same name for all methods: peft_config": (
-        *(f"peft*: {name}Model: no parameter config" for name in ("AdaLora", "Adamss", "OSF", "TinyLora", "UniLora")),
+        *(
+            f"peft*: {name}Model: no parameter config"
+            for name in ("AdaLora", "Adamss", "OSF", "TinyLora", "UniLora", "XLora")
+        ),
     ),
+    "the adapters that it names are loaded as any others": ("peft*: XLoraModel: no parameter *_*",),
+    "the default is the model's": ("XLoraConfig: hidden_size=None, not 4096",),
     "empty at first, and filled in by training": ("AdaLoraConfig: rank_pattern={}, not None",),
     "a field of our own": (
         "*LoraConfig: field quantization_aware is not PEFT's",

@@ -2,6 +2,7 @@
 
 config.py         LoraConfig
 lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py arrow.py velora.py monteclora.py adalora.py   the methods
+xlora.py xlora_config.py xlora_classifier.py   a mixture of LoRA adapters, weighed anew for each token
 together.py       the adapters of all layers, for what is computed over them
 adapter.py        what they share: two low-rank factors
 plain.py          a product that is added as it is: of LoRA and aLoRA
@@ -29,6 +30,7 @@ from nbpeft.engine.methods.lora import (
     monteclora,
     qalora,
     velora,
+    xlora,
 )
 
 __all__ = [
@@ -43,4 +45,5 @@ __all__ = [
     "monteclora",
     "qalora",
     "velora",
+    "xlora",
 ]
