@@ -8,16 +8,15 @@ layer. Here backward computes Δ again, from the parameters alone.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, Rescales
+from nbpeft.engine.adapter import Adapter, IsLowRank, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.numerics import composes, compute_dtype, without_autocast
 from nbpeft.engine.transaction import Transaction
@@ -179,12 +178,6 @@ class ComputedFactors(Adapter, IsLowRank):
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """Both factors; see ``IsLowRank``."""
         return LowRankDelta(*self.factors(), 1.0)
-
-
-def uniform(shape: Sequence[int], site: AdapterSite) -> Tensor:
-    """A new tensor from a uniform distribution that suits its fan-in, ``1 / sqrt(fan_in)`` to each side (He et al.)."""
-    tensor = torch.empty(tuple(shape), device=site.base.device, dtype=site.dtype)
-    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 def apply_delta(
