@@ -29,8 +29,8 @@ NOT_ALIKE = {
     "has it on GPTQ layers alone": ("lora-groups-qalora",),
 }
 """What peft does otherwise -> samples that start otherwise."""
-COMPUTED = ("magnitude", "prompt_embeddings")
-"""Tensors that are computed, and so equal to some digits only."""
+COMPUTED = {"magnitude": 1e-5, "prompt_embeddings": 1e-5, "adamss_A": 1e-2}
+"""Tensors that are computed, not drawn alone -> by how much they may differ."""
 
 
 def samples() -> list[Any]:
@@ -70,12 +70,10 @@ def check_alike(make: Callable[[], Any], config: str, fields: dict[str, Any], **
     # What peft writes once more for each layer, and buffers of zeros.
     keys = [key for key in theirs if key in ours]
     assert keys and all(key.endswith(("randlora_A", "randlora_B", ".zeros")) for key in theirs.keys() - ours.keys())
-    close = fields.get("init_lora_weights") == "olora"
+    from_weight = fields.get("init_lora_weights") == "olora"
     for key in keys:
-        if close or any(part in key for part in COMPUTED):
-            torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=1e-5)
-        else:
-            assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+        tolerance = 1e-5 if from_weight else next((value for part, value in COMPUTED.items() if part in key), 0.0)
+        torch.testing.assert_close(ours[key], theirs[key], atol=tolerance, rtol=0)
     assert torch.equal(state, state_of_peft)
 
 
