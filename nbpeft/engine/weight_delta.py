@@ -124,9 +124,15 @@ class ScaledDelta(WeightDelta, Rescales):
         """Scales the delta; see ``WeightDelta``."""
         return self.unscaled_delta(base, *parameters) * self.scaling
 
+    def is_left_out(self) -> bool:
+        """Whether a layer goes without it in a call of a training; a number is drawn for each, as in PEFT."""
+        if not self.module_dropout and composes():
+            return False
+        return float(torch.rand(1)) <= self.module_dropout
+
     def delta_in_training(self, base: BaseLayer) -> Compute | None:
         """Drops it, or rows of it; see ``WeightDelta``."""
-        if self.module_dropout and float(torch.rand(())) <= self.module_dropout:
+        if self.is_left_out():
             return None
         if not self.rank_dropout:
             return super().delta_in_training(base)

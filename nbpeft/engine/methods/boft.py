@@ -185,12 +185,13 @@ class BOFT(Adapter):
 
     def _kept(self) -> Tensor | None:
         """Which blocks are rotated in this call of a training, (factors, blocks, 1, 1); None for all."""
-        dropped = int(self.dropout * self.count) if self.training else 0
-        if not dropped:
+        if not (self.training and self.dropout):
             return None
         kept = torch.ones(*self.matrices.shape[:2], 1, 1, dtype=torch.bool)
-        kept[int(torch.randint(0, kept.shape[0], ())), torch.randperm(self.count)[:dropped]] = False
-        return kept.to(self.matrices.device)
+        factor, places = int(torch.randint(0, kept.shape[0], (1,))), torch.randperm(self.count)
+        dropped = int(self.dropout * self.count)
+        kept[factor] = (places >= dropped).view(-1, 1, 1)
+        return kept.to(self.matrices.device) if dropped else None
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``s ∘ W M - W``, in the dtype of the matrices; see ``Adapter``."""

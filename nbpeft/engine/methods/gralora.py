@@ -168,8 +168,14 @@ class Gralora(WeightDelta, Rescales):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The products of the blocks, summed; see ``Adapter``."""
-        x = F.dropout(x, self.dropout, self.training)
-        return keeping_inputs(_product, x, *self.tensors, keeps_little=True) * self.scaling
+        dropped = F.dropout(x, self.dropout, self.training)
+        first, second, *whole = self.tensors
+        if not (whole and self.dropout and self.training):
+            return keeping_inputs(_product, dropped, *self.tensors, keeps_little=True) * self.scaling
+        found = keeping_inputs(_product, dropped, first, second, keeps_little=True)
+        dropped = F.dropout(x, self.dropout).to(found.dtype)  # other inputs than of the blocks
+        whole_A, whole_B = (factor.to(found.dtype) for factor in whole)
+        return (found + F.linear(F.linear(dropped, whole_A), whole_B)) * self.scaling
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """The blocks, and the product of the whole weight; see ``WeightDelta``."""

@@ -144,6 +144,8 @@ class LoKr(ScaledDelta, ConvertsToLora):
         drops = self.training and (self.rank_dropout or self.module_dropout)
         if drops or not base.kind.is_linear:
             return super().forward(x, base_output, base)
+        if self.training:
+            self.is_left_out()  # never, but the generator moves on
         dtype = compute_dtype(x, self.tensors[0])
 
         def product(x: Tensor, *parameters: Tensor) -> Tensor:
