@@ -40,7 +40,7 @@ from nbpeft.engine.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
-from nbpeft.engine.initial_draws import Fill, drawn
+from nbpeft.engine.initial_draws import Fill, drawn, dtype_in_layer
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.peft_types import TASK_HEADS as TASK_HEADS
 from nbpeft.engine.peft_types import PeftType as PeftType
@@ -346,15 +346,6 @@ class AdapterSite:
         """Where the layer is, and its parameters go."""
         return self.base.device
 
-    @cached_property
-    def _rounded_to(self) -> torch.dtype | None:
-        """The dtype that new random numbers are rounded to before they get their own."""
-        weight = self.base.module._parameters.get("weight")
-        if weight is not None and weight.is_floating_point():
-            return weight.dtype
-        # A weight in integers need not say what it is computed in.
-        return self.base.dtype if weight is None or "compute_dtype" in self.base.module.__dict__ else None
-
     def new(self, shape: Sequence[int], fill: Fill | None = None) -> Tensor:
         """A new tensor, on the device of the layer and in the dtype of new parameters.
 
@@ -364,7 +355,7 @@ class AdapterSite:
         """
         if fill is None:
             return torch.zeros(shape, device=self.device, dtype=self.dtype)
-        return drawn(shape, fill, self.device, self.dtype, self._rounded_to)
+        return drawn(shape, fill, self.device, self.dtype, dtype_in_layer(self.base))
 
 
 Shape = tuple[int, ...]

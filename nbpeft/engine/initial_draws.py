@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.base import BaseLayer
+
 Fill = Callable[[Tensor], Any]
 """Fills a tensor with random numbers, in place."""
 
@@ -82,6 +84,15 @@ def skip(fill: Fill, device: torch.device, *shapes: Sequence[int]) -> None:
 def skip_linear(device: torch.device, *shapes: Sequence[int]) -> None:
     """Draws what new linear layers and convolutions draw for their weights and biases, and drops it; see ``skip``."""
     skip(Tensor.uniform_, device, (sum(map(math.prod, shapes)),))
+
+
+def dtype_in_layer(base: BaseLayer) -> torch.dtype | None:
+    """The dtype of a layer, through which modules go that are moved to it; None where its weight has no such dtype."""
+    weight = base.module._parameters.get("weight")
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
+    # A weight in integers need not say what it is computed in.
+    return base.dtype if weight is None or "compute_dtype" in base.module.__dict__ else None
 
 
 def _empty(shape: Sequence[int]) -> Tensor:

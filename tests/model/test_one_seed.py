@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -89,3 +93,26 @@ def test_losses_of_lora_with_dropout(fields: dict[str, Any]) -> None:
 
 def test_losses_of_both_parts_of_gralora() -> None:
     check_alike("GraloraConfig", {"r": 4, "gralora_k": 2, "hybrid_r": 2, "gralora_dropout": 0.2, **LINEAR})
+
+
+def moved(run: Callable[[], Any]) -> bool:
+    """Whether something draws from the default generator."""
+    before = torch.get_rng_state()
+    run()
+    return not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("config", ["LoraConfig", "LoHaConfig", "VBLoRAConfig"])
+def test_loading_and_copying_draw_nothing(config: str, tmp_path: Path) -> None:
+    """As in peft with ``low_cpu_mem_usage=True``; without it peft makes a new adapter first."""
+    sizes = {"vector_length": 8} if config == "VBLoRAConfig" else {}
+    made = nbpeft.get_peft_model(llama(), getattr(nbpeft, config)(r=4, **LINEAR, **sizes))
+    made.save_pretrained(tmp_path)
+    base, other = llama(), llama()
+    assert not moved(lambda: nbpeft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True))
+    assert not moved(lambda: made.load_adapter(str(tmp_path), "second"))
+    assert not moved(lambda: made.set_adapter("second"))
+    assert not moved(lambda: pickle.loads(pickle.dumps(copy.deepcopy(made))))
+    assert not moved(lambda: made.delete_adapter("second"))
+    if config == "LoraConfig":
+        assert not moved(lambda: peft.PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=True))
