@@ -71,7 +71,16 @@ class KeepMask:
             made = cls(x.shape, probability, x.device, draw_seed())
             return made, made.again(dtype)
         made = cls(x.shape, probability, x.device, torch.default_generator.get_state())
-        return made, torch.empty(x.shape, dtype=dtype).bernoulli_(1 - probability)
+        # Not from the default generator: another thread could draw from it between the state and the mask.
+        generator = torch.Generator()
+        mask = made._from_state(generator, dtype)
+        torch.default_generator.set_state(generator.get_state())
+        return made, mask
+
+    def _from_state(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        assert isinstance(self.source, Tensor)
+        generator.set_state(self.source)
+        return torch.empty(self.shape, dtype=dtype).bernoulli_(1 - self.probability, generator=generator)
 
     def again(self, dtype: torch.dtype) -> Tensor:
         """The mask, without the ``scale``.
@@ -81,8 +90,7 @@ class KeepMask:
         """
         generator = torch.Generator(self.device)
         if isinstance(self.source, Tensor):
-            generator.set_state(self.source)
-            return torch.empty(self.shape, dtype=dtype).bernoulli_(1 - self.probability, generator=generator)
+            return self._from_state(generator, dtype)
         generator.manual_seed(self.source)
         count = self.shape.numel()
         if self.device.type == "mps":  # which cannot draw over all of int64

@@ -197,7 +197,7 @@ def _drawn_factors(config: LoraConfig, site: AdapterSite, *, are_new: bool) -> d
         fan_in = math.prod(site.shapes[name_B][1:])
         biases = (name for name in others if name.endswith("_bias"))
         return made | {name: site.new(site.shapes[name], partial(linear_, fan_in=fan_in)) for name in biases}
-    if init == "eva":  # until data was seen
+    if init == "eva" and not is_lookup:  # until data was seen
         made = {name_A: site.new(site.shapes[name_A], linear_)}
         skip_linear(site.device, site.shapes[name_B])
         return made
