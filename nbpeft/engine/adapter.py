@@ -28,6 +28,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -40,6 +41,7 @@ from nbpeft.engine.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
+from nbpeft.engine.initial_draws import Fill, drawn, dtype_in_layer
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.peft_types import TASK_HEADS as TASK_HEADS
 from nbpeft.engine.peft_types import PeftType as PeftType
@@ -356,6 +358,22 @@ class AdapterSite:
     shared: SharedState | None = None
     name: str = "default"
     start: TakenOver | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the layer is, and its parameters go."""
+        return self.base.device
+
+    def new(self, shape: Sequence[int], fill: Fill | None = None) -> Tensor:
+        """A new tensor, on the device of the layer and in the dtype of new parameters.
+
+        Args:
+            shape: of the tensor.
+            fill: fills it with random numbers, see ``initial_draws``; None for zeros.
+        """
+        if fill is None:
+            return torch.zeros(shape, device=self.device, dtype=self.dtype)
+        return drawn(shape, fill, self.device, self.dtype, dtype_in_layer(self.base))
 
 
 Shape = tuple[int, ...]

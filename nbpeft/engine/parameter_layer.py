@@ -40,7 +40,10 @@ class AdaptedOwner(AdaptedLayer):
 
     def __init__(self, module: nn.Module, name: str, kind: LayerKind, backend: Backend, state: ActiveState) -> None:
         super().__init__(module, kind, backend, state)
-        self.__dict__.update(parameter_name=name, base=BaseLayer(ParameterView(module, name), kind, backend))
+        self.__dict__.update(
+            parameter_name=name,
+            base=BaseLayer(ParameterView(module, name), kind, backend, adapters=self.adapters._modules),
+        )
 
     @property
     def weight_module(self) -> nn.Module:
@@ -56,7 +59,9 @@ class AdaptedOwner(AdaptedLayer):
         module: nn.Module = self.get_base_layer()
         if module is self.weight_module.owner:
             return self.base
-        return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
+        return BaseLayer(
+            ParameterView(module, self.parameter_name), self.kind, self.backend, adapters=self.adapters._modules
+        )
 
     def _acts(self) -> bool:
         """Whether an adapter changes the parameter in the call that runs."""

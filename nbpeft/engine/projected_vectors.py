@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import method_of
@@ -114,10 +115,11 @@ class ProjectedVectors(Adapter, ConvertsToLora):
         if tensors is None:
             options: Any = {"device": site.base.device, "dtype": site.dtype}
             shape_b, shape_d = (site.shapes[name] for name in cls.names)
+            d = site.new(shape_d, normal_)
             if config.init_weights:
-                new = torch.zeros(shape_b, **options), torch.full(shape_d, float(config.d_initial), **options)
+                new = torch.zeros(shape_b, **options), d.fill_(float(config.d_initial))
             else:
-                new = torch.ones(shape_b, **options), torch.randn(shape_d, **options)
+                new = torch.ones(shape_b, **options), d
             tensors = dict(zip(cls.names, new, strict=True))
         assert isinstance(site.shared, Projections)
         made = cls(tensors, site.shared)

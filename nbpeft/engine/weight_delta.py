@@ -8,16 +8,15 @@ layer. Here backward computes Δ again, from the parameters alone.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, Rescales
+from nbpeft.engine.adapter import Adapter, IsLowRank, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.numerics import composes, compute_dtype, without_autocast
 from nbpeft.engine.transaction import Transaction
@@ -125,9 +124,15 @@ class ScaledDelta(WeightDelta, Rescales):
         """Scales the delta; see ``WeightDelta``."""
         return self.unscaled_delta(base, *parameters) * self.scaling
 
+    def is_left_out(self) -> bool:
+        """Whether a layer goes without it in a call of a training; a number is drawn for each, as in PEFT."""
+        if not self.module_dropout and composes():
+            return False
+        return float(torch.rand(1)) <= self.module_dropout
+
     def delta_in_training(self, base: BaseLayer) -> Compute | None:
         """Drops it, or rows of it; see ``WeightDelta``."""
-        if self.module_dropout and float(torch.rand(())) <= self.module_dropout:
+        if self.is_left_out():
             return None
         if not self.rank_dropout:
             return super().delta_in_training(base)
@@ -179,12 +184,6 @@ class ComputedFactors(Adapter, IsLowRank):
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """Both factors; see ``IsLowRank``."""
         return LowRankDelta(*self.factors(), 1.0)
-
-
-def uniform(shape: Sequence[int], site: AdapterSite) -> Tensor:
-    """A new tensor from a uniform distribution that suits its fan-in, ``1 / sqrt(fan_in)`` to each side (He et al.)."""
-    tensor = torch.empty(tuple(shape), device=site.base.device, dtype=site.dtype)
-    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 def apply_delta(

@@ -83,6 +83,13 @@ def test_undo_brings_everything_back(session: Session, model: Any, saved: Path, 
         session.undo()
 
 
+def test_undoing_draws_no_random_numbers(session: Session, model: Any) -> None:
+    session.delete("sql")
+    before = torch.get_rng_state()
+    session.undo()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_undo_goes_further_back_each_time(session: Session, model: Any) -> None:
     states = []
     for fields in ({"lora_alpha": 9}, {"r": 3}, {"r": 3, "lora_alpha": 1}, {"target_modules": ["v_proj"]}):

@@ -29,6 +29,7 @@ from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankD
 from nbpeft.engine.allocator import Allocator, update_and_allocate
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_linear, check_number, check_seed
+from nbpeft.engine.initial_draws import normal_, skip
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register, resolve_backend
@@ -621,6 +622,8 @@ def _start(found: Subspaces, config: AdamssConfig, site: AdapterSite) -> dict[st
     device, made = site.base.device, {}
     for k, (outputs, rank) in enumerate(found.sizes):
         if _has_values(found.rows):
+            if config.use_dynamic_rank:  # PEFT finds the rank by a search of its own
+                skip(normal_, device, (outputs, outputs))
             first = row_directions(found.rows[found.clusters == k], rank)
         else:
             first = found.rows.new_empty(rank, found.rows.shape[1])

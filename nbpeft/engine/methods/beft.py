@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -84,8 +85,8 @@ class Beft(Adapter, TransformsOutput):
     def create(cls, config: BeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds a loaded bias or makes a new one; see ``Adapter``."""
         if tensors is None:
-            make = torch.zeros if config.init_weights else torch.randn
-            tensors = {BIAS: make(site.shapes[BIAS], device=site.base.device, dtype=site.dtype)}
+            bias = site.new(site.shapes[BIAS], normal_)
+            tensors = {BIAS: bias.zero_() if config.init_weights else bias}
         made = cls()
         made._parameters[BIAS] = nn.Parameter(tensors[BIAS])
         return made

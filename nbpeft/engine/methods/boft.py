@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import cayley
 from nbpeft.engine.registry import register
@@ -28,6 +30,7 @@ from nbpeft.engine.weight_delta import apply_delta, keeping_inputs
 from nbpeft.errors import ConfigError
 
 ROTATION, SCALE = "boft_R", "boft_s"
+_MEANS = {ROTATION: 0.0, SCALE: 1.0}
 
 
 @dataclass
@@ -146,14 +149,10 @@ class BOFT(Adapter):
     def create(cls, config: BOFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded matrices and scales or makes new ones; see ``Adapter``."""
         if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            tensors = {
-                ROTATION: torch.zeros(site.shapes[ROTATION], **options),
-                SCALE: torch.ones(site.shapes[SCALE], **options),
-            }
+            tensors = {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
             if not config.init_weights:
-                for tensor in tensors.values():
-                    tensor.add_(torch.randn_like(tensor), alpha=0.1)
+                normals = {name: partial(normal_, std=0.1, mean=mean) for name, mean in _MEANS.items()}
+                tensors = {name: site.new(site.shapes[name], normal) for name, normal in normals.items()}
         made = BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
         return made(tensors, config.boft_dropout)  # type: ignore[return-value]
 
@@ -186,12 +185,13 @@ class BOFT(Adapter):
 
     def _kept(self) -> Tensor | None:
         """Which blocks are rotated in this call of a training, (factors, blocks, 1, 1); None for all."""
-        dropped = int(self.dropout * self.count) if self.training else 0
-        if not dropped:
+        if not (self.training and self.dropout):
             return None
         kept = torch.ones(*self.matrices.shape[:2], 1, 1, dtype=torch.bool)
-        kept[int(torch.randint(0, kept.shape[0], ())), torch.randperm(self.count)[:dropped]] = False
-        return kept.to(self.matrices.device)
+        factor, places = int(torch.randint(0, kept.shape[0], (1,))), torch.randperm(self.count)
+        dropped = int(self.dropout * self.count)
+        kept[factor] = (places >= dropped).view(-1, 1, 1)
+        return kept.to(self.matrices.device) if dropped else None
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``s ∘ W M - W``, in the dtype of the matrices; see ``Adapter``."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_linear
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.registry import register
@@ -94,14 +95,10 @@ class C3A(WeightDelta):
     def create(cls, config: C3AConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded rows or makes new ones; see ``Adapter``."""
         if tensors is None:
-            kernel = torch.zeros(site.shapes[KERNEL], device=site.base.device, dtype=site.dtype)
-            inputs, outputs = site.base.in_features, site.base.out_features
-            if config.init_weights == "gaussian":
-                kernel.normal_()
-            elif config.init_weights is not True:
-                share = 1 / inputs if config.init_weights == "kaiming_uniform" else 6 / (inputs + outputs)
-                kernel.uniform_(-math.sqrt(share), math.sqrt(share))
-            tensors = {KERNEL: kernel}
+            inputs, outputs, init = site.base.in_features, site.base.out_features, config.init_weights
+            bound = math.sqrt(1 / inputs if init == "kaiming_uniform" else 6 / (inputs + outputs))
+            fill = normal_ if init == "gaussian" else lambda kernel: kernel.uniform_(-bound, bound)
+            tensors = {KERNEL: site.new(site.shapes[KERNEL], None if init is True else fill)}
         return cls({KERNEL: tensors[KERNEL]})
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype, widened
 from nbpeft.engine.registry import register
@@ -134,14 +136,14 @@ class Deft(Adapter, ConvertsToLora):
 
     def start(self, config: DeftConfig, site: AdapterSite) -> dict[str, Tensor]:
         """New tensors: random directions, and an injection that undoes them, or a random one."""
-        drawn = torch.empty(site.shapes[DIRECTIONS], device=site.base.device, dtype=site.dtype).normal_(0, _DEVIATION)
+        normal = partial(normal_, std=_DEVIATION)
+        drawn = site.new(site.shapes[DIRECTIONS], normal)
         if config.para:
             return {DIRECTIONS: drawn}
         if config.init_weights:
             _, reader = self.projection(drawn)
             return {DIRECTIONS: drawn, INJECTION: self.taken_out(reader, site.base).to(site.dtype)}
-        injection = torch.empty(site.shapes[INJECTION], device=site.base.device, dtype=site.dtype)
-        return {DIRECTIONS: drawn, INJECTION: injection.normal_(0, _DEVIATION) * config.init_scale}
+        return {DIRECTIONS: drawn, INJECTION: site.new(site.shapes[INJECTION], normal) * config.init_scale}
 
     def taken_out(self, reader: Tensor, base: BaseLayer) -> Tensor:
         """``Nᵀ W / s``, (r, in), in the dtype of N."""

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import ComputedFactors, keeping_inputs, uniform
+from nbpeft.engine.weight_delta import ComputedFactors, keeping_inputs
 
 FACTOR_A, FACTOR_B, BOUND, NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 _LEAST_NORM = 1e-4
@@ -115,8 +116,8 @@ class Delora(ComputedFactors):
             options: Any = {"device": site.base.device, "dtype": site.dtype}
             shape_B = site.shapes[FACTOR_B]
             tensors = {
-                FACTOR_A: uniform(site.shapes[FACTOR_A], site),
-                FACTOR_B: torch.zeros(shape_B, **options) if config.init_weights else uniform(shape_B, site),
+                FACTOR_A: site.new(site.shapes[FACTOR_A], linear_),
+                FACTOR_B: torch.zeros(shape_B, **options) if config.init_weights else site.new(shape_B, linear_),
                 BOUND: torch.full((1,), config.lambda_at(site.path), **options),
             }
         norms = tensors.get(NORMS)

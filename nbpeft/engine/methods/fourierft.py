@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_frequencies, check_linear, check_number
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.numerics import composes
@@ -110,8 +111,8 @@ class FourierFT(WeightDelta, Rescales):
     def create(cls, config: FourierFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded numbers or makes new ones; see ``Adapter``."""
         if tensors is None:
-            make = torch.zeros if config.init_weights else torch.randn
-            tensors = {SPECTRUM: make(site.shapes[SPECTRUM], device=site.base.device, dtype=site.dtype)}
+            spectrum = site.new(site.shapes[SPECTRUM], normal_)
+            tensors = {SPECTRUM: spectrum.zero_() if config.init_weights else spectrum}
         made = cls(tensors)
         made.__dict__.update(scaling=float(config.scaling), seed=config.random_loc_seed)
         return made

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
-from nbpeft.engine.weight_delta import apply_delta, in_one_product, keeping_inputs, uniform
+from nbpeft.engine.weight_delta import apply_delta, in_one_product, keeping_inputs
 
 _PARTS = ("Xd", "Xu", "X")
 _KEYS = {f"glora_{path}_{part}": f"glora_{path}.{part}" for path in "ABCDE" for part in _PARTS}
@@ -217,4 +218,4 @@ def _start(name: str, config: GloraConfig, site: AdapterSite) -> Tensor:
         return zeros
     if shape == (1,):
         return zeros.normal_(0, _DEVIATION)
-    return uniform(shape, site) if len(shape) == 2 else uniform((1, *shape), site)[0]
+    return site.new(shape, linear_) if len(shape) == 2 else site.new((1, *shape), linear_)[0]

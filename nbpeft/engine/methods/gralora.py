@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number
+from nbpeft.engine.initial_draws import linear_, skip_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, keeping_inputs, uniform
+from nbpeft.engine.weight_delta import WeightDelta, keeping_inputs
 from nbpeft.errors import ConfigError
 
 BLOCKS_A, BLOCKS_B = "gralora_A", "gralora_B"
@@ -129,7 +130,7 @@ class Gralora(WeightDelta, Rescales):
     def create(cls, config: GraloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones; see ``Adapter``."""
         if tensors is None:
-            tensors = {name: _drawn(name, shape, site, config) for name, shape in site.shapes.items()}
+            tensors = _drawn(config, site)
         made = cls({name: tensors[name] for name in site.shapes})
         made.__dict__["scaling"] = config.scaling
         made.configure(config, site.path)
@@ -167,8 +168,14 @@ class Gralora(WeightDelta, Rescales):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The products of the blocks, summed; see ``Adapter``."""
-        x = F.dropout(x, self.dropout, self.training)
-        return keeping_inputs(_product, x, *self.tensors, keeps_little=True) * self.scaling
+        dropped = F.dropout(x, self.dropout, self.training)
+        first, second, *whole = self.tensors
+        if not (whole and self.dropout and self.training):
+            return keeping_inputs(_product, dropped, *self.tensors, keeps_little=True) * self.scaling
+        found = keeping_inputs(_product, dropped, first, second, keeps_little=True)
+        dropped = F.dropout(x, self.dropout).to(found.dtype)  # other inputs than of the blocks
+        whole_A, whole_B = (factor.to(found.dtype) for factor in whole)
+        return (found + F.linear(F.linear(dropped, whole_A), whole_B)) * self.scaling
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """The blocks, and the product of the whole weight; see ``WeightDelta``."""
@@ -190,14 +197,16 @@ class Gralora(WeightDelta, Rescales):
         return f"r={self.rank}, k={self.gralora_k}, hybrid_r={self.hybrid_r}, alpha={self.alpha:g}"
 
 
-def _drawn(name: str, shape: tuple[int, ...], site: AdapterSite, config: GraloraConfig) -> Tensor:
-    """A new factor: those that are multiplied last begin with zeros."""
-    if config.init_weights and name in (BLOCKS_B, WHOLE_B):
-        return torch.zeros(shape, device=site.base.device, dtype=site.dtype)
-    if len(shape) == 2:
-        return uniform(shape, site)
-    count, inputs, outputs = shape
-    return torch.stack([uniform((outputs, inputs), site).T for _ in range(count)])
+def _drawn(config: GraloraConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """New factors, drawn block by block: those that are multiplied last begin with zeros."""
+    last = None if config.init_weights else linear_
+    fills, names = {BLOCKS_A: linear_, BLOCKS_B: last, WHOLE_A: linear_, WHOLE_B: last}, (BLOCKS_A, BLOCKS_B)
+    pairs = zip(*([site.shapes[name][:0:-1]] * site.shapes[name][0] for name in names), strict=True)
+    blocks = [[site.new(shape, fills[name]).T for name, shape in zip(names, pair, strict=True)] for pair in pairs]
+    made = {name: torch.stack(parts) for name, parts in zip(names, zip(*blocks, strict=True), strict=True)}
+    whole = {name: shape for name, shape in site.shapes.items() if name not in made}
+    skip_linear(site.device, *whole.values())
+    return made | {name: site.new(shape, fills[name]) for name, shape in whole.items()}
 
 
 def _product(x: Tensor, first: Tensor, second: Tensor, *whole: Tensor) -> Tensor:

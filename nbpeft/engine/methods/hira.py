@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count
+from nbpeft.engine.initial_draws import linear_, normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, uniform
+from nbpeft.engine.weight_delta import WeightDelta
 from nbpeft.errors import ConfigError
 
 _FACTORS, _EMBEDDING_FACTORS = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
@@ -94,15 +94,14 @@ class Hira(WeightDelta):
     def create(cls, config: HiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones; see ``Adapter``."""
         if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            drawn = {name: torch.randn(shape, **options) for name, shape in site.shapes.items()}
+            drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
             name_A, name_B = site.shapes
             if config.init_weights:
                 drawn[name_A if name_A in _EMBEDDING_FACTORS else name_B].zero_()
             if config.init_weights == "gaussian" and name_A in _FACTORS:
                 drawn[name_A].div_(config.rank_at(site.path))
             elif config.init_weights and name_A in _FACTORS:
-                drawn[name_A] = uniform(site.shapes[name_A], site)
+                drawn[name_A] = site.new(site.shapes[name_A], linear_)
             tensors = drawn
         made = cls({name: tensors[name] for name in site.shapes})
         made.__dict__["dropout"] = config.hira_dropout

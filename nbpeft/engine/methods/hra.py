@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import widened
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
-from nbpeft.engine.weight_delta import apply_delta, keeping_inputs, uniform
+from nbpeft.engine.weight_delta import apply_delta, keeping_inputs
 from nbpeft.errors import ConfigError
 
 VECTORS = "hra_u"
@@ -93,9 +94,9 @@ class HRA(Adapter):
             vectors = tensors[VECTORS]
         elif config.init_weights and config.r % 2 == 0:
             features, rank = site.shapes[VECTORS]
-            vectors = uniform((features, rank // 2), site).repeat_interleave(2, dim=1)
+            vectors = site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)
         else:
-            vectors = uniform(site.shapes[VECTORS], site)
+            vectors = site.new(site.shapes[VECTORS], linear_)
         made = HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
         return made(vectors, orthogonal=config.apply_GS)  # type: ignore[return-value]
 

@@ -28,6 +28,7 @@ from nbpeft.engine.adapter import (
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.combination import Combination, Member
 from nbpeft.engine.config_checks import check_target_fields
+from nbpeft.engine.initial_draws import normal_, skip
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import Matcher, matches_segment_names
 from nbpeft.errors import AdapterError, ConfigError
@@ -221,13 +222,14 @@ class IA3(Adapter):
     @classmethod
     def create(cls, config: IA3Config, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds a loaded vector or starts at ones; see ``Adapter``."""
-        shape, options = site.shapes[VECTOR], {"device": site.base.device, "dtype": site.dtype}
+        shape = site.shapes[VECTOR]
         if tensors is not None:
             vector = tensors[VECTOR]
         elif config.init_ia3_weights:
-            vector = torch.ones(shape, **options)  # type: ignore[call-overload]
+            skip(normal_, site.device, shape)
+            vector = torch.ones(shape, device=site.base.device, dtype=site.dtype)
         else:
-            vector = torch.randn(shape, **options)  # type: ignore[call-overload]
+            vector = site.new(shape, normal_)
         return (IA3OnInput if config.scales_input(site.path) else IA3OnOutput)(vector)  # type: ignore[return-value]
 
     def __init__(self, vector: Tensor) -> None:

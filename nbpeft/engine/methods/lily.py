@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number
+from nbpeft.engine.initial_draws import linear_, skip_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import keeping_inputs, uniform
+from nbpeft.engine.weight_delta import keeping_inputs
 from nbpeft.errors import ConfigError, MergeError
 
 A, B, ROUTER = "lily_A", "lily_B", "lily_router"
@@ -121,9 +122,12 @@ class Lily(Adapter, Rescales):
     def create(cls, config: LilyConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors or makes new ones; see ``Adapter``."""
         if tensors is None:
-            tensors = {name: uniform(shape, site) for name, shape in site.shapes.items()}
-            if config.init_weights:
-                tensors[B].zero_()
+            skip_linear(site.device, *site.shapes.values())
+            order = (A, ROUTER, B)
+            tensors = {
+                name: site.new(site.shapes[name], None if name == B and config.init_weights else linear_)
+                for name in order
+            }
         made = cls()
         made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
         made.__dict__["scaling"] = config.scaling

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import RankedConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
-from nbpeft.engine.weight_delta import ScaledDelta, uniform
+from nbpeft.engine.weight_delta import ScaledDelta
 from nbpeft.errors import ConfigError
 
 _MATRICES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -90,9 +91,8 @@ class LoHa(ScaledDelta, ConvertsToLora):
     def create(cls, config: LoHaConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or starts with the second B at zeros; see ``Adapter``."""
         if tensors is None:
-            tensors = {name: uniform(shape, site) for name, shape in site.shapes.items()}
-            if config.init_weights:
-                tensors["hada_w2_b"].zero_()
+            zero = "hada_w2_b" if config.init_weights else ""
+            tensors = {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
         return cls({name: tensors[name] for name in site.shapes}, config, site.path)
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:

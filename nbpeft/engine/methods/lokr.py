@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import RankedConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
-from nbpeft.engine.weight_delta import ScaledDelta, keeping_inputs, uniform
+from nbpeft.engine.weight_delta import ScaledDelta, keeping_inputs
 from nbpeft.errors import ConfigError
 
 W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
@@ -133,9 +134,9 @@ class LoKr(ScaledDelta, ConvertsToLora):
     def create(cls, config: LoKrConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded matrices or starts with one of them at zeros; see ``Adapter``."""
         if tensors is None:
-            tensors = {name: uniform(shape, site) for name, shape in site.shapes.items()}
-            if config.init_weights:
-                tensors[_zeros_at_start(tensors, lycoris=config.init_weights == "lycoris")].zero_()
+            lycoris = config.init_weights == "lycoris"
+            zero = _zeros_at_start(site.shapes, lycoris=lycoris) if config.init_weights else ""
+            tensors = {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
         return cls({name: tensors[name] for name in site.shapes}, config, site.path)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -143,6 +144,8 @@ class LoKr(ScaledDelta, ConvertsToLora):
         drops = self.training and (self.rank_dropout or self.module_dropout)
         if drops or not base.kind.is_linear:
             return super().forward(x, base_output, base)
+        if self.training:
+            self.is_left_out()  # never, but the generator moves on
         dtype = compute_dtype(x, self.tensors[0])
 
         def product(x: Tensor, *parameters: Tensor) -> Tensor:

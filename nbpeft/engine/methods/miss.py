@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, uniform
+from nbpeft.engine.weight_delta import WeightDelta
 from nbpeft.errors import ConfigError
 
 BLOCK = "miss_block"
@@ -119,7 +120,7 @@ class Miss(WeightDelta, ConvertsToLora):
         elif config.init_weights:
             block = torch.zeros(shape, device=site.base.device, dtype=site.dtype)
         else:
-            block = uniform(shape, site)
+            block = site.new(shape, linear_)
         made = (Bat if config.init_weights == "bat" else Miss)({BLOCK: block})
         made.__dict__["dropout"] = config.miss_dropout
         return made  # type: ignore[return-value]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import cayley, composes, neumann_cayley, without_autocast
 from nbpeft.engine.registry import register
@@ -147,9 +148,7 @@ class OFT(Adapter):
         if tensors is not None:
             triangles = tensors[name]
         else:
-            triangles = torch.zeros(shape, device=base.device, dtype=site.dtype)
-            if not config.init_weights:
-                triangles.normal_(std=0.1)
+            triangles = site.new(shape, None if config.init_weights else partial(normal_, std=0.1))
         kind = base.kind
         made = OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
         return made(name, triangles, config, _rotated(base.module, kind))  # type: ignore[return-value]

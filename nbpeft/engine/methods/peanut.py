@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number
+from nbpeft.engine.initial_draws import linear_, skip_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import keeping_inputs, uniform
+from nbpeft.engine.weight_delta import keeping_inputs
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 FIRST, LAST = "peanut_A", "peanut_B"
@@ -124,8 +125,12 @@ class Peanut(Adapter, ConvertsToLora, Rescales):
     def create(cls, config: PeanutConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors or makes new ones; see ``Adapter``."""
         if tensors is None:
-            drawn = {name: uniform(shape, site) for name, shape in site.shapes.items()}
-            tensors = {**drawn, LAST: torch.zeros_like(drawn[LAST])} if config.init_weights else drawn
+            skip_linear(site.device, *site.shapes.values())
+            order = sorted(site.shapes, key=lambda name: name == LAST)
+            tensors = {
+                name: site.new(site.shapes[name], None if name == LAST and config.init_weights else linear_)
+                for name in order
+            }
         made = cls()
         made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
         made.__dict__.update(scaling=float(config.scaling), **_settings(config))

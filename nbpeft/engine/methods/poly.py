@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.peft_modules import ParameterModule
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.task_ids import TASK_IDS, checked_task_ids
-from nbpeft.engine.weight_delta import keeping_inputs, uniform
+from nbpeft.engine.weight_delta import keeping_inputs
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 
 A, B, ROUTER, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router", "module_logits"
@@ -266,7 +267,7 @@ def _skills(shape: Sequence[int], site: AdapterSite) -> Tensor:
     made = torch.empty(tuple(shape), device=site.base.device, dtype=site.dtype)
     for skill in range(skills):
         for split in range(splits):
-            made[split, skill] = uniform((outputs, inputs), site).T
+            made[split, skill] = site.new((outputs, inputs), linear_).T
     return made
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import cayley, compute_dtype, neumann_cayley, widened
 from nbpeft.engine.random_numbers import drawing_from
@@ -166,8 +168,12 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         if tensors is None:
             options: Any = {"device": site.base.device, "dtype": site.dtype}
             tensors = {name: torch.ones(shape, **options) for name, shape in site.shapes.items()}
-            core = torch.zeros(site.shapes[CORE], **options) if config.psoft_orth else torch.eye(config.r, **options)
-            tensors[CORE] = core if config.init_weights else core + torch.randn_like(core) * _DEVIATION
+            normal = None if config.init_weights else normal_
+            if config.psoft_orth:
+                tensors[CORE] = site.new(site.shapes[CORE], normal and partial(normal, std=_DEVIATION))
+            else:
+                core = site.new(site.shapes[CORE], normal) * _DEVIATION
+                tensors[CORE] = core + torch.eye(config.r, **options)
         made = cls()
         made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
         for name, found in zip((DOWN, UP), _directions(config, site.base), strict=True):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -175,10 +176,10 @@ class RandLora(Adapter, Rescales):
         """Binds loaded scales or makes new ones; see ``Adapter``."""
         if tensors is None:
             options: Any = {"device": site.base.device, "dtype": site.dtype}
-            make, shape = (torch.zeros if config.init_weights else torch.randn), site.shapes[GAMMA]
+            scales, shape = site.new(site.shapes[LAMBDA], normal_), site.shapes[GAMMA]
             largest = max(shape) if config.init_weights else max(site.base.in_features, site.base.out_features)
             tensors = {
-                LAMBDA: make(site.shapes[LAMBDA], **options),
+                LAMBDA: scales.zero_() if config.init_weights else scales,
                 GAMMA: torch.full(shape, 1 / largest, **options),
             }
         assert isinstance(site.shared, Bases)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
@@ -26,6 +28,7 @@ from nbpeft.engine.weight_delta import keeping_inputs
 from nbpeft.errors import ConfigError
 
 ANGLE, SCALE = "road_theta", "road_alpha"
+_MEANS = {ANGLE: 0.0, SCALE: 1.0}
 _FOR_A_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Variant -> how many angles, and scales, a pair of outputs has."""
 
@@ -96,12 +99,10 @@ class Road(Adapter, TransformsOutput):
     def create(cls, config: RoadConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded angles and scales or makes new ones; see ``Adapter``."""
         if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            angle, scale = torch.zeros(site.shapes[ANGLE], **options), torch.ones(site.shapes[SCALE], **options)
+            tensors = {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
             if not config.init_weights:
-                angle.normal_(std=0.5)
-                scale.normal_(mean=1.0, std=0.5)
-            tensors = {ANGLE: angle, SCALE: scale}
+                normals = {name: partial(normal_, std=0.5, mean=mean) for name, mean in _MEANS.items()}
+                tensors = {name: site.new(site.shapes[name], normal) for name, normal in normals.items()}
         return cls(tensors, config)
 
     def __init__(self, tensors: Mapping[str, Tensor], config: RoadConfig) -> None:

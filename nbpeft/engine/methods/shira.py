@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, ReplacesCall, Rescales, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_seed
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
@@ -132,10 +133,9 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
     @classmethod
     def create(cls, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded entries or makes new ones; see ``Adapter``."""
-        shape, base = site.shapes[WEIGHT], site.base
+        shape = site.shapes[WEIGHT]
         if tensors is None:
-            make = torch.zeros if config.init_weights else torch.randn
-            tensors = {WEIGHT: make(shape, device=base.device, dtype=site.dtype)}
+            tensors = {WEIGHT: site.new(shape, None if config.init_weights else normal_)}
         indices = tensors.get(INDICES)
         made = cls({WEIGHT: tensors[WEIGHT]})
         places = _new_places(config, site) if indices is None else _checked(indices, site)

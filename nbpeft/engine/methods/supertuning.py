@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, ReplacesCall, Rescales, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import FLOATS, compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, apply_delta, in_one_product, uniform, with_entries
+from nbpeft.engine.weight_delta import WeightDelta, apply_delta, in_one_product, with_entries
 from nbpeft.errors import ConfigError, shown
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
@@ -227,7 +228,7 @@ def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:
         return made
     # PEFT draws both factors, and then those that it keeps again.
     for name in (FACTOR_A, FACTOR_B, FACTOR_A, *(() if config.init_weights else (FACTOR_B,))):
-        made[name] = uniform(site.shapes[name], site)
+        made[name] = site.new(site.shapes[name], linear_)
     if config.init_weights:
         made[FACTOR_B].zero_()
     return {name: made[name] for name in site.shapes}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, Shape, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number, check_seed
+from nbpeft.engine.initial_draws import drawn
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype, widened
 from nbpeft.engine.registry import register
@@ -130,10 +131,10 @@ class TinyVectors(SharedState):
         """Binds loaded vectors or makes new ones."""
         if tensors is not None:
             return cls([tensors[name].to(device, dtype) for name in shapes])
-        made = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes.values()]
-        if config.init_weights is not True:
-            made = [tensor.uniform_(-config.init_v_bound, config.init_v_bound) for tensor in made]
-        return cls(made)
+        if config.init_weights is True:
+            return cls([torch.zeros(shape, device=device, dtype=dtype) for shape in shapes.values()])
+        bound = config.init_v_bound
+        return cls([drawn(shape, lambda v: v.uniform_(-bound, bound), device, dtype) for shape in shapes.values()])
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Numbers the layers; see ``SharedState``."""

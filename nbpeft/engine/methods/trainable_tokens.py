@@ -24,6 +24,7 @@ from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterSite, PeftType
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.combination import Member
 from nbpeft.engine.config_checks import checked_names
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.registry import Part, register, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import matches_segment_names, no_match
@@ -191,8 +192,7 @@ class TrainableTokens(Adapter):
             rows = torch.tensor(config.indices, dtype=torch.long, device=base.device)
             tensors = {name: _table(base.weight(), base)[rows].to(site.dtype) for name in site.shapes}
         elif tensors is None:
-            options: Any = {"device": base.device, "dtype": site.dtype}
-            tensors = {name: torch.rand(shape, **options) for name, shape in site.shapes.items()}
+            tensors = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
         adapter = cls(config.indices, tensors, base.device)
         adapter.__dict__["own_base"] = base
         adapter.__dict__["peft_container"] = "token_adapter" if config.companion else ""

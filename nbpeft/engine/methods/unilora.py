@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, Shape, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.initial_draws import drawn, normal_, skip
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
@@ -116,8 +117,9 @@ class UniVector(SharedState):
         """Binds loaded numbers or draws new ones."""
         if tensors is not None:
             return cls(tensors[THETA].to(device, dtype), config)
-        made, bound = torch.empty(shapes[THETA], device=device, dtype=dtype), config.init_theta_d_bound
-        return cls(made.uniform_(-bound, bound) if config.init_weights else made.normal_(), config)
+        bound = config.init_theta_d_bound
+        fill = (lambda theta: theta.uniform_(-bound, bound)) if config.init_weights else normal_
+        return cls(drawn(shapes[THETA], fill, device, dtype), config)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Remembers where the entries of each layer begin among all; see ``SharedState``."""
@@ -236,6 +238,9 @@ class UniLora(ComputedFactors):
         made, given = cls(), dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
             indices = site.shared.indices_of(site.path)
+            if tensors is None:  # other indices are drawn first, which these take the place of
+                shapes = (one.shape for one in indices)
+                skip(lambda one: torch.randint(config.theta_d_length, one.shape), site.device, *shapes)
             dtype = site.base.dtype if site.base.dtype.itemsize > 1 else site.dtype
             scales = [site.shared.scales_of(one).to(dtype) for one in indices]
             device = site.shared.theta.device if site.base.device.type == "meta" else site.base.device

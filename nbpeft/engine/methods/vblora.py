@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number
+from nbpeft.engine.initial_draws import drawn, normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
@@ -84,6 +86,8 @@ class VBLoRAConfig(LayersConfig):
 class VectorBank(SharedState):
     """The vectors, (num_vectors, vector_length), which are trained."""
 
+    is_new: bool
+
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
         self._parameters[BANK] = nn.Parameter(vectors)
@@ -107,11 +111,18 @@ class VectorBank(SharedState):
         device: torch.device,
         dtype: torch.dtype,
     ) -> Self:
-        """Binds a loaded bank or draws a new one."""
-        if tensors is not None:
-            return cls(tensors[BANK].to(device, dtype))
-        bound = config.init_vector_bank_bound
-        return cls(torch.empty(shapes[BANK], device=device, dtype=dtype).uniform_(-bound, bound))
+        """Binds a loaded bank or makes a new one, which the layers draw."""
+        bank = torch.zeros(shapes[BANK], device=device, dtype=dtype) if tensors is None else tensors[BANK]
+        made = cls(bank.to(device, dtype))
+        made.__dict__["is_new"] = tensors is None
+        return made
+
+    @torch.no_grad()
+    def draw_(self, config: VBLoRAConfig) -> None:
+        """Draws a new bank once more: each layer does, and the bank of the last one counts."""
+        if self.is_new:
+            bound, bank = config.init_vector_bank_bound, self.vectors
+            bank.copy_(drawn(bank.shape, lambda new: new.uniform_(-bound, bound), bank.device, bank.dtype))
 
 
 def _index_dtype(count: int) -> torch.dtype:
@@ -242,13 +253,12 @@ class VBLoRA(ComputedFactors):
     @classmethod
     def create(cls, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded logits or draws new ones; see ``Adapter``."""
+        assert isinstance(site.shared, VectorBank)
         picked = tensors is not None and any(bool((tensor <= _LEFT_OUT).any()) for tensor in tensors.values())
         if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            tensors = {
-                name: torch.randn(shape, **options) * config.init_logits_std for name, shape in site.shapes.items()
-            }
-        assert isinstance(site.shared, VectorBank)
+            site.shared.draw_(config)
+            normal = partial(normal_, std=config.init_logits_std)
+            tensors = {name: site.new(shape, normal) for name, shape in site.shapes.items()}
         made = cls(tensors, site.shared)
         made.__dict__["is_picked"] = picked
         made.configure(config, site.path)

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_frequencies, check_linear, check_number, check_seed
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.random_numbers import drawn_places
@@ -264,10 +265,8 @@ class WaveFT(WeightDelta, Rescales):
     def create(cls, config: WaveFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded coefficients or makes new ones; see ``Adapter``."""
         if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            shape = site.shapes[SPECTRUM]
-            drawn = torch.zeros(shape, **options) if config.init_weights else torch.randn(shape, **options) * _DEVIATION
-            tensors = {SPECTRUM: drawn}
+            normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
+            tensors = {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
         made = cls(tensors)
         made.__dict__.update(scaling=float(config.scaling), **_settings(config))
         return made

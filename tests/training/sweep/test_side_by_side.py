@@ -64,7 +64,7 @@ def convolutional() -> Any:
 @pytest.mark.parametrize("tokens", [1, 10_000], ids=["apart", "in one pass"])
 def test_each_learns_what_it_would_alone(config: dict[str, Any], tokens: int, monkeypatch: Any) -> None:
     monkeypatch.setattr("nbpeft.sweeps.TOKENS_TOGETHER", tokens)
-    assert swept_and_alone(lambda: trainable(name="a", **config), token_rows(12), **FAST) < 1e-6
+    assert swept_and_alone(lambda: trainable(name="a", **config), token_rows(12), **FAST) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_usual_trainer_serves_all_in_one_pass_with_losses_in_chunks(config: 
 )
 def test_arguments_of_all_act_on_each(arguments: dict[str, Any]) -> None:
     make = lambda: trainable(name="a", lora_dropout=0.2)  # noqa: E731
-    assert swept_and_alone(make, token_rows(12), **FAST | arguments) < 1e-6
+    assert swept_and_alone(make, token_rows(12), **FAST | arguments) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 10_000], ids=["apart", "in one pass"])
@@ -125,14 +125,14 @@ def test_layers_are_computed_again_for_their_rows_in_threads_of_autograd(
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
         "max_steps": 2,
     }
-    assert swept_and_alone(lambda: trainable(name="a"), token_rows(12), **FAST | checkpointed) < 1e-6
+    assert swept_and_alone(lambda: trainable(name="a"), token_rows(12), **FAST | checkpointed) < 1e-5
 
 
 def test_other_methods_and_models_learn_side_by_side() -> None:
-    assert swept_and_alone(ia3, token_rows(12), **FAST) < 1e-6
+    assert swept_and_alone(ia3, token_rows(12), **FAST) < 1e-5
     labelled = [{**row, "label": place % 3} for place, row in enumerate(token_rows(12))]
-    assert swept_and_alone(lambda: trainable(classifier(), "a", task_type="SEQ_CLS"), labelled, **FAST) < 1e-6
-    assert swept_and_alone(convolutional, token_rows(12), **FAST) < 1e-6
+    assert swept_and_alone(lambda: trainable(classifier(), "a", task_type="SEQ_CLS"), labelled, **FAST) < 1e-5
+    assert swept_and_alone(convolutional, token_rows(12), **FAST) < 1e-5
 
 
 def test_a_trainer_with_a_loss_of_its_own_gets_a_pass_for_each() -> None:
@@ -141,7 +141,7 @@ def test_a_trainer_with_a_loss_of_its_own_gets_a_pass_for_each() -> None:
             return 2 * super().compute_loss(*args, **kwargs)
 
     make = lambda: trainable(name="a")  # noqa: E731
-    assert swept_and_alone(make, token_rows(12), trainer_class=Doubled, **FAST) < 1e-6
+    assert swept_and_alone(make, token_rows(12), trainer_class=Doubled, **FAST) < 1e-5
 
 
 def test_each_has_fields_of_its_own() -> None:
@@ -157,7 +157,7 @@ def test_each_has_fields_of_its_own() -> None:
     for name, fields in own.items():
         alone = trainable(name="a")
         train(alone, token_rows(12), max_steps=4, **fields)
-        assert difference(model, name, alone, "a") < 1e-6
+        assert difference(model, name, alone, "a") < 1e-5
 
 
 def test_a_swept_field_of_the_config_makes_new_adapters() -> None:
@@ -171,7 +171,7 @@ def test_a_swept_field_of_the_config_makes_new_adapters() -> None:
             torch.manual_seed(5)
             alone.add_adapter("a", model.peft_config["a"].copy(r=rank))
         train(alone, token_rows(12), adapter="a", seed=5, **FAST)
-        assert difference(model, f"a-r{rank}", alone, "a") < 1e-6
+        assert difference(model, f"a-r{rank}", alone, "a") < 1e-5
 
 
 def test_the_result_ranks_them_and_the_best_is_active() -> None:
@@ -215,7 +215,7 @@ def test_one_can_be_stopped_while_the_others_go_on() -> None:
     assert (stopped.status, stopped.step, finished.status, finished.step) == ("stopped", 2, "finished", 4)
     alone = trainable(name="a")
     train(alone, token_rows(12), learning_rate=0.05, **FAST)
-    assert difference(model, "a-lr5e-2", alone, "a") < 1e-6
+    assert difference(model, "a-lr5e-2", alone, "a") < 1e-5
 
 
 def test_when_all_are_stopped_the_training_ends() -> None:
@@ -238,7 +238,7 @@ def test_one_that_diverges_leaves_the_others_alone() -> None:
     assert f"{lost.name} diverged at step" in result.message
     alone = trainable(name="a")
     train(alone, token_rows(12), learning_rate=0.05, **FAST)
-    assert difference(model, good.name, alone, "a") < 1e-6
+    assert difference(model, good.name, alone, "a") < 1e-5
 
 
 def fail(error: type[BaseException]) -> Any:
@@ -362,7 +362,7 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
     for name, callbacks in (("a-lr5e-2", []), ("b", [Changed()])):
         alone = trainable(name="a", lora_dropout=0.3)
         train(alone, token_rows(12), learning_rate=0.05, callbacks=callbacks, **FAST | {"max_steps": 6})
-        assert difference(model, name, alone, "a") < 1e-6
+        assert difference(model, name, alone, "a") < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_what_cannot_be_cloned_is_said_and_training_goes_on(source: str, name: s
     assert set(model.manager.names) == {"a", *RATES} and result.steps == 4
     alone = trainable(name="a")
     train(alone, token_rows(12), learning_rate=0.05, **FAST)
-    assert difference(model, "a-lr5e-2", alone, "a") < 1e-6
+    assert difference(model, "a-lr5e-2", alone, "a") < 1e-5
 
 
 def test_a_clone_without_a_name_is_called_by_what_it_has_of_its_own() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -30,6 +31,7 @@ from nbpeft.engine.adapter import (
 from nbpeft.engine.allocator import Allocator, update_and_allocate
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_bias, check_count, check_number, check_share
+from nbpeft.engine.initial_draws import normal_, skip
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
@@ -44,6 +46,8 @@ _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
 """Names in the state of a training."""
 _RANK = "ranknum"
+_DEVIATION = 0.02
+"""Of the entries of new factors."""
 _ROBERTA = ["query", "key", "value", "dense"]
 
 
@@ -387,12 +391,11 @@ class AdaLora(Adapter, Rescales, IsLowRank):
     def create(cls, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones; see ``Adapter``."""
         if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            made = {name: torch.randn(shape, **options) for name, shape in site.shapes.items()}
+            made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
+            skip(normal_, site.device, (1,))  # a number for the rank
             if config.init_lora_weights:
-                made[_A].mul_(0.02)
-                made[_B].mul_(0.02)
                 made[_E].zero_()
+                made |= {name: site.new(site.shapes[name], partial(normal_, std=_DEVIATION)) for name in (_A, _B)}
             tensors = made
         assert isinstance(site.shared, RankAllocator)
         return cls(tensors, config, site.path, site.shared)

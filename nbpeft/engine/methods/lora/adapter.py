@@ -53,7 +53,7 @@ def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights:
     held = {name: parameter for name, parameter in adapter.named_parameters() if name != MAGNITUDE}
     shapes = {name: tuple(parameter.shape) for name, parameter in held.items()}
     site = AdapterSite("", layer, shapes, adapter.trained_factors[0].dtype)
-    for name, value in init_factors(config, site, None).items():
+    for name, value in init_factors(config, site, None, are_new=False).items():
         held[name].copy_(value)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.factored_weight import AdaptsParameters, Product
+from nbpeft.engine.initial_draws import skip, skip_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.inits import fill_of
 from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.errors import ConfigError
 
@@ -52,7 +54,14 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones; see ``Adapter``."""
-        return super().create(config, replace(site, path=_attention_path(site.path, site.base.kind)), tensors)
+        site = replace(site, path=_attention_path(site.path, site.base.kind))
+        if tensors is None and not site.base.kind.is_linear and not site.base.adapters:
+            # With the first adapter of a module factors for ``out_proj`` are made before, which are then drawn anew.
+            rank, width, device = config.rank_at(site.path), site.base.in_features, site.device
+            skip_linear(device, (rank, width), (width, rank))
+            if config.init_name != "random":
+                skip(fill_of(config, site.path), device, (rank, width))
+        return super().create(config, site, tensors)
 
     @property
     def _times(self) -> float:

@@ -6,16 +6,16 @@ Composed from ordinary operations, autograd would keep a copy of ``x`` in the ad
 dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
 layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts and drops again,
 and only the thin product of A is kept beside it. Where ``x`` itself can be computed again (``recomputed``), what
-it comes from is kept in its place. The mask is drawn from a seed; the seed comes
-from the CPU generator inside forward, which activation checkpointing restores, so a recomputation
-draws the same mask.
+it comes from is kept in its place. Backward draws the mask again from where it was drawn: on the CPU from the
+state of its generator, so that one seed drops there what ``F.dropout`` drops; elsewhere from a seed, which comes from
+the CPU generator, too. Activation checkpointing restores that one, so a recomputation draws the same mask.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,50 +48,82 @@ def draw_seed() -> int:
     return int(torch.randint(1 << 62, (), dtype=torch.long))
 
 
-def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A mask of zeros (dropped) and ones, without the 1 / (1 - p) factor.
+@dataclass(frozen=True)
+class KeepMask:
+    """Where dropout keeps its input: a mask of zeros (dropped) and ones that can be drawn more than once.
 
-    Four elements share one 64-bit draw, which makes drawing the mask twice cheaper than one
-    ``F.dropout``; the probability is met to 1 / 65536 (see ``keep_scale``).
+    Attributes:
+        shape: of the input.
+        probability: of a zero.
+        device: of the input.
+        source: what it is drawn from: a state of the CPU generator, or a seed.
     """
-    count = shape.numel()
-    generator = torch.Generator(device)
-    generator.manual_seed(seed)
-    if device.type == "mps":  # which cannot draw over all of int64
-        lanes = torch.empty(count, dtype=torch.int32, device=device)
-        lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
-    else:
-        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-        words.random_(-(1 << 63), None, generator=generator)
-        lanes = words.view(torch.int16)[:count]
-    return (lanes >= _dropped_lanes(probability) - _LANES // 2).to(dtype).view(shape)
 
+    shape: torch.Size
+    probability: float
+    device: torch.device
+    source: Tensor | int
 
-def keep_scale(probability: float) -> float:
-    """1 / (share of elements kept) for the probability the mask really has."""
-    kept = 1.0 - _dropped_lanes(probability) / _LANES
-    return 1.0 / kept if kept > 0 else 0.0
+    @classmethod
+    def drawn(cls, x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Self, Tensor]:
+        """Draws a new mask for an input; see ``again``."""
+        if x.device.type != "cpu":
+            made = cls(x.shape, probability, x.device, draw_seed())
+            return made, made.again(dtype)
+        made = cls(x.shape, probability, x.device, torch.default_generator.get_state())
+        # Not from the default generator: another thread could draw from it between the state and the mask.
+        generator = torch.Generator()
+        mask = made._from_state(generator, dtype)
+        torch.default_generator.set_state(generator.get_state())
+        return made, mask
 
+    def _from_state(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        assert isinstance(self.source, Tensor)
+        generator.set_state(self.source)
+        return torch.empty(self.shape, dtype=dtype).bernoulli_(1 - self.probability, generator=generator)
 
-def _dropped_lanes(probability: float) -> int:
-    return min(round(probability * _LANES), _LANES - 1)
+    def again(self, dtype: torch.dtype) -> Tensor:
+        """The mask, without the ``scale``.
+
+        Drawn from a seed, four elements share one 64-bit draw, which makes drawing twice cheaper than one
+        ``F.dropout``; the probability is then met to 1 / 65536.
+        """
+        generator = torch.Generator(self.device)
+        if isinstance(self.source, Tensor):
+            return self._from_state(generator, dtype)
+        generator.manual_seed(self.source)
+        count = self.shape.numel()
+        if self.device.type == "mps":  # which cannot draw over all of int64
+            lanes = torch.empty(count, dtype=torch.int32, device=self.device)
+            lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
+        else:
+            words = torch.empty((count + 3) // 4, dtype=torch.int64, device=self.device)
+            words.random_(-(1 << 63), None, generator=generator)
+            lanes = words.view(torch.int16)[:count]
+        return (lanes >= self._dropped_lanes - _LANES // 2).to(dtype).view(self.shape)
+
+    @property
+    def scale(self) -> float:
+        """1 / (share of elements kept) for the probability the mask really has."""
+        kept = 1 - self.probability if isinstance(self.source, Tensor) else 1.0 - self._dropped_lanes / _LANES
+        return 1.0 / kept if kept > 0 else 0.0
+
+    @property
+    def _dropped_lanes(self) -> int:
+        return min(round(self.probability * _LANES), _LANES - 1)
 
 
 class _SeededDropout(torch.autograd.Function):
-    """Dropout that keeps its seed instead of its mask."""
+    """Dropout that keeps what its mask is drawn from instead of the mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float, seed: int) -> Tensor:
-        ctx.probability, ctx.seed = probability, seed
-        return _drop(x, probability, seed)
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        ctx.keep, mask = KeepMask.drawn(x, probability, x.dtype)
+        return x * mask.mul_(ctx.keep.scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _drop(gradients[0], ctx.probability, ctx.seed), None, None
-
-
-def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
-    return x * keep_mask(x.shape, probability, seed, x.device, x.dtype).mul_(keep_scale(probability))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.keep.again(gradients[0].dtype).mul_(ctx.keep.scale), None
 
 
 def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
@@ -100,7 +132,7 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
         return x
     if dropout.probability >= 1.0 or composes():
         return F.dropout(x, dropout.probability)
-    return _SeededDropout.apply(x, dropout.probability, draw_seed())  # type: ignore[no-any-return, no-untyped-call]
+    return _SeededDropout.apply(x, dropout.probability)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LowRank(torch.autograd.Function):
@@ -124,7 +156,7 @@ class _LowRank(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.scaling, ctx.probability, ctx.dtype = scaling, probability, dtype
-        ctx.seed = draw_seed() if probability else 0
+        ctx.keep, mask = KeepMask.drawn(x, probability, x.dtype) if probability else (None, None)
         out_features = lora_B.shape[0]
         shape = (*x.shape[:-1], out_features)
         # What is handed on as it is must be no view: models change outputs in place.
@@ -132,7 +164,7 @@ class _LowRank(torch.autograd.Function):
         total = torch.empty(shape, dtype=dtype, device=x.device) if whole else None
         with without_autocast(x.device.type):
             buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, None if frozen else total)
-            flat = _dropped_input(x, ctx, buffer)
+            flat = _dropped_input(x, mask, buffer)
             hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
             origin = origin_of(x)
             ctx.recomputation = None if origin is None else origin.recomputation
@@ -176,7 +208,7 @@ class _LowRank(torch.autograd.Function):
                 hidden_gradient = (rows @ lora_B.to(dtype)) * _factor(ctx)
             mask = _mask(x, ctx)
             if need_A:
-                grad_A = (hidden_gradient.T @ _dropped_input(x, ctx, buffer, mask)).to(lora_A.dtype)
+                grad_A = (hidden_gradient.T @ _dropped_input(x, mask, buffer)).to(lora_A.dtype)
             if need_x:
                 inside = _part(buffer, rows.shape[0], x.shape[-1])
                 grad_x = _input_gradient(rows, weight, hidden_gradient, lora_A.to(dtype), mask, inside)
@@ -247,13 +279,13 @@ def _part(buffer: Tensor | None, rows: int, columns: int) -> Tensor | None:
 
 
 def _mask(x: Tensor, ctx: Any) -> Tensor | None:
-    return keep_mask(x.shape, ctx.probability, ctx.seed, x.device, x.dtype) if ctx.probability else None
+    return None if ctx.keep is None else ctx.keep.again(x.dtype)
 
 
 def _factor(ctx: Any) -> float | Tensor:
     """The scaling, with what dropout asks for."""
     scaling: float | Tensor = ctx.scaling
-    return scaling * keep_scale(ctx.probability) if ctx.probability else scaling
+    return scaling if ctx.keep is None else scaling * ctx.keep.scale
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -261,16 +293,13 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _dropped_input(x: Tensor, ctx: Any, buffer: Tensor | None, mask: Tensor | None = None) -> Tensor:
+def _dropped_input(x: Tensor, mask: Tensor | None, buffer: Tensor | None) -> Tensor:
     """``x`` as (tokens, in) in the compute dtype, with zeros where it is dropped."""
     flat = _as_rows(x)
     if buffer is None:
         return flat
     part = buffer[: flat.numel()].view(flat.shape).copy_(flat)
-    if ctx.probability:
-        mask = _mask(x, ctx) if mask is None else mask
-        part.mul_(mask.view(flat.shape))  # type: ignore[union-attr]
-    return part
+    return part if mask is None else part.mul_(mask.view(flat.shape))
 
 
 def low_rank_linear(

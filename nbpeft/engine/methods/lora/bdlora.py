@@ -17,7 +17,7 @@ from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_linear
+from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_linear, init_whole_factors
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor, block_diagonal
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.registry import register
@@ -84,11 +84,15 @@ class BDLoRA(LowRankProduct):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded blocks or makes new ones, those of A as PEFT draws them; see ``Adapter``."""
-        made = super().create(config, site, tensors)
-        if tensors is None and made.blocks[0] > 1:
-            nn.init.kaiming_uniform_(made.trained_factors[0].detach())
-        return made
+        """Binds loaded blocks or makes new ones, which are drawn after whole factors; see ``Adapter``."""
+        if tensors is None and config.use_bdlora is not None:
+            made = init_whole_factors(config, site)
+            fills = nn.init.kaiming_uniform_, None
+            for name, count, fill in zip(site.shapes, config.use_bdlora.blocks_at(site.path), fills, strict=True):
+                if count > 1:
+                    made[name] = site.new(site.shapes[name], fill)
+            tensors = made
+        return super().create(config, site, tensors)
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:

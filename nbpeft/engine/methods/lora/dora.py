@@ -29,6 +29,7 @@ from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.numerics import stamp
 from nbpeft.engine.registry import register
 
+_NOT_DROPPED = Dropout(0.0, False)
 _CANCELLATION = 1e-2
 """Below this share of the parts of a squared row norm, the factored sum has lost digits."""
 
@@ -153,15 +154,19 @@ class DoRA(LowRankAdapter):
         assert magnitude is not None
         norm = self.row_norm(base, learning=torch.is_grad_enabled() and magnitude.requires_grad)
         scale = kind.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
-        dropout = Dropout(self.dropout, self.training and x.is_floating_point())
+        dropout, whole = Dropout(self.dropout, self.training and x.is_floating_point()), x
         if dropout.is_active:
             x = seeded_dropout(x.to(lora_A.dtype), dropout)
             plain = kind.apply(module, x, base.weight().to(x.dtype))
         else:
             bias = base.bias
             plain = base_output if bias is None else base_output - kind.per_channel(module, bias)
-        low = self.low_rank.forward(module, x, lora_A, lora_B, self.scaling, Dropout(0.0, False))
-        return scale * (plain + low) - plain
+        low = self.low_rank.forward(module, x, lora_A, lora_B, self.scaling, _NOT_DROPPED)
+        delta = scale * (plain + low) - plain
+        if dropout.is_active and self.initial is not None:  # the base has no such part, in what is not dropped either
+            left = whole.to(x.dtype) - x
+            delta = delta + self.low_rank.forward(module, left, *self.initial, self.scaling, _NOT_DROPPED)
+        return delta
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``m / ||W + s B A|| * (W + s B A) - W``, shaped like the canonical weight."""

@@ -28,7 +28,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, TakenOver
 from nbpeft.engine.base import LayerKind, offloading
+from nbpeft.engine.initial_draws import Fill, linear_, normal_, skip, skip_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.decompositions import randomized_svd
 from nbpeft.engine.methods.lora.gradients import GRADIENT, gradient_factors
@@ -161,7 +163,9 @@ def _named(config: LoraConfig) -> str:
     return "kasa_config" if config.variant == "kasa_config" else f"init_lora_weights={config.init_lora_weights!r}"
 
 
-def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+def init_factors(
+    config: LoraConfig, site: AdapterSite, initial: Factors | None, *, are_new: bool = True
+) -> dict[str, Tensor]:
     """Makes new low-rank factors on the base layer's device.
 
     Args:
@@ -169,48 +173,80 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
         site: the layer; of its shapes the first two are the factors'. What is after them starts at zero, but for a
             bias of B where both are random.
         initial: factors that ``start_of`` gave; None for random ones.
+        are_new: whether they are those of new modules, which draw numbers of their own before.
 
     Returns:
         Parameter name -> tensor.
     """
-    device, dtype = site.base.device, site.dtype
-    tensors = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in site.shapes.items()}
-    first, second, *rest = tensors.values()
-    for extra in rest:
-        extra.zero_()
-    init, lookup = config.init_name, low_rank_of(site.base.kind).zero_init_factor == 0
-    if initial is not None:
-        first.copy_(initial[0])
-        second.copy_(initial[1])
-    elif init == "orthogonal":
-        _fill_orthogonal(first, second)
-    elif init == "random":
-        for factor in (first, second):
-            factor.normal_() if lookup else _uniform(factor)
-        for name, extra in tensors.items():
-            if name.endswith("_bias"):
-                _uniform(extra, of=second)
-    elif lookup:
-        first.zero_()
-        second.normal_()
+    if initial is None:
+        made = _drawn_factors(config, site, are_new=are_new)
     else:
-        first.normal_(std=1.0 / config.rank_at(site.path)) if init == "gaussian" else _uniform(first)
-        second.zero_()
-    return tensors
+        if are_new:
+            skip_built(config, site)
+        pairs = zip(site.shapes, initial, strict=False)
+        made = {name: one.to(site.device, site.dtype, copy=True) for name, one in pairs}
+    return {name: made[name] if name in made else site.new(shape) for name, shape in site.shapes.items()}
 
 
-def _uniform(tensor: Tensor, of: Tensor | None = None) -> None:
-    """Uniform in 1 / sqrt(fan in), as torch initialises a linear layer: its weight, or the bias ``of`` a weight."""
-    bound = 1.0 / math.sqrt(max(1, math.prod((tensor if of is None else of).shape[1:])))
-    tensor.uniform_(-bound, bound)
+def _drawn_factors(config: LoraConfig, site: AdapterSite, *, are_new: bool) -> dict[str, Tensor]:
+    """Those of the factors, and of the bias of B, that do not start at zero."""
+    name_A, name_B, *others = site.shapes
+    init, is_lookup = config.init_name, low_rank_of(site.base.kind).zero_init_factor == 0
+    if init == "random":
+        made = {name: site.new(site.shapes[name], normal_ if is_lookup else linear_) for name in (name_A, name_B)}
+        fan_in = math.prod(site.shapes[name_B][1:])
+        biases = (name for name in others if name.endswith("_bias"))
+        return made | {name: site.new(site.shapes[name], partial(linear_, fan_in=fan_in)) for name in biases}
+    if init == "eva" and not is_lookup:  # until data was seen
+        made = {name_A: site.new(site.shapes[name_A], linear_)}
+        skip_linear(site.device, site.shapes[name_B])
+        return made
+    if are_new:
+        skip_built(config, site)
+    if init == "orthogonal":
+        return _orthogonal(name_A, name_B, site)
+    if is_lookup:
+        return {name_B: site.new(site.shapes[name_B], normal_)}
+    return {name_A: site.new(site.shapes[name_A], fill_of(config, site.path))}
 
 
-def _fill_orthogonal(lora_A: Tensor, lora_B: Tensor) -> None:
-    rank, (out_features, in_features) = lora_A.shape[0], (lora_B.shape[0], lora_A.shape[1])
-    device = lora_A.device
-    rows = torch.linalg.qr(torch.randn(rank, rank, device=device))[0]
-    lora_A.copy_((torch.randn(in_features, rank // 2, device=device) @ rows[0::2]).T / _ORTHOGONAL_SCALE)
-    lora_B.copy_((torch.randn(out_features, rank // 2, device=device) @ rows[1::2]) / _ORTHOGONAL_SCALE)
+def fill_of(config: LoraConfig, path: str) -> Fill:
+    """What fills A on a layer that is no lookup, where B starts at zero."""
+    return partial(normal_, std=1.0 / config.rank_at(path)) if config.init_name == "gaussian" else linear_
+
+
+def skip_built(config: LoraConfig, site: AdapterSite) -> None:
+    """Draws what the modules of two new factors draw when they are built, which the init of LoRA overwrites."""
+    low_rank = low_rank_of(site.base.kind)
+    shapes = low_rank.shapes(site.base.module, config.rank_at(site.path))
+    if low_rank.zero_init_factor == 0:
+        skip(normal_, site.device, *shapes)
+    else:
+        skip_linear(site.device, *shapes, *([(shapes[1][0],)] if config.lora_bias else []))
+
+
+def init_whole_factors(config: LoraConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """Draws factors of the usual shapes for a method that makes smaller ones in their place afterwards."""
+    low_rank = low_rank_of(site.base.kind)
+    shapes = low_rank.shapes(site.base.module, config.rank_at(site.path))
+    return init_factors(config, replace(site, shapes=dict(zip(low_rank.factor_names, shapes, strict=True))), None)
+
+
+def _orthogonal(name_A: str, name_B: str, site: AdapterSite) -> dict[str, Tensor]:
+    """A and B of which each has every other row of one orthogonal matrix."""
+    (rank, in_features), (out_features, _) = site.shapes[name_A], site.shapes[name_B]
+    rows: list[Tensor] = []
+
+    def fill_A(lora_A: Tensor) -> None:
+        rows.append(torch.linalg.qr(torch.randn(rank, rank, device=lora_A.device))[0])
+        normal = torch.randn(in_features, rank // 2, device=lora_A.device)
+        lora_A.copy_((normal @ rows[0][0::2]).T / _ORTHOGONAL_SCALE)
+
+    def fill_B(lora_B: Tensor) -> None:
+        normal = torch.randn(rank // 2, out_features, device=lora_B.device)
+        lora_B.copy_((normal.T @ rows[0][1::2]) / _ORTHOGONAL_SCALE)
+
+    return {name: site.new(site.shapes[name], fill) for name, fill in ((name_A, fill_A), (name_B, fill_B))}
 
 
 @torch.no_grad()
@@ -256,6 +292,8 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
         return Start(_stored(_mica(weight, rank), site))
     if config.variant == "kasa_config":
         return _subtracted(_stored(_kasa(weight, rank, scaling), site), config)
+    if config.pissa_iterations is not None and is_new:  # the draws of a search that is not repeatable elsewhere
+        skip(normal_, site.device, (min(weight.shape), rank))
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return _subtracted(_stored(factors, site), config)
 

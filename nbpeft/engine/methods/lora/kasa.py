@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.initial_draws import normal_
 from nbpeft.engine.loss_terms import requested_loss
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
@@ -93,7 +94,7 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         start = start_of(config, site, is_new=tensors is None)
         if tensors is None:
             made = init_factors(config, site, None)
-            made[DIAGONAL].normal_()
+            made[DIAGONAL] = site.new(site.shapes[DIAGONAL], normal_)
             tensors = made
         parameters = {name: nn.Parameter(tensors[name]) for name in site.shapes}
         return cls(parameters, site.base.kind, config, site.path, start)

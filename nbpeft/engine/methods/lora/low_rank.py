@@ -25,7 +25,7 @@ from nbpeft.engine.layer_kinds.attention import Attention
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
 from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
-from nbpeft.engine.methods.lora.autograd import Dropout, draw_seed, keep_mask, keep_scale, low_rank_linear
+from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, low_rank_linear
 from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
 from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
@@ -185,7 +185,7 @@ class LowRankConvolution(LowRank):
         if torch.is_grad_enabled() and (probability or x.dtype != dtype):
             arguments = (x, lora_A, lora_B, scaling, probability, dtype, self, module)
             return _LeanProduct.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-        dropped = _dropped(x, probability, draw_seed() if probability else 0, dtype)
+        dropped, _ = _dropped(x, probability, dtype)
         return self.compose(module, dropped, lora_A, lora_B, scaling)
 
     def compose(self, module: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
@@ -273,11 +273,12 @@ def _made_for(kind: LayerKind) -> LowRank:
     raise LayerKindError(f"LoRA does not work on layers of the kind {kind.name!r}", kind=kind.name)
 
 
-def _dropped(x: Tensor, probability: float, seed: int, dtype: torch.dtype) -> Tensor:
-    cast = x.to(dtype)
+def _dropped(x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Tensor, KeepMask | None]:
+    """The cast input with zeros where it is dropped, and what says where that is."""
     if not probability:
-        return cast
-    return cast * keep_mask(x.shape, probability, seed, x.device, dtype).mul_(keep_scale(probability))
+        return x.to(dtype), None
+    keep, mask = KeepMask.drawn(x, probability, dtype)
+    return x.to(dtype) * mask.mul_(keep.scale), keep
 
 
 class _LeanProduct(torch.autograd.Function):
@@ -296,14 +297,14 @@ class _LeanProduct(torch.autograd.Function):
         module: nn.Module,
     ) -> Tensor:
         ctx.save_for_backward(x, lora_A, lora_B)
-        ctx.settings = scaling, probability, dtype, maths, module
-        ctx.seed = draw_seed() if probability else 0
+        ctx.settings = scaling, dtype, maths, module
+        dropped, ctx.keep = _dropped(x, probability, dtype)
         with without_autocast(x.device.type):
-            return maths.compose(module, _dropped(x, probability, ctx.seed, dtype), lora_A, lora_B, scaling)
+            return maths.compose(module, dropped, lora_A, lora_B, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scaling, probability, dtype, maths, module = ctx.settings
+        scaling, dtype, maths, module = ctx.settings
         needed = ctx.needs_input_grad[:3]
         differentiable = torch.is_grad_enabled()  # for derivatives of higher order
         with torch.enable_grad(), without_autocast(gradients[0].device.type):
@@ -311,7 +312,10 @@ class _LeanProduct(torch.autograd.Function):
                 saved if differentiable else saved.detach().requires_grad_(need)
                 for saved, need in zip(ctx.saved_tensors, needed, strict=True)
             )
-            output = maths.compose(module, _dropped(x, probability, ctx.seed, dtype), lora_A, lora_B, scaling)
+            dropped = x.to(dtype)
+            if ctx.keep is not None:
+                dropped = dropped * ctx.keep.again(dtype).mul_(ctx.keep.scale)
+            output = maths.compose(module, dropped, lora_A, lora_B, scaling)
             inputs = [tensor for tensor, need in zip((x, lora_A, lora_B), needed, strict=True) if need]
             found = iter(torch.autograd.grad(output, inputs, gradients[0], create_graph=differentiable))
         return *(next(found) if need else None for need in needed), None, None, None, None, None

@@ -197,7 +197,7 @@ class MonteCLoRA(LowRankProduct):
         made = super().create(config, site, tensors)
         if tensors is None:
             for name in (STD, PRIOR):
-                made.get_parameter(name).detach().uniform_()
+                made.get_parameter(name).detach().copy_(site.new(site.shapes[name], Tensor.uniform_))
         assert isinstance(site.shared, Divergence)
         site.shared.adapters[site.path] = made
         made.__dict__.update(settings=config.monteclora_config, drawn=None)

@@ -11,16 +11,18 @@ is a product of two thin matrices like LoRA's, with the columns of A repeated, s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.initial_draws import linear_
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_linear
+from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_linear, init_whole_factors
 from nbpeft.engine.methods.lora.low_rank import Shapes
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.numerics import compute_dtype
@@ -82,6 +84,14 @@ class QALoRA(LowRankProduct):
         """Shapes of A and B for a rank."""
         (rank, in_features), shape_B = super().shapes_at(size, base)
         return (rank, in_features // self.group_size), shape_B
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones, A after a whole one; see ``Adapter``."""
+        if tensors is None:
+            name_A = next(iter(site.shapes))
+            tensors = {**init_whole_factors(config, site), name_A: site.new(site.shapes[name_A], linear_)}
+        return super().create(config, site, tensors)
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:

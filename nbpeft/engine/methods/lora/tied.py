@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import init_factors
+from nbpeft.engine.methods.lora.inits import fill_of, skip_built
 from nbpeft.engine.methods.lora.low_rank import LowRank, LowRankLookup
 from nbpeft.engine.methods.lora.peft_modules import TiedFactor
 from nbpeft.engine.methods.lora.plain import LowRankProduct
@@ -66,8 +66,7 @@ class TiedProduct(LowRankProduct):
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Makes an adapter that waits for its source, with any of the tensors; a new one draws what a head's would."""
         made = cls({}, site.base.kind, config, site.path)
-        is_new = tensors is None and config.init_name != "random"
-        made.__dict__["_drawn"] = init_factors(config, site, None) if is_new else {}
+        made.__dict__["_drawn"] = _drawn(config, site) if tensors is None else {}
         made.__dict__["_loaded"] = dict(tensors or {})
         return made
 
@@ -124,3 +123,14 @@ class TiedProduct(LowRankProduct):
     def swap_refusal(self) -> str:
         """One pair of factors cannot take two others in."""
         return "uses the factors of another layer (ensure_weight_tying)"
+
+
+def _drawn(config: LoraConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """What the factors of a head start as, which are written into those of the embedding."""
+    skip_built(config, site)
+    if config.init_name == "random":
+        return {}
+    (name_A, shape_A), (name_B, shape_B) = site.shapes.items()
+    fill = fill_of(config, site.path)
+    # A is filled where it lies, in the transposed tensor of the embedding: in the order of that.
+    return {name_A: site.new(shape_A[::-1], lambda tensor: fill(tensor.T)).T, name_B: site.new(shape_B)}

@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.methods.lora.autograd import (
     Dropout,
+    KeepMask,
     adapted_linear,
-    keep_mask,
-    keep_scale,
     low_rank_linear,
     seeded_dropout,
 )
@@ -152,12 +151,26 @@ def test_autocast_computes_in_its_dtype_in_both_directions() -> None:
 
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
 def test_the_mask_keeps_the_right_share_everywhere(probability: float) -> None:
-    mask = keep_mask(torch.Size([500, 401]), probability, 7, torch.device("cpu"), torch.float32)
+    keep = KeepMask(torch.Size([500, 401]), probability, torch.device("cpu"), 7)
+    mask = keep.again(torch.float32)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert abs(float(mask.mean()) - (1 - probability)) < 5 * (probability * (1 - probability) / mask.numel()) ** 0.5
     for lane in range(4):
         assert abs(float(mask.view(-1)[lane::4].mean()) - (1 - probability)) < 0.01
-    assert keep_scale(probability) == pytest.approx(1 / (1 - probability), rel=1e-4)
+    assert keep.scale == pytest.approx(1 / (1 - probability), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_cpu_a_seed_drops_what_it_drops_in_torch(dtype: torch.dtype) -> None:
+    x, dropout = torch.randn(30, 7).to(dtype).requires_grad_(), Dropout(0.3, True)
+    found = []
+    for drop in (lambda: seeded_dropout(x, dropout), lambda: F.dropout(x, 0.3)):
+        torch.manual_seed(1)
+        dropped = drop()
+        state = torch.get_rng_state()
+        found.append((dropped, *torch.autograd.grad(dropped.sum(), x), state))
+    for own, wanted in zip(*found, strict=True):
+        assert torch.equal(own, wanted)
 
 
 def test_different_calls_draw_different_masks_and_a_seed_the_same() -> None:

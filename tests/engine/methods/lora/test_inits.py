@@ -135,11 +135,8 @@ def test_a_transposed_weight_is_decomposed_the_right_way_round() -> None:
     assert all(torch.allclose(own[key], other[key], atol=1e-6) for key in other)
 
 
-def test_a_randomized_start_is_found_again_and_leaves_the_generator_alone() -> None:
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
+def test_a_randomized_start_is_found_again_whatever_the_generator_gives() -> None:
     linear = nn.Linear(16, 24)
-    torch.set_rng_state(before)
     first, second = (
         get_peft_model_state_dict(
             get_peft_model(Net(copy.deepcopy(linear), nn.Tanh()), LoraConfig(**settings(init_lora_weights=init)))
@@ -147,7 +144,6 @@ def test_a_randomized_start_is_found_again_and_leaves_the_generator_alone() -> N
         for init in ("pissa_niter_2", "PiSSA_niter_2")
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_orthogonal_factors_are_not_zero_but_their_product_is() -> None:
@@ -216,7 +212,6 @@ def test_a_bias_of_b_starts_as_pefts_and_so_does_what_is_drawn_after_it(init: bo
     (theirs, after_theirs), (ours, after_ours) = made
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        assert not init or "lora_A" in name or not value.any(), name
-        assert init or torch.allclose(value, theirs[name], atol=1e-6), name
+        assert torch.equal(value, theirs[name]), name
         assert init or not name.endswith("bias") or value.any()
-    assert init or torch.equal(after_ours, after_theirs)
+    assert torch.equal(after_ours, after_theirs)

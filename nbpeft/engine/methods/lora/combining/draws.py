@@ -11,6 +11,10 @@ from collections.abc import Iterable
 
 import torch
 
+from nbpeft.engine.initial_draws import normal_, skip, skip_linear
+
+_CPU = torch.device("cpu")
+
 
 def skip_initial_draws(
     shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]],
@@ -29,16 +33,10 @@ def skip_initial_draws(
     """
     for (shape_A, shape_B), lookup in zip(shapes, lookups, strict=True):
         if lookup:
-            torch.randn(shape_A)
-            torch.randn(shape_B)
-            if init is not False:
-                torch.empty(shape_B).normal_()
+            skip(normal_, _CPU, shape_A, shape_B, *([] if init is False else [shape_B]))
             continue
-        torch.empty(shape_A).uniform_()
-        torch.empty(shape_B).uniform_()
-        if lora_bias:
-            torch.empty(shape_B[0]).uniform_()
+        skip_linear(_CPU, shape_A, shape_B, *([shape_B[:1]] if lora_bias else []))
         if init is True:
-            torch.empty(shape_A).uniform_()
+            skip_linear(_CPU, shape_A)
         elif init == "gaussian":
-            torch.empty(shape_A).normal_()
+            skip(normal_, _CPU, shape_A)
