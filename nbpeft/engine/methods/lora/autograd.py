@@ -6,9 +6,9 @@ Composed from ordinary operations, autograd would keep a copy of ``x`` in the ad
 dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
 layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts and drops again,
 and only the thin product of A is kept beside it. Where ``x`` itself can be computed again (``recomputed``), what
-it comes from is kept in its place. Backward draws the mask again from where it was drawn: on the CPU from the
-state of its generator, so that one seed drops there what ``F.dropout`` drops; elsewhere from a seed, which comes from
-the CPU generator, too. Activation checkpointing restores that one, so a recomputation draws the same mask.
+it comes from is kept in its place. On the CPU the mask is drawn as ``F.dropout`` draws it, so that one seed drops the
+same, and kept as bits. Elsewhere it is drawn from a seed, which comes from the CPU generator and is kept instead.
+Activation checkpointing restores that generator, so a recomputation draws the same mask.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from nbpeft.engine.recomputed import origin_of
 
 _LANES = 1 << 16
 """Number of values of one 16-bit lane of the random words."""
+_GATHER, _SPREAD, _PICK = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
+"""Factors that gather the last bits of eight bytes in the highest one, spread one byte over eight, and pick one bit of
+each; as int64."""
 _EXACT = (torch.float32, torch.float64)
 """In these a product that is added in place gives the bits of one that is added afterwards."""
 
@@ -50,13 +53,13 @@ def draw_seed() -> int:
 
 @dataclass(frozen=True)
 class KeepMask:
-    """Where dropout keeps its input: a mask of zeros (dropped) and ones that can be drawn more than once.
+    """Where dropout keeps its input: a mask of zeros (dropped) and ones.
 
     Attributes:
         shape: of the input.
         probability: of a zero.
         device: of the input.
-        source: what it is drawn from: a state of the CPU generator, or a seed.
+        source: the bits of the mask, uint8; or the seed that it is drawn from.
     """
 
     shape: torch.Size
@@ -70,17 +73,12 @@ class KeepMask:
         if x.device.type != "cpu":
             made = cls(x.shape, probability, x.device, draw_seed())
             return made, made.again(dtype)
-        made = cls(x.shape, probability, x.device, torch.default_generator.get_state())
-        # Not from the default generator: another thread could draw from it between the state and the mask.
-        generator = torch.Generator()
-        mask = made._from_state(generator, dtype)
-        torch.default_generator.set_state(generator.get_state())
-        return made, mask
-
-    def _from_state(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        assert isinstance(self.source, Tensor)
-        generator.set_state(self.source)
-        return torch.empty(self.shape, dtype=dtype).bernoulli_(1 - self.probability, generator=generator)
+        count = x.numel()
+        places = torch.empty(-(-count // 8) * 8, dtype=torch.uint8)
+        places[:count].bernoulli_(1 - probability)
+        places[count:] = 0
+        bits = places.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+        return cls(x.shape, probability, x.device, bits), places[:count].to(dtype).view(x.shape)
 
     def again(self, dtype: torch.dtype) -> Tensor:
         """The mask, without the ``scale``.
@@ -88,11 +86,12 @@ class KeepMask:
         Drawn from a seed, four elements share one 64-bit draw, which makes drawing twice cheaper than one
         ``F.dropout``; the probability is then met to 1 / 65536.
         """
-        generator = torch.Generator(self.device)
-        if isinstance(self.source, Tensor):
-            return self._from_state(generator, dtype)
-        generator.manual_seed(self.source)
         count = self.shape.numel()
+        if isinstance(self.source, Tensor):
+            places = self.source.to(torch.int64).mul_(_SPREAD).bitwise_and_(_PICK).view(torch.uint8)
+            return places[:count].ne(0).to(dtype).view(self.shape)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(self.source)
         if self.device.type == "mps":  # which cannot draw over all of int64
             lanes = torch.empty(count, dtype=torch.int32, device=self.device)
             lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
@@ -114,7 +113,7 @@ class KeepMask:
 
 
 class _SeededDropout(torch.autograd.Function):
-    """Dropout that keeps what its mask is drawn from instead of the mask."""
+    """Dropout that keeps its mask as bits, or as a seed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
@@ -127,7 +126,7 @@ class _SeededDropout(torch.autograd.Function):
 
 
 def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
-    """Dropout of ``x`` (any shape) that saves no mask for backward."""
+    """Dropout of ``x`` (any shape) that saves less than a mask for backward; see ``KeepMask``."""
     if not dropout.is_active:
         return x
     if dropout.probability >= 1.0 or composes():
