@@ -8,20 +8,22 @@ file   base_model.model.<path>.core.weight                 base_model.model.<pat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from nbpeft.engine.registry import file_keys, prefixes
 
+_Value = TypeVar("_Value")
 _ADAPTERS = "adapters"
 _COPIES = "modules_to_save"
 
 
-def keys_of_a_file(tensors: Mapping[str, Tensor], name: str, peft_type: str) -> dict[str, Tensor]:
+def keys_of_a_file(tensors: Mapping[str, _Value], name: str, peft_type: str) -> dict[str, _Value]:
     """The tensors under a file's keys, where the keys name the adapter; the others as they are.
 
     Args:
-        tensors: key -> tensor.
+        tensors: key -> tensor, or what else it stands for.
         name: the adapter's name.
         peft_type: of its config.
     """

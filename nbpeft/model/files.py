@@ -27,6 +27,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
+from nbpeft.model.given_configs import take_given
 from nbpeft.model.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saved_places import note_place, note_saved, note_written_over, owner_of
 from nbpeft.model.sharded import gathered, is_sharded, noted_fingerprint
@@ -42,10 +43,37 @@ Rewrite = Callable[[str, AdapterConfig, AdapterWeights], tuple[AdapterConfig, Ad
 
 
 class LoadResult(NamedTuple):
-    """What did not match while loading."""
+    """What did not match while loading.
+
+    Attributes:
+        missing_keys: names in the model of those of the adapter's tensors that were not given. Unlike PEFT's they
+            have none of the base model among them, which no adapter file holds.
+        unexpected_keys: keys that were given and name nothing of the adapter.
+    """
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+def load_result(
+    manager: AdapterManager, name: str, missing: Sequence[str], unexpected: Sequence[str], *, bare: bool = False
+) -> LoadResult:
+    """Returns what did not match while an adapter was loaded, under the model's names.
+
+    Args:
+        manager: has the adapter.
+        name: of the adapter.
+        missing: keys of a file.
+        unexpected: keys as they were given.
+        bare: whether the model has no handle, whose names have a prefix.
+    """
+    if not missing:
+        return LoadResult([], list(unexpected))
+    prefix = "" if bare else checkpoint.PREFIX
+    in_model = {key: key for key in (f"{prefix}{own}" for own in manager.model.state_dict())}
+    names = checkpoint.keys_of_a_file(in_model, name, method_of(manager.configs[name]).peft_type)
+    wanted = [checkpoint.without_prefix(key) if bare else key for key in missing]
+    return LoadResult([names.get(key, key) for key in wanted], list(unexpected))
 
 
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -143,13 +171,12 @@ def read(
             put()
             if starts:
                 mark_left(manager, name)
-            if given is not None:  # as in PEFT the model has this object from now on
-                change.keep(vars(given))
-                vars(given).update(vars(manager.configs[name]))
-                manager.configs[name] = given
+            if given is not None:
+                take_given(manager, name, given, change)
+            result = load_result(manager, name, loaded.missing, loaded.unexpected)
         if single is None and not hub and os.path.isdir(os.path.expanduser(source)):
             note_place(manager, name, source)
-        return LoadResult(loaded.missing, loaded.unexpected)
+        return result
 
     return load
 
@@ -544,6 +571,17 @@ def _saved_weights(
             if path not in weights.copies and (path in manager.layers or not targeted):
                 weights.base[key] = value
     return weights if state_dict is None else _picked(manager, weights, name, state_dict)
+
+
+def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[str, Tensor] | None:
+    """Returns what a ``state_dict`` that was put on a model gives, as one that gathers shards; None where there is none.
+
+    One that gives an adapter's file alone counts as none: what it gives is taken from the model anyway.
+    """
+    replaced = vars(model).get("state_dict")
+    found: Mapping[str, Tensor] | None = None if replaced is None else replaced()
+    types = {name: method_of(config).peft_type for name, config in manager.configs.items()}
+    return found if found and any(checkpoint.is_of_a_model(found, *item) for item in types.items()) else None
 
 
 def _picked(

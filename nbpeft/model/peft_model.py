@@ -21,6 +21,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model import files, prompts
+from nbpeft.model.given_configs import as_given, take_given
 from nbpeft.model.injection import put_active
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import of_the_model, serving
@@ -89,8 +90,9 @@ class PeftModel(nn.Module):
             replace=adapter_name in manager.configs,
             training=True,
         )
-        with manager.transaction():
+        with manager.transaction() as change:
             put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
+            take_given(manager, adapter_name, peft_config, change)
             self._take(model, manager)
             self.training = self.base_model.training = True  # as the adapter, in whatever mode the base is
 
@@ -130,7 +132,7 @@ class PeftModel(nn.Module):
     @classmethod
     def completed(cls, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
         """Returns a config as it goes onto a base model: with what the task adds to it, and the base's name."""
-        return files.with_base_name(cls._complete(config), model)
+        return files.with_base_name(cls._complete(as_given(config)), model)
 
     @classmethod
     def _complete(cls, config: AdapterConfig) -> AdapterConfig:
@@ -337,9 +339,10 @@ class PeftModel(nn.Module):
         """Adds another adapter to the model; it does not become active."""
         self._check_live()
         config = self.completed(peft_config, self.get_base_model())
-        with self.manager.transaction():
+        with self.manager.transaction() as change:
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
             self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
+            take_given(self.manager, adapter_name, peft_config, change)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
 
@@ -534,7 +537,8 @@ class PeftModel(nn.Module):
             path_initial_model_for_weight_conversion: save adapters that started in a part of the base (OLoRA,
                 PiSSA) as plain LoRA of twice the rank, for the base with that part. Each remembers its start: this
                 folder, of the adapter as it was then, is read for one that was loaded on a base without that part.
-            state_dict: take the tensors from here (as gathered from a sharded model).
+            state_dict: take the tensors from here (as gathered from a sharded model), or from what a ``state_dict()``
+                that was put on this model gives.
             **kwargs: accepted for PEFT's sake.
 
         Raises:
@@ -549,7 +553,7 @@ class PeftModel(nn.Module):
             save_directory,
             names=selected_adapters,
             embeddings=save_embedding_layers,
-            state_dict=state_dict,
+            state_dict=files.replaced_state_dict(self, self.manager) if state_dict is None else state_dict,
             initial=path_initial_model_for_weight_conversion,
             pickled=not safe_serialization,
         )
