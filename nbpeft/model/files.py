@@ -574,9 +574,9 @@ def _saved_weights(
 
 
 def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[str, Tensor] | None:
-    """Returns what a ``state_dict`` that was put on a model gives, as one that gathers shards; None where there is none.
+    """Returns what a ``state_dict`` that was put on a model gives, as one that gathers shards; None if there is none.
 
-    One that gives an adapter's file alone counts as none: what it gives is taken from the model anyway.
+    One that gives only an adapter's file counts as none: those tensors are the model's own.
     """
     replaced = vars(model).get("state_dict")
     found: Mapping[str, Tensor] | None = None if replaced is None else replaced()
