@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.registry import file_keys, prefixes
 
 _Value = TypeVar("_Value")
@@ -43,9 +44,10 @@ def _file_key(key: str, name: str, peft_type: str) -> str | None:
         before, here, behind = parts[position - 1], parts[position], parts[position + 1 :]
         if here != name:
             continue
-        if before == _ADAPTERS and behind:
+        if before in (_ADAPTERS, ModelAdapter.parts_shown_as) and behind:
             parameter = ".".join(behind)
-            return ".".join([*parts[: position - 1], spelling.get(parameter, parameter)])
+            place = parts[: position - 1] if before == _ADAPTERS else []  # a prompt has none
+            return ".".join([*place, spelling.get(parameter, parameter)])
         if before == _COPIES and behind:
             return ".".join([*parts[: position - 1], *behind])
         if before.startswith(prefixes(peft_type)) and len(behind) < 2:

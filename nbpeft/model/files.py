@@ -18,6 +18,7 @@ from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merged_twin import is_prepared_quantization_aware
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_tree import bare_modules, embedding_of, manager_of
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
@@ -591,7 +592,7 @@ def _picked(
 
     def find(key: str, own: Tensor | None = None) -> Tensor:
         path, _, leaf = key.rpartition(".")
-        for prefix in ("base_model.model.", ""):
+        for prefix in ("base_model.model.", "base_model.", ""):
             for spelt in (key, f"{path}.base_layer.{leaf}", f"{path}.original_module.{leaf}"):
                 if prefix + spelt in state_dict:
                     return state_dict[prefix + spelt]
@@ -601,9 +602,20 @@ def _picked(
 
     places = wrapper_places(weights.parameters)
     adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
+    own_names = {
+        path: {adapter.name_in_files(own): own for own, _ in adapter.named_parameters()}
+        if isinstance(adapter, ModelAdapter)
+        else {}
+        for path, adapter in adapters.items()
+    }
     own = {
         id(adapter): {
-            k: find(f"{places.get(path, path)}.{shown_name(adapter, k, name)}") for k in weights.adapters[path]
+            k: find(
+                f"{adapter.parts_shown_as}.{name}.{own_names[path].get(k, k)}"
+                if manager.layers[path].is_passed_over
+                else f"{places.get(path, path)}.{shown_name(adapter, own_names[path].get(k, k), name)}"
+            )
+            for k in weights.adapters[path]
         }
         for path, adapter in adapters.items()
         if adapter.source is None
