@@ -11,7 +11,6 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_adapter import ModelAdapter, learns_prompt
 from nbpeft.engine.model_calls import cache_of, prompt_of
-from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 from nbpeft.model.files import file_tensors
@@ -82,9 +81,8 @@ def word_embeddings(manager: AdapterManager) -> nn.Module:
         AttributeError: no adapter learns a prompt.
     """
     encoders(manager)
-    found = embedding_of(manager.model)
-    assert found is not None
-    return found.base_layer if isinstance(found, AdaptedLayer) and found.is_passed_over else found
+    found = _prompted(manager)[0]
+    return found.base_layer if found.is_passed_over else found
 
 
 def embedding_to_save(manager: AdapterManager, name: str) -> Tensor:

@@ -322,7 +322,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.error": {OWN: "NoMatchingPeftModuleError PeftError"},
     "utils.hotswap": {
-        OWN: "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+        OWN: "prepare_model_for_compiled_hotswap",
+        "swapping": "hotswap_adapter hotswap_adapter_from_state_dict",
         "constants": "CONFIG_KEYS_TO_CHECK",
         "helpers": "check_hotswap_configs_compatible",
     },

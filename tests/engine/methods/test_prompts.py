@@ -724,3 +724,23 @@ def test_a_prompt_beside_other_adapters_stays_where_it_is() -> None:
     model.add_adapter("words", nbpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert type(model.base_model).__name__ == "LoraModel"
     assert "base_model.model.model.embed_tokens.prompt_encoder.words.embedding.weight" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(("method", "fields"), FIRST)
+def test_an_embedding_that_is_not_named_is_found_by_its_size(method: Method, fields: dict[str, Any]) -> None:
+    def unnamed() -> Any:
+        model = llama()
+        model.get_input_embeddings = lambda: None
+        return model
+
+    model = get_peft_model(unnamed(), made(method, fields)).eval()
+    randomize(model)
+    assert model.word_embeddings is model.get_base_model().model.embed_tokens.base_layer
+    expected = get_peft_model(llama(), made(method, fields)).eval()
+    expected.load_state_dict(model.state_dict())
+    more = tasks(method)
+    assert torch.equal(model(tokens(), **more).logits, expected(tokens(), **more).logits)
+    model = unnamed()
+    model.config.vocab_size += 1
+    with pytest.raises(NbpeftError, match=r"config\.vocab_size"):
+        get_peft_model(model, made(method, fields))
