@@ -208,7 +208,7 @@ MODULES: dict[str, dict[str, str]] = {
     "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
     "optimizers.riemannian": {
         OWN: "create_riemannian_optimizer",
-        "parts": "_RiemannianPreconditioner _collect_lora_pairs",
+        "building_blocks": "_RiemannianPreconditioner _collect_lora_pairs",
     },
     "peft_model": {
         OWN: f"{_MODELS} PeftConfig PeftType TaskType",
@@ -242,10 +242,10 @@ MODULES: dict[str, dict[str, str]] = {
         "constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     },
     "tuners.lora.conversion": {OWN: _CONVERSION},
-    "tuners._buffer_dict": {"parts": "BufferDict"},
+    "tuners._buffer_dict": {"building_blocks": "BufferDict"},
     "tuners.lora.arrow": {
         OWN: "create_arrow_model",
-        "parts": "_resolve_adapter_source",
+        "building_blocks": "_resolve_adapter_source",
         "missing": "ArrowLoraLinearLayer",
     },
     "tuners.lora.dora": {
@@ -263,14 +263,14 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {
-        "parts": "BlockDiagonalLinear",
+        "building_blocks": "BlockDiagonalLinear",
         "missing": "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant DoraConv1dVariant "
         "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant "
         "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant calculate_alora_offsets "
         "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     },
     "tuners.lora.velora": {
-        "parts": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
+        "building_blocks": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
         "_reshape_to_grouped_subtokens"
     },
     **{f"tuners.lora.{place}": {LAYER: names} for place, names in _OTHER_QUANTIZED.items()},
@@ -329,7 +329,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.integrations": {
         "helpers": "check_deepspeed_zero3_enabled dequantize_module_weight",
-        "parts": "init_empty_weights skip_init_on_device",
+        "building_blocks": "init_empty_weights skip_init_on_device",
         "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map map_cache_to_layer_device_map",
     },
     "utils.loftq_utils": {OWN: "replace_lora_weights_loftq", "inits": "loftq_init"},
