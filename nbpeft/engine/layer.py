@@ -552,7 +552,9 @@ class AdaptedLayer(PeftLayerMixin):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT; see ``nn.Module``."""
         self.show_adapters()
-        return (self.base_layer if self.is_passed_over else super()).state_dict(*args, **kwargs)
+        if self.is_passed_over:
+            return self.base_layer.state_dict(*args, **kwargs)
+        return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()

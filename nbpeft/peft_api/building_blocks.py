@@ -51,7 +51,7 @@ class BufferDict(nn.Module):
 
     def pop(self, key: str) -> Tensor:
         """Takes one out and returns it."""
-        found = self[key]
+        found: Tensor = self[key]
         del self[key]
         return found
 

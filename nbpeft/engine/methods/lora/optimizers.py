@@ -262,7 +262,9 @@ class RiemannianPreconditioner:
                 second.grad.copy_(second.grad.to(dtype) @ self._inverse(lora_A @ lora_A.T))
 
     def _inverse(self, square: Tensor) -> Tensor:
-        return torch.linalg.pinv(square + self.reg * torch.eye(len(square), dtype=square.dtype, device=square.device))
+        damping = self.reg * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        inverse: Tensor = torch.linalg.pinv(square + damping)
+        return inverse
 
 
 def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
