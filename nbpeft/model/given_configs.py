@@ -40,7 +40,7 @@ def take_given(manager: AdapterManager, name: str, given: AdapterConfig, change:
         change: records it.
     """
     known = _filled.get(id(given))
-    if known is not None and known[0]() is given:
+    if (known is not None and known[0]() is given) or any(one is given for one in manager.configs.values()):
         return
     key, before, made = id(given), given.copy(), manager.configs[name]
     change.keep(vars(given))

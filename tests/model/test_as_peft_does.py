@@ -409,6 +409,8 @@ def test_a_config_given_to_a_second_model_is_what_was_given() -> None:
     assert config.target_modules == {"0", "1"} and small.peft_config["default"] is config
     assert set(large.base_model.targeted_module_names) == {"0", "1", "2"}
     assert large.peft_config["default"].r == 3
+    large.add_adapter("twin", large.peft_config["default"])
+    assert large.peft_config["twin"] is not large.peft_config["default"]
 
 
 def test_a_config_is_as_it_was_where_the_adapter_is_refused() -> None:
