@@ -21,7 +21,7 @@ from tests.tiny_models import llama
 
 def test_a_path_leads_to_the_public_name() -> None:
     for path, name in (
-        ("utils.hotswap", "hotswap_adapter"),
+        ("utils.hotswap", "prepare_model_for_compiled_hotswap"),
         ("tuners.lora", "LoraLayer"),
         ("optimizers", "create_loraplus_optimizer"),
         ("helpers", "rescale_adapter_scale"),
