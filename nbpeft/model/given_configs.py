@@ -7,9 +7,12 @@ has become a list of the modules of two layers. Here the second model gets a cop
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.method_hooks import takes_part
+from nbpeft.engine.training_hooks import HasTrainingState
 from nbpeft.engine.transaction import Transaction
 
 _filled: dict[int, tuple[weakref.ref[AdapterConfig], AdapterConfig, AdapterConfig]] = {}
@@ -25,9 +28,10 @@ def as_given(config: AdapterConfig) -> AdapterConfig:
     reference, given, filled = _filled.get(id(config), (None, config, config))
     if reference is None or reference() is not config:
         return config
-    present, before = vars(config), vars(filled)
-    kept = {name: value for name, value in present.items() if name not in before or value != before[name]}
-    return given.copy(**kept)
+    own = takes_part(config, HasTrainingState)  # whose patterns are what training has made of them
+    present = {one.name: getattr(config, one.name) for one in fields(config)}
+    kept = {name: value for name, value in present.items() if value != getattr(filled, name)}
+    return given.copy(**{name: value for name, value in kept.items() if not (own and isinstance(value, dict))})
 
 
 def take_given(manager: AdapterManager, name: str, given: AdapterConfig, change: Transaction) -> None:
@@ -44,7 +48,8 @@ def take_given(manager: AdapterManager, name: str, given: AdapterConfig, change:
         return
     key, before, made = id(given), given.copy(), manager.configs[name]
     change.keep(vars(given))
-    vars(given).update(vars(made.copy()))
+    filled = made.copy()
+    vars(given).update(vars(made))  # the very values: adapters share the patterns among them
     change.keep(_filled)
-    _filled[key] = weakref.ref(given, lambda _: _filled.pop(key, None)), before, made
+    _filled[key] = weakref.ref(given, lambda _: _filled.pop(key, None)), before, filled
     change.set_item(manager.configs, name, given)

@@ -448,3 +448,13 @@ def test_a_state_dict_put_on_a_model_is_asked(tmp_path: Path) -> None:
 
     ours, theirs = of_both(saved)
     assert ours == theirs == 16
+
+
+def test_what_training_writes_into_a_config_is_not_what_was_given() -> None:
+    fields: dict[str, Any] = {"target_modules": ["0"], "init_r": 2, "target_r": 1, "total_step": 9}
+    config, plain = nbpeft.AdaLoraConfig(**fields), LoraConfig(target_modules=["0"], r=2)
+    for one, name in ((config, "rank_pattern"), (plain, "alpha_pattern")):
+        get_peft_model(model_of_two(), one)
+        getattr(one, name)["0"] = [True, False] if one is config else 4
+    again: Any = [get_peft_model(model_of_two(), one).peft_config["default"] for one in (config, plain)]
+    assert not again[0].rank_pattern and again[1].alpha_pattern == {"0": 4}
