@@ -195,6 +195,7 @@ from .training import TrainResult as TrainResult
 from .training import adapter_trainer as adapter_trainer
 from .training import create_lorafa_optimizer as create_lorafa_optimizer
 from .training import create_loraplus_optimizer as create_loraplus_optimizer
+from .training import create_riemannian_optimizer as create_riemannian_optimizer
 from .training import patch_trainer as patch_trainer
 from .training import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .training import train as train

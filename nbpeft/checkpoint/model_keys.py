@@ -8,20 +8,23 @@ file   base_model.model.<path>.core.weight                 base_model.model.<pat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.registry import file_keys, prefixes
 
+_Value = TypeVar("_Value")
 _ADAPTERS = "adapters"
 _COPIES = "modules_to_save"
 
 
-def keys_of_a_file(tensors: Mapping[str, Tensor], name: str, peft_type: str) -> dict[str, Tensor]:
+def keys_of_a_file(tensors: Mapping[str, _Value], name: str, peft_type: str) -> dict[str, _Value]:
     """The tensors under a file's keys, where the keys name the adapter; the others as they are.
 
     Args:
-        tensors: key -> tensor.
+        tensors: key -> tensor, or what else it stands for.
         name: the adapter's name.
         peft_type: of its config.
     """
@@ -41,9 +44,10 @@ def _file_key(key: str, name: str, peft_type: str) -> str | None:
         before, here, behind = parts[position - 1], parts[position], parts[position + 1 :]
         if here != name:
             continue
-        if before == _ADAPTERS and behind:
+        if before in (_ADAPTERS, ModelAdapter.parts_shown_as) and behind:
             parameter = ".".join(behind)
-            return ".".join([*parts[: position - 1], spelling.get(parameter, parameter)])
+            place = parts[: position - 1] if before == _ADAPTERS else []  # a prompt has none
+            return ".".join([*place, spelling.get(parameter, parameter)])
         if before == _COPIES and behind:
             return ".".join([*parts[: position - 1], *behind])
         if before.startswith(prefixes(peft_type)) and len(behind) < 2:

@@ -14,6 +14,7 @@ from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsI
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.merged_twin import MergedTwin
+from nbpeft.engine.model_adapter import learns_prompt
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
 from nbpeft.engine.peft_modules import (
@@ -84,6 +85,7 @@ class AdaptedLayer(PeftLayerMixin):
             _frozen=None,
             _twin=None,
             _shown={},
+            listed_apart=False,
         )
 
     kind: LayerKind
@@ -94,6 +96,8 @@ class AdaptedLayer(PeftLayerMixin):
     _frozen: Stored | None
     _twin: MergedTwin | None
     _shown: dict[str, Any]
+    listed_apart: bool
+    """Whether a handle on the model lists adapters that act on calls, as its own."""
 
     @property
     def weight_module(self) -> nn.Module:
@@ -476,6 +480,8 @@ class AdaptedLayer(PeftLayerMixin):
     def show_adapters(self) -> None:
         """Brings the modules with PEFT's names up to date."""
         adapters = self.adapters._modules
+        if self.is_passed_over:
+            adapters = {}
         if self._shown != adapters:
             self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
 
@@ -496,10 +502,26 @@ class AdaptedLayer(PeftLayerMixin):
         if self._shown:
             self.show_adapters()
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether the frozen layer has its own name: all adapters act on calls of the model and are listed there."""
+        adapters = list(self.adapters._modules.values())
+        return self.listed_apart and bool(adapters) and all(map(learns_prompt, adapters))
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
         """As in PEFT; see ``nn.Module``."""
         self.show_adapters()
-        yield from super().named_modules(*args, **kwargs)
+        if not self.is_passed_over:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+        yield from self.base_layer.named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Those with PEFT's names, and the adapters, which are called."""
@@ -530,11 +552,16 @@ class AdaptedLayer(PeftLayerMixin):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT; see ``nn.Module``."""
         self.show_adapters()
+        if self.is_passed_over:
+            return self.base_layer.state_dict(*args, **kwargs)
         return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()
-        super()._load_from_state_dict(*args, **kwargs)
+        if self.is_passed_over:  # the dictionary is that of this module, and its children's are made of it
+            for key in [key for key in state_dict if not key.startswith(f"{prefix}base_layer.")]:
+                state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         replica = isinstance(self.__dict__.get("active_state"), ReplicaState)  # nn.DataParallel fills it in

@@ -87,11 +87,11 @@ class ModelAdapter(Adapter, TransformsOutput):
 
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters, those of its modules with their path; see ``Adapter``."""
+        """Shapes of all parameters; see ``Adapter``."""
         if not kind.takes_ids:
             raise ConfigError(f"{path} is no embedding, so {cls.__name__} has nothing to put tokens in front of")
         with torch.device("meta"):
-            return {name: tuple(parameter.shape) for name, parameter in cls(config).named_parameters()}
+            return {name: tuple(parameter.shape) for name, parameter in cls(config).named_in_files().items()}
 
     @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -100,16 +100,18 @@ class ModelAdapter(Adapter, TransformsOutput):
             made = cls(config)
             with torch.no_grad():
                 made.initialise(config, site.base)
-            tensors = {name: value.detach().to(site.base.device, site.dtype) for name, value in made.named_parameters()}
+            named = made.named_in_files()
+            tensors = {name: value.detach().to(site.base.device, site.dtype) for name, value in named.items()}
         return cls.bound(config, tensors)
 
     @classmethod
     def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:
-        """Makes an adapter of a config whose parameters, by their path, are these tensors."""
+        """Makes an adapter of a config whose parameters, by their name in files, are these tensors."""
         with torch.device("meta"):
             made = cls(config)
+        paths = {made.name_in_files(path): path for path, _ in made.named_parameters()}
         for name, tensor in tensors.items():
-            owner, _, own = name.rpartition(".")
+            owner, _, own = paths[name].rpartition(".")
             setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach(), name not in cls.frozen_parameters))
         return made
 
@@ -139,8 +141,16 @@ class ModelAdapter(Adapter, TransformsOutput):
         return "it is a prompt of the whole model; load the other one beside it and switch with set_adapter()"
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """All parameters by their path; see ``Adapter``."""
-        return dict(self.named_parameters())
+        """All parameters; see ``Adapter``."""
+        return dict(self.named_in_files())
+
+    def name_in_files(self, name: str) -> str:
+        """What a file calls a parameter, by its path here, before ``file_keys`` of the method spells it."""
+        return name
+
+    def named_in_files(self) -> dict[str, nn.Parameter]:
+        """All parameters, by their name in files."""
+        return {self.name_in_files(path): parameter for path, parameter in self.named_parameters()}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites all parameters with zeros."""

@@ -101,7 +101,8 @@ def bare_names(model: nn.Module) -> Callable[[str], str | None]:
     frozen: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdaptedLayer):
-            frozen[name] = "base_layer"
+            if not module.is_passed_over:
+                frozen[name] = "base_layer"
         elif isinstance(module, ModulesToSaveWrapper):
             frozen[name] = "original_module"
 

@@ -44,6 +44,8 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         write: Callable[[Any, Any], None] | None = None,
     ) -> None:
         self.__dict__.update(_adapters=adapters, _attribute=attribute, _read=read, _write=write, _kept=None)
+        # The json module asks a dictionary for what it has only where it is not empty itself.
+        dict.__setitem__(self, "", None)  # type: ignore[index]
 
     def keep(self) -> None:
         """Holds from now on what the adapters have at this moment, as a dictionary of its own."""

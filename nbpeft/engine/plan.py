@@ -350,10 +350,13 @@ def _plan_for_calls(
     model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
 ) -> InjectionPlan:
     """The plan of an adapter that acts on calls of the whole model: it hangs at the input embedding."""
-    embedding = embedding_of(model)
-    site = next((site for site in sites if embedding is not None and site.module is frozen_module(embedding)), None)
+    site = _embedding_site(model, sites)
     if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
-        why = "trained as a whole by another adapter" if site is not None else "none that it names"
+        why = (
+            "trained as a whole by another adapter"
+            if site is not None
+            else "none that it names or that has a row for each of config.vocab_size tokens"
+        )
         raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
     kind, _ = resolve_parts(site, method)
     config.fill_in_sizes(model, kind.features(site.module)[1])
@@ -364,6 +367,16 @@ def _plan_for_calls(
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
     _check_size(model, [target], {})
     return InjectionPlan(method.label, config, (target,), copies, {}, (), ())
+
+
+def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:
+    """Where the input embedding of a model is: the one that it names, else the first for its whole vocabulary."""
+    embedding = embedding_of(model)
+    if embedding is not None:
+        return next((site for site in sites if site.module is frozen_module(embedding)), None)
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    tables = (site for site in sites if isinstance(site.module, nn.Embedding))
+    return next((site for site in tables if site.module.num_embeddings == rows), None)
 
 
 def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from nbpeft.engine.base import BaseLayer, onloaded
 from nbpeft.engine.model_adapter import ModelAdapter
-from nbpeft.engine.prompt_config import PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
+from nbpeft.engine.prompt_config import ENCODER_KEY, PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
 from nbpeft.engine.registry import method_of
+
+_NETWORKS = ("mlp_head.", "lstm_head.", "transform.")
+"""How names of parameters of the networks begin that compute prompts."""
 
 
 class TokenPrompt(ModelAdapter):
@@ -63,21 +66,39 @@ class EncodedPrompt(ModelAdapter):
 
     Attributes:
         embedding: the rows.
+        encodes: whether a network reads them.
     """
 
     embedding: nn.Embedding
+    encodes: bool
 
     def hold(self, rows: nn.Embedding, *, encoded: bool) -> None:
-        """Keeps the rows, under one name where a network reads them and under another where they are the prompt."""
-        self._modules["input" if encoded else "embedding"] = rows
+        """Keeps the rows, which a network reads or which are the prompt."""
+        self.embedding = rows
+        self.encodes = encoded
 
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__.get("_modules", {})
-        return own["input"] if name == "embedding" and "input" in own else super().__getattr__(name)
+    def name_in_files(self, name: str) -> str:
+        """The rows that a network reads are not the prompt, which files have under the name of an embedding."""
+        return ENCODER_KEY if self.encodes and name == "embedding.weight" else name
 
     def encoded(self) -> Tensor:
         """What the network computes, (1, tokens, features)."""
         raise NotImplementedError
+
+
+def with_rows(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file of a prompt with a network, of those of a file or of a model.
+
+    A model names the rows that the network reads as a file names the tokens that it computes.
+
+    Args:
+        config: of the adapter.
+        tensors: key -> tensor.
+    """
+    has_network = any(key.startswith(_NETWORKS) for key in tensors)
+    if ENCODER_KEY in tensors or not (has_network and config.has_encoder and config.encoded):
+        return tensors
+    return {ENCODER_KEY if key == PROMPT_KEY else key: tensor for key, tensor in tensors.items()}
 
 
 def derived_tokens(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def create_arrow_model(
     general = {f"gks_{place}": path for place, path in enumerate(general_paths)}
     model = base_model_of(base_model)
     manager = manager_of(model) or AdapterManager(model)
-    first, *others = [(name, *_source(path)) for name, path in (tasks | general).items()]
+    first, *others = [(name, *repository_of(path)) for name, path in (tasks | general).items()]
     with manager.transaction():
         AdapterManager.attach(model, manager)
         name, source, options = first
@@ -66,7 +66,7 @@ def create_arrow_model(
     return handle
 
 
-def _source(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
+def repository_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
     """A folder, or the id of a hub's repository and the folder inside it."""
     name = os.fspath(path)
     parts = name.strip("/").split("/")

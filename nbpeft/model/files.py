@@ -19,6 +19,7 @@ from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merged_twin import is_prepared_quantization_aware
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_tree import bare_modules, embedding_of, manager_of
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
@@ -28,6 +29,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
+from nbpeft.model.given_configs import take_given
 from nbpeft.model.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saved_places import note_place, note_saved, note_written_over, owner_of
 from nbpeft.model.sharded import gathered, is_sharded, noted_fingerprint
@@ -43,10 +45,37 @@ Rewrite = Callable[[str, AdapterConfig, AdapterWeights], tuple[AdapterConfig, Ad
 
 
 class LoadResult(NamedTuple):
-    """What did not match while loading."""
+    """What did not match while loading.
+
+    Attributes:
+        missing_keys: names in the model of those of the adapter's tensors that were not given. Unlike PEFT's they
+            have none of the base model among them, which no adapter file holds.
+        unexpected_keys: keys that were given and name nothing of the adapter.
+    """
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+def load_result(
+    manager: AdapterManager, name: str, missing: Sequence[str], unexpected: Sequence[str], *, bare: bool = False
+) -> LoadResult:
+    """Returns what did not match while an adapter was loaded, under the model's names.
+
+    Args:
+        manager: has the adapter.
+        name: of the adapter.
+        missing: keys of a file.
+        unexpected: keys as they were given.
+        bare: whether the model has no handle, whose names have a prefix.
+    """
+    if not missing:
+        return LoadResult([], list(unexpected))
+    prefix = "" if bare else checkpoint.PREFIX
+    in_model = {key: key for key in (f"{prefix}{own}" for own in manager.model.state_dict())}
+    names = checkpoint.keys_of_a_file(in_model, name, method_of(manager.configs[name]).peft_type)
+    wanted = [checkpoint.without_prefix(key) if bare else key for key in missing]
+    return LoadResult([names.get(key, key) for key in wanted], list(unexpected))
 
 
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -147,13 +176,12 @@ def read(
             put()
             if starts:
                 mark_left(manager, name)
-            if given is not None:  # as in PEFT the model has this object from now on
-                change.keep(vars(given))
-                vars(given).update(vars(manager.configs[name]))
-                manager.configs[name] = given
+            if given is not None:
+                take_given(manager, name, given, change)
+            result = load_result(manager, name, loaded.missing, loaded.unexpected)
         if single is None and not hub and os.path.isdir(os.path.expanduser(source)):
             note_place(manager, name, source)
-        return LoadResult(loaded.missing, loaded.unexpected)
+        return result
 
     return load
 
@@ -574,6 +602,17 @@ def _saved_weights(
     return weights if state_dict is None else _picked(manager, weights, name, state_dict)
 
 
+def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[str, Tensor] | None:
+    """Returns what a ``state_dict`` that was put on a model gives, as one that gathers shards; None if there is none.
+
+    One that gives only an adapter's file counts as none: those tensors are the model's own.
+    """
+    replaced = vars(model).get("state_dict")
+    found: Mapping[str, Tensor] | None = None if replaced is None else replaced()
+    types = {name: method_of(config).peft_type for name, config in manager.configs.items()}
+    return found if found and any(checkpoint.is_of_a_model(found, *item) for item in types.items()) else None
+
+
 def _picked(
     manager: AdapterManager, weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
 ) -> AdapterWeights:
@@ -581,7 +620,7 @@ def _picked(
 
     def find(key: str, own: Tensor | None = None) -> Tensor:
         path, _, leaf = key.rpartition(".")
-        for prefix in ("base_model.model.", ""):
+        for prefix in ("base_model.model.", "base_model.", ""):
             for spelt in (key, f"{path}.base_layer.{leaf}", f"{path}.original_module.{leaf}"):
                 if prefix + spelt in state_dict:
                     return state_dict[prefix + spelt]
@@ -591,9 +630,20 @@ def _picked(
 
     places = wrapper_places(weights.parameters)
     adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
+    own_names = {
+        path: {adapter.name_in_files(own): own for own, _ in adapter.named_parameters()}
+        if isinstance(adapter, ModelAdapter)
+        else {}
+        for path, adapter in adapters.items()
+    }
     own = {
         id(adapter): {
-            k: find(f"{places.get(path, path)}.{shown_name(adapter, k, name)}") for k in weights.adapters[path]
+            k: find(
+                f"{adapter.parts_shown_as}.{name}.{own_names[path].get(k, k)}"
+                if manager.layers[path].is_passed_over
+                else f"{places.get(path, path)}.{shown_name(adapter, own_names[path].get(k, k), name)}"
+            )
+            for k in weights.adapters[path]
         }
         for path, adapter in adapters.items()
         if adapter.source is None

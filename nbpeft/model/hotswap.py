@@ -22,7 +22,7 @@ from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, shortened
+from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few, shortened
 from nbpeft.model.files import HUB_OPTIONS, embedding_weights, not_floating
 from nbpeft.model.saved_places import note_place
 
@@ -37,6 +37,7 @@ def hotswap_adapter(
     *,
     validate: Callable[[nn.Module], object] | None = None,
     done: Callable[[Transaction], None] | None = None,
+    allow_missing: bool = False,
     **kwargs: Any,
 ) -> Swapped:
     """Puts a saved adapter in the place of one that is on the model, which keeps its name.
@@ -53,6 +54,8 @@ def hotswap_adapter(
         validate: called with the model once the new adapter is in place and alone active; if it
             returns False or raises, the old adapter is put back, bit for bit.
         done: called last of all with the transaction of the swap, which it can still undo by raising.
+        allow_missing: take a file that lacks some tensors of a layer, which then adds nothing, with a warning; by
+            default it is refused. Layers that the file lacks altogether add nothing in any case.
         **kwargs: ``config`` to use instead of the saved one, ``key_mapping``, and hub options:
             ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
 
@@ -71,7 +74,8 @@ def hotswap_adapter(
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
     with manager.transaction():
-        swapped = _swap(model, manager, adapter_name, config, saved.unread, kwargs.get("key_mapping"), validate, done)
+        options: dict[str, Any] = {"key_mapping": kwargs.get("key_mapping"), "allow_missing": allow_missing}
+        swapped = _swap(model, manager, adapter_name, config, saved.unread, validate, done, **options)
     if not hub and os.path.isdir(os.path.expanduser(model_name_or_path)):
         note_place(manager, adapter_name, model_name_or_path)
     if note is not None and not note.startswith("the adapter does not say"):
@@ -87,6 +91,7 @@ def hotswap_adapter_from_state_dict(
     parameter_prefix: str = "lora_",
     *,
     validate: Callable[[nn.Module], object] | None = None,
+    allow_missing: bool = False,
 ) -> Swapped:
     """As ``hotswap_adapter``, with tensors that are in memory.
 
@@ -98,6 +103,7 @@ def hotswap_adapter_from_state_dict(
         config: config of the new adapter.
         parameter_prefix: accepted for PEFT's sake; keys are matched whole.
         validate: see ``hotswap_adapter``.
+        allow_missing: likewise.
     """
     manager = require_manager(model)
     manager.require(adapter_name)
@@ -107,7 +113,7 @@ def hotswap_adapter_from_state_dict(
         manager.require(adapter_name)
         peft_type = method_of(manager.configs[adapter_name]).peft_type
         plain = checkpoint.keys_of_a_file(state_dict, adapter_name, peft_type)
-        return _swap(model, manager, adapter_name, config, plain, None, validate)
+        return _swap(model, manager, adapter_name, config, plain, validate, allow_missing=allow_missing)
 
 
 def prepare_model_for_compiled_hotswap(
@@ -164,7 +170,7 @@ def prepare_model_for_compiled_hotswap(
 
 def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
     """Unknown keywords are passed over, as in PEFT; but not one that was meant to be ``validate``."""
-    known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate", "done")
+    known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate", "done", "allow_missing")
     for name in keywords:
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
         if close:
@@ -177,15 +183,18 @@ def _swap(
     name: str,
     config: AdapterConfig,
     tensors: Mapping[str, Tensor] | checkpoint.UnreadTensors,
-    key_mapping: Mapping[str, str] | None,
     validate: Callable[[nn.Module], object] | None,
     done: Callable[[Transaction], None] | None = None,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
 ) -> Swapped:
     manager.require(name)
     config = of_former_file(manager.model, config, tensors)
+    expected = _expected(manager, name, config)
     loaded = checkpoint.from_file(
         tensors,
-        _expected(manager, name, config),
+        expected,
         peft_type=method_of(config).peft_type,
         key_mapping=key_mapping,
         conversion=checkpoint.key_conversion_of(manager.model),
@@ -198,6 +207,8 @@ def _swap(
             "load the adapter under another name",
             unexpected=tuple(loaded.unexpected),
         )
+    if allow_missing:
+        _leave_incomplete_out(expected, loaded.weights)
     _leave_embeddings_out(manager, name, loaded.weights)
     check = None if validate is None else lambda: validate(model)
     return swap(manager, name, config, loaded.weights, grow=not _compiled(model), validate=check, done=done)
@@ -241,6 +252,17 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
         others=not_floating({path: manager.copies[path].modules_to_save[name] for path in copies}),
         parameters=parameter_paths(manager.layers),
     )
+
+
+def _leave_incomplete_out(expected: checkpoint.Expected, weights: AdapterWeights) -> None:
+    """Leaves the layers out of which a file has some tensors and lacks others: they add nothing then."""
+    lacking = {path: expected.adapters[path].keys() - given.keys() for path, given in weights.adapters.items()}
+    incomplete = {path: names for path, names in lacking.items() if any(not name.endswith("_bias") for name in names)}
+    for path in incomplete:
+        del weights.adapters[path]
+    if incomplete:
+        shown = few([f"{path}.{name}" for path, names in incomplete.items() for name in sorted(names)], 3)
+        warnings.warn(f"the new adapter lacks {shown}: the layers that lack tensors add nothing", stacklevel=5)
 
 
 def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.model_tree import manager_of, unwrapped
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import ConfigError, TargetError, few
+from nbpeft.model.given_configs import as_given, take_given
 from nbpeft.model.state_dicts import drop_values
 
 
@@ -37,8 +38,10 @@ def inject_adapter_in_model(
     Raises:
         TargetError: the config, or no key, fits the model, which is as it was.
     """
-    manager = manager_of(model) or AdapterManager(model)
-    inject(manager, peft_config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict)
+    manager = manager_of(model) or AdapterManager(unwrapped(model))
+    with manager.transaction() as change:
+        inject(manager, as_given(peft_config), adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict)
+        take_given(manager, adapter_name, peft_config, change)
     return model
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,6 +28,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model import files, prompts
+from nbpeft.model.given_configs import as_given, take_given
 from nbpeft.model.injection import put_active
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import of_the_model, serving
@@ -60,7 +62,9 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: leave the adapter's parameters on the meta device until they are loaded.
     """
 
-    base_model: BaseTuner
+    base_model: Any
+    """A ``BaseTuner``; the base model itself where the first adapter is a learned prompt."""
+    _tuner: BaseTuner
     task: ClassVar[TaskType | None] = None
     _hf_peft_config_loaded = True
     _by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
@@ -95,19 +99,23 @@ class PeftModel(nn.Module):
             replace=adapter_name in manager.configs,
             training=True,
         )
-        with manager.transaction():
+        with manager.transaction() as change:
             put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
+            take_given(manager, adapter_name, peft_config, change)
             self._take(model, manager)
-            self.training = self.base_model.training = True  # as the adapter, in whatever mode the base is
+            self.training = self._tuner.training = True  # as the adapter, in whatever mode the base is
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
         """Becomes the one handle of a base model."""
         with manager.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(manager, "owner")
             first = next(iter(manager.configs.values()), None)  # none where a pool has all of them
-            tuner = BaseTuner if first is None else tuner_class(method_of(first))
-            self.base_model = tuner.over(model, manager)
-            self.__dict__[MANAGER] = manager
+            tuner = (BaseTuner if first is None else tuner_class(method_of(first))).over(model, manager)
+            self.__dict__.update({MANAGER: manager, "_tuner": tuner})
+            self.base_model = tuner
+            prompts.list_apart(manager, self._modules, change)
+            if prompts.LISTED in self._modules:
+                self.base_model = model
             self.training = model.training
             clear_gguf_flags(model, change)
             enable_input_grads_for_checkpointing(model, change)
@@ -136,7 +144,7 @@ class PeftModel(nn.Module):
     @classmethod
     def completed(cls, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
         """Returns a config as it goes onto a base model: with what the task adds to it, and the base's name."""
-        return files.with_base_name(cls._complete(config), model)
+        return files.with_base_name(cls._complete(as_given(config)), model)
 
     @classmethod
     def _complete(cls, config: AdapterConfig) -> AdapterConfig:
@@ -144,7 +152,30 @@ class PeftModel(nn.Module):
         return config
 
     def _check_live(self) -> None:
-        self.base_model.check_live()
+        self._tuner.check_live()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the adapters are on the model and no other handle took it over."""
+        return self._tuner.is_live
+
+    # The tree as PEFT has it
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in PEFT; see ``nn.Module``."""
+        prompts.list_anew(self.manager, self._modules)
+        yield from super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; see ``nn.Module``."""
+        prompts.list_anew(self.manager, self._modules)
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        prompts.list_anew(self.manager, self._modules)
+        if prompts.LISTED in self._modules:
+            state_dict.pop(f"{prefix}word_embeddings.weight", None)  # PEFT lists the embedding twice
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # What there is
 
@@ -232,7 +263,8 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """Returns the base model, with the adapters' layers still in it."""
-        return self.base_model.model
+        held = self.base_model
+        return held.model if isinstance(held, BaseTuner) else held
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of (trainable, all) parameters; a packed 4-bit weight counts as what it stands for."""
@@ -266,14 +298,14 @@ class PeftModel(nn.Module):
         """
         adapter_names: Sequence[str] | None = kwargs.pop("adapter_names", None)
         if self.__dict__.get("_is_replica"):  # of nn.DataParallel, in a call that waited for its turn
-            return self.base_model.model(*args, **kwargs)
+            return self.get_base_model()(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._forward_compiled(adapter_names, *args, **kwargs)
         return self._forward_pinned(adapter_names, *args, **kwargs)
 
     def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         if adapter_names is None and not self._transforms_calls(self.manager.active_state.traced.names, self.training):
-            return self.base_model.model(*args, **kwargs)
+            return self.get_base_model()(*args, **kwargs)
         # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled. Nor does
         # it know what a method prepares for each call or adds to each loss.
         alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
@@ -298,7 +330,7 @@ class PeftModel(nn.Module):
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
             kwargs = of_the_model(self.manager, kwargs)
-            output = self.base_model.model(*args, **kwargs)
+            output = self.get_base_model()(*args, **kwargs)
             return self._with_extra_loss(output, kwargs) if self.training else output
 
     def _with_extra_loss(self, output: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -308,7 +340,7 @@ class PeftModel(nn.Module):
         if loss is None:
             return output
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        extra = extra_loss_of_call(self.manager, labels, items, shifts=not has_encoder(self.base_model.model))
+        extra = extra_loss_of_call(self.manager, labels, items, shifts=not has_encoder(self.get_base_model()))
         if extra is None:
             return output
         total = loss + extra.to(loss.device)
@@ -330,7 +362,7 @@ class PeftModel(nn.Module):
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
             kwargs = {**generation_arguments(self.manager), **of_the_model(self.manager, kwargs)}
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing
 
@@ -344,19 +376,20 @@ class PeftModel(nn.Module):
         """Adds another adapter to the model; it does not become active."""
         self._check_live()
         config = self.completed(peft_config, self.get_base_model())
-        with self.manager.transaction():
+        with self.manager.transaction() as change:
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
             self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
+            take_given(self.manager, adapter_name, peft_config, change)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates one adapter or several and makes them trainable, or frozen for inference."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets whether gradients reach adapters, whatever is active."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
@@ -380,21 +413,21 @@ class PeftModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters (default: the active ones) into the base weights."""
-        self.base_model.merge_adapter(adapter_names, safe_merge)
+        self._tuner.merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restores the base weights, bit for bit."""
-        self.base_model.unmerge_adapter()
+        self._tuner.unmerge_adapter()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """Merges for good and returns the base model without any wrapper; this handle is then dead."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        return self._tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """Returns the base model as it was, without any wrapper; this handle is then dead."""
-        return self.base_model.unload()
+        return self._tuner.unload()
 
     # Files
 
@@ -454,7 +487,7 @@ class PeftModel(nn.Module):
             handle = chosen.over(model, manager)
             change.keep_modes(handle)
             if is_trainable:
-                handle.training = handle.base_model.training = True
+                handle.training = handle._tuner.training = True
             else:
                 handle.eval()
         return handle
@@ -541,7 +574,8 @@ class PeftModel(nn.Module):
             path_initial_model_for_weight_conversion: save adapters that started in a part of the base (OLoRA,
                 PiSSA) as plain LoRA of twice the rank, for the base with that part. Each remembers its start: this
                 folder, of the adapter as it was then, is read for one that was loaded on a base without that part.
-            state_dict: take the tensors from here (as gathered from a sharded model).
+            state_dict: take the tensors from here (as gathered from a sharded model), or from what a ``state_dict()``
+                that was put on this model gives.
             **kwargs: accepted for PEFT's sake.
 
         Raises:
@@ -556,7 +590,7 @@ class PeftModel(nn.Module):
             save_directory,
             names=selected_adapters,
             embeddings=save_embedding_layers,
-            state_dict=state_dict,
+            state_dict=files.replaced_state_dict(self, self.manager) if state_dict is None else state_dict,
             initial=path_initial_model_for_weight_conversion,
             pickled=not safe_serialization,
         )
@@ -577,7 +611,9 @@ class PeftModel(nn.Module):
         except AttributeError:
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
-        return getattr(self.base_model, name)
+        with contextlib.suppress(AttributeError):
+            return getattr(self.base_model, name)
+        return getattr(self._tuner, name)
 
 
 def _base_for(model: nn.Module, config: object) -> nn.Module:

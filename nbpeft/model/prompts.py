@@ -7,12 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_adapter import learns_prompt
+from nbpeft.engine.model_adapter import ModelAdapter, learns_prompt
 from nbpeft.engine.model_calls import cache_of, prompt_of
-from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 from nbpeft.model.files import file_tensors
+
+LISTED = ModelAdapter.parts_shown_as
+"""Name under which a handle lists learned prompts."""
+
+
+def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], change: Transaction) -> None:
+    """Lists the learned prompts of a model as its handle's own, as PEFT does, where its first adapter is one.
+
+    Args:
+        manager: of the model.
+        modules: those of the handle, changed in place.
+        change: records it.
+    """
+    prompted = _prompted(manager)
+    first = next(iter(manager.configs), None)
+    apart = any(first in layer.adapters._modules for layer in prompted)
+    for layer in prompted:
+        change.keep_attributes(layer, "listed_apart")
+        layer.__dict__["listed_apart"] = apart
+    change.keep(modules)
+    if apart:
+        modules[LISTED] = prompted[0].adapters
+
+
+def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> None:
+    """Brings what a handle lists up to date, where it lists prompts at all; see ``list_apart``."""
+    if LISTED not in modules:
+        return
+    for layer in _prompted(manager):
+        layer.__dict__["listed_apart"] = True
+        modules[LISTED] = layer.adapters if layer.is_passed_over else nn.ModuleDict()
+
+
+def _prompted(manager: AdapterManager) -> list[AdaptedLayer]:
+    """The layers at which learned prompts are, which is the input embedding."""
+    return [layer for layer in manager.layers.values() if any(map(learns_prompt, layer.adapters._modules.values()))]
 
 
 def encoders(manager: AdapterManager) -> nn.ModuleDict:
@@ -44,9 +81,8 @@ def word_embeddings(manager: AdapterManager) -> nn.Module:
         AttributeError: no adapter learns a prompt.
     """
     encoders(manager)
-    found = embedding_of(manager.model)
-    assert found is not None
-    return found
+    found = _prompted(manager)[0]
+    return found.base_layer if found.is_passed_over else found
 
 
 def embedding_to_save(manager: AdapterManager, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
-from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
+from nbpeft.model.files import LoadResult, embedding_weights, file_tensors, load_result, replaced_state_dict
 from nbpeft.model.sharded import like
 
 _Arguments = ParamSpec("_Arguments")
@@ -48,7 +48,7 @@ def get_peft_model_state_dict(
 
     Args:
         model: a PeftModel or an adapted base model.
-        state_dict: take the tensors from here instead of from the model.
+        state_dict: take the tensors from here instead of from the model, or from a ``state_dict()`` put on it.
         adapter_name: which adapter.
         unwrap_compiled: accepted for PEFT's sake; a compiled model is always unwrapped.
         save_embedding_layers: also the embeddings; "auto" decides from the model.
@@ -58,7 +58,8 @@ def get_peft_model_state_dict(
         adapted without one they lack the ``base_model.model.`` in front, as in PEFT.
     """
     manager = require_manager(model)
-    tensors = file_tensors(manager, adapter_name, embeddings=save_embedding_layers, state_dict=state_dict)
+    given = replaced_state_dict(model, manager) if state_dict is None else state_dict
+    tensors = file_tensors(manager, adapter_name, embeddings=save_embedding_layers, state_dict=given)
     if unwrapped(model) is manager.model:
         return {checkpoint.without_prefix(key): tensor for key, tensor in tensors.items()}
     return tensors
@@ -132,7 +133,7 @@ def set_peft_model_state_dict(
         _write(manager, adapter_name, weights, loaded, present, change)
     # The state dict of a whole model holds the base and other adapters besides.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
-    return LoadResult(loaded.missing, unexpected)
+    return load_result(manager, adapter_name, loaded.missing, unexpected, bare=unwrapped(model) is manager.model)
 
 
 def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, weights: AdapterWeights) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.model.given_configs import as_given, take_given
 from nbpeft.model.peft_model import PeftModel
 
 
@@ -184,8 +185,11 @@ def get_peft_model(
                 f"the config has revision {config.revision!r} of the base model already; {revision!r} takes its place",
                 stacklevel=2,
             )
-        config = config.copy(revision=revision)
+        config = as_given(config).copy(revision=revision)
     handle = PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    if config is not peft_config:
+        with handle.manager.transaction() as change:
+            take_given(handle.manager, adapter_name, peft_config, change)
     if there and handle.manager is known:
         warnings.warn(
             f"You are trying to modify a model that already carries {', '.join(map(repr, there))}: "

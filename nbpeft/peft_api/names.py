@@ -202,12 +202,14 @@ MODULES: dict[str, dict[str, str]] = {
     "mapping_func": {"mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", OWN: "get_peft_model"},
     "mixed_model": {"layers": "PeftMixedModel"},
     "optimizers": {
-        OWN: "create_lorafa_optimizer create_loraplus_optimizer",
-        "missing": "create_riemannian_optimizer",
+        OWN: "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     },
     "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "missing": "LoraFAOptimizer"},
     "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
-    "optimizers.riemannian": {"missing": "_RiemannianPreconditioner _collect_lora_pairs create_riemannian_optimizer"},
+    "optimizers.riemannian": {
+        OWN: "create_riemannian_optimizer",
+        "building_blocks": "_RiemannianPreconditioner _collect_lora_pairs",
+    },
     "peft_model": {
         OWN: f"{_MODELS} PeftConfig PeftType TaskType",
         "mappings": _MAPPINGS,
@@ -240,8 +242,12 @@ MODULES: dict[str, dict[str, str]] = {
         "constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     },
     "tuners.lora.conversion": {OWN: _CONVERSION},
-    "tuners._buffer_dict": {"missing": "BufferDict"},
-    "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
+    "tuners._buffer_dict": {"building_blocks": "BufferDict"},
+    "tuners.lora.arrow": {
+        OWN: "create_arrow_model",
+        "building_blocks": "_resolve_adapter_source",
+        "missing": "ArrowLoraLinearLayer",
+    },
     "tuners.lora.dora": {
         "constants": "ENABLE_DORA_CACHING",
         "missing": "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
@@ -257,13 +263,14 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {
-        "missing": "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear DoraConv1dVariant "
+        "building_blocks": "BlockDiagonalLinear",
+        "missing": "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant DoraConv1dVariant "
         "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant "
         "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant calculate_alora_offsets "
-        "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch"
+        "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     },
     "tuners.lora.velora": {
-        "missing": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
+        "building_blocks": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
         "_reshape_to_grouped_subtokens"
     },
     **{f"tuners.lora.{place}": {LAYER: names} for place, names in _OTHER_QUANTIZED.items()},
@@ -315,14 +322,15 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.error": {OWN: "NoMatchingPeftModuleError PeftError"},
     "utils.hotswap": {
-        OWN: "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+        OWN: "prepare_model_for_compiled_hotswap",
+        "swapping": "hotswap_adapter hotswap_adapter_from_state_dict",
         "constants": "CONFIG_KEYS_TO_CHECK",
         "helpers": "check_hotswap_configs_compatible",
     },
     "utils.integrations": {
         "helpers": "check_deepspeed_zero3_enabled dequantize_module_weight",
-        "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map init_empty_weights "
-        "map_cache_to_layer_device_map skip_init_on_device",
+        "building_blocks": "init_empty_weights skip_init_on_device",
+        "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map map_cache_to_layer_device_map",
     },
     "utils.loftq_utils": {OWN: "replace_lora_weights_loftq", "inits": "loftq_init"},
     "utils.merge_utils": {

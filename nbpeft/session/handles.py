@@ -32,7 +32,7 @@ def uncompiled(model: Any) -> Any:
 
 def is_live(handle: PeftModel) -> bool:
     """Whether a handle is the one that owns its base model's adapters."""
-    return handle.base_model.is_live
+    return handle.is_live
 
 
 def handle_over(base: nn.Module) -> PeftModel | None:

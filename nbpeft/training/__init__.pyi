@@ -3,6 +3,7 @@
 from ..engine.methods.lora.optimizers import LoraFAOptimizer as LoraFAOptimizer
 from ..engine.methods.lora.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
 from ..engine.methods.lora.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+from ..engine.methods.lora.optimizers import create_riemannian_optimizer as create_riemannian_optimizer
 from .callback import RunCallback as RunCallback
 from .control import RunControl as RunControl
 from .data import Collator as Collator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import peft
@@ -253,3 +254,9 @@ def test_layers_tell_how_they_store_their_weight() -> None:
     for library in (nbpeft, peft):
         model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=list("abd")))
         assert [model.base_model.model[key].fan_in_fan_out for key in "abd"] == [False, False, True]
+
+
+def test_what_is_shown_by_adapter_is_written_as_a_dictionary() -> None:
+    layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    assert json.loads(json.dumps([layer.scaling, layer.r])) == [{"default": 4.0}, {"default": 2}]
+    assert [dict(layer.r), {**layer.r}, copy.copy(layer.r), layer.r | {}] == [{"default": 2}] * 4

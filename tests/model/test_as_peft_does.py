@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -332,3 +333,128 @@ def test_names_may_be_given_twice() -> None:
         assert list(model.peft_config) == [name for name in ("one", "two", "three") if name not in names]
         model.set_adapter(["three", "three"])
         assert model.active_adapters == ["three"]
+
+
+def of_both(make: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What something is for nbpeft and for PEFT."""
+    return make(nbpeft), make(peft)
+
+
+def two_layers(library: Any, **changes: Any) -> Any:
+    """A config for the layers of ``nn.Sequential``."""
+    return library.LoraConfig(**{"target_modules": ["0", "1"], "r": 2, **changes})
+
+
+def model_of_two() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_missing_keys_are_the_model_s_names(bare: bool) -> None:
+    def result(library: Any) -> tuple[list[str], list[str]]:
+        config = two_layers(library)
+        if bare:
+            model = library.inject_adapter_in_model(config, model_of_two(), "default_0")
+        else:
+            model = library.get_peft_model(model_of_two(), config, "default_0")
+        name = "default_0"
+        tensors = dict(library.get_peft_model_state_dict(model, adapter_name=name))
+        first = next(iter(tensors))
+        tensors[first.replace("0.", "9.")] = tensors.pop(first)
+        found = library.set_peft_model_state_dict(model, tensors, name)
+        return [key for key in found.missing_keys if "base_layer" not in key], found.unexpected_keys
+
+    ours, theirs = of_both(result)
+    assert ours == theirs
+    assert ours[0] == [f"{'' if bare else 'base_model.model.'}0.lora_A.default_0.weight"]
+
+
+def test_so_are_those_of_a_loaded_adapter(tmp_path: Path) -> None:
+    model = get_peft_model(model_of_two(), two_layers(nbpeft, use_dora=True))
+    tensors = dict(get_peft_model_state_dict(model))
+    model.state_dict = lambda: {}  # one that names no adapter is not asked
+    model.save_pretrained(tmp_path)
+    tensors.pop("base_model.model.1.lora_magnitude_vector")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="1 adapter key is missing"):
+        found = model.load_adapter(tmp_path, "other")
+    assert found.missing_keys == ["base_model.model.1.lora_magnitude_vector.other.weight"]
+
+
+def test_the_config_that_is_given_is_filled_in() -> None:
+    def facts(library: Any) -> list[Any]:
+        base, config, second, third = llama(), *(library.LoraConfig(task_type="CAUSAL_LM") for _ in range(3))
+        base.name_or_path = base.config._name_or_path = "base"
+        model = library.get_peft_model(base, config, revision="main")
+        model.add_adapter("second", second)
+        library.inject_adapter_in_model(third, injected := llama())
+        return [
+            model.peft_config["default"] is config,
+            model.peft_config["second"] is second,
+            injected.peft_config["default"] is third,
+            *(set(one.target_modules) for one in (config, second, third)),
+            config.base_model_name_or_path,
+            config.revision,
+        ]
+
+    ours, theirs = of_both(facts)
+    assert ours == theirs and ours[:3] == [True, True, True]
+
+
+def test_a_config_given_to_a_second_model_is_what_was_given() -> None:
+    config = LoraConfig(target_modules="all-linear", r=2)
+    small = get_peft_model(model_of_two(), config)
+    config.r = 3
+    large = get_peft_model(nn.Sequential(*model_of_two(), nn.Linear(4, 4)), config)
+    assert config.target_modules == {"0", "1"} and small.peft_config["default"] is config
+    assert set(large.base_model.targeted_module_names) == {"0", "1", "2"}
+    assert large.peft_config["default"].r == 3
+    large.add_adapter("twin", large.peft_config["default"])
+    assert large.peft_config["twin"] is not large.peft_config["default"]
+
+
+def test_a_config_is_as_it_was_where_the_adapter_is_refused() -> None:
+    config = LoraConfig(target_modules=["nowhere"], task_type="CAUSAL_LM")
+    before = config.to_dict()
+    with pytest.raises(nbpeft.TargetError):
+        get_peft_model(llama(), config)
+    assert config.to_dict() == before
+
+
+def test_a_compiled_model_is_its_inner_one() -> None:
+    compiled: Any = torch.compile(model_of_two(), backend="eager")
+    assert nbpeft.inject_adapter_in_model(two_layers(nbpeft), compiled) is compiled
+    tensors = get_peft_model_state_dict(compiled)
+    inner = peft.inject_adapter_in_model(two_layers(peft), model_of_two())
+    assert tensors.keys() == peft.get_peft_model_state_dict(inner).keys()
+    assert set_peft_model_state_dict(compiled, tensors) == ([], [])
+    again: Any = torch.compile(model_of_two(), backend="eager")
+    nbpeft.inject_adapter_in_model(LoraConfig(r=2), again, state_dict=tensors)
+    assert set_peft_model_state_dict(again, tensors) == ([], [])
+    x = torch.ones(1, 4)
+    again.load_state_dict(compiled.state_dict())
+    assert torch.equal(again(x), compiled(x))
+
+
+def test_a_state_dict_put_on_a_model_is_asked(tmp_path: Path) -> None:
+    def saved(library: Any) -> float:
+        model = library.get_peft_model(model_of_two(), two_layers(library))
+        tensors = {key: value + 1 for key, value in model.state_dict().items()}
+        model.state_dict = lambda *args, **kwargs: tensors
+        model.save_pretrained(folder := tmp_path / library.__name__)
+        kept = load_file(folder / "adapter_model.safetensors")
+        alone = library.get_peft_model_state_dict(model)
+        return sum(float(value["base_model.model.0.lora_B.weight"].sum()) for value in (kept, alone))
+
+    ours, theirs = of_both(saved)
+    assert ours == theirs == 16
+
+
+def test_what_training_writes_into_a_config_is_not_what_was_given() -> None:
+    fields: dict[str, Any] = {"target_modules": ["0"], "init_r": 2, "target_r": 1, "total_step": 9}
+    config, plain = nbpeft.AdaLoraConfig(**fields), LoraConfig(target_modules=["0"], r=2)
+    for one, name in ((config, "rank_pattern"), (plain, "alpha_pattern")):
+        get_peft_model(model_of_two(), one)
+        getattr(one, name)["0"] = [True, False] if one is config else 4
+    again: Any = [get_peft_model(model_of_two(), one).peft_config["default"] for one in (config, plain)]
+    assert not again[0].rank_pattern and again[1].alpha_pattern == {"0": 4}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import peft
 import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import nbpeft
 from nbpeft.engine.methods.ia3 import IA3Config
 from nbpeft.errors import (
     BaseMismatchError,
@@ -21,12 +25,15 @@ from nbpeft.errors import (
     UnknownMethodError,
 )
 from nbpeft.model import (
+    LoraConfig,
     PeftModel,
+    get_peft_model,
     get_peft_model_state_dict,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from nbpeft.peft_api.names import value
 from tests.tiny_models import adapted, classifier, config, llama, logits, same_state, state, tokens
 
 
@@ -252,3 +259,45 @@ def test_embeddings_that_the_file_brings_along(tmp_path: Path) -> None:
         with pytest.raises(HotSwapError, match=r"brings its own model\.embed_tokens\.weight"):
             hotswap_adapter(model, tmp_path / "other", "default")
     assert same_state(before, state(model)) and logits(model, tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_file_that_lacks_a_tensor_may_be_taken(in_memory: bool, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def swapped(library: Any, swap: Any, **options: Any) -> Any:
+        model = library.PeftModel.from_pretrained(base(), tmp_path)
+        tensors = load_file(file)
+        tensors.pop("base_model.model.1.lora_A.weight")
+        if in_memory:
+            named = {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
+            swap(model, named, "default", config=model.peft_config["default"], **options)
+            return model
+        save_file(tensors, lacking / "adapter_model.safetensors")
+        swap(model, lacking, "default", **options)
+        return model
+
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    file, lacking = tmp_path / "adapter_model.safetensors", tmp_path / "lacking"
+    shutil.copytree(tmp_path, lacking)
+    names = ["hotswap_adapter", "hotswap_adapter_from_state_dict"]
+    mine, theirs, by_path = (
+        getattr(nbpeft, names[in_memory]),
+        getattr(importlib.import_module("peft.utils.hotswap"), names[in_memory]),
+        value("utils.hotswap", names[in_memory]),
+    )
+    with pytest.raises(HotSwapError, match="lacks lora_A"):
+        swapped(nbpeft, mine)
+    expected = swapped(peft, theirs, **({"parameter_prefix": "lora_"} if in_memory else {}))
+    zero = expected.base_model.model[1].lora_A["default"].weight
+    assert not zero.any()
+    for swap, options in ((mine, {"allow_missing": True}), (by_path, {})):
+        with pytest.warns(UserWarning, match="lacks '1.lora_A': the layers that lack tensors add nothing"):
+            found = swapped(nbpeft, swap, **options)
+        x = torch.ones(1, 4)
+        layer = found.base_model.model[1]
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+        assert not torch.equal(found.base_model.model[0](x), found.base_model.model[0].base_layer(x))

@@ -35,10 +35,8 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.lora.eva: no *",
         "peft.tuners.lora.loraga: no *",
         "peft.tuners.lora.monteclora: * refuses",
-        "peft.tuners.lora.velora: * refuses",
     ),
     "tools that nbpeft lacks": (
-        "peft*: create_riemannian_optimizer refuses",
         "peft.tuners.lora.model: no *",  # tensor parallelism
         "peft.tuners.lora.tp_layer: *",  # Megatron's layers
         "peft.utils.integrations: no *",
@@ -58,7 +56,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "of methods that nbpeft lacks": (
         "peft.tuners.shadow.*: no *",
         "peft.tuners.lycoris_utils: * refuses",
-        "peft.tuners._buffer_dict: * refuses",
     ),
     "a class for isinstance: the engine makes layers": (
         "peft.tuners*: *: only for isinstance",
@@ -105,8 +102,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.utils*: set_additional_trainable_modules refuses",
         "peft.utils.integrations: dequantize_bnb_weight refuses",
         "peft.utils.integrations: gather_params_ctx refuses",
-        "peft.utils.integrations: init_empty_weights refuses",
-        "peft.utils.integrations: skip_init_on_device refuses",
         "peft.utils.other: no create_attention_mask",
         "peft.utils.transformers_weight_conversion: * refuses",
     ),

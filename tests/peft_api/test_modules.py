@@ -21,7 +21,7 @@ from tests.tiny_models import llama
 
 def test_a_path_leads_to_the_public_name() -> None:
     for path, name in (
-        ("utils.hotswap", "hotswap_adapter"),
+        ("utils.hotswap", "prepare_model_for_compiled_hotswap"),
         ("tuners.lora", "LoraLayer"),
         ("optimizers", "create_loraplus_optimizer"),
         ("helpers", "rescale_adapter_scale"),
@@ -109,8 +109,8 @@ def test_a_model_of_mixed_methods_is_one_like_any_other(tmp_path: Path) -> None:
 
 
 def test_a_missing_function_refuses_and_a_missing_table_is_empty() -> None:
-    with pytest.raises(nbpeft.NotSupportedError, match="create_riemannian_optimizer is not available: nbpeft does not"):
-        importlib.import_module("nbpeft.optimizers").create_riemannian_optimizer(None)
+    with pytest.raises(nbpeft.NotSupportedError, match="clone_module is not available: nbpeft does not"):
+        importlib.import_module("nbpeft.tuners.tuners_utils").clone_module(None)
     tables = importlib.import_module("nbpeft.utils.constants")
     assert tables.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING == {}
     assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"] == ["q_proj", "v_proj"]

@@ -19,7 +19,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_share
 from nbpeft.engine.prompt_config import PROMPT_KEY, PromptLearningConfig
 from nbpeft.engine.registry import register
-from nbpeft.engine.token_prompt import EncodedPrompt, derived_tokens
+from nbpeft.engine.token_prompt import EncodedPrompt, derived_tokens, with_rows
 
 _MLP_LAYERS = 2
 
@@ -80,6 +80,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     label="P-tuning",
     file_keys={"embedding.weight": PROMPT_KEY},
     derived=derived_tokens,
+    unpack=with_rows,
     summary=lambda config: {
         "tokens": str(config.num_virtual_tokens),
         "encoder": str(

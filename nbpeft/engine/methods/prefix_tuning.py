@@ -18,7 +18,7 @@ from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.prompt_config import PROMPT_KEY
 from nbpeft.engine.registry import register
-from nbpeft.engine.token_prompt import EncodedPrompt, derived_tokens
+from nbpeft.engine.token_prompt import EncodedPrompt, derived_tokens, with_rows
 
 
 @dataclass
@@ -60,6 +60,7 @@ class PrefixTuningConfig(CachedPrefixConfig):
     label="prefix tuning",
     file_keys={"embedding.weight": PROMPT_KEY},
     derived=derived_tokens,
+    unpack=with_rows,
     summary=lambda config: (
         {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
     ),

@@ -131,7 +131,7 @@ def test_what_a_call_returns_has_its_usual_form() -> None:
     with model.disable_adapter():
         torch.testing.assert_close(model(**batch()).loss, llama()(tokens(), labels=batch()["labels"]).loss)
     assert torch.equal(nbpeft.chunked_loss(model, **batch()), found.loss)
-    torch.testing.assert_close(model.base_model.model(**batch()).loss, found.loss)  # without the handle
+    torch.testing.assert_close(model.base_model(**batch()).loss, found.loss)  # without the handle
 
 
 def test_accumulated_batches_count_by_their_tokens() -> None:

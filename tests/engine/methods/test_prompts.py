@@ -665,3 +665,82 @@ def test_a_prefix_passes_over_layers_that_share_a_cache(tmp_path: Path) -> None:
     found = logits(ours.eval())
     assert (found - logits(base())).abs().max() > 1e-4
     torch.testing.assert_close(found, logits(theirs), atol=1e-5, rtol=1e-4)
+
+
+def listed(model: Any) -> list[tuple[str, bool]]:
+    return [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+
+
+@every_sample
+def test_the_tree_is_that_of_peft(method: Method, fields: dict[str, Any]) -> None:
+    ours, theirs = pair(method, fields)
+    assert listed(ours) == listed(theirs)
+    assert type(ours.base_model) is type(theirs.base_model)
+    assert ours.get_parameter("base_model.model.embed_tokens.weight") is ours.word_embeddings.weight
+    assert [name for name, _ in ours.named_children()] == [name for name, _ in theirs.named_children()][:2]
+    # PEFT has the embedding under a second name.
+    assert list(ours.state_dict()) == [key for key in theirs.state_dict() if key != "word_embeddings.weight"]
+
+
+@every_sample
+def test_states_of_whole_models_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = pair(method, fields)
+    changed = {key: value + 0.5 for key, value in theirs.state_dict().items()}
+    ours.load_state_dict(changed)
+    assert all(torch.equal(value, changed[key]) for key, value in ours.state_dict().items())
+    again = pair(method, fields)[0]
+    assert nbpeft.set_peft_model_state_dict(again, ours.state_dict()) == ([], [])
+    ours.save_pretrained(tmp_path / "own")
+    again.save_pretrained(tmp_path / "read")
+    pair(method, fields)[0].save_pretrained(tmp_path / "given", state_dict=ours.state_dict())
+    own, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "read", "given"))
+    assert all(same_state(own, other) for other in others)
+    with pytest.raises(RuntimeError, match="embed_tokens"):
+        ours.load_state_dict({key: value for key, value in changed.items() if "embed_tokens" not in key})
+
+
+def test_the_tree_follows_the_adapters() -> None:
+    model = prompted()
+    model.add_adapter("second", nbpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    names = [f"prompt_encoder.{name}.embedding.weight" for name in ("default", "second")]
+    assert [name for name, _ in model.named_parameters()][-2:] == names
+    model.delete_adapter("default")
+    assert [name for name, _ in model.named_parameters()][-1:] == names[1:]
+    model.add_adapter("factors", nbpeft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    both = {name for name, _ in model.named_parameters() if "lora" in name or "prompt" in name}
+    assert {name.removeprefix("base_model.model.") for name in both} >= {
+        "embed_tokens.prompt_encoder.second.embedding.weight",
+        "embed_tokens.lora_embedding_A.factors",
+    }
+    ids, copied = tokens(), pickle.loads(pickle.dumps(model))
+    assert list(copied.state_dict()) == list(model.state_dict())
+    assert torch.equal(copied(ids).logits, model(ids).logits)
+    bare = model.unload()
+    assert [name for name, _ in bare.named_parameters()] == [name for name, _ in llama().named_parameters()]
+
+
+def test_a_prompt_beside_other_adapters_stays_where_it_is() -> None:
+    model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("words", nbpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert type(model.base_model).__name__ == "LoraModel"
+    assert "base_model.model.model.embed_tokens.prompt_encoder.words.embedding.weight" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(("method", "fields"), FIRST)
+def test_an_embedding_that_is_not_named_is_found_by_its_size(method: Method, fields: dict[str, Any]) -> None:
+    def unnamed() -> Any:
+        model = llama()
+        model.get_input_embeddings = lambda: None
+        return model
+
+    model = get_peft_model(unnamed(), made(method, fields)).eval()
+    randomize(model)
+    assert model.word_embeddings is model.get_base_model().model.embed_tokens.base_layer
+    expected = get_peft_model(llama(), made(method, fields)).eval()
+    expected.load_state_dict(model.state_dict())
+    more = tasks(method)
+    assert torch.equal(model(tokens(), **more).logits, expected(tokens(), **more).logits)
+    model = unnamed()
+    model.config.vocab_size += 1
+    with pytest.raises(NbpeftError, match=r"config\.vocab_size"):
+        get_peft_model(model, made(method, fields))

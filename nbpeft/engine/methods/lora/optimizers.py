@@ -1,4 +1,4 @@
-"""Optimizers made for low-rank adapters: LoRA-FA and LoRA+.
+"""Optimizers made for low-rank adapters: LoRA-FA, LoRA+ and Riemannian preconditioning.
 
 LoRA-FA: A stays as it was drawn, only B learns (https://arxiv.org/abs/2308.03303). The gradient of B is
 turned into the one whose product with A is nearest to the full gradient: g_B (A Aᵀ)⁻¹ / scaling². A is
@@ -10,9 +10,10 @@ LoRA+: B learns faster than A (https://arxiv.org/abs/2402.12354).
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -233,3 +234,88 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+class RiemannianPreconditioner:
+    """Rescales the gradients of LoRA's factors by each other (https://arxiv.org/abs/2402.02347), in place.
+
+        g_A <- (Bᵀ B + reg I)⁻¹ g_A        g_B <- g_B (A Aᵀ + reg I)⁻¹
+
+    Args:
+        pairs: A, (rank, in), and B, (out, rank), of each product.
+        reg: keeps the inverses finite where a factor has less than its rank, as B has at the start.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], reg: float) -> None:
+        self.lora_pairs = list(pairs)
+        self.reg = reg
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Rescales the gradients that there are, before the optimizer's own step."""
+        for first, second in self.lora_pairs:
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            lora_A, lora_B = first.detach().to(dtype), second.detach().to(dtype)
+            if first.grad is not None:
+                first.grad.copy_(self._inverse(lora_B.T @ lora_B) @ first.grad.to(dtype))
+            if second.grad is not None:
+                second.grad.copy_(second.grad.to(dtype) @ self._inverse(lora_A @ lora_A.T))
+
+    def _inverse(self, square: Tensor) -> Tensor:
+        damping = self.reg * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        inverse: Tensor = torch.linalg.pinv(square + damping)
+        return inverse
+
+
+def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """A and B of every product of two matrices on the layers of a model, where both are trained; no embeddings."""
+    first, second = _PAIRS[0]
+    held = (dict(module.named_parameters(recurse=False)) for module in reached_modules(model))
+    pairs = ((own[first], own[second]) for own in held if first in own and second in own)
+    return [pair for pair in pairs if all(factor.requires_grad and factor.ndim == 2 for factor in pair)]
+
+
+def _needs_closure(optimizer_cls: type[Optimizer]) -> bool:
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """An optimizer before whose steps the gradients of LoRA's factors are rescaled. Arguments as in PEFT.
+
+    Args:
+        model: The model with adapters.
+        optimizer_cls: Which optimizer; its ``step`` must not need a closure.
+        lr: Learning rate.
+        reg: Added to the diagonal of the matrices that are inverted; see ``RiemannianPreconditioner``.
+        **kwargs: For the optimizer.
+
+    Raises:
+        ConfigError: the optimizer needs a closure, or no pair of factors is trained.
+        TypeError: ``optimizer_cls`` is no optimizer's class.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, not {optimizer_cls!r:.60}")
+    if _needs_closure(optimizer_cls):
+        raise ConfigError(
+            f"{optimizer_cls.__name__} requires a closure, which computes the gradients anew after they were rescaled; "
+            "use an optimizer such as AdamW or SGD"
+        )
+    pairs = trained_pairs(model)
+    if not pairs:
+        raise ConfigError("No trainable lora_A/lora_B parameter pairs were found: activate a LoRA adapter first.")
+    preconditioner = RiemannianPreconditioner(pairs, reg)
+    optimizer = optimizer_cls([one for one in model.parameters() if one.requires_grad], lr=lr, **kwargs)  # type: ignore[call-arg]
+
+    def rescale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise ConfigError(
+                "create_riemannian_optimizer does not support closures, which compute the gradients anew after they "
+                "were rescaled: call step() without one"
+            )
+        preconditioner.step()
+
+    optimizer.register_step_pre_hook(rescale)
+    return optimizer

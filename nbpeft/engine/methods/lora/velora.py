@@ -43,7 +43,7 @@ def pieces(tensor: Tensor, count: int) -> Tensor:
     return whole.reshape(*whole.shape[:-1], count, size)
 
 
-def _normalised(direction: Tensor) -> Tensor:
+def normalised(direction: Tensor) -> Tensor:
     """A direction of length 1 in float32; all ones where there is none."""
     direction = direction.float()
     norm = torch.linalg.vector_norm(direction)
@@ -104,7 +104,7 @@ class VeLoRA(LowRankProduct):
             (shape, dtype) = cls.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
             make: Callable[..., Tensor] = torch.randn if settings.init_type == "random" else torch.zeros
             direction = make(shape, device=site.base.device, dtype=dtype)
-            direction = _normalised(direction) if settings.init_type == "random" else direction
+            direction = normalised(direction) if settings.init_type == "random" else direction
         made.register_buffer(DIRECTION, direction)
         found = settings.init_type == "random" or (not direction.is_meta and bool(direction.any()))
         made.__dict__.update(settings=settings, is_found=found)
@@ -115,7 +115,7 @@ class VeLoRA(LowRankProduct):
         """v, (n,), for an input (…, in); brought up to date where the batch says it."""
         if self.settings.init_type == "batch_average" or not self.is_found:
             mean = pieces(x, self.settings.num_groups).flatten(0, -2).mean(0)
-            self._buffers[DIRECTION] = _normalised(mean)
+            self._buffers[DIRECTION] = normalised(mean)
             self.__dict__["is_found"] = True
         direction = self._buffers[DIRECTION]
         assert direction is not None

@@ -1,0 +1,222 @@
+"""Small classes and functions of PEFT's own code that others import, where nbpeft does it in another way."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from nbpeft.checkpoint import CONFIG_NAME
+from nbpeft.engine.methods.lora.optimizers import RiemannianPreconditioner, trained_pairs
+from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
+from nbpeft.engine.methods.lora.velora import normalised, pieces
+from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.model.arrow import repository_of
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+_RiemannianPreconditioner = RiemannianPreconditioner
+_collect_lora_pairs = trained_pairs
+_normalize_projection = normalised
+
+
+class BufferDict(nn.Module):
+    """Buffers by name, as ``nn.ParameterDict`` has parameters.
+
+    Args:
+        buffers: name -> tensor, or pairs of both.
+        persistent: whether a state dict has them.
+    """
+
+    def __init__(self, buffers: Any = None, persistent: bool = False) -> None:
+        super().__init__()
+        self.persistent = persistent
+        self.update(() if buffers is None else buffers)
+
+    def update(self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | BufferDict) -> None:
+        """Sets some of them: those of a mapping, or pairs of name and tensor."""
+        for name, buffer in dict(buffers).items():
+            self[name] = buffer
+
+    def pop(self, key: str) -> Tensor:
+        """Takes one out and returns it."""
+        found: Tensor = self[key]
+        del self[key]
+        return found
+
+    def clear(self) -> None:
+        """Takes all out."""
+        self._buffers.clear()
+
+    def keys(self) -> Any:
+        """Their names."""
+        return self._buffers.keys()
+
+    def values(self) -> Any:
+        """The tensors."""
+        return self._buffers.values()
+
+    def items(self) -> Any:
+        """Names and tensors."""
+        return self._buffers.items()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._buffers[key]
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        self.register_buffer(key, buffer, persistent=self.persistent)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buffers
+
+
+class _OrOfAnAdapter(type):
+    """The block-diagonal factors of adapters are instances, too."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, BlockDiagonalFactor)
+
+
+class BlockDiagonalLinear(BlockDiagonalFactor, metaclass=_OrOfAnAdapter):
+    """A linear layer of which only the blocks on the diagonal are held, one below the other.
+
+    Args:
+        in_features: divisible by ``nblocks``.
+        out_features: likewise.
+        nblocks: how many blocks.
+        init_zero: start with zeros.
+        dtype: of the weight, (out_features, in_features / nblocks).
+        device: likewise; the CPU if None.
+
+    Raises:
+        ConfigError: it cannot be cut into so many blocks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nblocks: int,
+        init_zero: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(nblocks)
+        if in_features % nblocks or out_features % nblocks:
+            raise ConfigError(f"in_features={in_features} or out_features={out_features} not divisible by {nblocks}")
+        size = out_features, in_features // nblocks
+        self.register_parameter("weight", nn.Parameter(torch.zeros(size, dtype=dtype, device=device or "cpu")))
+        if not init_zero:
+            nn.init.kaiming_uniform_(self.weight)
+
+
+class VeloraFunction:
+    """A linear layer that keeps its input compressed for the gradient of its weight; see ``methods.lora.velora``."""
+
+    @staticmethod
+    def apply(
+        input: Tensor, weight: Tensor, bias: Tensor | None, embed: Tensor, num_groups: int, velora_scale: float
+    ) -> Tensor:
+        """The layer's output, (…, out).
+
+        Args:
+            input: (…, in).
+            weight: (out, in).
+            bias: (out,), or None.
+            embed: the direction that pieces of the input are kept along, of length 1.
+            num_groups: how many pieces.
+            velora_scale: factor on the gradient of the weight.
+        """
+        direction = embed.to(input.dtype)
+        kept = pieces(input.detach(), num_groups) @ direction
+        learned = F.linear(kept, pieces(weight, num_groups) @ direction * velora_scale)
+        return F.linear(input, weight.detach(), bias) + (learned - learned.detach())
+
+
+def _reshape_to_grouped_subtokens(x: Tensor, num_groups: int) -> Tensor:
+    """The pieces of tokens, (tokens, num_groups, size)."""
+    return pieces(x, num_groups).flatten(0, -3)
+
+
+def _compress_activations(x: Tensor, embed: Tensor, num_groups: int) -> Tensor:
+    """What is kept of tokens, (tokens, num_groups)."""
+    return _reshape_to_grouped_subtokens(x, num_groups) @ embed
+
+
+def _reconstruct_activations(compressed: Tensor, embed: Tensor, in_features: int, velora_scale: float) -> Tensor:
+    """The tokens that gradients are computed from, (tokens, in_features)."""
+    return (compressed.unsqueeze(-1) * embed).flatten(1)[:, :in_features] * velora_scale
+
+
+def _resolve_adapter_source(path: str) -> tuple[str, str | None]:
+    """A folder or the id of a repository, and the folder inside it, if one is named.
+
+    Raises:
+        CheckpointNotFoundError: there is a folder, but no adapter in it.
+    """
+    place, options = repository_of(path)
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, CONFIG_NAME)):
+        raise CheckpointNotFoundError(f"Local adapter path '{path}' does not contain '{CONFIG_NAME}'.")
+    return place, options.get("subfolder")
+
+
+_real_values = False
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Inside the block modules are made without values: their parameters are on the meta device.
+
+    Args:
+        include_buffers: their buffers, too.
+    """
+
+    def empty(module: nn.Module, name: str, tensor: Any) -> Any:
+        if tensor is None or _real_values:
+            return None
+        moved = tensor.detach().to("meta")
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+    hooks = [register_module_parameter_registration_hook(empty)]
+    if include_buffers:
+        hooks.append(register_module_buffer_registration_hook(empty))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def skip_init_on_device(func: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorator of a function that makes modules with values, inside ``init_empty_weights``, too."""
+
+    @functools.wraps(func)
+    def with_values(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        global _real_values
+        before, _real_values = _real_values, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _real_values = before
+
+    return with_values

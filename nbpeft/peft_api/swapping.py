@@ -1,0 +1,14 @@
+"""``peft.utils.hotswap``: a file may lack tensors there, which count as zeros in PEFT; here that is warned of."""
+
+from __future__ import annotations
+
+import functools
+
+from nbpeft.model import hotswap
+
+hotswap_adapter = functools.wraps(hotswap.hotswap_adapter)(
+    functools.partial(hotswap.hotswap_adapter, allow_missing=True)
+)
+hotswap_adapter_from_state_dict = functools.wraps(hotswap.hotswap_adapter_from_state_dict)(
+    functools.partial(hotswap.hotswap_adapter_from_state_dict, allow_missing=True)
+)

@@ -1,0 +1,142 @@
+"""Small parts of PEFT that others import give what PEFT's give."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nbpeft
+from tests.tiny_models import config, llama
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def both(path: str, *names: str) -> list[list[Any]]:
+    """The things of these names in a module of nbpeft and of PEFT."""
+    modules = [importlib.import_module(f"{library}.{path}") for library in ("nbpeft", "peft")]
+    return [[getattr(module, name) for name in names] for module in modules]
+
+
+def test_buffers_by_name() -> None:
+    for (buffers,) in both("tuners._buffer_dict", "BufferDict"):
+        made = buffers({"a": torch.ones(2)}, persistent=True)
+        made.update(buffers({"b": torch.zeros(1)}))
+        made.update([("c", torch.zeros(3))])
+        assert [*made] == ["a", "b", "c"] and len(made) == 3 and "b" in made and torch.equal(made["a"], torch.ones(2))
+        assert list(made.state_dict()) == ["a", "b", "c"] and not list(made.parameters())
+        assert torch.equal(made.pop("b"), torch.zeros(1)) and list(made.keys()) == ["a", "c"]
+        made.clear()
+        assert not list(made.items()) and not list(made.values())
+        assert not list(buffers({"a": torch.ones(1)}).state_dict())
+
+
+def test_block_diagonal_layers() -> None:
+    x, found = torch.randn(2, 3, 12), []
+    for (linear,) in both("tuners.lora.variants", "BlockDiagonalLinear"):
+        torch.manual_seed(0)
+        made = linear(12, 8, 4)
+        found.append((made.weight, made.weight_as_blockdiagonal_matrix(), made(x)))
+        assert not linear(12, 8, 4, init_zero=True).weight.any()
+        with pytest.raises(ValueError, match="not divisible by 5"):
+            linear(12, 8, 5)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    adapted = nbpeft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)),
+        nbpeft.LoraConfig(r=2, target_modules=["0"], use_bdlora={"nblocks": 2, "target_modules_bd_a": ["0"]}),
+    )
+    [[ours], _] = both("tuners.lora.variants", "BlockDiagonalLinear")
+    layer = adapted.base_model.model[0]
+    assert isinstance(layer.lora_A["default"], ours) and not isinstance(layer.lora_B["default"], ours)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_compressed_activations(groups: int) -> None:
+    names = "_reshape_to_grouped_subtokens", "_compress_activations", "_reconstruct_activations"
+    x, weight, bias = torch.randn(2, 4, 7), torch.randn(5, 7), torch.randn(5)
+    found: list[list[Tensor]] = []
+    for cut, compress, rebuild, normalise, function in both(
+        "tuners.lora.velora", *names, "_normalize_projection", "VeloraFunction"
+    ):
+        direction = normalise(torch.arange(-(-7 // groups)).double())
+        kept = compress(x, direction, groups)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        output = function.apply(*leaves, direction, groups, 0.5)
+        output.square().sum().backward()
+        rebuilt = rebuild(kept, direction, 7, 0.5)
+        found.append(
+            [cut(x, groups), kept, rebuilt, normalise(torch.zeros(3)), output, *(leaf.grad for leaf in leaves)]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_where_an_adapter_is_read_from(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for (source,) in both("tuners.lora.arrow", "_resolve_adapter_source"):
+        assert source(str(tmp_path / "adapter")) == (str(tmp_path / "adapter"), None)
+        assert [source("a/b"), source("a/b/c/d")] == [("a/b", None), ("a/b", "c/d")]
+        with pytest.raises((ValueError, nbpeft.NbpeftError), match=r"does not contain 'adapter_config\.json'"):
+            source(str(tmp_path))
+
+
+def test_modules_without_values() -> None:
+    for empty, with_values in both("utils.integrations", "init_empty_weights", "skip_init_on_device"):
+        with empty():
+            inside = [nn.BatchNorm1d(2), with_values(nn.Linear)(2, 2)]
+        with empty(include_buffers=True):
+            inside.append(nn.BatchNorm1d(2))
+        places = [{str(tensor.device) for tensor in made.state_dict().values()} for made in inside]
+        assert places == [{"meta", "cpu"}, {"cpu"}, {"meta"}]
+        assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_preconditioned_optimizers_learn_as_with_peft(optimizer: Any, tmp_path: Path) -> None:
+    made: Any = nbpeft.get_peft_model(llama(), config())
+    made.save_pretrained(tmp_path)
+    ids, losses = torch.arange(8)[None], []
+    for library in (nbpeft, peft):
+        model = library.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+        stepper = importlib.import_module(f"{library.__name__}.optimizers").create_riemannian_optimizer(
+            model, optimizer, lr=1e-2, reg=1e-3
+        )
+        assert isinstance(stepper, optimizer)
+        losses.append([])
+        for _ in range(4):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            stepper.step()
+            stepper.zero_grad()
+            losses[-1].append(loss.item())
+        with pytest.raises(ValueError, match="does not support closures"):
+            stepper.step(lambda: None)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
+def test_what_cannot_be_preconditioned_is_refused() -> None:
+    make = nbpeft.create_riemannian_optimizer
+    for wrong, kind, words in (
+        (torch.optim.LBFGS, ValueError, "requires a closure"),
+        (dict, TypeError, "subclass of torch.optim.Optimizer"),
+    ):
+        with pytest.raises(kind, match=words):
+            make(nbpeft.get_peft_model(llama(), config()), wrong, lr=1.0)
+    with pytest.raises(ValueError, match="lora_A/lora_B parameter pairs"):
+        make(llama(), torch.optim.SGD, lr=1.0)
+
+
+def test_half_precision_is_preconditioned_in_single() -> None:
+    [[preconditioner], _] = both("optimizers.riemannian", "_RiemannianPreconditioner")
+    pair = [nn.Parameter(torch.randn(size).half()) for size in ((4, 6), (8, 4))]
+    for one in pair:
+        one.grad = torch.randn_like(one)
+    preconditioner([tuple(pair)], reg=1e-4).step()
+    assert all(one.grad is not None and one.grad.isfinite().all() and one.grad.dtype is torch.half for one in pair)
