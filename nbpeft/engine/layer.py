@@ -20,6 +20,7 @@ from nbpeft.engine.peft_modules import (
     AdapterDict,
     ParameterMapping,
     ShownParts,
+    emptied,
     empty_mapping,
     show_adapters,
     shown_under,
@@ -563,6 +564,8 @@ class AdaptedLayer(PeftLayerMixin):
             found = shown_under(modules, name)
         if found is None:
             found = self._shown_where_tied(name) or empty_mapping(adapters, name)
+        if found is None and not adapters:
+            found = next((emptied(method, name) for method in self._methods()), None)
         if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
             return super().__getattr__(name)
         if found is None and not hasattr(base_layer, name):

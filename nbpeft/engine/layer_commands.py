@@ -52,6 +52,12 @@ class LayerCommands:
             raise StaleModelError("the layer belongs to a model that is gone")
         return manager
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the active adapters of the model; libraries ask one layer after the other."""
+        names: tuple[str, ...] = self.manager._chosen
+        return names
+
     def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
         """Merges adapters into one layer, in addition to those merged there already.
 
@@ -136,8 +142,8 @@ class LayerCommands:
             parts = build(manager.model, made, manager.active_state, None, name, half=half)
             manager._keep_structure(change)
             manager.configs[name] = self._with_layer(layer, name, path, config)
-            commit(name, parts, manager.layers, manager.copies, change)
-            manager._slots.pop(name, None)
+            commit(name, parts, change)
+            manager._read_tree()
             manager.refresh((name,), change)
 
     def replace(
@@ -190,14 +196,19 @@ class LayerCommands:
             if name in layer.merged_names:
                 manager.refuse_merged(f"{name!r} is deleted")
             removed = layer.adapter(name)
-            holders = {path: one for path, one in manager.layers.items() if one is not layer and name in one.adapters}
-            others: dict[str, Adapter] = {path: one.adapter(name) for path, one in holders.items()}
+            held: dict[str, Any] = {path: one.adapters._modules.get(name) for path, one in manager.layers.items()}
+            others: dict[str, Adapter] = {
+                path: one for path, one in held.items() if one is not None and one is not removed
+            }
             user = next((path for path, other in others.items() if other.source is removed), None)
             if user is not None:
                 raise AdapterError(
                     f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"
                 )
-            manager._keep_structure(change)
+            change.keep(layer.adapters._modules)
+            change.keep_attributes(layer, "emptied_of")
+            change.keep_attributes(manager, "_slots")
+            layer.note_method()
             del layer.adapters._modules[name]
             shared = removed._modules.get("shared")
             if shared is not None and others:
@@ -206,6 +217,9 @@ class LayerCommands:
                 heir._modules["shared"] = shared
             layer.hide_adapters()
             manager._slots.pop(name, None)
+            if not others and name not in manager._tree_with().names():
+                manager._keep_structure(change)
+                manager._forget([name], change)
 
     def gather_now(self) -> None:
         """Does what ``gather`` does, as a command of its own."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales, SharedState
+from nbpeft.engine.adapted_tree import AdaptedTree, read_tree
 from nbpeft.engine.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
 from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
@@ -37,10 +38,12 @@ from nbpeft.engine.merging import (
     warn_of_requantization,
 )
 from nbpeft.engine.method_hooks import extra_loss, hooks_in_training
+from nbpeft.engine.model_calls import take_hooks
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.tied_weights import untie_embeddings_
 from nbpeft.engine.trained import watch
@@ -77,9 +80,6 @@ class AdapterManager:
     Attributes:
         model: the base model.
         active_state: what acts now; read by all wrappers.
-        configs: adapter name -> its config, targets resolved.
-        layers: path -> adapted layer.
-        copies: path -> module with copies trained as a whole.
         alive: False once the adapters were unloaded; every command then refuses.
         frozen: adapters that do not train even while active.
         unsaved: adapters that were trained since they were added, loaded or saved.
@@ -90,9 +90,8 @@ class AdapterManager:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.active_state = ActiveState()
-        self.configs: dict[str, AdapterConfig] = ByName()
-        self.layers: dict[str, AdaptedLayer] = {}
-        self.copies: dict[str, ModulesToSaveWrapper] = {}
+        self._configs: dict[str, AdapterConfig] = ByName()
+        self._tree: AdaptedTree | None = AdaptedTree()
         self.alive = True
         self.frozen: set[str] = set()
         self.unsaved: set[str] = set()
@@ -118,6 +117,22 @@ class AdapterManager:
         return self._transaction.revision
 
     @property
+    def configs(self) -> dict[str, AdapterConfig]:
+        """Adapter name -> its config, targets resolved."""
+        self._notice()
+        return self._configs
+
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]:
+        """Path -> adapted layer, in model order."""
+        return self._known_tree().layers
+
+    @property
+    def copies(self) -> dict[str, ModulesToSaveWrapper]:
+        """Path -> module with copies trained as a whole."""
+        return self._known_tree().copies
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All adapters, oldest first."""
         return tuple(self.configs)
@@ -125,12 +140,18 @@ class AdapterManager:
     @property
     def active(self) -> tuple[str, ...]:
         """Selected adapters, inside a block of ``use`` those of the block; they act unless disabled."""
+        self._notice()
+        return self._chosen
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
         scope = self.active_state.scope
         return self._selected if scope is None else scope.names
 
     @property
     def selected(self) -> tuple[str, ...]:
         """Selected adapters outside of all blocks."""
+        self._notice()
         return self._selected
 
     @property
@@ -142,6 +163,7 @@ class AdapterManager:
     @property
     def merged(self) -> tuple[str, ...]:
         """Adapters whose deltas are in the base weights now."""
+        self._notice()
         return self._merged
 
     def scale(self, name: str) -> float:
@@ -236,6 +258,56 @@ class AdapterManager:
             model.__dict__.update(zip(_ATTRIBUTES, (found, found.configs), strict=True))
         return found
 
+    # The module tree
+
+    def _notice(self) -> None:
+        """Takes up what somebody else did to the module tree: adapters that are nowhere in it any more are gone."""
+        if self._transaction.is_open or (self._tree is not None and self._tree.is_current):
+            return
+        with self._transaction.reading() as change:
+            self._keep_structure(change)
+            before, tree = self._tree, self._read_tree()
+            gone = set() if before is None else before.wrappers() - tree.wrappers()
+            if gone:
+                take_hooks(reached_modules(self.model), gone, change)
+                self._forget([name for name in self._configs if name not in tree.names()], change)
+        if gone:
+            self.changed()
+
+    def _read_tree(self) -> AdaptedTree:
+        self._slots = {}
+        tree = self._tree = read_tree(self.model, self.active_state)
+        return tree
+
+    def _tree_with(self, parts: Parts | None = None) -> AdaptedTree:
+        """The tree after an adapter was taken out, or parts of one were put in."""
+        tree = self._tree
+        hung = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
+        # An adapter on layers that have others changes nothing in the tree.
+        known = tree is not None and tree.is_current and tree.wrappers().issuperset(hung)
+        return self._read_tree() if tree is None or not known else tree
+
+    def _known_tree(self) -> AdaptedTree:
+        self._notice()
+        return self._read_tree() if self._tree is None else self._tree  # None in the first transaction of a copy
+
+    def _forget(self, names: Sequence[str], change: Transaction) -> None:
+        """Forgets adapters of which nothing is in the module tree; see ``remove`` for what is active then."""
+        for name in names:
+            self._forget_tensors(name, change)
+            del self._configs[name]
+            self._scales.pop(name, None)
+            self.frozen.discard(name)
+
+        def left(those: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in those if name not in names)
+
+        self._merged, self._parked = left(self._merged), left(self._parked)
+        self._selected = left(self._selected) or (self.names[:1] if self._selected else ())
+        for scope in self.active_state.scopes:
+            scope.names = left(scope.names)
+        self.refresh(self._selected, change)
+
     # Adding and removing
 
     def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
@@ -316,12 +388,12 @@ class AdapterManager:
                     self._was_trainable = [*self._was_trainable, *trainable_now]
                     change.set_requires_grad(trainable_now, False)
                 if name in self.configs:
-                    self._forget(name, change)
+                    self._forget_tensors(name, change)
                     self._scales.pop(name, None)
-                    drop(self.model, name, self.layers, self.copies, change, keep=parts)
+                    drop(self.model, name, self.layers.values(), self.copies.values(), change, keep=parts)
                 if not self.configs:
                     prepare_storage(self.model, change)
-                commit(name, parts, self.layers, self.copies, change)
+                self._tree_with(commit(name, parts, change))
                 self.configs[name] = made.config
                 self._biases.start(name, made.biases, None if weights is None else weights.base, change)
                 (self.frozen.discard if trainable else self.frozen.add)(name)
@@ -351,19 +423,11 @@ class AdapterManager:
             if name in self._merged or (self._merged and self._biases.originals(name)):
                 raise MergeError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
             self._keep_structure(change)
-            self._forget(name, change)
-            drop(self.model, name, self.layers, self.copies, change)
-            del self.configs[name]
-            self._scales.pop(name, None)
-            self.frozen.discard(name)
-            self._parked = tuple(other for other in self._parked if other != name)
-            left = tuple(other for other in self._selected if other != name)
-            self._selected = left or (self.names[:1] if self._selected else ())
-            for scope in self.active_state.scopes:
-                scope.names = tuple(other for other in scope.names if other != name)
-            self.refresh(self._selected, change)
+            drop(self.model, name, self.layers.values(), self.copies.values(), change)
+            self._tree_with()
+            self._forget([name], change)
 
-    def _forget(self, name: str, change: Transaction) -> None:
+    def _forget_tensors(self, name: str, change: Transaction) -> None:
         self._slots.pop(name, None)
         self.unsaved.discard(name)
         self._biases.stop(name, change)
@@ -444,10 +508,12 @@ class AdapterManager:
         Raises:
             BusyError: this thread is inside a call of the model itself.
         """
+        self._notice()
         return self._transaction.block(during_calls=during_calls, quiet=quiet)
 
     def reading(self) -> Block:
         """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        self._notice()
         return self._transaction.reading()
 
     def deciding(self) -> AbstractContextManager[None]:
@@ -464,8 +530,8 @@ class AdapterManager:
     def _keep_structure(self, change: Transaction) -> None:
         """Records which adapters there are, where they hang, and who acts."""
         self._keep_choice(change)
-        change.keep(self.configs, self.layers, self.copies, *self._holders())
-        change.keep_attributes(self, "_slots", "_was_trainable", "alive", "unsaved")
+        change.keep(self._configs, *self._holders())
+        change.keep_attributes(self, "_tree", "_slots", "_was_trainable", "alive", "unsaved")
         self._biases.keep(change)
 
     # Switching
@@ -757,10 +823,10 @@ class AdapterManager:
         replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
         replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
         change.set_requires_grad(self._was_trainable, True)
-        change.keep_attributes(self, "layers", "copies", "configs")
+        change.keep_attributes(self, "_configs")
         change.keep_attributes(self.model, *_ATTRIBUTES)
         self.alive = False
-        self.layers, self.copies, self.configs, self._slots = {}, {}, ByName(), {}
+        self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
         self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
         self.active_state.publish(NONE_ACTIVE)
         for attribute in _ATTRIBUTES:
@@ -777,6 +843,7 @@ class AdapterManager:
 
     def __getstate__(self) -> dict[str, Any]:
         new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
+        new["_tree"] = None if self.alive else AdaptedTree()
         state = {**self.__dict__, **new}
         del state["_transaction"], state["layer_commands"]
         return state
