@@ -39,7 +39,9 @@ class AdaptedTree:
     def names(self) -> set[str]:
         """Names of all adapters that are on a layer or have a copy of a module."""
         layers, copies = self.layers.values(), self.copies.values()
-        return set().union(*(one.adapters._modules for one in layers), *(one.modules_to_save._modules for one in copies))
+        return set().union(
+            *(one.adapters._modules for one in layers), *(one.modules_to_save._modules for one in copies)
+        )
 
     def wrappers(self) -> set[int]:
         """Ids of the adapted layers and of what holds the copies."""

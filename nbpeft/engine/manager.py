@@ -16,10 +16,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales, SharedState
 from nbpeft.engine.adapted_tree import AdaptedTree, read_tree
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
-from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
+from nbpeft.engine.adapter_tensors import parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
@@ -44,6 +44,7 @@ from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
 from nbpeft.engine.reached import reached_modules
+from nbpeft.engine.renaming import copy_adapter, place_among, rename
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.tied_weights import untie_embeddings_
 from nbpeft.engine.trained import watch
@@ -434,59 +435,18 @@ class AdapterManager:
 
     def rename(self, old: str, new: str) -> None:
         """Gives an adapter another name, at the same place in every order."""
-
-        def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(new if name == old else name for name in names)
-
-        check_name(new)
         with self.transaction() as change:
-            self.require(old)
-            if new in self.configs:
-                raise AdapterExistsError(f"Adapter with name {new!r} already exists; take another name")
-            if old in self._merged:
-                self.refuse_merged(f"{old!r} is renamed")
-            self._keep_structure(change)
-            for held in (*self._holders(), self.configs):
-                items = [(new if name == old else name, value) for name, value in held.items()]
-                held.clear()
-                held.update(items)
-            self.layer_commands.gather(change)
-            self._biases.rename(old, new)
-            self._slots.pop(old, None)
-            self._scales = {new if name == old else name: scale for name, scale in self._scales.items()}
-            self.frozen, self.unsaved = set(renamed((*self.frozen,))), set(renamed((*self.unsaved,)))
-            self._selected, self._parked = renamed(self._selected), renamed(self._parked)
-            self._parked_layers = {path: renamed(names) for path, names in self._parked_layers.items()}
-            for scope in self.active_state.scopes:
-                scope.names = renamed(scope.names)
-            self.refresh((), change)
+            rename(self, old, new, change)
 
     def place(self, name: str, place: int) -> None:
         """Moves an adapter to a place among the others, from 0."""
         with self.transaction() as change:
-            self.require(name)
-            change.keep(self.configs)
-            items = [item for item in self.configs.items() if item[0] != name]
-            items.insert(place, (name, self.configs[name]))
-            self.configs.clear()
-            self.configs.update(items)
+            place_among(self, name, place, change)
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
         with self.transaction():
-            weights = self.weights(name)
-            if weights.base:
-                raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-            twin, half = copied_weights(weights), is_half(self.layers, name)
-            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=half)
-            self.set_scale(new, self.scale(name))
-            if name in self.unsaved:
-                self.unsaved.add(new)
-            for layer in self.layers.values():
-                held: dict[str, Any] = layer.adapters._modules
-                old, added = held.get(name), held.get(new)
-                if isinstance(old, Rescales) and isinstance(added, Rescales):
-                    added.rescale(float(old.scaling))
+            copy_adapter(self, name, new)
 
     def _holders(self) -> list[dict[str, Any]]:
         return [layer.adapters._modules for layer in self.layers.values()] + [
@@ -621,31 +581,6 @@ class AdapterManager:
         with self.provided(left, switching=True), self.transaction(during_calls=not self._merged) as change:
             if present := tuple(name for name in left if name in self.configs):
                 self._activate(present, None, change)
-
-    def park(self) -> None:
-        """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
-        with self.transaction() as change:
-            self._keep_choice(change)
-            names, partly = self._merged, partly_merged(self.layers, self._merged)
-            self.unmerge()
-            self._parked, self._parked_layers = names, partly
-            self._publish_active()
-
-    def merge_parked(self) -> None:
-        """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
-        if not self._parked:
-            return
-        with self.transaction() as change:
-            if not self._parked or self.active_state.scopes:
-                return
-            self._keep_choice(change)
-            names, partly = self._parked, self._parked_layers
-            self._parked, self._parked_layers = (), {}
-            self._merge(names, change, but=partly)
-            for path in partly.keys() & self.layers.keys():
-                layer = self.layers[path]
-                there = [name for name in partly[path] if name in names and name in layer.adapters]
-                self.layer_commands.merge(layer, there, safe=False)
 
     def idle(self, names: Iterable[str]) -> set[str]:
         """Those of the adapters that act nowhere: in no scope, and not outside of them."""
