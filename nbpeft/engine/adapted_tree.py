@@ -8,11 +8,12 @@ from torch import nn
 
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_tree import Site, walk, without_wrappers
+from nbpeft.engine.model_tree import walk, without_wrappers
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import AdaptedParameter, wrappers_of
 
 Modules = dict[str, nn.Module | None]
+Wrapper = AdaptedLayer | ModulesToSaveWrapper
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,18 +23,20 @@ class AdaptedTree:
     Attributes:
         layers: path -> adapted layer, in model order.
         copies: path -> module with copies trained as a whole.
-        parents: the submodules of each module on the way to one of these, as the module has them now.
+        foreign: layers and modules with copies that another manager made: they were copied or moved here.
+        parents: the submodules of each module of the model, as the module has them now.
         read: those that it had then.
     """
 
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
     copies: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
+    foreign: list[Wrapper] = field(default_factory=list)
     parents: list[Modules] = field(default_factory=list)
     read: list[Modules] = field(default_factory=list)
 
     @property
     def is_current(self) -> bool:
-        """Whether nobody has replaced, added or removed a module on the way to an adapter since."""
+        """Whether nobody has replaced, added or removed a module since."""
         return self.parents == self.read  # one comparison in C: this is asked in every command and call
 
     def names(self) -> set[str]:
@@ -43,9 +46,14 @@ class AdaptedTree:
             *(one.adapters._modules for one in layers), *(one.modules_to_save._modules for one in copies)
         )
 
-    def wrappers(self) -> set[int]:
-        """Ids of the adapted layers and of what holds the copies."""
-        return {id(one) for one in (*self.layers.values(), *self.copies.values())}
+    def wrappers(self) -> dict[int, Wrapper]:
+        """The adapted layers, and what holds the copies, by id."""
+        return {id(one): one for one in (*self.layers.values(), *self.copies.values())}
+
+    def without(self, other: AdaptedTree) -> dict[int, Wrapper]:
+        """The same, but for those that are in another tree, too."""
+        known = other.wrappers()
+        return {key: one for key, one in self.wrappers().items() if key not in known}
 
 
 def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
@@ -53,25 +61,20 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
 
     Args:
         model: the base model.
-        active_state: of its manager; layers of another manager are not its own.
+        active_state: of its manager.
     """
     tree = AdaptedTree()
     parents: dict[int, Modules] = {}
-    way: list[Site] = []
     known: set[int] = set()
     for site in walk(model):
-        while way and not site.path.startswith(way[-1].path + "."):
-            way.pop()
-        way.append(site)
+        parents[id(site.parent)] = site.parent._modules
         wrapper = site.wrapper
-        if wrapper is None or id(wrapper) in known or wrapper._shared_state() is not active_state:
+        if wrapper is None or id(wrapper) in known:
             continue
         known.add(id(wrapper))
-        for one in reversed(way):
-            modules = one.parent._modules
-            if id(modules) in parents:
-                break
-            parents[id(modules)] = modules
+        if wrapper._shared_state() is not active_state:
+            tree.foreign.append(wrapper)
+            continue
         path = without_wrappers(site.path)
         if isinstance(wrapper, ModulesToSaveWrapper):
             tree.copies[path] = wrapper

@@ -32,7 +32,7 @@ from nbpeft.engine.registry import backend_named, backends, layer_kind_named, me
 from nbpeft.engine.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import ConfigError
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.interrupts import check_interrupt
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -149,6 +149,7 @@ def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | N
         raise ConfigError(
             f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
         )
+    _check_owner(site, active_state)
     if isinstance(site.wrapper, ModulesToSaveWrapper):
         return site.wrapper
     return ModulesToSaveWrapper(site.module, active_state, training=bool(training))
@@ -165,8 +166,21 @@ def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: 
         warnings.warn(f"the adapter was trained for merging into quantized weights: {error}", stacklevel=4)
 
 
+def _check_owner(site: Site, active_state: ActiveState) -> None:
+    """Raises AdapterError where the adapters on a layer are those of another model."""
+    wrapper = site.wrapper
+    if wrapper is None or wrapper._shared_state() is active_state:
+        return
+    if active_state.layer_commands.brought_by(wrapper) is None:
+        raise AdapterError(
+            f"{site.path} has adapters of another model ({', '.join(map(repr, wrapper._named())) or 'none now'}): add "
+            "the adapter to that model, or unload its adapters first"
+        )
+
+
 def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
     wrapper = site.wrapper
+    _check_owner(site, active_state)
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]

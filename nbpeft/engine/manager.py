@@ -38,12 +38,10 @@ from nbpeft.engine.merging import (
     warn_of_requantization,
 )
 from nbpeft.engine.method_hooks import extra_loss, hooks_in_training
-from nbpeft.engine.model_calls import take_hooks
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
-from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.renaming import copy_adapter, place_among, rename
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.tied_weights import untie_embeddings_
@@ -85,6 +83,7 @@ class AdapterManager:
         frozen: adapters that do not train even while active.
         unsaved: adapters that were trained since they were added, loaded or saved.
         owner: token of the one handle that may use the manager.
+        moved_away: adapters that went with their layers when somebody took these out.
         provider: where adapters come from that are named and not on the model, if anywhere.
     """
 
@@ -93,6 +92,7 @@ class AdapterManager:
         self.active_state = ActiveState()
         self._configs: dict[str, AdapterConfig] = ByName()
         self._tree: AdaptedTree | None = AdaptedTree()
+        self.moved_away: dict[str, AdapterConfig] = {}
         self.alive = True
         self.frozen: set[str] = set()
         self.unsaved: set[str] = set()
@@ -268,11 +268,12 @@ class AdapterManager:
         with self._transaction.reading() as change:
             self._keep_structure(change)
             before, tree = self._tree, self._read_tree()
-            gone = set() if before is None else before.wrappers() - tree.wrappers()
-            if gone:
-                take_hooks(reached_modules(self.model), gone, change)
-                self._forget([name for name in self._configs if name not in tree.names()], change)
-        if gone:
+            moved = self.layer_commands.follow(before, tree, change)
+            there = self._configs if before is None else self._known_tree().names()
+            gone = {name: config for name, config in self._configs.items() if name not in there}
+            self.moved_away.update(gone)
+            self._forget([*gone], change)
+        if moved:
             self.changed()
 
     def _read_tree(self) -> AdaptedTree:
@@ -285,7 +286,7 @@ class AdapterManager:
         tree = self._tree
         hung = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
         # An adapter on layers that have others changes nothing in the tree.
-        known = tree is not None and tree.is_current and tree.wrappers().issuperset(hung)
+        known = tree is not None and tree.is_current and all(map(tree.wrappers().__contains__, hung))
         return self._read_tree() if tree is None or not known else tree
 
     def _known_tree(self) -> AdaptedTree:
@@ -384,6 +385,7 @@ class AdapterManager:
             with self.transaction() as change, CollectionPaused():
                 _, made, parts = prepared if prepared[0] == self.revision else built()
                 self._keep_structure(change)
+                self.layer_commands.take_over(self._known_tree() if self._configs else self._read_tree(), change)
                 if not self.configs:
                     trainable_now = [p for p in self.model.parameters() if p.requires_grad]
                     self._was_trainable = [*self._was_trainable, *trainable_now]
