@@ -503,10 +503,9 @@ class AdaptedLayer(PeftLayerMixin):
         yield from super().named_modules(*args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those with PEFT's names, and the adapters, which are called."""
+        """As in PEFT; see ``nn.Module``."""
         self.show_adapters()
         yield from super().named_children()
-        yield "adapters", self.adapters
 
     def children(self) -> Iterator[nn.Module]:
         """The same, those with PEFT's names as far as somebody has asked for them: who wants no names goes over all."""
