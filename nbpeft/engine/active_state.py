@@ -450,15 +450,15 @@ class LayerState:
         shared: of the model.
         names: adapters active on the layer.
         enabled: whether they act.
-        acting: what acts, with its scales; the adapters at their trained strength if None.
+        active: what acts, with its scales; the adapters at their trained strength if None.
     """
 
     def __init__(
-        self, shared: ActiveState, names: Sequence[str], *, enabled: bool, acting: Active | None = None
+        self, shared: ActiveState, names: Sequence[str], *, enabled: bool, active: Active | None = None
     ) -> None:
         self.shared, self.names, self.enabled = shared, tuple(names), enabled
         alone = Active(self.names, (1.0,) * len(self.names)) if enabled and names else NONE_ACTIVE
-        self._own = alone if acting is None else acting
+        self._own = alone if active is None else active
 
     def current(self) -> Active:
         """What acts on the layer."""

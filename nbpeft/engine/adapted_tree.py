@@ -23,14 +23,14 @@ class AdaptedTree:
     Attributes:
         layers: path -> adapted layer, in model order.
         copies: path -> module with copies trained as a whole.
-        foreign: layers and modules with copies that another manager made: they were copied or moved here.
+        others: layers and modules with copies that another manager made: they were copied or moved here.
         parents: the submodules of each module of the model, as the module has them now.
         read: those that it had then.
     """
 
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
     copies: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
-    foreign: list[Wrapper] = field(default_factory=list)
+    others: list[Wrapper] = field(default_factory=list)
     parents: list[Modules] = field(default_factory=list)
     read: list[Modules] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
             continue
         known.add(id(wrapper))
         if wrapper._shared_state() is not active_state:
-            tree.foreign.append(wrapper)
+            tree.others.append(wrapper)
             continue
         path = without_wrappers(site.path)
         if isinstance(wrapper, ModulesToSaveWrapper):

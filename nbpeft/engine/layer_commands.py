@@ -86,7 +86,7 @@ class LayerCommands:
 
     def take_over(self, tree: AdaptedTree, change: Transaction) -> bool:
         """Takes over the layers of a tree that were copied or moved into the model; returns whether there are any."""
-        brought = [(wrapper, self.brought_by(wrapper)) for wrapper in tree.foreign]
+        brought = [(wrapper, self.brought_by(wrapper)) for wrapper in tree.others]
         for wrapper, configs in brought:
             if configs is not None:
                 change.keep_attributes(wrapper, "active_state")
@@ -94,7 +94,7 @@ class LayerCommands:
                 self.manager._configs.update(configs)
         return any(configs is not None for _, configs in brought)
 
-    def follow(self, before: AdaptedTree | None, tree: AdaptedTree, change: Transaction) -> bool:
+    def update(self, before: AdaptedTree | None, tree: AdaptedTree, change: Transaction) -> bool:
         """Follows what somebody did to the module tree by hand.
 
         Args:
@@ -127,7 +127,7 @@ class LayerCommands:
         for wrapper in wrappers:
             if wrapper.active_state is shared:
                 change.keep_attributes(wrapper, "active_state")
-                state = LayerState(shared, self.manager._selected, enabled=self.manager._enabled, acting=shared.live)
+                state = LayerState(shared, self.manager._selected, enabled=self.manager._enabled, active=shared.live)
                 wrapper.__dict__["active_state"] = state
 
     def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:

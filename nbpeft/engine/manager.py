@@ -268,7 +268,7 @@ class AdapterManager:
         with self._transaction.reading() as change:
             self._keep_structure(change)
             before, tree = self._tree, self._read_tree()
-            moved = self.layer_commands.follow(before, tree, change)
+            moved = self.layer_commands.update(before, tree, change)
             there = self._configs if before is None else self._known_tree().names()
             gone = {name: config for name, config in self._configs.items() if name not in there}
             self.moved_away.update(gone)
