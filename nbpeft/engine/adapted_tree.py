@@ -48,7 +48,8 @@ class AdaptedTree:
 
     def wrappers(self) -> dict[int, Wrapper]:
         """The adapted layers, and what holds the copies, by id."""
-        return {id(one): one for one in (*self.layers.values(), *self.copies.values())}
+        found: list[Wrapper] = [*self.layers.values(), *self.copies.values()]
+        return {id(one): one for one in found}
 
     def without(self, other: AdaptedTree) -> dict[int, Wrapper]:
         """The same, but for those that are in another tree, too."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.active_state import LayerState
+from nbpeft.engine.active_state import ActiveState, LayerState
 from nbpeft.engine.adapted_tree import AdaptedTree, Wrapper
 from nbpeft.engine.adapter import Adapter, AdapterConfig
 from nbpeft.engine.adapter_tensors import is_half
@@ -123,7 +123,7 @@ class LayerCommands:
 
     def _let_go(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
         """Lets layers that were taken out of the model act as they do, wherever they are now."""
-        shared = self.manager.active_state
+        shared: ActiveState = self.manager.active_state
         for wrapper in wrappers:
             if wrapper.active_state is shared:
                 change.keep_attributes(wrapper, "active_state")
