@@ -277,9 +277,8 @@ class AdapterManager:
             self.changed()
 
     def _read_tree(self) -> AdaptedTree:
-        self._slots = {}
-        tree = self._tree = read_tree(self.model, self.active_state)
-        return tree
+        self._slots, self._tree = {}, read_tree(self.model, self.active_state)
+        return self._tree
 
     def _tree_with(self, parts: Parts | None = None) -> AdaptedTree:
         """The tree after an adapter was taken out, or parts of one were put in."""
@@ -470,7 +469,8 @@ class AdapterManager:
         Raises:
             BusyError: this thread is inside a call of the model itself.
         """
-        self._notice()
+        if not quiet:
+            self._notice()
         return self._transaction.block(during_calls=during_calls, quiet=quiet)
 
     def reading(self) -> Block:
