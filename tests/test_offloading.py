@@ -78,3 +78,23 @@ def test_what_needs_the_weights_themselves_is_refused(config: dict[str, Any], me
 def test_prompts_go_to_where_the_embeddings_are_brought() -> None:
     for targets in (["q_proj"], ["embed_tokens"]):
         assert generation._input_device(adapted(base(), target_modules=targets).get_base_model()) == torch.device("cpu")
+
+
+def test_adapters_that_were_there_first_are_offloaded_with_the_base() -> None:
+    model = adapted(base(offloaded=False), target_modules=["q_proj", "v_proj"], init_lora_weights=False).eval()
+    expected = model(input_ids=IDS).logits
+    bare = model.get_base_model()
+    accelerate.cpu_offload(bare, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.manager.parameters("default"))
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    accelerate.hooks.remove_hook_from_submodules(bare)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_hooks_of_a_base_layer_are_not_those_of_its_wrapper() -> None:
+    model = adapted(base(), target_modules=["q_proj"])
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert hasattr(layer.base_layer, "_hf_hook") and not hasattr(layer, "_hf_hook")
+    accelerate.hooks.remove_hook_from_module(model.get_base_model(), recurse=True)
+    assert not hasattr(layer.base_layer, "_hf_hook")

@@ -450,11 +450,15 @@ class LayerState:
         shared: of the model.
         names: adapters active on the layer.
         enabled: whether they act.
+        active: what acts, with its scales; the adapters at their trained strength if None.
     """
 
-    def __init__(self, shared: ActiveState, names: Sequence[str], *, enabled: bool) -> None:
+    def __init__(
+        self, shared: ActiveState, names: Sequence[str], *, enabled: bool, active: Active | None = None
+    ) -> None:
         self.shared, self.names, self.enabled = shared, tuple(names), enabled
-        self._own = Active(self.names, (1.0,) * len(self.names)) if enabled and names else NONE_ACTIVE
+        alone = Active(self.names, (1.0,) * len(self.names)) if enabled and names else NONE_ACTIVE
+        self._own = alone if active is None else active
 
     def current(self) -> Active:
         """What acts on the layer."""

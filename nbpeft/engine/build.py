@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from nbpeft.engine.registry import backend_named, backends, layer_kind_named, me
 from nbpeft.engine.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import ConfigError
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.interrupts import check_interrupt
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -150,6 +150,7 @@ def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | N
         raise ConfigError(
             f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
         )
+    _check_owner(site, active_state)
     if isinstance(site.wrapper, ModulesToSaveWrapper):
         return site.wrapper
     return ModulesToSaveWrapper(site.module, active_state, training=bool(training))
@@ -166,8 +167,21 @@ def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: 
         warnings.warn(f"the adapter was trained for merging into quantized weights: {error}", stacklevel=4)
 
 
+def _check_owner(site: Site, active_state: ActiveState) -> None:
+    """Raises AdapterError where the adapters on a layer are those of another model."""
+    wrapper = site.wrapper
+    if wrapper is None or wrapper._shared_state() is active_state:
+        return
+    if active_state.layer_commands.brought_by(wrapper) is None:
+        raise AdapterError(
+            f"{site.path} has adapters of another model ({', '.join(map(repr, wrapper._named())) or 'none now'}): add "
+            "the adapter to that model, or unload its adapters first"
+        )
+
+
 def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
     wrapper = site.wrapper
+    _check_owner(site, active_state)
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
@@ -302,21 +316,16 @@ class CollectionPaused:
     __del__ = __exit__
 
 
-def commit(
-    name: str,
-    parts: Parts,
-    layers: dict[str, AdaptedLayer],
-    copies: dict[str, ModulesToSaveWrapper],
-    change: Transaction,
-) -> None:
+def commit(name: str, parts: Parts, change: Transaction) -> Parts:
     """Hangs built parts into the model.
 
     Args:
         name: of the adapter.
         parts: what was built.
-        layers: path -> adapted layer; recorded by the caller, with the adapters that hang there.
-        copies: likewise.
-        change: records the places where wrappers are put.
+        change: records the places where wrappers are put; the adapters that hang there are recorded by the caller.
+
+    Returns:
+        What was hung in.
     """
     parts = parts.complete(change) if parts.complete is not None else parts
     for sites, layer, adapter in parts.adapters:
@@ -325,7 +334,6 @@ def commit(
             adapter.change_base(layer.base, change)
         for site in sites:
             layer.hang(site.parent._modules, site.attribute, change)
-        layers[layer.path_at(sites[0].path)] = layer
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
             put_inner_hooks(parts.model, layer, change)
@@ -336,17 +344,17 @@ def commit(
         module.modules_to_save[name] = trained
         for site in sites:
             change.set_item(site.parent._modules, site.attribute, module)
-        copies[sites[0].path] = module
     hung = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
     if any(is_encoder_layer(parent) for parent in hung):
         settle_fast_paths(parts.model, change)
+    return parts
 
 
 def drop(
     model: nn.Module,
     name: str,
-    layers: dict[str, AdaptedLayer],
-    copies: dict[str, ModulesToSaveWrapper],
+    layers: Iterable[AdaptedLayer],
+    copies: Iterable[ModulesToSaveWrapper],
     change: Transaction,
     keep: Parts | None = None,
 ) -> None:
@@ -355,25 +363,28 @@ def drop(
     Args:
         model: the base model.
         name: of the adapter.
-        layers: path -> adapted layer; recorded by the caller, with the adapters that hang there.
+        layers: the adapted layers; the adapters that hang there are recorded by the caller.
         copies: likewise.
         change: records the places from which wrappers are taken.
         keep: what comes in its place.
     """
     kept = set() if keep is None else {id(part[1]) for part in (*keep.adapters, *keep.copies)}
     empty: dict[int, nn.Module] = {}
-    for path, layer in list(layers.items()):
+    left = keep is not None
+    for layer in layers:
         layer.adapters._modules.pop(name, None)
         layer.hide_adapters()
         if not layer.adapters._modules and id(layer) not in kept:
             empty[id(layer)] = layer.base_layer
-            del layers[path]
-    for path, module in list(copies.items()):
+        else:
+            left = True
+    for module in copies:
         module.modules_to_save._modules.pop(name, None)
         if not module.modules_to_save._modules and id(module) not in kept:
             empty[id(module)] = module.original_module
-            del copies[path]
-    replace_modules(model, empty, change, merged=None if keep is not None or layers or copies else False)
+        else:
+            left = True
+    replace_modules(model, empty, change, merged=None if left else False)
 
 
 def replace_modules(

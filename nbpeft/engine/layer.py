@@ -21,6 +21,7 @@ from nbpeft.engine.peft_modules import (
     AdapterDict,
     ParameterMapping,
     ShownParts,
+    emptied,
     empty_mapping,
     show_adapters,
     shown_under,
@@ -524,10 +525,9 @@ class AdaptedLayer(PeftLayerMixin):
         yield from self.base_layer.named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those with PEFT's names, and the adapters, which are called."""
+        """As in PEFT; see ``nn.Module``."""
         self.show_adapters()
         yield from super().named_children()
-        yield "adapters", self.adapters
 
     def children(self) -> Iterator[nn.Module]:
         """The same, those with PEFT's names as far as somebody has asked for them: who wants no names goes over all."""
@@ -590,6 +590,8 @@ class AdaptedLayer(PeftLayerMixin):
             found = shown_under(modules, name)
         if found is None:
             found = self._shown_where_tied(name) or empty_mapping(adapters, name)
+        if found is None and not adapters:
+            found = next((emptied(method, name) for method in self._methods()), None)
         if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
             return super().__getattr__(name)
         if found is None and not hasattr(base_layer, name):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.active_state import LayerState
+from nbpeft.engine.active_state import ActiveState, LayerState
+from nbpeft.engine.adapted_tree import AdaptedTree, Wrapper
 from nbpeft.engine.adapter import Adapter, AdapterConfig
 from nbpeft.engine.adapter_tensors import is_half
 from nbpeft.engine.build import build, commit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
+from nbpeft.engine.model_calls import take_hooks
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import companions, method_of
 from nbpeft.engine.tied_weights import check_single, layers_to_untie
 from nbpeft.engine.transaction import Transaction
@@ -51,6 +54,81 @@ class LayerCommands:
         if manager is None:
             raise StaleModelError("the layer belongs to a model that is gone")
         return manager
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the active adapters of the model; libraries ask one layer after the other."""
+        names: tuple[str, ...] = self.manager._chosen
+        return names
+
+    def brought_by(self, wrapper: Wrapper) -> dict[str, AdapterConfig] | None:
+        """What a layer that hangs in the model now, and was made for another one, can bring with it.
+
+        Args:
+            wrapper: the layer, or module with copies; a copy, or one that was moved.
+
+        Returns:
+            The configs of its adapters by name. None while it is part of that other model, too, and where an adapter
+            of another config has such a name here, or nobody knows the config.
+        """
+        former = wrapper._shared_state().layer_commands
+        own: dict[str, AdapterConfig] = self.manager._configs
+        if former is None:  # a copy: it has the names of what it is a copy of
+            known = own
+        else:
+            manager = former._manager()
+            if manager is None or id(wrapper) in manager._known_tree().wrappers():
+                return None
+            known = {**manager.moved_away, **manager._configs}
+        if not all(name in known and own.get(name, known[name]) is known[name] for name in wrapper._named()):
+            return None
+        return {name: known[name] for name in wrapper._named()}
+
+    def take_over(self, tree: AdaptedTree, change: Transaction) -> bool:
+        """Takes over the layers of a tree that were copied or moved into the model; returns whether there are any."""
+        brought = [(wrapper, self.brought_by(wrapper)) for wrapper in tree.others]
+        for wrapper, configs in brought:
+            if configs is not None:
+                change.keep_attributes(wrapper, "active_state")
+                wrapper.__dict__["active_state"] = self.manager.active_state
+                self.manager._configs.update(configs)
+        return any(configs is not None for _, configs in brought)
+
+    def update(self, before: AdaptedTree | None, tree: AdaptedTree, change: Transaction) -> bool:
+        """Follows what somebody did to the module tree by hand.
+
+        Args:
+            before: the tree as it was known; None for that of a copy, which nobody has asked yet.
+            tree: the tree as it is now.
+            change: records what is written.
+
+        Returns:
+            Whether layers were taken out, put back, copied or moved here.
+        """
+        manager = self.manager
+        if self.take_over(tree, change):
+            tree = manager._read_tree()
+        if before is None:
+            return False
+        gone, come = before.without(tree), tree.without(before)
+        self._let_go(gone.values(), change)
+        if gone:
+            take_hooks(reached_modules(manager.model), gone, change)
+        for wrapper in come.values():  # also what was taken out for a while
+            change.keep_attributes(wrapper, "active_state")
+            wrapper.__dict__["active_state"] = manager.active_state
+            known = manager.moved_away.keys() & wrapper._named().keys() - manager._configs.keys()
+            manager._configs.update({name: manager.moved_away[name] for name in known})
+        return bool(gone or come)
+
+    def _let_go(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
+        """Lets layers that were taken out of the model act as they do, wherever they are now."""
+        shared: ActiveState = self.manager.active_state
+        for wrapper in wrappers:
+            if wrapper.active_state is shared:
+                change.keep_attributes(wrapper, "active_state")
+                state = LayerState(shared, self.manager._selected, enabled=self.manager._enabled, active=shared.live)
+                wrapper.__dict__["active_state"] = state
 
     def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
         """Merges adapters into one layer, in addition to those merged there already.
@@ -136,8 +214,8 @@ class LayerCommands:
             parts = build(manager.model, made, manager.active_state, None, name, half=half)
             manager._keep_structure(change)
             manager.configs[name] = self._with_layer(layer, name, path, config)
-            commit(name, parts, manager.layers, manager.copies, change)
-            manager._slots.pop(name, None)
+            commit(name, parts, change)
+            manager._read_tree()
             manager.refresh((name,), change)
 
     def replace(
@@ -190,14 +268,19 @@ class LayerCommands:
             if name in layer.merged_names:
                 manager.refuse_merged(f"{name!r} is deleted")
             removed = layer.adapter(name)
-            holders = {path: one for path, one in manager.layers.items() if one is not layer and name in one.adapters}
-            others: dict[str, Adapter] = {path: one.adapter(name) for path, one in holders.items()}
+            held: dict[str, Any] = {path: one.adapters._modules.get(name) for path, one in manager.layers.items()}
+            others: dict[str, Adapter] = {
+                path: one for path, one in held.items() if one is not None and one is not removed
+            }
             user = next((path for path, other in others.items() if other.source is removed), None)
             if user is not None:
                 raise AdapterError(
                     f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"
                 )
-            manager._keep_structure(change)
+            change.keep(layer.adapters._modules)
+            change.keep_attributes(layer, "emptied_of")
+            change.keep_attributes(manager, "_slots")
+            layer.note_method()
             del layer.adapters._modules[name]
             shared = removed._modules.get("shared")
             if shared is not None and others:
@@ -206,6 +289,9 @@ class LayerCommands:
                 heir._modules["shared"] = shared
             layer.hide_adapters()
             manager._slots.pop(name, None)
+            if not others and name not in manager._tree_with().names():
+                manager._keep_structure(change)
+                manager._forget([name], change)
 
     def gather_now(self) -> None:
         """Does what ``gather`` does, as a command of its own."""

@@ -16,9 +16,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales, SharedState
+from nbpeft.engine.adapted_tree import AdaptedTree, read_tree
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
-from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
+from nbpeft.engine.adapter_tensors import parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
@@ -41,6 +42,7 @@ from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
+from nbpeft.engine.renaming import copy_adapter, place_among, rename
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.tied_weights import untie_embeddings_
 from nbpeft.engine.trained import watch
@@ -77,22 +79,20 @@ class AdapterManager:
     Attributes:
         model: the base model.
         active_state: what acts now; read by all wrappers.
-        configs: adapter name -> its config, targets resolved.
-        layers: path -> adapted layer.
-        copies: path -> module with copies trained as a whole.
         alive: False once the adapters were unloaded; every command then refuses.
         frozen: adapters that do not train even while active.
         unsaved: adapters that were trained since they were added, loaded or saved.
         owner: token of the one handle that may use the manager.
+        moved_away: adapters that went with their layers when somebody took these out.
         provider: where adapters come from that are named and not on the model, if anywhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.active_state = ActiveState()
-        self.configs: dict[str, AdapterConfig] = ByName()
-        self.layers: dict[str, AdaptedLayer] = {}
-        self.copies: dict[str, ModulesToSaveWrapper] = {}
+        self._configs: dict[str, AdapterConfig] = ByName()
+        self._tree: AdaptedTree | None = AdaptedTree()
+        self.moved_away: dict[str, AdapterConfig] = {}
         self.alive = True
         self.frozen: set[str] = set()
         self.unsaved: set[str] = set()
@@ -118,6 +118,22 @@ class AdapterManager:
         return self._transaction.revision
 
     @property
+    def configs(self) -> dict[str, AdapterConfig]:
+        """Adapter name -> its config, targets resolved."""
+        self._notice()
+        return self._configs
+
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]:
+        """Path -> adapted layer, in model order."""
+        return self._known_tree().layers
+
+    @property
+    def copies(self) -> dict[str, ModulesToSaveWrapper]:
+        """Path -> module with copies trained as a whole."""
+        return self._known_tree().copies
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All adapters, oldest first."""
         return tuple(self.configs)
@@ -125,12 +141,18 @@ class AdapterManager:
     @property
     def active(self) -> tuple[str, ...]:
         """Selected adapters, inside a block of ``use`` those of the block; they act unless disabled."""
+        self._notice()
+        return self._chosen
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
         scope = self.active_state.scope
         return self._selected if scope is None else scope.names
 
     @property
     def selected(self) -> tuple[str, ...]:
         """Selected adapters outside of all blocks."""
+        self._notice()
         return self._selected
 
     @property
@@ -142,6 +164,7 @@ class AdapterManager:
     @property
     def merged(self) -> tuple[str, ...]:
         """Adapters whose deltas are in the base weights now."""
+        self._notice()
         return self._merged
 
     def scale(self, name: str) -> float:
@@ -236,6 +259,56 @@ class AdapterManager:
             model.__dict__.update(zip(_ATTRIBUTES, (found, found.configs), strict=True))
         return found
 
+    # The module tree
+
+    def _notice(self) -> None:
+        """Takes up what somebody else did to the module tree: adapters that are nowhere in it any more are gone."""
+        if self._transaction.is_open or (self._tree is not None and self._tree.is_current):
+            return
+        with self._transaction.reading() as change:
+            self._keep_structure(change)
+            before, tree = self._tree, self._read_tree()
+            moved = self.layer_commands.update(before, tree, change)
+            there = self._configs if before is None else self._known_tree().names()
+            gone = {name: config for name, config in self._configs.items() if name not in there}
+            self.moved_away.update(gone)
+            self._forget([*gone], change)
+        if moved:
+            self.changed()
+
+    def _read_tree(self) -> AdaptedTree:
+        self._slots, self._tree = {}, read_tree(self.model, self.active_state)
+        return self._tree
+
+    def _tree_with(self, parts: Parts | None = None) -> AdaptedTree:
+        """The tree after an adapter was taken out, or parts of one were put in."""
+        tree = self._tree
+        hung = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
+        # An adapter on layers that have others changes nothing in the tree.
+        known = tree is not None and tree.is_current and all(map(tree.wrappers().__contains__, hung))
+        return self._read_tree() if tree is None or not known else tree
+
+    def _known_tree(self) -> AdaptedTree:
+        self._notice()
+        return self._read_tree() if self._tree is None else self._tree  # None in the first transaction of a copy
+
+    def _forget(self, names: Sequence[str], change: Transaction) -> None:
+        """Forgets adapters of which nothing is in the module tree; see ``remove`` for what is active then."""
+        for name in names:
+            self._forget_tensors(name, change)
+            del self._configs[name]
+            self._scales.pop(name, None)
+            self.frozen.discard(name)
+
+        def left(those: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in those if name not in names)
+
+        self._merged, self._parked = left(self._merged), left(self._parked)
+        self._selected = left(self._selected) or (self.names[:1] if self._selected else ())
+        for scope in self.active_state.scopes:
+            scope.names = left(scope.names)
+        self.refresh(self._selected, change)
+
     # Adding and removing
 
     def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
@@ -311,17 +384,18 @@ class AdapterManager:
             with self.transaction() as change, CollectionPaused():
                 _, made, parts = prepared if prepared[0] == self.revision else built()
                 self._keep_structure(change)
+                self.layer_commands.take_over(self._known_tree() if self._configs else self._read_tree(), change)
                 if not self.configs:
                     trainable_now = [p for p in self.model.parameters() if p.requires_grad]
                     self._was_trainable = [*self._was_trainable, *trainable_now]
                     change.set_requires_grad(trainable_now, False)
                 if name in self.configs:
-                    self._forget(name, change)
+                    self._forget_tensors(name, change)
                     self._scales.pop(name, None)
-                    drop(self.model, name, self.layers, self.copies, change, keep=parts)
+                    drop(self.model, name, self.layers.values(), self.copies.values(), change, keep=parts)
                 if not self.configs:
                     prepare_storage(self.model, change)
-                commit(name, parts, self.layers, self.copies, change)
+                self._tree_with(commit(name, parts, change))
                 self.configs[name] = made.config
                 self._biases.start(name, made.biases, None if weights is None else weights.base, change)
                 (self.frozen.discard if trainable else self.frozen.add)(name)
@@ -351,78 +425,29 @@ class AdapterManager:
             if name in self._merged or (self._merged and self._biases.originals(name)):
                 raise MergeError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
             self._keep_structure(change)
-            self._forget(name, change)
-            drop(self.model, name, self.layers, self.copies, change)
-            del self.configs[name]
-            self._scales.pop(name, None)
-            self.frozen.discard(name)
-            self._parked = tuple(other for other in self._parked if other != name)
-            left = tuple(other for other in self._selected if other != name)
-            self._selected = left or (self.names[:1] if self._selected else ())
-            for scope in self.active_state.scopes:
-                scope.names = tuple(other for other in scope.names if other != name)
-            self.refresh(self._selected, change)
+            drop(self.model, name, self.layers.values(), self.copies.values(), change)
+            self._tree_with()
+            self._forget([name], change)
 
-    def _forget(self, name: str, change: Transaction) -> None:
+    def _forget_tensors(self, name: str, change: Transaction) -> None:
         self._slots.pop(name, None)
         self.unsaved.discard(name)
         self._biases.stop(name, change)
 
     def rename(self, old: str, new: str) -> None:
         """Gives an adapter another name, at the same place in every order."""
-
-        def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(new if name == old else name for name in names)
-
-        check_name(new)
         with self.transaction() as change:
-            self.require(old)
-            if new in self.configs:
-                raise AdapterExistsError(f"Adapter with name {new!r} already exists; take another name")
-            if old in self._merged:
-                self.refuse_merged(f"{old!r} is renamed")
-            self._keep_structure(change)
-            for held in (*self._holders(), self.configs):
-                items = [(new if name == old else name, value) for name, value in held.items()]
-                held.clear()
-                held.update(items)
-            self.layer_commands.gather(change)
-            self._biases.rename(old, new)
-            self._slots.pop(old, None)
-            self._scales = {new if name == old else name: scale for name, scale in self._scales.items()}
-            self.frozen, self.unsaved = set(renamed((*self.frozen,))), set(renamed((*self.unsaved,)))
-            self._selected, self._parked = renamed(self._selected), renamed(self._parked)
-            self._parked_layers = {path: renamed(names) for path, names in self._parked_layers.items()}
-            for scope in self.active_state.scopes:
-                scope.names = renamed(scope.names)
-            self.refresh((), change)
+            rename(self, old, new, change)
 
     def place(self, name: str, place: int) -> None:
         """Moves an adapter to a place among the others, from 0."""
         with self.transaction() as change:
-            self.require(name)
-            change.keep(self.configs)
-            items = [item for item in self.configs.items() if item[0] != name]
-            items.insert(place, (name, self.configs[name]))
-            self.configs.clear()
-            self.configs.update(items)
+            place_among(self, name, place, change)
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
         with self.transaction():
-            weights = self.weights(name)
-            if weights.base:
-                raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-            twin, half = copied_weights(weights), is_half(self.layers, name)
-            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=half)
-            self.set_scale(new, self.scale(name))
-            if name in self.unsaved:
-                self.unsaved.add(new)
-            for layer in self.layers.values():
-                held: dict[str, Any] = layer.adapters._modules
-                old, added = held.get(name), held.get(new)
-                if isinstance(old, Rescales) and isinstance(added, Rescales):
-                    added.rescale(float(old.scaling))
+            copy_adapter(self, name, new)
 
     def _holders(self) -> list[dict[str, Any]]:
         return [layer.adapters._modules for layer in self.layers.values()] + [
@@ -444,10 +469,13 @@ class AdapterManager:
         Raises:
             BusyError: this thread is inside a call of the model itself.
         """
+        if not quiet:
+            self._notice()
         return self._transaction.block(during_calls=during_calls, quiet=quiet)
 
     def reading(self) -> Block:
         """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        self._notice()
         return self._transaction.reading()
 
     def deciding(self) -> AbstractContextManager[None]:
@@ -464,8 +492,8 @@ class AdapterManager:
     def _keep_structure(self, change: Transaction) -> None:
         """Records which adapters there are, where they hang, and who acts."""
         self._keep_choice(change)
-        change.keep(self.configs, self.layers, self.copies, *self._holders())
-        change.keep_attributes(self, "_slots", "_was_trainable", "alive", "unsaved")
+        change.keep(self._configs, *self._holders())
+        change.keep_attributes(self, "_tree", "_slots", "_was_trainable", "alive", "unsaved")
         self._biases.keep(change)
 
     # Switching
@@ -555,31 +583,6 @@ class AdapterManager:
         with self.provided(left, switching=True), self.transaction(during_calls=not self._merged) as change:
             if present := tuple(name for name in left if name in self.configs):
                 self._activate(present, None, change)
-
-    def park(self) -> None:
-        """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
-        with self.transaction() as change:
-            self._keep_choice(change)
-            names, partly = self._merged, partly_merged(self.layers, self._merged)
-            self.unmerge()
-            self._parked, self._parked_layers = names, partly
-            self._publish_active()
-
-    def merge_parked(self) -> None:
-        """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
-        if not self._parked:
-            return
-        with self.transaction() as change:
-            if not self._parked or self.active_state.scopes:
-                return
-            self._keep_choice(change)
-            names, partly = self._parked, self._parked_layers
-            self._parked, self._parked_layers = (), {}
-            self._merge(names, change, but=partly)
-            for path in partly.keys() & self.layers.keys():
-                layer = self.layers[path]
-                there = [name for name in partly[path] if name in names and name in layer.adapters]
-                self.layer_commands.merge(layer, there, safe=False)
 
     def idle(self, names: Iterable[str]) -> set[str]:
         """Those of the adapters that act nowhere: in no scope, and not outside of them."""
@@ -757,10 +760,10 @@ class AdapterManager:
         replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
         replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
         change.set_requires_grad(self._was_trainable, True)
-        change.keep_attributes(self, "layers", "copies", "configs")
+        change.keep_attributes(self, "_configs")
         change.keep_attributes(self.model, *_ATTRIBUTES)
         self.alive = False
-        self.layers, self.copies, self.configs, self._slots = {}, {}, ByName(), {}
+        self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
         self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
         self.active_state.publish(NONE_ACTIVE)
         for attribute in _ATTRIBUTES:
@@ -777,6 +780,7 @@ class AdapterManager:
 
     def __getstate__(self) -> dict[str, Any]:
         new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
+        new["_tree"] = None if self.alive else AdaptedTree()
         state = {**self.__dict__, **new}
         del state["_transaction"], state["layer_commands"]
         return state

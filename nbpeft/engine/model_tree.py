@@ -31,6 +31,11 @@ TIED = "tie_word_embeddings"
 _WRAPPED_IN = ("_orig_mod", "_fsdp_wrapped_module")
 """Names under which ``torch.compile`` and FSDP keep the model that they wrap."""
 
+_WRAPPERS = (AdaptedLayer, ModulesToSaveWrapper)
+
+_INNER_WRAPPED_IN = frozenset((*_WRAPPED_IN, "_checkpoint_wrapped_module"))
+"""The same for what wraps modules inside a model: parts of a path that the bare model does not have."""
+
 _QUANTIZED_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
 
 
@@ -73,8 +78,9 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
 def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
     for attribute, child in list(parent._modules.items()):
         if child is not None:
-            wrapper = child if isinstance(child, AdaptedLayer | ModulesToSaveWrapper) else None
-            yield Site(parent, attribute, prefix + attribute, frozen_module(child), wrapper)
+            wrapper = child if isinstance(child, _WRAPPERS) else None
+            module = child if wrapper is None else frozen_module(child)
+            yield Site(parent, attribute, prefix + attribute, module, wrapper)
 
 
 def frozen_module(module: nn.Module) -> nn.Module:
@@ -120,6 +126,13 @@ def bare_names(model: nn.Module) -> Callable[[str], str | None]:
         return ".".join(kept)
 
     return bare
+
+
+def without_wrappers(path: str) -> str:
+    """Returns a path without the parts that compiled, FSDP and checkpointing wrappers of inner modules add."""
+    if "._" not in path and not path.startswith("_"):
+        return path
+    return ".".join(part for part in path.split(".") if part not in _INNER_WRAPPED_IN)
 
 
 # The model behind wrappers, and its manager

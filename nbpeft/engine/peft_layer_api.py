@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.active_state import ActiveState, LayerState
 from nbpeft.engine.adapter import Rescales
 from nbpeft.engine.base import Backend, BaseLayer
-from nbpeft.engine.registry import method_of_adapter
+from nbpeft.engine.registry import Method, method_of_adapter, methods_of_type
 from nbpeft.errors import CheckpointError, UnknownAdapterError, did_you_mean
 
 
@@ -155,7 +155,7 @@ class ChoosesAlone(nn.Module):
     def chosen_names(self) -> list[str]:
         """Names of the adapters that are active here, whether or not they are enabled."""
         state: Any = self.__dict__["active_state"]
-        return list(state.names if isinstance(state, LayerState) else self._commands().manager.active)
+        return list(state.names if isinstance(state, LayerState) else self._commands().chosen)
 
     def _act_alone(self, names: Sequence[str], *, enabled: bool) -> None:
         shared = self._shared_state()
@@ -188,10 +188,21 @@ class PeftLayerMixin(ChoosesAlone):
 
     base: BaseLayer
     merged_names: tuple[str, ...]
+    emptied_of: str = ""
+    """The ``peft_type`` of the adapter that was taken out last, for a layer that has none left."""
 
     def _named(self) -> dict[str, Any]:
         found: dict[str, Any] = self.__dict__["adapters"]._modules
         return found
+
+    def _methods(self) -> list[Method]:
+        """The methods of the adapters here; of a layer that has none left, that of the last one."""
+        found = [method_of_adapter(adapter) for adapter in self._named().values()]
+        return [one for one in found if one is not None] or [*methods_of_type(self.emptied_of)[:1]]
+
+    def note_method(self) -> None:
+        """Notes the method of the adapters here, whose names the layer goes by when they are gone."""
+        self.__dict__["emptied_of"] = next((method.peft_type for method in self._methods()), "")
 
     @property
     def scaling(self) -> PerAdapterView:
@@ -259,16 +270,23 @@ class PeftLayerMixin(ChoosesAlone):
     @_OfInstances
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names under which the layer keeps parameters of adapters."""
+        if not self._named():
+            return self._names_when_empty(0)
         return tuple(dict.fromkeys(name for adapter in self._named().values() for name in adapter.layer_names()))
 
     @_OfInstances
     def other_param_names(self) -> tuple[str, ...]:
         """Names under which it keeps other settings of adapters."""
+        if not self._named():
+            return self._names_when_empty(1)
         found: dict[str, None] = {}
         for adapter in self._named().values():
             found.update(dict.fromkeys((*adapter.peft_attributes, *adapter.peft_modules)))
             found.update({"scaling": None} if isinstance(adapter, Rescales) else {})
         return tuple(found)
+
+    def _names_when_empty(self, kind: int) -> tuple[str, ...]:
+        return tuple(name for method in self._methods() for name in method.layer_names[kind].split())
 
     def _all_available_adapter_names(self) -> list[str]:
         """Names of all adapters on the layer, sorted; PEFT's libraries call it."""
@@ -277,14 +295,29 @@ class PeftLayerMixin(ChoosesAlone):
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter out of this layer; nothing where it has none of that name.
 
-        What its layers share stays with the others, and is trained and saved as before.
+        What its layers share stays with the others, and is trained and saved as before. If no active adapter is left
+        here, the oldest one becomes active here.
 
         Raises:
             AdapterError: another layer uses the tensors that it has here (``ensure_weight_tying``).
             MergeError: it is merged here.
         """
-        if adapter_name in self._named():
-            self._commands().remove(self, adapter_name)
+        if adapter_name not in self._named():
+            return
+        before = self.chosen_names()
+        self._commands().remove(self, adapter_name)
+        active = [name for name in before if name != adapter_name]
+        oldest = next(iter(self._named()), None)
+        if active == before:
+            return
+        if oldest is not None and not any(name in self._named() for name in active):
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {oldest}.",
+                stacklevel=2,
+            )
+            self.set_adapter(oldest)
+        elif isinstance(self.active_state, LayerState):
+            self._act_alone(active, enabled=self.active_state.enabled)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Merges adapters into the weight of this layer.
@@ -358,7 +391,7 @@ class PeftLayerMixin(ChoosesAlone):
     @property
     def adapted_as(self) -> str:
         """What PEFT calls such a layer, as ``lora.Linear`` or ``lora.Linear4bit``."""
-        methods = [found for adapter in self._named().values() if (found := method_of_adapter(adapter)) is not None]
+        methods = self._methods()
         own = sorted({method.peft_type.lower() for method in methods if not method.layer_name})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
         prefix = methods[0].layer_prefix if len(own) == 1 else ""
@@ -481,8 +514,7 @@ class LayerType(type):
         own = vars(cls)
         if "title" in own:
             return bool(layer.adapted_as == own["title"])
-        methods = (method_of_adapter(adapter) for adapter in layer._named().values() if "peft_type" in own)
-        return any(method is not None and method.peft_type == own["peft_type"] for method in methods)
+        return "peft_type" in own and any(method.peft_type == own["peft_type"] for method in layer._methods())
 
 
 def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:

@@ -18,6 +18,7 @@ from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
 from nbpeft.engine.reached import is_changed
+from nbpeft.engine.registry import Method
 from nbpeft.errors import AdapterError
 
 
@@ -602,6 +603,23 @@ def empty_mapping(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
             wrapped = name in adapter.wrapped_parameters or name in adapter.peft_modules
             return AdapterDict() if wrapped else ParameterMapping({})
     return None
+
+
+def emptied(method: Method, name: str) -> Any:
+    """What a layer has under a name of PEFT's after it lost its last adapter, which was of a method.
+
+    Args:
+        method: the method.
+        name: of parameters, modules or settings by adapter name.
+
+    Returns:
+        An empty mapping; None for other names.
+    """
+    parameters, settings = (names.split() for names in method.layer_names)
+    own = method.adapter_class
+    if name in own.wrapped_parameters or name in own.peft_modules:
+        return AdapterDict()
+    return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft_attributes) else None
 
 
 def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:

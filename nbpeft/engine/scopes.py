@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState, Scope
+from nbpeft.engine.merging import partly_merged
 from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts
@@ -46,10 +47,6 @@ class Manager(Protocol):
     def idle(self, names: tuple[str, ...]) -> set[str]: ...  # noqa: D102
 
     def refresh(self, names: set[str], change: Transaction) -> None: ...  # noqa: D102
-
-    def park(self) -> None: ...  # noqa: D102
-
-    def merge_parked(self) -> None: ...  # noqa: D102
 
 
 class ScopedChoice(ContextDecorator):
@@ -96,7 +93,7 @@ class ScopedChoice(ContextDecorator):
                         manager.check_choice(chosen)
                 if manager.merged:
                     warnings.warn(f"adapters are merged: unmerging before {self._aim}", stacklevel=3)
-                    manager.park()
+                    _park(manager)
                 self._open(change)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -160,7 +157,7 @@ class ScopedChoice(ContextDecorator):
     def _merge_again(self) -> None:
         for last in (False, True):
             try:
-                self._manager.merge_parked()
+                _merge_parked(self._manager)
             except BusyError:  # inside a call: they act all the same, and are merged after the next block
                 return
             except Exception as error:
@@ -176,3 +173,30 @@ class ScopedChoice(ContextDecorator):
         # An interruption between two instructions can keep a block from ending; it ends with its last reference.
         if self._scope is not None:
             self.__exit__(None, None, None)
+
+
+def _park(manager: Any) -> None:
+    """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
+    with manager.transaction() as change:
+        manager._keep_choice(change)
+        names, partly = manager.merged, partly_merged(manager.layers, manager.merged)
+        manager.unmerge()
+        manager._parked, manager._parked_layers = names, partly
+        manager._publish_active()
+
+
+def _merge_parked(manager: Any) -> None:
+    """Merges again what ``_park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
+    if not manager._parked:
+        return
+    with manager.transaction() as change:
+        if not manager._parked or manager.active_state.scopes:
+            return
+        manager._keep_choice(change)
+        names, partly = manager._parked, manager._parked_layers
+        manager._parked, manager._parked_layers = (), {}
+        manager._merge(names, change, but=partly)
+        for path in partly.keys() & manager.layers.keys():
+            layer = manager.layers[path]
+            there = [name for name in partly[path] if name in names and name in layer.adapters]
+            manager.layer_commands.merge(layer, there, safe=False)

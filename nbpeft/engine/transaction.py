@@ -132,6 +132,11 @@ class Transaction:
         self._done()
 
     @property
+    def is_open(self) -> bool:
+        """Whether some thread is inside a block."""
+        return self._owner is not None
+
+    @property
     def is_mine(self) -> bool:
         """Whether this thread is inside a block."""
         return self._owner == threading.get_ident()

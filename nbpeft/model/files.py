@@ -109,7 +109,6 @@ def read(
     half: bool,
     config: AdapterConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
-    replace: bool = False,
     options: Mapping[str, Any],
 ) -> Callable[[], LoadResult]:
     """Reads a saved adapter and checks that it fits; changes nothing yet.
@@ -122,25 +121,18 @@ def read(
         half: keep it in a half-precision base's dtype.
         config: replaces the saved config.
         key_mapping: regular expressions that rename keys of the file.
-        replace: let it take the place of one with the same name.
         options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
 
     Returns:
         A function that puts it on the model.
 
     Raises:
-        AdapterExistsError: the name is taken.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     manager.check_alive()
     check_name(name)
     if not isinstance(config, AdapterConfig | None):
         raise ConfigError(f"config must be a config such as LoraConfig, not {config!r:.60}", field="config")
-    if name in manager.configs and not replace:
-        raise AdapterExistsError(
-            f"the base model already carries an adapter {name!r}: give this one another adapter_name, "
-            "or use load_adapter() on the model that has it to replace it"
-        )
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
     device = _device(manager, options.get("torch_device"))
     single = None if hub.keys() & {"subfolder", "revision"} else checkpoint.lora_file(source)
@@ -169,7 +161,7 @@ def read(
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
     modes = {"trainable": trainable, "training": trainable, "half": half}
-    put = manager.prepare(name, plan, loaded.weights, replace=replace, **modes)
+    put = manager.prepare(name, plan, loaded.weights, replace=True, **modes)
 
     def load() -> LoadResult:
         with manager.transaction() as change:

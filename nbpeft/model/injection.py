@@ -30,7 +30,7 @@ def inject_adapter_in_model(
     Args:
         peft_config: config of the adapter.
         model: the base model; changed in place.
-        adapter_name: its name.
+        adapter_name: its name. An adapter that has it already is replaced, with a warning.
         low_cpu_mem_usage: leave its parameters on the meta device; ``set_peft_model_state_dict`` fills them in.
         state_dict: its keys, those of a file, say which modules to adapt, instead of the config's
             ``target_modules``; its values are not used, see ``set_peft_model_state_dict``.
@@ -39,10 +39,27 @@ def inject_adapter_in_model(
         TargetError: the config, or no key, fits the model, which is as it was.
     """
     manager = manager_of(model) or AdapterManager(unwrapped(model))
+    replace = adapter_name in manager.configs
+    was_unsaved = adapter_name in manager.unsaved
     with manager.transaction() as change:
-        inject(manager, as_given(peft_config), adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict)
+        config = as_given(peft_config)
+        inject(manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=replace)
         take_given(manager, adapter_name, peft_config, change)
+    if replace:
+        warn_of_replaced(adapter_name, "a new one", unsaved=was_unsaved)
     return model
+
+
+def warn_of_replaced(name: str, new: str, *, unsaved: bool) -> None:
+    """Warns that an adapter of the same name was replaced, as PEFT does; for functions that users call.
+
+    Args:
+        name: of the adapter.
+        new: what took its place.
+        unsaved: whether what the former one had learned was saved nowhere.
+    """
+    learned = ", and what it had learned since it was saved last is lost" if unsaved else ""
+    warnings.warn(f"the model already carries an adapter {name!r}: {new} takes its place{learned}", stacklevel=3)
 
 
 def inject(

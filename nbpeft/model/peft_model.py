@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -29,7 +28,7 @@ from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model import files, prompts
 from nbpeft.model.given_configs import as_given, take_given
-from nbpeft.model.injection import put_active
+from nbpeft.model.injection import put_active, warn_of_replaced
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import of_the_model, serving
 from nbpeft.model.state_dicts import drop_values
@@ -450,7 +449,7 @@ class PeftModel(nn.Module):
         Args:
             model: the base model; changed in place.
             model_id: a folder or a hub id.
-            adapter_name: name to give it.
+            adapter_name: name to give it. An adapter on the base that has it already is replaced, with a warning.
             is_trainable: whether to train it further; otherwise it is frozen.
             config: use this config instead of the saved one.
             autocast_adapter_dtype: keep it in float32 on a half-precision base.
@@ -460,12 +459,12 @@ class PeftModel(nn.Module):
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
         Raises:
-            AdapterExistsError: another handle on the base has an adapter of that name.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
         model = _base_for(model, config or files.saved_config(model, model_id, kwargs))
         manager = manager_of(model) or AdapterManager(model)
-        injected = manager.owner is None and adapter_name in manager.configs
+        replace = adapter_name in manager.configs  # loaded by transformers with its base, or by another handle
+        was_unsaved = adapter_name in manager.unsaved
         put = files.read(
             manager,
             model_id,
@@ -474,11 +473,8 @@ class PeftModel(nn.Module):
             half=not autocast_adapter_dtype,
             config=config,
             key_mapping=key_mapping,
-            replace=injected,
             options=kwargs,
         )
-        if injected:  # by transformers, say, which loads an adapter with its base
-            warnings.warn(f"the model already carries {adapter_name!r}: what was read takes its place", stacklevel=2)
         with manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
@@ -490,6 +486,8 @@ class PeftModel(nn.Module):
                 handle.training = handle._tuner.training = True
             else:
                 handle.eval()
+        if replace:
+            warn_of_replaced(adapter_name, "what was read", unsaved=was_unsaved)
         return handle
 
     def load_adapter(
@@ -535,7 +533,6 @@ class PeftModel(nn.Module):
             trainable=is_trainable,
             half=not autocast_adapter_dtype,
             key_mapping=key_mapping,
-            replace=True,
             options={"torch_device": torch_device, **kwargs},
         )
 

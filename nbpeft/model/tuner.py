@@ -147,12 +147,14 @@ class BaseTuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths in the base model of the layers that adapters target, those of the first adapter first."""
-        bare = self.targeted_parameter_names
-        return [
+        bare, layers = self.targeted_parameter_names, self.manager.layers.items()
+        targeted = [
             path
-            for path, layer in self.manager.layers.items()
-            if path not in bare and any(not layer.adapter(name).is_tied for name in layer.adapters)
+            for name in self.manager.names
+            for path, layer in layers
+            if path not in bare and name in layer.adapters and not layer.adapter(name).is_tied
         ]
+        return list(dict.fromkeys(targeted))
 
     @property
     def targeted_parameter_names(self) -> list[str]:

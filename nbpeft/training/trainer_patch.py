@@ -277,7 +277,7 @@ def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
         if not keeps_method_state(model):
             raise
         half = is_half(model.manager.layers, name)
-        return files.read(model.manager, source, name, trainable=True, half=half, replace=True, options={})()
+        return files.read(model.manager, source, name, trainable=True, half=half, options={})()
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:

@@ -218,38 +218,48 @@ def diffusers_hotswap(peft: Any, folder: str) -> list[Any]:
     return [first, noise(model)]
 
 
-@case
-def diffusers_pipeline(peft: Any, folder: str) -> list[Any]:
-    """LoRA weights of a UNet and a text encoder saved, read, fused, weighted and unloaded by a pipeline."""
+def stable_diffusion() -> Any:
+    """A pipeline of a UNet and a text encoder with random weights."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    def made() -> Any:
-        torch.manual_seed(0)
-        size = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 50, "max_position_embeddings": 8}
-        text = CLIPTextModel(CLIPTextConfig(num_attention_heads=2, num_hidden_layers=2, **size)).eval()
-        vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2)
-        absent = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor"))
-        parts = {"vae": vae, "text_encoder": text, "unet": unet(), "scheduler": DDIMScheduler()}
-        return StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 50, "max_position_embeddings": 8}
+    text = CLIPTextModel(CLIPTextConfig(num_attention_heads=2, num_hidden_layers=2, **size)).eval()
+    vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2)
+    absent = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor"))
+    parts = {"vae": vae, "text_encoder": text, "unet": unet(), "scheduler": DDIMScheduler()}
+    return StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
 
-    def outputs(pipeline: Any) -> list[list[float]]:
-        with torch.no_grad():
-            text = pipeline.text_encoder(torch.arange(6)[None])[0][0, -1, :4].tolist()
-        return [noise(pipeline.unet), text]
 
-    trained = made()
+def outputs(pipeline: Any) -> list[list[float]]:
+    """A few numbers of the outputs of its UNet and its text encoder."""
+    with torch.no_grad():
+        text = pipeline.text_encoder(torch.arange(6)[None])[0][0, -1, :4].tolist()
+    return [noise(pipeline.unet), text]
+
+
+def trained_lora(peft: Any, folder: str) -> dict[str, str]:
+    """Saves LoRA weights of both, and returns what else loading them takes."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    trained = stable_diffusion()
     trained.unet.add_adapter(attention(peft), "default")
     trained.text_encoder.add_adapter(config(peft, target_modules=["q_proj"]))
     layers = [
         convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(part))
         for part in (trained.unet, trained.text_encoder)
     ]
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers[0], text_encoder_lora_layers=layers[1])
-    read = made()
+    trained.save_lora_weights(folder, unet_lora_layers=layers[0], text_encoder_lora_layers=layers[1])
+    return {"weight_name": "pytorch_lora_weights.safetensors"}
+
+
+@case
+def diffusers_pipeline(peft: Any, folder: str) -> list[Any]:
+    """LoRA weights of a UNet and a text encoder saved, read, fused, weighted and unloaded by a pipeline."""
+    file, read = trained_lora(peft, folder), stable_diffusion()
     found = [outputs(read)]
-    read.load_lora_weights(folder, adapter_name="read", weight_name="pytorch_lora_weights.safetensors")
+    read.load_lora_weights(folder, adapter_name="read", **file)
     found.append(outputs(read))
     read.fuse_lora()
     found.append(outputs(read))
@@ -258,6 +268,163 @@ def diffusers_pipeline(peft: Any, folder: str) -> list[Any]:
     found.append(outputs(read))
     read.unload_lora_weights()
     return [*found, outputs(read)]
+
+
+@case
+def diffusers_loaded_again(peft: Any, folder: str) -> list[Any]:
+    """LoRA weights unloaded and read again by a pipeline, also while they are fused."""
+    file, pipeline = trained_lora(peft, folder), stable_diffusion()
+    found: list[Any] = []
+    for name in (None, None, "named"):
+        pipeline.load_lora_weights(folder, adapter_name=name, **file)
+        found += [outputs(pipeline), pipeline.get_list_adapters()]
+        pipeline.unload_lora_weights()
+        found += [outputs(pipeline), pipeline.get_list_adapters()]
+    pipeline.load_lora_weights(folder, **file)
+    pipeline.fuse_lora(lora_scale=0.5)
+    pipeline.unload_lora_weights()
+    found.append(outputs(pipeline))
+    pipeline.load_lora_weights(folder, adapter_name="hot", **file)
+    pipeline.unet.load_lora_adapter(folder, prefix="unet", adapter_name="hot", hotswap=True, **file)
+    return [*found, outputs(pipeline)]
+
+
+@case
+def diffusers_deleted(peft: Any, folder: str) -> list[Any]:
+    """Adapters deleted by a pipeline, and others read in their place."""
+    file, pipeline = trained_lora(peft, folder), stable_diffusion()
+    found: list[Any] = []
+    for name in ("one", "one", None, None):
+        pipeline.load_lora_weights(folder, adapter_name=name, **file)
+        found += [outputs(pipeline), pipeline.get_list_adapters()]
+        if name is not None:
+            pipeline.delete_adapters(name)
+            found += [outputs(pipeline), pipeline.get_list_adapters()]
+    pipeline.set_adapters(["default_0", "default_1"], [0.5, 0.7])
+    found.append(outputs(pipeline))
+    pipeline.delete_adapters("default_0")
+    found += [outputs(pipeline), pipeline.get_active_adapters()]
+    pipeline.disable_lora()
+    return [*found, outputs(pipeline)]
+
+
+@case
+def diffusers_unloaded_model(peft: Any, folder: str) -> list[Any]:
+    """Adapters of models of several pipelines added, saved, unloaded and read again."""
+    found: list[Any] = []
+    for model, inputs in (sd3(), flux(), sdxl()):
+        model.add_adapter(attention(peft), "one")
+        model.save_lora_adapter(f"{folder}/{type(model).__name__}", adapter_name="one")
+        found.append(first_of(model, inputs))
+        model.unload_lora()
+        found.append(first_of(model, inputs))
+        for name in ("one", "two"):
+            model.load_lora_adapter(
+                f"{folder}/{type(model).__name__}", prefix=None, adapter_name=name,
+                weight_name="pytorch_lora_weights.safetensors",
+            )  # fmt: skip
+        model.set_adapters(["one", "two"], [0.5, 0.25])
+        found.append(first_of(model, inputs))
+        model.fuse_lora()
+        found.append(first_of(model, inputs))
+        model.unfuse_lora()
+        model.delete_adapters(["one", "two"])
+        model.add_adapter(attention(peft, 2, 1), "one")
+        found.append(first_of(model, inputs))
+    return found
+
+
+def first_of(model: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
+    """A few numbers of the output."""
+    with torch.no_grad():
+        values: list[float] = model(**inputs, return_dict=False)[0].flatten()[:5].tolist()
+    return values
+
+
+def sd3() -> tuple[Any, dict[str, torch.Tensor]]:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+    )  # fmt: skip
+    texts = {"encoder_hidden_states": torch.ones(1, 3, 8), "pooled_projections": torch.ones(1, 8)}
+    return model.eval(), {"hidden_states": torch.ones(1, 4, 8, 8), "timestep": torch.ones(1), **texts}
+
+
+def flux() -> tuple[Any, dict[str, torch.Tensor]]:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    texts = {"encoder_hidden_states": torch.ones(1, 3, 8), "pooled_projections": torch.ones(1, 8)}
+    places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
+    return model.eval(), {"hidden_states": torch.ones(1, 4, 4), "timestep": torch.ones(1), **texts, **places}
+
+
+def sdxl() -> tuple[Any, dict[str, Any]]:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (4, 8), "layers_per_block": 1, "sample_size": 8, "cross_attention_dim": 8}
+    model = UNet2DConditionModel(
+        **sizes, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=2, attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=32, transformer_layers_per_block=(1, 2),
+    )  # fmt: skip
+    added = {"text_embeds": torch.ones(1, 8), "time_ids": torch.ones(1, 6)}
+    inputs = {"sample": torch.ones(1, 4, 8, 8), "timestep": 1, "encoder_hidden_states": torch.ones(1, 3, 8)}
+    return model.eval(), {**inputs, "added_cond_kwargs": added}
+
+
+@case
+def diffusers_offloaded(peft: Any, folder: str) -> list[Any]:
+    """Hooks of accelerate and diffusers that keep weights elsewhere, on a model with adapters."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+    from diffusers.hooks import apply_group_offloading
+
+    model, cpu = unet(), torch.device("cpu")
+    model.add_adapter(attention(peft), "one")
+    found = [noise(model)]
+    cpu_offload(model, cpu, offload_buffers=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    found.append(noise(model))
+    remove_hook_from_module(model, recurse=True)
+    found.append(noise(model))
+    for kind in ("leaf_level", "block_level"):
+        model = unet()
+        model.add_adapter(attention(peft), "one")
+        apply_group_offloading(model, cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1)
+        found.append(noise(model))
+        model.delete_adapters("one")
+        model.add_adapter(attention(peft, 2, 1), "one")
+        found.append(noise(model))
+    return found
+
+
+@case
+def diffusers_casts(peft: Any, folder: str) -> list[Any]:
+    """Weights kept in 8 bits between calls, those of adapters with them."""
+    from diffusers.hooks import apply_layerwise_casting
+
+    found: list[Any] = []
+    eight = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    for adapters in (0, 1):
+        model = unet()
+        for name in ["one"][:adapters]:
+            model.add_adapter(attention(peft), name)
+        model.enable_layerwise_casting(**eight)
+        found += [noise(model), sorted({str(parameter.dtype) for parameter in model.parameters()})]
+    model = unet()
+    model.add_adapter(attention(peft), "one")
+    apply_layerwise_casting(model, **eight, skip_modules_pattern=("norm",))
+    kept = {str(parameter.dtype) for name, parameter in model.named_parameters() if "lora" in name}
+    return [*found, noise(model), sorted(kept)]
 
 
 # sentence-transformers

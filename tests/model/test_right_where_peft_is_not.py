@@ -13,7 +13,6 @@ from torch import nn
 
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import (
-    AdapterExistsError,
     BaseMismatchError,
     CheckpointError,
     MergeError,
@@ -50,15 +49,20 @@ def test_2_wrapping_again_reconfigures_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(restored), logits(again.eval()))
 
 
-def test_3_a_second_from_pretrained_does_not_overwrite_the_first(tmp_path: Path) -> None:
+def test_3_a_second_from_pretrained_replaces_the_first_with_a_warning(tmp_path: Path) -> None:
     adapted(lora_alpha=4).save_pretrained(tmp_path / "one")
-    adapted(lora_alpha=32).save_pretrained(tmp_path / "two")
+    trained = adapted(lora_alpha=32)
+    trained.save_pretrained(tmp_path / "two")
     base = llama()
     first = PeftModel.from_pretrained(base, tmp_path / "one")
-    expected = logits(first)
-    with pytest.raises(AdapterExistsError, match="another adapter_name"):
-        PeftModel.from_pretrained(base, tmp_path / "two")
-    assert torch.equal(logits(first), expected)
+    first.manager.unsaved.add("default")
+    lost = "already carries an adapter 'default': what was read takes its place, and what it had learned"
+    with pytest.warns(UserWarning, match=lost):
+        second = PeftModel.from_pretrained(base, tmp_path / "two")
+    assert torch.equal(logits(second), logits(trained))
+    assert second.manager.names == ("default",) and not second.manager.unsaved
+    with pytest.raises(StaleModelError):
+        first.set_adapter("default")
 
 
 def test_4_a_missing_target_is_told_with_near_names() -> None:

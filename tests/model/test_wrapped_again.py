@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nbpeft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
-from nbpeft.errors import AdapterExistsError, ConfigError, StaleModelError, UnknownAdapterError, UnknownMethodError
+from nbpeft.errors import ConfigError, StaleModelError, UnknownAdapterError, UnknownMethodError
 from nbpeft.model import get_peft_config, get_peft_model_state_dict, inject_adapter_in_model
 from tests.tiny_models import adapted, config, llama, logits, same_state, state
 
@@ -27,9 +27,6 @@ def saved(tmp_path: Path) -> Path:
 def test_loading_onto_a_handle_adds_to_its_base(saved: Path) -> None:
     first = PeftModel.from_pretrained(llama(), saved)
     expected = logits(first)
-    with pytest.raises(AdapterExistsError):
-        PeftModel.from_pretrained(first, saved)
-    assert torch.equal(logits(first), expected)
     second = PeftModel.from_pretrained(first, saved, adapter_name="two")
     assert not isinstance(second.get_base_model(), PeftModel)
     assert list(second.peft_config) == ["default", "two"]
@@ -148,3 +145,11 @@ def test_the_base_model_carries_the_configs_while_it_is_adapted(tmp_path: Path) 
     assert (tmp_path / "model.safetensors").is_file()
     injected_twin = twin.unload()
     assert not hasattr(injected_twin, "peft_config")
+
+
+def test_injecting_twice_under_one_name_replaces_with_a_warning() -> None:
+    model: Any = inject_adapter_in_model(config(r=2, init_lora_weights=False), llama())
+    with pytest.warns(UserWarning, match="already carries an adapter 'default': a new one takes its place$"):
+        inject_adapter_in_model(config(r=3, init_lora_weights=True), model)
+    assert {key.shape[0] for name, key in model.state_dict().items() if "lora_A" in name} == {3}
+    assert torch.equal(logits(model.eval()), logits(llama()))

@@ -18,7 +18,8 @@ from nbpeft.errors import HotSwapError
 class Layers(Protocol):
     """What padding needs of the adapters' manager."""
 
-    layers: dict[str, AdaptedLayer]
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]: ...  # noqa: D102
 
     def transaction(self) -> AbstractContextManager[Transaction]: ...  # noqa: D102
 

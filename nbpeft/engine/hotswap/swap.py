@@ -22,15 +22,20 @@ from nbpeft.interrupts import released_interrupts
 class Configured(Protocol):
     """What a config for a slot needs of the adapters' manager."""
 
-    configs: dict[str, AdapterConfig]
-    layers: dict[str, AdaptedLayer]
+    @property
+    def configs(self) -> dict[str, AdapterConfig]: ...  # noqa: D102
+
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]: ...  # noqa: D102
 
 
 class Manager(Configured, Protocol):
     """What swapping needs of the adapters' manager."""
 
-    copies: dict[str, ModulesToSaveWrapper]
     unsaved: set[str]
+
+    @property
+    def copies(self) -> dict[str, ModulesToSaveWrapper]: ...  # noqa: D102
 
     @property
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102
