@@ -36,7 +36,7 @@ def trained(library: Any, config: str, fields: dict[str, Any], *, steps: int = 5
     base = llama()
     torch.manual_seed(7)
     model = library.get_peft_model(base, getattr(library, config)(**fields)).train()
-    batches = DataLoader(tokens(2 * steps, 9), batch_size=2, shuffle=True)
+    batches: DataLoader[Any] = DataLoader(tokens(2 * steps, 9), batch_size=2, shuffle=True)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=5e-3)
     losses = []
     for ids in batches:

@@ -70,9 +70,8 @@ def test_compressed_activations(groups: int) -> None:
         output = function.apply(*leaves, direction, groups, 0.5)
         output.square().sum().backward()
         rebuilt = rebuild(kept, direction, 7, 0.5)
-        found.append(
-            [cut(x, groups), kept, rebuilt, normalise(torch.zeros(3)), output, *(leaf.grad for leaf in leaves)]
-        )
+        gradients: list[Any] = [leaf.grad for leaf in leaves]
+        found.append([cut(x, groups), kept, rebuilt, normalise(torch.zeros(3)), output, *gradients])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -102,7 +101,7 @@ def test_modules_without_values() -> None:
 def test_preconditioned_optimizers_learn_as_with_peft(optimizer: Any, tmp_path: Path) -> None:
     made: Any = nbpeft.get_peft_model(llama(), config())
     made.save_pretrained(tmp_path)
-    ids, losses = torch.arange(8)[None], []
+    ids, losses = torch.arange(8)[None], list[list[float]]()
     for library in (nbpeft, peft):
         model = library.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
         stepper = importlib.import_module(f"{library.__name__}.optimizers").create_riemannian_optimizer(
