@@ -255,7 +255,7 @@ def _check_given(
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
     for why, names in (
-        ("objects that no file holds; give them again", facts.get("objects") or ()),
+        ("values that are not kept in a file; give them again", facts.get("objects") or ()),
         ("arguments that are not taken from its folder; give them again", missing_for_losses(left_out)),
     ):
         missing = [name for name in names if name not in arguments]
