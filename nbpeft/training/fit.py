@@ -195,17 +195,28 @@ def train(
                     apart["replace"] = True  # what the folder holds was checked here
                     metrics = _elsewhere(model, run, launch, rows, said, arguments | apart)
                 else:
-                    around = _around(run_dir, run, model, kept, trackers, rows)
-                    inside: list[Any] = [PackingCheck(run, learned, collator)] if packing else []
-                    inside += _guards(run, model, members) if stop_on_divergence else callbacks_of(members, run)
-                    inside += _inside(run, model, patience, batch, every)
-                    metrics = _fit(trainer_class, model, run, options, around, inside, fields)
+                    metrics = _fit(  # no variable has the callbacks: an error that is kept would keep their copies
+                        trainer_class,
+                        model,
+                        run,
+                        options,
+                        _around(run_dir, run, model, kept, trackers, rows),
+                        [
+                            *([PackingCheck(run, learned, collator)] if packing else []),
+                            *(_guards(run, model, members) if stop_on_divergence else callbacks_of(members, run)),
+                            *_inside(run, model, patience, batch, every),
+                        ],
+                        fields,
+                    )
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
                 raise
     if failure is not None:  # raised out here, the new error does not hold the frames of the old one
-        raise failure.with_traceback(None)
+        try:
+            raise failure.with_traceback(None)
+        finally:
+            del failure  # else this frame and the error would hold each other
     result = _result(run, metrics, fields.get("output_dir"))
     return _unless_interrupted(result, run)
 

@@ -257,3 +257,20 @@ def test_only_plain_files_are_opened(handles: bool, clone: Path, victim: Path, m
         with pytest.raises(CheckpointError, match="away is a link"):
             change()
     assert sorted(os.listdir(victim)) == ["startup", "thesis.tex"]
+
+
+def test_a_folder_that_others_write_to_leads_nowhere_else(tmp_path: Path) -> None:
+    root, other = tmp_path / "run", tmp_path / "other"
+    (root / "logs" / "first").mkdir(parents=True)
+    other.mkdir()
+    inside.check_stays(root, "not there")
+    (root / "logs" / "latest").symlink_to("first")
+    (tmp_path / "alias").symlink_to(root)
+    inside.check_stays(root, "logs")
+    inside.check_stays(tmp_path / "alias", "logs")
+    (root / "logs" / "file").symlink_to(other / "file")
+    with pytest.raises(CheckpointError, match=r"logs/file is a link that leads out of .*run, and nothing is written"):
+        inside.check_stays(root, "logs")
+    (root / "away").symlink_to(other)
+    with pytest.raises(CheckpointError, match="away is a link that leads out of"):
+        inside.check_stays(root, "away")

@@ -116,9 +116,8 @@ def test_objects_are_named_and_given_again(bare: Notebook, place: Path) -> None:
     bare.do(CELL.replace("--max-length", "--trainer Mine --patience 3 --max-length") + "\ncallbacks = own")
     facts = json.loads((place / "sql-1" / "run.json").read_text())
     assert facts["objects"] == ["callbacks", "trainer_class"] and facts["arguments"]["patience"] == 3
-    assert bare.run("%lora resume").line == (
-        "run sql-1 used values that are not kept in a file; give them again: %lora resume sql-1 callbacks={callbacks} --trainer CLASS"
-    )
+    told = "run sql-1 used values that are not kept in a file; give them again: %lora resume sql-1 "
+    assert bare.run("%lora resume").line == f"{told}callbacks={{callbacks}} --trainer CLASS"
     bare.do("%lora resume sql-1 --trainer Mine callbacks={own}")
     assert bare["Mine"].made == [1, 1]
 

@@ -97,7 +97,10 @@ def test_another_adapter_s_folder_is_refused_before_the_rows_are_read(tmp_path, 
     train(first, token_rows(8), output_dir=str(tmp_path), max_steps=1)
     before, second = files_in(tmp_path), trainable(base(), **config)
     weights_before = weights(second)
-    with pytest.raises(AdapterExistsError, match="holds another adapter, .default. of another model: choose another folder for 'default'"):
+    with pytest.raises(
+        AdapterExistsError,
+        match=r"holds another adapter, .default. of another model: choose another folder for 'default'",
+    ):
         train(second, never_read(), output_dir=str(tmp_path), max_steps=1)
     assert files_in(tmp_path) == before
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights_before.items())
