@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
 from nbpeft.errors import shortened
 
@@ -34,6 +32,8 @@ def state_damage(file: Path) -> str | None:
     Raises:
         OSError: it cannot be read.
     """
+    from transformers import TrainerState
+
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -65,6 +65,8 @@ def archive_damage(file: Path) -> str | None:
     Args:
         file: the file, which is there.
     """
+    from transformers.trainer_pt_utils import safe_globals
+
     kinds: Mapping[str, tuple[Callable[[Any], object], str]] = {
         "rng_state": (_set_random, "delete it to resume with other random numbers"),
         "scaler": (_set_scale, "delete it to resume with the first loss scale"),

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files, shown
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files
+from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
 from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.confidential import is_secret

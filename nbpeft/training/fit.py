@@ -163,8 +163,7 @@ def train(
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
     launch = _launch(processes, machines, fields, members)
-    if not replace:
-        _refuse_other_adapters(model, fields)
+    _refuse_other_adapters(model, {} if replace else fields)
     data = open_data(data)
     form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
     form |= _row_options(fields, options, trainer_class)
@@ -181,7 +180,7 @@ def train(
     with scratch_folder() as folder:
         settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
         options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
-        failure: Exception | None = None
+        failures: list[Exception] = []
         try:
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
@@ -195,28 +194,18 @@ def train(
                     apart["replace"] = True  # what the folder holds was checked here
                     metrics = _elsewhere(model, run, launch, rows, said, arguments | apart)
                 else:
-                    metrics = _fit(  # no variable has the callbacks: an error that is kept would keep their copies
-                        trainer_class,
-                        model,
-                        run,
-                        options,
-                        _around(run_dir, run, model, kept, trackers, rows),
-                        [
-                            *([PackingCheck(run, learned, collator)] if packing else []),
-                            *(_guards(run, model, members) if stop_on_divergence else callbacks_of(members, run)),
-                            *_inside(run, model, patience, batch, every),
-                        ],
-                        fields,
-                    )
+                    # No variable has the callbacks: an error that is kept would keep their copies of weights.
+                    around = (run_dir, run, model, kept, trackers, rows)
+                    check = PackingCheck(run, learned, collator) if packing else None
+                    inside = (run, model, members, check, stop_on_divergence, patience, batch, every)
+                    metrics = _fit(trainer_class, model, run, options, _around(*around), _inside(*inside), fields)
         except Exception as error:
-            failure = _error_to_raise(error, model, settings)
-            if failure is error and not isinstance(error, NbpeftError):
+            failures.append(_error_to_raise(error, model, settings))
+            if failures[0] is error and not isinstance(error, NbpeftError):
+                failures.clear()
                 raise
-    if failure is not None:  # raised out here, the new error does not hold the frames of the old one
-        try:
-            raise failure.with_traceback(None)
-        finally:
-            del failure  # else this frame and the error would hold each other
+    if failures:  # raised out here, the new error does not hold the frames of the old one; nor does this frame hold it
+        raise failures.pop().with_traceback(None)
     result = _result(run, metrics, fields.get("output_dir"))
     return _unless_interrupted(result, run)
 
@@ -425,16 +414,22 @@ def _keeping(place: RunPlace | str | os.PathLike[str] | None, kept: Mapping[str,
     return None if place is None else dataclasses.replace(RunPlace.of(place), arguments=kept)
 
 
-def _guards(run: Run, model: nn.Module, members: Any) -> Sequence[TrainerCallback]:
-    """What ends a training that diverges, or takes the adapters of a sweep that do out of it."""
-    return callbacks_of(members, run, stop_on_divergence=True) or [DivergenceStop(run, model)]
-
-
 def _inside(
-    run: Run, model: nn.Module, patience: int | None, batch: PromptBatch | None, every: int | None
-) -> list[EarlyStop | SampleCallback]:
-    """The callbacks that end before the run does."""
-    found: list[EarlyStop | SampleCallback] = []
+    run: Run,
+    model: nn.Module,
+    members: Any,
+    check: PackingCheck | None,
+    guarded: bool,
+    patience: int | None,
+    batch: PromptBatch | None,
+    every: int | None,
+) -> list[TrainerCallback]:
+    """The callbacks that end before the run does.
+
+    Where it is ``guarded``, one ends a training that diverges, or takes the adapters of a sweep that do out of it.
+    """
+    found: list[TrainerCallback] = [] if check is None else [check]
+    found += callbacks_of(members, run, stop_on_divergence=guarded) or ([DivergenceStop(run, model)] if guarded else [])
     found += [] if patience is None else [EarlyStop(run, model, patience)]
     return found + ([] if batch is None else [SampleCallback(run, model, batch, every)])
 

@@ -178,7 +178,9 @@ def test_a_staging_folder_of_somebody_else_is_reported_and_stays(whose: str, clo
     staging = staging_in(clone, whose)
     (staging / ASIDE / "planted").mkdir(parents=True)
     before = tree(staging)
-    with pytest.warns(UserWarning, match=rf"{staging.name} looks like the rest of a write .* left as it is"):
+    with pytest.warns(
+        UserWarning, match=rf"{staging.name} looks like what an interrupted write left, .* it was not touched"
+    ):
         save(clone)
     assert tree(staging) == before and not (clone / "planted").exists()
 
@@ -187,7 +189,7 @@ def test_a_copy_of_a_folder_of_ours_is_not_ours(clone: Path, tmp_path: Path) -> 
     """Somebody may have changed it on its way."""
     name = staging_name(clone)
     (tmp_path / "copy" / name / ASIDE / "planted").mkdir(parents=True)
-    with pytest.warns(UserWarning, match="none of yours"):
+    with pytest.warns(UserWarning, match="not one of yours"):
         sweep(tmp_path / "copy")
     assert not (tmp_path / "copy" / "planted").exists()
 

@@ -484,7 +484,12 @@ def test_a_broken_run_is_named_beside_the_others(broken: Path) -> None:
     assert [record.name for record in found.records] == ["sql-1", "zoo-1"]
     for shown in (str(found), found._repr_html_()):
         assert "unreadable" in shown and "zoo-1/run.json is a link, not a plain file" in shown
-    for act in (lambda: session.runs("sql-1", "zoo-1"), lambda: session.resume("zoo-1", model=llama(), data=rows())):
+    compared = session.runs("zoo-1", "sql-1")
+    assert [record.name for record in compared.records] == ["zoo-1", "sql-1"] and compared.curves[1]
+    assert not compared.curves[0] and not compared.differing
+    for shown in (str(compared), compared._repr_html_()):
+        assert "run zoo-1 cannot be read: " in shown and "zoo-1/run.json is a link, not a plain file" in shown
+    for act in (lambda: session.runs("zoo-1"), lambda: session.resume("zoo-1", model=llama(), data=rows())):
         with pytest.raises(CheckpointError, match=r"run zoo-1 cannot be read: .*zoo-1/run\.json is a link"):
             act()
     assert resumed(broken).run == "sql-1", "the newest that can be read"
