@@ -12,7 +12,7 @@ from nbpeft.errors import AdapterError, CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
-from nbpeft.magics.subcommands.training import EVAL, PROCESSES, TRACK, TRAINER, training_arguments
+from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, TRACK, TRAINER, training_arguments
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results.kept_runs import SORTS
 
@@ -37,6 +37,7 @@ _SAID = {
     TOKENIZER,
     TRAINER,
     TRACK,
+    REPLACE,
     *PROCESSES,
     fields="training",
     example="%lora resume sql-3 --data rows",

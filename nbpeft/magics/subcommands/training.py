@@ -69,6 +69,7 @@ PROCESSES = (
         help="N processes on each of these machines, this one first; all must see this folder under this path",
     ),
 )
+REPLACE = argument("--replace", action="store_true", help="save over another adapter that output_dir holds")
 TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use")
 
 
@@ -89,7 +90,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     ),
     argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
     argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
-    argument("--replace", action="store_true", help="save over another adapter that output_dir holds"),
+    REPLACE,
     TRACK,
     argument(
         "--patience",
@@ -124,12 +125,11 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         background=options.background,
         keep=not options.no_keep,
         restart=options.restart,
-        replace=options.replace,
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
         data_hint=f"{_look(options, arguments)} shows them",
         **arguments,
     )
-    for name in ("track", "trainer_class"):
+    for name in ("track", "trainer_class", "replace"):
         if name not in options.fields:
             arguments.pop(name, None)
     written = _of_the_best(arguments, result)
@@ -158,7 +158,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that belongs into the line.
     """
-    names = ("max_length", "patience", "every", "processes", "machines", "track")
+    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["columns"] = None if columns is None else dict(columns)
