@@ -88,10 +88,10 @@ def note_saved(manager: AdapterManager, places: Mapping[str, Path]) -> None:
                 lost += _owners.pop(_key(place), [])
         for name, place in places.items():
             note_place(manager, name, place)
-        changed = [manager] if manager.unsaved & set(places) else []
+        managers = [manager] if manager.unsaved & set(places) else []
         manager.unsaved -= set(places)
-        changed += _mark_lost(lost)
-    _tell(changed)
+        managers += _mark_lost(lost)
+    _tell(managers)
 
 
 def note_written_over(folders: Iterable[str | os.PathLike[str]]) -> None:

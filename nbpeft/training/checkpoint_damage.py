@@ -75,7 +75,7 @@ def archive_damage(file: Path) -> str | None:
     if check is None:
         return None
     try:
-        with safe_globals():
+        with safe_globals():  # type: ignore[no-untyped-call]
             check(torch.load(file, map_location="cpu", weights_only=True))
     except Exception:  # torch, pickle, numpy and random each raise their own
         return f"{file.name} is damaged: {remedy}"

@@ -355,6 +355,7 @@ def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatc
     ready.do("%lora_train model --data rows --processes 2 --hosts 10.0.0.1 10.0.0.2 max_steps=1 fsdp=True")
     assert (given[0]["processes"], given[0]["machines"]) == (2, ["10.0.0.1", "10.0.0.2"])
     assert given[0]["fsdp"] is True and given[0]["max_steps"] == 1
+    assert given[0]["replace"] is True, "what output_dir holds is checked before the processes start"
     refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line
     assert refused == "fsdp shards a model over several processes: say how many, processes=…"
     assert ready.run("%lora_train model --data rows processes=2").line.endswith(
