@@ -9,7 +9,6 @@ from nbpeft.checkpoint.atomic import NewFile as NewFile
 from nbpeft.checkpoint.atomic import disk_errors as disk_errors
 from nbpeft.checkpoint.atomic import in_place_of as in_place_of
 from nbpeft.checkpoint.atomic import replace_files as replace_files
-from nbpeft.checkpoint.atomic import shown as shown
 from nbpeft.checkpoint.card import CardFacts as CardFacts
 from nbpeft.checkpoint.card import card_text as card_text
 from nbpeft.checkpoint.config_format import config_text as config_text
@@ -36,6 +35,7 @@ from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint
 from nbpeft.checkpoint.identity import is_same_base as is_same_base
+from nbpeft.checkpoint.inside import shown as shown
 from nbpeft.checkpoint.key_conversion import key_conversion_of as key_conversion_of
 from nbpeft.checkpoint.lora_file import lora_file as lora_file
 from nbpeft.checkpoint.lora_file import read_lora_file as read_lora_file

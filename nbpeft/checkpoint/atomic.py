@@ -23,7 +23,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.inside import shown as shown
+from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_folder, sweep, take_back
 from nbpeft.errors import CheckpointError, in_one_line
 

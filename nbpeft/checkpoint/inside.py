@@ -153,6 +153,24 @@ def first_not_plain(root: Path) -> str | None:
     return None
 
 
+def check_stays(root: Path, name: str) -> None:
+    """Checks a folder that another library writes to, which follows links: neither it nor what is in it leads out.
+
+    Args:
+        root: the folder that nothing may lead out of.
+        name: inside it; need not be there.
+
+    Raises:
+        CheckpointError: a link leads out of ``root``.
+        OSError: the folder cannot be read.
+    """
+    place, home = root / name, os.path.realpath(root)
+    for path in (place, *(sorted(place.iterdir()) if place.is_dir() else ())):
+        if not Path(os.path.realpath(path)).is_relative_to(home):
+            leads = f"{shown(path)} is a link that leads out of {shown(root)}"
+            raise CheckpointError(f"{leads}, and nothing is written through it: remove it", path=str(path))
+
+
 # Reading and writing
 
 

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
+from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import sweep
 from nbpeft.checkpoint.tensor_file import DTYPES, LONGEST_HEADER, UNREADABLE, unreadable
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
+from nbpeft.checkpoint import inside
+from nbpeft.checkpoint.config_format import LARGEST_CONFIG
 from nbpeft.checkpoint.identity import Fingerprint, describe_difference
 from nbpeft.checkpoint.source import CONFIG_NAME
-from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, UNREADABLE, WEIGHTS_NAME
-from nbpeft.errors import shortened
+from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME, TensorFile
+from nbpeft.errors import CheckpointError, shortened
 
 NAME_KEY = "nbpeft.adapter"
 """Entry of a file's metadata: what the adapter was called when it was saved."""
-_LARGEST_CONFIG = 2**24
 _LONGEST_NAME = 60
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,15 +40,16 @@ def other_adapter(
             return f"an adapter in {LEGACY_WEIGHTS_NAME}"
         return "the config of an adapter" if config.is_file() else ""
     try:
-        metadata, present = _header(weights)
-    except UNREADABLE:
+        file = TensorFile(weights)
+    except (CheckpointError, OSError):
         return "an adapter that cannot be read"
-    saved_as = metadata.get(NAME_KEY)
+    saved_as = file.metadata.get(NAME_KEY)
     if saved_as is not None and saved_as != name:
         return f"another adapter, {shortened(saved_as, _LONGEST_NAME)!r}"
-    then = Fingerprint.from_metadata(metadata)
+    then = Fingerprint.from_metadata(file.metadata)
     if then is not None and base is not None and (told := describe_difference(then, base)):
         return f"an adapter of another base model ({told})"
+    present = {key: tuple(tensor.shape) for key, tensor in file.header.items()}
     strange = (present.keys() ^ shapes.keys()) - optional
     if strange or any(present[key] != shapes[key] for key in present.keys() & shapes.keys()):
         return f"an adapter with other tensors{_described(config)}"
@@ -69,13 +69,6 @@ def other_config(text: str, own: str) -> str:
     return f"an adapter with another {differing[0]}" if differing else ""
 
 
-def _header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Metadata and shapes of a file of tensors, of which no tensor is read."""
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        keys = file.keys()
-        return file.metadata() or {}, {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-
-
 def _fields(text: str) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
@@ -92,8 +85,8 @@ def _comparable(fields: Mapping[str, Any], key: str) -> Any:
 def _described(config: Path) -> str:
     """`` (LORA, r=2)``; empty where the config does not say it."""
     try:
-        fields = _fields(config.read_text(encoding="utf-8")) if config.stat().st_size <= _LARGEST_CONFIG else None
-    except (OSError, UnicodeDecodeError):
+        fields = _fields(inside.read_file(config, LARGEST_CONFIG).decode("utf-8"))
+    except (CheckpointError, OSError, UnicodeDecodeError):
         fields = None
     if fields is None:
         return ""

@@ -189,8 +189,8 @@ def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
         with contextlib.suppress(OSError, CheckpointError):
             if not _sweep_one(folder, entry, finish) and report:
                 warnings.warn(
-                    f"{inside.shown(folder / entry)} looks like the rest of a write that was broken off, but none of "
-                    "yours: it is left as it is; delete it if you do not need it",
+                    f"{inside.shown(folder / entry)} looks like what an interrupted write left, but not one of yours: "
+                    "it was not touched; delete it if you do not need it",
                     stacklevel=2,
                 )
 

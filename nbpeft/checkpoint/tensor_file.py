@@ -181,7 +181,7 @@ class TensorFile:
             raise ValueError(f"its header has more than {LONGEST_HEADER:,} bytes")
         header = json.loads(_exactly(file, length))
         if not isinstance(header, dict):
-            raise TypeError("its header is none")
+            raise TypeError("its header is not a JSON object")
         start = end = 8 + length
         self.metadata = _metadata(header.pop("__metadata__", None))
         entries = {key: _Entry.of(key, given) for key, given in header.items()}
@@ -247,9 +247,9 @@ class _Entry:
             raise TypeError(f"its header says nothing of {shortened(key, 60)!r}")
         dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
         if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
-            raise TypeError(f"its header lacks the shape or the place of {shortened(key, 60)!r}")
+            raise TypeError(f"its header lacks the shape or the offsets of {shortened(key, 60)!r}")
         if not all(map(_is_size, (*shape, *place))):
-            raise TypeError(f"the shape or the place of {shortened(key, 60)!r} is none")
+            raise TypeError(f"the shape or the offsets of {shortened(key, 60)!r} are not valid")
         start, end = place
         if math.prod(shape) * dtype.itemsize != end - start:
             raise ValueError(f"{shortened(key, 60)!r} has more or fewer bytes than its shape says")
@@ -264,7 +264,7 @@ def _metadata(given: Any) -> dict[str, str]:
     if given is None:
         return {}
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
-        raise TypeError("its metadata are not texts by name")
+        raise TypeError("its metadata is not a mapping of strings")
     return given
 
 

@@ -28,20 +28,19 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft import hooks
+from nbpeft.engine.adapter_site import AdapterSite as AdapterSite
 from nbpeft.engine.adapter_weights import AdapterWeights as AdapterWeights
 from nbpeft.engine.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
-from nbpeft.engine.initial_draws import Fill, drawn, dtype_in_layer
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.peft_types import TASK_HEADS as TASK_HEADS
 from nbpeft.engine.peft_types import PeftType as PeftType
@@ -335,45 +334,6 @@ def store_of(cls: type[AdapterConfig]) -> ConfigStore:
     if cls.store is None:
         raise ConfigError("reading and writing configs needs nbpeft.checkpoint to be imported")
     return cls.store
-
-
-@dataclass(frozen=True)
-class AdapterSite:
-    """Where an adapter is built.
-
-    Attributes:
-        path: of the layer in the base model; patterns are matched against it.
-        base: the layer.
-        shapes: what ``parameter_shapes`` gave for it.
-        dtype: dtype of new parameters.
-        shared: the state that the adapter shares with those of other layers, where its method has one.
-        name: of the adapter; for layers of somebody else's class, which go by it.
-        start: the part of the weight that it takes over, where that is known already.
-    """
-
-    path: str
-    base: BaseLayer
-    shapes: Mapping[str, tuple[int, ...]]
-    dtype: torch.dtype
-    shared: SharedState | None = None
-    name: str = "default"
-    start: TakenOver | None = None
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the layer is, and its parameters go."""
-        return self.base.device
-
-    def new(self, shape: Sequence[int], fill: Fill | None = None) -> Tensor:
-        """A new tensor, on the device of the layer and in the dtype of new parameters.
-
-        Args:
-            shape: of the tensor.
-            fill: fills it with random numbers, see ``initial_draws``; None for zeros.
-        """
-        if fill is None:
-            return torch.zeros(shape, device=self.device, dtype=self.dtype)
-        return drawn(shape, fill, self.device, self.dtype, dtype_in_layer(self.base))
 
 
 Shape = tuple[int, ...]

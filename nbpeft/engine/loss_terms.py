@@ -4,7 +4,9 @@
     model._get_kasa_loss()         a LossTerm: a loss that has it already stays as it is when it is added
     Trainer.training_step          adds it to what compute_loss returns, where that does not have it
 
-A loss is known to have it by its autograd graph, whatever was computed with it in between.
+A loss is known to have it by its autograd graph, whatever was computed with it in between: where none is recorded
+(``torch.no_grad()``), the term is added to it again. Two calls of ``backward``, one for a loss that has the term and
+one for the term, give its gradient twice.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ Key = tuple[Any, str]
 """Which term it is: the manager and the name of the adapter."""
 _IGNORED_LABEL = -100
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
+"""Functions that losses and terms are put together by, to be summed then."""
 
 
 @dataclass
@@ -118,7 +122,10 @@ class LossTerm(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Adds it where it is lacking; all else is as for any tensor."""
-        if getattr(func, "__name__", "") in _ADDITIONS and len(args) == 2 and all(isinstance(x, Tensor) for x in args):
+        name = getattr(func, "__name__", "")
+        if name in _JOINS and args and not all(isinstance(part, cls) for part in args[0]):
+            return func(_joined(args[0]), *args[1:], **(kwargs or {}))
+        if name in _ADDITIONS and len(args) == 2 and all(isinstance(x, Tensor) for x in args):
             term, loss = args if isinstance(args[0], cls) else reversed(args)
             if not isinstance(loss, cls):
                 own = terms_in(term)
@@ -126,6 +133,17 @@ class LossTerm(Tensor):
                     return loss
                 return func(*(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def _joined(parts: Iterable[Tensor]) -> list[Tensor]:
+    """Losses and terms that are put together: a term that one of the losses has already is zero there."""
+    parts = list(parts)
+    present = set[Key]().union(*(terms_in(part) for part in parts if not isinstance(part, LossTerm)))
+    plain = (part.as_subclass(Tensor) if isinstance(part, LossTerm) else part for part in parts)
+    return [
+        part * 0 if isinstance(given, LossTerm) and (own := terms_in(given)) and own <= present else part
+        for given, part in zip(parts, plain, strict=True)
+    ]
 
 
 class _Marked(torch.autograd.Function):

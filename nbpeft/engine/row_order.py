@@ -5,7 +5,9 @@
     (some tokens, features)          what a router picked for an expert: no shape says whose tokens these are
     (positions, rows, features)      positions first
 
-The first two are served. What is picked, sorted or has its positions first is refused, whatever its size.
+The first two are served. What is picked or left out, or has its positions first, is refused where its shape shows it.
+A layer that reorders what it keeps the shape of (a flip, a permutation, a sort, positions first where there are as many
+as rows, or flattened with them) is taken for one of the first two: values do not say whose they are.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def _tokens(values: Tensor) -> tuple[int, ...]:
 
 
 def check_row_order(rows: Rows, x: Tensor, layer: Any) -> None:
-    """Refuses an input whose shape does not say which part of it belongs to which row of a mixed batch.
+    """Refuses an input whose shape shows that it is not in the order of the rows of a mixed batch.
+
+    Rows that were reordered without another shape pass; see the module's docstring.
 
     Args:
         rows: the assignment of the call.
@@ -54,7 +58,7 @@ def check_row_order(rows: Rows, x: Tensor, layer: Any) -> None:
         layer: the wrapper of a layer or of a module.
 
     Raises:
-        AdapterError: its shape does not say so.
+        AdapterError: its shape shows that.
     """
     if rows.is_uniform:
         return

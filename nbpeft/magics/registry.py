@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nbpeft.errors import CellError
@@ -90,6 +90,17 @@ def subcommand(
         return run
 
     return decorate
+
+
+def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Refuses fields that the options of a line give, so that nothing is said twice.
+
+    Raises:
+        CellError: one of them is a field.
+    """
+    for name in names:
+        if name in options.fields:
+            raise CellError(f"{name} is given in the magic's line, not in the cell")
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:

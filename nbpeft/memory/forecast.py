@@ -101,7 +101,9 @@ def forecast(
 
     The step is run on fake tensors with three layers of the model, which gives what every
     further layer adds; weights, adapters and optimizer state are exact. Scratch space inside
-    single kernels, a CUDA context (0.3-0.6 GB) and fragmentation come on top.
+    single kernels, a CUDA context (0.3-0.6 GB) and fragmentation come on top. So do, in host memory, the copy of what
+    trains that ``nbpeft.train`` keeps with ``stop_on_divergence``, and the random states of PVeRA with a
+    ``generator_seed`` (5 KB for each of a layer's last 256 calls).
 
     Args:
         model_or_config: a transformers model, its config, a folder, or a hub id.

@@ -393,9 +393,7 @@ def save(
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.turn():  # a training in the background writes into what is read here
-        print_ = noted_fingerprint(manager.model) if base is None else base
-        if print_ is None and write and not manager.merged and not is_sharded(manager.model):
-            print_ = checkpoint.fingerprint(manager.model)
+        print_ = _fingerprint(manager, take=write) if base is None else base
         places: dict[str, str] = {}
         notes: dict[str, Mapping[str, str]] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
@@ -453,6 +451,33 @@ def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[Ad
             )
             for part, (config, tensors) in method_of(manager.configs[name]).parts(manager, name).items()
         }
+
+
+def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder where saving all adapters would replace another one, before anything is done for it.
+
+    Raises:
+        AdapterExistsError: the folder, or the one in it that an adapter goes into, holds another adapter.
+    """
+    home = Path(os.path.expanduser(folder))
+    targets = {name: home if name == _ROOT_ADAPTER else home / name for name in manager.names}
+    with manager.active_state.turn():
+        base = _fingerprint(manager) if any(target.is_dir() for target in targets.values()) else None
+        for name, target in targets.items():
+            if target.is_dir():
+                with manager.reading():
+                    weights, config = _saved_weights(manager, name, "auto", None), manager.configs[name]
+                if _loses_start(manager, name):
+                    config, weights = _without_weight(manager, name, weights, None)
+                _refuse_other(manager, name, target, _under_keys(config, weights), base)
+
+
+def _fingerprint(manager: AdapterManager, *, take: bool = True) -> checkpoint.Fingerprint | None:
+    """The fingerprint of the base model; None where merged weights or a sharded model hide it, or it is not taken."""
+    noted = noted_fingerprint(manager.model)
+    if noted is None and take and not manager.merged and not is_sharded(manager.model):
+        return checkpoint.fingerprint(manager.model)
+    return noted
 
 
 def _refuse_other(

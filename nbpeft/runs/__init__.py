@@ -10,6 +10,7 @@
 Knows neither a Trainer nor a session. A run that its process still writes is locked; one that says it is
 running and is not locked ended with its process.
 
-Of a place at most 200 runs and 4 GB stay (``MOST_RUNS``, ``MOST_BYTES``): the oldest go when a run ends, which says so.
-The last state of a run whose adapter was not saved elsewhere is never deleted.
+When a run ends, the oldest runs beyond 200 (``MOST_RUNS``) are deleted, and beyond 4 GB (``MOST_BYTES``) old runs lose
+their states and keep their curves; the run that ends says so. The last state of a run whose adapter was not saved
+elsewhere is never deleted.
 """

@@ -15,7 +15,8 @@ from typing import IO, Any
 import psutil
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import NewFile, replace_files, shown
+from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import lock_folder
 from nbpeft.confidential import masked
 from nbpeft.errors import CheckpointError

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import disk_errors, shown
+from nbpeft.checkpoint.atomic import disk_errors
+from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.staging import Staging, sweep
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few

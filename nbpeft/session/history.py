@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.errors import BaseMismatchError
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.engine.kept import KeptAdapter
     from nbpeft.engine.manager import AdapterManager
@@ -144,3 +148,20 @@ class History:
         """Forgets everything."""
         self._past.clear()
         self.models = ()
+
+
+def base_difference(fingerprint: Mapping[str, str], base: nn.Module) -> str | None:
+    """Why a model is not the base of adapters; None where it is, or where nothing says that it is not.
+
+    Args:
+        fingerprint: of the base of the adapters, as in the metadata of a file; empty where it is not known.
+        base: the model. None of its adapters may be merged.
+    """
+    from nbpeft.checkpoint import compare
+
+    if not fingerprint:
+        return None
+    try:
+        return compare(fingerprint, base)
+    except BaseMismatchError as error:
+        return str(error)

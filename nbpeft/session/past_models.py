@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError, AdapterExistsError, BaseMismatchError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.handles import is_module, rehandle, uncompiled
-from nbpeft.session.history import PastModel
+from nbpeft.session.history import PastModel, base_difference
 from nbpeft.session.results import BroughtBack, ModelRef
 
 if TYPE_CHECKING:
@@ -101,16 +101,11 @@ def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
     Raises:
         BaseMismatchError: it is another one.
     """
-    from nbpeft.checkpoint import compare
-
-    if not past.fingerprint:
-        return
-    try:
-        told = compare(past.fingerprint, base)
-    except BaseMismatchError as error:
-        told = str(error)
-    if told is not None:
-        raise BaseMismatchError(f"{past.words} cannot be put on {name!r}: {told}")
+    why = base_difference(past.fingerprint, base)
+    if why is not None:
+        raise BaseMismatchError(
+            f"{past.words} cannot be put on {name!r}: {why}; load the base model again, and name it (model=…)"
+        )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.handles import is_handle, is_live, is_module, uncompiled
-from nbpeft.session.history import History, PastModel
+from nbpeft.session.history import History, PastModel, base_difference
 
 if TYPE_CHECKING:
     from nbpeft.session.registry import ModelRegistry, TrackedModel
@@ -136,7 +136,11 @@ class Variables:
     def _moved_words(self, tracked: TrackedModel, name: str, *, offers_undo: bool) -> str:
         adapters = ", ".join(map(repr, tracked.manager.names)) or "no adapters"
         unsaved = ", ".join(map(repr, tracked.held)) if offers_undo else ""
-        back = f"; session.undo() copies {unsaved}, trained and not saved, to {tracked.variable!r}" if unsaved else ""
+        back = ""
+        if unsaved:
+            fits = self._takes(tracked.variable, tracked.fingerprint)
+            back = f"; session.undo() copies {unsaved}, trained and not saved, to {tracked.variable!r}"
+            back = back if fits else f"; {unsaved} on it {'is' if len(tracked.held) == 1 else 'are'} not saved"
         return f"{self._holds(tracked)}; the model with {adapters} is {name!r}{back}"
 
     def _holds(self, tracked: TrackedModel) -> str:
@@ -200,7 +204,9 @@ class Variables:
         past = self.unsaved_of(tracked)
         dropped = self._history.add_model(past)
         were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
-        self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() brings {them} back")
+        fits = self._takes(past.variable, past.fingerprint)
+        when = "" if fits else f" when {past.variable!r} holds the base model of before again"
+        self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() brings {them} back{when}")
         for older in dropped:
             self.note(f"{older.words} of {older.name!r} took too much memory and is not kept any longer")
 
@@ -212,7 +218,18 @@ class Variables:
         past = self._history.model(name)
         if past is None:
             return ""
-        return f"{name!r} is gone; {past.words} of it, trained and not saved, can be brought back: session.undo()"
+        when = "" if self._takes(past.variable, past.fingerprint) else f"when {past.variable!r} holds its base again, "
+        return f"{name!r} is gone; {past.words} of it, trained and not saved, can be brought back: {when}session.undo()"
+
+    def _takes(self, variable: str, fingerprint: Mapping[str, str]) -> bool:
+        """Whether adapters can be put on the model that a variable holds now, as far as its weights say that."""
+        from nbpeft.engine.model_tree import manager_of
+
+        model = self.module(variable)
+        manager = None if model is None else manager_of(model)
+        if model is None or (manager is not None and manager.merged):
+            return True
+        return base_difference(fingerprint, model if manager is None else manager.model) is None
 
 
 def _holders(tracked: TrackedModel, variables: Mapping[str, object]) -> list[str]:

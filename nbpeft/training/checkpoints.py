@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import re
 import warnings
@@ -21,15 +20,16 @@ from typing import Any
 import torch
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files, shown
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files
+from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
 from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.confidential import is_secret
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from nbpeft.training.checkpoint_damage import STATE, archive_damage, state_damage
 
 _PREFIX = "checkpoint"
 _NAME = re.compile(rf"{_PREFIX}-(\d+)")
-_STATE = "trainer_state.json"
 _ARGUMENTS = "training_args.bin"
 _WRITES_CHECKPOINT = "_nbpeft_writes_checkpoint"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -191,25 +191,30 @@ def flaw_of(folder: Path, *, strict: bool = False) -> str | None:
         odd = inside.first_not_plain(folder) if strict else None
         if odd is not None:
             return odd
-        if not (folder / _STATE).is_file():
-            return f"no {_STATE}"
+        if not (folder / STATE).is_file():
+            return f"no {STATE}"
         weights = [path for name in _WEIGHTS for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
         weights = [path for path in weights if path.is_file()]
         if not weights:
             return "no adapter"
         if strict and _is_too_large(folder, weights):
             return "much larger than its adapter"
-        json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        damage = state_damage(folder / STATE)
+        if damage is not None:
+            return damage
         archives = [path for path in (*folder.glob("*.pt"), *folder.glob("*.pth")) if path.is_file()]
         for path in [*archives, *(path for path in weights if path.suffix == ".bin")]:
             if not zipfile.is_zipfile(path):
                 return f"{path.name} is cut off"
+        damage = next(filter(None, map(archive_damage, archives)), None)
+        if damage is not None:
+            return damage
         for path in weights:
             read_metadata(path)
     except CheckpointError:
         return f"{path.name} is cut off"
-    except (OSError, ValueError, RecursionError):
-        return f"{_STATE} cannot be read"
+    except OSError:
+        return f"{STATE} cannot be read"
     return None
 
 
@@ -307,7 +312,7 @@ def _correct_best(trainer: Any, written: Path, place: Path, *, main: bool) -> No
     if trainer.state.best_model_checkpoint == str(written):
         trainer.state.best_model_checkpoint = str(place)
         if main:
-            trainer.state.save_to_json(str(written / _STATE))
+            trainer.state.save_to_json(str(written / STATE))
 
 
 def _put(staging: Path, home: Path, name: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInter
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
+from nbpeft.model import files
 from nbpeft.model.observing import modes_kept
 from nbpeft.optional import needs
 from nbpeft.runs.store import RunPlace
@@ -54,7 +56,7 @@ from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step
 
 _NOT_KEPT = {
     *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir", "members"),
-    "arguments",
+    *("replace", "arguments"),
 }
 """Keywords of ``train`` that a run does not keep: rows and tokenizer are given again, the others are of the call."""
 
@@ -85,6 +87,7 @@ def train(
     stop_on_divergence: bool = True,
     processes: int | None = None,
     machines: Sequence[str] | None = None,
+    replace: bool = False,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -135,11 +138,14 @@ def train(
         processes: Train in so many processes of this machine, one for each card; see :mod:`nbpeft.training.launch`.
             Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
         machines: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
+        replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
+            tensors.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
 
     Raises:
+        AdapterExistsError: ``output_dir`` holds another adapter.
         ConfigError: an argument is unknown or impossible.
         MissingPackageError: accelerate, which transformers' Trainer needs, is not installed.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
@@ -157,6 +163,7 @@ def train(
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
     launch = _launch(processes, machines, fields, members)
+    _refuse_other_adapters(model, {} if replace else fields)
     data = open_data(data)
     form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
     form |= _row_options(fields, options, trainer_class)
@@ -173,7 +180,7 @@ def train(
     with scratch_folder() as folder:
         settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
         options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
-        failure: Exception | None = None
+        failures: list[Exception] = []
         try:
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
@@ -184,19 +191,21 @@ def train(
                 if launch is not None:
                     apart = {name: value for name, value in own.items() if name not in ("columns", "eval_data")}
                     apart |= _not_none(tokenizer=tokenizer, sample=batch, run_dir=_keeping(run_dir, kept))
+                    apart["replace"] = True  # what the folder holds was checked here
                     metrics = _elsewhere(model, run, launch, rows, said, arguments | apart)
                 else:
-                    around = _around(run_dir, run, model, kept, trackers, rows)
-                    inside: list[Any] = [PackingCheck(run, learned, collator)] if packing else []
-                    inside += _guards(run, model, members) if stop_on_divergence else callbacks_of(members, run)
-                    inside += _inside(run, model, patience, batch, every)
-                    metrics = _fit(trainer_class, model, run, options, around, inside, fields)
+                    # No variable has the callbacks: an error that is kept would keep their copies of weights.
+                    around = (run_dir, run, model, kept, trackers, rows)
+                    check = PackingCheck(run, learned, collator) if packing else None
+                    inside = (run, model, members, check, stop_on_divergence, patience, batch, every)
+                    metrics = _fit(trainer_class, model, run, options, _around(*around), _inside(*inside), fields)
         except Exception as error:
-            failure = _error_to_raise(error, model, settings)
-            if failure is error and not isinstance(error, NbpeftError):
+            failures.append(_error_to_raise(error, model, settings))
+            if failures[0] is error and not isinstance(error, NbpeftError):
+                failures.clear()
                 raise
-    if failure is not None:  # raised out here, the new error does not hold the frames of the old one
-        raise failure.with_traceback(None)
+    if failures:  # raised out here, the new error does not hold the frames of the old one; nor does this frame hold it
+        raise failures.pop().with_traceback(None)
     result = _result(run, metrics, fields.get("output_dir"))
     return _unless_interrupted(result, run)
 
@@ -217,6 +226,21 @@ def _launch(
     if launch is not None and members is not None:
         raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
     return launch
+
+
+def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Refuses an ``output_dir`` where saving would replace another adapter; one that is resumed from is its own.
+
+    Raises:
+        AdapterExistsError: it would.
+    """
+    folder, manager, resumed = fields.get("output_dir"), manager_of(model), fields.get("resume_from_checkpoint")
+    if manager is None or not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        return
+    home = Path(os.path.expanduser(folder)).resolve()
+    inside = isinstance(resumed, str | os.PathLike) and home in Path(os.path.expanduser(resumed)).resolve().parents
+    if resumed is not True and not inside:
+        files.refuse_other_adapters(manager, home)
 
 
 def _row_options(fields: Mapping[str, Any], options: Mapping[str, Any], trainer_class: type[Any]) -> dict[str, Any]:
@@ -387,19 +411,25 @@ def _around(
 
 def _keeping(place: RunPlace | str | os.PathLike[str] | None, kept: Mapping[str, Any]) -> RunPlace | None:
     """The place of a run whose arguments are those given here, and not those of the process that trains."""
-    return None if place is None else replace(RunPlace.of(place), arguments=kept)
-
-
-def _guards(run: Run, model: nn.Module, members: Any) -> Sequence[TrainerCallback]:
-    """What ends a training that diverges, or takes the adapters of a sweep that do out of it."""
-    return callbacks_of(members, run, stop_on_divergence=True) or [DivergenceStop(run, model)]
+    return None if place is None else dataclasses.replace(RunPlace.of(place), arguments=kept)
 
 
 def _inside(
-    run: Run, model: nn.Module, patience: int | None, batch: PromptBatch | None, every: int | None
-) -> list[EarlyStop | SampleCallback]:
-    """The callbacks that end before the run does."""
-    found: list[EarlyStop | SampleCallback] = []
+    run: Run,
+    model: nn.Module,
+    members: Any,
+    check: PackingCheck | None,
+    guarded: bool,
+    patience: int | None,
+    batch: PromptBatch | None,
+    every: int | None,
+) -> list[TrainerCallback]:
+    """The callbacks that end before the run does.
+
+    Where it is ``guarded``, one ends a training that diverges, or takes the adapters of a sweep that do out of it.
+    """
+    found: list[TrainerCallback] = [] if check is None else [check]
+    found += callbacks_of(members, run, stop_on_divergence=guarded) or ([DivergenceStop(run, model)] if guarded else [])
     found += [] if patience is None else [EarlyStop(run, model, patience)]
     return found + ([] if batch is None else [SampleCallback(run, model, batch, every)])
 

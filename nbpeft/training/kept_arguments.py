@@ -47,8 +47,8 @@ _OUTSIDE = frozenset(
         *("do_train", "do_eval", "do_predict", "local_rank", "dataloader_num_workers", "dataloader_prefetch_factor"),
         *("dataloader_persistent_workers", "dataloader_multiprocessing_context"),
         *("data", "model", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir", "ctx"),
-        *("trainer_class", "arguments_class", "resume_from_checkpoint", "background", "keep", "restart", "replaced"),
-        *("tracked", "run", "variable", "source"),
+        *("trainer_class", "arguments_class", "resume_from_checkpoint", "background", "keep", "restart", "replace"),
+        *("replaced", "tracked", "run", "variable", "source"),
     }
 )
 """Arguments that the losses do not depend on: where something is written or reported, how rows are fetched, and those

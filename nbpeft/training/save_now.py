@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
-
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import TrainingError
 from nbpeft.training.adapted import trained_names
@@ -34,17 +32,14 @@ def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: 
         raise TrainingError("the model carries no adapters")
     from nbpeft.model import files  # tracking a loop imports no more than it needs
     from nbpeft.model.sharded import is_sharded
+    from nbpeft.training.agreement import several_processes
 
-    if not together and _several_processes() and is_sharded(manager.model):  # it would wait for the others for ever
+    if not together and several_processes() and is_sharded(manager.model):  # it would wait for the others for ever
         raise TrainingError("each process has a part of the model, and one alone was asked: use Trainer.save_model")
     names = trained_names(model)
     place = _free(Path(folder or "."), f"{names[0] if len(names) == 1 else 'adapters'}-step-{step}")
     files.save(manager, place, names=names, flat=len(names) == 1, write=write)
     return str(place)
-
-
-def _several_processes() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _free(folder: Path, name: str) -> Path:

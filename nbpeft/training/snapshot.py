@@ -35,8 +35,7 @@ class Snapshot:
     @classmethod
     def of(cls, model: nn.Module, step: int) -> Self:
         """Copies them."""
-        tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable(model)}
-        return cls(step, tensors, method_state(model))
+        return cls(step, copied(dict(trainable(model))), method_state(model))
 
     def renew(self, model: nn.Module, step: int) -> None:
         """Copies what trains now into the place of what was copied: no further memory is taken.
@@ -45,13 +44,7 @@ class Snapshot:
             model: the same one.
             step: optimizer steps done.
         """
-        now = {name: parameter.detach() for name, parameter in trainable(model)}
-        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in now}
-        for name, parameter in now.items():
-            if name in self._tensors:
-                self._tensors[name].copy_(parameter)
-            else:
-                self._tensors[name] = parameter.to("cpu", copy=True)
+        self._tensors = copied(dict(trainable(model)), self._tensors)
         self.step, self._method = step, method_state(model)
 
     @classmethod
@@ -88,8 +81,30 @@ class Snapshot:
 
     def put_back(self, model: nn.Module) -> None:
         """Writes it into the model; an interruption waits, so that two states are never mixed."""
-        with HeldInterrupts(to_the_end=True), torch.no_grad():
+        with HeldInterrupts(to_the_end=True):
             set_method_state(model, self._method)  # first: what went since is trainable again
-            for name, parameter in trainable(model):
-                if name in self._tensors:
-                    parameter.copy_(self._tensors[name])
+            write_back(self._tensors, dict(trainable(model)))
+
+
+def copied(parameters: Mapping[str, Tensor], into: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
+    """Copies of parameters in host memory.
+
+    Args:
+        parameters: name -> parameter.
+        into: earlier copies of them, which are written over: no further memory is taken.
+    """
+    found = {}
+    for name, parameter in parameters.items():
+        if name in into:
+            found[name] = into[name].copy_(parameter.detach())
+        else:
+            found[name] = parameter.detach().to("cpu", copy=True)
+    return found
+
+
+def write_back(copies: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Writes copies into the parameters of their names; an interruption waits until all are written."""
+    with HeldInterrupts(to_the_end=True), torch.no_grad():
+        for name, parameter in parameters.items():
+            if name in copies:
+                parameter.copy_(copies[name])

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from nbpeft.checkpoint import inside
 from nbpeft.confidential import without_secrets
 from nbpeft.errors import ConfigError, did_you_mean, in_one_line
 from nbpeft.training.kept_arguments import is_plain_value
@@ -91,13 +92,18 @@ class TrackCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Opens the trackers, in one of several processes."""
+        """Opens the trackers, in one of several processes.
+
+        Raises:
+            CheckpointError: in the folder of the run, which may be a stranger's, a link leads out of it.
+        """
         if not state.is_world_process_zero:
             return
         run = self._run
         folder = Path(run.folder or f"{PROJECT}_tracked/{run.adapter.replace(', ', '+')}-{run.run_id}")
         for name in self._names:
             folder.mkdir(parents=True, exist_ok=True)
+            inside.check_stays(folder, name)
             with _quiet():
                 tracker = _OPENED[name](folder.name, folder, self._settings)
             self._open[name] = tracker

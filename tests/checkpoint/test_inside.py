@@ -178,7 +178,9 @@ def test_a_staging_folder_of_somebody_else_is_reported_and_stays(whose: str, clo
     staging = staging_in(clone, whose)
     (staging / ASIDE / "planted").mkdir(parents=True)
     before = tree(staging)
-    with pytest.warns(UserWarning, match=rf"{staging.name} looks like the rest of a write .* left as it is"):
+    with pytest.warns(
+        UserWarning, match=rf"{staging.name} looks like what an interrupted write left, .* it was not touched"
+    ):
         save(clone)
     assert tree(staging) == before and not (clone / "planted").exists()
 
@@ -187,7 +189,7 @@ def test_a_copy_of_a_folder_of_ours_is_not_ours(clone: Path, tmp_path: Path) -> 
     """Somebody may have changed it on its way."""
     name = staging_name(clone)
     (tmp_path / "copy" / name / ASIDE / "planted").mkdir(parents=True)
-    with pytest.warns(UserWarning, match="none of yours"):
+    with pytest.warns(UserWarning, match="not one of yours"):
         sweep(tmp_path / "copy")
     assert not (tmp_path / "copy" / "planted").exists()
 
@@ -257,3 +259,20 @@ def test_only_plain_files_are_opened(handles: bool, clone: Path, victim: Path, m
         with pytest.raises(CheckpointError, match="away is a link"):
             change()
     assert sorted(os.listdir(victim)) == ["startup", "thesis.tex"]
+
+
+def test_a_folder_that_others_write_to_leads_nowhere_else(tmp_path: Path) -> None:
+    root, other = tmp_path / "run", tmp_path / "other"
+    (root / "logs" / "first").mkdir(parents=True)
+    other.mkdir()
+    inside.check_stays(root, "not there")
+    (root / "logs" / "latest").symlink_to("first")
+    (tmp_path / "alias").symlink_to(root)
+    inside.check_stays(root, "logs")
+    inside.check_stays(tmp_path / "alias", "logs")
+    (root / "logs" / "file").symlink_to(other / "file")
+    with pytest.raises(CheckpointError, match=r"logs/file is a link that leads out of .*run, and nothing is written"):
+        inside.check_stays(root, "logs")
+    (root / "away").symlink_to(other)
+    with pytest.raises(CheckpointError, match="away is a link that leads out of"):
+        inside.check_stays(root, "away")

@@ -41,23 +41,23 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no JSON": (b"{", "cannot be read"),
-    "a list": ([], "its header is none"),
+    "a list": ([], "its header is not a JSON object"),
     "deep": (b"[" * 100_000, "cannot be read"),
     "another dtype": ({"a": entry(dtype="F4")}, "its dtype 'F4' is not known here"),
     "no dtype": ({"a": {}}, "says nothing of 'a'"),
     "no entry": ({"a": 3}, "says nothing of 'a'"),
-    "no shape": ({"a": entry(shape=None)}, "lacks the shape or the place of 'a'"),
-    "negative": ({"a": entry(shape=[-2])}, "the shape or the place of 'a' is none"),
-    "truth": ({"a": entry(shape=[True, 2])}, "the shape or the place of 'a' is none"),
+    "no shape": ({"a": entry(shape=None)}, "lacks the shape or the offsets of 'a'"),
+    "negative": ({"a": entry(shape=[-2])}, "the shape or the offsets of 'a' are not valid"),
+    "truth": ({"a": entry(shape=[True, 2])}, "the shape or the offsets of 'a' are not valid"),
     "huge": ({"a": entry(shape=[2**40, 2**40])}, "'a' has more or fewer bytes than its shape says"),
     "too many bytes": ({"a": entry(shape=[1])}, "'a' has more or fewer bytes than its shape says"),
-    "three places": ({"a": entry(data_offsets=[0, 4, 8])}, "lacks the shape or the place of 'a'"),
+    "three places": ({"a": entry(data_offsets=[0, 4, 8])}, "lacks the shape or the offsets of 'a'"),
     "backwards": ({"a": entry(data_offsets=[8, 0])}, "'a' has more or fewer bytes than its shape says"),
     "overlapping": ({"a": entry(), "b": entry()}, "its tensors overlap"),
     "a gap": ({"a": entry(shape=[1], data_offsets=[4, 8])}, "its tensors overlap, or there is something between"),
     "cut off": ({"a": entry(shape=[4], data_offsets=[0, 16])}, "its tensors end at byte"),
     "something behind": ({"a": entry(shape=[1], data_offsets=[0, 4])}, "its tensors end at byte"),
-    "metadata": ({"a": entry(), "__metadata__": {"x": 1}}, "its metadata are not texts by name"),
+    "metadata": ({"a": entry(), "__metadata__": {"x": 1}}, "its metadata is not a mapping of strings"),
 }
 
 

@@ -144,8 +144,15 @@ def test_an_adapter_that_was_deleted_on_the_model_of_now_comes_back_first(traine
 def test_another_base_model_gets_nothing(trained: Notebook) -> None:
     before = weights(trained)
     trained["model"] = gpt2()
+    again = " when 'model' holds the base model of before again"
+    assert f"{LOST.format('')}{again}" in trained.run("%lora").everything, "what the model of now cannot take"
+    assert (
+        "can be brought back: when 'model' holds its base again, %lora undo"
+        in trained.run('%lora save x --model "model (before)"').line
+    )
     line = trained.run("%lora undo").line
     assert line.startswith("'sql' cannot be put on 'model': ") and is_module(trained["model"])
+    assert line.endswith("load the base model again, and name it (model, --model)")
     trained["other"] = llama(seed=1)
     assert "other weights of the same shapes" in trained.run("%lora undo --model other").line
     assert not hasattr(trained["other"], "peft_config")
@@ -223,6 +230,12 @@ class TestAModelThatStaysAlive:
         shown = trained.run("%lora").everything
         assert "'model' holds another model now; the model with 'sql' is 'other'" in shown
         assert trained.session.model("model") is second and trained.session.model("other") is first
+
+    def test_undo_is_not_offered_to_another_base_model(self, trained: Notebook) -> None:
+        trained.do("kept = [model]")
+        trained["model"] = llama(seed=1)
+        said = trained.run("%lora").everything
+        assert "the model with 'sql' is 'model (before)'; 'sql' on it is not saved" in said and "%lora undo" not in said
 
     @pytest.mark.parametrize("holder", ["kept = [model]", "kept = {'a': model}", "model", "class Pipe: model = model"])
     def test_one_without_a_variable_is_called_before(self, trained: Notebook, holder: str, tmp_path: Path) -> None:

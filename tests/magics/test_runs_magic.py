@@ -69,9 +69,9 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("del rows", "run sql-1 had what no file holds; give it again: %lora resume sql-1 --data ROWS"),
-        ("del held", "run sql-1 had what no file holds; give it again: %lora resume sql-1 --eval ROWS"),
-        ("del rows, held", "give it again: %lora resume sql-1 --data ROWS --eval ROWS"),
+        ("del rows", "values that are not kept in a file; give them again: %lora resume sql-1 --data ROWS"),
+        ("del held", "values that are not kept in a file; give them again: %lora resume sql-1 --eval ROWS"),
+        ("del rows, held", "give them again: %lora resume sql-1 --data ROWS --eval ROWS"),
         ("rows = rows[:5]", "run sql-1 was trained with 8 rows, and these are 5"),
         ("del model", "no variable is called 'model'."),
         ("model = 3", "'model' is an int, not a model."),
@@ -81,6 +81,7 @@ def test_what_is_missing_in_the_new_kernel_is_one_line(bare: Notebook, change: s
     killed(2)
     prepare(bare, adapter=False).do(change)
     assert told in bare.run("%lora resume sql-1").line
+    assert bare.run("%lora resume sql-1 variable=x").line == "variable is given in the magic's line, not in the cell"
     assert not hasattr(bare.shell.user_ns.get("model"), "peft_config")
 
 
@@ -101,7 +102,7 @@ def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, p
     assert "data" not in facts["source"], "an expression names nothing"
     fresh = prepare(bare, adapter=False)
     del fresh.shell.user_ns["batch"]
-    assert fresh.run("%lora resume").line.endswith("give it again: %lora resume sql-1 --data ROWS")
+    assert fresh.run("%lora resume").line.endswith("give them again: %lora resume sql-1 --data ROWS")
     assert fresh.do("%lora resume --data rows[:]").training.steps == 6
 
 
@@ -115,9 +116,8 @@ def test_objects_are_named_and_given_again(bare: Notebook, place: Path) -> None:
     bare.do(CELL.replace("--max-length", "--trainer Mine --patience 3 --max-length") + "\ncallbacks = own")
     facts = json.loads((place / "sql-1" / "run.json").read_text())
     assert facts["objects"] == ["callbacks", "trainer_class"] and facts["arguments"]["patience"] == 3
-    assert bare.run("%lora resume").line == (
-        "run sql-1 had what no file holds; give it again: %lora resume sql-1 callbacks={callbacks} --trainer CLASS"
-    )
+    told = "run sql-1 used values that are not kept in a file; give them again: %lora resume sql-1 "
+    assert bare.run("%lora resume").line == f"{told}callbacks={{callbacks}} --trainer CLASS"
     bare.do("%lora resume sql-1 --trainer Mine callbacks={own}")
     assert bare["Mine"].made == [1, 1]
 
@@ -134,7 +134,7 @@ def test_a_run_of_a_script_says_how_it_goes_on(bare: Notebook) -> None:
     bare.session.on_run(lambda run, name: run.control.request_stop())
     bare.session.train(bare["model"], bare["rows"], tokenizer=bare["tok"], max_steps=4)
     told = bare.run("%lora resume").line
-    assert told == "run sql-1 had what no file holds; give it again: %lora resume sql-1 --data ROWS"
+    assert told == "run sql-1 used values that are not kept in a file; give them again: %lora resume sql-1 --data ROWS"
     assert bare.do("%lora resume --data rows").training.steps > 0
 
 

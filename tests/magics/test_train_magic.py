@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from nbpeft.magics.notebook_context import TrainingCell
 from nbpeft.state import SessionState
@@ -58,6 +59,19 @@ def test_a_cell_says_whether_a_training_that_diverges_goes_on(ready: Notebook) -
     assert (on.status, on.steps) == ("finished", 4)
 
 
+def test_another_adapter_s_folder_is_replaced_only_where_the_line_says_so(ready: Notebook, tmp_path: Path) -> None:
+    cell = f"%%lora_train model --data rows\nmax_steps = 1\noutput_dir = {str(tmp_path)!r}"
+    ready.do(cell)
+    ready.do("%lora rename sql codes")
+    ready.do(cell)  # its own, by another name
+    shutil.copytree(tmp_path / "codes", tmp_path / "chat", dirs_exist_ok=True)
+    told = ready.run(cell).line
+    assert "chat holds another adapter, 'codes'" in told and told.endswith("replace it (replace, --replace)")
+    ready.do(cell.replace("--data", "--replace --data"))
+    ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
+    assert '"replace"' not in (tmp_path / "train.py").read_text()
+
+
 def test_an_adapter_can_be_chosen(ready: Notebook) -> None:
     result = ready.do("%lora_train model --data rows --adapter chat max_steps=1")
     assert result.adapter == "chat"
@@ -101,6 +115,14 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
         ("%%lora_train model --data rows\nmax_step = 1", "line 1: 'max_step' is not a field of TrainingArguments."),
         ("%%lora_train model --data rows\nlr = 1", "Did you mean 'learning_rate'?"),
         ("%%lora_train model --data rows\ndata = 1", "data is given in the magic's line"),
+        ("%%lora_train model --data rows\nkeep = False", "keep is given in the magic's line"),
+        ("%%lora_train model --data rows\nrestart = True", "restart is given in the magic's line"),
+        ("%%lora_train model --data rows\ndata_hint = 'x'", "data_hint is given in the magic's line"),
+        ("%%lora_train model --data rows --max-length 8\nmax_length = 4", "max_length is given in the magic's line"),
+        ("%%lora_train model --data rows --track trackio\ntrack = 'wandb'", "track is given in the magic's line"),
+        ("%lora_train model --data rows --trainer Kind trainer_class={Kind}", "trainer_class is given in the magic's"),
+        ("%lora clone sql name=y", "name is given in the magic's line"),
+        ("%lora clone sql model=y", "model is given in the magic's line"),
         ("%%lora_train model --data rows[9]['x']\nmax_steps = 1", "IndexError"),
         ("%%lora_train model --data rows[\nmax_steps = 1", "--data: 'rows[' is not a valid expression"),
         ("%%lora_train model --data rows --adapter nope\nmax_steps = 1", "'nope' not found"),
@@ -112,6 +134,7 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
 def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, cell: str, message: str) -> None:
     ready["bare"] = torch.nn.Linear(2, 2)
     ready["number"] = 3
+    ready["Kind"] = Trainer
     before, state = fingerprint(ready["model"]), ready.session.state.models
     assert message in ready.run(cell).line
     assert fingerprint(ready["model"]) == before
@@ -332,6 +355,7 @@ def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatc
     ready.do("%lora_train model --data rows --processes 2 --hosts 10.0.0.1 10.0.0.2 max_steps=1 fsdp=True")
     assert (given[0]["processes"], given[0]["machines"]) == (2, ["10.0.0.1", "10.0.0.2"])
     assert given[0]["fsdp"] is True and given[0]["max_steps"] == 1
+    assert given[0]["replace"] is True, "what output_dir holds is checked before the processes start"
     refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line
     assert refused == "fsdp shards a model over several processes: say how many, processes=…"
     assert ready.run("%lora_train model --data rows processes=2").line.endswith(

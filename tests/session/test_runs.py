@@ -224,7 +224,7 @@ def before_of(everything_then: dict[str, Any], name: str) -> dict[str, torch.Ten
 
 def test_objects_of_the_run_have_to_be_given_again(tmp_path: Path) -> None:
     assert train_and_die(tmp_path, 3, callbacks=[Mine()])
-    with pytest.raises(TrainingError, match=r"objects that no file holds; give them again: callbacks=…"):
+    with pytest.raises(TrainingError, match=r"values that are not kept in a file; give them again: callbacks=…"):
         resumed(tmp_path, eval_data=None)
     assert resumed(tmp_path, eval_data=None, callbacks=[Mine()]).training.steps == 14
 
@@ -471,7 +471,7 @@ def test_what_may_change_the_losses_is_asked_for(arguments: dict[str, Any], repo
 def test_many_objects_are_a_short_message(broken: Path) -> None:
     path = broken / "sql-1" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "objects": ["x" * 200] * 900}))
-    with pytest.raises(TrainingError, match="objects that no file holds") as caught:
+    with pytest.raises(TrainingError, match="values that are not kept in a file") as caught:
         resumed(broken)
     assert len(str(caught.value)) < 400
 
@@ -484,7 +484,12 @@ def test_a_broken_run_is_named_beside_the_others(broken: Path) -> None:
     assert [record.name for record in found.records] == ["sql-1", "zoo-1"]
     for shown in (str(found), found._repr_html_()):
         assert "unreadable" in shown and "zoo-1/run.json is a link, not a plain file" in shown
-    for act in (lambda: session.runs("sql-1", "zoo-1"), lambda: session.resume("zoo-1", model=llama(), data=rows())):
+    compared = session.runs("zoo-1", "sql-1")
+    assert [record.name for record in compared.records] == ["zoo-1", "sql-1"] and compared.curves[1]
+    assert not compared.curves[0] and not compared.differing
+    for shown in (str(compared), compared._repr_html_()):
+        assert "run zoo-1 cannot be read: " in shown and "zoo-1/run.json is a link, not a plain file" in shown
+    for act in (lambda: session.runs("zoo-1"), lambda: session.resume("zoo-1", model=llama(), data=rows())):
         with pytest.raises(CheckpointError, match=r"run zoo-1 cannot be read: .*zoo-1/run\.json is a link"):
             act()
     assert resumed(broken).run == "sql-1", "the newest that can be read"

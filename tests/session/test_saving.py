@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from safetensors.torch import load_file, save_file
 import nbpeft
 from nbpeft.engine.trained import mark_unsaved
 from nbpeft.errors import AdapterExistsError, CheckpointError
+from nbpeft.model import saved_places
+from nbpeft.model.saved_places import owner_of
 from nbpeft.session import Session
 from tests.tiny_models import gpt2, llama, randomize
+from tests.waiting import PATIENCE
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
 
@@ -238,3 +242,30 @@ def test_what_is_written_over_a_copy_otherwise_corrects_the_mark(session: Sessio
     assert session.unsaved(two) == ("d",)
     session.ship("d", engine="peft", to=tmp_path / "two", overwrite=True)
     assert session.unsaved(two) == ("c", "d")
+
+
+def test_followers_are_told_when_other_threads_can_save(session: Session, two: Any, tmp_path: Path) -> None:
+    """What follows a manager may wait for a thread that is about to save; the marks are set before it hears of them."""
+    manager, seen = two.manager, list[tuple[bool, set[str]]]()
+
+    class Follower:
+        def changed(self) -> None:
+            other = threading.Thread(target=lambda: owner_of(manager, "d", tmp_path / "one"), daemon=True)
+            other.start()
+            other.join(PATIENCE)
+            seen.append((other.is_alive(), set(manager.unsaved)))
+
+    follower = Follower()
+    manager.subscribe(follower.changed)
+    session.save(tmp_path / "one", name="d", replace=True)
+    assert seen and not any(waits for waits, _ in seen)
+    assert all(unsaved == {"c"} for _, unsaved in seen), "d is saved, and c has no copy any more"
+
+
+def test_marks_and_places_are_read_together(session: Session, two: Any, tmp_path: Path) -> None:
+    other = threading.Thread(target=lambda: saved_places.note_written_over([tmp_path / "one"]), daemon=True)
+    with saved_places._lock:
+        other.start()
+        assert owner_of(two.manager, "c", tmp_path / "one") == ""
+    other.join(PATIENCE)
+    assert owner_of(two.manager, "c", tmp_path / "one") is None and two.manager.unsaved == {"c", "d"}

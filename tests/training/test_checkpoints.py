@@ -72,7 +72,7 @@ def broken(folder: Path, how: str) -> None:
     ("how", "told"),
     [
         ("no trainer_state.json", "no trainer_state.json"),
-        ("trainer_state.json", "trainer_state.json cannot be read"),
+        ("trainer_state.json", "trainer_state.json is not valid JSON"),
         ("no adapter_model.safetensors", "no adapter"),
         ("adapter_model.safetensors", "adapter_model.safetensors is cut off"),
         ("optimizer.pt", "optimizer.pt is cut off"),
@@ -82,6 +82,60 @@ def broken(folder: Path, how: str) -> None:
 def test_what_a_broken_one_lacks(run: Path, how: str, told: str) -> None:
     broken(run / "checkpoint-6", how)
     assert flaw_of(run / "checkpoint-6") == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[1]", "trainer_state.json holds a list, not an object"),
+        ('{"global_step": 1e999}', "trainer_state.json: global_step is inf"),
+        ('{"max_steps": 2.5}', "trainer_state.json: max_steps is 2.5"),
+        ('{"global_step": -1}', "trainer_state.json: global_step is -1"),
+        ('{"epoch": NaN}', "trainer_state.json: epoch is nan"),
+        ('{"log_history": 3}', "trainer_state.json: log_history is 3"),
+        ('{"stateful_callbacks": []}', "trainer_state.json: stateful_callbacks is []"),
+        ('{"of_another": 1}', "trainer_state.json has a field 'of_another' that this version of transformers does not"),
+        ('{"best_metric": NaN, "log_history": [{"loss": NaN}], "global_step": 6, "max_steps": 6}', ""),
+    ],
+)
+def test_a_state_that_no_trainer_takes(run: Path, text: str, told: str) -> None:
+    (run / "checkpoint-6" / "trainer_state.json").write_text(text)
+    assert (flaw_of(run / "checkpoint-6") or "").startswith(told or "nothing") == bool(told)
+
+
+SCALE = {"scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rng_state.pth", [1], "rng_state.pth is damaged: delete it to resume with other random numbers"),
+        ("rng_state.pth", {"python": 1, "numpy": 2, "cpu": 3}, "rng_state.pth is damaged: delete it"),
+        ("scaler.pt", {"scale": 1e999}, "scaler.pt is damaged: delete it to resume with the first loss scale"),
+        ("scaler.pt", SCALE | {"scale": float("nan")}, "scaler.pt is damaged"),
+        ("scaler.pt", [2.0], "scaler.pt is damaged"),
+        ("scaler.pt", SCALE, None),
+    ],
+)
+def test_a_small_file_that_is_damaged_says_what_to_do(run: Path, name: str, content: Any, told: str | None) -> None:
+    torch.save(content, run / "checkpoint-6" / name)
+    found = flaw_of(run / "checkpoint-6")
+    assert found is None if told is None else (found or "").startswith(told)
+
+
+def test_bytes_that_were_overwritten_leave_the_model_as_it_is(run: Path) -> None:
+    path = run / "checkpoint-6" / "rng_state.pth"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"data.pkl") + 60
+    content[start : start + 200] = bytes(200)
+    path.write_bytes(content)
+    trainer = trainer_of(run)
+    before = weights(trainer.model)
+    with pytest.raises(CheckpointNotFoundError, match=r"\(rng_state.pth is damaged: delete it .*checkpoint-4 is whole"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer.model).items())
+    path.unlink()
+    trainer_of(run).train(resume_from_checkpoint=str(run / "checkpoint-6"))
 
 
 @pytest.mark.parametrize("cls", [Trainer, transformers.Trainer])

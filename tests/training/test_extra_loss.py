@@ -267,6 +267,15 @@ LOOPS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
     ),
     "added to a part": lambda model, ids, items: model(input_ids=ids, labels=ids).loss / 4 + model._get_kasa_loss() / 4,
     "summed": lambda model, ids, items: sum([model._get_kasa_loss(), model(input_ids=ids, labels=ids).loss]) / 4,
+    "stacked": lambda model, ids, items: (
+        torch.stack([model(input_ids=ids, labels=ids).loss, model._get_kasa_loss()]).sum() / 4
+    ),
+    "joined in another order": lambda model, ids, items: (
+        torch.cat([model._get_kasa_loss()[None], model(input_ids=ids, labels=ids).loss[None]]).sum() / 4
+    ),
+    "from logits, stacked": lambda model, ids, items: (
+        torch.stack((model(input_ids=ids).logits.square().mean(), model._get_kasa_loss())).sum() / 4
+    ),
     "from logits": lambda model, ids, items: (model(input_ids=ids).logits.square().mean() + model._get_kasa_loss()) / 4,
     "from logits of a call with labels": lambda model, ids, items: (
         (model(input_ids=ids, labels=ids).logits.square().mean() + model._get_kasa_loss()) / 4

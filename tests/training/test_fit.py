@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
@@ -79,6 +80,50 @@ def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):
     more = train(twin, token_rows(), output_dir="out", resume_from_checkpoint=True, **(QUICK | {"max_steps": 7}))
     assert (more.steps, more.state.first_step) == (7, 5)
     assert [step for step, _ in more.state.history] == [1, 2, 3, 4, 5, 6, 7]  # the curve begins where the first run did
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def never_read():
+    raise AssertionError("the rows are read")
+    yield
+
+
+@pytest.mark.parametrize(("base", "config"), [(llama, {}), (llama, {"r": 2}), (lambda: llama(seed=1), {})])
+def test_another_adapter_s_folder_is_refused_before_the_rows_are_read(tmp_path, base, config):
+    first = trainable()
+    train(first, token_rows(8), output_dir=str(tmp_path), max_steps=1)
+    before, second = files_in(tmp_path), trainable(base(), **config)
+    weights_before = weights(second)
+    with pytest.raises(
+        AdapterExistsError,
+        match=r"holds another adapter, .default. of another model: choose another folder for 'default'",
+    ):
+        train(second, never_read(), output_dir=str(tmp_path), max_steps=1)
+    assert files_in(tmp_path) == before
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights_before.items())
+    train(second, token_rows(8), output_dir=str(tmp_path), max_steps=1, replace=True)
+    assert files_in(tmp_path) != before and manager_of(first).unsaved == {"default"}
+
+
+def test_in_another_process_the_files_say_whose_folder_it_is(tmp_path, monkeypatch):
+    train(trainable(name="sql"), token_rows(8), output_dir=str(tmp_path), max_steps=1)
+    monkeypatch.setattr("nbpeft.model.saved_places._owners", {})
+    with pytest.raises(AdapterExistsError, match=r"sql holds an adapter with other tensors \(LORA, r=4\)"):
+        train(trainable(name="sql", r=2), never_read(), output_dir=str(tmp_path), max_steps=1)
+    train(trainable(name="sql"), token_rows(8), output_dir=str(tmp_path), max_steps=1)
+    train(trainable(name="chat"), token_rows(8), output_dir=str(tmp_path), max_steps=1)  # goes into a folder of its own
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["chat", "sql"]
+
+
+def test_an_adapter_is_trained_and_saved_again_into_its_folder(tmp_path):
+    model = trainable()
+    for _ in range(2):
+        train(model, token_rows(8), output_dir=str(tmp_path), max_steps=1, save_strategy="steps", save_steps=1)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1"), "output_dir": str(tmp_path)}
+    train(trainable(), token_rows(8), max_steps=2, **resumed)
 
 
 def test_the_trainer_is_not_kept_alive():

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.errors import ConfigError
+from nbpeft.errors import CheckpointError, ConfigError
 from nbpeft.training import trackers, train
 from tests.training.support import token_rows, trainable
 from tests.waiting import PATIENCE
@@ -121,6 +121,23 @@ def test_several_at_once_and_none_left_open(tracked: Any, trackio_dir: Path) -> 
     with sqlite3.connect(trackio_dir / f"{folder.name}.db") as base:
         names = {name for (name,) in base.execute("select distinct run_name from metrics")}
     assert names == {Path(run.state.folder).name for run in (result, again)}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_nothing_is_written_through_a_link_out_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (other := tmp_path / "other").mkdir()
+    (run := tmp_path / "run").mkdir()
+    (run / name).symlink_to(other)
+    opened: list[Any] = []
+    monkeypatch.setitem(trackers._OPENED, name, lambda *args: opened.append(args))
+    callback = trackers.TrackCallback([name], SimpleNamespace(folder=str(run), adapter="x", run_id="1"), {})
+    with pytest.raises(
+        CheckpointError, match=f"{name} is a link that leads out of .*, and nothing is written through it"
+    ):
+        train(trainable(), token_rows(), callbacks=[callback], **QUICK)
+    assert not opened and not list(other.iterdir())
 
 
 def test_without_a_run_folder_it_has_one_of_its_own(

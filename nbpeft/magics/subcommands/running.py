@@ -8,7 +8,7 @@ from typing import Any
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import subcommand
+from nbpeft.magics.registry import refuse_fields, subcommand
 
 _MODEL = argument(
     "target", nargs="?", metavar="MODEL", completes="model", help="which; may be left out where one training runs"
@@ -46,7 +46,12 @@ def stop(options: argparse.Namespace, notebook: NotebookContext) -> object:
     example="%lora clone sql-lr3e-4 --as sql-slow learning_rate=1e-4",
 )
 def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Clone one adapter of a sweep."""
+    """Clone one adapter of a sweep.
+
+    Raises:
+        CellError: a field is given that belongs into the line.
+    """
+    refuse_fields(options, ("name", "model"))
     return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
 
 

@@ -12,7 +12,7 @@ from nbpeft.errors import AdapterError, CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
-from nbpeft.magics.subcommands.training import EVAL, PROCESSES, TRACK, TRAINER, training_arguments
+from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, TRACK, TRAINER, training_arguments
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results.kept_runs import SORTS
 
@@ -37,6 +37,7 @@ _SAID = {
     TOKENIZER,
     TRAINER,
     TRACK,
+    REPLACE,
     *PROCESSES,
     fields="training",
     example="%lora resume sql-3 --data rows",
@@ -55,7 +56,8 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     given = _given(options, facts, notebook)
     if not record.is_complete and (missing := _missing(facts, given)):
         words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
-        raise CellError(f"run {record.name} had what no file holds; give it again: %lora resume {record.name} {words}")
+        told = f"run {record.name} used values that are not kept in a file; give them again"
+        raise CellError(f"{told}: %lora resume {record.name} {words}")
     model = notebook.module(target)
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
@@ -79,9 +81,7 @@ def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: Note
     if text is None and notebook.by_name(source.get("tokenizer")) is not None:
         text = source["tokenizer"]
     given["tokenizer"] = notebook.tokenizer(text)
-    if options.trainer is not None:
-        given["trainer_class"] = notebook.value(options.trainer, "--trainer")
-    return given | ({"track": options.track} if options.track else {})
+    return given
 
 
 def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

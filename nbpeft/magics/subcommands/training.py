@@ -9,7 +9,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
+from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, refuse_fields, subcommand
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -21,11 +21,17 @@ _RESERVED = (
     "tokenizer",
     "adapter",
     "background",
+    "keep",
+    "restart",
+    "replace",
     "control",
     "publish",
     "run_factory",
     "run_dir",
     "source",
+    "data_hint",
+    "variable",
+    "run",
     "processes",
     "machines",
 )
@@ -63,6 +69,7 @@ PROCESSES = (
         help="N processes on each of these machines, this one first; all must see this folder under this path",
     ),
 )
+REPLACE = argument("--replace", action="store_true", help="save over another adapter that output_dir holds")
 TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use")
 
 
@@ -83,6 +90,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     ),
     argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
     argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
+    REPLACE,
     TRACK,
     argument(
         "--patience",
@@ -108,7 +116,6 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     model = notebook.module(options.target)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
-    trainer = {} if options.trainer is None else {"trainer_class": notebook.value(options.trainer, "--trainer")}
     result = notebook.session.train(
         model,
         data,
@@ -121,9 +128,10 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
         data_hint=f"{_look(options, arguments)} shows them",
         **arguments,
-        **trainer,
-        **({"track": options.track} if options.track else {}),
     )
+    for name in ("track", "trainer_class", "replace"):
+        if name not in options.fields:
+            arguments.pop(name, None)
     written = _of_the_best(arguments, result)
     left_out = notebook.session.unwritable(written)
     notebook.trained[options.target] = TrainingCell(
@@ -150,18 +158,16 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that belongs into the line.
     """
-    for name in _RESERVED:
-        if name in options.fields:
-            raise CellError(f"{name} is given in the magic's line, not in the cell")
-    arguments: dict[str, Any] = dict(options.fields)
-    given = {
-        name: getattr(options, name, None) for name in ("max_length", "patience", "every", "processes", "machines")
-    }
+    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
-    given["columns"] = None if columns is None else dict(columns)
-    given["sample"] = [prompt_text(text) for text in sample] if sample else None
-    given["packing"] = getattr(options, "packing", None) or None
-    return arguments | {name: value for name, value in given.items() if value is not None}
+    line = {name: getattr(options, name, None) or None for name in names}
+    line["columns"] = None if columns is None else dict(columns)
+    line["sample"] = [prompt_text(text) for text in sample] if sample else None
+    line["packing"] = getattr(options, "packing", None) or None
+    line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
+    given = {name: value for name, value in line.items() if value is not None}
+    refuse_fields(options, (*_RESERVED, *given))
+    return {**options.fields, **given}
 
 
 @subcommand(

@@ -29,6 +29,7 @@ from nbpeft.session.sweeps import restore
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbpeft.runs.folder import RunFolder
     from nbpeft.runs.record import RunRecord
     from nbpeft.runs.store import RunStore
     from nbpeft.session.context import ModelLike, SessionContext
@@ -47,20 +48,37 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
 
     Raises:
         CheckpointNotFoundError: there is no run of a name.
+        CheckpointError: none of those to compare can be read.
         ConfigError: there is no such order.
     """
-    from nbpeft.runs.record import curve_of
+    from nbpeft.runs.record import UNREADABLE, curve_of
 
     store = _store(ctx)
     if not names:
         return RunsResult(str(store.place), sorted_records(tuple(store.records()), sort))
-    folders = [store.find(name) for name in dict.fromkeys(names)]
-    entries = [folder.entries() for folder in folders]
+    found = [_with_entries(store.find(name)) for name in dict.fromkeys(names)]
+    if all(record.status == UNREADABLE for record, _ in found):
+        raise _cannot_be_read(found[0][0])
     return RunsComparison(
-        records=tuple(_record(store, folder.name) for folder in folders),
-        curves=tuple(curve_of(logged, "loss") for logged in entries),
-        eval_curves=tuple(curve_of(logged, "eval_loss") for logged in entries),
+        records=tuple(record for record, _ in found),
+        curves=tuple(curve_of(logged, "loss") for _, logged in found),
+        eval_curves=tuple(curve_of(logged, "eval_loss") for _, logged in found),
     )
+
+
+def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
+    """What is known of a run, and what was logged: nothing of one that cannot be read."""
+    from nbpeft.runs.record import UNREADABLE, unreadable
+
+    record = folder.record()
+    try:
+        return record, [] if record.status == UNREADABLE else list(folder.entries())
+    except CheckpointError as error:
+        return unreadable(record.name, record.path, error.message), []
+
+
+def _cannot_be_read(record: RunRecord) -> CheckpointError:
+    return CheckpointError(f"run {record.name} cannot be read: {record.message}")
 
 
 def rename_run(ctx: SessionContext, name: str, new: str) -> RunChanged:
@@ -255,7 +273,7 @@ def _check_given(
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
     for why, names in (
-        ("objects that no file holds; give them again", facts.get("objects") or ()),
+        ("values that are not kept in a file; give them again", facts.get("objects") or ()),
         ("arguments that are not taken from its folder; give them again", missing_for_losses(left_out)),
     ):
         missing = [name for name in names if name not in arguments]
@@ -296,7 +314,7 @@ def _record(store: RunStore, name: str) -> RunRecord:
 
     record = store.find(name).record()
     if record.status == UNREADABLE:
-        raise CheckpointError(f"run {record.name} cannot be read: {record.message}")
+        raise _cannot_be_read(record)
     return record
 
 

@@ -112,7 +112,7 @@ class RunsComparison(Result):
     """Some runs beside each other.
 
     Attributes:
-        records: the runs.
+        records: the runs; of one that cannot be read nothing is known but why.
         curves: the loss of each.
         eval_curves: the evaluation loss of each.
     """
@@ -123,13 +123,19 @@ class RunsComparison(Result):
 
     @property
     def differing(self) -> dict[str, tuple[Any, ...]]:
-        """Setting -> its value in each run, for those that differ."""
-        return differing(self.records)
+        """Setting -> its value in each run, for those that differ; None in one that cannot be read."""
+        readable = [record for record in self.records if record.status != UNREADABLE]
+        found = {name: iter(values) for name, values in differing(readable).items()}
+        return {
+            name: tuple(None if record.status == UNREADABLE else next(values) for record in self.records)
+            for name, values in found.items()
+        }
 
     def __str__(self) -> str:
         from nbpeft.display.text import columns
 
-        return f"{' · '.join(record.name for record in self.records)}\n{columns([('', *self._names()), *self._rows()])}"
+        table = columns([("", *self._names()), *self._rows()])
+        return "\n".join((" · ".join(self._names()), table, *self._why_unreadable()))
 
     def view(self) -> Card:
         """Their curves in one chart, and what differs."""
@@ -138,7 +144,13 @@ class RunsComparison(Result):
         width = range(1, 1 + len(names))
         table = Table(("", *names), tuple(self._rows()), right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
-        return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same)
+        why = (line(dim(words)) for words in self._why_unreadable())
+        return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same, *why)
+
+    def _why_unreadable(self) -> list[str]:
+        """A line for each run that cannot be read."""
+        broken = (record for record in self.records if record.status == UNREADABLE)
+        return [f"run {record.name} cannot be read: {record.message}" for record in broken]
 
     def _names(self) -> tuple[str, ...]:
         return tuple(record.name for record in self.records)

@@ -157,12 +157,13 @@ def _chat(row: Row, learned: Messages, before: Messages) -> Chat:
     )
 
 
+TEXT = Form("text", ("text",), _read_text, (WEIGHT,))
 FORMS = (
     Form("messages", ("messages",), _read_messages, ("tools", "system", WEIGHT)),
     Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT)),
     Form("conversations", ("conversations",), _read_conversations, ("system", "tools", WEIGHT)),
     Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", "tools", WEIGHT)),
-    Form("text", ("text",), _read_text, (WEIGHT,)),
+    TEXT,
 )
 """Of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,8 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import IGNORED, Encoded, Span, encode
 from nbpeft.training.data.forms import (
+    LABELLED,
+    TEXT,
     Chat,
     Example,
     Form,
@@ -24,8 +27,9 @@ from nbpeft.training.data.forms import (
     row_of,
 )
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing
-from nbpeft.training.data.sources import first_row, open_data
+from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, Unused
+from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
 
 DEFAULT_MAX_LENGTH = 1024
 MASKS = ("completion_mask", "assistant_masks")
@@ -174,8 +178,8 @@ class Reading:
         columns = [name for name, value in row.values.items() if name not in used and not is_nothing(value)]
         unused = [(COLUMNS, repr(name)) for name in columns]
         for name in columns:
-            if name != "label" or self.form.needs != ("text",):  # of a text it says something else
-                row.check_unused(name)
+            row.check_unused(name)
+        self._check_good(row)
         weight = row.weight()
         more = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
@@ -186,6 +190,36 @@ class Reading:
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
         apart = self.inputs.encoder_decoder
         return CodedRow(row.number, whole, self.limit, apart, reason, None, more, unused=(*unused, *also))
+
+    def _check_good(self, row: Row) -> None:
+        """Refuses a row with a bad completion; labels beside a text say something else, and so do those of classes.
+
+        Raises:
+            TrainingError: its label says that the completion is a bad one.
+        """
+        column = self.columns.get(LABEL, LABEL)
+        label = row.values.get(column)
+        if self.form is LABELLED or self.form is TEXT or is_nothing(label) or is_good(self._named(label)) is not False:
+            return
+        if self._labels_are_verdicts:
+            named = self._named(label)
+            name = "" if named is label else f" ({named})"
+            raise row.error(
+                f"{column!r} is {label!r:.40}{name}: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' say which "
+                "completions are good, for preference tuning (KTO); here every completion is learned as a good one: "
+                "leave out the rows with bad ones, or remove the column if it says something else."
+            )
+
+    @functools.cached_property
+    def _labels_are_verdicts(self) -> bool:
+        """Whether no label in the column is of a class; of a stream, whose rows are not known, it is taken to be so."""
+        column = self.columns.get(LABEL, LABEL)
+        return is_stream(self.rows) or are_verdicts(map(self._named, labels_in(self.rows, column)))
+
+    def _named(self, label: Any) -> Any:
+        """The name of a label that is a number, where the dataset has names for them."""
+        counted = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.class_names)
+        return self.class_names[label] if counted else label
 
     def _encoded(self, row: Row, example: Example, renderer: ChatRenderer) -> tuple[Encoded, str, list[Unused]]:
         """A row tokenised, why nothing is learned from it, and what of it is not used."""
@@ -280,7 +314,7 @@ class Reading:
             if len(factors) != len(labels):
                 raise row.error(f"{name!r} has {len(factors)} numbers for {len(labels)} labels.")
             if any(not 0 <= factor < float("inf") for factor in factors):
-                raise row.error(f"{name!r} holds a number below 0, or none.")
+                raise row.error(f"{name!r} holds a number that is negative or not finite.")
             labels = [label if factor else IGNORED for label, factor in zip(labels, factors, strict=True)]
             weights = [float(factor) for factor in factors] if name == LOSS_WEIGHTS else weights
         return labels, weights

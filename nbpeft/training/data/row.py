@@ -137,17 +137,11 @@ class Row:
         """Refuses a column that is not used and without which the row says something else.
 
         Raises:
-            TrainingError: it holds images, audio or video, or says that the completion is a bad one.
+            TrainingError: it holds images, audio or video.
         """
-        value = self.values[name]
         if name in _MEDIA:
             raise self.error(
                 f"{name!r} cannot be trained on, only text can: remove the column to train on the text of the rows."
-            )
-        if name == "label" and str(value).strip().lower() == "false":
-            raise self.error(
-                f"'label' is {value!r:.40}: labels of good and bad completions are for preference tuning (KTO); here "
-                "every completion is learned as a good one: leave out the rows with bad ones."
             )
 
     # Messages

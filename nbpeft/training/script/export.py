@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
+from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.weight_storage import stored_parts

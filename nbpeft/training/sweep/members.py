@@ -24,6 +24,7 @@ from nbpeft.training.callback import shape_of
 from nbpeft.training.control import CloneRequest
 from nbpeft.training.learning_check import have_exploded
 from nbpeft.training.record import Record
+from nbpeft.training.snapshot import copied, write_back
 
 
 class Member:
@@ -56,7 +57,7 @@ class Member:
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
         self._broken: Tensor | None = None
-        self._good: list[Tensor] = []
+        self._good: dict[str, Tensor] = {}
         self.good_step: int | None = None
         self._exploded, self._watches_weights = False, not have_exploded(self.parameters)
 
@@ -100,17 +101,17 @@ class Member:
         self._exploded = self._watches_weights and have_exploded(self.parameters)
         if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
             with HeldInterrupts():
-                self._good = self._good or [torch.empty_like(parameter, device="cpu") for parameter in self.parameters]
-                for kept, parameter in zip(self._good, self.parameters, strict=True):
-                    kept.copy_(parameter.detach())
+                self._good = copied(self._numbered, self._good)
                 self.good_step = step
 
     def put_back(self) -> int | None:
         """Writes the weights that were kept last into it. Returns their step, or None without any."""
-        with HeldInterrupts(to_the_end=True), torch.no_grad():
-            for parameter, kept in zip(self.parameters, self._good, strict=self.good_step is not None):
-                parameter.copy_(kept)
+        write_back(self._good, self._numbered)
         return self.good_step
+
+    @property
+    def _numbered(self) -> dict[str, nn.Parameter]:
+        return {str(number): parameter for number, parameter in enumerate(self.parameters)}
 
     def evaluated(self, step: int, loss: float | None) -> None:
         """Notes what was measured on held-out rows."""

@@ -22,7 +22,7 @@ from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model import sharded
 from nbpeft.model.sharded import gathered, is_sharded
 from nbpeft.state import TrainState
-from nbpeft.training import Run, agreement, save_now, train
+from nbpeft.training import Run, agreement, train
 from nbpeft.training.launch import parent, shared_control
 from nbpeft.training.launch.job import Ended
 from nbpeft.training.launch.processes import CHILD, Failure, Launch, Processes, environment, launch_of
@@ -301,7 +301,7 @@ def test_a_part_of_a_model_is_not_saved_alone(monkeypatch: pytest.MonkeyPatch, t
     model = trainable()
     run = Run(model, 2)
     run.output_dir = str(tmp_path)
-    monkeypatch.setattr(save_now, "_several_processes", lambda: True)
+    monkeypatch.setattr(agreement, "several_processes", lambda: True)
     monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
     run.control.request_save()
     assert not run.wait_or_stop()
