@@ -7,7 +7,6 @@ has become a list of the modules of two layers. Here the second model gets a cop
 from __future__ import annotations
 
 import weakref
-from dataclasses import fields
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
@@ -29,8 +28,8 @@ def as_given(config: AdapterConfig) -> AdapterConfig:
     if reference is None or reference() is not config:
         return config
     own = takes_part(config, HasTrainingState)  # whose patterns are what training has made of them
-    present = {one.name: getattr(config, one.name) for one in fields(config)}
-    kept = {name: value for name, value in present.items() if value != getattr(filled, name)}
+    public = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    kept = {name: value for name, value in public.items() if value != getattr(filled, name, None)}
     return given.copy(**{name: value for name, value in kept.items() if not (own and isinstance(value, dict))})
 
 
@@ -53,3 +52,8 @@ def take_given(manager: AdapterManager, name: str, given: AdapterConfig, change:
     change.keep(_filled)
     _filled[key] = weakref.ref(given, lambda _: _filled.pop(key, None)), before, filled
     change.set_item(manager.configs, name, given)
+    shared = manager.shared(name)
+    for module in () if shared is None else shared.modules():  # who sets a field of the object later means them, too
+        if vars(module).get("config") is made:
+            change.keep_attributes(module, "config")
+            vars(module)["config"] = given

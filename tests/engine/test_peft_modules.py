@@ -389,8 +389,8 @@ def test_a_config_given_for_loading_stays_the_models(tmp_path: Any) -> None:
     loaded = PeftModel.from_pretrained(Net(), tmp_path, config=config)
     assert loaded.peft_config["default"] is config and config.inference_mode
     kept = dict(vars(config))
-    with pytest.raises(ValueError, match="already carries"):
-        PeftModel.from_pretrained(loaded, tmp_path, config=config)
+    with pytest.raises(ValueError, match="nowhere"):
+        PeftModel.from_pretrained(loaded, tmp_path / "nowhere", config=config)
     assert vars(config) == kept
 
 
