@@ -329,6 +329,20 @@ class AdapterConfig:
         return kwargs
 
 
+_IN_USE = "_is_of_an_adapter"
+
+
+def note_use(config: AdapterConfig) -> AdapterConfig:
+    """Notes that an adapter has a config; copies of it, also those of a copied model, know it too. Returns it."""
+    vars(config)[_IN_USE] = True
+    return config
+
+
+def is_of_an_adapter(config: AdapterConfig) -> bool:
+    """Whether an adapter of some model has a config, or one that it is a copy of."""
+    return _IN_USE in vars(config)
+
+
 def store_of(cls: type[AdapterConfig]) -> ConfigStore:
     """What reads and writes configs of a class; raises ConfigError where nothing does."""
     if cls.store is None:

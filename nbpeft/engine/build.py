@@ -316,6 +316,23 @@ class CollectionPaused:
     __del__ = __exit__
 
 
+def hook_in(model: nn.Module, layer: AdaptedLayer, adapters: Iterable[Any], change: Transaction) -> None:
+    """Lets adapters of a layer act on calls of the model, where their method needs that.
+
+    Args:
+        model: the base model.
+        layer: the layer, in the module tree.
+        adapters: those of its adapters that hang there now and did not before.
+        change: records the hooks of modules.
+    """
+    for adapter in adapters:
+        if isinstance(adapter, ModelAdapter):
+            put_hooks(model, layer, change)
+            put_inner_hooks(model, layer, change)
+        if isinstance(adapter._modules.get("shared"), NeedsFirstPass):
+            put_first_pass(model, layer, change)
+
+
 def commit(name: str, parts: Parts, change: Transaction) -> Parts:
     """Hangs built parts into the model.
 
@@ -334,12 +351,7 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
             adapter.change_base(layer.base, change)
         for site in sites:
             layer.hang(site.parent._modules, site.attribute, change)
-        if isinstance(adapter, ModelAdapter):
-            put_hooks(parts.model, layer, change)
-            put_inner_hooks(parts.model, layer, change)
-    shared: Any = parts.shared
-    if isinstance(shared, NeedsFirstPass):
-        put_first_pass(parts.model, parts.adapters[0][1], change)
+        hook_in(parts.model, layer, (adapter,), change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:

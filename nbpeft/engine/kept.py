@@ -41,7 +41,8 @@ class KeptAdapter:
         unsaved: whether it was trained since it was added, loaded or saved.
         scale: factor on its delta.
         half: whether its parameters were in the base's half-precision dtype.
-        scalings: path -> factor of a layer that was rescaled, where it was.
+        paths: of the layers that had it.
+        scalings: path -> factor that a layer was trained with, and the one that it had.
         patterns: copies of those fields of the config that a training writes to: AdaLoRA's ``rank_pattern``.
     """
 
@@ -55,7 +56,8 @@ class KeptAdapter:
     unsaved: bool
     scale: float
     half: bool
-    scalings: Mapping[str, float]
+    paths: frozenset[str]
+    scalings: Mapping[str, tuple[float, float]]
     patterns: Mapping[str, Any]
 
     @property
@@ -126,6 +128,7 @@ def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
         unsaved=name in manager.unsaved,
         scale=manager.scale(name),
         half=is_half(manager.layers, name),
+        paths=frozenset(path for path, layer in manager.layers.items() if name in layer.adapters),
         scalings=_scalings(manager, name),
         patterns=_patterns(manager.configs[name]),
     )
@@ -155,16 +158,19 @@ def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = Fal
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
             modes: dict[str, Any] = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
-            manager.add(name, kept.config, fresh_copies(kept.weights), replace=True, select=False, **modes)
+            made = manager.plan(kept.config, name).on_layers(kept.paths)
+            manager.add(name, made, fresh_copies(kept.weights), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)
         manager.configs[name] = kept.config
         manager.set_scale(name, kept.scale)
-        for path, scaling in kept.scalings.items():
-            adapter = manager.layers[path].adapter(name)
-            if isinstance(adapter, Rescales):
+        for path, (trained, now) in kept.scalings.items():
+            adapter: Any = manager.layers[path].adapters._modules.get(name) if path in manager.layers else None
+            if isinstance(adapter, Rescales) and (adapter.trained_scaling, float(adapter.scaling)) != (trained, now):
                 adapter.keep_scaling(change)
-                adapter.rescale(scaling)
+                adapter.rescale(trained, trained=True)
+                if now != trained:
+                    adapter.rescale(now)
         if kept.unsaved:
             manager.unsaved.add(name)
         selected = [other for other in kept.selected if other in manager.configs]
@@ -235,11 +241,7 @@ def _by_key(weights: AdapterWeights) -> dict[tuple[str, str, str], Tensor]:
     }
 
 
-def _scalings(manager: AdapterManager, name: str) -> dict[str, float]:
-    """Path -> factor of the layers whose factor is not the one that the config asks for."""
+def _scalings(manager: AdapterManager, name: str) -> dict[str, tuple[float, float]]:
+    """Path -> the factor that a layer was trained with and the one that it has: no config says what it is now."""
     found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
-    return {
-        path: float(one.scaling)
-        for path, one in found.items()
-        if isinstance(one, Rescales) and float(one.scaling) != one.trained_scaling
-    }
+    return {path: (one.trained_scaling, float(one.scaling)) for path, one in found.items() if isinstance(one, Rescales)}

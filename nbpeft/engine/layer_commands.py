@@ -6,6 +6,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from nbpeft.engine.active_state import ActiveState, LayerState
 from nbpeft.engine.adapted_tree import AdaptedTree, Wrapper
 from nbpeft.engine.adapter import Adapter, AdapterConfig
 from nbpeft.engine.adapter_tensors import is_half
-from nbpeft.engine.build import build, commit
+from nbpeft.engine.build import build, commit, hook_in
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
 from nbpeft.engine.model_calls import take_hooks
@@ -31,6 +32,48 @@ def _at(config: AdapterConfig, path: str) -> AdapterConfig:
     asked = [method.companion.field for method in companions() if method.companion is not None]
     cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *asked)
     return config.copy(**fields, **dict.fromkeys(cleared))
+
+
+@dataclass(frozen=True)
+class Departed:
+    """An adapter that went with the last of its layers when somebody took these out of the model.
+
+    Attributes:
+        config: its config.
+        place: where it was among the adapters, from 0.
+        scale: factor on its delta, where one was set.
+        frozen: whether it was kept from training.
+        unsaved: whether it was trained since it was added, loaded or saved.
+        chosen: which adapters were selected.
+        chosen_then: which ones were after it had gone.
+    """
+
+    config: AdapterConfig
+    place: int
+    scale: float | None
+    frozen: bool
+    unsaved: bool
+    chosen: tuple[str, ...]
+    chosen_then: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, manager: Any, name: str, place: int) -> Departed:
+        """What an adapter is now."""
+        state = name in manager.frozen, name in manager.unsaved, manager._selected
+        return cls(manager._configs[name], place, manager._scales.get(name), *state)
+
+    def restore(self, manager: Any, name: str) -> None:
+        """Lets the manager know it again."""
+        items = [*manager._configs.items()]
+        items.insert(self.place, (name, self.config))
+        manager._configs.clear()
+        manager._configs.update(items)
+        if self.scale is not None:
+            manager._scales[name] = self.scale
+        if self.frozen:
+            manager.frozen.add(name)
+        if self.unsaved:
+            manager.unsaved.add(name)
 
 
 class LayerCommands:
@@ -79,7 +122,7 @@ class LayerCommands:
             manager = former._manager()
             if manager is None or id(wrapper) in manager._known_tree().wrappers():
                 return None
-            known = {**manager.moved_away, **manager._configs}
+            known = {name: one.config for name, one in manager.moved_away.items()} | manager._configs
         if not all(name in known and own.get(name, known[name]) is known[name] for name in wrapper._named()):
             return None
         return {name: known[name] for name in wrapper._named()}
@@ -114,12 +157,34 @@ class LayerCommands:
         self._let_go(gone.values(), change)
         if gone:
             take_hooks(reached_modules(manager.model), gone, change)
-        for wrapper in come.values():  # also what was taken out for a while
+        self._take_back(come.values(), change)
+        return bool(gone or come)
+
+    def see_off(self, names: Sequence[str], change: Transaction) -> None:
+        """Forgets adapters of which nothing is in the module tree, and notes what they were: they may come back."""
+        manager = self.manager
+        order = [*manager._configs]
+        left = {name: Departed.of(manager, name, order.index(name)) for name in names}
+        manager._forget(names, change)
+        manager.moved_away.update({name: replace(one, chosen_then=manager._selected) for name, one in left.items()})
+
+    def _take_back(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
+        """Takes layers that hang in the model now, also those that were taken out for a while, for its own."""
+        manager, back = self.manager, dict[str, Departed]()
+        for wrapper in wrappers:
             change.keep_attributes(wrapper, "active_state")
             wrapper.__dict__["active_state"] = manager.active_state
             known = manager.moved_away.keys() & wrapper._named().keys() - manager._configs.keys()
-            manager._configs.update({name: manager.moved_away[name] for name in known})
-        return bool(gone or come)
+            back.update({name: manager.moved_away[name] for name in known})
+            if isinstance(wrapper, AdaptedLayer):
+                hook_in(manager.model, wrapper, wrapper.adapters._modules.values(), change)
+        for name, one in sorted(back.items(), key=lambda item: item[1].place):
+            one.restore(manager, name)
+        merged = {name for wrapper in wrappers if isinstance(wrapper, AdaptedLayer) for name in wrapper.merged_names}
+        manager._merged = tuple(name for name in manager._configs if name in {*manager._merged, *merged})
+        choice = next((one for one in back.values() if one.chosen_then == manager._selected), None)
+        if choice is not None:  # nobody has chosen another one meanwhile
+            manager._selected = tuple(name for name in choice.chosen if name in manager._configs)
 
     def _let_go(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
         """Lets layers that were taken out of the model act as they do, wherever they are now."""

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
 from nbpeft.engine.adapted_tree import AdaptedTree, read_tree
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState, note_use
 from nbpeft.engine.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
 from nbpeft.engine.adapter_tensors import parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.layer_commands import LayerCommands
+from nbpeft.engine.layer_commands import Departed, LayerCommands
 from nbpeft.engine.loss_terms import LossTerm
 from nbpeft.engine.merging import (
     check_addable,
@@ -92,7 +92,7 @@ class AdapterManager:
         self.active_state = ActiveState()
         self._configs: dict[str, AdapterConfig] = ByName()
         self._tree: AdaptedTree | None = AdaptedTree()
-        self.moved_away: dict[str, AdapterConfig] = {}
+        self.moved_away: dict[str, Departed] = {}
         self.alive = True
         self.frozen: set[str] = set()
         self.unsaved: set[str] = set()
@@ -270,9 +270,7 @@ class AdapterManager:
             before, tree = self._tree, self._read_tree()
             moved = self.layer_commands.update(before, tree, change)
             there = self._configs if before is None else self._known_tree().names()
-            gone = {name: config for name, config in self._configs.items() if name not in there}
-            self.moved_away.update(gone)
-            self._forget([*gone], change)
+            self.layer_commands.see_off([name for name in self._configs if name not in there], change)
         if moved:
             self.changed()
 
@@ -396,7 +394,7 @@ class AdapterManager:
                 if not self.configs:
                     prepare_storage(self.model, change)
                 self._tree_with(commit(name, parts, change))
-                self.configs[name] = made.config
+                self.configs[name] = note_use(made.config)
                 self._biases.start(name, made.biases, None if weights is None else weights.base, change)
                 (self.frozen.discard if trainable else self.frozen.add)(name)
                 if select and not self._selected and len(self.configs) == 1:

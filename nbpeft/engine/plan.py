@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,6 +178,15 @@ class InjectionPlan:
     def paths(self) -> tuple[str, ...]:
         """Paths of the targets."""
         return tuple(target.path for target in self.targets)
+
+    def on_layers(self, paths: Collection[str]) -> InjectionPlan:
+        """The same on some of the layers alone; where all share tensors, their sizes go by all of them: unchanged."""
+        if self.shared or all(path in paths for path in self.paths):
+            return self
+        targets = tuple(target for target in self.targets if target.path in paths)
+        return replace(
+            self, targets=targets, features={path: self.features[path] for path in self.features if path in paths}
+        )
 
     @property
     def saved_shared(self) -> dict[str, tuple[int, ...]]:

@@ -84,7 +84,9 @@ def copy_adapter(manager: Any, name: str, new: str) -> None:
     if weights.base:
         raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
     twin, half = copied_weights(weights), is_half(manager.layers, name)
-    manager.add(new, manager.configs[name], twin, trainable=name not in manager.frozen, half=half)
+    there = {path for path, layer in manager.layers.items() if name in layer.adapters}
+    made = manager.plan(manager.configs[name]).on_layers(there)  # somebody may have taken it off a layer
+    manager.add(new, made, twin, trainable=name not in manager.frozen, half=half)
     manager.set_scale(new, manager.scale(name))
     if name in manager.unsaved:
         manager.unsaved.add(new)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import AdapterConfig, is_of_an_adapter
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import takes_part
 from nbpeft.engine.training_hooks import HasTrainingState
@@ -42,14 +42,13 @@ def take_given(manager: AdapterManager, name: str, given: AdapterConfig, change:
         given: the object, before anything was filled in.
         change: records it.
     """
-    known = _filled.get(id(given))
-    if (known is not None and known[0]() is given) or any(one is given for one in manager.configs.values()):
+    if is_of_an_adapter(given):
         return
     key, before, made = id(given), given.copy(), manager.configs[name]
     change.keep(vars(given))
     filled = made.copy()
     vars(given).update(vars(made))  # the very values: adapters share the patterns among them
-    change.keep(_filled)
+    change.on_undo(lambda: _filled.pop(key, None))
     _filled[key] = weakref.ref(given, lambda _: _filled.pop(key, None)), before, filled
     change.set_item(manager.configs, name, given)
     shared = manager.shared(name)

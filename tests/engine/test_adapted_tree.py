@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nbpeft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from nbpeft.engine.kept import keep, put_back
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import require_manager
 from nbpeft.errors import AdapterError
@@ -223,3 +224,98 @@ def test_layers_are_listed_in_the_order_of_the_model() -> None:
     inject_adapter_in_model(lora(targets=["one.1", "two.0"]), model, "x")
     inject_adapter_in_model(config(r=2, target_modules=["one.0", "one.1"]), model, "y")
     assert list(require_manager(model).layers) == ["one.0", "one.1", "two.0"]
+
+
+def taken_out(model: Any) -> dict[Any, dict[str, Any]]:
+    """Takes all adapted layers out; returns parent -> name -> layer."""
+    layers = {
+        parent: {name: child for name, child in parent.named_children() if isinstance(child, AdaptedLayer)}
+        for parent in model.modules()
+        if not isinstance(parent, AdaptedLayer)
+    }
+    for parent, own in layers.items():
+        for name, layer in own.items():
+            setattr(parent, name, layer.get_base_layer())
+    return layers
+
+
+def put_in(layers: dict[Any, dict[str, Any]]) -> None:
+    for parent, own in layers.items():
+        for name, layer in own.items():
+            setattr(parent, name, layer)
+
+
+def test_adapters_that_come_back_are_what_they_were() -> None:
+    model = get_peft_model(llama(), config(init_lora_weights=False)).eval()
+    model.add_adapter("second", config(init_lora_weights=False))
+    manager = model.manager
+    manager.set_scale("default", 0.5)
+    manager.unsaved.add("default")
+    manager.freeze("second")
+    wanted, configs = logits(model), dict(manager.configs)
+    layers = taken_out(model)
+    assert manager.names == () and not torch.equal(logits(model), wanted)
+    put_in(layers)
+    assert torch.equal(logits(model), wanted)
+    assert manager.names == ("default", "second") and manager.active == ("default",)
+    assert all(manager.configs[name] is config for name, config in configs.items())
+    assert (manager.scale("default"), manager.unsaved, manager.frozen) == (0.5, {"default"}, {"second"})
+
+
+def test_a_choice_made_meanwhile_stays_when_another_adapter_comes_back() -> None:
+    model = adapted_net("x")
+    manager, layers = require_manager(model), taken_out(model)
+    inject_adapter_in_model(lora(targets=["0"]), model, "y")
+    put_in({model["one"]: layers[model["one"]]})
+    assert manager.names == ("x", "y") and manager.active == ("y",)
+
+
+@pytest.mark.parametrize("all_out", [True, False])
+def test_layers_that_come_back_merged_can_be_unmerged(all_out: bool) -> None:
+    base = llama()
+    expected = logits(base.eval())
+    model = get_peft_model(base, config(init_lora_weights=False)).eval()
+    wanted = logits(model)
+    model.merge_adapter()
+    layers = taken_out(model)
+    if not all_out:
+        first = next(parent for parent, own in layers.items() if own)
+        put_in({parent: own for parent, own in layers.items() if parent is not first})
+        layers = {first: layers[first]}
+    logits(model)
+    if not all_out:
+        model.unmerge_adapter()
+    put_in(layers)
+    assert model.manager.merged == ("default",)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), wanted)
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_a_prompt_acts_again_with_its_embedding() -> None:
+    base = llama()
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    wanted = logits(model)
+    embedding = base.model.embed_tokens
+    base.model.embed_tokens = embedding.base_layer
+    assert logits(model).shape[1] == wanted.shape[1] - 4
+    base.model.embed_tokens = embedding
+    assert torch.equal(logits(model), wanted)
+
+
+def test_a_copy_and_what_comes_back_leave_a_layer_alone_that_was_taken_out() -> None:
+    base = llama()
+    model = get_peft_model(base, config(init_lora_weights=False)).eval()
+    attention = base.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+    wanted, count = logits(model), len(model.manager.layers)
+    model.manager.copy("default", "copied")
+    model.set_adapter("copied")
+    assert torch.equal(logits(model), wanted) and len(model.manager.layers) == count
+    kept = keep(model.manager, "default")
+    model.delete_adapter("default")
+    put_back(model.manager, kept)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), wanted) and len(model.manager.layers) == count

@@ -458,3 +458,25 @@ def test_what_training_writes_into_a_config_is_not_what_was_given() -> None:
         getattr(one, name)["0"] = [True, False] if one is config else 4
     again: Any = [get_peft_model(model_of_two(), one).peft_config["default"] for one in (config, plain)]
     assert not again[0].rank_pattern and again[1].alpha_pattern == {"0": 4}
+
+
+def test_a_config_that_an_adapter_was_loaded_with_stays_that_models(tmp_path: Path) -> None:
+    get_peft_model(llama(), nbpeft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    other = llama()
+    other.name_or_path = "other/base"
+    second = get_peft_model(other, loaded.peft_config["default"])
+    assert second.peft_config["default"] is not loaded.peft_config["default"]
+    assert loaded.peft_config["default"].base_model_name_or_path != "other/base"
+
+
+def test_what_fails_on_one_model_forgets_no_config_of_another() -> None:
+    config = nbpeft.LoraConfig(target_modules="all-linear")
+    first = get_peft_model(llama(), nbpeft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ZeroDivisionError), first.manager.transaction():
+        first.add_adapter("more", nbpeft.LoraConfig(target_modules=["v_proj"]))
+        second = get_peft_model(llama(), config)
+        raise ZeroDivisionError
+    third = get_peft_model(llama(num_hidden_layers=3), config)
+    assert second.peft_config["default"] is config is not third.peft_config["default"]
+    assert len(third.targeted_module_names) == 3 * len(second.targeted_module_names) // 2

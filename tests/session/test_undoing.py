@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, UnknownAdapterError
-from nbpeft.model import LoraConfig
+from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session, history
 from tests.session.support import everything
 from tests.state_machine_model import live_tensors
-from tests.tiny_models import llama, randomize
+from tests.tiny_models import llama, logits, randomize
 from tests.training.support import token_rows
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
@@ -88,6 +88,18 @@ def test_undoing_draws_no_random_numbers(session: Session, model: Any) -> None:
     before = torch.get_rng_state()
     session.undo()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_undo_brings_back_what_acted_whatever_was_written_into_the_config(session: Session) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(llama(), config).eval()
+    session.watch(adapted, name="edited")
+    wanted = logits(adapted)
+    config.lora_alpha = 64
+    assert torch.equal(logits(adapted), wanted)
+    session.delete("default", model="edited")
+    session.undo(model="edited")
+    assert torch.equal(logits(adapted.eval()), wanted)
 
 
 def test_undo_goes_further_back_each_time(session: Session, model: Any) -> None:

@@ -60,12 +60,14 @@ class KeepMask:
         probability: of a zero.
         device: of the input.
         source: the bits of the mask, uint8; or the seed that it is drawn from.
+        strides: of the mask: it is drawn in the order in which a dense input lies in memory.
     """
 
     shape: torch.Size
     probability: float
     device: torch.device
     source: Tensor | int
+    strides: tuple[int, ...] = ()
 
     @classmethod
     def drawn(cls, x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Self, Tensor]:
@@ -78,7 +80,9 @@ class KeepMask:
         places[:count].bernoulli_(1 - probability)
         places[count:] = 0
         bits = places.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
-        return cls(x.shape, probability, x.device, bits), places[:count].to(dtype).view(x.shape)
+        strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
+        mask = places[:count].to(dtype).as_strided(x.shape, strides)
+        return cls(x.shape, probability, x.device, bits, strides), mask
 
     def again(self, dtype: torch.dtype) -> Tensor:
         """The mask, without the ``scale``.
@@ -89,7 +93,7 @@ class KeepMask:
         count = self.shape.numel()
         if isinstance(self.source, Tensor):
             places = self.source.to(torch.int64).mul_(_SPREAD).bitwise_and_(_PICK).view(torch.uint8)
-            return places[:count].ne(0).to(dtype).view(self.shape)
+            return places[:count].ne(0).to(dtype).as_strided(self.shape, self.strides)
         generator = torch.Generator(self.device)
         generator.manual_seed(self.source)
         if self.device.type == "mps":  # which cannot draw over all of int64
@@ -235,7 +239,7 @@ def _input_gradient(
         return (rows @ weight).addmm_(hidden_gradient, lora_A)
     wide = torch.mm(hidden_gradient, lora_A, out=buffer)
     if mask is not None:
-        wide.mul_(mask.view(wide.shape))
+        wide.mul_(mask.reshape(wide.shape))
     return wide if weight is None else (rows @ weight).add_(wide)
 
 
@@ -298,7 +302,7 @@ def _dropped_input(x: Tensor, mask: Tensor | None, buffer: Tensor | None) -> Ten
     if buffer is None:
         return flat
     part = buffer[: flat.numel()].view(flat.shape).copy_(flat)
-    return part if mask is None else part.mul_(mask.view(flat.shape))
+    return part if mask is None else part.mul_(mask.reshape(flat.shape))
 
 
 def low_rank_linear(

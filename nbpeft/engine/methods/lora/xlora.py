@@ -171,7 +171,11 @@ def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dic
     return {
         str(number): (
             expert.config.copy(inference_mode=True),
-            {path: dict(layers[path].inner_adapters[str(number)].named_parameters()) for path in expert.shapes},
+            {
+                path: dict(layers[path].inner_adapters[str(number)].named_parameters())
+                for path in expert.shapes
+                if path in layers  # somebody may have taken a layer out
+            },
         )
         for number, expert in enumerate(manager.configs[name].experts)
     }

@@ -173,6 +173,16 @@ def test_on_the_cpu_a_seed_drops_what_it_drops_in_torch(dtype: torch.dtype) -> N
         assert torch.equal(own, wanted)
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
+def test_so_it_does_in_the_memory_order_of_a_dense_input(order: tuple[int, ...]) -> None:
+    x, found = torch.randn(5, 6, 7).permute(order).requires_grad_(), list[Tensor]()
+    for drop in (lambda: seeded_dropout(x, Dropout(0.3, True)), lambda: F.dropout(x, 0.3)):
+        torch.manual_seed(1)
+        dropped = drop()
+        found += [dropped, *torch.autograd.grad(dropped.square().sum(), x)]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
 def test_different_calls_draw_different_masks_and_a_seed_the_same() -> None:
     x = torch.ones(50, 40)
     dropout = Dropout(0.5, True)
