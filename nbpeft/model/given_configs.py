@@ -48,8 +48,12 @@ def take_given(manager: AdapterManager, name: str, given: AdapterConfig, change:
     change.keep(vars(given))
     filled = made.copy()
     vars(given).update(vars(made))  # the very values: adapters share the patterns among them
-    change.on_undo(lambda: _filled.pop(key, None))
-    _filled[key] = weakref.ref(given, lambda _: _filled.pop(key, None)), before, filled
+
+    def forget(_: object = None) -> None:
+        _filled.pop(key, None)
+
+    change.on_undo(forget)
+    _filled[key] = weakref.ref(given, forget), before, filled
     change.set_item(manager.configs, name, given)
     shared = manager.shared(name)
     for module in () if shared is None else shared.modules():  # who sets a field of the object later means them, too
