@@ -31,6 +31,7 @@ from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.replication import pending_replication, replicate_layers_, settle_layers
+from nbpeft.engine.side_network import put_side_network
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, ConfigError
@@ -337,6 +338,7 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
             put_inner_hooks(parts.model, layer, change)
+            put_side_network(parts.model, layer, change)
     shared: Any = parts.shared
     if isinstance(shared, NeedsFirstPass):
         put_first_pass(parts.model, parts.adapters[0][1], change)
