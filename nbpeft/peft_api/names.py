@@ -140,7 +140,7 @@ METHODS = {
     "pvera": ("PVeRA", "Linear PveraConfig PveraLayer PveraModel"),
     "randlora": ("RandLoRA", "Linear RandLoraConfig RandLoraLayer RandLoraModel"),
     "road": ("RoAd", "Linear RoadConfig RoadLayer RoadModel"),
-    "shadow": ("ShadowPEFT", "ShadowConfig ShadowLayer ShadowModel"),
+    "shadow": ("ShadowPEFT", "ShadowConfig ShadowModel"),
     "shira": ("SHiRA", "Linear ShiraConfig ShiraLayer ShiraModel"),
     "supertuning": ("Supertuning", "Linear SupertuningConfig SupertuningLayer SupertuningModel"),
     "tinylora": ("TinyLoRA", "Embedding Linear TinyLoraConfig TinyLoraLayer TinyLoraModel"),
@@ -306,7 +306,7 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     **{
-        f"tuners.shadow{part}": {OWN: METHODS["shadow"][1], "shadow": _SHADOW, "missing": "ShadowCarrier"}
+        f"tuners.shadow{part}": {OWN: METHODS["shadow"][1], "shadow": _SHADOW, "missing": "ShadowCarrier ShadowLayer"}
         for part in ("", ".layers")
     },
     "tuners.cartridge.utils": {OWN: _CARTRIDGE_FUNCTIONS},
@@ -403,7 +403,7 @@ def value(place: str, name: str) -> Any:
     package = room if room in METHODS else _PACKAGE_OF.get(name, "")
     if package and (found := _module("layers").of_method(package, name)) is not None:
         return found
-    return missing(name, METHODS[package][0] if package else "", f"tuners.{room}" if name in _ONLY_HERE else "")
+    return missing(name, METHODS[package][0] if package and origin == OWN else "", f"tuners.{room}" if name in _ONLY_HERE else "")
 
 
 def _origins(place: str) -> dict[str, str]:

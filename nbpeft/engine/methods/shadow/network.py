@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,7 +97,9 @@ class Recipe:
 
     def network(self) -> Any:
         """A new network, its embedding left out where it reads the model's."""
-        made = self.network_class(self.network_config)
+        # What is read whole is not drawn first.
+        with torch.random.fork_rng(devices=()) if self.source and not self.is_projected else nullcontext():
+            made = self.network_class(self.network_config)
         if self.shares and isinstance(getattr(made, "embed_tokens", None), nn.Module):
             del made.embed_tokens
         return made
