@@ -35,6 +35,7 @@ class BeforeCall(LayerHook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of the call; None where nothing acts. See ``nn.Module.register_forward_pre_hook``."""
         hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) is type(self)]
         if hooks[0] is not self:
             return None
@@ -91,10 +92,11 @@ class AfterCall(LayerHook):
         self.before = before
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Ends the call."""
         self.before.end()
 
 
-def put_before_calls(model: nn.Module, hook: BeforeCall, change: Transaction, *others: LayerHook) -> bool:
+def put_before_calls(model: nn.Module, hook: BeforeCall, change: Transaction, *others: LayerHook) -> None:
     """Puts a hook on a model, once for each adapted layer.
 
     Args:
@@ -102,17 +104,14 @@ def put_before_calls(model: nn.Module, hook: BeforeCall, change: Transaction, *o
         hook: the hook.
         change: records the hooks of the model.
         *others: hooks that act after the call, before it ends.
-
-    Returns:
-        Whether it was not there.
     """
-    present = (other for other in model._forward_pre_hooks.values() if type(other) is type(hook))
-    if any(other.layer is hook.layer for other in present):  # type: ignore[attr-defined]
-        return False
+    present: list[Any] = [other for other in model._forward_pre_hooks.values() if type(other) is type(hook)]
+    if any(other.layer is hook.layer for other in present):
+        return
     change.keep(model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs)
     change.keep(model._forward_hooks, model._forward_hooks_with_kwargs, model._forward_hooks_always_called)
     model.register_forward_pre_hook(hook, with_kwargs=True)
-    for other in others:
-        model.register_forward_hook(other, with_kwargs=True)  # type: ignore[arg-type]
+    behind: tuple[Any, ...] = others
+    for other in behind:
+        model.register_forward_hook(other, with_kwargs=True)
     model.register_forward_hook(AfterCall(hook), with_kwargs=True, always_call=True)
-    return True

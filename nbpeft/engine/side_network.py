@@ -63,7 +63,8 @@ class SideState:
         """Keeps the state in front of a block as long as the graph of what the block gave, where that is needed."""
         if self.kept is not None and self.current is not None and output.grad_fn is not None:
             self.kept[path] = kept = _Kept(self.current)
-            output.grad_fn.metadata.setdefault(_KEPT, []).append(kept)
+            notes: Any = output.grad_fn.metadata
+            notes.setdefault(_KEPT, []).append(kept)
 
     def end(self) -> None:
         """Lets go of the tensors of the call."""
@@ -158,7 +159,9 @@ class _BlockHook(LayerHook):
                 continue
             state = active.context.get(name)
             if not isinstance(state, SideState):
-                raise AdapterError(f"adapter {name!r} acts in calls of the whole model, and {self.path} is called alone")
+                raise AdapterError(
+                    f"adapter {name!r} acts in calls of the whole model, and {self.path} is called alone"
+                )
             return adapter, state, scale
         return None
 
@@ -231,10 +234,10 @@ def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction)
     put_before_calls(model, _SideCall(layer), change, _OwnLoss(layer))
     places = {path for adapter in adapters for path in adapter.places}
     for site in walk(model):
-        before, behind = site.module._forward_pre_hooks, site.module._forward_hooks
-        if site.path not in places or any(
-            isinstance(hook, _BlockHook) and hook.layer is layer for hook in before.values()
-        ):
+        before: Any = site.module._forward_pre_hooks
+        behind: Any = site.module._forward_hooks
+        present = any(isinstance(hook, _BlockHook) and hook.layer is layer for hook in before.values())
+        if present or site.path not in places:
             continue
         change.keep(before, site.module._forward_pre_hooks_with_kwargs)
         change.keep(behind, site.module._forward_hooks_with_kwargs)

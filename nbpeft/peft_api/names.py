@@ -403,7 +403,9 @@ def value(place: str, name: str) -> Any:
     package = room if room in METHODS else _PACKAGE_OF.get(name, "")
     if package and (found := _module("layers").of_method(package, name)) is not None:
         return found
-    return missing(name, METHODS[package][0] if package and origin == OWN else "", f"tuners.{room}" if name in _ONLY_HERE else "")
+    return missing(
+        name, METHODS[package][0] if package and origin == OWN else "", f"tuners.{room}" if name in _ONLY_HERE else ""
+    )
 
 
 def _origins(place: str) -> dict[str, str]:

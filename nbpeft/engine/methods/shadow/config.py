@@ -103,7 +103,7 @@ class ShadowConfig(LayersConfig):
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Looks for the blocks, and how the network is made; see ``AdapterConfig``."""
-        backbone, path, blocks = blocks_of(model)
+        backbone, blocks = blocks_of(model)
         if self.target_modules is None:
             self.target_modules = set(blocks)
         matcher = Matcher(self.target_modules, self.exclude_modules, self.layers_to_transform, self.layers_pattern)

@@ -16,7 +16,7 @@ from nbpeft.errors import AdapterError
 _FOR_HEADS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
 
 
-class DetachedShadowModel(PreTrainedModel, GenerationMixin):
+class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A network with its projection and a head: ``head(projection(backbone(x)))``, a causal LM or a classifier.
 
     Args:
@@ -96,9 +96,8 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
             return SequenceClassifierOutput(loss=loss, logits=logits)
         logits = self.head(hidden)
         loss = None if labels is None else language_loss(logits[:, :-1], labels[:, 1:])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=getattr(output, "past_key_values", None)
-        )
+        cache = next((output[name] for name in ("cache", "past_key_values") if name in output), None)
+        return CausalLMOutputWithPast(loss, logits, cache)
 
 
 def detached(network: ShadowNetwork, model: nn.Module, *, owned: bool) -> DetachedShadowModel:

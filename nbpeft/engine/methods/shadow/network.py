@@ -28,13 +28,14 @@ _PROJECTED = "causal_lm_with_hidden_projection"
 _PROJECTION = "shadow_hidden_projection.weight"
 
 
-def blocks_of(model: nn.Module) -> tuple[nn.Module, str, list[str]]:
-    """The module that has the blocks of a decoder, its path, and theirs.
+def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module that has the blocks of a decoder, and their paths.
 
     Raises:
         ConfigError: the model is no decoder of token ids.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
     if has_encoder(model):
         raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has an encoder and a decoder")
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -45,7 +46,7 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, str, list[str]]:
             blocks = module._modules.get(attribute)
             if isinstance(blocks, nn.ModuleList) and len(blocks) and hasattr(module, "config"):
                 prefix = f"{path}.{attribute}" if path else attribute
-                return module, path, [f"{prefix}.{number}" for number in range(len(blocks))]
+                return module, [f"{prefix}.{number}" for number in range(len(blocks))]
     raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has no list of blocks (layers, h)")
 
 
@@ -75,7 +76,9 @@ class Recipe:
         head: of a classification, without data; None where there is none.
     """
 
-    def __init__(self, network_class: Any, network_config: Any, source: str = "", *, is_projected: bool = False) -> None:
+    def __init__(
+        self, network_class: Any, network_config: Any, source: str = "", *, is_projected: bool = False
+    ) -> None:
         self.network_class, self.network_config = network_class, network_config
         self.source, self.is_projected = source, is_projected
         self.width = 0
@@ -157,7 +160,9 @@ def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:
             takes = inspect.signature(made.network().forward).parameters
     except Exception as error:
         reason = shortened(in_one_line(error), 200)
-        raise ConfigError(f"a network like {type(backbone).__name__} with these sizes cannot be made: {reason}") from None
+        raise ConfigError(
+            f"a network like {type(backbone).__name__} with these sizes cannot be made: {reason}"
+        ) from None
     same = width_of(made.network_config) == made.width
     made.shares = bool(config.share_embeddings and is_mirror and same and "inputs_embeds" in takes)
     made.is_lm = config.task_type == TaskType.CAUSAL_LM
@@ -173,10 +178,18 @@ def _mirrored(config: Any, backbone: Any) -> Recipe:
     """A new network of the class of a model's backbone."""
     own = copy.deepcopy(backbone.config)
     for value, field, names in (
-        (config.shadow_num_hidden_layers or 1, "shadow_num_hidden_layers", ("num_hidden_layers", "n_layer", "num_layers")),
+        (
+            config.shadow_num_hidden_layers or 1,
+            "shadow_num_hidden_layers",
+            ("num_hidden_layers", "n_layer", "num_layers"),
+        ),
         (config.shadow_hidden_size, "shadow_hidden_size", _WIDTHS),
         (config.shadow_intermediate_size, "shadow_intermediate_size", ("intermediate_size", "ffn_dim", "n_inner")),
-        (config.shadow_num_attention_heads, "shadow_num_attention_heads", ("num_attention_heads", "n_head", "num_heads")),
+        (
+            config.shadow_num_attention_heads,
+            "shadow_num_attention_heads",
+            ("num_attention_heads", "n_head", "num_heads"),
+        ),
     ):
         name = next((one for one in names if hasattr(own, one)), None)
         if value is not None and name is None:
@@ -205,14 +218,14 @@ def _saved(source: str) -> Recipe:
         else:
             own = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            network_class = type(AutoModel.from_config(own))
+            network_class = type(AutoModel.from_config(own))  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(source, error) from None
     return Recipe(network_class, own, source, is_projected=is_projected)
 
 
 def _file(source: str, name: str) -> str:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     return str(cached_file(source, name))
 

@@ -80,8 +80,8 @@ def _part(name: str) -> Any:
     """Reads a part of all adapters of a model, in a new container."""
 
     def read(tuner: Any) -> nn.ModuleDict:
-        found = _networks(tuner.manager).items()
-        return nn.ModuleDict({key: one._modules[name] for key, one in found if name in one._modules})
+        found = {key: one._modules.get(name) for key, one in _networks(tuner.manager).items()}
+        return nn.ModuleDict({key: module for key, module in found.items() if module is not None})
 
     return read
 
@@ -211,11 +211,16 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
     def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
         """What the network gives; see ``RunsBeside``."""
         network: Any = self._modules["shadow_backbone"]
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        ids: Tensor | None = call.get("input_ids")
+        embeds: Tensor | None = call.get("inputs_embeds")
         if embeds is None and self.recipe.shares and ids is not None:
             embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
         if not self.recipe.shares and ids is None:
-            raise AdapterError("the network of the active ShadowPEFT adapter has an embedding of its own: pass input_ids")
+            raise AdapterError(
+                "the network of the active ShadowPEFT adapter has an embedding of its own: pass input_ids"
+            )
+        if ids is None and embeds is None:
+            raise AdapterError("pass input_ids or inputs_embeds, which the network of the active adapter reads")
         options: dict[str, Any] = {name: call.get(name) for name in ("attention_mask", "position_ids") if name in call}
         name = cache_argument(model)
         given = take_cache(call, name) if name else None
@@ -225,12 +230,12 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
             from nbpeft.engine.two_pass_cache import with_first_pass
 
             call[name] = with_first_pass(given, model, network, ShadowCache)
-            options["past_key_values"] = call[name].first_pass
-        if self.recipe.shares:
-            dtype = next(network.parameters()).dtype
-            output = network(inputs_embeds=embeds.to(dtype), return_dict=True, **options)
+            options[cache_argument(network)] = call[name].first_pass
+        if embeds is not None and self.recipe.shares:
+            options["inputs_embeds"] = embeds.to(next(network.parameters()).dtype)
         else:
-            output = network(input_ids=ids, return_dict=True, **options)
+            options["input_ids"] = ids
+        output = network(return_dict=True, **options)
         state: Tensor = self._modules["shadow_projection"](output.last_hidden_state)  # type: ignore[misc]
         return state
 
@@ -262,7 +267,9 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged; see ``Adapter``."""
-        return "the weights: what it adds to the input of a block depends on the text; unload_shadow() gives its network"
+        return (
+            "the weights: what it adds to the input of a block depends on the text; unload_shadow() gives its network"
+        )
 
     def swap_refusal(self) -> str:
         """Why nothing takes its place; see ``Adapter``."""

@@ -180,7 +180,9 @@ def test_a_cache_keeps_what_the_network_computes() -> None:
     with model.disable_adapter():
         plain = model(input_ids=ids, use_cache=True).past_key_values
     refused(lambda: model(input_ids=ids[:, :1], past_key_values=plain), "tokens that the active adapter has not seen")
-    refused(lambda: model.generate(input_ids=ids, **GENERATE, cache_implementation="static"), "a StaticCache cannot keep")
+    refused(
+        lambda: model.generate(input_ids=ids, **GENERATE, cache_implementation="static"), "a StaticCache cannot keep"
+    )
 
 
 @pytest.mark.parametrize("way", ["blocks", "reentrant", "whole"])
@@ -301,8 +303,12 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     before = logits(model)
     refused(model.merge_and_unload, "cannot be merged into the weights", MergeError)
     model.add_adapter("other", nbpeft.ShadowConfig(task_type="CAUSAL_LM"))
-    refused(lambda: model.base_model.set_adapter(["default", "other"]), "requires exactly one active adapter", AdapterError)
-    refused(lambda: model(input_ids=tokens(), adapter_names=["default", "other"]), "mixed adapter batches", AdapterError)
+    refused(
+        lambda: model.base_model.set_adapter(["default", "other"]), "requires exactly one active adapter", AdapterError
+    )
+    refused(
+        lambda: model(input_ids=tokens(), adapter_names=["default", "other"]), "mixed adapter batches", AdapterError
+    )
     refused(lambda: model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both"), "cannot be combined")
     block = model.get_base_model().model.layers[0]
     refused(lambda: block(torch.randn(1, 3, 32)), "layers.0 is called alone", AdapterError)
@@ -340,6 +346,27 @@ def test_what_fits_no_model_is_refused(base: str, fields: dict[str, Any], words:
     model = made[base]()
     refused(lambda: nbpeft.get_peft_model(model, nbpeft.ShadowConfig(**fields)), words, ConfigError)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "config", [nbpeft.ShadowConfig(), nbpeft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1)]
+)
+def test_it_is_shipped_as_a_folder_of_peft_alone(config: Any, tmp_path: Path) -> None:
+    model = nbpeft.get_peft_model(wide(), config)
+    for engine in ("transformers", "vllm"):
+        with pytest.raises(AdapterError, match="does not take the adapter: .*, which acts on calls of the whole model"):
+            nbpeft.ship(model, engine=engine, to=tmp_path / engine)
+        assert not (tmp_path / engine).exists()
+    nbpeft.ship(model, engine="peft", to=tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(wide(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(again), logits(model.eval()), atol=1e-5, rtol=1e-4)
+
+
+def test_one_config_serves_several_models() -> None:
+    config = nbpeft.ShadowConfig(task_type="CAUSAL_LM")
+    for base, count in ((llama(num_hidden_layers=3), 3), (gpt2(), 2), (llama(hidden_size=16), 2)):
+        model = nbpeft.get_peft_model(base, config)
+        assert len(model.peft_config["default"].target_modules) == count and torch.equal(logits(model), logits(base))
 
 
 def test_a_forecast_is_what_the_allocator_sees() -> None:
