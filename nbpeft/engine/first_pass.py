@@ -49,7 +49,7 @@ class NeedsFirstPass(ABC):
 class _FirstPass(BeforeCall):
     """A hook that makes the first pass before each call of a model; it has the first adapted layer of an adapter."""
 
-    def acting(self, active: Active) -> dict[str, NeedsFirstPass]:
+    def computing(self, active: Active) -> dict[str, NeedsFirstPass]:
         """Adapter name -> what its layers share, of those active adapters that need the pass."""
         names = active.names if active.rows is None else active.rows.names
         found: dict[str, NeedsFirstPass] = {}

@@ -40,7 +40,7 @@ class BeforeCall(LayerHook):
         if hooks[0] is not self:
             return None
         active = self.layer.active_state.current()
-        found = {name: one for hook in hooks for name, one in hook.acting(active).items()}
+        found = {name: one for hook in hooks for name, one in hook.computing(active).items()}
         if not found:
             return None
         contexts: Any = active.context
@@ -53,7 +53,7 @@ class BeforeCall(LayerHook):
         self.prepare(module, call, active, found)
         return (), call
 
-    def acting(self, active: Active) -> dict[str, Any]:
+    def computing(self, active: Active) -> dict[str, Any]:
         """Adapter name -> what computes something, of those active adapters that need it."""
         raise NotImplementedError
 
@@ -64,7 +64,7 @@ class BeforeCall(LayerHook):
             module: the model.
             call: its arguments by name; may be changed.
             active: what acts.
-            found: what ``acting`` gave, of all hooks of the class.
+            found: what ``computing`` gave, of all hooks of the class.
         """
         raise NotImplementedError
 

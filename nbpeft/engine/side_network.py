@@ -77,9 +77,9 @@ class SideState:
 class _SideCall(BeforeCall):
     """A hook that computes the first state before each call of a model."""
 
-    def acting(self, active: Active) -> dict[str, RunsBeside]:
+    def computing(self, active: Active) -> dict[str, RunsBeside]:
         """Adapter name -> adapter, of those active ones that have a network; see ``BeforeCall``."""
-        return _acting(self.layer, active.names if active.rows is None else active.rows.names)
+        return _networks_in(self.layer, active.names if active.rows is None else active.rows.names)
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
         """Runs the network.
@@ -110,7 +110,7 @@ class _OwnLoss(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         active = self.layer.active_state.current()
-        found = _acting(self.layer, active.names)
+        found = _networks_in(self.layer, active.names)
         for name, adapter in found.items():
             state: Any = active.context.get(name)
             if not isinstance(state, SideState) or state.start is None:
@@ -215,7 +215,7 @@ class _BehindBlock(_BlockHook):
             run.current = following
 
 
-def _acting(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
+def _networks_in(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
     adapters = layer.adapters._modules
     return {name: adapters[name] for name in names if isinstance(adapters.get(name), RunsBeside)}
 

@@ -79,7 +79,7 @@ def _prompt(facts: AdapterFacts) -> str:
     count = facts.prompt_tokens
     if count:
         return f"{facts.method}, {plural(count, 'trained token')} in front of the input"
-    return f"{facts.method}, which acts on calls of the whole model" if facts.acts_on_calls else ""
+    return f"{facts.method}, which acts on calls of the whole model" if facts.transforms_calls else ""
 
 
 def _copies(facts: AdapterFacts) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-from nbpeft.engine.methods.shadow.shadow import ShadowNetwork, class_loss, in_dtype_of, language_loss, last_tokens
+from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
 from nbpeft.engine.model_tree import embedding_of, frozen_module
 from nbpeft.errors import AdapterError
 
@@ -100,11 +100,11 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         return CausalLMOutputWithPast(loss, logits, cache)
 
 
-def detached(network: ShadowNetwork, model: nn.Module, *, owned: bool) -> DetachedShadowModel:
+def detached(network: Any, model: nn.Module, *, owned: bool) -> DetachedShadowModel:
     """The network of an adapter as a model.
 
     Args:
-        network: the adapter.
+        network: the adapter, a ``ShadowNetwork``.
         model: its base model.
         owned: copy all tensors; else they are shared.
     """

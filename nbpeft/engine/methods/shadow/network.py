@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -114,8 +115,11 @@ class Recipe:
             return nn.Identity()
         return nn.Linear(own, self.width, bias=False)
 
-    def weights(self) -> tuple[dict[str, Tensor], Tensor | None]:
+    def weights(self, reads: Callable[[str], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor | None]:
         """The saved tensors of the network and its projection, if any.
+
+        Args:
+            reads: gives the tensors of a file.
 
         Raises:
             ConfigError: they cannot be read.
@@ -125,9 +129,7 @@ class Recipe:
                 from transformers import AutoModel
 
                 return dict(AutoModel.from_pretrained(self.source).state_dict()), None
-            from safetensors.torch import load_file
-
-            found = load_file(_file(self.source, "model.safetensors"))
+            found = reads(_file(self.source, "model.safetensors"))
             prefix = "shadow_model."
             own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
             return own, found[_PROJECTION]

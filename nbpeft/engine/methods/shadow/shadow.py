@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.methods.shadow.config import ShadowConfig
+from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
 from nbpeft.engine.methods.shadow.network import Recipe
 from nbpeft.engine.model_adapter import ModelAdapter, RunsBeside
 from nbpeft.engine.model_calls import cache_argument, fills_cache, take_cache
@@ -185,7 +186,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
             else:
                 with torch.random.fork_rng(devices=()):
                     made = cls(config)
-        given = dict(tensors or made.start())
+        given = dict(tensors or made.start(config))
         for name, parameter in list(made.named_parameters()):
             value = given.get(name, parameter).detach()
             if tensors is None and value.dtype != site.base.dtype:
@@ -198,11 +199,11 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
                 module._buffers[own] = None if buffer is None else buffer.to(site.device)
         return made
 
-    def start(self) -> dict[str, Tensor]:
+    def start(self, config: ShadowConfig) -> dict[str, Tensor]:
         """The tensors of a new adapter that are not drawn, by name."""
         found = {f"shadow_head.{name}": value.clone() for name, value in self.recipe.head_tensors().items()}
         if self.recipe.source and not next(self._modules["shadow_backbone"].parameters()).is_meta:  # type: ignore[union-attr]
-            own, projection = self.recipe.weights()
+            own, projection = self.recipe.weights(config.stored_tensors)
             found |= {f"shadow_backbone.{name}": value for name, value in own.items()}
             if projection is not None:
                 found["shadow_projection.weight"] = projection
@@ -245,7 +246,8 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         dtype = block.shadow_down.weight.dtype
         differing = F.dropout(hidden.to(dtype) - state.to(dtype), self.dropout, self.training)
         added = block.shadow_up(block.shadow_down(differing))
-        return hidden + (self.alpha * scale * added).to(hidden.dtype)
+        changed: Tensor = hidden + (self.alpha * scale * added).to(hidden.dtype)
+        return changed
 
     def advanced(self, path: str, hidden: Tensor, state: Tensor) -> Tensor:
         """A mean of the state and of a map of the block's output, with a gate; see ``RunsBeside``."""
@@ -316,32 +318,3 @@ class ShadowBlock(nn.Module):
 def shown_network(config: ShadowConfig) -> str:
     """The network for people: its layers, or where it comes from."""
     return f"{config.shadow_num_hidden_layers or 1} layers" if config.shadow_model == "mirror" else config.shadow_model
-
-
-def in_dtype_of(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states in the dtype that a head computes in."""
-    dtype = next((one.dtype for one in head.parameters() if one.is_floating_point()), hidden.dtype)
-    return hidden.to(dtype)
-
-
-def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross entropy of tokens, (rows, length, vocabulary) and (rows, length)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
-
-
-def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of a classification, (rows, classes): of numbers, one class or several, as the labels are."""
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).view(-1))
-    if labels.is_floating_point():
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels.view(-1))
-
-
-def last_tokens(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The states of the last token of each row, (rows, features), padding on either side left out."""
-    if mask is None:
-        return hidden[:, -1]
-    positions = torch.arange(mask.shape[-1], device=mask.device)
-    last = (mask.ne(0) * positions).argmax(-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
