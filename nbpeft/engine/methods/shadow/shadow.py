@@ -132,7 +132,7 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     unpack=_unpacked,
     summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
     smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
-    when="a small model that can be taken out is wanted, too: it runs beside the frozen one and steers its blocks",
+    when="a small model is wanted, too: it steers the large one, and can be taken out",
     paper="arXiv:2604.19254",
     model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
     model_attributes={
