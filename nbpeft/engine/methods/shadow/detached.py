@@ -116,7 +116,7 @@ def detached(network: Any, model: nn.Module, *, owned: bool) -> DetachedShadowMo
         embedding = None if embedding is None else frozen_module(embedding)  # without the network, which it has
         backbone, projection, head, embedding = copy.deepcopy((backbone, projection, head, embedding))
         if embedding is not None:
-            backbone.embed_tokens, embedding = embedding, None  # type: ignore[union-attr]
+            backbone.embed_tokens, embedding = embedding, None
     return DetachedShadowModel(
         backbone, projection, head, is_classification="shadow_head" in own, input_embeddings=embedding
     )
