@@ -51,6 +51,7 @@ from .engine.methods.psoft import PsoftConfig as PsoftConfig
 from .engine.methods.pvera import PveraConfig as PveraConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig
+from .engine.methods.shadow.config import ShadowConfig as ShadowConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.supertuning import SupertuningConfig as SupertuningConfig
 from .engine.methods.tinylora import TinyLoraConfig as TinyLoraConfig

@@ -12,7 +12,7 @@ PEFT_TYPES = (
     *("TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA", "CARTRIDGE", "TINYLORA", "PSOFT"),
     *("PEANUT", "SHADOW", "SUPERTUNING", "DEFT"),
 )
-"""PEFT's values of ``peft_type``: code compares with them, whether nbpeft has the method or not."""
+"""PEFT's values of ``peft_type``: code compares with them, also before a method is registered."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating dtypes that models are loaded, computed and merged in."""

@@ -31,6 +31,7 @@ from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.replication import pending_replication, replicate_layers_, settle_layers
+from nbpeft.engine.side_network import put_side_network
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, ConfigError
@@ -329,6 +330,7 @@ def hook_in(model: nn.Module, layer: AdaptedLayer, adapters: Iterable[Any], chan
         if isinstance(adapter, ModelAdapter):
             put_hooks(model, layer, change)
             put_inner_hooks(model, layer, change)
+            put_side_network(model, layer, change)
         if isinstance(adapter._modules.get("shared"), NeedsFirstPass):
             put_first_pass(model, layer, change)
 

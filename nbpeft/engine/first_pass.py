@@ -9,10 +9,8 @@ active as every layer does. A cache of keys and values has a second one for the 
 from __future__ import annotations
 
 import inspect
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import Active
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_calls import LayerHook, cache_argument, parameters_of
+from nbpeft.engine.model_calls import cache_argument, fills_cache, take_cache
+from nbpeft.engine.prepared_calls import BeforeCall, put_before_calls
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 
@@ -47,41 +46,10 @@ class NeedsFirstPass(ABC):
         """
 
 
-class _FirstPass(LayerHook):
-    """A hook that makes the first pass before each call of a model.
+class _FirstPass(BeforeCall):
+    """A hook that makes the first pass before each call of a model; it has the first adapted layer of an adapter."""
 
-    Args:
-        layer: the first adapted layer, whose adapters have what their layers share.
-    """
-
-    def __init__(self, layer: AdaptedLayer) -> None:
-        super().__init__(layer)
-        self.unpinned: dict[int, tuple[int, Active, list[str]]] = {}
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _FirstPass)]
-        if hooks[0] is not self:  # one pass is for all of them
-            return None
-        active = self.layer.active_state.current()
-        states = {name: state for hook in hooks for name, state in hook.states(active).items()}
-        if not states:
-            return None
-        contexts: Any = active.context
-        # A call of a handle has a place for each context. Who calls the base model itself acts with what is shared.
-        unpinned = [name for name in states if name not in contexts]
-        if unpinned:
-            begun = torch._C._autograd._get_sequence_nr()
-            self.unpinned[threading.get_ident()] = (begun, active, unpinned)
-        call: dict[str, Any] = dict(zip(parameters_of(module), args, strict=False)) | kwargs
-        first = _first_call(module, call)
-        contexts.update({name: state.first_context for name, state in states.items()})
-        hidden = _last_hidden_states(module, first)
-        contexts.update({name: state.context(hidden) for name, state in states.items()})
-        return (), call
-
-    def states(self, active: Active) -> dict[str, NeedsFirstPass]:
+    def computing(self, active: Active) -> dict[str, NeedsFirstPass]:
         """Adapter name -> what its layers share, of those active adapters that need the pass."""
         names = active.names if active.rows is None else active.rows.names
         found: dict[str, NeedsFirstPass] = {}
@@ -92,31 +60,13 @@ class _FirstPass(LayerHook):
                 found[name] = state
         return found
 
-    def end(self) -> None:
-        """Clears what a call has left that no handle made; checkpointing still finds it."""
-        begun = self.unpinned.pop(threading.get_ident(), None)
-        if begun is None:
-            return
-        number, active, names = begun
+    def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
+        """Makes the pass, and what the adapters make of it; see ``BeforeCall``."""
         contexts: Any = active.context
-        if torch.is_grad_enabled():
-            self.layer.active_state.remember(number, replace(active, context=dict(contexts)))  # type: ignore[union-attr]
-        for name in names:
-            contexts.pop(name, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "unpinned": {}}
-
-
-class _AfterCall(LayerHook):
-    """A hook that ends what the other one began, whether the call fails or not."""
-
-    def __init__(self, first: _FirstPass) -> None:
-        super().__init__(first.layer)
-        self.first = first
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.first.end()
+        first = _first_call(module, call)
+        contexts.update({name: state.first_context for name, state in found.items()})
+        hidden = _last_hidden_states(module, first)
+        contexts.update({name: state.context(hidden) for name, state in found.items()})
 
 
 def put_first_pass(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
@@ -127,14 +77,7 @@ def put_first_pass(model: nn.Module, layer: AdaptedLayer, change: Transaction) -
         layer: the first adapted layer.
         change: records the hooks of the model.
     """
-    present = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _FirstPass))
-    if any(hook.layer is layer for hook in present):
-        return
-    change.keep(model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs)
-    change.keep(model._forward_hooks, model._forward_hooks_with_kwargs, model._forward_hooks_always_called)
-    first = _FirstPass(layer)
-    model.register_forward_pre_hook(first, with_kwargs=True)
-    model.register_forward_hook(_AfterCall(first), with_kwargs=True, always_call=True)
+    put_before_calls(model, _FirstPass(layer), change)
 
 
 @torch.no_grad()
@@ -172,19 +115,10 @@ def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     if not name:
         return first
     first.pop("past_key_values", None)
-    former = call.pop("past_key_values", None)
-    given = call.get(name) if former is None else former
-    if given is None and not _fills_cache(module, call):
+    given = take_cache(call, name)
+    if given is None and not fills_cache(module, call):
         return first | {"use_cache": False}
     from nbpeft.engine.two_pass_cache import with_first_pass
 
     call[name] = with_first_pass(given, module)
     return first | {name: call[name].first_pass, "use_cache": True}
-
-
-def _fills_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Whether a call without a cache begins one; what is learned from needs none, where nobody asks for it."""
-    asked = call.get("use_cache")
-    if asked is None:
-        asked = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
-    return bool(asked)

@@ -9,6 +9,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.model_adapter import RunsBeside
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.tied_weights import layers_to_untie
@@ -150,8 +151,18 @@ def check_compatible(
 ) -> None:
     """Raises AdapterError if two of the adapters cannot act at once.
 
-    Each trained a copy of one module, or one adapts a layer inside a module that another has a copy of.
+    Each trained a copy of one module, or has a network beside the model, or one adapts a layer inside a module that
+    another has a copy of.
     """
+    beside = {
+        name: adapter
+        for layer in (layers.values() if len(names) > 1 else ())
+        for name, adapter in layer.adapters._modules.items()
+        if name in names and isinstance(adapter, RunsBeside)
+    }
+    if len(beside) > 1:
+        title = next(iter(beside.values())).title
+        raise AdapterError(f"{title} requires exactly one active adapter, not {' and '.join(map(repr, beside))}")
     for path, module in copies.items() if len(names) > 1 else ():
         having = [name for name in names if name in module.modules_to_save._modules]
         if len(having) > 1:

@@ -9,7 +9,8 @@ A ``ModelAdapter`` puts trained vectors in front of what a model reads:
 It hangs at the input embedding, which it leaves as it is: so it moves, trains, is saved and is copied with the model
 as every adapter does. ``model_calls`` puts what it gives into a call, with mask, positions and labels. One that
 ``WeighsTokens`` says besides which tokens a language model learns, its own among them, and how much each counts. One
-that ``AddsInside`` adds to what modules inside the model give (``inner_calls``).
+that ``AddsInside`` adds to what modules inside the model give (``inner_calls``), and one that ``RunsBeside`` changes
+what blocks read (``side_network``).
 """
 
 from __future__ import annotations
@@ -202,6 +203,64 @@ class AddsInside(ABC):
         """
 
 
+class RunsBeside(ABC):
+    """Has a network that runs beside the model, whose state goes through some blocks of it; a ``ModelAdapter``.
+
+    Its method declares ``call_context``, which gives None: the state takes that place while the call runs.
+
+    Attributes:
+        title: of its method, for messages.
+        places: paths of the blocks in the base model, one behind the other.
+        loss_weight: factor on its own loss.
+        last_loss: the loss of the last call that had labels, detached; None after one that had none.
+    """
+
+    title: str
+    places: tuple[str, ...]
+    loss_weight: float
+    last_loss: Tensor | None = None
+
+    @abstractmethod
+    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
+        """The state in front of the first block, (rows, length, features).
+
+        Args:
+            model: the base model.
+            call: the arguments of its call by name; changed where a cache has to keep what the network computes.
+        """
+
+    @abstractmethod
+    def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
+        """What a block reads in place of its hidden states.
+
+        Args:
+            path: of the block.
+            hidden: (rows, length, features).
+            state: in front of it.
+            scale: factor on what is added.
+        """
+
+    @abstractmethod
+    def advanced(self, path: str, hidden: Tensor, state: Tensor) -> Tensor:
+        """The state behind a block.
+
+        Args:
+            path: of the block.
+            hidden: what it gave.
+            state: in front of it.
+        """
+
+    @abstractmethod
+    def own_loss(self, model: nn.Module, call: Mapping[str, Any], state: Tensor) -> Tensor | None:
+        """The loss of the network by itself; None where it has none.
+
+        Args:
+            model: the base model.
+            call: the arguments of its call by name, ``labels`` among them.
+            state: in front of the first block.
+        """
+
+
 def learns_prompt(adapter: object) -> TypeGuard[ModelAdapter]:
     """Whether something is an adapter that puts tokens or states in front of what a model reads."""
-    return isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside)
+    return isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside | RunsBeside)

@@ -48,6 +48,25 @@ def cache_argument(module: nn.Module) -> str:
     return next((name for name in _CACHES if name in parameters_of(module)), "")
 
 
+def take_cache(call: dict[str, Any], name: str) -> Any:
+    """Takes the cache out of the arguments of a call, under whichever name it has there; None if there is none.
+
+    Args:
+        call: the arguments by name; changed in place.
+        name: of the argument, as ``cache_argument`` gives it.
+    """
+    given = [call.pop(one) for one in ("past_key_values", name) if one in call]
+    return next((cache for cache in given if cache is not None), None)
+
+
+def fills_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether a call without a cache begins one; what is learned from needs none, where nobody asks for it."""
+    asked = call.get("use_cache")
+    if asked is None:
+        asked = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
+    return bool(asked)
+
+
 def has_encoder(model: nn.Module) -> bool:
     """Whether a model is an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

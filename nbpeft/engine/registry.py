@@ -23,7 +23,6 @@ from nbpeft.engine.combination import Combine, Member
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 from nbpeft.interrupts import HeldInterrupts
-from nbpeft.names import PEFT_TYPES
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 
@@ -333,10 +332,6 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
         UnknownMethodError: no registered method has it.
     """
     known = {m.peft_type: m.config_class for m in reversed(methods())}
-    if peft_type in PEFT_TYPES and peft_type not in known:
-        raise UnknownMethodError(
-            f"this is an adapter of {peft_type}, a method of PEFT that nbpeft does not have", peft_type=peft_type
-        )
     if peft_type not in known:
         raise UnknownMethodError(
             f"peft_type {peft_type!r} is not a known method; known: {', '.join(sorted(known))}."

@@ -1,8 +1,8 @@
-"""A cache of keys and values for a model that runs twice for each call: it carries that of the first pass."""
+"""A cache of keys and values for a model that runs twice for each call, or beside another one: it carries a second."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -14,9 +14,10 @@ class TwoPassCache(DynamicCache):
     """The cache of a call, and that of the pass before it; what is done to its rows and its length is done to both.
 
     Attributes:
-        first_pass: the cache of the first pass.
+        first_pass: the cache of the first pass, or of the network beside the model.
     """
 
+    needed_because: ClassVar[str] = "the active adapter runs the model twice for each call"
     first_pass: DynamicCache
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -45,33 +46,39 @@ class TwoPassCache(DynamicCache):
         self.first_pass.reset()  # type: ignore[no-untyped-call]
 
 
-def with_first_pass(cache: Any, model: nn.Module) -> TwoPassCache:
+def with_first_pass(
+    cache: Any, model: nn.Module, other: nn.Module | None = None, kind: type[TwoPassCache] = TwoPassCache
+) -> TwoPassCache:
     """The cache of a call with one for the first pass: the object that was given, or a new one.
 
     Args:
         cache: what the call was given; None for a new one.
         model: what is called.
+        other: what runs before, where that is another network.
+        kind: what it becomes.
 
     Raises:
         AdapterError: it is filled by calls without a first pass, or of a kind that cannot carry another one.
     """
-    if isinstance(cache, TwoPassCache):
-        return cache
-    config: Any = getattr(model, "config", None)
-    decoder = None if config is None else config.get_text_config(decoder=True)
-    made: Any = DynamicCache(config=decoder) if cache is None else cache
-    if type(made) is not DynamicCache:
+    made: Any = DynamicCache(config=_config(model)) if cache is None else cache
+    if type(made) not in (kind, DynamicCache):
         raise AdapterError(
-            f"the active adapter runs the model twice for each call, which a {type(made).__name__} cannot keep: leave "
-            "cache_implementation out, or pass use_cache=False"
+            f"{kind.needed_because}, which a {type(made).__name__} cannot keep: leave cache_implementation out, or "
+            "pass use_cache=False"
         )
-    if made.get_seq_length():
+    if made.get_seq_length() != (made.first_pass.get_seq_length() if type(made) is kind else 0):
         raise AdapterError(
             "the cache holds tokens that the active adapter has not seen: begin with an empty one, or pass "
             "use_cache=False"
         )
-    both: Any = made
-    both.__class__ = TwoPassCache
-    both.first_pass = DynamicCache(config=decoder)
-    found: TwoPassCache = both
+    if type(made) is not kind:
+        made.__class__ = kind
+        made.first_pass = DynamicCache(config=_config(model if other is None else other))
+    found: TwoPassCache = made
     return found
+
+
+def _config(model: nn.Module) -> Any:
+    """The config of what decodes in a model; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return None if config is None else config.get_text_config(decoder=True)

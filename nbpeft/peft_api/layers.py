@@ -88,7 +88,7 @@ def of_method(package: str, name: str) -> Any:
     title = method.config_class.__name__.removesuffix("Config")
     if name == f"{title}Model":
         return tuner_class(method)
-    if name == f"{title}Layer":
+    if name == f"{title}Layer" and not method.transforms_calls:
         return _layer_type(method.peft_type, name)
     if name.isupper():
         return usual_targets_of(method.peft_type)

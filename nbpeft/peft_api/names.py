@@ -98,6 +98,7 @@ _ADALORA = (
     "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
     "SVDQuantLinear"
 )
+_SHADOW = "DetachedShadowModel ShadowCache"
 METHODS = {
     "adalora": ("AdaLoRA", _ADALORA),
     "adamss": ("AdaMSS", "AdamssConfig AdamssLayer AdamssModel Linear"),
@@ -139,7 +140,7 @@ METHODS = {
     "pvera": ("PVeRA", "Linear PveraConfig PveraLayer PveraModel"),
     "randlora": ("RandLoRA", "Linear RandLoraConfig RandLoraLayer RandLoraModel"),
     "road": ("RoAd", "Linear RoadConfig RoadLayer RoadModel"),
-    "shadow": ("Shadow", "DetachedShadowModel ShadowCache ShadowCarrier ShadowConfig ShadowLayer ShadowModel"),
+    "shadow": ("ShadowPEFT", "ShadowConfig ShadowModel"),
     "shira": ("SHiRA", "Linear ShiraConfig ShiraLayer ShiraModel"),
     "supertuning": ("Supertuning", "Linear SupertuningConfig SupertuningLayer SupertuningModel"),
     "tinylora": ("TinyLoRA", "Embedding Linear TinyLoraConfig TinyLoraLayer TinyLoraModel"),
@@ -304,7 +305,10 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.xlora.classifier": {"layers": "XLoraClassifier"},
     "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
-    "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},
+    **{
+        f"tuners.shadow{part}": {OWN: METHODS["shadow"][1], "shadow": _SHADOW, "missing": "ShadowCarrier ShadowLayer"}
+        for part in ("", ".layers")
+    },
     "tuners.cartridge.utils": {OWN: _CARTRIDGE_FUNCTIONS},
     "utils": {
         OWN: (
@@ -399,7 +403,9 @@ def value(place: str, name: str) -> Any:
     package = room if room in METHODS else _PACKAGE_OF.get(name, "")
     if package and (found := _module("layers").of_method(package, name)) is not None:
         return found
-    return missing(name, METHODS[package][0] if package else "", f"tuners.{room}" if name in _ONLY_HERE else "")
+    return missing(
+        name, METHODS[package][0] if package and origin == OWN else "", f"tuners.{room}" if name in _ONLY_HERE else ""
+    )
 
 
 def _origins(place: str) -> dict[str, str]:

@@ -35,6 +35,7 @@ class AdapterFacts:
         others: what it has that is no such product -> number of layers: ``{"DoRA": 12}``.
         convertible: whether a LoRA can take the place of all of these.
         prompt_tokens: trained tokens of the whole model, where it learns a prompt and has no layers; else 0.
+        transforms_calls: whether it acts on calls of the whole model and has no layers.
         unmergeable: why a layer of it cannot be merged into the base, as part of a sentence; empty where all can.
         copies: paths of modules that were trained as a whole.
         biases: names of the model's biases that were trained.
@@ -59,6 +60,7 @@ class AdapterFacts:
     others: Mapping[str, int]
     convertible: bool
     prompt_tokens: int
+    transforms_calls: bool
     unmergeable: str
     copies: tuple[str, ...]
     biases: tuple[str, ...]
@@ -107,12 +109,13 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     others: dict[str, int] = {}
     unmergeable, rows = "", False
     prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.is_prompt_learning else 0
+    transforms_calls = method_of(config).transforms_calls
     for path, layer in manager.layers.items():
         if name not in layer.adapters._modules:
             continue
         adapter = layer.adapter(name)
         unmergeable = unmergeable or adapter.unmergeable_reason(layer.base)
-        if prompt_tokens:
+        if transforms_calls:
             continue  # it is kept on the embedding and does not change it
         kinds[path] = layer.kind.name
         if isinstance(adapter, IsLowRank):
@@ -137,6 +140,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         others=others,
         convertible=bool(others) and not rows and can_convert(manager, name),
         prompt_tokens=prompt_tokens,
+        transforms_calls=transforms_calls,
         unmergeable=unmergeable,
         copies=tuple(weights.copies),
         biases=tuple(manager.base_biases(name)),

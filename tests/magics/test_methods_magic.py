@@ -50,6 +50,17 @@ def test_a_cell_of_a_method_completes_the_fields_of_that_method_alone(notebook: 
     assert any(word.startswith("vera_dropout") for word in notebook.complete("%%lora model --method vera\nvera_"))
 
 
+def test_a_network_beside_the_model_is_made_in_a_cell(adapted: Notebook) -> None:
+    assert "ShadowPEFT" in str(adapted.do("%lora methods"))
+    cell = "%%lora model --method shadow --name side{}\nr = 3\nshadow_num_hidden_layers = 2"
+    assert "dry run: ShadowPEFT 'side' would adapt" in str(adapted.do(cell.format(" --dry-run")))
+    assert "added 'side' on model: ShadowPEFT r=3" in str(adapted.do(cell.format("")))
+    refused = adapted.run("%%lora model --method shadow --name other\ntarget_modules = ['q_proj']").line
+    assert "'q_proj' names none of the blocks" in refused and "other" not in adapted["model"].manager.names
+    adapted.do("%lora use side")
+    assert "what it adds to the input of a block depends on the text" in adapted.run("%lora merge").line
+
+
 def test_a_mixture_of_saved_adapters_is_made_in_a_cell(adapted: Notebook, tmp_path: Path) -> None:
     for name in ("sql", "chat"):
         adapted.do(f"%lora save {tmp_path / name} --name {name}")

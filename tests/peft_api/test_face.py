@@ -53,10 +53,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.utils.integrations: get_layer_device_map refuses",
         "PeftModel: no attribute special_peft_forward_args",
     ),
-    "of methods that nbpeft lacks": (
-        "peft.tuners.shadow.*: no *",
-        "peft.tuners.lycoris_utils: * refuses",
-    ),
+    "of methods that nbpeft lacks": ("peft.tuners.lycoris_utils: * refuses",),
     "a class for isinstance: the engine makes layers": (
         "peft.tuners*: *: only for isinstance",
         "peft.utils*: *Wrapper: *",
@@ -117,6 +114,10 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.poly.router: no EPS",
         "peft.tuners.psoft.layer: no OrthLayer",
         "peft.tuners.randlora.layer: no UniqueBaseGrad",
+        "peft.tuners.shadow.*: no *",
+        "peft.tuners.shadow*: ShadowCache: no parameter *",
+        "peft.tuners.shadow*: ShadowCarrier refuses",
+        "peft.tuners.shadow*: ShadowLayer refuses",
         "peft.tuners.waveft.*: no such module",
         "peft.tuners.xlora.*: no *",
     ),

@@ -77,7 +77,9 @@ def _not_low_rank(facts: AdapterFacts) -> str:
 
 def _prompt(facts: AdapterFacts) -> str:
     count = facts.prompt_tokens
-    return f"{facts.method}, {plural(count, 'trained token')} in front of the input" if count else ""
+    if count:
+        return f"{facts.method}, {plural(count, 'trained token')} in front of the input"
+    return f"{facts.method}, which acts on calls of the whole model" if facts.transforms_calls else ""
 
 
 def _copies(facts: AdapterFacts) -> str:

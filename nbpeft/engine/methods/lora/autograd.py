@@ -72,7 +72,7 @@ class KeepMask:
     @classmethod
     def drawn(cls, x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Self, Tensor]:
         """Draws a new mask for an input; see ``again``."""
-        if x.device.type != "cpu":
+        if _seeded(x.device):
             made = cls(x.shape, probability, x.device, draw_seed())
             return made, made.again(dtype)
         count = x.numel()
@@ -114,6 +114,11 @@ class KeepMask:
     @property
     def _dropped_lanes(self) -> int:
         return min(round(self.probability * _LANES), _LANES - 1)
+
+
+def _seeded(device: torch.device) -> bool:
+    """Whether masks are drawn from a seed, which is fast, and not as ``F.dropout`` draws them."""
+    return device.type != "cpu"
 
 
 class _SeededDropout(torch.autograd.Function):

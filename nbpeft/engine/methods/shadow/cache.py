@@ -1,0 +1,30 @@
+"""A cache of keys and values for a model and the network beside it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from transformers import DynamicCache
+
+from nbpeft.engine.two_pass_cache import TwoPassCache
+
+
+class ShadowCache(TwoPassCache):
+    """The cache of a model, which carries that of the network; what is done to its rows and length is done to both."""
+
+    needed_because: ClassVar[str] = "ShadowPEFT runs a network beside the model, whose keys and values are kept, too"
+
+    @property
+    def base(self) -> Self:
+        """The cache of the model: this one."""
+        return self
+
+    @property
+    def shadow(self) -> DynamicCache:
+        """The cache of the network."""
+        return self.first_pass
+
+    @property
+    def is_compileable(self) -> Any:
+        """False: there are two."""
+        return False

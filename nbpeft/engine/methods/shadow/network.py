@@ -1,0 +1,237 @@
+"""The network that runs beside a model: where the model's blocks are, and how a smaller one of its kind is made."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import TaskType
+from nbpeft.engine.model_calls import has_encoder
+from nbpeft.engine.model_tree import bare_modules
+from nbpeft.errors import ConfigError, in_one_line, shortened, shown
+
+_LISTS = ("layers", "h")
+"""What models call the list of their blocks."""
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("score", "classifier")
+"""What models call the head of a sequence classification."""
+_PROJECTED = "causal_lm_with_hidden_projection"
+"""The model type of a saved network with a projection to the features of a larger model."""
+_PROJECTION = "shadow_hidden_projection.weight"
+
+
+def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module that has the blocks of a decoder, and their paths.
+
+    Raises:
+        ConfigError: the model is no decoder of token ids.
+    """
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if has_encoder(model):
+        raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has an encoder and a decoder")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if text is None or text is not config:
+        raise ConfigError(f"ShadowPEFT works with decoder language models of transformers, and {name} is none")
+    for path, module in bare_modules(model):
+        for attribute in _LISTS:
+            blocks = module._modules.get(attribute)
+            if isinstance(blocks, nn.ModuleList) and len(blocks) and hasattr(module, "config"):
+                prefix = f"{path}.{attribute}" if path else attribute
+                return module, [f"{prefix}.{number}" for number in range(len(blocks))]
+    raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has no list of blocks (layers, h)")
+
+
+def width_of(config: Any) -> int:
+    """Features of the hidden states that a config says.
+
+    Raises:
+        ConfigError: it says none.
+    """
+    found = next((getattr(config, name) for name in _WIDTHS if hasattr(config, name)), None)
+    if not isinstance(found, int):
+        raise ConfigError(f"{type(config).__name__} does not say its hidden_size")
+    return found
+
+
+class Recipe:
+    """How the network for a model is made.
+
+    Attributes:
+        network_class: class of the network.
+        network_config: its config.
+        source: folder or hub id of its weights; empty for a new one.
+        is_projected: whether those have a projection with them.
+        width: features of the model's hidden states.
+        shares: whether it reads the model's input embeddings.
+        is_lm: whether its loss is that of a language model, whose head it takes.
+        head: of a classification, without data; None where there is none.
+    """
+
+    def __init__(
+        self, network_class: Any, network_config: Any, source: str = "", *, is_projected: bool = False
+    ) -> None:
+        self.network_class, self.network_config = network_class, network_config
+        self.source, self.is_projected = source, is_projected
+        self.width = 0
+        self.shares = self.is_lm = False
+        self.head: nn.Module | None = None
+        self._source_of_head: Any = None
+
+    def set_head(self, head: nn.Module) -> None:
+        """Takes the head of a classification, whose tensors it does not keep."""
+        tensors = (*head.parameters(), *head.buffers())
+        memo: dict[int, Any] = {id(one): nn.Parameter(torch.empty_like(one, device="meta")) for one in tensors}
+        self.head = copy.deepcopy(head, memo)
+        self._source_of_head = weakref.ref(head)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The tensors of that head, by name."""
+        head = None if self._source_of_head is None else self._source_of_head()
+        return {} if head is None else dict(head.named_parameters())
+
+    def network(self) -> Any:
+        """A new network, its embedding left out where it reads the model's."""
+        # What is read whole is not drawn first.
+        with torch.random.fork_rng(devices=()) if self.source and not self.is_projected else nullcontext():
+            made = self.network_class(self.network_config)
+        if self.shares and isinstance(getattr(made, "embed_tokens", None), nn.Module):
+            del made.embed_tokens
+        return made
+
+    def projection(self) -> nn.Module:
+        """A new projection from the network's features to the model's."""
+        own = width_of(self.network_config)
+        if own == self.width and not self.is_projected:
+            return nn.Identity()
+        return nn.Linear(own, self.width, bias=False)
+
+    def weights(self, reads: Callable[[str], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The saved tensors of the network and its projection, if any.
+
+        Args:
+            reads: gives the tensors of a file.
+
+        Raises:
+            ConfigError: they cannot be read.
+        """
+        try:
+            if not self.is_projected:
+                from transformers import AutoModel
+
+                return dict(AutoModel.from_pretrained(self.source).state_dict()), None
+            found = reads(_file(self.source, "model.safetensors"))
+            prefix = "shadow_model."
+            own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+            return own, found[_PROJECTION]
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(self.source, error) from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source_of_head": None}
+
+
+def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:
+    """How the network that a config asks for is made.
+
+    Args:
+        config: a ``ShadowConfig``.
+        model: the base model.
+        backbone: the module that has its blocks.
+
+    Raises:
+        ConfigError: there is no such network, or it does not fit the model.
+    """
+    is_mirror = config.shadow_model == "mirror"
+    made = _mirrored(config, backbone) if is_mirror else _saved(config.shadow_model)
+    made.width = width_of(model.config)
+    try:
+        with torch.device("meta"):
+            takes = inspect.signature(made.network().forward).parameters
+    except Exception as error:
+        reason = shortened(in_one_line(error), 200)
+        raise ConfigError(
+            f"a network like {type(backbone).__name__} with these sizes cannot be made: {reason}"
+        ) from None
+    same = width_of(made.network_config) == made.width
+    made.shares = bool(config.share_embeddings and is_mirror and same and "inputs_embeds" in takes)
+    made.is_lm = config.task_type == TaskType.CAUSAL_LM
+    if config.task_type == TaskType.SEQ_CLS:
+        modules = dict(bare_modules(model))
+        head = next((modules[name] for name in _HEADS if name in modules), None)
+        if head is not None:
+            made.set_head(head)
+    return made
+
+
+def _mirrored(config: Any, backbone: Any) -> Recipe:
+    """A new network of the class of a model's backbone."""
+    own = copy.deepcopy(backbone.config)
+    for value, field, names in (
+        (
+            config.shadow_num_hidden_layers or 1,
+            "shadow_num_hidden_layers",
+            ("num_hidden_layers", "n_layer", "num_layers"),
+        ),
+        (config.shadow_hidden_size, "shadow_hidden_size", _WIDTHS),
+        (config.shadow_intermediate_size, "shadow_intermediate_size", ("intermediate_size", "ffn_dim", "n_inner")),
+        (
+            config.shadow_num_attention_heads,
+            "shadow_num_attention_heads",
+            ("num_attention_heads", "n_head", "num_heads"),
+        ),
+    ):
+        name = next((one for one in names if hasattr(own, one)), None)
+        if value is not None and name is None:
+            raise ConfigError(f"{type(own).__name__} has no field for {field}", field=field)
+        if value is not None:
+            setattr(own, str(name), value)
+    layers = int(own.num_hidden_layers)
+    kinds = list(getattr(own, "layer_types", None) or [])
+    if kinds:
+        own.layer_types = (kinds + kinds[-1:] * layers)[:layers]
+    if int(getattr(own, "max_window_layers", None) or 0) > layers:
+        own.max_window_layers = layers
+    return Recipe(type(backbone), own)
+
+
+def _saved(source: str) -> Recipe:
+    """A network of a folder or of the hub."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        fields = json.loads(Path(_file(source, "config.json")).read_text(encoding="utf-8"))
+        is_projected = fields.get("model_type") == _PROJECTED
+        if is_projected:
+            inner = dict(fields["shadow_model_config"])
+            own = AutoConfig.for_model(inner.pop("model_type"), **inner)
+        else:
+            own = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            network_class = type(AutoModel.from_config(own))  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(source, error) from None
+    return Recipe(network_class, own, source, is_projected=is_projected)
+
+
+def _file(source: str, name: str) -> str:
+    from transformers.utils.hub import cached_file
+
+    return str(cached_file(source, name))
+
+
+def _unreadable(source: str, error: Exception) -> ConfigError:
+    reason = shortened(in_one_line(error), 200)
+    return ConfigError(f"shadow_model {shown(source)} cannot be read: {reason}", field="shadow_model")

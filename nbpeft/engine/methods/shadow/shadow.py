@@ -1,0 +1,320 @@
+"""ShadowPEFT: a small network beside a decoder, whose state the blocks of the decoder read and advance.
+
+    s_0 = P network(x)                                          before the blocks
+    h   = h + a W_up dropout(W_down (h - s))                    what a block reads in place of h
+    s   = (1 - g) s + g T(h'),   g = sigmoid(G(h'))             behind it, of what it gave, h'
+
+The model stays as it is. W_up starts at zero, so that the model is itself at first. The network learns by a loss of its
+own, too: that of the model's head on s_0, and can be taken out as a small model (``unload_shadow``).
+
+PEFT computes the network in the dtype of the model, here in that of the adapter. It advances the state behind the last
+block, which nothing reads, and adds the network's loss to that of calls without gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.methods.shadow.config import ShadowConfig
+from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
+from nbpeft.engine.methods.shadow.network import Recipe
+from nbpeft.engine.model_adapter import ModelAdapter, RunsBeside
+from nbpeft.engine.model_calls import cache_argument, fills_cache, take_cache
+from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.registry import register
+from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import AdapterError, UnknownAdapterError
+
+_PARTS = ("shadow_backbone", "shadow_projection", "shadow_head")
+_OF_BLOCK = "shadow_down|shadow_up|shadow_update_transform|shadow_update_gate"
+_BLOCK_HERE = re.compile(rf"(.+)\.({_OF_BLOCK})\.(.+)")
+_BLOCK_IN_PEFT = re.compile(rf"base_model\.model\.(.+)\.({_OF_BLOCK})(?:\.default)?(?:\.(.+))?")
+"""A tensor of a block in a file; where its adapter is called ``default``, a state dict is read without that name."""
+_SETTINGS = ("alpha", "dropout", "loss_weight")
+
+
+def _packed(config: ShadowConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the keys of PEFT's files."""
+    return {_key_in_peft(key): tensor for key, tensor in tensors.items()}
+
+
+def _key_in_peft(key: str) -> str:
+    part, _, rest = key.partition(".")
+    if part in _PARTS:
+        return f"base_model.{part}.default.{rest}"
+    if _BLOCK_HERE.fullmatch(key):
+        return _BLOCK_HERE.sub(r"base_model.model.\1.\2.default.\3", key)
+    return f"base_model.model.{key.removeprefix('base_model.')}"
+
+
+def _unpacked(config: ShadowConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the paths of the parameters."""
+    return {_key_here(key): tensor for key, tensor in tensors.items()}
+
+
+def _key_here(key: str) -> str:
+    _, _, rest = key.partition(".")
+    part, _, own = rest.partition(".default.")
+    if part in _PARTS:
+        return f"{part}.{own}"
+    found = _BLOCK_IN_PEFT.fullmatch(key)
+    return key if found is None else f"{found[1]}.{found[2]}.{found[3] or 'weight'}"
+
+
+def _networks(manager: Any) -> dict[str, ShadowNetwork]:
+    """Adapter name -> adapter, of all on a model."""
+    adapters = ((name, one) for layer in manager.layers.values() for name, one in layer.adapters._modules.items())
+    return {name: one for name, one in adapters if isinstance(one, ShadowNetwork)}
+
+
+def _part(name: str) -> Any:
+    """Reads a part of all adapters of a model, in a new container."""
+
+    def read(tuner: Any) -> nn.ModuleDict:
+        found = {key: one._modules.get(name) for key, one in _networks(tuner.manager).items()}
+        return nn.ModuleDict({key: module for key, module in found.items() if module is not None})
+
+    return read
+
+
+def _last_loss(tuner: Any) -> Tensor | None:
+    """The loss of the network in the last call with labels, detached."""
+    return next((one.last_loss for name, one in _networks(tuner.manager).items() if name in tuner.manager.active), None)
+
+
+def unload_shadow(manager: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
+    """Returns the network of an adapter as a model of its own, with the head of the base model.
+
+    Args:
+        manager: of the model.
+        adapter_name: of the adapter; None for the active one.
+        copy: give it tensors of its own, the input embedding among them, as saving it as a whole needs.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    from nbpeft.engine.methods.shadow.detached import detached
+
+    found = _networks(manager)
+    name = next((one for one in manager.active if one in found), None) if adapter_name is None else adapter_name
+    if name is None or name not in found:
+        raise UnknownAdapterError(f"there is no ShadowPEFT adapter {name or 'active'!r}", adapter=name)
+    return detached(found[name], manager.model, owned=copy)
+
+
+def _head(manager: Any, adapter_name: str) -> nn.Module | None:
+    """The head that the loss of a network is computed with."""
+    network = _networks(manager)[adapter_name]
+    return embedding_of(manager.model, output=True) if network.recipe.is_lm else network._modules.get("shadow_head")
+
+
+def _sharing(tuner: Any) -> dict[str, bool]:
+    """Adapter name -> whether its network reads the embeddings of the model."""
+    return {name: one.recipe.shares for name, one in _networks(tuner.manager).items()}
+
+
+@register(
+    ShadowConfig,
+    peft_type="SHADOW",
+    label="ShadowPEFT",
+    call_context=lambda config, args, kwargs: None,
+    pack=_packed,
+    unpack=_unpacked,
+    summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
+    smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
+    when="a small model is wanted, too: it steers the large one, and can be taken out",
+    paper="arXiv:2604.19254",
+    model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
+    model_attributes={
+        **{name: _part(name) for name in _PARTS},
+        "last_shadow_loss": _last_loss,
+        "_shadow_share_embeddings": _sharing,
+    },
+)
+class ShadowNetwork(ModelAdapter, RunsBeside):
+    """The network, its projection and head, and for each block what it adds and how the state goes on.
+
+    What belongs to a block is below the path of that in the model.
+    """
+
+    parts_shown_as: ClassVar[str] = "shadow_networks"
+    title: str = "ShadowPEFT"
+
+    def __init__(self, config: ShadowConfig) -> None:
+        super().__init__(config)
+        recipe = config.recipe
+        assert recipe is not None, "the config is not completed for a model"
+        self.__dict__.update(recipe=recipe, places=config.places)
+        self.configure(config, "")
+        self._modules["shadow_backbone"] = network = recipe.network()
+        self._modules["shadow_projection"] = recipe.projection()
+        if recipe.head is not None:
+            self._modules["shadow_head"] = copy.deepcopy(recipe.head)
+        for path in config.places:
+            *parents, last = path.split(".")
+            holder: nn.Module = self
+            for name in parents:
+                holder = holder._modules.setdefault(name, nn.Module())  # type: ignore[assignment]
+            holder._modules[last] = ShadowBlock(config, recipe.width)
+        if recipe.source:  # as large as those of a whole model
+            tables = [one for one in map(embedding_of, (network,)) if one is not None]
+            kept = {id(parameter) for table in tables for parameter in table.parameters()}
+            frozen = tuple(name for name, parameter in self.named_parameters() if id(parameter) in kept)
+            self.__dict__["frozen_parameters"] = frozen
+
+    recipe: Recipe
+    alpha: float
+    dropout: float
+
+    @classmethod
+    def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or draws new ones as PEFT does; see ``Adapter``."""
+        without_data = site.device.type == "meta"
+        with torch.device("meta") if without_data else nullcontext():
+            if tensors is None:
+                made = cls(config)
+            else:
+                with torch.random.fork_rng(devices=()):
+                    made = cls(config)
+        given = dict(tensors or made.start(config))
+        for name, parameter in list(made.named_parameters()):
+            value = given.get(name, parameter).detach()
+            if tensors is None and value.dtype != site.base.dtype:
+                value = value.to(site.base.dtype)
+            owner, _, own = name.rpartition(".")
+            bound = nn.Parameter(value.to(site.device, site.dtype), name not in made.frozen_parameters)
+            made.get_submodule(owner)._parameters[own] = bound
+        for module in made.modules():
+            for own, buffer in module._buffers.items():
+                module._buffers[own] = None if buffer is None else buffer.to(site.device)
+        return made
+
+    def start(self, config: ShadowConfig) -> dict[str, Tensor]:
+        """The tensors of a new adapter that are not drawn, by name."""
+        found = {f"shadow_head.{name}": value.clone() for name, value in self.recipe.head_tensors().items()}
+        if self.recipe.source and not next(self._modules["shadow_backbone"].parameters()).is_meta:  # type: ignore[union-attr]
+            own, projection = self.recipe.weights(config.stored_tensors)
+            found |= {f"shadow_backbone.{name}": value for name, value in own.items()}
+            if projection is not None:
+                found["shadow_projection.weight"] = projection
+        return found
+
+    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
+        """What the network gives; see ``RunsBeside``."""
+        network: Any = self._modules["shadow_backbone"]
+        ids: Tensor | None = call.get("input_ids")
+        embeds: Tensor | None = call.get("inputs_embeds")
+        if embeds is None and self.recipe.shares and ids is not None:
+            embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
+        if not self.recipe.shares and ids is None:
+            raise AdapterError(
+                "the network of the active ShadowPEFT adapter has an embedding of its own: pass input_ids"
+            )
+        if ids is None and embeds is None:
+            raise AdapterError("pass input_ids or inputs_embeds, which the network of the active adapter reads")
+        options: dict[str, Any] = {name: call.get(name) for name in ("attention_mask", "position_ids") if name in call}
+        name = cache_argument(model)
+        given = take_cache(call, name) if name else None
+        options["use_cache"] = bool(name) and (given is not None or fills_cache(model, call))
+        if options["use_cache"]:
+            from nbpeft.engine.methods.shadow.cache import ShadowCache
+            from nbpeft.engine.two_pass_cache import with_first_pass
+
+            call[name] = with_first_pass(given, model, network, ShadowCache)
+            options[cache_argument(network)] = call[name].first_pass
+        if embeds is not None and self.recipe.shares:
+            options["inputs_embeds"] = embeds.to(next(network.parameters()).dtype)
+        else:
+            options["input_ids"] = ids
+        output = network(return_dict=True, **options)
+        state: Tensor = self._modules["shadow_projection"](output.last_hidden_state)  # type: ignore[misc]
+        return state
+
+    def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
+        """The hidden states and a low-rank map of how they differ from the state; see ``RunsBeside``."""
+        block: Any = self.get_submodule(path)
+        dtype = block.shadow_down.weight.dtype
+        differing = F.dropout(hidden.to(dtype) - state.to(dtype), self.dropout, self.training)
+        added = block.shadow_up(block.shadow_down(differing))
+        changed: Tensor = hidden + (self.alpha * scale * added).to(hidden.dtype)
+        return changed
+
+    def advanced(self, path: str, hidden: Tensor, state: Tensor) -> Tensor:
+        """A mean of the state and of a map of the block's output, with a gate; see ``RunsBeside``."""
+        block: Any = self.get_submodule(path)
+        hidden = hidden.to(block.shadow_down.weight.dtype)
+        candidate = block.shadow_update_transform(hidden)
+        gate = torch.sigmoid(block.shadow_update_gate(hidden))
+        following: Tensor = (1.0 - gate) * state.to(hidden.dtype) + gate * candidate
+        return following
+
+    def own_loss(self, model: nn.Module, call: Mapping[str, Any], state: Tensor) -> Tensor | None:
+        """The loss of the head on the network's output; see ``RunsBeside``."""
+        labels: Tensor = call["labels"]
+        if self.recipe.is_lm:
+            head: Any = embedding_of(model, output=True)
+            return None if head is None else language_loss(head(in_dtype_of(head, state)[:, :-1]), labels[:, 1:])
+        own = self._modules.get("shadow_head")
+        return None if own is None else class_loss(own(last_tokens(state, call.get("attention_mask"))), labels)
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it cannot be merged; see ``Adapter``."""
+        return (
+            "the weights: what it adds to the input of a block depends on the text; unload_shadow() gives its network"
+        )
+
+    def swap_refusal(self) -> str:
+        """Why nothing takes its place; see ``Adapter``."""
+        return "it is a network beside the model; load the other one beside it and switch with set_adapter()"
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Adds nothing again; see ``Adapter``."""
+        for path in self.places:
+            block: Any = self.get_submodule(path)
+            block.shadow_up.weight.detach().zero_()
+
+    def configure(self, config: Any, path: str) -> None:
+        """Takes the settings of a config over; see ``Adapter``."""
+        values = (config.shadow_alpha, config.shadow_dropout, config.auxiliary_loss_weight)
+        self.__dict__.update(zip(_SETTINGS, values, strict=True))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records them; see ``Adapter``."""
+        change.keep_attributes(self, *_SETTINGS)
+
+
+class ShadowBlock(nn.Module):
+    """What one block has of an adapter.
+
+    Attributes:
+        shadow_down: from the features to the rank.
+        shadow_up: back; zeros at first.
+        shadow_update_transform: gives a candidate for the next state.
+        shadow_update_gate: gives how much of it is taken.
+    """
+
+    def __init__(self, config: ShadowConfig, width: int) -> None:
+        super().__init__()
+        inside = config.update_hidden_size or config.r
+        self.shadow_down = nn.Linear(width, config.r, bias=False)
+        self.shadow_up = nn.Linear(config.r, width, bias=False)
+        if config.init_weights:
+            nn.init.zeros_(self.shadow_up.weight)
+        self.shadow_update_transform, self.shadow_update_gate = (
+            nn.Sequential(nn.Linear(width, inside), nn.GELU(), nn.Linear(inside, width)) for _ in range(2)
+        )
+
+
+def shown_network(config: ShadowConfig) -> str:
+    """The network for people: its layers, or where it comes from."""
+    return f"{config.shadow_num_hidden_layers or 1} layers" if config.shadow_model == "mirror" else config.shadow_model
