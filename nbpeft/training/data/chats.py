@@ -56,6 +56,8 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._left_out: dict[Any, frozenset[Part]] = {}
         self._takes_parts: bool | None = None
+        self._end_mark = ""
+        """What followed the content of an earlier turn that is nothing but content."""
 
     def render(self, chat: Chat) -> RenderedChat:
         """The text of a chat, and what is learned of it.
@@ -107,13 +109,27 @@ class ChatRenderer:
             return len(before), len(through)
         # The template writes an earlier turn otherwise than the last one.
         first = len(before) if text.startswith(before) else self._start(chat, text, number, before)
-        last = None if first is None else self._end(chat, text, number, through)
-        return (first, last) if first is not None and last is not None and first < last else None
+        if first is None:
+            return None
+        message = chat.messages[number]
+        content = message.get("content") if message.keys() == {"role", "content"} else None
+        plain = isinstance(content, str) and text.startswith(content, first)
+        after = first + len(content) if plain else first
+        if plain and self._end_mark and text.startswith(self._end_mark, after):
+            return first, after + len(self._end_mark)
+        last = self._end(chat, text, number, through)
+        if last is None or first >= last:
+            return None
+        if plain:
+            self._end_mark = text[after:last]
+        return first, last
 
     def _start(self, chat: Chat, text: str, number: int, before: str) -> int | None:
-        """Where the generation prompt of a turn ends, found from a message before it."""
-        for previous in reversed(range(number)):
-            found = self._following(chat, text, previous, before, number)
+        """Where the generation prompt of a turn ends, found from the beginning or from a message before the turn."""
+        plain = self._text(chat.messages[:number], chat.tools)
+        opening = len(before) - len(plain) if before.startswith(plain) else 0
+        following = (self._following(chat, text, previous, before, number) for previous in reversed(range(number)))
+        for found in itertools.chain([(text, before)], following):
             if found is None:
                 continue
             rest, prompt = found
@@ -121,11 +137,8 @@ class ChatRenderer:
             place = len(text) - len(rest) + agreed
             if agreed == len(prompt):
                 return place
-            # A generation prompt may open a thinking block that the turn does not have.
-            plain = self._text(chat.messages[:number], chat.tools)
-            if not before.startswith(plain) or len(prompt) - agreed > len(before) - len(plain):
-                return None
-            return min(place, self._content_start(chat, text, number, place))
+            if len(prompt) - agreed <= opening:  # it opens a thinking block, and the turn has none or another one
+                return min(place, self._content_start(chat, text, number, place))
         return None
 
     def _content_start(self, chat: Chat, text: str, number: int, default: int) -> int:

@@ -223,3 +223,16 @@ def test_a_turn_that_is_written_in_other_letters_is_found_if_its_place_is_sure(t
         written_as(said)
         with pytest.raises(TrainingError, match="does not show turn 1 of the assistant as it is written"):
             spoken(tokenizer, USER, REPLY, USER, REPLY)
+
+
+def test_chats_are_rendered_with_marks_until_the_end_mark_is_known(
+    tokenizer: Any, use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    marks = chats.ChatRenderer._following
+    monkeypatch.setattr(chats.ChatRenderer, "_following", lambda *args: calls.append(1) or marks(*args))
+    use(THINKING)
+    prepare_data([{"messages": [USER, REPLY, USER, REPLY, USER, REPLY]}] * 20, tokenizer)
+    assert len(calls) == 1
+    prepare_data([{"messages": [USER, REPLY]}] * 20, tokenizer)
+    assert len(calls) == 1
