@@ -111,18 +111,22 @@ class ChatRenderer:
         first = len(before) if text.startswith(before) else self._start(chat, text, number, before)
         if first is None:
             return None
-        message = chat.messages[number]
-        content = message.get("content") if message.keys() == {"role", "content"} else None
-        plain = isinstance(content, str) and text.startswith(content, first)
-        after = first + len(content) if plain else first
-        if plain and self._end_mark and text.startswith(self._end_mark, after):
+        after = self._after_content(chat.messages[number], text, first)
+        if after is not None and self._end_mark and text.startswith(self._end_mark, after):
             return first, after + len(self._end_mark)
         last = self._end(chat, text, number, through)
         if last is None or first >= last:
             return None
-        if plain:
+        if after is not None:
             self._end_mark = text[after:last]
         return first, last
+
+    def _after_content(self, message: Message, text: str, first: int) -> int | None:
+        """Where the content of a turn ends that is nothing else, if the turn begins with it."""
+        content = message.get("content") if message.keys() == {"role", "content"} else None
+        if not isinstance(content, str) or not content or not text.startswith(content, first):
+            return None
+        return first + len(content)
 
     def _start(self, chat: Chat, text: str, number: int, before: str) -> int | None:
         """Where the generation prompt of a turn ends, found from the beginning or from a message before the turn."""

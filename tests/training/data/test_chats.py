@@ -213,7 +213,7 @@ def test_the_last_turn_may_have_an_end_of_its_own(tokenizer: Any, use: Any) -> N
         spoken(tokenizer, USER, REPLY, USER, REPLY)
 
 
-def test_a_turn_that_is_written_in_other_letters_is_found_if_its_place_is_sure(tokenizer: Any, use: Any) -> None:
+def test_a_turn_that_is_written_otherwise_is_found_or_refused(tokenizer: Any, use: Any) -> None:
     def written_as(said: str) -> None:
         use(FORGETFUL.replace("{{ m['content'] }}", "{{ '' if m['role'] == 'user' else " + said + " }}"))
 
