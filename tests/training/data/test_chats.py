@@ -236,3 +236,20 @@ def test_chats_are_rendered_with_marks_until_the_end_mark_is_known(
     assert len(calls) == 1
     prepare_data([{"messages": [USER, REPLY]}] * 20, tokenizer)
     assert len(calls) == 1
+
+
+def test_a_turn_is_found_whatever_stands_before_it(tokenizer: Any, use: Any) -> None:
+    """Some templates write the tools in front of the last user message, which is another one in the whole chat."""
+    last = "m['role'] == 'user' and loop.index0 >= messages | length - 2"
+    start = "{% if tools and " + last + " %}{{ tools | tojson }}{% endif %}"
+    use(tokenizer.chat_template.replace("<|{{ m['role'] }}|>", start + "<|{{ m['role'] }}|>", 1))
+    turns = (USER, {**REPLY, "content": "a"}, USER, {**REPLY, "content": "b"})
+    found = chats.ChatRenderer(tokenizer).render(Chat(turns, (1.0,) * 4, tools=[{"name": "assistant"}]))
+    assert [found.text[span.first : span.last] for span in found.spans] == ["a<|end|>", "b<|end|>\n"]
+
+
+def test_an_empty_turn_that_is_not_learned_is_no_obstacle(tokenizer: Any, use: Any) -> None:
+    use(THINKING)
+    empty = {**REPLY, "content": "", "weight": 0}
+    [row] = prepare_data([{"messages": [USER, empty, USER, REPLY, USER, empty]}], tokenizer, max_length=200)
+    assert learned(tokenizer, row) == "yes<|end|>"
