@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,8 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._left_out: dict[Any, frozenset[Part]] = {}
         self._takes_parts: bool | None = None
+        self._end_mark = ""
+        """What followed the content of an earlier turn that is nothing but content."""
 
     def render(self, chat: Chat) -> RenderedChat:
         """The text of a chat, and what is learned of it.
@@ -92,40 +95,128 @@ class ChatRenderer:
     # Where the assistant speaks
 
     def _spans(self, chat: Chat, text: str, turns: Sequence[int]) -> Iterator[Span]:
-        cursor = 0
-        for number, message in enumerate(chat.messages):
-            found = None
-            if number in turns:
-                found = self._by_rendering(chat, text, number) or self._by_content(text, message, cursor)
-                if found is None:
-                    raise TrainingError(
-                        f"The chat template does not show turn {number} of the assistant as it is written."
-                    )
-                yield Span(*found, chat.weights[number])
-            content = message.get("content")
-            if found is None and isinstance(content, str) and (place := text.find(content, cursor)) >= 0:
-                found = place, place + len(content)
-            cursor = cursor if found is None else found[1]
+        for number in turns:
+            found = self._span(chat, text, number)
+            if found is None:
+                raise TrainingError(f"The chat template does not show turn {number} of the assistant as it is written.")
+            yield Span(*found, chat.weights[number])
 
-    def _by_rendering(self, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
-        """From the end of the prompt for a turn to the end of the chat up to and with it."""
+    def _span(self, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
+        """From the end of the prompt for a turn to the end of the turn."""
         before = self._text(chat.messages[:number], chat.tools, prompt=True) if number else ""
         through = self._text(chat.messages[: number + 1], chat.tools)
         if through.startswith(before) and text.startswith(through):
             return len(before), len(through)
+        # The template writes an earlier turn otherwise than the last one.
+        first = len(before) if text.startswith(before) else self._start(chat, text, number, before)
+        if first is None:
+            return None
+        after = self._after_content(chat.messages[number], text, first)
+        if after is not None and self._end_mark and text.startswith(self._end_mark, after):
+            return first, after + len(self._end_mark)
+        last = self._end(chat, text, number, through)
+        if last is None or first >= last:
+            return None
+        if after is not None:
+            self._end_mark = text[after:last]
+        return first, last
+
+    def _after_content(self, message: Message, text: str, first: int) -> int | None:
+        """Where the content of a turn ends that is nothing else, if the turn begins with it."""
+        content = message.get("content") if message.keys() == {"role", "content"} else None
+        if not isinstance(content, str) or not content or not text.startswith(content, first):
+            return None
+        return first + len(content)
+
+    def _start(self, chat: Chat, text: str, number: int, before: str) -> int | None:
+        """Where the generation prompt of a turn ends, found from the beginning or from a message before the turn."""
+        plain = self._text(chat.messages[:number], chat.tools)
+        opening = len(before) - len(plain) if before.startswith(plain) else 0
+        following = (self._following(chat, text, previous, before, number) for previous in reversed(range(number)))
+        for found in itertools.chain([(text, before)], following):
+            if found is None:
+                continue
+            rest, prompt = found
+            agreed = _agreement(rest, prompt)
+            place = len(text) - len(rest) + agreed
+            if agreed == len(prompt):
+                return place
+            if len(prompt) - agreed <= opening:  # it opens a thinking block, and the turn has none or another one
+                return min(place, self._content_start(chat, text, number, place))
         return None
 
-    def _by_content(self, text: str, message: Message, cursor: int) -> tuple[int, int] | None:
-        """For templates that rewrite earlier turns: where the content stands, and the mark after it."""
-        content = message.get("content")
-        if not isinstance(content, str) or not content:
+    def _content_start(self, chat: Chat, text: str, number: int, default: int) -> int:
+        """Where the text is another one if a turn has other content."""
+        mark = _new_mark(text)
+        messages = list(chat.messages)
+        messages[number] = {**messages[number], "content": mark}
+        try:
+            same, found, _ = self._text(messages, chat.tools).partition(mark)
+        except Exception:  # a template that refuses the content
+            return default
+        return len(same) if found and text.startswith(same) else default
+
+    def _end(self, chat: Chat, text: str, number: int, through: str) -> int | None:
+        """Where a turn ends, its end-of-turn mark included."""
+        found = self._following(chat, text, number, through)
+        if found is None:
             return None
-        start = text.find(content, cursor)
-        if start < 0:
+        rest, ending = found
+        place = len(text) - len(rest)
+        closed = ending.rstrip()
+        if closed and rest.startswith(closed):
+            return place + len(closed)
+        # The last turn may have another end-of-turn mark than an earlier one, or none.
+        specials = self._special_tokens()
+        shared = closed.removesuffix(next((token for token in specials if closed.endswith(token)), ""))
+        if not rest.startswith(shared):
             return None
-        end = start + len(content)
-        mark = getattr(self._tokenizer, "eos_token", None)
-        return start, end + len(mark) if mark and text.startswith(mark, end) else end
+        mark = next((token for token in specials if rest.startswith(token, len(shared))), "")
+        return place + len(shared) + len(mark)
+
+    def _following(
+        self, chat: Chat, text: str, number: int, beginning: str, prompt_for: int | None = None
+    ) -> tuple[str, str] | None:
+        """What follows the same place of a message in the text of a chat and in that of its beginning.
+
+        The place is marked in the message and both are rendered again: it counts if the mark is all that is new.
+
+        Args:
+            chat: the chat.
+            text: all of it.
+            number: of the message.
+            beginning: the text of the messages up to and with it, or before ``prompt_for``.
+            prompt_for: number of the turn whose generation prompt ends the beginning.
+        """
+        mark = _new_mark(text + beginning)
+        count = number + 1 if prompt_for is None else prompt_for
+        message = chat.messages[number]
+        keys = sorted((key for key in message if key != "role"), key=lambda key: key != "content")
+        for marked in _marked({key: message[key] for key in keys}, mark):
+            messages = [*chat.messages[:number], {"role": message["role"], **marked}, *chat.messages[number + 1 :]]
+            rest = self._after(mark, text, messages, chat.tools)
+            if rest is None:
+                continue
+            short = self._after(mark, beginning, messages[:count], chat.tools, prompt=prompt_for is not None)
+            if short is not None:
+                return rest, short
+        return None
+
+    def _after(
+        self, mark: str, text: str, messages: Sequence[Message], tools: Any, *, prompt: bool = False
+    ) -> str | None:
+        """What follows a mark in the text of messages; None if the text has more to it than the mark."""
+        try:
+            before, found, after = self._text(messages, tools, prompt=prompt).partition(mark)
+        except Exception:  # a template that refuses the marked value
+            return None
+        return after if found and before + after == text else None
+
+    def _special_tokens(self) -> list[str]:
+        """The special tokens, the longest first."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        tokens = {token.content for token in added if token.special} | {getattr(self._tokenizer, "eos_token", None)}
+        return sorted((token for token in tokens if token), key=len, reverse=True)
 
     # What the template leaves out
 
@@ -195,6 +286,30 @@ def _says_nothing(message: Message, number: int, hidden: frozenset[Part]) -> boo
 def _is_blank(content: Any) -> bool:
     texts = [content] if isinstance(content, str) else [part["text"] for part in content]
     return not any(text.strip() for text in texts)
+
+
+def _new_mark(text: str) -> str:
+    """A mark that a text does not have: of a control character, which JSON does not escape."""
+    return next(mark for number in itertools.count() if (mark := f"\x7f{number}\x7f") not in text)
+
+
+def _agreement(one: str, other: str) -> int:
+    """How many letters two texts begin alike with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def _marked(value: Any, mark: str) -> Iterator[Any]:
+    """Copies of a value, each with a mark behind one of its texts."""
+    if isinstance(value, str):
+        end = len(value.rstrip())  # templates may strip
+        yield value[:end] + mark + value[end:]
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from ({**value, key: marked} for marked in _marked(item, mark))
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            yield from ([*value[:place], marked, *value[place + 1 :]] for marked in _marked(item, mark))
 
 
 def _parts(chat: Chat) -> dict[Part, Any]:

@@ -9,8 +9,10 @@ import datasets
 import numpy
 import pytest
 
+from nbpeft.errors import TrainingError
 from nbpeft.training import prepare_data
 from nbpeft.training.data import chats
+from nbpeft.training.data.forms import Chat
 from tests.training.data.test_conservation import PRINTING
 from tests.training.test_data import FORGETFUL, learned
 from tests.training.test_data import tokenizer as tokenizer
@@ -30,6 +32,22 @@ IN_PARTS = (
     "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+THINKING = (
+    "{% set last = namespace(user=-1) %}"
+    "{% for m in messages if m['role'] == 'user' %}{% set last.user = loop.index %}{% endfor %}"
+    "{% set seen = namespace(users=0) %}{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{% if m['role'] == 'user' %}{% set seen.users = seen.users + 1 %}{% endif %}"
+    "{% set content = m['content'] or '' %}{% set thought = m.reasoning_content or '' %}"
+    "{% if m['role'] == 'assistant' %}{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set content = content.split('</think>')[-1].lstrip() %}{% endif %}"
+    "{% if seen.users == last.user and (loop.last or thought) %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
+    "{% endif %}{{ content }}{% for call in m.tool_calls or [] %}{{ '\n' if content }}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""A template that writes the thoughts of the assistant since the last user message, and a block of them at the end."""
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}]
 UNPRINTED = "not printed by the chat template, so not trained on: "
 
 
@@ -134,3 +152,104 @@ def test_what_a_table_fills_in_is_not_there(tokenizer: Any, use: Any) -> None:
     use(PRINTING.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content is defined %}"))
     rows = [{"messages": [USER, REPLY]}, {"messages": [USER, REASONED]}]
     assert list(prepare_data(datasets.Dataset.from_list(rows), tokenizer)) == list(prepare_data(rows, tokenizer))
+
+
+def spoken(tokenizer: Any, *messages: Any, first: int = 0) -> list[str]:
+    """What is learned of each turn of a chat."""
+    weights = [1.0] * len(messages)
+    found = chats.ChatRenderer(tokenizer).render(Chat(tuple(messages), tuple(weights), first))
+    return [found.text[span.first : span.last] for span in found.spans]
+
+
+@pytest.mark.parametrize("answer", ["a", "i", "end", "assistant", "<", "</think>a\n"])
+def test_an_answer_is_learned_where_it_is_the_answer(tokenizer: Any, use: Any, answer: str) -> None:
+    """The headers that a template writes may hold the same letters."""
+    use(THINKING)
+    turns = [{**USER, "content": "q1"}, {**REPLY, "content": answer}, USER, {**REPLY, "content": answer}]
+    written = answer.removeprefix("</think>")
+    assert spoken(tokenizer, *turns) == [f"{written}<|end|>", f"<think>\n\n</think>\n\n{written}<|end|>\n"]
+    assert spoken(tokenizer, *turns, first=2) == [f"<think>\n\n</think>\n\n{written}<|end|>\n"]
+
+
+@pytest.mark.parametrize("content", ["ok", "", None])
+def test_a_turn_is_learned_with_its_tool_call_and_its_end(tokenizer: Any, use: Any, content: str | None) -> None:
+    use(THINKING)
+    asks = {"role": "assistant", "content": content, "tool_calls": CALLS, "reasoning_content": "the mat"}
+    asks = {key: value for key, value in asks.items() if value is not None}
+    result = {"role": "tool", "content": "a mat"}
+    call = '<tool_call>{"name": "look", "arguments": {"at": "mat"}}</tool_call><|end|>'
+    written = f"{content}\n{call}" if content else call
+    assert spoken(tokenizer, USER, asks, result, REPLY, USER, REPLY) == [
+        written,
+        "yes<|end|>",
+        "<think>\n\n</think>\n\nyes<|end|>\n",
+    ]
+    assert spoken(tokenizer, USER, asks)[0] == f"<think>\nthe mat\n</think>\n\n{written}\n"
+
+
+def test_reasoning_is_learned_as_it_is_written(tokenizer: Any, use: Any) -> None:
+    use(THINKING)
+    inline = {**REPLY, "content": "<think>\nthe mat\n</think>\n\nyes"}
+    assert spoken(tokenizer, USER, inline, USER, inline) == [
+        "yes<|end|>",
+        "<think>\nthe mat\n</think>\n\nyes<|end|>\n",
+    ]
+
+
+def test_a_generation_prompt_may_hold_what_earlier_turns_do_not(tokenizer: Any, use: Any) -> None:
+    use(THINKING.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}"))
+    turns = [USER, {**REPLY, "content": "<b>"}]
+    assert spoken(tokenizer, *turns, *turns) == ["<b><|end|>", "\n</think>\n\n<b><|end|>\n"]
+    use(FORGETFUL.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}"))
+    assert spoken(tokenizer, *turns) == ["</think><b><|end|>"]
+
+
+def test_the_last_turn_may_have_an_end_of_its_own(tokenizer: Any, use: Any) -> None:
+    last = "{% if loop.last and not add_generation_prompt %}<|system|>{% else %}<|end|>{% endif %}"
+    use(PRINTING.replace("<|end|>\n{% endfor %}{% if add", f"{last}{{% endfor %}}{{% if add"))
+    assert spoken(tokenizer, USER, REPLY, USER, REPLY) == ["yes<|end|>", "yes<|system|>"]
+    use(tokenizer.chat_template.replace("<|system|>{% else %}", "<|other|>{% else %}"))
+    with pytest.raises(TrainingError, match="does not show turn 1 of the assistant as it is written"):
+        spoken(tokenizer, USER, REPLY, USER, REPLY)
+
+
+def test_a_turn_that_is_written_otherwise_is_found_or_refused(tokenizer: Any, use: Any) -> None:
+    def written_as(said: str) -> None:
+        use(FORGETFUL.replace("{{ m['content'] }}", "{{ '' if m['role'] == 'user' else " + said + " }}"))
+
+    written_as("m['content'] | upper")
+    assert spoken(tokenizer, USER, REPLY, USER, REPLY) == ["YES<|end|>", "<think></think>YES<|end|>\n"]
+    for said in ("m['content'] * 2", "{'yes': 'no'}[m['content']]"):  # twice, or only if it says a certain thing
+        written_as(said)
+        with pytest.raises(TrainingError, match="does not show turn 1 of the assistant as it is written"):
+            spoken(tokenizer, USER, REPLY, USER, REPLY)
+
+
+def test_chats_are_rendered_with_marks_until_the_end_mark_is_known(
+    tokenizer: Any, use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    marks = chats.ChatRenderer._following
+    monkeypatch.setattr(chats.ChatRenderer, "_following", lambda *args: calls.append(1) or marks(*args))
+    use(THINKING)
+    prepare_data([{"messages": [USER, REPLY, USER, REPLY, USER, REPLY]}] * 20, tokenizer)
+    assert len(calls) == 1
+    prepare_data([{"messages": [USER, REPLY]}] * 20, tokenizer)
+    assert len(calls) == 1
+
+
+def test_a_turn_is_found_whatever_stands_before_it(tokenizer: Any, use: Any) -> None:
+    """Some templates write the tools in front of the last user message, which is another one in the whole chat."""
+    last = "m['role'] == 'user' and loop.index0 >= messages | length - 2"
+    start = "{% if tools and " + last + " %}{{ tools | tojson }}{% endif %}"
+    use(tokenizer.chat_template.replace("<|{{ m['role'] }}|>", start + "<|{{ m['role'] }}|>", 1))
+    turns = (USER, {**REPLY, "content": "a"}, USER, {**REPLY, "content": "b"})
+    found = chats.ChatRenderer(tokenizer).render(Chat(turns, (1.0,) * 4, tools=[{"name": "assistant"}]))
+    assert [found.text[span.first : span.last] for span in found.spans] == ["a<|end|>", "b<|end|>\n"]
+
+
+def test_an_empty_turn_that_is_not_learned_is_no_obstacle(tokenizer: Any, use: Any) -> None:
+    use(THINKING)
+    empty = {**REPLY, "content": "", "weight": 0}
+    [row] = prepare_data([{"messages": [USER, empty, USER, REPLY, USER, empty]}], tokenizer, max_length=200)
+    assert learned(tokenizer, row) == "yes<|end|>"
