@@ -134,7 +134,8 @@ class RunKeeper(TrainerCallback):
                 self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
-                self._before.pop("saved", None)  # what it learns from here on is saved nowhere
+                for field in ("saved", "saved_files"):  # what it learns from here on is saved nowhere
+                    self._before.pop(field, None)
                 self._facts["resumed"] = [*(self._before.get("resumed") or ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
