@@ -187,7 +187,9 @@ def _holds_the_only_copy(record: RunRecord) -> bool:
 
 def _is_still_saved(record: RunRecord, adapter: str) -> bool:
     place, file = record.saved.get(adapter), record.saved_files.get(adapter)
-    return bool(place and file) and Path(place, CONFIG_NAME).is_file() and _weights_file(place) == file
+    if not place or not file:
+        return False
+    return Path(place, CONFIG_NAME).is_file() and _weights_file(place) == file
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> str:
