@@ -72,6 +72,16 @@ def has_encoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of a model's class and of its bases, nearest first: a subclass may have any name."""
+    return tuple(kind.__name__ for kind in type(model).__mro__)
+
+
+def is_text_classifier(model: nn.Module) -> bool:
+    """Whether a model has labels for each text, not for each token: transformers' ``…ForSequenceClassification``."""
+    return any(name.endswith("ForSequenceClassification") for name in class_names(model))
+
+
 def part_with_cache(model: nn.Module) -> nn.Module | None:
     """The model itself, or its backbone, whichever takes cached keys and values; None if neither does."""
     backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", None)
@@ -607,7 +617,7 @@ def _extend_labels(module: nn.Module, call: dict[str, Any], length: int, width: 
     kept = call.get("logits_to_keep")
     if isinstance(kept, Tensor):
         call["logits_to_keep"] = kept + width
-    whole = "ForSequenceClassification" in type(module).__name__
+    whole = is_text_classifier(module)
     for name in ("labels", "shift_labels"):
         labels = call.get(name)
         if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == length and not whole:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.model_calls import class_names
 from nbpeft.engine.model_tree import base_model_of
 from nbpeft.errors import ConfigError
 from nbpeft.hub_access import hub_options
@@ -170,9 +171,10 @@ def _of_model(model: nn.Module) -> Architecture:
             f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only models of text can be forecast"
         )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
-    found = (name for ending, name in kinds.items() if ending and type(base).__name__.endswith(ending))
-    automatic = next(found, "AutoModelForCausalLM" if "LMHead" in type(base).__name__ else "AutoModel")
-    if type(base).__name__.endswith("ForConditionalGeneration"):
+    names = class_names(base)
+    found = (kinds[ending] for name in names for ending in kinds if ending and name.endswith(ending))
+    automatic = next(found, "AutoModelForCausalLM" if any("LMHead" in name for name in names) else "AutoModel")
+    if any(name.endswith("ForConditionalGeneration") for name in names):
         automatic = "AutoModelForSeq2SeqLM"
     return Architecture(config, type(base), automatic)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,13 +13,11 @@ from torch import nn
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import (
-    extra_loss_of_call,
     generation_arguments,
     learns_with_hooks,
     prepares_calls,
     transforms_calls,
 )
-from nbpeft.engine.model_calls import has_encoder
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
 from nbpeft.engine.peft_layer_api import refuse_pickle_of_peft
 from nbpeft.engine.prompt_twins import twin_without_prompts
@@ -39,10 +37,8 @@ from nbpeft.model.tuner import (
     remove_adapters,
     tuner_class,
     warn_of_trained_biases,
+    with_extra_loss,
 )
-
-_LABELS = ("labels", "start_positions")
-"""Inputs for which transformers' models return their loss first, where they return a tuple."""
 
 
 class PeftModel(nn.Module):
@@ -330,23 +326,7 @@ class PeftModel(nn.Module):
         ):
             kwargs = of_the_model(self.manager, kwargs)
             output = self.get_base_model()(*args, **kwargs)
-            return self._with_extra_loss(output, kwargs) if self.training else output
-
-    def _with_extra_loss(self, output: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Adds what the adapters' methods add to the loss, where the output of a training call has one."""
-        in_tuple = isinstance(output, tuple) and any(kwargs.get(name) is not None for name in _LABELS)
-        loss: Any = output[0] if in_tuple else getattr(output, "loss", None)
-        if loss is None:
-            return output
-        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        extra = extra_loss_of_call(self.manager, labels, items, shifts=not has_encoder(self.get_base_model()))
-        if extra is None:
-            return output
-        total = loss + extra.to(loss.device)
-        if in_tuple:
-            return total, *output[1:]
-        output.loss = total
-        return output
+            return with_extra_loss(self.manager, output, kwargs) if self.training else output
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; while a training runs in the background, only that does."""

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from nbpeft import hooks
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_calls import checkpoints_gradients
+from nbpeft.engine.method_hooks import extra_loss_of_call, learns_with_hooks
+from nbpeft.engine.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type, refuse_pickle_of_peft, shared_by_name
 from nbpeft.engine.registry import Method, methods, methods_of_type
@@ -25,6 +27,9 @@ from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, di
 from nbpeft.model.combining import Combined, combine_adapters
 from nbpeft.model.conversion import can_convert
 from nbpeft.model.injection import inject, inject_adapter_in_model
+
+_LABELS = ("labels", "start_positions")
+"""Inputs for which transformers' models return their loss first, where they return a tuple."""
 
 
 class BaseTuner(nn.Module):
@@ -208,8 +213,24 @@ class BaseTuner(nn.Module):
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the base model's forward with the active adapters."""
-        return self.model(*args, **kwargs)
+        """Runs the base model's forward with the active adapters; what their methods add to a loss is in it."""
+        if not self.training:
+            return self.model(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self._forward_in_training(*args, **kwargs)
+        if not self._learns_with_hooks(self.manager.active_state.traced.names):
+            return self.model(*args, **kwargs)
+        alone: Any = torch.compiler.disable(self._forward_in_training)  # type: ignore[no-untyped-call]
+        return alone(*args, **kwargs)
+
+    def _forward_in_training(self, *args: Any, **kwargs: Any) -> Any:
+        return with_extra_loss(self.manager, self.model(*args, **kwargs), kwargs)
+
+    def _learns_with_hooks(self, names: tuple[str, ...]) -> bool:
+        configs = self.manager.configs
+        return any(learns_with_hooks(configs[name]) for name in names if name in configs)
+
+    _learns_with_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as PeftModel._transforms_calls
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates one adapter or several and makes them trainable, or frozen for inference."""
@@ -384,6 +405,32 @@ def __getattr__(name: str) -> Any:
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return tuner_class(found)
+
+
+def with_extra_loss(manager: AdapterManager, output: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Adds what the adapters' methods add to the loss, where the output of a training call has one.
+
+    Args:
+        manager: of the model.
+        output: of the base model; changed in place, unless it is a tuple.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The output with the whole loss.
+    """
+    in_tuple = isinstance(output, tuple) and any(kwargs.get(name) is not None for name in _LABELS)
+    loss: Any = output[0] if in_tuple else getattr(output, "loss", None)
+    if loss is None:
+        return output
+    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    extra = extra_loss_of_call(manager, labels, items, shifts=not has_encoder(manager.model))
+    if extra is None:
+        return output
+    total = loss + extra.to(loss.device)
+    if in_tuple:
+        return total, *output[1:]
+    output.loss = total
+    return output
 
 
 def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:

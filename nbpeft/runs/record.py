@@ -50,6 +50,7 @@ class RunRecord:
         settings: of the adapter and of training.
         message: why it ended, a warning, or why it cannot be read.
         saved: adapter -> folder in which it was saved after the run.
+        saved_files: adapter -> size and time of the weights file in that folder, as it was saved.
         kept_steps: steps that a state is kept of, the last one first.
     """
 
@@ -69,6 +70,7 @@ class RunRecord:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     message: str = ""
     saved: Mapping[str, str] = field(default_factory=dict, hash=False)
+    saved_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     kept_steps: tuple[int, ...] = ()
 
     @property
@@ -107,6 +109,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
         settings=facts.get("settings") or {},
         message=_line(facts.get("message") or ""),
         saved=facts.get("saved") or {},
+        saved_files=facts.get("saved_files") or {},
         kept_steps=tuple(kept_steps),
     )
 
@@ -251,7 +254,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seconds": (_is_seconds, "a number of seconds"),
     **dict.fromkeys(("started", "updated"), _TIME),
     **dict.fromkeys(("settings", "arguments", "data", "metrics"), _MAPPING),
-    **dict.fromkeys(("source", "saved"), _TEXTS),
+    **dict.fromkeys(("source", "saved", "saved_files"), _TEXTS),
     **dict.fromkeys(("secrets", "objects"), _NAMES),
     "resumed": (_is_list_of(_is_step), "a list of steps"),
 }

@@ -16,6 +16,7 @@ from nbpeft.checkpoint.atomic import disk_errors
 from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.staging import Staging, sweep
+from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few
 from nbpeft.runs.folder import FACTS, RunFolder
 from nbpeft.runs.record import CRASHED, UNREADABLE, RunRecord
@@ -116,7 +117,9 @@ class RunStore:
                 facts, record = run.facts(), run.record()
                 known = adapter if adapter in record.adapters else record.adapter
                 if known in record.adapters:
-                    run.write({**facts, "saved": {**record.saved, known: os.path.abspath(folder)}})
+                    saved = {**record.saved, known: os.path.abspath(folder)}
+                    files = {**record.saved_files, known: _weights_file(folder)}
+                    run.write({**facts, "saved": saved, "saved_files": files})
 
     def tidy(self, *, most_runs: int = MOST_RUNS, most_bytes: int = MOST_BYTES) -> list[str]:
         """Removes the oldest ended runs beyond a number, and the states of old ones beyond a size.
@@ -178,9 +181,24 @@ class RunStore:
 
 
 def _holds_the_only_copy(record: RunRecord) -> bool:
-    """Whether a run has a state, and an adapter of it was saved nowhere else."""
-    places = (record.saved.get(adapter) for adapter in record.adapters)
-    return bool(record.kept_steps) and not all(place and Path(place, CONFIG_NAME).is_file() for place in places)
+    """Whether a run has a state, and an adapter of it was saved nowhere else, or another was saved there since."""
+    return bool(record.kept_steps) and not all(_is_still_saved(record, adapter) for adapter in record.adapters)
+
+
+def _is_still_saved(record: RunRecord, adapter: str) -> bool:
+    place, file = record.saved.get(adapter), record.saved_files.get(adapter)
+    if not place or not file:
+        return False
+    return Path(place, CONFIG_NAME).is_file() and _weights_file(place) == file
+
+
+def _weights_file(folder: str | os.PathLike[str]) -> str:
+    """What tells the weights file in a folder from one that takes its place; empty if there is none."""
+    for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
+        with contextlib.suppress(OSError):
+            found = os.stat(Path(folder, name))
+            return f"{found.st_size} {found.st_mtime_ns}"
+    return ""
 
 
 def _tidied(

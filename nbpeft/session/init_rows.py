@@ -63,14 +63,20 @@ class InitRows:
     def __post_init__(self) -> None:
         self._read: Any = None
 
-    def read(self, ctx: SessionContext, model: nn.Module) -> Any:
-        """The rows as a training would give them to a base model; read once."""
+    def read(self, ctx: SessionContext, model: nn.Module, *, loss: bool) -> Any:
+        """The rows as a training would give them to a base model; read once.
+
+        Args:
+            ctx: the session's.
+            model: the base model.
+            loss: whether a loss is computed of them.
+        """
         from nbpeft.training.rows import first_rows
 
         if self._read is None:
             tokenizer = ctx.tokenizers.get(model) if self.tokenizer is None else self.tokenizer
             reading: dict[str, Any] = {"columns": self.columns, "max_length": self.max_length}
-            self._read = first_rows(model, self.data, rows=self.count, tokenizer=tokenizer, **reading)
+            self._read = first_rows(model, self.data, rows=self.count, tokenizer=tokenizer, loss=loss, **reading)
         return self._read
 
 
@@ -102,7 +108,8 @@ def starting_from(
     if rows is None and not reads_a_file(model, config):
         yield lambda manager, name: None
         return
-    read = rows.read(ctx, model) if rows is not None and init else None
-    notes += read.notes(loss=init == "lora_ga") if read is not None else ()
+    loss = init == "lora_ga"
+    read = rows.read(ctx, model, loss=loss) if rows is not None and init else None
+    notes += read.notes(loss=loss) if read is not None else ()
     with started_from(model, config, read) as start:
         yield lambda manager, name: notes.append(start.finish(manager, name))

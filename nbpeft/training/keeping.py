@@ -2,7 +2,8 @@
 
 A state is the adapter in training with its optimizer, scheduler and random numbers, never the base. The
 first one is written before the first step, the next after some seconds, and from then on as often as
-costs less than two per cent of the time. Stop, an interruption and a failure write a last one.
+costs less than two per cent of the time. Stop, an interruption and a failure write a last one, unless they
+come while the optimizer changes the weights: then the one before is the last, and a note names its step.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ class RunKeeper(TrainerCallback):
                 self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
-                self._before.pop("saved", None)  # what it learns from here on is saved nowhere
+                for field in ("saved", "saved_files"):  # what it learns from here on is saved nowhere
+                    self._before.pop(field, None)
                 self._facts["resumed"] = [*(self._before.get("resumed") or ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
@@ -205,6 +207,7 @@ class RunKeeper(TrainerCallback):
                         self._save_as_the_step_ended()
                     else:
                         self._drop_diverged()
+                        self._note_lost_steps()
                         self._write_facts()
         finally:
             with HeldInterrupts(to_the_end=True):
@@ -238,6 +241,15 @@ class RunKeeper(TrainerCallback):
         last_good = self._run.state.kept_step
         if self.folder is not None and last_good is not None:
             drop_after(self.folder.path, last_good)
+
+    def _note_lost_steps(self) -> None:
+        """Says of which step the last state is, where later steps are done and no state of them can be written."""
+        step = self._run.state.step
+        if self.folder is not None and self._in_step and not self._run.diverged and step > self._saved_step >= 0:
+            self._run.note(
+                f"the training ended while step {step + 1} changed the weights: the last state on disk is that of step "
+                f"{self._saved_step}"
+            )
 
     def _save_as_the_step_ended(self) -> None:
         set_method_state(self._model, self._method)

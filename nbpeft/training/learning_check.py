@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nbpeft.engine.model_calls import class_names
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.training.adapted import base_of, is_adapted, module_path, trainable
 
@@ -232,7 +233,7 @@ def frozen_head(model: nn.Module) -> str:
     """
     base: Any = base_of(model)
     written_by = getattr(getattr(base, "config", None), "architectures", None)
-    if not is_adapted(model) or not written_by or type(base).__name__ in written_by:
+    if not is_adapted(model) or not written_by or not {*written_by}.isdisjoint(class_names(base)):
         return ""
     for name in _head_names(base):
         if any(".modules_to_save." in f".{path}." for path, _ in trainable(getattr(base, name))):

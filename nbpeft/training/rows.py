@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from nbpeft.display.numbers import count, plural
+from nbpeft.engine.model_calls import class_names, is_text_classifier
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
@@ -30,7 +32,12 @@ from nbpeft.training.data import (
 )
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
+from nbpeft.training.data.row import listed
 
+_HEAD = re.compile(r"For([A-Z]\w*)$")
+"""How transformers names a model with a head."""
+_LANGUAGE_HEADS = ("LM", "Generation", "PreTraining")
+_OWN_LABELS = ("labels", "start_positions", "end_positions")
 BATCH_SIZE = 8
 """Rows that a model is shown at once, where nothing is learned: that of ``TrainingArguments``."""
 
@@ -63,6 +70,7 @@ def training_rows(
     seed: Any = None,
     all_columns: bool = False,
     unweighted: str = "",
+    loss: bool = True,
 ) -> TrainingRows:
     """Prepares data for a model.
 
@@ -76,12 +84,17 @@ def training_rows(
         seed: of the training, by which held-out rows are drawn; by default that of a Trainer, 42.
         all_columns: whether tokenised rows go to the model with all that they hold.
         unweighted: why the loss cannot count more for one row than for another; empty if it can.
+        loss: whether a loss is computed of them, so that they need the labels of the model's head.
 
     Raises:
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
     inputs = model_inputs(model, all_columns=all_columns, unweighted=unweighted)
+    if loss:
+        _check_loss(base_of(model))
+    else:
+        inputs = replace(inputs, tokens_only="")
     prepare = partial(_prepared, model, tokenizer=tokenizer, max_length=max_length, columns=columns, inputs=inputs)
     read = prepare(data)
     rows, notes = read.rows, [read.notes] if read.notes else []
@@ -115,6 +128,22 @@ def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str
         numbers=numbers,
         columns=None if all_columns else frozenset(taken),
         unweighted=unweighted,
+        tokens_only=_why_tokens_only(base),
+    )
+
+
+def _why_tokens_only(base: nn.Module) -> str:
+    """Why a model takes no rows of text; empty if it does."""
+    heads = [found for name in class_names(base) if (found := _HEAD.search(name))]
+    transformers_model = hasattr(type(base), "_from_config")
+    if not (transformers_model and heads) or is_text_classifier(base) or embedding_of(base, output=True) is not None:
+        return ""
+    if any(found[1].endswith(_LANGUAGE_HEADS) for found in heads):
+        return ""
+    labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
+    return (
+        f"{type(base).__name__} is neither a language model nor a classifier of texts: it takes tokenised rows with "
+        f"{listed(('input_ids', *labels))}"
     )
 
 
@@ -122,7 +151,7 @@ def classes_of(model: nn.Module) -> Classes | None:
     """What a classifier of texts tells apart; None for any other model."""
     base = base_of(model)
     config = getattr(base, "config", None)
-    if not type(base).__name__.endswith("ForSequenceClassification") or not hasattr(config, "num_labels"):
+    if not is_text_classifier(base) or not hasattr(config, "num_labels"):
         return None
     return Classes.of(config)
 
@@ -172,7 +201,9 @@ class FirstRows:
         return [{name: value for name, value in batch.items() if labels or name != "labels"} for batch in found]
 
 
-def first_rows(model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None, **reading: Any) -> FirstRows:
+def first_rows(
+    model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None, loss: bool = True, **reading: Any
+) -> FirstRows:
     """The first rows of data as a training would give them to the model.
 
     Args:
@@ -180,13 +211,14 @@ def first_rows(model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None,
         data: see :func:`prepare_data`.
         rows: how many, at most.
         tokenizer: see :func:`prepare_data`.
+        loss: whether a loss is computed of them.
         **reading: ``columns`` and ``max_length``; see :func:`prepare_data`.
 
     Raises:
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
-    found = training_rows(model, open_data(data), tokenizer=tokenizer, **reading)
+    found = training_rows(model, open_data(data), tokenizer=tokenizer, loss=loss, **reading)
     return FirstRows(list(itertools.islice(iter(found.train), rows)), collator_for(model, tokenizer), found.notes)
 
 
@@ -241,6 +273,19 @@ def _prepared(
     else:
         check_rows(read.rows, **check)
     return read
+
+
+def _check_loss(base: nn.Module) -> None:
+    """Refuses a head for which transformers, which looks for one in the name of the leaf class, finds no loss."""
+    if getattr(base, "loss_type", "") is not None or hasattr(base, "_loss_function"):
+        return
+    head = next((found[0] for name in class_names(base) if (found := _HEAD.search(name))), "")
+    code = getattr(inspect.unwrap(type(base).forward), "__code__", None)
+    if head and not head.endswith(_LANGUAGE_HEADS) and "loss_function" in getattr(code, "co_names", ()):
+        raise TrainingError(
+            f"transformers chooses a loss by the name of the class and finds none for {type(base).__name__}: set "
+            f"loss_type = {head!r} on the base model."
+        )
 
 
 def _check_padding(model: nn.Module, tokenizer: Any) -> None:

@@ -34,6 +34,7 @@ from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure
 from nbpeft.memory.allocations import fake_tensors
+from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.estimate import run_step
 from nbpeft.memory.fake_quantized import quantized_bytes
 from nbpeft.memory.forecast import device_bytes
@@ -174,6 +175,8 @@ def test_other_heads_and_encoder_decoders():
     config.pad_token_id = 0
     classifier = LlamaForSequenceClassification(config)
     assert parts(forecast(classifier, lora(task_type="SEQ_CLS")))["activations"] > 0
+    classifier.__class__ = type("OwnName", (LlamaForSequenceClassification,), {})
+    assert architecture_of(classifier, None).auto_class == "AutoModelForSequenceClassification"
     t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=128)
     found = forecast(t5, LoraConfig(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
     assert parts(found)["activations"] > 0

@@ -162,8 +162,14 @@ def saved(store: RunStore, name: str) -> None:
     """Saves the adapter of a run elsewhere."""
     folder = store.place.parent / f"saved-{name}"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
+    write_adapter(folder)
     store.mark_saved(name, "sql", folder)
+
+
+def write_adapter(folder: Path, content: bytes = b"x", time: int = 10**18) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    os.utime(folder / "adapter_model.safetensors", ns=(time, time))
 
 
 def kept_steps(store: RunStore) -> dict[str, tuple[int, ...]]:
@@ -197,10 +203,33 @@ def test_what_was_never_saved_elsewhere_stays(store: RunStore) -> None:
     assert "saved nowhere else: delete runs that are not needed, or save their adapters" in reported[2]
 
 
+@pytest.mark.parametrize("change", [{"content": b"xy"}, {"time": 10**18 + 1}])
+def test_a_copy_that_another_adapter_took_the_place_of_is_none(store: RunStore, change: dict[str, Any]) -> None:
+    for number in range(2):
+        name = with_state(store, made(store, started=number), 4000)
+    saved(store, "sql-1")
+    write_adapter(store.place.parent / "saved-sql-1", **change)
+    store.tidy(most_runs=1, most_bytes=0)
+    assert kept_steps(store) == {"sql-1": (3,), name: (3,)}
+    store.mark_saved("sql-1", "sql", store.place.parent / "saved-sql-1")
+    store.tidy(most_bytes=0)
+    assert kept_steps(store) == {"sql-1": (), name: (3,)}
+
+
+def test_a_copy_of_which_nothing_but_its_folder_is_known_is_none(store: RunStore) -> None:
+    for number in range(2):
+        with_state(store, made(store, started=number), 4000)
+    saved(store, "sql-1")
+    folder = store.find("sql-1")
+    folder.write({name: value for name, value in folder.facts().items() if name != "saved_files"})
+    store.tidy(most_bytes=0)
+    assert kept_steps(store)["sql-1"] == (3,)
+
+
 def test_a_run_of_several_adapters_is_saved_when_all_are(store: RunStore, tmp_path: Path) -> None:
     name = with_state(store, made(store, adapter="a, b"), 4000)
     made(store, started=1.0)
-    (tmp_path / "adapter_config.json").write_text("{}")
+    write_adapter(tmp_path)
     for adapter, left in (("a", (3,)), ("unknown", (3,)), ("b", ())):
         store.mark_saved(name, adapter, tmp_path)
         store.tidy(most_bytes=1)

@@ -554,7 +554,22 @@ def test_a_resumed_run_is_saved_nowhere(broken: Path) -> None:
     RunStore(broken).mark_saved("sql-1", "sql", broken)
     assert RunStore(broken).records()[0].saved == {"sql": str(broken)}
     resumed(broken)
-    assert RunStore(broken).records()[0].saved == {}
+    assert RunStore(broken).records()[0].saved == RunStore(broken).records()[0].saved_files == {}
+
+
+def test_a_state_stays_when_another_adapter_is_saved_over_the_copy(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "runs")
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    session.save(tmp_path / "out", name="sql")
+    session.add(model, LORA, name="other")
+    session.use("other")
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    session.save(tmp_path / "out", name="other", replace=True)
+    store = RunStore(tmp_path / "runs")
+    kept = {record.name: record.kept_steps for record in store.records()}
+    assert len(kept) == 2 and kept["sql-1"] == (1,)
+    store.tidy(most_bytes=0)
+    assert {record.name: record.kept_steps for record in store.records()} == kept
 
 
 def test_what_is_deleted_is_said_when_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+import nbpeft
 from nbpeft import (
     AdaLoraConfig,
     CPTConfig,
     KasaConfig,
     LoraConfig,
+    LoraModel,
     MontecloraConfig,
     MontecloraTrainerMixin,
     PeftModel,
@@ -297,6 +299,36 @@ def test_it_is_in_the_loss_of_a_loop_once(case: str, probe: Tensor) -> None:
     for batch in batches:
         LOOPS[case](model, batch, items).backward()
     assert float(probe.grad) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("called", ["a tuner alone", "a handle", "the tuner of a handle", "a compiled tuner"])
+def test_it_is_in_the_loss_once_whoever_is_called(called: str, probe: Tensor) -> None:
+    model: Any = kasa()
+    if called == "a tuner alone":
+        model = LoraModel(llama(), LoraConfig(**KASA, kasa_config=KasaConfig(**WEIGHTS)), "default").train()
+    elif called != "a handle":
+        model = model.base_model
+    if called == "a compiled tuner":
+        model = torch.compile(model, backend="eager")
+    batch = tokens()
+    (model(input_ids=batch, labels=batch).loss + model._get_kasa_loss()).backward()
+    model(input_ids=batch, labels=batch, return_dict=False)[0].backward()
+    assert float(probe.grad) == pytest.approx(2)
+    probe.grad = None
+    assert not model.eval()(input_ids=batch, labels=batch).loss.isnan()
+    model.train()(input_ids=batch).logits.sum().backward()
+    assert probe.grad is None
+
+
+def test_a_tuner_of_adalora_gives_the_loss_of_peft() -> None:
+    losses = []
+    for library, config in ((peft, peft.AdaLoraConfig(**ADALORA)), (nbpeft, AdaLoraConfig(**ADALORA))):
+        torch.manual_seed(0)
+        model = library.AdaLoraModel(llama(), config, "default").train()
+        losses.append(model(input_ids=tokens(), labels=tokens()).loss)
+        bare = model.model(input_ids=tokens(), labels=tokens()).loss
+        assert losses[-1] > bare + 0.1
+    torch.testing.assert_close(*losses)
 
 
 def test_added_in_place_it_is_there_once(probe: Tensor) -> None:

@@ -218,6 +218,9 @@ def test_a_head_that_is_saved_or_was_loaded_is_fine(tmp_path):
     model = classifier()
     model.get_base_model().config.architectures = ["LlamaForSequenceClassification"]
     assert frozen_head(model) == ""
+    base = model.get_base_model()
+    base.__class__ = type("OwnName", (type(base),), {})
+    assert frozen_head(model) == ""
 
 
 def test_a_head_loaded_from_another_class_is_found(tmp_path):

@@ -135,7 +135,7 @@ def _merge_calibrated(
     from nbpeft.training.rows import first_rows
 
     reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
-    first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns)
+    first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns, loss=False)
     left = merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe)
     return [*first.notes(loss=False), str(left)]
 

@@ -262,5 +262,6 @@ def _flat(cell: Any) -> str:
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
-    own = {name: value for name, value in vars(record).items() if name not in ("settings", "kept_steps", "saved")}
+    left_out = ("settings", "kept_steps", "saved", "saved_files")
+    own = {name: value for name, value in vars(record).items() if name not in left_out}
     return {**own, **{name: value for name, value in record.settings.items() if name not in own}}

@@ -26,7 +26,7 @@ from nbpeft.training.data.forms import (
     keys_of,
     row_of,
 )
-from nbpeft.training.data.row import WEIGHT, Row, is_nothing
+from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
 from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, Unused
 from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
@@ -50,6 +50,7 @@ class ModelInputs:
         numbers: columns whose whole numbers it takes beside tokens and labels, where rows have them: ``task_ids``.
         columns: of tokenised rows that it takes beside tokens and labels; None for all.
         unweighted: why a loss cannot count more for one row than for another; empty if it can.
+        tokens_only: why it takes no rows of text; empty if it does.
     """
 
     encoder_decoder: bool = False
@@ -57,6 +58,7 @@ class ModelInputs:
     numbers: tuple[str, ...] = ()
     columns: frozenset[str] | None = frozenset(("position_ids", _SECOND))
     unweighted: str = ""
+    tokens_only: str = ""
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,8 @@ def reading(
     found = columns_of(rows)
     mapping = checked_columns(columns, found)
     form = form_of(found, columns or {}, labelled=inputs.classes is not None)
+    if inputs.tokens_only and (form is not None or {*found, *mapping}.isdisjoint((*LABELS, "start_positions"))):
+        raise TrainingError(f"{inputs.tokens_only}; found {listed(found)}.", columns=found)
     if form is None:
         return Reading(rows, None, mapping, tokenizer, inputs=inputs)
     if tokenizer is None:

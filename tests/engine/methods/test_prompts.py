@@ -257,6 +257,14 @@ def test_labels_of_tokens_are_ignored_for_the_prompt(base: Callable[[], Any]) ->
     torch.testing.assert_close(found.loss, expected)
 
 
+def test_labels_of_a_classifier_with_a_name_of_its_own_are_as_they_are() -> None:
+    base = classifier(problem_type="multi_label_classification")
+    base.__class__ = type("OwnName", (type(base),), {})
+    labels = torch.eye(3)[:2]
+    found = prompted(base=base, task_type="SEQ_CLS")(input_ids=tokens(length=3), labels=labels)
+    torch.testing.assert_close(found.loss, torch.nn.functional.binary_cross_entropy_with_logits(found.logits, labels))
+
+
 @pytest.mark.parametrize("base", [classifier, of_llama(LlamaModel)], ids=["classifier", "features"])
 @pytest.mark.parametrize("projected", [False, True], ids=["plain", "projected"])
 def test_a_prefix_of_other_models(base: Callable[[], Any], projected: bool, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from nbpeft.training import summarize, train
 from nbpeft.training.data import ModelInputs
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.packing import longest_sequence
-from nbpeft.training.rows import model_inputs, training_rows
+from nbpeft.training.rows import first_rows, model_inputs, training_rows
 from tests.char_tokenizer import CharTokenizer
-from tests.tiny_models import VOCABULARY, classifier
+from tests.tiny_models import LLAMA, VOCABULARY, classifier
 from tests.training.support import trainable, weights
 
 CHARACTERS = CharTokenizer()
@@ -198,3 +198,46 @@ def test_a_language_model_names_a_label_that_it_does_not_use() -> None:
     shown = nbpeft.session().data(rows, CHARACTERS)
     assert shown.notes[0] == "columns not used: 'label'"
     assert "columns={'prompt': 'text', 'completion': 'label'} makes it answer with the label" in shown.notes[1]
+
+
+# Other names and other heads
+
+
+class OwnName(transformers.LlamaForSequenceClassification):
+    pass
+
+
+def of_class(kind: Any, *, loss_type: str | None = None) -> Any:
+    torch.manual_seed(0)
+    base = kind(transformers.LlamaConfig(**LLAMA, pad_token_id=0, num_labels=3))
+    base.loss_type = loss_type or base.loss_type
+    return trainable(base)
+
+
+def test_a_subclass_of_a_classifier_is_one_whatever_its_name() -> None:
+    rows = [{"text": "bad", "label": 1}, {"text": "good", "label": 2}]
+    model = of_class(OwnName, loss_type="ForSequenceClassification")
+    assert [row["labels"] for row in training_rows(model, rows, tokenizer=CHARACTERS).train] == [1, 2]
+    assert train(model, rows, tokenizer=CHARACTERS, max_steps=1).message == ""
+
+
+def test_a_class_that_transformers_has_no_loss_for_is_refused() -> None:
+    with pytest.raises(TrainingError, match="none for OwnName: set loss_type = 'ForSequenceClassification'"):
+        training_rows(of_class(OwnName), [{"text": "bad", "label": 1}], tokenizer=CHARACTERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (transformers.LlamaForTokenClassification, {"labels": [0, 1, 2]}),
+        (transformers.LlamaForQuestionAnswering, {"start_positions": 1, "end_positions": 2}),
+    ],
+)
+def test_other_heads_take_tokenised_rows_alone(kind: Any, labels: dict[str, Any]) -> None:
+    model, ids = of_class(kind), {"input_ids": [5, 6, 7]}
+    needed = ", ".join(map(repr, ("input_ids", *labels)))
+    for rows in ({"text": "bad", "label": 1}, {"text": "bad"}, ids, {**ids, "completion_mask": [0, 1, 1]}):
+        with pytest.raises(TrainingError, match=f"takes tokenised rows with {needed}; found"):
+            training_rows(model, [rows], tokenizer=CHARACTERS)
+    assert len(first_rows(model, [{"text": "bad"}], rows=1, tokenizer=CHARACTERS, loss=False).rows) == 1
+    assert train(model, [{**ids, **labels}] * 2, max_steps=1).message == ""
