@@ -41,9 +41,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 MIXED = ("lora", "dropout", "dora", "lora bias", "copies")
 
-autograd._seeded = lambda device: True
-"""A CPU draws other dropout masks than a GPU: here it draws those of one."""
-
 scenarios: dict[str, Callable[[], None]] = {}
 
 
@@ -280,6 +277,7 @@ scenario(exchanged, "pool and hot-swap")
 def main() -> None:
     failures = {}
     torch.set_num_threads(1)
+    autograd._seeded = lambda device: True  # a CPU draws other dropout masks than a GPU: here it draws those of one
     for name, work in scenarios.items():
         warnings.simplefilter("ignore")
         try:
