@@ -93,7 +93,8 @@ class KeepMask:
         count = self.shape.numel()
         if isinstance(self.source, Tensor):
             places = self.source.to(torch.int64).mul_(_SPREAD).bitwise_and_(_PICK).view(torch.uint8)
-            return places[:count].ne(0).to(dtype).as_strided(self.shape, self.strides)
+            # Not ``ne(0)``: numbers are cast ten times as fast as truth values.
+            return places.clamp_(max=1)[:count].to(dtype).as_strided(self.shape, self.strides)
         generator = torch.Generator(self.device)
         generator.manual_seed(self.source)
         if self.device.type == "mps":  # which cannot draw over all of int64
