@@ -6,6 +6,7 @@ that somebody takes. A file that fits nothing costs no memory, however large it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -28,6 +29,8 @@ from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
+Mark = tuple[int, int]
+"""Size of a file and when it was written, in ns."""
 
 DTYPES = {
     name: getattr(torch, full)
@@ -415,3 +418,12 @@ def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
     return CorruptCheckpointError(
         f"{path} cannot be read: it is truncated, altered or not a file of tensors ({reason})", path=str(path)
     )
+
+
+def weights_mark(folder: str | os.PathLike[str]) -> Mark | None:
+    """What tells the weights file of an adapter in a folder from one that takes its place; None if there is none."""
+    for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
+        with contextlib.suppress(OSError):
+            found = os.stat(os.path.join(folder, name))
+            return found.st_size, found.st_mtime_ns
+    return None

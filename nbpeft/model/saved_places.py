@@ -12,12 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME
+from nbpeft.checkpoint.tensor_file import Mark, weights_mark
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
-
-Mark = tuple[int, int]
-"""Size of a file and when it was written."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,4 @@ def _key(folder: str | os.PathLike[str]) -> str:
 
 
 def _mark(folder: str | os.PathLike[str]) -> Mark | None:
-    try:
-        found = os.stat(Path(_key(folder), WEIGHTS_NAME))
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+    return weights_mark(_key(folder))

@@ -16,7 +16,7 @@ from nbpeft.checkpoint.atomic import disk_errors
 from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.staging import Staging, sweep
-from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
+from nbpeft.checkpoint.tensor_file import weights_mark
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few
 from nbpeft.runs.folder import FACTS, RunFolder
 from nbpeft.runs.record import CRASHED, UNREADABLE, RunRecord
@@ -193,12 +193,8 @@ def _is_still_saved(record: RunRecord, adapter: str) -> bool:
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> str:
-    """What tells the weights file in a folder from one that takes its place; empty if there is none."""
-    for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
-        with contextlib.suppress(OSError):
-            found = os.stat(Path(folder, name))
-            return f"{found.st_size} {found.st_mtime_ns}"
-    return ""
+    """What tells the weights file in a folder from one that takes its place, as text; empty if there is none."""
+    return " ".join(map(str, weights_mark(folder) or ()))
 
 
 def _tidied(
