@@ -240,8 +240,7 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
     if target.tied_to or site.shapes.keys() <= placed.keys():  # what a tied one lacks its source has
         return target.adapter_class.create(target.config, site, placed)
     adapter = target.adapter_class.create(target.config, site, None)
-    in_files = adapter.name_in_files if isinstance(adapter, ModelAdapter) else str
-    here = {in_files(own): own for own, _ in (*adapter.named_parameters(), *adapter.named_buffers())}
+    here = adapter.paths_by_name_in_files() if isinstance(adapter, ModelAdapter) else {}
     for name, tensor in placed.items():
         own = here.get(name, name)
         owner, _, own = ("", "", own) if own in adapter._parameters else own.rpartition(".")

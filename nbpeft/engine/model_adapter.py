@@ -110,7 +110,7 @@ class ModelAdapter(Adapter, TransformsOutput):
         """Makes an adapter of a config whose parameters, by their name in files, are these tensors."""
         with torch.device("meta"):
             made = cls(config)
-        paths = {made.name_in_files(path): path for path, _ in made.named_parameters()}
+        paths = made.paths_by_name_in_files()
         for name, tensor in tensors.items():
             owner, _, own = paths[name].rpartition(".")
             setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach(), name not in cls.frozen_parameters))
@@ -148,6 +148,11 @@ class ModelAdapter(Adapter, TransformsOutput):
     def name_in_files(self, name: str) -> str:
         """What a file calls a parameter, by its path here, before ``file_keys`` of the method spells it."""
         return name
+
+    def paths_by_name_in_files(self) -> dict[str, str]:
+        """What a file calls a parameter or buffer -> its path here."""
+        named = (*self.named_parameters(), *self.named_buffers())
+        return {self.name_in_files(path): path for path, _ in named}
 
     def named_in_files(self) -> dict[str, nn.Parameter]:
         """All parameters, by their name in files."""

@@ -648,9 +648,7 @@ def _picked(
     places = wrapper_places(weights.parameters)
     adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
     own_names = {
-        path: {adapter.name_in_files(own): own for own, _ in adapter.named_parameters()}
-        if isinstance(adapter, ModelAdapter)
-        else {}
+        path: adapter.paths_by_name_in_files() if isinstance(adapter, ModelAdapter) else {}
         for path, adapter in adapters.items()
     }
     own = {
