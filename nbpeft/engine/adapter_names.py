@@ -26,6 +26,13 @@ class ByName(dict[str, Any]):
     def __missing__(self, name: object) -> Any:
         raise unknown_adapter(name, self)
 
+    def place(self, name: str, value: Any, place: int) -> None:
+        """Sets what there is of an adapter, and where it is among the others, from 0."""
+        items = [item for item in self.items() if item[0] != name]
+        items.insert(place, (name, value))
+        self.clear()
+        self.update(items)
+
 
 def unknown_adapter(name: object, present: Collection[str]) -> UnknownAdapterError:
     """The error that there is no such adapter.

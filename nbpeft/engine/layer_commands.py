@@ -64,10 +64,7 @@ class Departed:
 
     def restore(self, manager: Any, name: str) -> None:
         """Lets the manager know it again."""
-        items = [*manager._configs.items()]
-        items.insert(self.place, (name, self.config))
-        manager._configs.clear()
-        manager._configs.update(items)
+        manager._configs.place(name, self.config, self.place)
         if self.scale is not None:
             manager._scales[name] = self.scale
         if self.frozen:

@@ -90,7 +90,7 @@ class AdapterManager:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.active_state = ActiveState()
-        self._configs: dict[str, AdapterConfig] = ByName()
+        self._configs = ByName()
         self._tree: AdaptedTree | None = AdaptedTree()
         self.moved_away: dict[str, Departed] = {}
         self.alive = True

@@ -63,10 +63,7 @@ def place_among(manager: Any, name: str, place: int, change: Transaction) -> Non
     manager.require(name)
     configs = manager.configs
     change.keep(configs)
-    items = [item for item in configs.items() if item[0] != name]
-    items.insert(place, (name, configs[name]))
-    configs.clear()
-    configs.update(items)
+    configs.place(name, configs[name], place)
 
 
 def copy_adapter(manager: Any, name: str, new: str) -> None:
