@@ -26,19 +26,8 @@ from tests.suites import hub
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "artifacts" / "suites"
-FILES = (
-    *("test_adaption_prompt", "test_auto", "test_bdlora", "test_boft", "test_bufferdict", "test_cartridge"),
-    *("test_config", "test_cpt", "test_custom_models", "test_decoder_models", "test_deft"),
-    *("test_encoder_decoder_models", "test_feature_extraction_models", "test_frod", "test_helpers"),
-    *("test_incremental_pca", "test_initialization", "test_integrations", "test_lora_conversion", "test_lora_ga"),
-    *("test_lora_intruders", "test_lora_variants", "test_lorafa", "test_loraplus", "test_low_level_api"),
-    *("test_mapping", "test_mixed", "test_multitask_prompt_tuning", "test_osf", "test_other", "test_poly"),
-    *("test_pvera", "test_quantization", "test_randlora", "test_riemannian_lora", "test_seq_classifier", "test_shadow"),
-    *("test_shira", "test_stablediffusion", "test_supertuning", "test_target_parameters"),
-    *("test_token_classification_qa", "test_trainable_tokens", "test_tuners_utils", "test_unilora", "test_vblora"),
-    *("test_velora", "test_vera", "test_vision_models", "test_xlora"),
-)
-"""Those that need neither a GPU nor what only the hub has."""
+ELSEWHERE = ("common_gpu", "gpu_examples", "gptqmodel", "lora_megatron", "hub_features")
+"""Files of tests that need a GPU, Megatron, or what only the hub has."""
 PARAMETERIZED = "parameterized==0.9.0"
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 Results = dict[str, str]
@@ -70,8 +59,7 @@ def main() -> int:
     (WORK / "suites_plugin.py").write_text(PLUGIN)
     print(f"{'file':<34} {'ran':>6} {'PEFT':>6} {'nbpeft':>6}      %")
     passed = both = 0
-    for name in arguments.files or FILES:
-        file = tests / f"{Path(name).stem}.py"
+    for file in [tests / f"{Path(name).stem}.py" for name in arguments.files] or _runnable(tests):
         theirs, ours = (run(file, cache, rest, arguments.share, alias=alias) for alias in (False, True))
         wanted = {test for test, ended in theirs.items() if ended == PASSED}
         missed = sorted(test for test in wanted if ours.get(test) != PASSED)
@@ -138,6 +126,10 @@ def _download() -> Path:
         with tarfile.open(WORK / f"peft-{version}.tar.gz") as archive:
             archive.extractall(WORK, filter="data")
     return folder
+
+
+def _runnable(tests: Path) -> list[Path]:
+    return [file for file in sorted(tests.glob("test_*.py")) if file.stem.removeprefix("test_") not in ELSEWHERE]
 
 
 def _package_of(sdist: Path) -> Path:
