@@ -12,8 +12,9 @@ import importlib
 import sys
 from typing import Any
 
-from nbpeft.hooks import when_adapted, when_configured
-from nbpeft.lazy import lazy_names
+from nbpeft._util.former_modules import add_former_names
+from nbpeft._util.hooks import when_adapted, when_configured
+from nbpeft._util.lazy import lazy_names
 from nbpeft.peft_api.modules import add_import_paths, attribute
 
 __version__ = "0.2.0"
@@ -49,14 +50,14 @@ def __dir__() -> list[str]:
 def _config_classes() -> dict[str, type]:
     """Name -> class of the configs of all registered methods."""
     importlib.import_module("nbpeft.model")  # registers the methods, and gives configs the files they are saved in
-    registry = importlib.import_module("nbpeft.engine.registry")
+    registry = importlib.import_module("nbpeft.engine.contract.registry")
     return {method.config_class.__name__: method.config_class for method in registry.methods()}
 
 
 def _patch_libraries() -> None:
     model = sys.modules.get(f"{__name__}.model")  # not there where the engine is used alone
     if model is not None and not getattr(model.__spec__, "_initializing", False):
-        from nbpeft.training.trainer_patch import patch_when_used
+        from nbpeft.training.transformers.trainer_patch import patch_when_used
 
         patch_when_used()
 
@@ -64,6 +65,7 @@ def _patch_libraries() -> None:
 when_configured(_patch_libraries)
 when_adapted(_patch_libraries)
 add_import_paths()
+add_former_names()
 
 
 def load_ipython_extension(shell: Any) -> None:

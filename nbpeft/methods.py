@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import nbpeft.model  # noqa: F401 - gives configs the files they are saved in
-from nbpeft.engine.adapter import (
+from nbpeft.engine.config.config_checks import check_target_fields
+from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterConfig,
     AdapterSite,
@@ -45,10 +46,9 @@ from nbpeft.engine.adapter import (
     TransformsInput,
     TransformsOutput,
 )
-from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_target_fields
-from nbpeft.engine.registry import method_of, register
-from nbpeft.engine.training_hooks import HasTrainingState, LearnsWithHooks
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import method_of, register
+from nbpeft.engine.contract.training_hooks import HasTrainingState, LearnsWithHooks
 
 __all__ = [
     "Adapter",

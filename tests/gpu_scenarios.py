@@ -21,8 +21,8 @@ from nbpeft import AdapterPool, LoraConfig, PeftModel, get_peft_model
 from nbpeft.checkpoint import fingerprint
 from nbpeft.engine.methods.lora import autograd
 from nbpeft.memory import measure
-from nbpeft.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from nbpeft.model.merge_export import merge_to_folder
+from nbpeft.model.saving.merge_export import merge_to_folder
+from nbpeft.model.swapping.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from nbpeft.training import track
 from tests.pretend_gpu import pretended, waits
 from tests.tiny_models import llama

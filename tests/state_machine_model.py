@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine.adapter import AdapterWeights
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.contract.adapter import AdapterWeights
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.model import LoraConfig
 

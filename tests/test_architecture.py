@@ -318,7 +318,7 @@ COMPLETE = (
 )
 MATCH = (
     "import torch\n"
-    "from nbpeft.engine.registry import backends\n"
+    "from nbpeft.engine.contract.registry import backends\n"
     "assert sum(backend.matches(torch.nn.Linear(2, 2)) for backend in backends()) == 1 < len(backends())"
 )
 # Two interpreters, each of which goes on from what it has imported: what a step runs, and what may be there then.
@@ -330,7 +330,7 @@ STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
         "the extension and its completion": (COMPLETE, {"IPython", "numpy"}),
     },
     {
-        "the engine": ("import nbpeft.engine.manager", {"torch", "numpy"}),
+        "the engine": ("import nbpeft.engine.runtime.manager", {"torch", "numpy"}),
         "the backends, asked about a layer": (MATCH, {"torch", "numpy"}),
         "tracking a loop": ("from nbpeft.training import RunControl, track", {"torch", "numpy", "safetensors"}),
     },
@@ -361,24 +361,36 @@ def test_importing_is_light(title: str) -> None:
 # --- The import contracts ----------------------------------------------------------------------------
 
 VIOLATIONS = {
-    "layers": ("engine/adapter.py", "import nbpeft.model", "nbpeft.engine.adapter -> nbpeft.model"),
-    "headless": ("engine/adapter.py", "def f(): import IPython", "nbpeft.engine.adapter -> IPython"),
+    "layers": ("engine/contract/adapter.py", "import nbpeft.model", "nbpeft.engine.contract.adapter -> nbpeft.model"),
+    "headless": ("engine/contract/adapter.py", "def f(): import IPython", "nbpeft.engine.contract.adapter -> IPython"),
     "described": ("session/__init__.py", "import nbpeft.display.html", "nbpeft.session -> nbpeft.display.html"),
-    "through-session": ("widgets/__init__.py", "import nbpeft.engine.plan", "nbpeft.widgets -> nbpeft.engine.plan"),
-    "engine-layers": ("engine/targets.py", "import nbpeft.engine.plan", "nbpeft.engine.targets -> nbpeft.engine.plan"),
+    "through-session": (
+        "widgets/__init__.py",
+        "import nbpeft.engine.injection.plan",
+        "nbpeft.widgets -> nbpeft.engine.injection.plan",
+    ),
+    "engine-layers": (
+        "engine/config/targets.py",
+        "import nbpeft.engine.injection.plan",
+        "nbpeft.engine.config.targets -> nbpeft.engine.injection.plan",
+    ),
     "methods-independent": (
-        "engine/methods/trainable_tokens.py",
+        "engine/methods/vectors/trainable_tokens.py",
         "import nbpeft.engine.methods.lora",
-        "nbpeft.engine.methods.trainable_tokens -> nbpeft.engine.methods.lora",
+        "nbpeft.engine.methods.vectors.trainable_tokens -> nbpeft.engine.methods.lora",
     ),
     "backends-independent": (
         "engine/backends/dense.py",
         "import nbpeft.engine.backends.bnb4bit",
         "nbpeft.engine.backends.dense -> nbpeft.engine.backends.bnb4bit",
     ),
-    "files": ("engine/adapter.py", "import safetensors", "nbpeft.engine.adapter -> safetensors"),
-    "no-cycles": ("engine/adapter.py", "import nbpeft.engine.plan", "nbpeft.engine"),
-    "no-root": ("engine/adapter.py", "from nbpeft import __version__", "nbpeft.engine.adapter -> nbpeft"),
+    "files": ("engine/contract/adapter.py", "import safetensors", "nbpeft.engine.contract.adapter -> safetensors"),
+    "no-cycles": ("engine/contract/adapter.py", "import nbpeft.engine.injection.plan", "nbpeft.engine"),
+    "no-root": (
+        "engine/contract/adapter.py",
+        "from nbpeft import __version__",
+        "nbpeft.engine.contract.adapter -> nbpeft",
+    ),
     "no-peft": ("checkpoint/__init__.py", "def f(): import peft", "nbpeft.checkpoint -> peft"),
 }
 WITHOUT_A_LAYER = {"layers": "helpers.py", "engine-layers": "engine/utils.py"}
@@ -448,7 +460,7 @@ def test_every_contract_has_a_violation_here(contracts: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("folder", ["methods", "layer_kinds", "backends"])
 def test_everything_registered_has_a_room_and_every_room_registers(folder: str) -> None:
-    from nbpeft.engine import registry
+    from nbpeft.engine.contract import registry
 
     registered: dict[str, list[type]] = {
         "methods": [method.adapter_class for method in registry.methods()],

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from nbpeft.confidential import is_secret, masked, without_secrets
 from nbpeft.errors import ConfigError
-from nbpeft.model.host_cache import AdapterSource
+from nbpeft.model.swapping.host_cache import AdapterSource
 
 TOKEN = "hf_" + "aB3d" * 8
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.backends.bnb4bit import Bnb4bit
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_tree import manager_of
-from nbpeft.engine.plan import plan
-from nbpeft.engine.registry import method_of, methods
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.registry import method_of, methods
+from nbpeft.engine.injection.plan import plan
+from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, MergeError, NbpeftError, TargetError
 from nbpeft.model import PeftModel, get_peft_model
 from tests.pretend_cpu import pretend_repacking, repack

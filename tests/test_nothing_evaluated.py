@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError
-from nbpeft.model.merge_weights import meta_model
+from nbpeft.model.saving.merge_weights import meta_model
 from tests.magics.notebook import Notebook
 from tests.tiny_models import llama
 
@@ -44,8 +44,8 @@ NAMED_MODULES = {
     "engine/layer_kinds/__init__.py": "nbpeft's own files",
     "engine/methods/__init__.py": "nbpeft's own files",
     "magics/registry.py": "nbpeft's own files",
-    "model/auto.py": "a package of import_allowlist, which a person gives",
-    "training/trackers.py": "one of two modules of nbpeft's choice",
+    "model/handle/auto.py": "a package of import_allowlist, which a person gives",
+    "training/watching/trackers.py": "one of two modules of nbpeft's choice",
 }
 """Where a module is imported whose name is not written there."""
 
@@ -97,7 +97,7 @@ def test_modules_are_imported_by_names_that_are_written_here() -> None:
 
 def test_code_of_others_is_trusted_where_a_person_says_so_alone() -> None:
     trusted = [keyword(node, "trust_remote_code") for _, _, node in calls()]
-    assert set(trusted) <= {"", "False", "trusted"}, "model/auto.py hands on what it is given"
+    assert set(trusted) <= {"", "False", "trusted"}, "model/handle/auto.py hands on what it is given"
 
 
 @pytest.mark.parametrize("names", [["pipeline"], ["Trainer"], ["logging"], [["a"]], [{"a": 1}], "LlamaForCausalLM", []])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nbpeft.errors import ConfigError, MergeError
-from nbpeft.model.merge_export import merge_to_folder
-from nbpeft.training import generation
+from nbpeft.model.saving.merge_export import merge_to_folder
+from nbpeft.training.watching import generation
 from tests.tiny_models import adapted, llama
 
 IDS = torch.arange(12).view(2, 6)

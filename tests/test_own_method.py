@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import nbpeft
-from nbpeft.engine import registry
+from nbpeft.engine.contract import registry
 from nbpeft.errors import ConfigError, UnknownMethodError
 from nbpeft.methods import Adapter, MethodConfig, register
 from tests.tiny_models import llama, logits, tokens

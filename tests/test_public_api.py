@@ -93,7 +93,7 @@ def test_type_checkers_know_every_error() -> None:
 
 def test_a_config_of_the_stub_can_be_saved_at_once(tmp_path: Path) -> None:
     code = f"import nbpeft; nbpeft.IA3Config().save_pretrained({str(tmp_path)!r}); print(nbpeft.IA3Config.__module__)"
-    assert python(code) == "nbpeft.engine.methods.ia3"
+    assert python(code) == "nbpeft.engine.methods.vectors.ia3"
     assert (tmp_path / "adapter_config.json").exists()
 
 
@@ -104,8 +104,8 @@ def test_a_star_import_gives_every_public_name() -> None:
 
 
 def test_the_config_of_a_registered_method_is_a_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbpeft.engine import registry
-    from nbpeft.engine.adapter import Adapter
+    from nbpeft.engine.contract import registry
+    from nbpeft.engine.contract.adapter import Adapter
 
     class ToyConfig(nbpeft.PeftConfig):
         pass

@@ -33,7 +33,7 @@ from hypothesis.stateful import (
 )
 
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, HotSwapError, MergeError
 from nbpeft.model import PeftModel, hotswap_adapter
 from tests.effort import effort

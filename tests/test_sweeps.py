@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import nbpeft
-from nbpeft.engine.adapter_names import check_name
+from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.errors import ConfigError
 from nbpeft.sweeps import MOST, combinations, names_of, number_text, stem_of, swept
 

@@ -64,6 +64,6 @@ from nbpeft.checkpoint.weights_format import from_file as from_file
 from nbpeft.checkpoint.weights_format import remapped as remapped
 from nbpeft.checkpoint.weights_format import to_file as to_file
 from nbpeft.checkpoint.weights_format import without_prefix as without_prefix
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.contract.adapter import AdapterConfig
 
 AdapterConfig.store = FolderStore()

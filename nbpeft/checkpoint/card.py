@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from nbpeft.confidential import masked, without_secrets
-from nbpeft.engine.adapter import AdapterConfig, TaskType
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
+from nbpeft.engine.contract.registry import method_of
 
 _FENCE = "---"
 _PIPELINES = {

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 import nbpeft.engine.methods  # noqa: F401  (registers the methods)
-from nbpeft.engine import registry
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.model_tree import bare_modules
-from nbpeft.engine.targets import condensed_if_many
+from nbpeft.engine.config.targets import condensed_if_many
+from nbpeft.engine.contract import registry
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import (
     ConfigError,
     CorruptCheckpointError,

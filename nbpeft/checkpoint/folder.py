@@ -34,8 +34,8 @@ from nbpeft.checkpoint.tensor_file import (
     write_tensors,
 )
 from nbpeft.checkpoint.weights_format import Expected, from_file
-from nbpeft.engine.adapter import AdapterConfig, ReadsTensors
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.contract.adapter import AdapterConfig, ReadsTensors
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, few, in_one_line, shortened
 
 CARD_NAME = "README.md"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft._util.optional import needs
 from nbpeft.errors import CheckpointError, in_one_line
-from nbpeft.optional import needs
 
 GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Type of weights -> name of the file type that says so."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.model_tree import bare_modules
-from nbpeft.engine.quantized_matrices import QuantizedMatrices
-from nbpeft.engine.replication import before_replication
+from nbpeft.engine.injection.replication import before_replication
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import BaseMismatchError
 
 _PREFIX = "nbpeft.base."

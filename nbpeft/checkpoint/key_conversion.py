@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nbpeft.checkpoint.weights_format import Rename, by_patterns
-from nbpeft.engine.fused_layers import fused_layers, renaming
-from nbpeft.engine.registry import methods_of_type
+from nbpeft.engine.contract.registry import methods_of_type
+from nbpeft.engine.tree.fused_layers import fused_layers, renaming
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from nbpeft.checkpoint.folder import Checkpoint
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, TensorFile, UnreadTensors, storable, write_tensors
 from nbpeft.checkpoint.weights_format import PREFIX
-from nbpeft.engine.adapter import LowRankDelta
-from nbpeft.engine.registry import methods_of_type
-from nbpeft.engine.storage import short_name
+from nbpeft.engine.contract.adapter import LowRankDelta
+from nbpeft.engine.contract.registry import methods_of_type
+from nbpeft.engine.kernels.storage import short_name
 from nbpeft.errors import CheckpointError, few
 
 _METHOD = "LORA"

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from nbpeft.engine.model_adapter import ModelAdapter
-from nbpeft.engine.registry import file_keys, prefixes
+from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.registry import file_keys, prefixes
 
 _Value = TypeVar("_Value")
 _ADAPTERS = "adapters"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nbpeft._util.hub_access import hub_options
 from nbpeft.checkpoint.hub_token import TOKENS_PAGE
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import (
@@ -25,7 +26,6 @@ from nbpeft.checkpoint.tensor_file import (
     TensorFileToFetch,
 )
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, near, shown
-from nbpeft.hub_access import hub_options
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from nbpeft.checkpoint.tensor_file import UnreadTensors
-from nbpeft.engine.adapter import AdapterWeights
-from nbpeft.engine.module_paths import wrapper_places
-from nbpeft.engine.numerics import is_finite
-from nbpeft.engine.registry import file_keys, methods_of_type, transforms_calls
+from nbpeft.engine.config.module_paths import wrapper_places
+from nbpeft.engine.contract.adapter import AdapterWeights
+from nbpeft.engine.contract.registry import file_keys, methods_of_type, transforms_calls
+from nbpeft.engine.kernels.numerics import is_finite
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 PREFIX = "base_model.model."

@@ -7,10 +7,10 @@ from functools import singledispatch
 from io import StringIO
 from typing import Any
 
+from nbpeft._util.optional import needs
 from nbpeft.display import blocks
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import NONE, percent, size
-from nbpeft.optional import needs
 
 with needs("rich", "A result as text"):
     from rich import box

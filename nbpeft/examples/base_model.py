@@ -79,7 +79,7 @@ def _convert(weights: Path, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer into a folder, which appears once it is complete."""
     import torch
 
-    from nbpeft.model.quantize import clear_gguf_flags, respect_progress_bar_setting
+    from nbpeft.model.quantization.quantize import clear_gguf_flags, respect_progress_bar_setting
 
     transformers: Any = importlib.import_module("transformers")
     source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}

@@ -196,7 +196,7 @@ def answers(
     """
     import torch
 
-    from nbpeft.training.generation import evaluating
+    from nbpeft.training.watching.generation import evaluating
 
     with evaluating(model), torch.no_grad():
         batch = _batch(tokenizer, prompts, shared).to(model.device)
@@ -238,7 +238,7 @@ def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Shar
     import torch
     from transformers import DynamicCache
 
-    from nbpeft.training.generation import evaluating
+    from nbpeft.training.watching.generation import evaluating
 
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     first, last = min(encoded), max(encoded)

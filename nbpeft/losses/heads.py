@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.active_state import NONE_ACTIVE, Active, Rows
-from nbpeft.engine.model_tree import base_model_of, embedding_of
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, Rows
+from nbpeft.engine.tree.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.losses.cross_entropy import Head
 from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
 from nbpeft.losses.weighted_labels import check_weights_used, with_loss_weights

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from nbpeft.logs import collapsed
+from nbpeft._util.logs import collapsed
 
 
 def install(shell: Any) -> Callable[[], None]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nbpeft.engine.storage import storage_of
+from nbpeft.engine.kernels.storage import storage_of
 from nbpeft.memory.processor import onednn_multiplies, product_scratch
 from nbpeft.memory.saved import SavedTensors, tensors_in
 from nbpeft.memory.stages import Peak, Stages

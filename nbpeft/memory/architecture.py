@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, TaskType
-from nbpeft.engine.model_calls import class_names
-from nbpeft.engine.model_tree import base_model_of
+from nbpeft._util.hub_access import hub_options
+from nbpeft.engine.calls.model_calls import class_names
+from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
+from nbpeft.engine.tree.model_tree import base_model_of
 from nbpeft.errors import ConfigError
-from nbpeft.hub_access import hub_options
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from nbpeft.host_memory import host_memory
+from nbpeft._util.host_memory import host_memory
 
 _PROC = Path("/proc")
 

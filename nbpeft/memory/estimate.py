@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.grouped_heads import grouped_heads
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import prepared
-from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize, manager_of
-from nbpeft.engine.parameter_layer import AdaptedParameter
-from nbpeft.engine.registry import method_of
-from nbpeft.engine.selective_recompute import selective_recompute
-from nbpeft.engine.storage import short_name
+from nbpeft.engine.calls.selective_recompute import selective_recompute
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.kernels.grouped_heads import grouped_heads
+from nbpeft.engine.kernels.storage import short_name
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.runtime.method_hooks import prepared
+from nbpeft.engine.tree.model_tree import experts_to_quantize, linear_layers_to_quantize, manager_of
+from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.losses import chunked_head, without_logits
 from nbpeft.memory.allocations import fake_tensors, record

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.four_bit import NESTED_BLOCK
-from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.kernels.four_bit import NESTED_BLOCK
+from nbpeft.engine.kernels.quantized_matrices import BLOCK, Form, QuantizedMatrices
+from nbpeft.engine.kernels.storage import StoredWeight
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.quantized_matrices import BLOCK, Form, QuantizedMatrices
-from nbpeft.engine.storage import StoredWeight
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
 def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:

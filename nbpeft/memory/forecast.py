@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbpeft.device_names import DEVICES, named, nearest
+from nbpeft._util.device_names import DEVICES, named, nearest
 from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.model_tree import base_model_of, experts_to_quantize
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.tree.model_tree import base_model_of, experts_to_quantize
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.losses import check_chunk_size
 from nbpeft.memory.architecture import Architecture, architecture_of

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from nbpeft.engine.model_tree import base_model_of, manager_of
-from nbpeft.engine.quantized_matrices import QuantizedMatrices
-from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.storage import StoredWeight, inner_tensors, local, short_name, unique_storages
+from nbpeft.engine.contract.registry import resolve_backend
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, local, short_name, unique_storages
+from nbpeft.engine.tree.model_tree import base_model_of, manager_of
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.saved import SavedTensors, tensors_in

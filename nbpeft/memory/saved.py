@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.storage import storage_of
+from nbpeft.engine.kernels.storage import storage_of
 
 
 class SavedTensors:

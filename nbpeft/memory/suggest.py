@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.errors import NbpeftError
 from nbpeft.memory.estimate import Setting, estimate
 from nbpeft.memory.formatting import size_text

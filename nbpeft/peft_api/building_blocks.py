@@ -19,9 +19,9 @@ from torch.nn.modules.module import (
 from nbpeft.checkpoint import CONFIG_NAME
 from nbpeft.engine.methods.lora.optimizers import RiemannianPreconditioner, trained_pairs
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
-from nbpeft.engine.methods.lora.velora import normalised, pieces
+from nbpeft.engine.methods.lora.variants.velora import normalised, pieces
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
-from nbpeft.model.arrow import repository_of
+from nbpeft.model.handle.arrow import repository_of
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")

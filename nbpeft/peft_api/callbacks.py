@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 
 
 class AdamssAsaCallback(TrainerCallback):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import nbpeft.engine.methods  # noqa: F401 - registers the methods
-from nbpeft.engine.peft_types import PeftType
-from nbpeft.engine.registry import config_class_of, methods_of_type
-from nbpeft.engine.targets import usual_model_types
+from nbpeft.engine.config.targets import usual_model_types
+from nbpeft.engine.contract.peft_types import PeftType
+from nbpeft.engine.contract.registry import config_class_of, methods_of_type
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"

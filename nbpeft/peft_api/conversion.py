@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.contract.registry import methods, prefixes
 from nbpeft.engine.methods.lora.fused import FACTORS, joined
-from nbpeft.engine.registry import methods, prefixes
 
 
 def build_peft_weight_mapping(

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig
-from nbpeft.engine.base import onloaded
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.manager import AdapterManager, require_manager
-from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
-from nbpeft.engine.registry import method_of, resolve_backend
-from nbpeft.engine.targets import ALL_LINEAR, Matcher, condense_targets, matches_segment_names
-from nbpeft.engine.tied_weights import modules_tied_to_embedding
+from nbpeft.engine.config.targets import ALL_LINEAR, Matcher, condense_targets, matches_segment_names
+from nbpeft.engine.contract.adapter import ADAPTER_PARTS, AdapterConfig
+from nbpeft.engine.contract.base import onloaded
+from nbpeft.engine.contract.registry import method_of, resolve_backend
+from nbpeft.engine.runtime.manager import AdapterManager, require_manager
+from nbpeft.engine.tree.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
+from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
-from nbpeft.model.functional import set_adapter
+from nbpeft.model.handle.functional import set_adapter
 
 
 def infer_device() -> str:

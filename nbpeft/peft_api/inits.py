@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbpeft.engine.methods.lora.incremental_pca import IncrementalPCA as IncrementalPCA
-from nbpeft.engine.methods.lora.loftq import loftq_start
-from nbpeft.engine.methods.shira import random_mask as random_mask
-from nbpeft.model.data_inits import CordaEigens as CordaEigens
-from nbpeft.model.data_inits import estimate_gradients as estimate_gradients
-from nbpeft.model.eva import forward_fn_dict as forward_fn_dict
-from nbpeft.model.eva import prepare_layer_inputs_fn_language_modeling as prepare_layer_inputs_fn_language_modeling
-from nbpeft.model.eva import prepare_model_inputs_fn_language_modeling as prepare_model_inputs_fn_language_modeling
+from nbpeft.engine.methods.entries.shira import random_mask as random_mask
+from nbpeft.engine.methods.lora.initialization.incremental_pca import IncrementalPCA as IncrementalPCA
+from nbpeft.engine.methods.lora.initialization.loftq import loftq_start
+from nbpeft.model.from_data.data_inits import CordaEigens as CordaEigens
+from nbpeft.model.from_data.data_inits import estimate_gradients as estimate_gradients
+from nbpeft.model.from_data.eva import forward_fn_dict as forward_fn_dict
+from nbpeft.model.from_data.eva import (
+    prepare_layer_inputs_fn_language_modeling as prepare_layer_inputs_fn_language_modeling,
+)
+from nbpeft.model.from_data.eva import (
+    prepare_model_inputs_fn_language_modeling as prepare_model_inputs_fn_language_modeling,
+)
 
 
 @torch.no_grad()

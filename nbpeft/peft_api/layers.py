@@ -5,18 +5,18 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.registry import backends, layer_kinds, methods_of_type
 from nbpeft.engine.methods.lora.custom_layers import Linear
-from nbpeft.engine.methods.lora.xlora_classifier import XLoraClassifier as XLoraClassifier
-from nbpeft.engine.methods.poly import PolyRouter as PolyRouter
-from nbpeft.engine.model_adapter import ModelAdapter
-from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.peft_layer_api import LayerType, layer_type, refuse_pickle_of_peft
-from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
-from nbpeft.model.peft_model import PeftModel
-from nbpeft.model.status import LayerStatus, ModelStatus
-from nbpeft.model.tuner import BaseTuner as BaseTuner
-from nbpeft.model.tuner import tuner_class
+from nbpeft.engine.methods.lora.variants.xlora_classifier import XLoraClassifier as XLoraClassifier
+from nbpeft.engine.methods.products.poly import PolyRouter as PolyRouter
+from nbpeft.engine.peft_names.peft_layer_api import LayerType, layer_type, refuse_pickle_of_peft
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.model.handle.peft_model import PeftModel
+from nbpeft.model.handle.status import LayerStatus, ModelStatus
+from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
+from nbpeft.model.handle.tuner import tuner_class
 from nbpeft.peft_api.constants import usual_targets_of
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])

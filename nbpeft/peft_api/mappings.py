@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import nbpeft.model as model_api
-from nbpeft.engine.adapter import PeftType
-from nbpeft.engine.registry import Method, methods
-from nbpeft.model.tuner import tuner_class
+from nbpeft.engine.contract.adapter import PeftType
+from nbpeft.engine.contract.registry import Method, methods
+from nbpeft.model.handle.tuner import tuner_class
 
 
 class _ByPeftType(Mapping[PeftType, Any]):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.methods.osf import projection, taken_apart
+from nbpeft.engine.methods.projections.osf import projection, taken_apart
 
 
 def decompose_weight_matrix(weight: Tensor, top_k: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from nbpeft.model import hotswap
+from nbpeft.model.swapping import hotswap
 
 hotswap_adapter = functools.wraps(hotswap.hotswap_adapter)(
     functools.partial(hotswap.hotswap_adapter, allow_missing=True)

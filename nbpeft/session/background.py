@@ -18,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.display.blocks import Line, bold, dim, line
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.results.base import Result
-from nbpeft.training.control import RunControl
+from nbpeft.training.monitor.control import RunControl
 
 if TYPE_CHECKING:
-    from nbpeft.engine.turns import Turns
+    from nbpeft.engine.changes.turns import Turns
     from nbpeft.state import TrainState
     from nbpeft.training import Run, TrainResult
 
@@ -129,7 +129,7 @@ class BackgroundTraining:
             self._condition.notify_all()
 
     def _work(self, work: Work) -> None:
-        from nbpeft.training.tracebacks import release_frames
+        from nbpeft.training.monitor.tracebacks import release_frames
 
         _live.add(self)
         self._turns.claim()

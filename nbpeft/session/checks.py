@@ -22,7 +22,7 @@ def adapter_name(name: Any, *, given: bool = True) -> str:
     Raises:
         AdapterError: it cannot be the name of one.
     """
-    from nbpeft.engine.adapter_names import check_name
+    from nbpeft.engine.config.adapter_names import check_name
 
     try:
         check_name(name)

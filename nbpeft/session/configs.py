@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.registry import Method
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.contract.registry import Method
 
 DEFAULT_METHOD = "LORA"
 """The ``peft_type`` of a config that does not name one."""
@@ -30,7 +30,7 @@ def config_class(peft_type: str = DEFAULT_METHOD) -> type[AdapterConfig]:
         UnknownMethodError: no registered method has that ``peft_type``.
     """
     import nbpeft.engine  # registers the methods
-    from nbpeft.engine.registry import config_class_of
+    from nbpeft.engine.contract.registry import config_class_of
 
     del nbpeft
     return config_class_of(str(getattr(peft_type, "value", peft_type)).upper())
@@ -44,7 +44,7 @@ def field_names(peft_type: str = DEFAULT_METHOD) -> tuple[str, ...]:
 def method_names() -> tuple[str, ...]:
     """What ``--method`` and ``peft_type`` take, in small letters."""
     import nbpeft.engine  # registers the methods
-    from nbpeft.engine.registry import methods
+    from nbpeft.engine.contract.registry import methods
 
     del nbpeft
     return tuple(sorted({method.peft_type.lower() for method in methods()}))
@@ -95,7 +95,7 @@ def build_config(
 
 def _elsewhere(name: str) -> str:
     """Names methods whose configs have a field: the usual one, where it is among them."""
-    from nbpeft.engine.registry import methods
+    from nbpeft.engine.contract.registry import methods
 
     having = [method for method in methods() if name in field_names(method.peft_type)]
     types = list(dict.fromkeys(str(method.peft_type) for method in having))
@@ -127,7 +127,7 @@ def combination_types(configs: Iterable[AdapterConfig]) -> tuple[str, ...]:
 
 def _method(config: AdapterConfig) -> Method:
     import nbpeft.engine  # registers the methods
-    from nbpeft.engine.registry import method_of
+    from nbpeft.engine.contract.registry import method_of
 
     del nbpeft
     return method_of(config)

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts, RunningBlock
+from nbpeft._util.logs import collapsed
+from nbpeft._util.subscribers import Subscribers
 from nbpeft.errors import AdapterError, BusyError, in_one_line
-from nbpeft.interrupts import HeldInterrupts, RunningBlock
-from nbpeft.logs import collapsed
 from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
 from nbpeft.session.history import History
 from nbpeft.session.lock import CommandLock
@@ -21,14 +22,13 @@ from nbpeft.session.registry import ModelRegistry, TrackedModel
 from nbpeft.session.results import CommandResult
 from nbpeft.session.variables import Variables
 from nbpeft.state import PastState, SessionState
-from nbpeft.subscribers import Subscribers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.session.background import BackgroundTraining
     from nbpeft.training import Run, TrainResult
 

@@ -19,7 +19,7 @@ from typing import Any
 from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, QUANT_TYPES
 from nbpeft.session.configs import BOOKKEEPING, DEFAULT_METHOD, config_class, method_names
 from nbpeft.session.handles import uncompiled
-from nbpeft.training.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
+from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
 
 _MODULE_FIELDS: dict[str, tuple[str, ...]] = {
     "target_modules": ("all-linear",),
@@ -94,8 +94,8 @@ def module_names(model: Any) -> tuple[str, ...]:
     Args:
         model: a torch module, with or without adapters.
     """
-    from nbpeft.engine.model_tree import base_model_of, walk
-    from nbpeft.engine.registry import resolve_layer_kind
+    from nbpeft.engine.contract.registry import resolve_layer_kind
+    from nbpeft.engine.tree.model_tree import base_model_of, walk
 
     sites = walk(base_model_of(uncompiled(model)))
     found = (site.path.rpartition(".")[2] for site in sites if resolve_layer_kind(site.module) is not None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from nbpeft.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.session.undoable import Undoable
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
     Raises:
         MergeError: it is merged.
     """
-    from nbpeft.engine.random_numbers import drawing_from
+    from nbpeft.engine.changes.random_numbers import drawing_from
 
     manager = tracked.manager
     with manager.reading():
@@ -59,7 +59,7 @@ def weights_kept_unless(
         names: those whose weights the block replaces.
         learned: whether a step was done.
     """
-    from nbpeft.engine.kept import keep, put_back
+    from nbpeft.engine.runtime.kept import keep, put_back
 
     manager = tracked.manager
     before, past = [keep(manager, name) for name in names], ctx.history.of(manager)

@@ -37,7 +37,7 @@ def is_live(handle: PeftModel) -> bool:
 
 def handle_over(base: nn.Module) -> PeftModel | None:
     """A handle on a base model that carries adapters although no variable holds one; None for a bare one."""
-    engine = sys.modules.get("nbpeft.engine.model_tree")
+    engine = sys.modules.get("nbpeft.engine.tree.model_tree")
     manager = engine.manager_of(base) if engine is not None else None
     if manager is None or not manager.alive or not manager.names:
         return None

@@ -12,10 +12,10 @@ from nbpeft.errors import BaseMismatchError
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.kept import KeptAdapter
-    from nbpeft.engine.manager import AdapterManager
-    from nbpeft.engine.transaction import Transaction
+    from nbpeft.engine.changes.transaction import Transaction
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.runtime.kept import KeptAdapter
+    from nbpeft.engine.runtime.manager import AdapterManager
 
 MOST_KEPT = 10
 """Adapters that are kept for each model."""

@@ -12,8 +12,8 @@ from nbpeft.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import SessionContext
 
 ROWS = 256
@@ -71,7 +71,7 @@ class InitRows:
             model: the base model.
             loss: whether a loss is computed of them.
         """
-        from nbpeft.training.rows import first_rows
+        from nbpeft.training.loop.rows import first_rows
 
         if self._read is None:
             tokenizer = ctx.tokenizers.get(model) if self.tokenizer is None else self.tokenizer
@@ -97,7 +97,7 @@ def starting_from(
         ConfigError: the init needs rows and there are none, or the other way round.
         TrainingError: the rows cannot be read.
     """
-    from nbpeft.model.start_from_rows import init_from_data, lacks_rows, reads_a_file, started_from
+    from nbpeft.model.from_data.start_from_rows import init_from_data, lacks_rows, reads_a_file, started_from
 
     init = init_from_data(config)
     if rows is None and lacks_rows(model, config):

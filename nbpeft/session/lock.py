@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nbpeft._util.interrupts import HeldInterrupts, RunningBlock
 from nbpeft.errors import BusyError
-from nbpeft.interrupts import HeldInterrupts, RunningBlock
 
 _LOOKING = 1.0
 """Seconds that building a state takes at most."""

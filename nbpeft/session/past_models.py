@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, BaseMismatchError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.history import PastModel, base_difference
 from nbpeft.session.results import BroughtBack, ModelRef
@@ -15,7 +15,7 @@ from nbpeft.session.results import BroughtBack, ModelRef
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.kept import KeptAdapter
+    from nbpeft.engine.runtime.kept import KeptAdapter
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
 
@@ -111,9 +111,9 @@ def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
 @contextmanager
 def _put_onto(base: nn.Module, adapters: Sequence[KeptAdapter]) -> Iterator[Any]:
     """Puts adapters onto a base model, and yields its handle; they are off again where something fails."""
-    from nbpeft.engine.kept import put_back
-    from nbpeft.engine.manager import AdapterManager
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.runtime.kept import put_back
+    from nbpeft.engine.runtime.manager import AdapterManager
+    from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.model import PeftModel
 
     present = manager_of(base)

@@ -9,8 +9,8 @@ from nbpeft.session.configs import label_of
 from nbpeft.session.results.preview import Preview, PreviewRow
 
 if TYPE_CHECKING:
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.plan import Target
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.injection.plan import Target
 
 _ADAMW_BYTES = 2
 """Moments that AdamW keeps, each as large as the parameter."""
@@ -37,8 +37,8 @@ def preview_of(
         notes: put into the preview.
         stored: how targets will be stored by then, by path, where that is not how they are now.
     """
-    from nbpeft.engine.model_tree import parameter_counts
-    from nbpeft.engine.plan import plan
+    from nbpeft.engine.injection.plan import plan
+    from nbpeft.engine.tree.model_tree import parameter_counts
 
     made = plan(base, config, allow_missing=True, replacing=name if replaces else None)
     return Preview(

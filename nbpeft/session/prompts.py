@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError
-from nbpeft.training.generation import Prompt, PromptBatch
+from nbpeft.training.watching.generation import Prompt, PromptBatch
 
 if TYPE_CHECKING:
     from nbpeft.session.context import SessionContext

@@ -15,9 +15,9 @@ from nbpeft.session.snapshot import Snapshots
 from nbpeft.state import MemberState, MemoryState, ModelState, TrainState
 
 if TYPE_CHECKING:
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.kept import Keeper
-    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.runtime.kept import Keeper
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.memory import Meter
     from nbpeft.model import PeftModel
     from nbpeft.session.trained import TrainingCall
@@ -423,7 +423,7 @@ _ON_THE_BASE = ("merge", "unload")
 
 
 def _keeper(manager: AdapterManager, name: str) -> Keeper:
-    from nbpeft.engine.kept import Keeper
+    from nbpeft.engine.runtime.kept import Keeper
 
     return Keeper(manager, name)
 
@@ -433,7 +433,7 @@ def _fingerprint(manager: AdapterManager) -> Mapping[str, str]:
     if manager.merged:
         return {}
     from nbpeft.checkpoint import fingerprint
-    from nbpeft.model.sharded import is_sharded
+    from nbpeft.model.saving.sharded import is_sharded
 
     return {} if is_sharded(manager.model) else fingerprint(manager.model).to_metadata()
 

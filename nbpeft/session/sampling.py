@@ -70,7 +70,7 @@ class Sampling:
         """Context manager: random numbers of its own, so that those of the notebook go on as if it had not been."""
         if not self.draws or self.seed is None:
             return nullcontext()
-        from nbpeft.engine.random_numbers import drawing_from
+        from nbpeft.engine.changes.random_numbers import drawing_from
 
         return drawing_from(self.seed)
 

@@ -15,8 +15,8 @@ from nbpeft.state import AdapterState, MemoryState, ModelState, TrainState
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.runtime.manager import AdapterManager
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _waiting(manager: AdapterManager) -> int:
 
 
 def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:
-    from nbpeft.engine.model_tree import parameter_counts
+    from nbpeft.engine.tree.model_tree import parameter_counts
 
     trained, total = parameter_counts(manager.model)
     backends = sorted({layer.backend.name for layer in manager.layers.values()} - {"dense"})

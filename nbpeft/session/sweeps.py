@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import ConfigError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.sweeps import combinations, names_of, swept
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def plan_sweep(tracked: TrackedModel, arguments: dict[str, Any]) -> tuple[str, .
 @contextmanager
 def all_or_none(ctx: SessionContext, model: Any) -> Iterator[None]:
     """Takes off what the block has put on a model, where it fails."""
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.session.first_weights import weights_kept_unless
 
     manager, tracked = manager_of(model), ctx.models.find(model)

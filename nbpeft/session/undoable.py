@@ -10,8 +10,8 @@ from nbpeft.errors import BusyError
 from nbpeft.session.history import PastAdapter
 
 if TYPE_CHECKING:
-    from nbpeft.engine.manager import AdapterManager
-    from nbpeft.engine.transaction import Transaction
+    from nbpeft.engine.changes.transaction import Transaction
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import SessionContext
     from nbpeft.session.registry import TrackedModel
 
@@ -30,7 +30,7 @@ class Undoable:
     def __init__(
         self, ctx: SessionContext, tracked: TrackedModel, name: str, did: str, *, in_place: bool = False
     ) -> None:
-        from nbpeft.engine.kept import keep
+        from nbpeft.engine.runtime.kept import keep
 
         self._ctx, self._tracked, self._did, self._in_place = ctx, tracked, did, in_place
         self.kept = keep(tracked.manager, name)

@@ -223,7 +223,7 @@ class Variables:
 
     def _takes(self, variable: str, fingerprint: Mapping[str, str]) -> bool:
         """Whether adapters can be put on the model that a variable holds now, as far as its weights say that."""
-        from nbpeft.engine.model_tree import manager_of
+        from nbpeft.engine.tree.model_tree import manager_of
 
         model = self.module(variable)
         manager = None if model is None else manager_of(model)

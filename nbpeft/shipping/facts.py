@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.adapter import IsLowRank, LowRankDelta, PeftType
-from nbpeft.engine.base import LayerKind
-from nbpeft.engine.factored_weight import AdaptsParameters
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import embedding_of, frozen_module, is_quantized
-from nbpeft.engine.registry import method_of, methods
-from nbpeft.model import files
-from nbpeft.model.conversion import can_convert
+from nbpeft.engine.contract.adapter import IsLowRank, LowRankDelta, PeftType
+from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.registry import method_of, methods
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import embedding_of, frozen_module, is_quantized
+from nbpeft.engine.wrappers.factored_weight import AdaptsParameters
+from nbpeft.model.combine.conversion import can_convert
+from nbpeft.model.saving import files
 
 
 @dataclass(frozen=True)

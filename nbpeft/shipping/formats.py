@@ -12,11 +12,12 @@ from torch import nn
 
 from nbpeft import checkpoint
 from nbpeft.checkpoint import GgufTensor, NewFile
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, LowRankDelta
 from nbpeft.engine.methods.lora.conversion import as_uniform_lora
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError
-from nbpeft.model import files, merge_to_folder, merged_tensors
+from nbpeft.model import merge_to_folder, merged_tensors
+from nbpeft.model.saving import files
 from nbpeft.shipping.engines.diffusers import component_of
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import GgufModel, common_alpha

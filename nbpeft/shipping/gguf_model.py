@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.checkpoint import GgufTensor, TensorSpec, file_type, gguf_package
-from nbpeft.engine.adapter import LowRankDelta
+from nbpeft.engine.contract.adapter import LowRankDelta
 from nbpeft.errors import ConfigError
 
 

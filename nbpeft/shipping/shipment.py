@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from nbpeft.checkpoint import NewFile, in_place_of
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
-from nbpeft.model.saved_places import note_written_over
+from nbpeft.model.saving.saved_places import note_written_over
 from nbpeft.shipping import formats
 from nbpeft.shipping.engines import ENGINES, Engine, Form
 from nbpeft.shipping.facts import AdapterFacts, facts_of

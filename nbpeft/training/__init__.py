@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from nbpeft.lazy import lazy_names
-from nbpeft.logs import collapsed
+from nbpeft._util.lazy import lazy_names
+from nbpeft._util.logs import collapsed
 
 _NAMES = lazy_names(__name__, __file__)
 __all__ = list(_NAMES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets
 
-from nbpeft.device_names import DEVICES, THIS_MACHINE
+from nbpeft._util.device_names import DEVICES, THIS_MACHINE
 from nbpeft.display.blocks import dim, line
 from nbpeft.display.html import span, to_html
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS

@@ -15,7 +15,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.devices import device_memory
-from nbpeft.model.quantize import load_quantized
+from nbpeft.model.quantization.quantize import load_quantized
 from tests.memory.measured_peak import Step, real_step
 from tests.smollm2 import source
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.selective_recompute import selective_recompute
+from nbpeft.engine.calls.selective_recompute import selective_recompute
 from tests.benchmarks.harness import OURS, Measure, Row, Size
 from tests.benchmarks.models import adapted, smollm2_layers
 

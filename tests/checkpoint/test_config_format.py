@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from nbpeft.checkpoint import config_text, config_to_save, parse_config
-from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, CorruptCheckpointError, UnknownMethodError
 from nbpeft.model import get_peft_model

@@ -27,10 +27,10 @@ from nbpeft.checkpoint import (
     to_file,
     write_checkpoint,
 )
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.plan import plan
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from tests.checkpoint.peft_files import saved_by_peft, shapes_of
 from tests.tiny_models import gpt2, llama, logits

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaModel
 
 from nbpeft.checkpoint import Fingerprint, compare, fingerprint
-from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import BaseMismatchError
 from tests.tiny_models import gpt2, llama
 

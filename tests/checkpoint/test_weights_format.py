@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.checkpoint import Expected
 from nbpeft.checkpoint.key_conversion import KeyConversion
-from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterWeights
 from nbpeft.errors import BaseMismatchError, CheckpointError
 from tests.checkpoint.peft_files import Mixed, expected_by_peft, saved_by_peft
 from tests.tiny_models import gpt2, llama

@@ -10,7 +10,7 @@ from nbpeft.display.models import model_card
 from nbpeft.display.shown import Shown
 from nbpeft.display.training import training_card
 from nbpeft.memory.suggest import Suggestion
-from nbpeft.model.merge_export import LayerError, MergeErrors
+from nbpeft.model.saving.merge_export import LayerError, MergeErrors
 from nbpeft.session.results import (
     AddResult,
     Check,
@@ -41,7 +41,7 @@ from nbpeft.session.results.planning import PlanSettings, Room
 from nbpeft.session.results.quantizing import PartSize
 from nbpeft.state import AdapterState, LayerChange, LayerLoss, MemoryPart, ModelState, SessionState
 from nbpeft.training.data.summary import DataSummary, RowSummary
-from nbpeft.training.result import TrainResult
+from nbpeft.training.monitor.result import TrainResult
 from tests.widgets.answering import ANSWERS, PROMPT
 from tests.widgets.fakes import ADAPTERS, MEMORY, model, train_state
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine import model_tree
-from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterWeights
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree import model_tree
 from nbpeft.errors import ConfigError, HotSwapError, UnknownAdapterError
 
 TARGETS = ["embed", "conv", "grouped", "first", "turned"]

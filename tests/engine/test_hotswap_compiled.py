@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.runtime.manager import AdapterManager
 from tests.engine.test_hotswap import IDS, VARIANTS, config_of, fresh, manager_of, trained
 from tests.tiny_models import llama
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterWeights
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import HotSwapError
 from nbpeft.model import PeftModel, hotswap_adapter
 

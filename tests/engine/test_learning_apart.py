@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nbpeft.engine.active_state import Rows
-from nbpeft.model.serving import serving_rows
+from nbpeft.engine.changes.active_state import Rows
+from nbpeft.model.handle.serving import serving_rows
 from tests.tiny_models import adapted, logits, tokens
 
 

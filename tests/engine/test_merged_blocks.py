@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.engine.hotswap import swap
-from nbpeft.engine.kept import keep, put_back
+from nbpeft.engine.runtime.kept import keep, put_back
 
 pytestmark = pytest.mark.filterwarnings("ignore:merging into", "ignore:adapters are merged", "ignore:MatMul8bitLt")
 

@@ -14,11 +14,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[impor
 from torch import Tensor, nn
 
 import nbpeft.model as nbpeft
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.peft_modules import ParameterMapping, ShownParts
-from nbpeft.engine.registry import methods
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.registry import methods
+from nbpeft.engine.peft_names.peft_modules import ParameterMapping, ShownParts
 from nbpeft.errors import AdapterError, MergeError
-from tests.engine.test_peft_modules import IDS, pair
+from tests.engine.peft_names.test_peft_modules import IDS, pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be merged")
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, sweep
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model import AdapterPool, set_peft_model_state_dict
-from nbpeft.model.state_dicts import get_base_model_state_dict, set_base_model_state_dict
+from nbpeft.model.handle.state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from nbpeft.session import Session
 from nbpeft.session.history import PastAdapter
 from nbpeft.training.sweep.adapters import _members as sweep_members

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import BusyError, NbpeftError
 from tests.effort import TIER, drawn
 from tests.faults.commands import COMMANDS, IDS, Stage, adapted, run_quietly, session_of, twin

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM, TrainingArguments
 from nbpeft.checkpoint import read_checkpoint
 from nbpeft.errors import CheckpointError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model, merge_to_folder
-from nbpeft.model.files import write_card
+from nbpeft.model.saving.files import write_card
 from nbpeft.training import Collator, Trainer, export_script
-from nbpeft.training.checkpoints import flaw_of
+from nbpeft.training.disk.checkpoints import flaw_of
 from tests.tiny_models import llama
 from tests.training.support import token_rows
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft import LoraConfig, get_peft_model
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.errors import NbpeftError
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

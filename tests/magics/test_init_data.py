@@ -18,7 +18,7 @@ from nbpeft import (
     preprocess_loraga,
 )
 from nbpeft.model import get_peft_model_state_dict
-from nbpeft.training.rows import first_rows
+from nbpeft.training.loop.rows import first_rows
 from tests.magics.notebook import Notebook
 from tests.tiny_models import VOCABULARY, llama, same_state, state
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbpeft.training import keeping
+from nbpeft.training.monitor import keeping
 from tests.char_tokenizer import CharTokenizer
 from tests.faults.killing import die, forked
 from tests.magics.notebook import Notebook
@@ -200,7 +200,7 @@ def test_tracking_by_a_word(bare: Notebook) -> None:
 def test_a_tracker_that_is_not_installed_is_one_line(
     bare: Notebook, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbpeft.training import trackers
+    from nbpeft.training.watching import trackers
 
     monkeypatch.setattr(trackers, "find_spec", lambda module: None)
     prepare(bare)

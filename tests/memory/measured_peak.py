@@ -14,10 +14,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import linear_layers_to_quantize
-from nbpeft.engine.selective_recompute import selective_recompute
+from nbpeft.engine.calls.selective_recompute import selective_recompute
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import linear_layers_to_quantize
 from nbpeft.losses import chunked_loss
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture

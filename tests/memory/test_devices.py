@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from nbpeft import host_memory
+from nbpeft._util import host_memory
 from nbpeft.memory import devices
 from nbpeft.memory.devices import DeviceMemory, device_memory, join, mark_peak, peak
 

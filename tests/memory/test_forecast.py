@@ -25,12 +25,12 @@ from transformers import (
     WhisperConfig,
 )
 
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.methods.adaption_prompt import AdaptionPromptConfig
-from nbpeft.engine.methods.lora import loftq
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
-from nbpeft.engine.model_tree import MANAGER, manager_of
+from nbpeft.engine.methods.lora.initialization import loftq
+from nbpeft.engine.methods.prompts.adaption_prompt import AdaptionPromptConfig
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure
 from nbpeft.memory.allocations import fake_tensors

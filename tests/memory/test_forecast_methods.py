@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import BloomConfig, MambaConfig
 
+from nbpeft.engine.contract.registry import methods
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.registry import methods
 from nbpeft.errors import ConfigError
 from nbpeft.memory import estimate, forecast
 from nbpeft.memory.architecture import architecture_of

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.memory import Meter, SavedTensors, measure, weights_by_kind
 from tests.tiny_models import VOCABULARY, config, llama
 

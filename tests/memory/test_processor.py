@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nbpeft.memory import processor
-from nbpeft.model.quantize import usual_dtype
+from nbpeft.model.quantization.quantize import usual_dtype
 from tests.pretend_cpu import pretend_cpu
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.model import PeftModel
-from nbpeft.model.pool import AdapterPool
+from nbpeft.model.swapping.pool import AdapterPool
 from tests.tiny_models import adapted, llama, logits, randomize
 
 BYTES = 2 * (4 * 32 + 32 * 4 + 4 * 32 + 16 * 4) * 4

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import nbpeft
-from nbpeft.engine.adapter import TaskType
-from nbpeft.engine.adapter_tensors import is_training
-from nbpeft.engine.reached import reached_modules
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.contract.adapter import TaskType
+from nbpeft.engine.runtime.adapter_tensors import is_training
 from nbpeft.model import (
     LoraConfig,
     PeftModel,
@@ -28,7 +28,7 @@ from nbpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from nbpeft.model.observing import evaluated
+from nbpeft.model.from_data.observing import evaluated
 from tests.tiny_models import adapted, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import BaseMismatchError, MergeError, TargetError
 from nbpeft.model import (
     LoraConfig,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.errors import AdapterError, ConfigError, ConversionError, MergeError
 from nbpeft.model import PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from tests import tiny_models

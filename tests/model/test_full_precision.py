@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from nbpeft.errors import AdapterError, CheckpointError, CheckpointNotFoundError, ConfigError, MergeError
 from nbpeft.model import PeftModel
-from nbpeft.model.merge_export import merge_errors, merge_to_folder
-from nbpeft.model.quantize import quantize_model
+from nbpeft.model.quantization.quantize import quantize_model
+from nbpeft.model.saving.merge_export import merge_errors, merge_to_folder
 from tests.model.allocations import Allocations, bytes_of
 from tests.tiny_models import adapted, gpt2, llama, logits, same_state, state
 

@@ -19,7 +19,7 @@ from nbpeft.checkpoint import read_checkpoint
 from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.errors import CheckpointError, NbpeftError
 from nbpeft.model import AdapterPool, hotswap_adapter, merge_to_folder
-from nbpeft.training.checkpoints import flaw_of
+from nbpeft.training.disk.checkpoints import flaw_of
 from tests.tiny_models import adapted, llama, logits, randomize
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import nbpeft
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.contract.registry import Method, methods
 from tests.tiny_models import llama, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,8 +14,8 @@ from torch import Tensor
 from nbpeft import OFTConfig
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model, merge_calibrated
-from nbpeft.model.merge_export import merge_to_folder
-from nbpeft.model.quantize import quantize_model
+from nbpeft.model.quantization.quantize import quantize_model
+from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.training import prepare_model_for_kbit_training
 from tests.tiny_models import llama, randomize, tokens
 

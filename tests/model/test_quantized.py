@@ -12,11 +12,16 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.tree.model_tree import linear_layers_to_quantize
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.model import PeftModel
-from nbpeft.model.quantize import load_quantized, quantization, quantize_model, respect_progress_bar_setting
-from nbpeft.model.weight_storage import stored_parts
+from nbpeft.model.quantization.quantize import (
+    load_quantized,
+    quantization,
+    quantize_model,
+    respect_progress_bar_setting,
+)
+from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.session.snapshot import Snapshots
 from tests.pretend_cpu import pretend_cpu, pretend_repacking
 from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
@@ -117,7 +122,7 @@ def test_a_refused_adapter_leaves_layers_to_be_repacked(tmp_path: Path, monkeypa
     def fails(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nbpeft.engine.manager.commit", fails)
+    monkeypatch.setattr("nbpeft.engine.runtime.manager.commit", fails)
     with pytest.raises(KeyboardInterrupt):
         adapted(base)
     layers = [base.get_submodule(path) for path in quantized_paths(base)]

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
-from nbpeft.model.merge_export import merge_to_folder
-from nbpeft.model.quantize import load_quantized
-from nbpeft.model.weight_storage import stored_parts
+from nbpeft.model.quantization.quantize import load_quantized
+from nbpeft.model.quantization.weight_storage import stored_parts
+from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.training import prepare_model_for_kbit_training
 from tests.model.allocations import Allocations, bytes_of
 from tests.smollm2 import GGUF, source

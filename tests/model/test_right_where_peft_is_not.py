@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import (
     BaseMismatchError,
     CheckpointError,

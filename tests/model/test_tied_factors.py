@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import nbpeft
-from nbpeft.engine.plan import plan
+from nbpeft.engine.injection.plan import plan
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, HotSwapError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, merge_to_folder, reduce_intruder_dimension

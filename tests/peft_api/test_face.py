@@ -21,7 +21,7 @@ import pytest
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.engine.registry import methods
+from nbpeft.engine.contract.registry import methods
 from nbpeft.peft_api.missing import missing
 from nbpeft.peft_api.names import METHODS, MODULES
 

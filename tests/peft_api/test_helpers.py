@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import nbpeft
-from nbpeft.engine.registry import methods
+from nbpeft.engine.contract.registry import methods
 from tests import tiny_models
 
 peft = pytest.importorskip("peft")

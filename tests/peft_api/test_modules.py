@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nbpeft
-from nbpeft.engine.registry import methods_of_type
+from nbpeft.engine.contract.registry import methods_of_type
 from nbpeft.peft_api.missing import missing
 from nbpeft.peft_api.modules import add_import_paths
 from nbpeft.peft_api.names import METHODS, MODULES, names_in
@@ -136,7 +136,11 @@ def test_a_method_that_is_there_is_not_missing() -> None:
             room = importlib.import_module(f"nbpeft.tuners.{package}")
             if method.transforms_calls:  # it has no layers: what PEFT has in the room is the method's own
                 homes = {getattr(room, name).__module__ for name in names.split() if name[0].isupper()}
-                assert homes <= {method.adapter_class.__module__, method.config_class.__module__, "nbpeft.model.tuner"}
+                assert homes <= {
+                    method.adapter_class.__module__,
+                    method.config_class.__module__,
+                    "nbpeft.model.handle.tuner",
+                }
                 assert method.config_class.__module__ in homes
                 continue
             for name in (f"{title}Config", f"{title}Model"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.training.generation import PromptBatch
+from nbpeft.training.watching.generation import PromptBatch
 from tests.char_tokenizer import CharTokenizer
 
 

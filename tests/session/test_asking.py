@@ -104,7 +104,7 @@ def test_each_column_of_a_comparison_goes_on_with_its_own_conversation(session: 
 
 
 def test_the_answer_is_reported_while_it_comes(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbpeft.training.generation.INTERVAL", 0.0)
+    monkeypatch.setattr("nbpeft.training.watching.generation.INTERVAL", 0.0)
     seen: list[AskResult] = []
     result = ask(session, max_new_tokens=6, on_text=seen.append)
     assert {item.status for item in seen} == {"running"}

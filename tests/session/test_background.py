@@ -19,7 +19,7 @@ from nbpeft.errors import AdapterError, BusyError, NbpeftError
 from nbpeft.examples import scoring
 from nbpeft.session import Session
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
-from nbpeft.training.generation import evaluating
+from nbpeft.training.watching.generation import evaluating
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.engine.combination import Combination
+from nbpeft.engine.contract.combination import Combination
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.methods.lora.combining import combine_low_rank
-from nbpeft.engine.registry import method_of
 from nbpeft.errors import (
     AdapterError,
     AdapterExistsError,
@@ -24,7 +24,7 @@ from nbpeft.errors import (
     NbpeftError,
     UnknownAdapterError,
 )
-from nbpeft.model.serving import blended
+from nbpeft.model.handle.serving import blended
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
 from tests.session.support import alone, everything
@@ -155,7 +155,7 @@ def test_the_types_and_their_options_are_the_methods_own(
     session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = dataclasses.replace(method_of(model.manager.configs["orders"]), combine=Mean())
-    monkeypatch.setattr("nbpeft.model.combining.method_of", lambda config: changed)
+    monkeypatch.setattr("nbpeft.model.combine.combining.method_of", lambda config: changed)
     weights = {"orders": 1, "pirate": 1}
     assert session.combine(weights, as_name="sum", type="mean").rank == 6
     assert session.combine(weights, as_name="cut", type="mean_cut", rank=2).rank == 2

@@ -12,10 +12,10 @@ import torch
 
 from nbpeft.display.html import to_html
 from nbpeft.errors import AdapterError, MergeError, NbpeftError, UnknownAdapterError
-from nbpeft.model.serving import blended
+from nbpeft.model.handle.serving import blended
 from nbpeft.session import Session
 from nbpeft.session.results.comparing import Answer, Column, CompareResult
-from nbpeft.training.generation import PromptBatch
+from nbpeft.training.watching.generation import PromptBatch
 from tests.char_tokenizer import END, CharTokenizer
 from tests.session.support import alone, everything
 from tests.tiny_models import llama, logits, same_state
@@ -99,7 +99,7 @@ def test_adapters_that_are_switched_off_answer_when_they_are_asked(session: Sess
 
 
 def test_answers_are_reported_while_they_come(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbpeft.training.generation.INTERVAL", 0.0)
+    monkeypatch.setattr("nbpeft.training.watching.generation.INTERVAL", 0.0)
     seen: list[CompareResult] = []
     result = session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=6, on_text=seen.append)
     assert [item.status for item in seen] == ["running"] * len(seen)
@@ -118,7 +118,7 @@ def test_it_can_be_stopped_and_interrupted(session: Session, model: Any, monkeyp
     assert {answer.token_count for column in result.columns for answer in column.answers} <= {0, 1, 2, 3}
     assert "stopped" in str(result)
 
-    monkeypatch.setattr("nbpeft.training.generation.INTERVAL", 0.0)
+    monkeypatch.setattr("nbpeft.training.watching.generation.INTERVAL", 0.0)
 
     def interrupt(partial: CompareResult) -> None:
         if partial.token_count:

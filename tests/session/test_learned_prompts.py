@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.engine.prompt_config import PromptLearningConfig
-from nbpeft.engine.registry import methods
+from nbpeft.engine.config.prompt_config import PromptLearningConfig
+from nbpeft.engine.contract.registry import methods
 from nbpeft.errors import AdapterError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import get_peft_model

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import nbpeft
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.errors import ConfigError, HotSwapError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
-from nbpeft.model.method_facts import facts_of_method, listed_config
+from nbpeft.model.analysis.method_facts import facts_of_method, listed_config
 from nbpeft.session import Session
 from tests.session.support import everything
 from tests.tiny_models import llama, same_state
@@ -113,7 +113,7 @@ def test_without_a_model_there_are_no_costs(session: Session) -> None:
 
 def test_the_peak_of_a_step_is_forecast_where_sizes_are_given(session: Session, monkeypatch: Any) -> None:
     only = [method for method in methods() if method.label == "LoRA"]
-    monkeypatch.setattr("nbpeft.model.method_facts.methods", lambda: only)
+    monkeypatch.setattr("nbpeft.model.analysis.method_facts.methods", lambda: only)
     (row,) = session.methods(llama(), {"r": 4}, batch_size=2, sequence_length=16).rows
     plan = session.plan_memory(llama(), nbpeft.LoraConfig(r=4), batch_size=2, sequence_length=16)
     assert row.cost is not None and row.cost.peak_bytes == plan.peak_bytes

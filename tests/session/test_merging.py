@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nbpeft.errors import ConfigError, TrainingError
-from nbpeft.model.quantize import quantize_model
+from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.session import Session
 from tests.tiny_models import llama, logits, randomize
 from tests.training.support import token_rows

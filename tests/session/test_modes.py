@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.engine.reached import reached_modules
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, logits, randomize

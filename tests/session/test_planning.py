@@ -154,7 +154,7 @@ def test_a_model_is_planned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_quantized_model_is_planned_as_it_is() -> None:
     pytest.importorskip("bitsandbytes")
-    from nbpeft.model.quantize import quantize_model
+    from nbpeft.model.quantization.quantize import quantize_model
 
     model = LlamaForCausalLM(copy.deepcopy(CONFIG)).to(torch.bfloat16)
     quantize_model(model, bits=4)

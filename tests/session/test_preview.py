@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.engine.model_tree import parameter_counts
-from nbpeft.engine.registry import methods
+from nbpeft.engine.contract.registry import methods
+from nbpeft.engine.tree.model_tree import parameter_counts
 from nbpeft.session import Session
 from nbpeft.session.commands import adapters, quantizing
 from nbpeft.session.results import Preview

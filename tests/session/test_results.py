@@ -9,7 +9,7 @@ from nbpeft.display import numbers
 from nbpeft.display.html import to_html
 from nbpeft.display.models import adapter_table, model_card
 from nbpeft.errors import few
-from nbpeft.model.merge_export import LayerError, MergeErrors
+from nbpeft.model.saving.merge_export import LayerError, MergeErrors
 from nbpeft.session import CommandResult, StatusReport
 from nbpeft.session.results import MergedCopy
 from nbpeft.state import AdapterState, ModelState, SessionState

@@ -24,7 +24,7 @@ from nbpeft.errors import (
     TrainingError,
 )
 from nbpeft.runs.store import RunStore
-from nbpeft.training import keeping
+from nbpeft.training.monitor import keeping
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
 from tests.tiny_models import gpt2, llama, same_state

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nbpeft
-from nbpeft.engine.trained import mark_unsaved
+from nbpeft.engine.changes.trained import mark_unsaved
 from nbpeft.errors import AdapterExistsError, CheckpointError
-from nbpeft.model import saved_places
-from nbpeft.model.saved_places import owner_of
+from nbpeft.model.saving import saved_places
+from nbpeft.model.saving.saved_places import owner_of
 from nbpeft.session import Session
 from tests.tiny_models import gpt2, llama, randomize
 from tests.waiting import PATIENCE
@@ -110,7 +110,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that knows nothing of what was saved."""
-    monkeypatch.setattr("nbpeft.model.saved_places._owners", {})
+    monkeypatch.setattr("nbpeft.model.saving.saved_places._owners", {})
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_folder_whose_name_cannot_be_an_adapters(
         if name == "taken":
             raise AdapterError("'taken' cannot name an adapter", name=name)
 
-    monkeypatch.setattr("nbpeft.engine.adapter_names.check_name", refuse)
+    monkeypatch.setattr("nbpeft.engine.config.adapter_names.check_name", refuse)
     with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter; give the adapter a name \(name=…\)"):
         session.load(tmp_path / "taken")
     with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter$"):

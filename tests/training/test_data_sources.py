@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from nbpeft import hub_access
+from nbpeft._util import hub_access
 from nbpeft.errors import ConfigError, MissingPackageError, TrainingError
 from nbpeft.training import open_data, prepare_data, train
 from nbpeft.training.data import StreamedRows, hub

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import nbpeft
-from nbpeft.engine.registry import methods
+from nbpeft.engine.contract.registry import methods
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.training import Collator, Trainer, TrainResult
 from tests.tiny_models import llama, randomize, tokens
-from tests.training.test_trainer import arguments
+from tests.training.transformers.test_trainer import arguments
 
 CONFIGS = {
     f"{method.peft_type.lower()}-{name}": method.config_class(

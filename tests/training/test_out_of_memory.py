@@ -11,11 +11,11 @@ import transformers
 
 from nbpeft.errors import TrainingError
 from nbpeft.memory import forecast
-from nbpeft.model.quantize import quantize_model
+from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.state import TrainState
 from nbpeft.sweeps import sweep
 from nbpeft.training import track, train
-from nbpeft.training.failures import free_memory
+from nbpeft.training.monitor.failures import free_memory
 from tests.model.allocations import Allocations
 from tests.tiny_models import llama
 from tests.training.support import trainable, weights

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
-from nbpeft.model.quantize import quantize_model
+from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.training import export_script, prepare_model_for_kbit_training, train
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama

@@ -12,7 +12,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, TrainingError
 from nbpeft.training import prepare_data
 from nbpeft.training.data import ModelInputs
-from nbpeft.training.rows import training_rows
+from nbpeft.training.loop.rows import training_rows
 from nbpeft.training.script.export import export_script
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, randomize

@@ -12,7 +12,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from nbpeft.training import Run, RunCallback, Trainer, track
-from nbpeft.training.checkpoints import resume_point
+from nbpeft.training.disk.checkpoints import resume_point
 from tests.tiny_models import VOCABULARY
 from tests.training.support import trainable, weights
 

@@ -15,7 +15,7 @@ from typing import Any
 from nbpeft.display.charts import smooth
 from nbpeft.errors import BusyError, TrainingInterrupted, UnknownAdapterError
 from nbpeft.state import AdapterState, MemoryPart, MemoryState, ModelState, SessionState, TrainState
-from nbpeft.training.control import RunControl
+from nbpeft.training.monitor.control import RunControl
 
 INTERVAL = 0.2
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import ReadOnlyWeight, loaded
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.storage import ReadOnlyWeight, loaded
 
 
 @register_backend

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.four_bit import NESTED_BLOCK, fitted, in_blocks
-from nbpeft.engine.nearest_levels import round_blocks
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.rounding import Grid
-from nbpeft.engine.storage import StoredWeight, keep_parameter_classes, loaded, plain
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.four_bit import NESTED_BLOCK, fitted, in_blocks
+from nbpeft.engine.kernels.nearest_levels import round_blocks
+from nbpeft.engine.kernels.rounding import Grid
+from nbpeft.engine.kernels.storage import StoredWeight, keep_parameter_classes, loaded, plain
 
 PACKED_ROWS = 32
 _REPACKS = "support_avx512bf16_for_cpu"

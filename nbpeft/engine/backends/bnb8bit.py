@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.rounding import Grid
-from nbpeft.engine.storage import StoredWeight, keep_parameter_classes, loaded, plain
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.rounding import Grid
+from nbpeft.engine.kernels.storage import StoredWeight, keep_parameter_classes, loaded, plain
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import ReadOnlyWeight
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.storage import ReadOnlyWeight
 
 
 @register_backend

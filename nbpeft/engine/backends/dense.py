@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import StoredWeight
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.storage import StoredWeight
 
 
 @register_backend

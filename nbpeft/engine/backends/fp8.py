@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import StoredWeight, plain
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.storage import StoredWeight, plain
 
 _KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import StoredWeight, loaded, plain
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.storage import StoredWeight, loaded, plain
 
 
 @dataclass(frozen=True)

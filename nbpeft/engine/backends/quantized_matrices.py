@@ -1,6 +1,6 @@
 """Experts of a mixture in 4 or 8 bits: one bare parameter that holds several quantized matrices.
 
-The tensor itself, what it computes and how, is ``nbpeft.engine.quantized_matrices``.
+The tensor itself, what it computes and how, is ``nbpeft.engine.kernels.quantized_matrices``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.quantized_matrices import QuantizedMatrices
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import StoredWeight, inner_tensors, moved_copy
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, moved_copy
 
 
 @register_backend

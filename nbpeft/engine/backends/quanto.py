@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_backend
-from nbpeft.engine.storage import StoredWeight, inner_tensors, loaded, moved_copy, plain
+from nbpeft.engine.contract.registry import register_backend
+from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, loaded, moved_copy, plain
 
 
 @register_backend

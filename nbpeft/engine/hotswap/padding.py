@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, Pads, Rescales
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.transaction import Transaction
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, Pads, Rescales
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import HotSwapError
 
 

@@ -9,14 +9,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft._util.interrupts import released_interrupts
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.hotswap.writes import Writes
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.registry import companions, method_of
-from nbpeft.engine.transaction import Transaction
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import HotSwapError, in_one_line
-from nbpeft.interrupts import released_interrupts
 
 
 class Configured(Protocol):

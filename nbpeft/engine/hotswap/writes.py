@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, Pads
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, Pads
 from nbpeft.engine.hotswap.padding import put_larger
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.transaction import Transaction
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import ConfigError, HotSwapError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.base import Composite
+from nbpeft.engine.contract.base import Composite
+from nbpeft.engine.contract.registry import register_layer_kind
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.registry import register_layer_kind
 from nbpeft.errors import LayerKindError
 
 

@@ -6,8 +6,8 @@ import sys
 
 from torch import Tensor, nn
 
+from nbpeft.engine.contract.registry import register_layer_kind
 from nbpeft.engine.layer_kinds.linear import Linear
-from nbpeft.engine.registry import register_layer_kind
 
 
 @register_layer_kind

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_layer_kind
+from nbpeft.engine.contract.registry import register_layer_kind
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from nbpeft.engine.contract.registry import register_layer_kind
+from nbpeft.engine.kernels.storage import loaded
 from nbpeft.engine.layer_kinds.conv1d import TransformersConv1D
-from nbpeft.engine.registry import register_layer_kind
-from nbpeft.engine.storage import loaded
 
 
 @register_layer_kind

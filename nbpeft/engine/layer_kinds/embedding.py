@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_layer_kind
+from nbpeft.engine.contract.registry import register_layer_kind
 
 
 @register_layer_kind

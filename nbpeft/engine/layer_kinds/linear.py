@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.registry import register_layer_kind
+from nbpeft.engine.contract.registry import register_layer_kind
 
 
 @register_layer_kind

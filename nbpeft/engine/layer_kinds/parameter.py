@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.live_parameters import LiveParameters
-from nbpeft.engine.registry import register_layer_kind
+from nbpeft.engine.contract.registry import register_layer_kind
+from nbpeft.engine.kernels.live_parameters import LiveParameters
 from nbpeft.errors import LayerKindError
 
 

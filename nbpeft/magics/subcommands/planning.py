@@ -8,7 +8,7 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
-from nbpeft.device_names import DEVICES, THIS_MACHINE, named
+from nbpeft._util.device_names import DEVICES, THIS_MACHINE, named
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive

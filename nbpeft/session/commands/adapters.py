@@ -10,8 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config, meaning
@@ -26,9 +26,9 @@ from nbpeft.sweeps import largest_of, swept
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.engine.manager import AdapterManager
-    from nbpeft.engine.plan import InjectionPlan
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.injection.plan import InjectionPlan
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.model import PeftModel
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
@@ -77,8 +77,8 @@ def add(
         TargetError: the targets do not match the model.
         TrainingError: the rows cannot be read.
     """
-    from nbpeft.engine.plan import plan
-    from nbpeft.engine.random_numbers import random_state
+    from nbpeft.engine.changes.random_numbers import random_state
+    from nbpeft.engine.injection.plan import plan
     from nbpeft.model import get_peft_model
 
     adapter_name(name)
@@ -133,7 +133,7 @@ def _add_sweep(
     ctx: SessionContext, model: ModelLike, config: Mapping[str, Any], stem: str, **options: Any
 ) -> AddResult:
     """Add an adapter for every combination of values, all or none, each drawing the same random numbers."""
-    from nbpeft.engine.random_numbers import drawing_from, random_state
+    from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 
     wanted, state = configs_of(config, stem), random_state()
     for name, fields in wanted.items():
@@ -168,7 +168,7 @@ def _reconfigured(
     trainable: bool,
 ) -> InjectionPlan:
     """Give an adapter another config; its weights stay where they mean the same under that."""
-    from nbpeft.engine.kept import fresh_copies, keeps_weights
+    from nbpeft.engine.runtime.kept import fresh_copies, keeps_weights
 
     manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
     steps = tracked.steps_of([name])
@@ -233,7 +233,7 @@ def preview(
         ConfigError: a field is unknown or impossible.
         TargetError: the targets do not match the model.
     """
-    from nbpeft.engine.kept import keeps_weights
+    from nbpeft.engine.runtime.kept import keeps_weights
 
     count = 1
     if isinstance(config, Mapping):
@@ -265,7 +265,7 @@ def completed(config: AdapterConfig, tracked: TrackedModel | None, base: nn.Modu
 
 def _present(ctx: SessionContext, model: ModelLike, name: str) -> AdapterConfig | None:
     """The config of the adapter of that name, if the model has one."""
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.tree.model_tree import manager_of
 
     manager = manager_of(
         ctx.models.get(model, command="add").model if model is None or isinstance(model, str) else model
@@ -376,7 +376,7 @@ def save(
         AdapterExistsError: a folder holds another adapter.
         CheckpointError: the folder cannot be written.
     """
-    from nbpeft.model import files
+    from nbpeft.model.saving import files
 
     place = place_of(folder, "save")
     tracked = ctx.models.get(model, command="save")
@@ -476,8 +476,8 @@ def _notes_of_mode(manager: AdapterManager, name: str) -> list[str]:
 
     Nothing is said of one that computes the same in both.
     """
-    from nbpeft.engine.adapter_tensors import is_training
-    from nbpeft.engine.registry import method_of
+    from nbpeft.engine.contract.registry import method_of
+    from nbpeft.engine.runtime.adapter_tensors import is_training
 
     config = manager.configs[name]
     if manager.model.training or not is_training(manager.layers, name):

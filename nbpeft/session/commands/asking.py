@@ -13,13 +13,13 @@ from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.asking import AskResult
 from nbpeft.session.results.comparing import BASE, Answer
 from nbpeft.session.sampling import Sampling
-from nbpeft.training.generation import GenerationRequest, conversation, evaluating, generate_batch, waits
+from nbpeft.training.watching.generation import GenerationRequest, conversation, evaluating, generate_batch, waits
 
 if TYPE_CHECKING:
-    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.results.comparing import Status, Turn
-    from nbpeft.training.generation import Prompt, PromptBatch
+    from nbpeft.training.watching.generation import Prompt, PromptBatch
 
 
 def ask(
@@ -135,7 +135,7 @@ def _names(manager: AdapterManager, adapter: str | Sequence[str] | None) -> tupl
 
 
 def _serving(manager: AdapterManager, names: tuple[str, ...] | None) -> AbstractContextManager[None]:
-    from nbpeft.model.serving import blended
+    from nbpeft.model.handle.serving import blended
 
     if names is None or not manager.names:
         return nullcontext()

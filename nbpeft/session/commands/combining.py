@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
 from nbpeft.session.results.combining import CombineResult
 from nbpeft.session.undoable import Undoable, unsaved_words
 
 if TYPE_CHECKING:
-    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
 
@@ -129,7 +129,7 @@ def make_combination(
         AdapterError: they cannot be combined.
         ConfigError: an option is impossible or has no effect for this type, or there is no such type.
     """
-    from nbpeft.model.combining import combine_adapters
+    from nbpeft.model.combine.combining import combine_adapters
 
     manager, made = tracked.manager, free_name(name, tracked.manager.names) if replaces else name
     _check_options(manager, weights, settings)
@@ -152,8 +152,8 @@ def make_combination(
 
 def _check_options(manager: AdapterManager, weights: Mapping[str, float], settings: Mapping[str, Any]) -> None:
     """Refuse a type that the method does not have, and options that mean nothing for it; PEFT ignores those."""
-    from nbpeft.engine.combination import check_weights
-    from nbpeft.model.combining import combine_of
+    from nbpeft.engine.contract.combination import check_weights
+    from nbpeft.model.combine.combining import combine_of
 
     check_weights(tuple(weights), tuple(weights.values()))
     manager.require_available(*weights)
@@ -213,7 +213,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         return
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ConfigError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
-    from nbpeft.engine.random_numbers import drawing_from
+    from nbpeft.engine.changes.random_numbers import drawing_from
 
     with drawing_from(seed):
         yield

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.commands.combining import combination_settings, free_name, make_combination, seeded
 from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, Status, blend_title
 from nbpeft.session.sampling import Sampling
-from nbpeft.training.generation import (
+from nbpeft.training.watching.generation import (
     GenerationRequest,
     PromptBatch,
     conversation,
@@ -27,7 +27,7 @@ from nbpeft.training.generation import (
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
-    from nbpeft.training.generation import Prompt
+    from nbpeft.training.watching.generation import Prompt
 
     Report = Callable[[CompareResult], object]
 
@@ -228,7 +228,7 @@ class _Answering:
         return [together, *alone] if together else alone
 
     def _answer(self, places: list[int]) -> bool:
-        from nbpeft.model.serving import blended
+        from nbpeft.model.handle.serving import blended
 
         first, model = self._columns[places[0]], self._tracked.model
 

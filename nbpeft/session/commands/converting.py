@@ -39,9 +39,9 @@ def convert(
         ConversionError: a LoRA cannot stand for the adapter.
         ConfigError: the rank is impossible.
     """
-    from nbpeft.engine.adapter import AdapterWeights
-    from nbpeft.engine.registry import method_of
-    from nbpeft.model.conversion import converted
+    from nbpeft.engine.contract.adapter import AdapterWeights
+    from nbpeft.engine.contract.registry import method_of
+    from nbpeft.model.combine.conversion import converted
 
     tracked = ctx.models.get(model, command="convert")
     manager = tracked.manager

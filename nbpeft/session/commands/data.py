@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.logs import collapsed
 from nbpeft.errors import ConfigError
-from nbpeft.logs import collapsed
 from nbpeft.session.results.data import DataResult, notes_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def data(
         TrainingError: the data cannot be read; names the row.
     """
     from nbpeft.training import summarize
-    from nbpeft.training.rows import check_reading, model_inputs
+    from nbpeft.training.loop.rows import check_reading, model_inputs
 
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
         raise ConfigError(f"rows must be a whole number, not {rows!r:.40}", field="rows")

@@ -27,7 +27,7 @@ def inspect(
         UnknownAdapterError: there is no such adapter.
         AdapterError: weights are merged, or it is not clear which adapter is meant.
     """
-    from nbpeft.model.inspection import inspect_adapter
+    from nbpeft.model.analysis.inspection import inspect_adapter
 
     tracked = ctx.models.get(model, command="inspect")
     manager = tracked.manager

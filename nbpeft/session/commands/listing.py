@@ -12,7 +12,7 @@ from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.methods import MethodCost, MethodRow, MethodsResult
 
 if TYPE_CHECKING:
-    from nbpeft.engine.registry import Method
+    from nbpeft.engine.contract.registry import Method
     from nbpeft.session.context import ModelLike, SessionContext
 
 _TRAINING_BYTES = 3 * 4
@@ -39,7 +39,7 @@ def methods(
     Raises:
         ConfigError: no method has a field.
     """
-    from nbpeft.model.method_facts import facts_of_method, listed_methods
+    from nbpeft.model.analysis.method_facts import facts_of_method, listed_methods
 
     known = listed_methods()
     for name in fields:
@@ -67,7 +67,7 @@ def methods(
 
 def _written(method: Method) -> str:
     """What is written to choose a method: ``oft``, or a field where several have one config."""
-    from nbpeft.engine.registry import methods_of_type
+    from nbpeft.engine.contract.registry import methods_of_type
 
     for name, value in method.listed_with.items():
         if len(methods_of_type(method.peft_type)) > 1:
@@ -83,8 +83,8 @@ def _cost(
     settings: Mapping[str, Any],
 ) -> MethodCost:
     """What a method costs, or why it does not go on the model."""
-    from nbpeft.engine.plan import plan
-    from nbpeft.model.method_facts import listed_config
+    from nbpeft.engine.injection.plan import plan
+    from nbpeft.model.analysis.method_facts import listed_config
 
     try:
         with warnings.catch_warnings():

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, ConfigError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import names_of, place_of
 from nbpeft.session.results import ModelRef, UnloadResult
 from nbpeft.session.results.merging import MergedCopy
 
 if TYPE_CHECKING:
-    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.results import CommandResult
 
@@ -132,7 +132,7 @@ def _merge_calibrated(
 ) -> list[str]:
     """Merges, and says what was not used of the rows and what rounding has left."""
     from nbpeft.model import merge_calibrated
-    from nbpeft.training.rows import first_rows
+    from nbpeft.training.loop.rows import first_rows
 
     reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
     first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns, loss=False)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.device_names import DEVICES, THIS_MACHINE, is_apple, named
+from nbpeft._util.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.names import LOSS_CHUNK_SIZE, SHORT_DTYPES
@@ -18,7 +18,7 @@ from nbpeft.sweeps import largest_of
 if TYPE_CHECKING:
     import torch
 
-    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.memory.estimate import Setting, Weights
     from nbpeft.memory.suggest import Suggestion
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
@@ -100,7 +100,7 @@ def memory_planner(
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
     if data is not None:
-        from nbpeft.training.packing import longest_sequence
+        from nbpeft.training.loop.packing import longest_sequence
 
         settings["sequence_length"] = longest_sequence(
             source,
@@ -111,7 +111,7 @@ def memory_planner(
             packing=settings.get("packing", False),
         )
     if trainer_class is not None:
-        from nbpeft.training.trainer import step_settings
+        from nbpeft.training.transformers.trainer import step_settings
 
         settings = step_settings(trainer_class) | settings
     chosen, count = largest_of(changes)

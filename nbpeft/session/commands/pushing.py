@@ -53,7 +53,7 @@ def push(
         CheckpointError: there is no token, or the hub refused or cannot be reached.
     """
     from nbpeft.checkpoint import find_token
-    from nbpeft.model import files
+    from nbpeft.model.saving import files
 
     if not isinstance(repo, str) or not _REPO.fullmatch(repo):
         raise AdapterError(f"push needs a repository as user/name, not {repo!r:.60}")

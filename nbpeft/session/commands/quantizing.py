@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.hub_access import hub_options
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
-from nbpeft.hub_access import hub_options
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.names import DTYPES
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.adapters import add, completed
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.memory.architecture import Architecture
-    from nbpeft.model.weight_storage import StoredPart
+    from nbpeft.model.quantization.weight_storage import StoredPart
     from nbpeft.session.context import ConfigLike, SessionContext
-    from nbpeft.training.prepare import Preparation, Upcast
+    from nbpeft.training.loop.prepare import Preparation, Upcast
 
 DEFAULTS: dict[str, Any] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
 """How to quantize where nothing else is given."""
@@ -88,12 +88,12 @@ def qlora(
         TargetError: the targets do not match the model.
         CheckpointNotFoundError: there is no model at ``source``.
     """
-    from nbpeft.engine.model_tree import manager_of
-    from nbpeft.engine.plan import plan
-    from nbpeft.model.quantize import load_quantized, quantize_model
-    from nbpeft.model.quantized_experts import quantize_experts, remaining_experts
-    from nbpeft.model.start_from_rows import init_from_data
-    from nbpeft.model.weight_storage import stored_parts
+    from nbpeft.engine.injection.plan import plan
+    from nbpeft.engine.tree.model_tree import manager_of
+    from nbpeft.model.from_data.start_from_rows import init_from_data
+    from nbpeft.model.quantization.quantize import load_quantized, quantize_model
+    from nbpeft.model.quantization.quantized_experts import quantize_experts, remaining_experts
+    from nbpeft.model.quantization.weight_storage import stored_parts
 
     given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
     given |= {"quant_storage": quant_storage, "upcast": upcast, "gradient_checkpointing": gradient_checkpointing}
@@ -254,8 +254,8 @@ def _request(config: ConfigLike, how: Mapping[str, Any]) -> _Request:
     Raises:
         ConfigError: a value is impossible.
     """
-    from nbpeft.model.quantize import quantization
-    from nbpeft.training.prepare import check_upcast
+    from nbpeft.model.quantization.quantize import quantization
+    from nbpeft.training.loop.prepare import check_upcast
 
     made = build_config(config)
     settings, loading = _sorted(how)
@@ -319,7 +319,7 @@ def _is_quantized(parts: tuple[StoredPart, ...]) -> bool:
 
 def _compute_dtype(base: nn.Module) -> str:
     """What the 4-bit layers of a model compute in; empty where it has none."""
-    from nbpeft.engine.registry import resolve_backend
+    from nbpeft.engine.contract.registry import resolve_backend
 
     for module in base.modules():
         dtype = getattr(module, "compute_dtype", None)
@@ -330,7 +330,7 @@ def _compute_dtype(base: nn.Module) -> str:
 
 def _is_unprepared(ctx: SessionContext, base: nn.Module) -> bool:
     """Whether a model still has to be prepared for training: it never carried adapters."""
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.tree.model_tree import manager_of
 
     return manager_of(base) is None and base not in ctx.qlora_origins
 
@@ -340,7 +340,7 @@ def _prepare(
 ) -> Preparation | None:
     """Prepare a model that carries no adapter yet; for others only switch checkpointing."""
     from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
-    from nbpeft.training.prepare import prepare_model
+    from nbpeft.training.loop.prepare import prepare_model
 
     if _is_unprepared(ctx, base):
         return prepare_model(base, checkpointing, options, upcast=upcast)
@@ -453,10 +453,10 @@ class _ToCome:
 def _parts_to_come(ctx: SessionContext, base: Any, skeleton: _Skeleton | None, request: _Request) -> _ToCome:
     """Count what would be quantized and prepared; the model is not changed."""
     from nbpeft.memory.forecast import stored_as
-    from nbpeft.model.quantize import check_quantizable, layers_to_quantize
-    from nbpeft.model.quantized_experts import remaining_experts
-    from nbpeft.model.weight_storage import estimated_parts, stored_parts
-    from nbpeft.training.prepare import Preparation, becoming_float32
+    from nbpeft.model.quantization.quantize import check_quantizable, layers_to_quantize
+    from nbpeft.model.quantization.quantized_experts import remaining_experts
+    from nbpeft.model.quantization.weight_storage import estimated_parts, stored_parts
+    from nbpeft.training.loop.prepare import Preparation, becoming_float32
 
     before = stored_parts(base) if skeleton is None else None
     done = before is not None and _is_quantized(before)
@@ -481,7 +481,7 @@ def _parts_to_come(ctx: SessionContext, base: Any, skeleton: _Skeleton | None, r
 def _config(source: str, loading: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    from nbpeft.model.quantize import place_of
+    from nbpeft.model.quantization.quantize import place_of
 
     place, file = place_of(source, loading.get("gguf_file"))
     options: dict[str, Any] = {name: loading[name] for name in _OF_CONFIG if name in loading}
@@ -510,7 +510,7 @@ def _architecture(config: Any, model_class: Any) -> Architecture:
 
 def _dtype(request: _Request, config: Any) -> Any:
     """What ``load_quantized`` would load weights in."""
-    from nbpeft.model.quantize import dtype_of, usual_dtype
+    from nbpeft.model.quantization.quantize import dtype_of, usual_dtype
 
     chosen, computes = request.loading.get("dtype"), request.settings.get("compute_dtype")
     if chosen == "auto":

@@ -33,7 +33,7 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
         BusyError: something runs already.
         NbpeftError: it cannot begin.
     """
-    from nbpeft.engine.turns import Turns
+    from nbpeft.engine.changes.turns import Turns
 
     description, state = f"training {names}", tracked.manager.active_state
     turns = Turns(tracked.model, description)
@@ -98,8 +98,8 @@ def clone(
     """
     from transformers import TrainingArguments
 
-    from nbpeft.engine.adapter_names import check_name
-    from nbpeft.training.arguments import check_values
+    from nbpeft.engine.config.adapter_names import check_name
+    from nbpeft.training.transformers.arguments import check_values
 
     run = _running(ctx, model, "clone")
     _check_learns(run, adapter)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -18,7 +19,6 @@ from nbpeft.errors import (
     few,
     shortened,
 )
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.commands.adapters import load
 from nbpeft.session.commands.training import run_place, train_tracked
 from nbpeft.session.handles import is_module, rehandle, uncompiled
@@ -162,8 +162,8 @@ def resume(
     """
     from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
-    from nbpeft.training.checkpoints import last_whole
-    from nbpeft.training.kept_arguments import to_take_over
+    from nbpeft.training.disk.checkpoints import last_whole
+    from nbpeft.training.disk.kept_arguments import to_take_over
 
     record, facts = kept_run(ctx, run)
     kept, left_out = to_take_over(facts.get("arguments"))
@@ -221,7 +221,7 @@ def _put_back(
     ctx: SessionContext, record: RunRecord, model: Any, places: Mapping[str, Path], variable: str | None
 ) -> tuple[Any, tuple[str, ...]]:
     """Loads the adapters that the model lacks. Returns the model, and the adapters that it had already."""
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.tree.model_tree import manager_of
 
     manager = manager_of(model)
     present = tuple(name for name in places if manager is not None and name in manager.configs)
@@ -250,7 +250,7 @@ def _put_back(
 @contextmanager
 def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
     """Takes what was put on a model off again, and activates what was active, where the block fails before a step."""
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.tree.model_tree import manager_of
 
     manager, known = manager_of(base), ctx.models.find(base)
     names, selected, enabled = (manager.names, manager.selected, manager.enabled) if manager else ((), (), True)
@@ -268,7 +268,7 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
 def _check_given(
     record: RunRecord, facts: Mapping[str, Any], left_out: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]
 ) -> None:
-    from nbpeft.training.kept_arguments import missing_for_losses
+    from nbpeft.training.disk.kept_arguments import missing_for_losses
 
     if data is None:
         raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")

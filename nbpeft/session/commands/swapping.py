@@ -14,7 +14,7 @@ from nbpeft.session.handles import uncompiled
 from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.combining import SwapResult
 from nbpeft.session.undoable import Undoable
-from nbpeft.training.generation import GenerationRequest, PromptBatch, check_finite, evaluating, generate_batch
+from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, check_finite, evaluating, generate_batch
 
 if TYPE_CHECKING:
     from torch import nn

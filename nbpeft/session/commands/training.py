@@ -189,7 +189,7 @@ def _trained(
 ) -> TrainResult:
     """Train, in the thread that runs this; adapters that learned nothing are as they were before."""
     from nbpeft.training import is_plain, open_data, train
-    from nbpeft.training.adapted import trained_names
+    from nbpeft.training.adapters.adapted import trained_names
 
     trained, manager = tracked.model, tracked.manager
     together = plan_sweep(tracked, arguments)

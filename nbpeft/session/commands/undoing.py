@@ -78,7 +78,7 @@ def _what_to_undo(
 
 def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     """Brings the last adapter back that is gone from a model."""
-    from nbpeft.engine.kept import put_back
+    from nbpeft.engine.runtime.kept import put_back
 
     manager = tracked.manager
     refuse_in_training(ctx, tracked, "undone")
@@ -144,7 +144,7 @@ def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
         AdapterError: what took the place was trained and is not saved.
         AdapterExistsError: the name was given to another adapter since.
     """
-    from nbpeft.engine.kept import has_weights
+    from nbpeft.engine.runtime.kept import has_weights
 
     name = past.kept.name
     present = tracked.manager.configs.get(name)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.numbers import clock, loss, plural
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.optional import needs
 from nbpeft.runs.record import UNREADABLE, RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.state import Curve
-from nbpeft.training.result import TrainResult
+from nbpeft.training.monitor.result import TrainResult
 
 SORTS = ("time", "name", "status", "steps", "loss", "eval", "best", "seconds")
 _HEAD = ("Run", "Status", "Steps", "Loss", "Eval loss", "Settings that differ")

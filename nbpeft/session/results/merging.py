@@ -11,7 +11,7 @@ from nbpeft.display.numbers import NONE, plural, size
 from nbpeft.session.results.base import Result
 
 if TYPE_CHECKING:
-    from nbpeft.model.merge_export import MergeErrors
+    from nbpeft.model.saving.merge_export import MergeErrors
 
 _SHOWN = 5
 

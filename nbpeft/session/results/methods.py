@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Card, Cell, Table, Text, bold, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, count, size
-from nbpeft.optional import needs
 from nbpeft.session.results.base import Result
 
 if TYPE_CHECKING:
-    from nbpeft.model.method_facts import MethodFacts
+    from nbpeft.model.analysis.method_facts import MethodFacts
 
 _YES, _NO = "✓", NONE
 _CAN = ("Merge", "Swap", "4‑bit", "Rows")

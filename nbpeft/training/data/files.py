@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from nbpeft._util.optional import needs
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
-from nbpeft.optional import needs
 
 Rows = list[dict[str, Any]]
 _COMPARED = 100

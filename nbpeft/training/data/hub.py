@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from nbpeft._util.hub_access import hub_answers
+from nbpeft._util.optional import needs
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
-from nbpeft.hub_access import hub_answers
-from nbpeft.optional import needs
 
 MOST_FILES = 10_000
 """In a folder of data; the largest text corpora of the hub have as many shards."""

@@ -14,22 +14,22 @@ from typing import Any
 from torch import nn
 
 from nbpeft import errors
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.checkpoint.staging import Staging, sweep
-from nbpeft.engine.model_tree import is_quantized, manager_of
+from nbpeft.engine.tree.model_tree import is_quantized, manager_of
 from nbpeft.errors import NbpeftError, TrainingError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.formatting import size_text
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState, TrainStatus
-from nbpeft.training.adapted import base_of
+from nbpeft.training.adapters.adapted import base_of
+from nbpeft.training.adapters.method_state import read_method_state
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
 from nbpeft.training.launch.processes import Failure, Launch, Processes
 from nbpeft.training.launch.transport import save_whole
-from nbpeft.training.method_state import read_method_state
-from nbpeft.training.run import Run, StopRun
-from nbpeft.training.trainer_patch import load_adapters
+from nbpeft.training.monitor.run import Run, StopRun
+from nbpeft.training.transformers.trainer_patch import load_adapters
 
 _TURN = 0.05
 """Seconds between two looks at requests."""

@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import torch
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import ConfigError, in_one_line
-from nbpeft.interrupts import HeldInterrupts
-from nbpeft.training.agreement import is_launched
+from nbpeft.training.disk.agreement import is_launched
 from nbpeft.training.launch.job import Ended
 
 CHILD = "nbpeft.training.process"

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from nbpeft.training.agreement import is_first, of_the_first
-from nbpeft.training.control import RunControl
+from nbpeft.training.disk.agreement import is_first, of_the_first
+from nbpeft.training.monitor.control import RunControl
 
 _STOP, _PAUSE, _SAVE = range(3)
 

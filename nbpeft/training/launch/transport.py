@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.storage import reduced_parameter
+from nbpeft.engine.kernels.storage import reduced_parameter
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.memory.formatting import size_text
 

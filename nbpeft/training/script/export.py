@@ -20,13 +20,13 @@ from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
-from nbpeft.model.weight_storage import stored_parts
+from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
-from nbpeft.training.adapted import base_of, main_dtype, trained_names
+from nbpeft.training.adapters.adapted import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream, open_data
 from nbpeft.training.data.reading import reading
-from nbpeft.training.kept_arguments import plain
-from nbpeft.training.rows import model_inputs, training_rows
+from nbpeft.training.disk.kept_arguments import plain
+from nbpeft.training.loop.rows import model_inputs, training_rows
 from nbpeft.training.script.python import call, is_literal, source_of
 from nbpeft.training.script.sources import (
     Source,

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nbpeft._util.logs import collapsed
 from nbpeft.checkpoint.atomic import NewFile
 from nbpeft.checkpoint.config_format import config_to_save
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import NbpeftError, TrainingError
-from nbpeft.logs import collapsed
 from nbpeft.memory.architecture import silenced
 from nbpeft.training.data.forms import row_of
 from nbpeft.training.data.reading import Reading, default_length

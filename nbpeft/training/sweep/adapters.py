@@ -12,22 +12,22 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 
-from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.adapter_names import check_name
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import learns_with_hooks
-from nbpeft.engine.model_tree import manager_of
-from nbpeft.engine.random_numbers import drawing_from
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.engine.changes.random_numbers import drawing_from
+from nbpeft.engine.config.adapter_names import check_name
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.runtime.method_hooks import learns_with_hooks
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
-from nbpeft.training.adapted import trainable
-from nbpeft.training.arguments import build_arguments, split_arguments
-from nbpeft.training.result import TrainResult
+from nbpeft.training.adapters.adapted import trainable
+from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
 from nbpeft.training.sweep.trainer import trainer_for
-from nbpeft.training.trainer import Trainer
+from nbpeft.training.transformers.arguments import build_arguments, split_arguments
+from nbpeft.training.transformers.trainer import Trainer
 
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 _SEED = 42

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.display import numbers
-from nbpeft.engine.active_state import Active, Call
-from nbpeft.engine.adapter_names import check_name
-from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.changes.active_state import Active, Call
+from nbpeft.engine.config.adapter_names import check_name
+from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.errors import AdapterError, ConfigError
-from nbpeft.interrupts import HeldInterrupts
 from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
 from nbpeft.sweeps import MOST, check_own, members_together, names_of
-from nbpeft.training.arguments import changed_arguments
-from nbpeft.training.callback import shape_of
-from nbpeft.training.control import CloneRequest
-from nbpeft.training.learning_check import have_exploded
-from nbpeft.training.record import Record
-from nbpeft.training.snapshot import copied, write_back
+from nbpeft.training.adapters.learning_check import have_exploded
+from nbpeft.training.adapters.snapshot import copied, write_back
+from nbpeft.training.monitor.callback import shape_of
+from nbpeft.training.monitor.control import CloneRequest
+from nbpeft.training.monitor.record import Record
+from nbpeft.training.transformers.arguments import changed_arguments
 
 
 class Member:

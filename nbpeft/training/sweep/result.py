@@ -11,7 +11,7 @@ from nbpeft.display import numbers
 from nbpeft.display.blocks import Block, Stack
 from nbpeft.display.training import members_table
 from nbpeft.state import MemberState
-from nbpeft.training.result import TrainResult
+from nbpeft.training.monitor.result import TrainResult
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,18 +15,18 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.engine.random_numbers import random_state, set_random_state
+from nbpeft.engine.changes.random_numbers import random_state, set_random_state
 from nbpeft.errors import ConfigError, NbpeftError
-from nbpeft.model.serving import serving_rows
-from nbpeft.training.adapted import base_of
-from nbpeft.training.control import CloneRequest
-from nbpeft.training.divergence import Seldom
-from nbpeft.training.extra_loss import loss_divisor
-from nbpeft.training.kept_arguments import is_plain_value
-from nbpeft.training.run import Run
+from nbpeft.model.handle.serving import serving_rows
+from nbpeft.training.adapters.adapted import base_of
+from nbpeft.training.adapters.extra_loss import loss_divisor
+from nbpeft.training.disk.kept_arguments import is_plain_value
+from nbpeft.training.monitor.control import CloneRequest
+from nbpeft.training.monitor.run import Run
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
-from nbpeft.training.trainer import has_own_loss
+from nbpeft.training.transformers.trainer import has_own_loss
+from nbpeft.training.watching.divergence import Seldom
 
 _OF_A_GROUP = ("lr", "betas", "eps")
 """Options of an optimizer that its parameter groups may have of their own."""

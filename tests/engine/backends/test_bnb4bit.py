@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb4bit import Bnb4bit
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.contract.registry import resolve_backend
 from tests.pretend_cpu import pretend_repacking, repack, repacked_product
 
 bnb = pytest.importorskip("bitsandbytes")

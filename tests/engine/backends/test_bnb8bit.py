@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb8bit import Bnb8bit
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.contract.registry import resolve_backend
 
 bnb = pytest.importorskip("bitsandbytes")
 backend = Bnb8bit()

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.backends.dense import Dense
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.contract.registry import resolve_backend
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.contract.registry import resolve_backend
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import MergeError
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
+from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.plan import plan
-from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import MergeError
 
 

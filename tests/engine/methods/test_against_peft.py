@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import nbpeft
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.errors import HotSwapError, MergeError, NbpeftError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter

@@ -34,12 +34,12 @@ from transformers import (
 )
 
 import nbpeft
-from nbpeft.engine.kept import keep, put_back
-from nbpeft.engine.prompt_config import PromptLearningConfig
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.config.prompt_config import PromptLearningConfig
+from nbpeft.engine.contract.registry import Method, methods
+from nbpeft.engine.runtime.kept import keep, put_back
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
-from nbpeft.model.serving import blended
+from nbpeft.model.handle.serving import blended
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
 from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, logits, randomize, same_state, state, tokens

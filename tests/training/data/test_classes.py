@@ -16,8 +16,8 @@ from nbpeft.errors import TrainingError
 from nbpeft.training import summarize, train
 from nbpeft.training.data import ModelInputs
 from nbpeft.training.data.classes import Classes
-from nbpeft.training.packing import longest_sequence
-from nbpeft.training.rows import first_rows, model_inputs, training_rows
+from nbpeft.training.loop.packing import longest_sequence
+from nbpeft.training.loop.rows import first_rows, model_inputs, training_rows
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import LLAMA, VOCABULARY, classifier
 from tests.training.support import trainable, weights

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 import nbpeft
 from nbpeft.errors import TrainingError
 from nbpeft.training import summarize, train
-from nbpeft.training.rows import model_inputs, training_rows
+from nbpeft.training.loop.rows import model_inputs, training_rows
 from tests.tiny_models import classifier, llama
 from tests.training.support import trainable
 from tests.training.test_data import tokenizer as tokenizer

@@ -11,7 +11,7 @@ import transformers
 from nbpeft import sweep
 from nbpeft.errors import TrainingError
 from nbpeft.training import prepare_data, train
-from nbpeft.training.rows import first_rows, training_rows
+from nbpeft.training.loop.rows import first_rows, training_rows
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import classifier, llama
 from tests.training.support import trainable, weights

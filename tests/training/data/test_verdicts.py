@@ -9,7 +9,7 @@ import pytest
 
 from nbpeft.errors import TrainingError
 from nbpeft.training import summarize
-from nbpeft.training.rows import training_rows
+from nbpeft.training.loop.rows import training_rows
 from tests.training.data.test_conservation import model
 from tests.training.test_data import tokenizer as tokenizer
 

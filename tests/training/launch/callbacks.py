@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nbpeft.training import Trainer, keeping
+from nbpeft.training import Trainer
+from nbpeft.training.monitor import keeping
 
 
 class FailsInTheSecond(TrainerCallback):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.errors import TrainingError
-from nbpeft.model.quantize import quantize_model
+from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.runs.folder import RunFolder
 from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer

@@ -19,10 +19,11 @@ from torch import distributed, nn
 from torch.distributed import HashStore, TCPStore
 
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
-from nbpeft.model import sharded
-from nbpeft.model.sharded import gathered, is_sharded
+from nbpeft.model.saving import sharded
+from nbpeft.model.saving.sharded import gathered, is_sharded
 from nbpeft.state import TrainState
-from nbpeft.training import Run, agreement, train
+from nbpeft.training import Run, train
+from nbpeft.training.disk import agreement
 from nbpeft.training.launch import parent, shared_control
 from nbpeft.training.launch.job import Ended
 from nbpeft.training.launch.processes import CHILD, Failure, Launch, Processes, environment, launch_of

@@ -18,14 +18,14 @@ optimizers.py     LoRA-FA and LoRA+
 family.py         what the records of the methods share
 """
 
-from nbpeft.engine.methods.lora import (
+from nbpeft.engine.methods.lora import lora
+from nbpeft.engine.methods.lora.variants import (
     adalora,
     alora,
     arrow,
     bdlora,
     dora,
     kasa,
-    lora,
     mica,
     monteclora,
     qalora,

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales, TakenOver
-from nbpeft.engine.base import BaseLayer, Composite, LayerKind
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales, TakenOver
+from nbpeft.engine.contract.base import BaseLayer, Composite, LayerKind
+from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.decompositions import nearest_product
-from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
+from nbpeft.engine.methods.lora.initialization.decompositions import nearest_product
+from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, Shapes, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
-from nbpeft.engine.numerics import widened
-from nbpeft.engine.peft_layer_api import PeftLayerMixin
-from nbpeft.engine.transaction import Transaction
+from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin
 from nbpeft.errors import ConfigError
 
 MAGNITUDE = "lora_magnitude_vector"

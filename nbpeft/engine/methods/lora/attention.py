@@ -15,13 +15,13 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
-from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.factored_weight import AdaptsParameters, Product
-from nbpeft.engine.initial_draws import skip, skip_linear
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import skip, skip_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import fill_of
+from nbpeft.engine.methods.lora.initialization.inits import fill_of
 from nbpeft.engine.methods.lora.plain import PlainLowRank
+from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, Product
 from nbpeft.errors import ConfigError
 
 _OUT_PROJ_TIMES = 2.0

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
-from nbpeft.engine.recomputed import origin_of
+from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, without_autocast
+from nbpeft.engine.kernels.recomputed import origin_of
 
 _LANES = 1 << 16
 """Number of values of one 16-bit lane of the random words."""

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from nbpeft.engine.adapter import AdapterConfig, PeftType
-from nbpeft.engine.config_checks import (
+from nbpeft.engine.config.config_checks import (
     check_bias,
     check_count,
     check_number,
@@ -21,8 +20,11 @@ from nbpeft.engine.config_checks import (
     checked_pattern,
     unused_patterns,
 )
-from nbpeft.engine.field_types import plain
-from nbpeft.engine.layers_config import LayerByLayer
+from nbpeft.engine.config.layers_config import LayerByLayer
+from nbpeft.engine.config.module_paths import pattern_table
+from nbpeft.engine.config.targets import with_target
+from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
+from nbpeft.engine.contract.field_types import plain
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
 from nbpeft.engine.methods.lora.variant_configs import (
     VARIANT_CONFIGS,
@@ -33,8 +35,6 @@ from nbpeft.engine.methods.lora.variant_configs import (
     VeloraConfig,
     no_variant,
 )
-from nbpeft.engine.module_paths import pattern_table
-from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa", "mica", *INIT_CONFIGS)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
-from nbpeft.engine.base import LayerKind
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, LowRankDelta
+from nbpeft.engine.contract.base import LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.init_configs import no_settings
 from nbpeft.engine.methods.lora.low_rank import low_rank_of

@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.peft_layer_api import LayerType, refuse_pickle_of_peft
-from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
+from nbpeft.engine.peft_names.peft_layer_api import LayerType, refuse_pickle_of_peft
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.methods.lora.combining import combine_low_rank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import as_plain_lora
 from nbpeft.engine.methods.lora.custom_layers import LoraLayer
 from nbpeft.engine.methods.lora.fused import fuse
-from nbpeft.engine.targets import usual_targets
 
 _LEAST_RANK = 4
 """A smaller adapter saves next to nothing."""

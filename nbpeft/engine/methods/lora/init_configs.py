@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.engine.config_checks import check_count
-from nbpeft.engine.field_types import check_types
+from nbpeft.engine.config.config_checks import check_count
+from nbpeft.engine.contract.field_types import check_types
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 CORDA_METHODS = ("ipm", "kpm")

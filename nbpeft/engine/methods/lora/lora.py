@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import ReplacesCall
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.contract.adapter import ReplacesCall
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import composes
 from nbpeft.engine.methods.lora.attention import AttentionLoRA
 from nbpeft.engine.methods.lora.autograd import Dropout, adapted_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -21,8 +23,6 @@ from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
-from nbpeft.engine.numerics import composes
-from nbpeft.engine.registry import register
 
 
 def _variant(config: LoraConfig) -> str:

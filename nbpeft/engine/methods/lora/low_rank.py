@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.base import LayerKind
+from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, without_autocast
 from nbpeft.engine.layer_kinds.attention import Attention
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
 from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
 from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, low_rank_linear
-from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
 from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]

@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from nbpeft.engine.numerics import compute_dtype
+from nbpeft.engine.kernels.numerics import compute_dtype
 
 Factors = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and the factor on their product."""

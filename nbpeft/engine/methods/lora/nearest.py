@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.adapter import Adapter, ConvertsToLora
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.contract.adapter import Adapter, ConvertsToLora
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.combining.config import rank_patterns
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import KEPT_FIELDS, padded
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from nbpeft.engine.numerics import widened
 from nbpeft.errors import ConfigError
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "trainable_token_indices")

@@ -14,16 +14,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
-from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.factored_weight import AdaptsParameters, Product
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.kernels.numerics import fits
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import init_factors
+from nbpeft.engine.methods.lora.initialization.inits import init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRankParameter, low_rank_of
-from nbpeft.engine.numerics import fits
-from nbpeft.engine.parameter_layer import only_multiplies
+from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, Product
+from nbpeft.engine.wrappers.parameter_layer import only_multiplies
 from nbpeft.errors import ConfigError
 
 

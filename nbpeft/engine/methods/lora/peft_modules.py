@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.peft_modules import Observed, ParameterModule
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.peft_names.peft_modules import Observed, ParameterModule
 
 
 class LinearFactor(ParameterModule, nn.Linear):

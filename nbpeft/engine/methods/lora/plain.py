@@ -8,16 +8,16 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
-from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.kernels.numerics import add_delta, compute_dtype, fits
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
+from nbpeft.engine.methods.lora.initialization.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
-from nbpeft.engine.numerics import add_delta, compute_dtype, fits
-from nbpeft.engine.peft_modules import ParameterModule
+from nbpeft.engine.peft_names.peft_modules import ParameterModule
 from nbpeft.errors import ConfigError
 
 _MERGE_ROWS = 256

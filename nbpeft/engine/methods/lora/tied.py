@@ -15,10 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite
+from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import fill_of, skip_built
+from nbpeft.engine.methods.lora.initialization.inits import fill_of, skip_built
 from nbpeft.engine.methods.lora.low_rank import LowRank, LowRankLookup
 from nbpeft.engine.methods.lora.peft_modules import TiedFactor
 from nbpeft.engine.methods.lora.plain import LowRankProduct

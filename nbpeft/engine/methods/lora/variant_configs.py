@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.engine.config_checks import check_count, check_number
-from nbpeft.engine.field_types import check_types
+from nbpeft.engine.config.config_checks import check_count, check_number
+from nbpeft.engine.contract.field_types import check_types
 from nbpeft.engine.methods.lora.init_configs import check_choice
 from nbpeft.errors import ConfigError, few
 

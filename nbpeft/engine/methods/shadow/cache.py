@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from transformers import DynamicCache
 
-from nbpeft.engine.two_pass_cache import TwoPassCache
+from nbpeft.engine.calls.two_pass_cache import TwoPassCache
 
 
 class ShadowCache(TwoPassCache):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
 from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
-from nbpeft.engine.model_tree import embedding_of, frozen_module
+from nbpeft.engine.tree.model_tree import embedding_of, frozen_module
 from nbpeft.errors import AdapterError
 
 _FOR_HEADS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")

@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import TaskType
-from nbpeft.engine.model_calls import has_encoder
-from nbpeft.engine.model_tree import bare_modules
+from nbpeft.engine.calls.model_calls import has_encoder
+from nbpeft.engine.contract.adapter import TaskType
+from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import ConfigError, in_one_line, shortened, shown
 
 _LISTS = ("layers", "h")

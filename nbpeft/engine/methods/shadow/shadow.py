@@ -23,16 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.model_adapter import ModelAdapter, RunsBeside
+from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.shadow.config import ShadowConfig
 from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
 from nbpeft.engine.methods.shadow.network import Recipe
-from nbpeft.engine.model_adapter import ModelAdapter, RunsBeside
-from nbpeft.engine.model_calls import cache_argument, fills_cache, take_cache
-from nbpeft.engine.model_tree import embedding_of
-from nbpeft.engine.registry import register
-from nbpeft.engine.transaction import Transaction
+from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import AdapterError, UnknownAdapterError
 
 _PARTS = ("shadow_backbone", "shadow_projection", "shadow_head")
@@ -227,8 +227,8 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         given = take_cache(call, name) if name else None
         options["use_cache"] = bool(name) and (given is not None or fills_cache(model, call))
         if options["use_cache"]:
+            from nbpeft.engine.calls.two_pass_cache import with_first_pass
             from nbpeft.engine.methods.shadow.cache import ShadowCache
-            from nbpeft.engine.two_pass_cache import with_first_pass
 
             call[name] = with_first_pass(given, model, network, ShadowCache)
             options[cache_argument(network)] = call[name].first_pass

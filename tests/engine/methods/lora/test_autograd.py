@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nbpeft.engine.kernels.numerics import add_delta
 from nbpeft.engine.methods.lora.autograd import (
     Dropout,
     KeepMask,
@@ -17,7 +18,6 @@ from nbpeft.engine.methods.lora.autograd import (
     low_rank_linear,
     seeded_dropout,
 )
-from nbpeft.engine.numerics import add_delta
 
 NONE = Dropout(0.0, False)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine.combination import check_weights
+from nbpeft.engine.contract.combination import check_weights
 from nbpeft.engine.methods.lora.combining import (
     CombinedFactors,
     Factors,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nbpeft.engine.contract.registry import layer_kinds
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.methods.lora.low_rank import (
     LowRank,
@@ -12,7 +13,6 @@ from nbpeft.engine.methods.lora.low_rank import (
     LowRankParameter,
     low_rank_of,
 )
-from nbpeft.engine.registry import layer_kinds
 from nbpeft.errors import LayerKindError
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, prepare_model_for_compiled_hotswap
 from nbpeft.errors import ConversionError
 from nbpeft.memory.forecast import forecast
-from nbpeft.model.conversion import convert_to_lora
-from nbpeft.model.merge_export import merge_to_folder
-from nbpeft.model.pool import AdapterPool
+from nbpeft.model.combine.conversion import convert_to_lora
+from nbpeft.model.saving.merge_export import merge_to_folder
+from nbpeft.model.swapping.pool import AdapterPool
 from nbpeft.session.preview import preview_of
 from nbpeft.shipping.facts import facts_of
 from tests.tiny_models import experts_of, logits, mixture, randomize, tokens
@@ -180,7 +180,7 @@ def test_dropout_acts_on_what_goes_into_each_expert(model_type: str, way: str, m
         assert share == 0.5
         return x * (mask(x.shape[-2])[:, None] if x.shape[-1] == 1 else mask(x.shape[-1]))
 
-    monkeypatch.setattr("nbpeft.engine.factored_weight.F.dropout", dropped)
+    monkeypatch.setattr("nbpeft.engine.wrappers.factored_weight.F.dropout", dropped)
     found = logits(model.train())
     with torch.no_grad():
         for name, factor in other.named_parameters():

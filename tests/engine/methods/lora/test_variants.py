@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.errors import ConfigError, HotSwapError, MergeError
 from nbpeft.model import (
     LoraConfig,

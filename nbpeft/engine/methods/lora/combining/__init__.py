@@ -12,7 +12,7 @@ adapters.py   from adapters on layers to factors and back: what the engine calls
 
 from __future__ import annotations
 
-from nbpeft.engine.combination import Loss
+from nbpeft.engine.contract.combination import Loss
 from nbpeft.engine.methods.lora.combining.adapters import combine_low_rank
 from nbpeft.engine.methods.lora.combining.config import combined_config
 from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws

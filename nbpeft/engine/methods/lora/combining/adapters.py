@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.adapter import Adapter
-from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.combination import Combination, Member
+from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.combining.config import combined_config
 from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
@@ -29,7 +29,7 @@ class CombineLowRank:
     usual_type = "svd"
 
     def takes(self, combination_type: str) -> Sequence[str]:
-        """See ``nbpeft.engine.combination.Combine``."""
+        """See ``nbpeft.engine.contract.combination.Combine``."""
         return settings_for(combination_type)
 
     def __call__(
@@ -40,7 +40,7 @@ class CombineLowRank:
         weights: Sequence[float],
         settings: Mapping[str, Any],
     ) -> Combination:
-        """See ``nbpeft.engine.combination.Combine``."""
+        """See ``nbpeft.engine.contract.combination.Combine``."""
         recipe = _recipe(settings)
         factors = {
             path: {name: _factors(name, member) for name, member in members.items()} for path, members in layers.items()

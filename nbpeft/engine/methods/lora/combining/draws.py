@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from nbpeft.engine.initial_draws import normal_, skip, skip_linear
+from nbpeft.engine.contract.initial_draws import normal_, skip, skip_linear
 
 _CPU = torch.device("cpu")
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nbpeft.engine.combination import Loss
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.contract.combination import Loss
 from nbpeft.engine.methods.lora.combining.factors import Factors, matrix_A, matrix_B, stack, unstack
 from nbpeft.engine.methods.lora.combining.recipe import Recipe
 from nbpeft.engine.methods.lora.combining.sparsify import merge
 from nbpeft.engine.methods.lora.combining.truncate import measure_loss, truncate_delta, truncate_factors
 from nbpeft.errors import AdapterError, ConfigError
-from nbpeft.interrupts import check_interrupt
 
 
 @dataclass(frozen=True)

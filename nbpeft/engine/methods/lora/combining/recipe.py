@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbpeft.engine.combination import is_number
+from nbpeft.engine.contract.combination import is_number
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbpeft.engine.combination import Loss
+from nbpeft.engine.contract.combination import Loss
 from nbpeft.engine.methods.lora.combining.recipe import Recipe
 from nbpeft.errors import ConfigError
 

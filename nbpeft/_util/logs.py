@@ -1,0 +1,161 @@
+"""Collapses equal warnings in the logs of other libraries into one line with a count.
+
+bitsandbytes and transformers log the same warning for every layer and every step. Inside
+``collapsed()`` such a warning is held back and counted, and shown once when the block ends::
+
+    MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization (210 times)
+
+Nothing is lost but ``DROPPED``: each distinct warning is shown, errors and everything of other libraries pass at
+once, and in a block that runs long a warning is shown after ten seconds and counted on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nbpeft._util.interrupts import HeldInterrupts
+
+LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
+HOLD_SECONDS = 10.0
+"""How long a warning is held back at most, given that another one follows."""
+
+DROPPED = ("Failed to load CPU gemm_4bit_forward", "The tokenizer has new PAD/BOS/EOS tokens")
+"""Beginnings of warnings that are dropped: an optional kernel of bitsandbytes is not installed, which it says on
+import, also where nothing is quantized; and a Trainer takes the tokens of the tokenizer it was given, as it should."""
+
+_MARK = "_nbpeft_counted"
+_SHOWN = "_nbpeft_shown"
+
+_Key = tuple[str, str]
+
+
+class RepeatFilter(logging.Filter):
+    """A filter for handlers that holds warnings back and counts them until ``flush``.
+
+    It sits on handlers because a filter on a logger does not see what its children log.
+
+    Args:
+        libraries: first parts of the names of the loggers it applies to.
+        clock: seconds that go on.
+    """
+
+    def __init__(self, libraries: tuple[str, ...] = LIBRARIES, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._libraries = libraries
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._held: dict[_Key, list[logging.LogRecord]] = {}
+        self._counts: dict[_Key, int] = {}
+        self._shown_before: set[_Key] = set()
+        self._since = clock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a handler shows a record now."""
+        if record.levelno != logging.WARNING or hasattr(record, _SHOWN):
+            return True
+        if record.name.partition(".")[0] not in self._libraries:
+            return True
+        if record.getMessage().startswith(DROPPED):
+            return False
+        if not hasattr(record, _MARK):  # several handlers ask about the same record
+            setattr(record, _MARK, True)
+            self._count(record)
+        return False
+
+    def _count(self, record: logging.LogRecord) -> None:
+        key = (record.name, record.getMessage())
+        with HeldInterrupts(), self._lock:
+            if not self._counts:
+                self._since = self._clock()
+            self._held.setdefault(key, [record])
+            self._counts[key] = self._counts.get(key, 0) + 1
+            late = self._clock() - self._since > HOLD_SECONDS and key not in self._shown_before
+        if late:
+            self.flush()
+
+    def flush(self) -> None:
+        """Shows every warning that is held back, with its count, in the order they first came."""
+        with HeldInterrupts(), self._lock:
+            held, counts = self._held, self._counts
+            self._held, self._counts = {}, {}
+            before = set(self._shown_before)
+            self._shown_before.update(held)
+        for key, (record,) in held.items():
+            count, more = counts[key], " more" if key in before else ""
+            times = f" ({count:,}{more} time{'' if count == 1 else 's'})" if count > 1 or more else ""
+            record.msg, record.args = key[1] + times, None
+            setattr(record, _SHOWN, True)
+            logging.getLogger(record.name).handle(record)
+
+    def forget(self) -> None:
+        """Starts anew: what was shown counts as never shown."""
+        with HeldInterrupts(), self._lock:
+            self._shown_before.clear()
+
+
+class _Block:
+    """One block. Where an interruption keeps it from being left, it is gone with its frame."""
+
+
+class _Collapsing:
+    """The one filter of the process, on every handler that could show the libraries' records."""
+
+    def __init__(self) -> None:
+        self._filter = RepeatFilter()
+        self._handlers: list[logging.Handler] = []
+        self._blocks: weakref.WeakSet[_Block] = weakref.WeakSet()
+        self._lock = threading.RLock()
+
+    def enter(self, block: _Block) -> None:
+        with HeldInterrupts(), self._lock:
+            self._blocks.add(block)
+            for handler in _handlers():
+                if handler not in self._handlers:
+                    handler.addFilter(self._filter)
+                    self._handlers.append(handler)
+
+    def leave(self, block: _Block) -> None:
+        """Ends a block, also one that an interruption kept from being entered."""
+        with HeldInterrupts(), self._lock:
+            if block not in self._blocks:
+                return
+            self._blocks.remove(block)
+            if self._blocks:
+                return
+            try:
+                self._filter.flush()
+            finally:
+                for handler in self._handlers:
+                    handler.removeFilter(self._filter)
+                self._handlers.clear()
+                self._filter.forget()
+
+
+_collapsing = _Collapsing()
+
+
+@contextmanager
+def collapsed() -> Iterator[None]:
+    """Equal warnings of other libraries inside the block become one line with a count at its end.
+
+    Blocks may be nested; the outermost one shows the warnings. An inner one also takes in handlers that were
+    made since, such as the one transformers makes when it is imported.
+    """
+    block = _Block()
+    try:
+        _collapsing.enter(block)
+        yield
+    finally:
+        _collapsing.leave(block)
+
+
+def _handlers() -> list[logging.Handler]:
+    found = list(logging.getLogger().handlers)
+    for library in LIBRARIES:
+        found += logging.getLogger(library).handlers
+    return found + ([logging.lastResort] if logging.lastResort is not None else [])

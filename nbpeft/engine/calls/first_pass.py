@@ -1,0 +1,124 @@
+"""Lets an adapter see what a model makes of an input before the call in which it acts.
+
+A hook on the model runs each of its calls twice, whoever makes it: first without gradient, for the hidden states of the
+last layer, then as it was asked for. What the adapters of the layers find in ``base.context`` is in the first pass what
+their method says and in the second what it makes of the hidden states. As the hooks of ``model_calls`` it reads what is
+active as every layer does. A cache of keys and values has a second one for the first pass (``two_pass_cache``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
+from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
+from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import AdapterError
+
+_ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
+
+
+class NeedsFirstPass(ABC):
+    """Computes what its adapters do in a call from what the model makes of the input; a ``SharedState``.
+
+    Its method declares ``call_context``, which gives None: what is found takes that place while the call runs.
+    """
+
+    @property
+    @abstractmethod
+    def first_context(self) -> Any:
+        """What its adapters find in ``base.context`` in the first pass."""
+
+    @abstractmethod
+    def context(self, hidden: Tensor) -> Any:
+        """What they find there in the call itself.
+
+        Args:
+            hidden: (rows, length, features), the last hidden states of the first pass, without gradient.
+        """
+
+
+class _FirstPass(BeforeCall):
+    """A hook that makes the first pass before each call of a model; it has the first adapted layer of an adapter."""
+
+    def computing(self, active: Active) -> dict[str, NeedsFirstPass]:
+        """Adapter name -> what its layers share, of those active adapters that need the pass."""
+        names = active.names if active.rows is None else active.rows.names
+        found: dict[str, NeedsFirstPass] = {}
+        for name in names:
+            adapter = self.layer.adapters._modules.get(name)
+            state: Any = None if adapter is None else adapter._modules.get("shared")
+            if isinstance(state, NeedsFirstPass):
+                found[name] = state
+        return found
+
+    def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
+        """Makes the pass, and what the adapters make of it; see ``BeforeCall``."""
+        contexts: Any = active.context
+        first = _first_call(module, call)
+        contexts.update({name: state.first_context for name, state in found.items()})
+        hidden = _last_hidden_states(module, first)
+        contexts.update({name: state.context(hidden) for name, state in found.items()})
+
+
+def put_first_pass(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
+    """Lets the adapters of a model that need it have a first pass before each call; once for each first layer.
+
+    Args:
+        model: the base model.
+        layer: the first adapted layer.
+        change: records the hooks of the model.
+    """
+    put_before_calls(model, _FirstPass(layer), change)
+
+
+@torch.no_grad()
+def _last_hidden_states(module: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """Makes the first pass, with the backbone of a model alone where it has one.
+
+    Raises:
+        AdapterError: the model gives no hidden states.
+    """
+    backbone = getattr(module, str(getattr(module, "base_model_prefix", "")) or "", None)
+    if isinstance(backbone, nn.Module):
+        known = inspect.signature(backbone.forward).parameters
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        output: Any = backbone(**{name: value for name, value in call.items() if takes_all or name in known})
+    else:  # its hooks, this one among them, are for the call itself
+        output = module.forward(**call, output_hidden_states=True)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        hidden = (getattr(output, "hidden_states", None) or (None,))[-1]
+    if not isinstance(hidden, Tensor):
+        raise AdapterError(f"{type(module).__name__} gives no hidden states, which the active adapter needs")
+    return hidden
+
+
+def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the first pass; a cache that the call itself is to fill is put among its own.
+
+    Raises:
+        AdapterError: the call goes on with a cache that the first pass has not seen.
+    """
+    first = {name: value for name, value in call.items() if name not in _ONLY_FOR_HEADS}
+    if hasattr(module, "config"):
+        first["return_dict"] = True
+    name = cache_argument(module)
+    if not name:
+        return first
+    first.pop("past_key_values", None)
+    given = take_cache(call, name)
+    if given is None and not fills_cache(module, call):
+        return first | {"use_cache": False}
+    from nbpeft.engine.calls.two_pass_cache import with_first_pass
+
+    call[name] = with_first_pass(given, module)
+    return first | {name: call[name].first_pass, "use_cache": True}

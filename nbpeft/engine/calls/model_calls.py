@@ -1,0 +1,667 @@
+"""Puts what model adapters give into the calls of a model: embeddings, mask, positions, cache and labels.
+
+A hook on the model transforms each of its calls, whoever makes it: ``forward`` of a handle, each step of
+``generate``, a Trainer. It reads what is active as every layer does, so threads, ``use`` and mixed batches act here
+too. In a mixed batch the tokens of rows that have fewer are padded on the left and masked. Where an adapter weighs
+the tokens that are learned, the model gets no labels, and a second hook computes the loss of what it returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.active_state import Rows
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.adapter_names import check_scale
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.loss_terms import share_of_batch
+from nbpeft.engine.contract.model_adapter import ModelAdapter, WeighsTokens, learns_prompt
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import AdapterError
+
+_IGNORED_LABEL = -100
+_CACHES = ("cache", "past_key_values")
+"""What models call the argument; newer versions of transformers first."""
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward."""
+    module_class: Any = type(module)
+    return _signature(module_class)
+
+
+@lru_cache(maxsize=64)
+def _signature(module_class: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Name of the argument with which a model takes cached keys and values; empty if it takes none."""
+    return next((name for name in _CACHES if name in parameters_of(module)), "")
+
+
+def take_cache(call: dict[str, Any], name: str) -> Any:
+    """Takes the cache out of the arguments of a call, under whichever name it has there; None if there is none.
+
+    Args:
+        call: the arguments by name; changed in place.
+        name: of the argument, as ``cache_argument`` gives it.
+    """
+    given = [call.pop(one) for one in ("past_key_values", name) if one in call]
+    return next((cache for cache in given if cache is not None), None)
+
+
+def fills_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether a call without a cache begins one; what is learned from needs none, where nobody asks for it."""
+    asked = call.get("use_cache")
+    if asked is None:
+        asked = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
+    return bool(asked)
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of a model's class and of its bases, nearest first: a subclass may have any name."""
+    return tuple(kind.__name__ for kind in type(model).__mro__)
+
+
+def is_text_classifier(model: nn.Module) -> bool:
+    """Whether a model has labels for each text, not for each token: transformers' ``…ForSequenceClassification``."""
+    return any(name.endswith("ForSequenceClassification") for name in class_names(model))
+
+
+def part_with_cache(model: nn.Module) -> nn.Module | None:
+    """The model itself, or its backbone, whichever takes cached keys and values; None if neither does."""
+    backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", None)
+    parts = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
+    return next((part for part in parts if cache_argument(part)), None)
+
+
+def checkpoints_gradients(model: nn.Module) -> bool:
+    """Whether layers of a model run again in backward."""
+    return any(module.__dict__.get("gradient_checkpointing", False) for module in reached_modules(model))
+
+
+# The hooks
+
+
+def put_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
+    """Lets the model adapters of an adapted embedding act on calls of the model; once for each.
+
+    Args:
+        model: the base model.
+        layer: its input embedding.
+        change: records the hooks of the modules.
+    """
+    for module, hook in _hooks(model, layer).items():
+        present = [type(other) for other in module._forward_pre_hooks.values() if _layer_of(other) is layer]
+        if type(hook) not in present:
+            change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    weighs = any(isinstance(adapter, WeighsTokens) for adapter in layer.adapters._modules.values())
+    if weighs and not any(_layer_of(hook) is layer for hook in model._forward_hooks.values()):
+        change.keep(model._forward_hooks, model._forward_hooks_with_kwargs)
+        model.register_forward_hook(_LossHook(layer), with_kwargs=True)
+
+
+def take_hooks(modules: Iterable[nn.Module], layers: Collection[int], change: Transaction) -> None:
+    """Takes the hooks for adapted embeddings off that are no longer part of the model.
+
+    Args:
+        modules: all of the base model.
+        layers: the ids of what is taken out.
+        change: records the hooks of the modules.
+    """
+    for module in modules:
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            gone = [key for key, hook in hooks.items() if id(_layer_of(hook)) in layers]
+            if gone:
+                change.keep(hooks, with_kwargs)
+            for key in gone:
+                del hooks[key], with_kwargs[key]
+
+
+def _layer_of(hook: Any) -> AdaptedLayer | None:
+    return hook.layer if isinstance(hook, LayerHook) else None
+
+
+def _encoder_of(model: nn.Module) -> nn.Module | None:
+    return model.get_encoder() if has_encoder(model) and hasattr(model, "get_encoder") else None  # type: ignore[operator]
+
+
+def _hooks(model: nn.Module, layer: AdaptedLayer) -> dict[nn.Module, _CallHook]:
+    encoder = _encoder_of(model)
+    if encoder is not None:
+        return {model: _EncoderDecoderHook(layer), encoder: _EncoderHook(layer)}
+    hooks: dict[nn.Module, _CallHook] = {model: _ModelHook(layer)}
+    taking = part_with_cache(model)
+    if taking is not None and taking is not model:
+        hooks[taking] = _CacheHook(layer)
+    return hooks
+
+
+class _Call(dict[str, Any]):
+    """The arguments of a call, by name.
+
+    Attributes:
+        learned: labels and their weights, where the loss is to be computed of what the model returns; else None.
+    """
+
+    learned: tuple[Tensor, Tensor] | None = None
+
+
+class LayerHook:
+    """A hook on a module of a model that lets the model adapters of a layer act.
+
+    Args:
+        layer: the adapted input embedding, where they hang.
+    """
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self.layer = layer
+
+
+class _CallHook(LayerHook):
+    """A hook that transforms the arguments of each call of a module."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        prompts = _active_prompts(self.layer)
+        if prompts is None:
+            return None
+        named = _Call(zip(parameters_of(module), args, strict=False))
+        named.update(kwargs)
+        prompts = prompts.with_arguments_of(named)
+        self.transform(module, prompts, named)
+        return (), named
+
+    def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
+        """Changes the arguments of a call.
+
+        Args:
+            module: what is called.
+            prompts: the adapters that act.
+            call: name -> argument; changed in place.
+        """
+        raise NotImplementedError
+
+
+class _ModelHook(_CallHook):
+    """On a model of one stack."""
+
+    def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
+        """Adds tokens and, where the model takes them, cached states; see ``_CallHook``."""
+        name = cache_argument(module)
+        states = prompts.counts(_STATES) if name else {}
+        tokens = prompts.counts(_TOKENS)
+        size = _size(call)
+        if size is None or not (states or tokens):
+            return
+        batch, length, device = size
+        seen = _seen(call, name)
+        front = prompts.front(states, batch, device).beside(prompts.front(tokens, batch, device))
+        new_tokens = prompts.front(tokens, batch, device) if not seen else None
+        _extend_positions(module, call, front, new_tokens, length, seen)
+        _extend_mask(call, "attention_mask", front, length, seen)
+        if seen:
+            return
+        if states:
+            call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
+        if tokens:
+            _put_tokens(call, "inputs_embeds", "input_ids", prompts.joined(_TOKENS, batch, device), self.layer)
+            _extend_labels(module, call, length, front.width - prompts.front(states, batch, device).width)
+            _take_labels(call, prompts, length)
+
+
+class _LossHook(LayerHook):
+    """A hook that computes the loss of a call whose labels an adapter weighs."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        learned = kwargs.learned if isinstance(kwargs, _Call) else None
+        if learned is None:
+            return None
+        in_tuple = isinstance(output, tuple)
+        logits = output[0] if in_tuple else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape[:2] != learned[0].shape:
+            raise AdapterError(
+                f"{type(module).__name__} gives no logits of all tokens, which the loss of the active adapter needs"
+            )
+        loss = _weighted_mean(logits, *learned)
+        if in_tuple:
+            return loss, *output
+        if is_dataclass(output) and not isinstance(output, type):
+            return replace(output, loss=loss)  # in its place: a ModelOutput is read by position, too
+        output.loss = loss
+        return output
+
+
+def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
+    """Takes the labels out of a call where an adapter weighs them, and notes what is learned of it.
+
+    Args:
+        call: arguments, those for the tokens in front among them; changed in place.
+        prompts: the adapters that act.
+        length: of the input.
+    """
+    labels = call.get("labels")
+    weighing = {name: one for name, one in prompts.adapters.items() if isinstance(one[0], WeighsTokens)}
+    if not weighing or not isinstance(labels, Tensor):
+        return
+    front = call["inputs_embeds"].shape[1] - length
+    if labels.shape != call["inputs_embeds"].shape[:2]:
+        raise AdapterError(f"labels must be one for each of the {length} tokens of a row")
+    items = call.pop("num_items_in_batch", None)
+    # The mean of some batches whose gradients are accumulated is that of their means, each for its share of tokens.
+    share = share_of_batch(labels[:, front:], items, shifts=True)
+    weights = torch.ones_like(labels, dtype=torch.float32) * share
+    counts = prompts.counts(_TOKENS)
+    alone = prompts.front(counts, len(labels), labels.device).mask
+    if alone is not None:  # nothing predicts the first token of a row that has none in front
+        labels = labels.clone()
+        labels[:, front].masked_fill_(~alone[:, -1], _IGNORED_LABEL)
+    for name, (adapter, base) in weighing.items():
+        assert isinstance(adapter, WeighsTokens)
+        found, factors = adapter.learned(labels, prompts.start_of(name, counts), front, base)
+        if prompts.rows is not None:
+            served = (prompts.rows.expanded(len(labels), labels.device) == prompts.rows.names.index(name)).unsqueeze(1)
+            found, factors = torch.where(served, found, labels), torch.where(served, factors, 1.0)
+        labels, weights = found, weights * factors
+    del call["labels"]
+    call.pop("shift_labels", None)
+    call.learned = labels, weights
+
+
+def _weighted_mean(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The weighted cross entropy of the tokens that follow, over the number of those that are learned; float32."""
+    labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED_LABEL, reduction="none"
+    )
+    return (losses * weights.flatten()).sum() / (labels != _IGNORED_LABEL).sum()
+
+
+class _CacheHook(_CallHook):
+    """On the backbone of a model that takes no cache itself."""
+
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
+        """Adds cached states; see ``_CallHook``."""
+        states, size = prompts.counts(_STATES), _size(call)
+        if not states or size is None:
+            return
+        batch, length, device = size
+        name = cache_argument(module)
+        front = prompts.front(states, batch, device)
+        _extend_positions(module, call, front, None, length, 0)
+        _extend_mask(call, "attention_mask", front, length, 0)
+        _seen(call, name)
+        call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
+
+
+class _EncoderHook(_CallHook):
+    """On the encoder of an encoder-decoder model, which ``generate`` calls by itself."""
+
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
+        """Adds tokens; the mask of a call that the whole model makes has them already."""
+        tokens, size = prompts.counts(_TOKENS), _size(call)
+        if not tokens or size is None:
+            return
+        batch, length, device = size
+        mask = call.get("attention_mask")
+        if mask is None or mask.shape[-1] == length:
+            _extend_mask(call, "attention_mask", prompts.front(tokens, batch, device), length, 0)
+        _put_tokens(call, "inputs_embeds", "input_ids", prompts.joined(_TOKENS, batch, device), self.layer)
+
+
+class _EncoderDecoderHook(_CallHook):
+    """On an encoder-decoder model: the mask of the encoder's tokens, and what comes in front of the decoder's."""
+
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
+        """Extends masks, the decoder's input and labels, and the cache; see ``_CallHook``."""
+        tokens = prompts.counts(_TOKENS)
+        encoded = call.get("encoder_outputs")
+        if tokens:
+            self._extend_encoder_mask(prompts, call, tokens, encoded)
+        if encoded is None and prompts.counts(_DECODER_TOKENS):
+            self._put_decoder_tokens(module, prompts, call)
+        if prompts.counts(_STATES):
+            self._put_states(module, prompts, call)
+
+    def _extend_encoder_mask(
+        self, prompts: _Prompts, call: dict[str, Any], tokens: Mapping[str, int], encoded: Any
+    ) -> None:
+        mask = call.get("attention_mask")
+        size = _size(call)
+        ragged = prompts.rows is not None
+        if encoded is not None:
+            length = encoded[0].shape[1] - max(tokens.values(), default=0) if ragged else None
+            if mask is not None and mask.shape[-1] < encoded[0].shape[1]:
+                _extend_mask(call, "attention_mask", prompts.front(tokens, len(mask), mask.device), mask.shape[-1], 0)
+            elif mask is None and length is not None:
+                front = prompts.front(tokens, len(encoded[0]), encoded[0].device)
+                _extend_mask(call, "attention_mask", front, length, 0)
+        elif size is not None:
+            batch, length, device = size
+            _extend_mask(call, "attention_mask", prompts.front(tokens, batch, device), length, 0)
+
+    def _put_decoder_tokens(self, module: Any, prompts: _Prompts, call: dict[str, Any]) -> None:
+        labels = call.get("labels")
+        if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
+            if labels is None:
+                return
+            call["decoder_input_ids"] = module.prepare_decoder_input_ids_from_labels(labels)
+        size = _size(call, "decoder_input_ids", "decoder_inputs_embeds")
+        assert size is not None
+        batch, length, device = size
+        front = prompts.front(prompts.counts(_DECODER_TOKENS), batch, device)
+        _extend_mask(call, "decoder_attention_mask", front, length, 0)
+        joined = prompts.joined(_DECODER_TOKENS, batch, device)
+        _put_tokens(call, "decoder_inputs_embeds", "decoder_input_ids", joined, self.layer)
+        if labels is not None:
+            call["labels"] = _with_ignored(labels, front.width)
+
+    def _put_states(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
+        name = cache_argument(module)
+        seen = _seen(call, name)
+        size = _size(call, "decoder_input_ids", "decoder_inputs_embeds", "labels")
+        if size is None:
+            return
+        batch, length, device = size
+        front = prompts.front(prompts.counts(_STATES), batch, device)
+        _extend_mask(call, "decoder_attention_mask", front, length, seen)
+        if call.get("decoder_position_ids") is not None:
+            call["decoder_position_ids"] = call["decoder_position_ids"] + front.offset
+        if not seen:
+            call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
+
+
+# What acts, and what it puts in front
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of what model adapters give."""
+
+    count: Callable[[ModelAdapter], int]
+    give: Callable[[ModelAdapter, BaseLayer], Tensor]
+
+
+_TOKENS = _Kind(lambda adapter: adapter.token_count, lambda adapter, base: adapter.input_tokens(base))
+_DECODER_TOKENS = _Kind(lambda adapter: adapter.decoder_token_count, lambda adapter, base: adapter.decoder_tokens(base))
+_STATES = _Kind(lambda adapter: adapter.state_count, lambda adapter, base: adapter.cached_states(base))
+
+
+@dataclass(frozen=True)
+class _Front:
+    """Positions in front of the input.
+
+    Attributes:
+        width: how many there are.
+        mask: (batch, width), False where a row has fewer; None where all rows have all.
+    """
+
+    width: int
+    mask: Tensor | None
+
+    def beside(self, other: _Front) -> _Front:
+        """These positions, and then the others."""
+        if self.mask is None and other.mask is None:
+            return _Front(self.width + other.width, None)
+        some = self.mask if self.mask is not None else other.mask
+        assert some is not None
+        masks = [front.filled(len(some), some.device) for front in (self, other)]
+        return _Front(self.width + other.width, torch.cat(masks, 1))
+
+    def filled(self, batch: int, device: torch.device) -> Tensor:
+        """The mask as a tensor."""
+        return torch.ones(batch, self.width, dtype=torch.bool, device=device) if self.mask is None else self.mask
+
+    @property
+    def offset(self) -> Any:
+        """By how much the positions of the input move: a number, or (batch, 1)."""
+        return self.width if self.mask is None else self.mask.sum(1, keepdim=True)
+
+    def positions(self) -> Tensor:
+        """The positions themselves, (1 or batch, width)."""
+        if self.mask is None:
+            return torch.arange(self.width).unsqueeze(0)
+        return (self.mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The model adapters that act in a call.
+
+    Attributes:
+        adapters: name -> adapter, and the embedding as it sees it.
+        rows: the assignment of a mixed batch.
+    """
+
+    adapters: Mapping[str, tuple[ModelAdapter, BaseLayer]]
+    rows: Rows | None
+
+    def with_arguments_of(self, call: dict[str, Any]) -> _Prompts:
+        """The same with the arguments of a call that are for them alone, which are taken out of the call."""
+        names = {adapter.call_argument for adapter, _ in self.adapters.values()} - {""}
+        given = {name: call.pop(name) for name in names if name in call}
+        prompts = {
+            name: (adapter, base if base.context is not None else base.within(given.get(adapter.call_argument)))
+            for name, (adapter, base) in self.adapters.items()
+        }
+        return _Prompts(prompts, self.rows)
+
+    def counts(self, kind: _Kind) -> dict[str, int]:
+        """Adapter name -> how much of a kind it gives, where it gives any."""
+        counts = {name: kind.count(adapter) for name, (adapter, _) in self.adapters.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def front(self, counts: Mapping[str, int], batch: int, device: torch.device) -> _Front:
+        """The positions that so much of each adapter takes, side by side or, in a mixed batch, row by row."""
+        if self.rows is None or not counts:
+            return _Front(sum(counts.values()), None)
+        width = max(counts.values())
+        index = self.rows.expanded(batch, device)
+        per_name = torch.tensor([*(counts.get(name, 0) for name in self.rows.names), 0], device=device)
+        missing = width - per_name[index]  # -1, the base alone, is the last entry
+        return _Front(width, torch.arange(width, device=device).unsqueeze(0) >= missing.unsqueeze(1))
+
+    def start_of(self, name: str, counts: Mapping[str, int]) -> int:
+        """The position of the tokens of an adapter, of so many of each."""
+        if self.rows is not None:
+            return max(counts.values()) - counts[name]
+        names = list(counts)
+        return sum(counts[other] for other in names[: names.index(name)])
+
+    def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
+        """What the adapters give of a kind, (batch, width, …)."""
+        counts = self.counts(kind)
+        parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}
+        if self.rows is None:
+            return torch.cat(list(parts.values()), 1)
+        width, index = max(counts.values()), self.rows.expanded(batch, device)
+        some = next(iter(parts.values()))
+        joined = some.new_zeros(batch, width, *some.shape[2:])
+        for name, part in parts.items():
+            padded = torch.cat([part.new_zeros(batch, width - counts[name], *part.shape[2:]), part], 1)
+            chosen = (index == self.rows.names.index(name)).view(batch, *[1] * (padded.dim() - 1))
+            joined = torch.where(chosen, padded, joined)
+        return joined
+
+
+def _for_rows(values: Tensor, batch: int) -> Tensor:
+    """Values for one row or for some, repeated for all of a batch or for its beams."""
+    if len(values) == 1:
+        return values.expand(batch, *values.shape[1:])
+    repeats, rest = divmod(batch, len(values))
+    if rest:
+        raise AdapterError(f"task_ids has {len(values)} entries for {batch} rows: give one for each row")
+    return values.repeat_interleave(repeats, 0)
+
+
+def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
+    active = layer.active_state.current()
+    rows = active.rows
+    names, scales = (active.names, active.scales) if rows is None else (rows.names, rows.scales)
+    found: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
+    for name, scale in zip(names, scales, strict=True):
+        adapter = layer.adapters._modules.get(name)
+        if not learns_prompt(adapter):
+            continue
+        if scale != 1.0:
+            check_scale(name, scale, fixed=True)
+        base = layer.base.within(active.context[name]) if name in active.context else layer.base
+        found[name] = adapter, base
+    return _Prompts(found, rows) if found else None
+
+
+# Arguments of a call
+
+
+def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device] | None:
+    """Rows, length and device of the input; None where a call has none."""
+    for name in names or ("input_ids", "inputs_embeds"):
+        given = call.get(name)
+        if isinstance(given, Tensor):
+            return given.shape[0], given.shape[1], given.device
+    return None
+
+
+def _seen(call: dict[str, Any], name: str) -> int:
+    """How many positions are cached already; a call without a cache of its own begins anew, whatever it is given."""
+    if name and call.get(_CACHES[1]) is not None:
+        call[name] = call.pop(_CACHES[1])
+    past = call.get(name) if name else None
+    if past is not None and call.get("use_cache") is False:
+        past = call[name] = None
+    return 0 if past is None else int(past.get_seq_length())
+
+
+def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, seen: int) -> None:
+    """Puts the positions in front of an attention mask (batch, length); one is made where rows need it.
+
+    Args:
+        call: arguments; changed in place.
+        name: of the mask.
+        front: the positions.
+        length: of the input.
+        seen: positions that are cached already, those in front included.
+    """
+    mask = call.get(name)
+    if mask is None:
+        if front.mask is None:
+            return
+        rest = length + max(seen - front.width, 0)
+        mask = torch.ones(len(front.mask), rest, dtype=torch.long, device=front.mask.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise AdapterError(
+            f"a prompt needs an {name} of (rows, length); a static cache makes others: leave cache_implementation out"
+        )
+    before = front.filled(len(mask), mask.device).to(mask.device, mask.dtype)
+    call[name] = torch.cat([before, mask], 1)
+
+
+def _extend_positions(
+    module: nn.Module, call: dict[str, Any], front: _Front, new: _Front | None, length: int, seen: int
+) -> None:
+    """Moves positions behind those in front, and puts those of new tokens there; made where rows differ.
+
+    Args:
+        module: what is called.
+        call: arguments; changed in place.
+        front: everything in front of the input.
+        new: tokens that come with this call; None where there are none.
+        length: of the input.
+        seen: positions that are cached already, those in front included.
+    """
+    given = call.get("position_ids")
+    if given is None:
+        if front.mask is None or "position_ids" not in parameters_of(module):
+            return
+        given = torch.arange(length, device=front.mask.device).unsqueeze(0) + max(seen - front.width, 0)
+    moved = given + (front.offset if front.mask is None else front.offset.to(given.device))
+    if new is not None and new.width:
+        own = front.positions()[:, front.width - new.width :].to(given.device, given.dtype)
+        moved = torch.cat([own.expand(*moved.shape[:-1], new.width), moved], -1)
+    call["position_ids"] = moved
+
+
+def _put_tokens(call: dict[str, Any], embeds: str, ids: str, tokens: Tensor, embedding: nn.Module) -> None:
+    """Puts tokens (batch, width, features) in front of the input, which becomes embeddings."""
+    given = call.pop(ids, None)
+    found = call.get(embeds)
+    if found is None:
+        found = embedding(given)
+    call[embeds] = torch.cat([tokens.to(found), found], 1)
+
+
+def _extend_labels(module: nn.Module, call: dict[str, Any], length: int, width: int) -> None:
+    """Puts ignored labels in front of those that each token of the input has, and moves what else counts tokens."""
+    kinds = call.get("token_type_ids")
+    if kinds is not None:
+        call["token_type_ids"] = torch.cat([kinds.new_zeros(len(kinds), width), kinds], 1)
+    kept = call.get("logits_to_keep")
+    if isinstance(kept, Tensor):
+        call["logits_to_keep"] = kept + width
+    whole = is_text_classifier(module)
+    for name in ("labels", "shift_labels"):
+        labels = call.get(name)
+        if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == length and not whole:
+            call[name] = _with_ignored(labels, width)
+
+
+def _with_ignored(labels: Tensor, width: int) -> Tensor:
+    return torch.cat([labels.new_full((len(labels), width), _IGNORED_LABEL), labels], 1)
+
+
+def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> Any:
+    """A cache that begins with keys and values (batch, width, layers, 2, heads, features); the one given, if any."""
+    if module.training and torch.is_grad_enabled() and checkpoints_gradients(module):
+        raise AdapterError(
+            "a prefix does not work with gradient checkpointing, which leaves cached keys and values out: call "
+            "gradient_checkpointing_disable()"
+        )
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    if past is None:
+        config: Any = getattr(module, "config", None)
+        past = DynamicCache(config=None if config is None else config.get_text_config(decoder=True))
+        if has_encoder(module):
+            past = EncoderDecoderCache(past, DynamicCache())
+    into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+    # Layers that attend to the keys and values of an earlier one (Gemma 4's last) have nothing of their own to begin.
+    without = {number for number, layer in enumerate(into.layers) if type(layer).__name__ == "DummyLayer"}
+    for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
+        if number not in without:
+            into.update(keys, values, number)
+    return past
+
+
+# What a prompt is outside of calls
+
+
+def prompt_of(adapter: ModelAdapter, base: BaseLayer, batch: int) -> Tensor:
+    """All tokens of a prompt, (batch, tokens, features), those for a decoder behind those of the encoder."""
+    parts = [adapter.input_tokens(base)]
+    if adapter.decoder_token_count:
+        parts.append(adapter.decoder_tokens(base))
+    return torch.cat([_for_rows(part, batch) for part in parts], 1)
+
+
+def cache_of(model: nn.Module, adapter: ModelAdapter, base: BaseLayer, batch: int) -> Any:
+    """A cache for a batch that begins with the keys and values of a prefix."""
+    return _filled(model, None, _for_rows(adapter.cached_states(base), batch), base)

@@ -1,0 +1,311 @@
+"""Activations and norms of any model compute again in backward what they would keep for it.
+
+    with selective_recompute(model):
+        loss = model(**batch).loss
+        loss.backward()
+
+For that time those modules have another ``forward`` of their own. A norm, and the activation of an MLP, keep
+what goes in; so do the adapters that read what comes out. The activation of a gated MLP, ``down(act(gate) * up)``,
+waits for the product and leaves nothing but ``gate`` and ``up``, whatever the layers around it are called.
+Nothing else is touched: every layer is called by the model's own code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.registry import resolve_layer_kind
+from nbpeft.engine.kernels.grouped_heads import grouped_heads
+from nbpeft.engine.kernels.numerics import composes
+from nbpeft.engine.kernels.recomputed import recompute
+from nbpeft.engine.tree.model_tree import frozen_module, walk
+
+_FORWARD = "forward"
+_ACTIVATION_HOMES = ("transformers.activations", "torch.nn.modules.activation")
+_PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+_ACTIVATION_NAMES = re.compile(r"gelu|silu|swish|mish", re.IGNORECASE)
+
+
+class selective_recompute:
+    """Context manager in which a model's activations and norms are computed again instead of kept.
+
+    Outputs are those of the model, bit by bit, and gradients up to the order of sums: the modules' own code runs
+    again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is as it was, also in
+    other threads. Left alone are modules that train, have hooks, buffers or a ``forward`` set by somebody else, or
+    give another output for the same input (found out on the first batch). What LoRA's adapters of linear layers read
+    is not kept, either; nor, on a CPU, keys and values repeated for each of their query heads (``grouped_heads``).
+    Backward has to run before the block ends where layers are checkpointed.
+
+    Args:
+        model: with or without adapters.
+        verify: compare outputs with those of a second call; off for tensors without data, where both are made.
+
+    Example:
+        with nbpeft.selective_recompute(model):
+            loss = model(**batch).loss
+            loss.backward()
+    """
+
+    def __init__(self, model: nn.Module, *, verify: bool = True) -> None:
+        self._model = model
+        self._verify = verify
+        self._changed: list[nn.Module] = []
+        self._opened = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            with HeldInterrupts():
+                if self._verify:
+                    self._opened.enter_context(grouped_heads(self._model))
+                for module, forward in _replacements(self._model, self._verify):
+                    self._changed.append(module)
+                    module.__dict__[_FORWARD] = forward
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        with HeldInterrupts(to_the_end=True), self._opened:
+            while self._changed:
+                self._changed.pop().__dict__.pop(_FORWARD, None)
+
+
+def _replacements(model: nn.Module, verify: bool) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules to change, each once, and their new ``forward``."""
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for site in walk(frozen_module(model)):
+        if _is_free(site.module) and (_is_norm(site.module) or _is_activation(site.module)):
+            parents.setdefault(site.module, []).append(site.parent)
+    for module, places in parents.items():
+        if _is_activation(module) and all(_is_gating(module, parent, verify) for parent in places):
+            yield module, _GatingForward(module, _is_pointwise(module, verify))
+        elif _is_norm(module):
+            yield module, _RecomputedForward(module, verify)
+        elif _keeps_input(module):
+            yield module, _RecomputedForward(module, verify, _is_pointwise(module, verify))
+
+
+def _is_free(module: nn.Module) -> bool:
+    """Whether a module is a leaf without state that nobody else watches or has changed."""
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (module._modules or module._buffers or watched or _FORWARD in module.__dict__)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and all(p.ndim <= 1 for p in module.parameters())
+
+
+def _is_activation(module: nn.Module) -> bool:
+    home = type(module).__module__
+    known = home in _ACTIVATION_HOMES or _ACTIVATION_NAMES.search(type(module).__name__) is not None
+    return known and not module._parameters and not getattr(module, "inplace", False)  # what it keeps would change
+
+
+def _keeps_input(activation: nn.Module) -> bool:
+    kept: list[Any] = []
+    with torch.enable_grad():
+        x = torch.ones(2, 2, device="cpu", requires_grad=True)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(_storage(t)), lambda _: x):
+                output = activation(x)
+        except Exception:  # it takes something else
+            return False
+    return any(storage != _storage(output) for storage in kept)
+
+
+def _is_pointwise(activation: nn.Module, verify: bool) -> bool:
+    """Whether an activation gives for a part of its input that part of its output, as one over a dimension does not."""
+    if not verify:
+        return True
+    with torch.no_grad():
+        x = torch.linspace(-2.0, 2.0, 12, device="cpu").view(3, 4)
+        try:
+            part, whole = activation(x[1:2, 1:3]), activation(x)
+        except Exception:  # it takes something else
+            return False
+    return whole.shape == x.shape and torch.allclose(part, whole[1:2, 1:3])
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:
+    """Whether an MLP multiplies what its activation returns with something, and does nothing else with it.
+
+    Found out with the MLP's own code on a few random numbers, its linear layers replaced by what they might return:
+    what they are given has to be the same, bit by bit, as with the activation itself.
+    """
+    others = [frozen_module(child) for child in mlp._modules.values() if child not in (activation, None)]
+    if not all(isinstance(child, nn.Dropout) or _linear_kind(child) for child in others):
+        return False
+    waiting: list[_Activated] = []
+
+    def activated(x: Tensor) -> Any:
+        waiting.append(_Activated(activation, x))
+        return waiting[-1]
+
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found, expected = _Trial(mlp, activation, activated).run(), _Trial(mlp, activation, activation).run()
+    except Exception:
+        return False
+    if verify and not (len(expected) == len(found) and all(map(_are_equal, expected, found))):
+        return False
+    return bool(waiting) and all(each.is_multiplied and each.tensor is None for each in waiting)
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+
+
+def _linear_kind(module: nn.Module) -> LayerKind | None:
+    kind = resolve_layer_kind(module)
+    return kind if kind is not None and kind.is_linear else None
+
+
+class _Trial:
+    """Stands for an MLP while its ``forward`` runs: with another activation, no dropout, and no weights.
+
+    Args:
+        mlp: whose ``forward`` runs.
+        activation: of the MLP.
+        instead: what is called in its place.
+    """
+
+    def __init__(self, mlp: nn.Module, activation: nn.Module, instead: Callable[[Tensor], Any]) -> None:
+        self._mlp, self._activation, self._instead = mlp, activation, instead
+        self._generator = torch.Generator().manual_seed(0)
+        self._given: list[Any] = []
+
+    def run(self) -> list[Any]:
+        """What the linear layers were given, one after the other."""
+        first = next(layer for layer in map(frozen_module, self._mlp.children()) if _linear_kind(layer))
+        type(self._mlp).forward(self, self._random(first, output=False))
+        return self._given
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._mlp, name)
+        if value is self._activation:
+            return self._instead
+        if isinstance(value, nn.Dropout):
+            return nn.Identity()
+        layer = frozen_module(value) if isinstance(value, nn.Module) else None
+        return value if layer is None else _TrialLayer(layer, self._call)
+
+    def _call(self, layer: nn.Module, x: Any) -> Tensor:
+        self._given.append(x)
+        return self._random(layer, output=True)
+
+    def _random(self, layer: nn.Module, *, output: bool) -> Tensor:
+        kind = _linear_kind(layer)
+        assert kind is not None
+        return torch.randn(1, 2, kind.features(layer)[output], generator=self._generator)
+
+
+class _TrialLayer:
+    """Stands for a linear layer, whose attributes it has."""
+
+    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Any], Tensor]) -> None:
+        self._layer, self._call = layer, call
+
+    def __call__(self, x: Any) -> Tensor:
+        return self._call(self._layer, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class _RecomputedForward:
+    """The ``forward`` of a module that keeps its input alone."""
+
+    def __init__(self, module: nn.Module, verify: bool, pointwise: bool = False) -> None:
+        self._module, self._pointwise = module, pointwise
+        self._forward, self._verify = module.forward, verify
+        self._repeats: bool | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or self._repeats is False or not _needs_gradient(args[0]):
+            return self._forward(*args, **kwargs)
+        if any(parameter.requires_grad for parameter in self._module._parameters.values() if parameter is not None):
+            return self._forward(*args)
+        output = recompute(self._forward, args[0], pointwise=self._pointwise)
+        if self._repeats is None:
+            with torch.no_grad():
+                again = self._forward(args[0])
+            self._repeats = not self._verify or torch.equal(output, again)
+        return output if self._repeats else self._forward(*args)
+
+
+class _GatingForward:
+    """The ``forward`` of a gated MLP's activation, which waits for what it is multiplied with."""
+
+    def __init__(self, module: nn.Module, pointwise: bool) -> None:
+        self._forward, self._pointwise = module.forward, pointwise
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not _needs_gradient(args[0]):
+            return self._forward(*args, **kwargs)
+        return _Activated(self._forward, args[0], self._pointwise)
+
+
+def _needs_gradient(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and not composes()
+
+
+class _Activated:
+    """``act(gate)`` that is about to be multiplied; a tensor as soon as anything else is done with it."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor], gate: Tensor, pointwise: bool = False) -> None:
+        self._act, self._gate, self._pointwise = act, gate, pointwise
+        self.tensor: Tensor | None = None
+        self.is_multiplied = False
+
+    def __mul__(self, up: Any) -> Tensor:
+        if not isinstance(up, Tensor) or self.tensor is not None:
+            return self._value() * up  # type: ignore[no-any-return]
+        self.is_multiplied = True
+        return recompute(partial(_gated, self._act), self._gate, up, pointwise=self._pointwise)
+
+    __rmul__ = __mul__
+
+    def _value(self) -> Tensor:
+        if self.tensor is None:
+            self.tensor = recompute(self._act, self._gate, pointwise=self._pointwise)
+        return self.tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._value(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            return args[0] * args[1] if isinstance(args[0], cls) else args[1] * args[0]
+        return func(*map(_as_tensor, args), **{name: _as_tensor(value) for name, value in (kwargs or {}).items()})
+
+
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """``act(gate) * up``: a function that holds no tensor, which would live as long as the graph."""
+    return act(gate) * up
+
+
+def _as_tensor(value: Any) -> Any:
+    return value._value() if isinstance(value, _Activated) else value

@@ -1,0 +1,245 @@
+"""Runs the network of an adapter beside a model: its state goes through the model's blocks with the hidden states.
+
+A hook on the model computes the first state before each call (``prepared_calls``). Hooks on the blocks let the adapter
+change what a block reads and advance the state by what it gives; a block that gradient checkpointing computes again
+finds the state it had. A last hook adds the network's own loss to that of the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients
+from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
+from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.loss_terms import share_of_batch
+from nbpeft.engine.contract.model_adapter import RunsBeside
+from nbpeft.engine.tree.model_tree import walk
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import AdapterError
+
+_KEPT = "nbpeft_side_states"
+"""Under which the autograd node of a block's output has what ``SideState.kept`` refers to."""
+
+
+class _Kept:
+    """The state in front of a block, for computing the block again."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state.detach().requires_grad_(state.requires_grad)
+
+
+class SideState:
+    """The state of a network in one call of the model.
+
+    Attributes:
+        start: what the network gave, (rows, length, features); None once the call has ended.
+        current: in front of the next block.
+        learns: whether gradients are recorded in the call.
+        kept: path of a block -> the state in front of it, as long as backward may compute the block again; None where
+            it never does.
+    """
+
+    def __init__(self, start: Tensor, *, recomputes: bool) -> None:
+        self.start: Tensor | None = start
+        self.current: Tensor | None = start
+        self.learns = torch.is_grad_enabled()
+        self.kept: WeakValueDictionary[str, _Kept] | None = WeakValueDictionary() if recomputes else None
+
+    def before(self, path: str) -> tuple[Tensor | None, bool]:
+        """The state in front of a block that is being called, and whether the block is computed again."""
+        if self.kept is not None and torch._C._current_graph_task_id() != -1:
+            kept = self.kept.get(path)
+            if kept is not None:
+                return kept.state, True
+        return self.current, False
+
+    def keep(self, path: str, output: Tensor) -> None:
+        """Keeps the state in front of a block as long as the graph of what the block gave, where that is needed."""
+        if self.kept is not None and self.current is not None and output.grad_fn is not None:
+            self.kept[path] = kept = _Kept(self.current)
+            notes: Any = output.grad_fn.metadata
+            notes.setdefault(_KEPT, []).append(kept)
+
+    def end(self) -> None:
+        """Lets go of the tensors of the call."""
+        self.start = self.current = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"start": None, "current": None, "learns": False, "kept": None}
+
+
+class _SideCall(BeforeCall):
+    """A hook that computes the first state before each call of a model."""
+
+    def computing(self, active: Active) -> dict[str, RunsBeside]:
+        """Adapter name -> adapter, of those active ones that have a network; see ``BeforeCall``."""
+        return _networks_in(self.layer, active.names if active.rows is None else active.rows.names)
+
+    def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
+        """Runs the network.
+
+        Raises:
+            AdapterError: several are active, or each for some rows of the batch.
+        """
+        (name, adapter), *more = found.items()
+        title = adapter.title
+        if active.rows is not None:
+            raise AdapterError(f"{title} does not support mixed adapter batches: give adapter {name!r} a batch alone")
+        if more:
+            raise AdapterError(f"{title} requires exactly one active adapter, not {name!r} and {more[0][0]!r}")
+        contexts: Any = active.context
+        recomputes = torch.is_grad_enabled() and checkpoints_gradients(module)
+        contexts[name] = SideState(adapter.first_state(module, call), recomputes=recomputes)
+
+    def end(self) -> None:
+        """Lets go of the state; see ``BeforeCall``."""
+        for one in self.layer.active_state.current().context.values():
+            if isinstance(one, SideState):
+                one.end()
+        super().end()
+
+
+class _OwnLoss(LayerHook):
+    """A hook that adds the loss of a network to that of the call."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        active = self.layer.active_state.current()
+        found = _networks_in(self.layer, active.names)
+        for name, adapter in found.items():
+            state: Any = active.context.get(name)
+            if not isinstance(state, SideState) or state.start is None:
+                continue
+            adapter.last_loss = None
+            labels = kwargs.get("labels")
+            in_tuple = isinstance(output, tuple)
+            loss = output[0] if in_tuple and labels is not None else getattr(output, "loss", None)
+            own = None if labels is None or loss is None else adapter.own_loss(module, kwargs, state.start)
+            if own is None:
+                continue
+            adapter.last_loss = own.detach()
+            # A loss without a gradient measures the model, and stays the model's.
+            if torch.is_grad_enabled() and adapter.loss_weight:
+                share = share_of_batch(labels, kwargs.get("num_items_in_batch"), shifts=True)
+                loss = loss + (own * (adapter.loss_weight * share)).to(loss)
+            if in_tuple:
+                output = (loss, *output[1:])
+            else:
+                output.loss, output.shadow_loss = loss, adapter.last_loss
+        return output
+
+
+class _BlockHook(LayerHook):
+    """A hook in front of a block, or behind it.
+
+    Args:
+        layer: the adapted input embedding, where the adapters hang.
+        path: of the block in the base model.
+    """
+
+    def __init__(self, layer: AdaptedLayer, path: str) -> None:
+        super().__init__(layer)
+        self.path = path
+
+    def found(self) -> tuple[Any, SideState, float] | None:
+        """The adapter that acts on the block, the state of the call and the factor on what it adds.
+
+        Raises:
+            AdapterError: the call is none of the whole model.
+        """
+        active = self.layer.active_state.current()
+        for name, scale in zip(active.names, active.scales, strict=True):
+            adapter: Any = self.layer.adapters._modules.get(name)
+            if not isinstance(adapter, RunsBeside) or self.path not in adapter.places:
+                continue
+            state = active.context.get(name)
+            if not isinstance(state, SideState):
+                raise AdapterError(
+                    f"adapter {name!r} acts in calls of the whole model, and {self.path} is called alone"
+                )
+            return adapter, state, scale
+        return None
+
+
+class _BeforeBlock(_BlockHook):
+    """In front of a block."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with what the adapter adds; see ``nn.Module.register_forward_pre_hook``."""
+        found = self.found()
+        if found is None:
+            return None
+        adapter, run, scale = found
+        state, again = run.before(self.path)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if state is None:
+            raise AdapterError(f"{self.path} is called after the call of the model that the active adapter acts in")
+        if run.learns and not again and not torch.is_grad_enabled():
+            raise AdapterError(
+                f"{adapter.title} does not train with reentrant gradient checkpointing: pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        if hidden.shape[:-1] != state.shape[:-1]:
+            raise AdapterError(
+                f"{adapter.title} has states for {tuple(state.shape[:-1])} tokens, and {self.path} reads "
+                f"{tuple(hidden.shape[:-1])}: do not combine it with what puts tokens in front of the input"
+            )
+        changed = adapter.injected(self.path, hidden, state.to(hidden.device), scale)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+
+class _BehindBlock(_BlockHook):
+    """Behind a block."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Advances the state."""
+        found = self.found()
+        if found is None:
+            return
+        adapter, run, _ = found
+        state, again = run.before(self.path)
+        if state is None:
+            return
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        if not again:
+            run.keep(self.path, hidden)
+        if self.path == adapter.places[-1]:  # nothing reads the state behind it
+            return
+        following = adapter.advanced(self.path, hidden, state.to(hidden.device))
+        if not again:
+            run.current = following
+
+
+def _networks_in(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
+    adapters = layer.adapters._modules
+    return {name: adapters[name] for name in names if isinstance(adapters.get(name), RunsBeside)}
+
+
+def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
+    """Lets the networks of the adapters of an adapted embedding run beside a model; once for each block.
+
+    Args:
+        model: the base model.
+        layer: its input embedding.
+        change: records the hooks of the modules.
+    """
+    adapters = [one for one in layer.adapters._modules.values() if isinstance(one, RunsBeside)]
+    if not adapters:
+        return
+    put_before_calls(model, _SideCall(layer), change, _OwnLoss(layer))
+    places = {path for adapter in adapters for path in adapter.places}
+    for site in walk(model):
+        before: Any = site.module._forward_pre_hooks
+        behind: Any = site.module._forward_hooks
+        present = any(isinstance(hook, _BlockHook) and hook.layer is layer for hook in before.values())
+        if present or site.path not in places:
+            continue
+        change.keep(before, site.module._forward_pre_hooks_with_kwargs)
+        change.keep(behind, site.module._forward_hooks_with_kwargs)
+        site.module.register_forward_pre_hook(_BeforeBlock(layer, site.path), with_kwargs=True)
+        site.module.register_forward_hook(_BehindBlock(layer, site.path), with_kwargs=True)

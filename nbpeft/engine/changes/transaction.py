@@ -1,0 +1,295 @@
+"""One way to change a model: record how to undo, write, and be undone by whatever goes wrong.
+
+    with manager.transaction() as change:
+        change.keep(layer.adapters._modules)        # before the first write
+        layer.adapters["sql"] = adapter
+
+No call of the model runs meanwhile, interruptions are held back, and any exception puts everything back
+that was recorded. Blocks nest: an inner one joins the outer, and undoes its own part alone when the
+error ends there. Subscribers hear of it once, when the outermost one is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import HeldInterrupts, check_interrupt
+from nbpeft.engine.changes.active_state import ActiveState
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.spool import Spool
+from nbpeft.errors import BusyError, NbpeftError
+
+CHANGED_MEANWHILE = "another thread changed the adapters meanwhile: try again"
+
+
+class Transaction:
+    """What a command changes, and how to undo it. One for each manager; a thread has it to itself.
+
+    Args:
+        active_state: of the model; keeps calls out.
+        done: called after the outermost block, if it succeeded.
+
+    Attributes:
+        revision: grows with every change, before another thread can make the next one.
+        spool: keeps large tensors until the outermost block ends.
+    """
+
+    def __init__(self, active_state: ActiveState, done: Callable[[], None]) -> None:
+        self.active_state = active_state
+        self._done = done
+        self.revision = 0
+        self._changed_by: int | None = None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._marks: list[int] = []
+        self._has_changes = False
+        self._undo: list[Callable[[], None]] = []
+        self.spool = Spool()
+
+    def block(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
+        """A block of changes, to be used as a context that gives this transaction.
+
+        Args:
+            during_calls: do not wait until no call of the model runs: the change acts from the next call on.
+            quiet: nobody need hear of it: count no change, and do not call ``done``.
+        """
+        return Block(self, during_calls, quiet)
+
+    def begin(self) -> None:
+        """Waits until the transaction is this thread's, and marks where an inner block starts."""
+        me = threading.get_ident()
+        if self._owner != me:
+            while not self._lock.acquire(timeout=0.05):
+                check_interrupt()
+            self._owner = me
+        self._marks.append(len(self._undo))
+
+    def end(self, *, failed: bool, quiet: bool) -> bool:
+        """Ends the innermost block, and undoes what was recorded in it if it failed.
+
+        Args:
+            failed: whether it did.
+            quiet: see ``block``.
+
+        Returns:
+            Whether it was the outermost one and its changes stand.
+        """
+        mark = self._marks.pop()
+        self._has_changes = self._has_changes or not (failed or quiet)
+        try:
+            if failed:
+                self._undo_to(mark)
+        finally:
+            outermost = not self._marks
+            if outermost:
+                if self._has_changes:
+                    self.revision, self._changed_by = self.revision + 1, self._owner
+                self._has_changes = False
+                self._undo.clear()
+                self.spool.close()
+                self.spool = Spool()
+                self._owner = None
+                self._lock.release()
+        return outermost and not failed
+
+    def reading(self) -> Block:
+        """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        return self.block(during_calls=True, quiet=True)
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Context manager around the part of a command that looks at adapters and takes too long for a block.
+
+        Raises:
+            BusyError: something went wrong that another thread may have brought about, because it changed the adapters.
+        """
+        revision = self.revision
+        try:
+            yield
+        except NbpeftError:
+            raise
+        except Exception as error:
+            if self.revision == revision or self._changed_by == threading.get_ident():
+                raise
+            raise BusyError(CHANGED_MEANWHILE) from error
+
+    def report(self) -> None:
+        """Counts a change that was made outside of all blocks, and calls ``done``."""
+        with self.reading():
+            self._has_changes = True
+        self._done()
+
+    def notify(self) -> None:
+        """Calls ``done``."""
+        self._done()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some thread is inside a block."""
+        return self._owner is not None
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread is inside a block."""
+        return self._owner == threading.get_ident()
+
+    @torch.no_grad()
+    def _undo_to(self, mark: int) -> None:
+        """Undoes the last records first; one that fails does not keep the others from being undone."""
+        failures = []
+        while len(self._undo) > mark:
+            try:
+                self._undo.pop()()
+            except Exception as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    def on_undo(self, undo: Callable[[], None]) -> None:
+        """Records how to undo a write; called before it."""
+        self._undo.append(undo)
+
+    def keep(self, *mappings: MutableMapping[Any, Any]) -> None:
+        """Records what mappings hold, in their order."""
+        held = [(mapping, dict(mapping)) for mapping in mappings]
+
+        def undo() -> None:
+            for mapping, items in held:
+                mapping.clear()
+                mapping.update(items)
+
+        self._undo.append(undo)
+
+    def keep_attributes(self, thing: object, *names: str) -> None:
+        """Records attributes of an object's own, sets and dictionaries with what is in them."""
+        own = thing.__dict__
+        held = {name: own[name] for name in names if name in own}
+        items = {name: type(value)(value) for name, value in held.items() if type(value) in (dict, set)}
+
+        def undo() -> None:
+            for name in names:
+                if name not in held:
+                    own.pop(name, None)
+                    continue
+                own[name] = held[name]
+                if name in items:
+                    held[name].clear()
+                    held[name].update(items[name])
+
+        self._undo.append(undo)
+
+    def set_item(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Replaces one entry of a mapping, which keeps its place."""
+        present = mapping[key]
+        self._undo.append(lambda: mapping.__setitem__(key, present))
+        mapping[key] = value
+
+    def set_requires_grad(self, parameters: Iterable[Tensor], requires_grad: bool) -> None:
+        """Sets ``requires_grad`` of those tensors that have another."""
+        others = [parameter for parameter in parameters if parameter.requires_grad is not requires_grad]
+        if others:
+            self._undo.append(lambda: _set_requires_grad(others, not requires_grad))
+            _set_requires_grad(others, requires_grad)
+
+    def keep_modes(self, model: nn.Module) -> None:
+        """Records which modules of a model are in training mode."""
+        modes = [(module, module.training) for module in reached_modules(model)]
+
+        def undo() -> None:
+            for module, training in modes:
+                module.training = training
+
+        self._undo.append(undo)
+
+    def keep_values(self, tensors: Sequence[Tensor]) -> None:
+        """Records what tensors hold, in one block of memory for each of their dtypes and devices."""
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+        for group in groups.values():
+            self._undo.append(functools.partial(_put_back, group, torch.cat([tensor.reshape(-1) for tensor in group])))
+
+    def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Records which storage parameters have, and their gradients; for those that get another one."""
+        held = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+
+        def undo() -> None:
+            for parameter, data, gradient in held:
+                parameter.data = data
+                parameter.grad = gradient
+
+        self._undo.append(undo)
+
+
+class Block:
+    """One block of a transaction; see ``Transaction.block``."""
+
+    def __init__(self, transaction: Transaction, during_calls: bool, quiet: bool) -> None:
+        self._transaction = transaction
+        self._quiet = quiet
+        self._gate = None if during_calls else transaction.active_state
+        self._held = HeldInterrupts()
+
+    def __enter__(self) -> Transaction:
+        turns = self._transaction.active_state.turns
+        if turns is not None and not (
+            self._quiet and self._gate is None
+        ):  # a scope of the thread's own disturbs nobody
+            turns.refuse()
+        self._held.__enter__()
+        closed = False
+        try:
+            if self._gate is not None:
+                # A thread that has a transaction already must not wait for one that waits for it.
+                self._gate.close(wait=not self._transaction.is_mine)
+                closed = True
+            self._transaction.begin()
+        except BaseException as error:
+            if closed and self._gate is not None:
+                self._gate.open()
+            self._held.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self._transaction
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            try:
+                stands = self._end(failed=kind is not None)
+            finally:
+                if self._gate is not None:
+                    self._gate.open()
+            if stands and not self._quiet:
+                self._transaction.notify()
+        finally:
+            self._held.__exit__(kind, error, trace)
+
+    def _end(self, *, failed: bool) -> bool:
+        """A command that is interrupted has not happened: its caller gets no result."""
+        try:
+            if not failed:
+                check_interrupt()
+        except BaseException:
+            self._transaction.end(failed=True, quiet=self._quiet)
+            raise
+        return self._transaction.end(failed=failed, quiet=self._quiet)
+
+
+def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
+    """Writes into tensors what lies in one block of memory, one after the other."""
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def _set_requires_grad(tensors: Iterable[Tensor], requires_grad: bool) -> None:
+    for tensor in tensors:
+        tensor.requires_grad = requires_grad

@@ -1,0 +1,183 @@
+"""Checks of the config fields that several methods have: which modules they target, ranks, shares, patterns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
+from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
+from nbpeft.engine.contract.base import LayerKind
+from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
+
+_LARGEST_COUNT = 2**24
+"""Upper bound on a rank or another size; larger values are typos."""
+
+
+def check_target_fields(config: Any, *, name_fields: Sequence[str] = (), pattern_fields: Sequence[str] = ()) -> None:
+    """Checks the fields that say what is adapted, as far as a config has them; lists of names become sets, as in PEFT.
+
+    Args:
+        config: has some of ``target_modules``, ``exclude_modules``, ``modules_to_save``,
+            ``layers_to_transform`` and ``layers_pattern``.
+        name_fields: further fields that hold names or a pattern, as ``target_modules`` does.
+        pattern_fields: fields that map patterns over paths to values.
+
+    Raises:
+        ConfigError: a value is impossible, or a pattern could take for ever to match.
+    """
+    fields = [name for name in ("target_modules", "exclude_modules", *name_fields) if hasattr(config, name)]
+    for name in fields:
+        names = checked_names(name, getattr(config, name))
+        setattr(config, name, set(names) if isinstance(names, list) else names)
+    if hasattr(config, "modules_to_save"):
+        saved = checked_names("modules_to_save", config.modules_to_save)
+        config.modules_to_save = [saved] if isinstance(saved, str) else saved
+    if hasattr(config, "layers_pattern"):
+        _check_layer_fields(config)
+    check_patterns(_patterns(config, fields, pattern_fields))
+
+
+def _check_layer_fields(config: Any) -> None:
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern", field=name)
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
+    checked_names("layers_pattern", config.layers_pattern)
+
+
+def _patterns(config: Any, fields: Sequence[str], pattern_fields: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """All regular expressions among the values, as ``check_patterns`` takes them."""
+    for name in fields:
+        value = getattr(config, name)
+        if isinstance(value, str) and value != "all-linear":
+            yield name, value, WHOLE
+    for name in pattern_fields:
+        patterns = (pattern for pattern in getattr(config, name) if not PLAIN_PATTERN.fullmatch(pattern))
+        yield from ((name, pattern, ENDING) for pattern in patterns)
+    names = getattr(config, "layers_pattern", None) or ()
+    yield from (("layers_pattern", name, LAYER_INDEX) for name in ([names] if isinstance(names, str) else names))
+
+
+def checked_names(name: str, value: Any) -> Any:
+    """A pattern as it is, any other collection of names as a list without repeats.
+
+    Args:
+        name: the field.
+        value: its value.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping) else [None]
+    if not all(isinstance(item, str) for item in names):
+        raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r:.60}", field=name)
+    return list(dict.fromkeys(names))
+
+
+def check_count(name: str, value: object, *, field: str = "") -> None:
+    """Raises ConfigError for a rank or size that is not a positive whole number of a possible size.
+
+    Args:
+        name: what it is called in the error.
+        value: the value.
+        field: its field, where that is not the name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_COUNT:
+        small = f" of at most {_LARGEST_COUNT:,}" if isinstance(value, int) and value > _LARGEST_COUNT else ""
+        raise ConfigError(
+            f"{name} must be a positive whole number{small}, not {shown(value)}", field=field or name, value=value
+        )
+
+
+def check_number(name: str, value: object, *, field: str = "") -> None:
+    """Raises ConfigError for what is not a finite number; see ``check_count``."""
+    try:
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ConfigError(f"{name} must be a finite number, not {shown(value)}", field=field or name, value=value)
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raises ConfigError for a dropout or another share that is not between 0 and 1."""
+    if value is None or not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} must be between 0 and 1, not {shown(value)}", field=name)
+
+
+def check_seed(name: str, value: float) -> None:
+    """Raises ConfigError for a number that torch's generators do not take."""
+    if not 0 <= value < 2**63:
+        raise ConfigError(f"{name} must be a whole number from 0 to 2**63 - 1, not {value:.3g}", field=name)
+
+
+def check_linear(method: str, path: str, kind: LayerKind) -> None:
+    """Raises ConfigError where a method that works on linear layers meets another one.
+
+    Args:
+        method: what it is called.
+        path: of the layer.
+        kind: of the layer.
+    """
+    if not kind.is_linear:
+        raise ConfigError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+
+
+def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:
+    """Raises ConfigError where ``n_frequency`` asks for more numbers than the weight of a linear layer has.
+
+    Args:
+        count: how many.
+        path: of the layer.
+        features: (in, out) of the layer.
+    """
+    in_features, out_features = features
+    if count > in_features * out_features:
+        raise ConfigError(
+            f"{path}: n_frequency = {count} is more than its weight has, {out_features} x {in_features}; lower it",
+            path=path,
+        )
+
+
+def check_bias(bias: object, choices: Sequence[str]) -> None:
+    """Raises BiasError for a ``bias`` that is none of the choices."""
+    if bias not in choices:
+        raise BiasError(
+            f"bias must be one of {', '.join(map(repr, choices))}, not {shown(bias)}."
+            + did_you_mean(str(bias), choices),
+            field="bias",
+        )
+
+
+def checked_pattern(name: str, patterns: Mapping[str, Any] | None, check: Callable[..., None]) -> dict[str, Any]:
+    """The entries of a field that maps patterns over paths to values, each of which is checked."""
+    for pattern, value in (patterns or {}).items():
+        check(f"{name}[{shown(pattern)}]", value, field=name)
+    return dict(patterns or {})
+
+
+def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> str:
+    """Describes the keys of fields that map patterns to values which match none of the paths; else empty.
+
+    Args:
+        config: a config.
+        names: the fields.
+        paths: of the adapted modules.
+    """
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    parts = []
+    for name in names:
+        unused = pattern_table(config, name).unused(paths) if getattr(config, name) else ()
+        if unused:
+            hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
+            parts.append(
+                f"{name} [{few(unused)}] did not match any targeted module and "
+                f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
+            )
+    return " ".join(parts)

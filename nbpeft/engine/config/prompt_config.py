@@ -1,0 +1,186 @@
+"""What the configs of all methods that learn a prompt have: how many tokens, and the sizes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from nbpeft.engine.config.config_checks import check_count, check_target_fields
+from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
+from nbpeft.errors import ConfigError, did_you_mean, shown
+
+PROMPT_KEY = "prompt_embeddings"
+"""Key of a file under which PEFT looks for what a prompt computes."""
+ENCODER_KEY = "input.weight"
+"""Key that a file has where it holds the encoder of a prompt too, which PEFT does not save."""
+
+_SIZES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+"""Field -> what configs of models call it."""
+
+
+@dataclass
+class PromptLearningConfig(AdapterConfig):
+    """Config of a learned prompt. Field names and defaults are PEFT's.
+
+    Attributes:
+        num_virtual_tokens: how many trained tokens come in front of the input.
+        token_dim: features of each; by default the model's.
+        num_transformer_submodules: 2 for an encoder and a decoder with tokens of their own; else 1.
+        num_attention_heads: heads of attention; by default the model's.
+        num_layers: layers; by default the model's.
+        modules_to_save: names of modules that are copied, trained as a whole and saved.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    num_virtual_tokens: int | None = field(default=None)
+    token_dim: int | None = field(default=None)
+    num_transformer_submodules: int | None = field(default=None)
+    num_attention_heads: int | None = field(default=None)
+    num_layers: int | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    checked_apart: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    method_type: ClassVar[str] = ""
+    """The ``peft_type``."""
+    counts: ClassVar[tuple[str, ...]] = (
+        *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+    )
+    """Fields that hold a size; None for the model's."""
+    beside_embeddings: ClassVar[bool] = True
+    """Whether its tokens stand beside the model's embeddings, so that they have as many features."""
+    encoded: ClassVar[bool] = True
+    """Whether the network that computes the tokens is there; False on a copy for a file that holds the tokens alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(self.method_type)
+        for name in self.counts:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name, values in self.choices.items():
+            _check_choice(name, getattr(self, name), values)
+        check_target_fields(self)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True: it learns a prompt."""
+        return True
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a network computes the tokens, which trains and is saved beside them."""
+        return False
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all parts of the model together."""
+        return int(self.num_virtual_tokens or 0) * int(self.num_transformer_submodules or 1)
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """The config without an encoder where the file holds none; see ``AdapterConfig``."""
+        if not self.has_encoder:
+            return self, tensors
+        encoded = ENCODER_KEY in tensors
+        kept = {key: value for key, value in tensors.items() if not (encoded and key == PROMPT_KEY)}
+        return self.copy(encoded=encoded), kept
+
+    def fill_in_sizes(self, model: nn.Module, width: int) -> None:
+        """Fills in the sizes that are not given.
+
+        Args:
+            model: the base model.
+            width: features of its input embedding.
+
+        Raises:
+            ConfigError: the model's config does not name one.
+        """
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                "num_virtual_tokens must be a whole number of at least 1, such as 20, not None",
+                field="num_virtual_tokens",
+            )
+        config: Any = getattr(model, "config", None)
+        if self.num_transformer_submodules is None:
+            both = self.task_type == TaskType.SEQ_2_SEQ_LM or getattr(config, "is_encoder_decoder", False)
+            self.num_transformer_submodules = 2 if both else 1
+        self.token_dim = self.token_dim or width
+        if self.beside_embeddings and self.token_dim != width:
+            raise ConfigError(
+                f"token_dim is {self.token_dim}, but the tokens of the model have {width} features", field="token_dim"
+            )
+        for name, names in _SIZES.items():
+            if getattr(self, name) is None:
+                setattr(self, name, size_in(config, name, names))
+
+
+def size_in(config: Any, field: str, names: Sequence[str] = ()) -> int:
+    """A size from the config of a model, of its language model where it has several.
+
+    Args:
+        config: of the model.
+        field: of the adapter's config, for the error.
+        names: what the model's config may call it.
+
+    Raises:
+        ConfigError: it has none of them.
+    """
+    text = getattr(config, "text_config", None) or config
+    for name in names:
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return value
+    raise ConfigError(f"Please specify `{field}`: the model's config does not name it", field=field)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    known = [None if one is None else str(getattr(one, "value", one)) for one in choices]
+    if (None if value is None else str(getattr(value, "value", value))) in known:
+        return
+    near = did_you_mean(str(value), [one for one in known if one])
+    raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {shown(value)}.{near}", field=name)
+
+
+@dataclass
+class InitialisedPromptConfig(PromptLearningConfig):
+    """Config of a prompt whose tokens may start as those of a text. Field names and defaults are PEFT's.
+
+    Attributes:
+        prompt_tuning_init: what the tokens start as.
+        prompt_tuning_init_text: the text, for TEXT; repeated or cut to the number of tokens.
+        tokenizer_name_or_path: its tokenizer.
+        tokenizer_kwargs: further arguments of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    prompt_tuning_init: Any = field(default="RANDOM")
+    prompt_tuning_init_text: str | None = field(default=None)
+    tokenizer_name_or_path: str | None = field(default=None)
+    tokenizer_kwargs: dict[str, Any] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_text = self.starts_as("TEXT")
+        for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if of_text and not getattr(self, name):
+                raise ConfigError(
+                    f"{name} can't be {getattr(self, name)!r} when prompt_tuning_init='TEXT'",
+                    field=name,
+                )
+        if self.tokenizer_kwargs and not of_text:
+            raise ConfigError(
+                "tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.", field="tokenizer_kwargs"
+            )
+
+    def starts_as(self, *inits: str) -> bool:
+        """Whether ``prompt_tuning_init`` is one of these."""
+        return str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)) in inits

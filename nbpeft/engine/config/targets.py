@@ -1,0 +1,279 @@
+"""Target patterns -> module paths: which paths a config means, without touching a model.
+
+A list entry means a module whose path is the entry or ends with ``.entry``; a string is a
+regular expression for the whole path. Names are matched in whole path segments only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.engine.config.module_paths import suffixes
+from nbpeft.engine.config.patterns import LAYER_INDEX
+from nbpeft.errors import TargetError, did_you_mean, few, near, shown
+
+ALL_LINEAR = "all-linear"
+CONDENSE_FROM = 20
+"""As many target names as this are condensed to suffixes, as PEFT does."""
+_MOST_HINTS = 5
+"""For so many names that match nothing the nearest ones are looked up."""
+
+_USUAL_TARGETS: dict[tuple[str, ...], str] = {
+    ("q_proj", "v_proj"): (
+        "bart gemma gemma2 gemma3 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 "
+        "smollm3 stablelm"
+    ),
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+    ("q", "v"): "mt5 t5",
+    ("q", "v", "q_proj", "v_proj"): "blip-2",
+    ("query", "value"): "bert dinov2 electra layoutlm roberta vit xlm-roberta",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("query_key_value",): "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
+    ("qkv_proj",): "codegen",
+    ("Wqkv",): "mpt",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("c_proj", "c_attn"): "btlm",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
+}
+
+_WIDE_TARGETS = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+}
+
+_DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
+
+
+def is_all_linear(targets: object) -> bool:
+    """Whether targets mean all linear layers, however that is spelled."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def usual_targets(model_type: str | None) -> list[str] | str | None:
+    """The attention projections usually adapted in an architecture (``config.model_type``); None if unknown."""
+    if model_type in _DEFAULT_PATTERNS:
+        return _DEFAULT_PATTERNS[model_type]
+    for targets, model_types in _USUAL_TARGETS.items():
+        if model_type in model_types.split():
+            return list(targets)
+    return None
+
+
+def usual_unfused_targets(model_type: str | None) -> list[str] | str | None:
+    """``usual_targets``, but for GPT-2, whose query, key and value are one weight: there the down projection."""
+    return ["mlp.c_proj"] if model_type in ("gpt2", "gpt_bigcode") else usual_targets(model_type)
+
+
+def usual_wide_targets(model_type: str | None) -> list[str] | str | None:
+    """``usual_targets``, but for some older architectures, of which all projections are adapted."""
+    return _WIDE_TARGETS.get(model_type or "") or usual_targets(model_type)
+
+
+def usual_model_types() -> list[str]:
+    """The architectures (``config.model_type``) that have usual targets."""
+    return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]
+
+
+def with_target(targets: Collection[str] | str | None, path: str) -> Collection[str] | str:
+    """Targets that name one more module."""
+    return f"(?:{targets})|{re.escape(path)}" if isinstance(targets, str) else {*(targets or ()), path}
+
+
+def condensed_if_many(targets: Any, module_names: Iterable[str]) -> Any:
+    """Targets, condensed where they are so many names that PEFT does that, and that makes them fewer.
+
+    Args:
+        targets: names, a pattern or None.
+        module_names: all module names of the model.
+    """
+    if not isinstance(targets, list | set | tuple) or len(targets) < CONDENSE_FROM:
+        return targets
+    condensed = condense_targets(targets, module_names)
+    return condensed if len(condensed) < len(targets) else targets
+
+
+def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set[str]:
+    """The fewest, shortest suffixes that name the same modules.
+
+    Args:
+        targets: names or suffixes of names.
+        module_names: all module names of the model; those that a target names are left out here.
+
+    Raises:
+        TargetError: a target is empty.
+    """
+    wanted = set(targets)
+    if "" in wanted:
+        raise TargetError("target_modules has an empty name")
+    endings = tuple(f".{name}" for name in wanted)
+    others = (name for name in module_names if name not in wanted and not name.endswith(endings))
+    taken = {suffix for name in others for suffix in suffixes(name)}
+    chosen: set[str] = set()
+    for endings_of_one in sorted(list(suffixes(name))[::-1] for name in wanted):
+        if not chosen.isdisjoint(endings_of_one):
+            continue
+        shortest = next((suffix for suffix in endings_of_one if suffix not in taken), None)
+        if shortest is not None:
+            chosen.add(shortest)
+    return chosen or wanted
+
+
+@dataclass
+class Matcher:
+    """Asks of one path after another whether a config means it.
+
+    Attributes:
+        targets: list of names or a regular expression.
+        exclude: list of names, a regular expression, or None.
+        layers: layer indices to keep, or None for all.
+        layers_pattern: names of the list that holds the layers; None for any.
+        seen: target names that matched a path so far.
+    """
+
+    targets: Collection[str] | str
+    exclude: Collection[str] | str | None = None
+    layers: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._target_names = _as_set(self.targets)
+        self._target_pattern = _as_pattern(self.targets)
+        self._exclude_names = _as_set(self.exclude)
+        self._exclude_pattern = _as_pattern(self.exclude)
+        self._indices = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
+        given = self.layers_pattern or ()
+        names = [given] if isinstance(given, str) else given
+        sources = [LAYER_INDEX.format(name) for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        self._index_patterns = [re.compile(source) for source in sources]
+
+    def excluded(self, path: str) -> bool:
+        """Whether ``exclude`` names the path."""
+        if self._exclude_pattern is not None:
+            return self._exclude_pattern.fullmatch(path) is not None
+        return any(suffix in self._exclude_names for suffix in suffixes(path))
+
+    def excludes_none_of(self, paths: Iterable[str]) -> bool:
+        """Whether there is an ``exclude`` that names none of the paths."""
+        return bool(self.exclude) and not any(self.excluded(path) for path in paths)
+
+    def matches(self, path: str) -> bool:
+        """Whether the targets name the path (exclusion apart)."""
+        if self._target_pattern is not None:
+            found = self._target_pattern.fullmatch(path) is not None
+            if found:
+                self.seen.add(str(self.targets))
+            return found
+        hits = [suffix for suffix in suffixes(path) if suffix in self._target_names]
+        if not hits:
+            return False
+        self.seen.update(hits)
+        return path in self._target_names or not self._indices or self._layer_index(path) in self._indices
+
+    def _layer_index(self, path: str) -> int | None:
+        for pattern in self._index_patterns:
+            match = pattern.match(path)
+            if match:
+                return int(match.group(1))
+        return None
+
+    def missing(self) -> tuple[str, ...]:
+        """Targets that matched nothing so far."""
+        wanted = [self.targets] if isinstance(self.targets, str) else self.targets
+        return tuple(sorted(name for name in wanted if name not in self.seen))
+
+
+def matches_segment_names(path: str, names: Iterable[str]) -> bool:
+    """Whether a path is one of the names or ends with it, in whole segments."""
+    wanted = names if isinstance(names, set | frozenset) else set(names)
+    return any(suffix in wanted for suffix in suffixes(path))
+
+
+def names_part(name: str, path: str) -> bool:
+    """Whether a name is a path or whole segments anywhere in it."""
+    return f".{name}." in f".{path}."
+
+
+def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequence[str]) -> TargetError:
+    """The error for a config that means no module at all.
+
+    Args:
+        matcher: was asked about all paths.
+        excluded: paths that the targets name and that were taken out.
+        available: paths that could be adapted.
+    """
+    missing = matcher.missing()
+    if missing and isinstance(matcher.targets, str):
+        return no_pattern_match(matcher.targets, available)
+    if missing and not excluded:
+        return no_match(missing, available)
+    if excluded:
+        outcome = "No modules were targeted for adaptation" if missing else "All modules were excluded"
+        others = f"; {few(missing)} not found in the base model" if missing else ""
+        return TargetError(
+            f"{outcome}: exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. "
+            f"{excluded[0]}{others}"
+        )
+    if not matcher.targets:
+        return TargetError('target_modules is empty: name the modules to adapt, or "all-linear"')
+    return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
+
+
+def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
+    """The error for names that match nothing, with what the model does have."""
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
+    hints = {name: near(name, last_names) for name in missing[:_MOST_HINTS]}
+    hint = did_you_mean(missing[0], last_names) if len(missing) == 1 else _hints(hints)
+    if what == "target_modules":
+        problem = f"Target modules {few(missing)} not found in the base model."  # users of PEFT look for these words
+    else:
+        problem = f"{what} {few(missing)} {'matches' if len(missing) == 1 else 'match'} no module of the model."
+    return TargetError(
+        f"{problem}{hint} {_has(last_names)}",
+        missing=tuple(missing),
+        near=hints,
+        available=tuple(last_names),
+    )
+
+
+def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
+    """The error for a pattern that matches no path: most often a name was meant."""
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
+    if pattern in last_names:
+        hint = f"for every module of that name use target_modules=[{shown(pattern)}]."
+    else:
+        hint = f"for names use a list.{did_you_mean(pattern, last_names)}"
+    return TargetError(
+        f"Target modules {shown(pattern)} not found in the base model: it is a pattern for whole paths; {hint} "
+        f"{_has(last_names)}",
+        missing=(pattern,),
+        near={pattern: near(pattern, last_names)},
+        available=tuple(last_names),
+    )
+
+
+def _has(last_names: Sequence[str]) -> str:
+    have = ", ".join(last_names[:12]) + (", …" if len(last_names) > 12 else "")
+    return f"The model has: {have or 'no layer that can be adapted'}"
+
+
+def _hints(hints: dict[str, list[str]]) -> str:
+    found = [f"{shown(name)} is near {', '.join(map(repr, names))}" for name, names in hints.items() if names]
+    return f" ({'; '.join(found)})." if found else ""
+
+
+def _as_set(names: Collection[str] | str | None) -> set[str]:
+    return set() if names is None or isinstance(names, str) else set(names)
+
+
+def _as_pattern(names: Any) -> re.Pattern[str] | None:
+    return re.compile(names) if isinstance(names, str) else None

@@ -1,0 +1,159 @@
+"""What combining adapters takes and gives, whatever their method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter on one layer.
+
+    Attributes:
+        adapter: the adapter.
+        base: the layer.
+        tensors: its parameters as a file holds them.
+        scale: factor on its delta.
+    """
+
+    adapter: Adapter
+    base: BaseLayer
+    tensors: Mapping[str, Tensor]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How far the delta of a combination is from the true weighted delta, in squared Frobenius norms.
+
+    Attributes:
+        true: of the true delta T.
+        kept: of the kept delta K.
+        error: of T - K.
+        overlap: inner product of T and K.
+    """
+
+    true: float = 0.0
+    kept: float = 0.0
+    error: float = 0.0
+    overlap: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """‖T - K‖ / ‖T‖; 0 when both are zero, infinite when only T is."""
+        if self.true > 0:
+            return math.sqrt(self.error / self.true)
+        return math.inf if self.kept > 0 else 0.0
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of ‖T‖² that lies along K, in [0, 1]: for a truncated SVD the energy of what it keeps."""
+        if self.true > 0 and self.kept > 0:
+            return min(max(self.overlap, 0.0) ** 2 / (self.true * self.kept), 1.0)
+        return 1.0 if self.true == self.kept else 0.0
+
+    @classmethod
+    def between(cls, true: Tensor, kept: Tensor) -> Loss:
+        """The loss of a delta, of the shape of the true one."""
+        whole, part, missed = (float(torch.linalg.vector_norm(delta)) ** 2 for delta in (true, kept, true - kept))
+        return cls(whole, part, missed, float((true * kept).sum()))
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            self.true + other.true, self.kept + other.kept, self.error + other.error, self.overlap + other.overlap
+        )
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A new adapter.
+
+    Attributes:
+        config: its config.
+        tensors: path -> parameter name -> tensor.
+        combination_type: how it was made.
+        losses: path -> distance to the true weighted delta; None where it takes the frozen weights to tell, and is
+            measured once the adapter is built.
+        finish: (path, new adapter, layer) -> None, called once it is built; for what depends on the layer.
+    """
+
+    config: Any
+    tensors: dict[str, dict[str, Tensor]]
+    combination_type: str
+    losses: Mapping[str, Loss] | None = None
+    finish: Callable[[str, Adapter, BaseLayer], None] = lambda path, adapter, base: None
+
+
+class Combine(Protocol):
+    """How adapters of one method, or of several that can be combined, are combined."""
+
+    types: Sequence[str]
+    """Names of the ways."""
+    usual_type: str
+    """The one that PEFT takes where none is named."""
+
+    def takes(self, combination_type: str) -> Collection[str]:
+        """Names of the settings that mean something for a type, among ``svd_rank``, ``svd_clamp`` and ``density``."""
+        ...
+
+    def __call__(
+        self,
+        layers: Mapping[str, Mapping[str, Member]],
+        configs: Sequence[Any],
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        settings: Mapping[str, Any],
+    ) -> Combination:
+        """Combines adapters layer by layer.
+
+        Args:
+            layers: path -> adapter name -> adapter, in the model's order.
+            configs: one for each of the adapters.
+            adapters: names; one without an adapter on a layer adds nothing there.
+            weights: one for each; negative ones subtract.
+            settings: ``combination_type`` and what goes with it.
+
+        Raises:
+            AdapterError: they cannot be combined.
+            ConfigError: a setting is unknown or impossible for these adapters.
+        """
+        ...
+
+
+def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """Checks that there is one finite weight for each adapter.
+
+    Raises:
+        AdapterError: there is none, their numbers differ, or a weight is not finite.
+    """
+    if not adapters:
+        raise AdapterError("no adapters to combine: name at least one")
+    if len(adapters) != len(weights):
+        raise AdapterError(
+            f"{len(adapters)} adapters ({', '.join(adapters)}) need as many weights, got {len(weights)}",
+            adapters=tuple(adapters),
+            weights=tuple(weights),
+        )
+    for name, weight in zip(adapters, weights, strict=True):
+        if not is_number(weight) or not math.isfinite(weight):
+            shown = weight if is_number(weight) else repr(weight)
+            raise AdapterError(f"the weight of adapter {name!r} is {shown}, expected a finite number", adapter=name)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be compared with numbers; a tensor of one entry can."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, str | bytes)

@@ -1,0 +1,464 @@
+"""Builds all parts of an adapter before any of them touches the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.calls.first_pass import NeedsFirstPass, put_first_pass
+from nbpeft.engine.calls.inner_calls import put_inner_hooks
+from nbpeft.engine.calls.model_calls import put_hooks, take_hooks
+from nbpeft.engine.calls.side_network import put_side_network
+from nbpeft.engine.changes.active_state import ActiveState
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
+from nbpeft.engine.contract.base import BaseLayer, Composite, offloading
+from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
+from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
+from nbpeft.engine.injection.fast_paths import is_encoder_layer, settle_fast_paths
+from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
+from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, settle_layers
+from nbpeft.engine.kernels.storage import StoredWeight, loaded
+from nbpeft.engine.tree.model_tree import Site, says_untied, walk
+from nbpeft.engine.wrappers import merged_twin
+from nbpeft.engine.wrappers.composite_layer import AdaptedComposite
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter, wrappers_of
+from nbpeft.errors import AdapterError, ConfigError
+
+_HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_PREPARED = "_nbpeft_prepared_by"
+"""Attribute of a layer that a backend is to release: the backend's name."""
+
+
+@dataclass
+class Parts:
+    """What ``commit`` puts into the model: nothing in here is part of it yet.
+
+    Attributes:
+        adapters: (sites of one module, its wrapper, the new adapter) in model order.
+        copies: (sites, wrapper, trained copy).
+        shared: what the adapters share, if anything.
+        model: the base model.
+        complete: makes them once the layers of the model are replicated, where the config asks for that.
+    """
+
+    adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
+    copies: list[tuple[list[Site], ModulesToSaveWrapper, nn.Module]]
+    shared: SharedState | None
+    model: nn.Module
+    complete: Callable[[Transaction], Parts] | None = None
+
+
+def build(
+    model: nn.Module,
+    plan: InjectionPlan,
+    active_state: ActiveState,
+    weights: AdapterWeights | None,
+    name: str = "default",
+    *,
+    half: bool = False,
+    training: bool | None = None,
+) -> Parts:
+    """Creates the adapters and copies of a plan.
+
+    Args:
+        model: the base model.
+        plan: what to create.
+        active_state: what new wrappers read.
+        weights: loaded tensors to bind instead of initialising; for a path or parameter that
+            is not in them the usual init is used.
+        name: of the adapter, for layers that go by it.
+        half: keep adapters in the base's dtype also where that is a half one; otherwise they
+            are float32 there, which training needs.
+        training: the mode that new adapters, and wrappers for them, are put into; None for that of the adapter whose
+            place one takes, or of its layer.
+
+    Raises:
+        ConfigError: a module to be copied is offloaded.
+    """
+    layer_map = pending_replication(model, plan.config)
+    if layer_map is not None:
+
+        def complete(change: Transaction) -> Parts:
+            replicate_layers_(model, layer_map, change)
+            return build(model, plan, active_state, weights, name, half=half, training=training)
+
+        return Parts([], [], None, model, complete)
+    sites: dict[int, list[Site]] = {}
+    wanted = {target.module_path for target in plan.targets} | set(plan.copies)
+    by_path: dict[str, Site] = {}
+    for site in walk(model):
+        sites.setdefault(id(site.module), []).append(site)
+        if site.path in wanted:
+            by_path[site.path] = site
+    layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
+    first = layers[plan.targets[0].path].base if plan.targets else None
+    bases = {path: layer.base for path, layer in layers.items()}
+    shared: SharedState | None = None
+    if first is not None:
+        shared = shared_state(plan, weights, bases, first.device, adapter_dtype(first.dtype, half=half))
+    parts = Parts([], [], shared, model)
+
+    def create(target: Target) -> Adapter:
+        check_interrupt()  # some inits take a second a layer
+        base = layers[target.path].base
+        start = None if weights is None else weights.starts.get(target.path)
+        dtype = adapter_dtype(base.dtype, half=half)
+        site = AdapterSite(target.path, base, target.shapes, dtype, shared, name, start)
+        given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
+        return _create(target, site, given)
+
+    for target, adapter in make_adapters(plan, create):
+        layer = layers[target.path]
+        if training and not layer.adapters._modules:
+            layer.training = True
+        adapter.train(_mode(layer, name) if training is None else training)
+        if shared is not None and not parts.adapters:
+            adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
+        parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
+    tie = getattr(plan.config, "ensure_weight_tying", False) and not says_untied(model)
+    tied: dict[int, Any] | None = {} if tie else None
+    if plan.config.is_quantization_aware:
+        _check_rounded(layers, parts, is_new=weights is None)
+    for path in plan.copies:
+        site = by_path[path]
+        wrapper = _copies_wrapper(site, active_state, training=training)
+        trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
+        parts.copies.append((sites[id(site.module)], wrapper, trained))
+    return parts
+
+
+def _mode(layer: AdaptedLayer, name: str) -> bool:
+    """Whether the adapter of a name on a layer is in training mode; where there is none, whether the layer is."""
+    present = layer.adapters._modules.get(name)
+    return layer.training if present is None else present.training
+
+
+def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | None) -> ModulesToSaveWrapper:
+    if any(offloading(part) is not None for part in site.module.modules()):
+        raise ConfigError(
+            f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
+        )
+    _check_owner(site, active_state)
+    if isinstance(site.wrapper, ModulesToSaveWrapper):
+        return site.wrapper
+    return ModulesToSaveWrapper(site.module, active_state, training=bool(training))
+
+
+def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: bool) -> None:
+    """Raises ConfigError where a new adapter cannot act on rounded weights; of a loaded one it warns."""
+    paths = {id(layer): path for path, layer in layers.items()}
+    try:
+        merged_twin.check((paths[id(layer)], layer, adapter) for _, layer, adapter in parts.adapters)
+    except ConfigError as error:
+        if is_new:
+            raise
+        warnings.warn(f"the adapter was trained for merging into quantized weights: {error}", stacklevel=4)
+
+
+def _check_owner(site: Site, active_state: ActiveState) -> None:
+    """Raises AdapterError where the adapters on a layer are those of another model."""
+    wrapper = site.wrapper
+    if wrapper is None or wrapper._shared_state() is active_state:
+        return
+    if active_state.layer_commands.brought_by(wrapper) is None:
+        raise AdapterError(
+            f"{site.path} has adapters of another model ({', '.join(map(repr, wrapper._named())) or 'none now'}): add "
+            "the adapter to that model, or unload its adapters first"
+        )
+
+
+def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
+    wrapper = site.wrapper
+    _check_owner(site, active_state)
+    if target.adapter_class is CustomAdapter:
+        fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
+        return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
+    kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
+    if isinstance(kind, Composite):
+        made = wrapper if isinstance(wrapper, AdaptedComposite) else None
+        return made or AdaptedComposite(site.module, target.parameter, kind, backend, active_state)
+    if target.parameter:
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
+        alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
+        own = wrappers.get(target.parameter) if alike else None
+        return own or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
+    if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
+        return wrapper
+    return AdaptedLayer(site.module, kind, backend, active_state)
+
+
+def shared_state(
+    plan: InjectionPlan,
+    weights: AdapterWeights | None,
+    layers: Mapping[str, BaseLayer],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> SharedState | None:
+    """Builds what the layers of an adapter share, where its method has that.
+
+    Args:
+        plan: of the adapter.
+        weights: loaded tensors, or None to initialise.
+        layers: path of each target -> the layer.
+        device: of its tensors.
+        dtype: of new tensors.
+    """
+    shared = method_of(plan.config).shared
+    if shared is None:
+        return None
+    given = {} if weights is None else weights.shared
+    whole = weights is not None and plan.shared.keys() <= given.keys()
+    made = shared.create(plan.config, plan.shared, given if whole else None, device, dtype)
+    made.place({path: layers[path] for path in plan.features})
+    if not whole:
+        _copy_in(made, {name: tensor for name, tensor in given.items() if name in plan.shared})
+    return made
+
+
+def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
+    if given is None:
+        return target.adapter_class.create(target.config, site, None)
+    # In the order in which a new adapter has them: an optimizer's state goes by it.
+    placed = {
+        name: given[name].to(site.base.device, site.dtype if name in site.shapes else None)
+        for name in target.saved_shapes
+        if name in given
+    }
+    if target.tied_to or site.shapes.keys() <= placed.keys():  # what a tied one lacks its source has
+        return target.adapter_class.create(target.config, site, placed)
+    adapter = target.adapter_class.create(target.config, site, None)
+    here = adapter.paths_by_name_in_files() if isinstance(adapter, ModelAdapter) else {}
+    for name, tensor in placed.items():
+        own = here.get(name, name)
+        owner, _, own = ("", "", own) if own in adapter._parameters else own.rpartition(".")
+        holder = adapter.get_submodule(owner)
+        if name in site.shapes:
+            holder._parameters[own] = nn.Parameter(tensor, name not in adapter.frozen_parameters)
+        else:
+            holder._buffers[own] = tensor
+    return adapter
+
+
+def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
+    """dtype of an adapter's parameters on a layer whose weight stands for dtype ``base``."""
+    return torch.float32 if base in _HALF and not half else base
+
+
+def copy_module(
+    module: nn.Module, weights: Mapping[str, Tensor] | None, tied: dict[int, Any] | None = None
+) -> nn.Module:
+    """A trainable deep copy, with loaded tensors in place of its own where given.
+
+    Args:
+        module: the module.
+        weights: loaded tensors by name.
+        tied: what was copied before with tensors that this copy shares, as ``copy.deepcopy`` notes it.
+    """
+    memo = {} if tied is None else tied
+    memo.update({key: value for key, value in _cloned_fakes(module).items() if key not in memo})
+    twin = copy.deepcopy(module, memo)
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    _copy_in(twin, weights or {})
+    return twin
+
+
+@torch.no_grad()
+def _copy_in(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
+
+
+def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
+    """What a deep copy takes for fake tensors, those of a forecast.
+
+    Copied by themselves they copy their mode too, which ends in memory that is freed twice.
+    """
+    fake = loaded("torch._subclasses.fake_tensor", "FakeTensor")
+    memo: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if isinstance(tensor, fake):
+            clone, needed = tensor.detach().clone(), tensor.requires_grad
+            memo[id(tensor)] = nn.Parameter(clone, needed) if isinstance(tensor, nn.Parameter) else clone
+    return memo
+
+
+class CollectionPaused:
+    """Holds the cyclic garbage collector back while thousands of modules are made, as a context.
+
+    Nothing made here is garbage, but the allocations alone would trigger full collections, which
+    cost more than the work itself once torch and transformers are loaded. It ends with its last
+    reference at the latest: an interruption can keep a context from ending.
+    """
+
+    _was_enabled = False
+
+    def __enter__(self) -> None:
+        self._was_enabled = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self._was_enabled:
+            gc.enable()
+
+    __del__ = __exit__
+
+
+def hook_in(model: nn.Module, layer: AdaptedLayer, adapters: Iterable[Any], change: Transaction) -> None:
+    """Lets adapters of a layer act on calls of the model, where their method needs that.
+
+    Args:
+        model: the base model.
+        layer: the layer, in the module tree.
+        adapters: those of its adapters that hang there now and did not before.
+        change: records the hooks of modules.
+    """
+    for adapter in adapters:
+        if isinstance(adapter, ModelAdapter):
+            put_hooks(model, layer, change)
+            put_inner_hooks(model, layer, change)
+            put_side_network(model, layer, change)
+        if isinstance(adapter._modules.get("shared"), NeedsFirstPass):
+            put_first_pass(model, layer, change)
+
+
+def commit(name: str, parts: Parts, change: Transaction) -> Parts:
+    """Hangs built parts into the model.
+
+    Args:
+        name: of the adapter.
+        parts: what was built.
+        change: records the places where wrappers are put; the adapters that hang there are recorded by the caller.
+
+    Returns:
+        What was hung in.
+    """
+    parts = parts.complete(change) if parts.complete is not None else parts
+    for sites, layer, adapter in parts.adapters:
+        layer.adapters[name] = adapter
+        if isinstance(adapter, ChangesBase):
+            adapter.change_base(layer.base, change)
+        for site in sites:
+            layer.hang(site.parent._modules, site.attribute, change)
+        hook_in(parts.model, layer, (adapter,), change)
+    for sites, module, trained in parts.copies:
+        module.modules_to_save[name] = trained
+        for site in sites:
+            change.set_item(site.parent._modules, site.attribute, module)
+    hung = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
+    if any(is_encoder_layer(parent) for parent in hung):
+        settle_fast_paths(parts.model, change)
+    return parts
+
+
+def drop(
+    model: nn.Module,
+    name: str,
+    layers: Iterable[AdaptedLayer],
+    copies: Iterable[ModulesToSaveWrapper],
+    change: Transaction,
+    keep: Parts | None = None,
+) -> None:
+    """Takes an adapter's modules out; wrappers left empty go, unless ``keep`` reuses them.
+
+    Args:
+        model: the base model.
+        name: of the adapter.
+        layers: the adapted layers; the adapters that hang there are recorded by the caller.
+        copies: likewise.
+        change: records the places from which wrappers are taken.
+        keep: what comes in its place.
+    """
+    kept = set() if keep is None else {id(part[1]) for part in (*keep.adapters, *keep.copies)}
+    empty: dict[int, nn.Module] = {}
+    left = keep is not None
+    for layer in layers:
+        layer.adapters._modules.pop(name, None)
+        layer.hide_adapters()
+        if not layer.adapters._modules and id(layer) not in kept:
+            empty[id(layer)] = layer.base_layer
+        else:
+            left = True
+    for module in copies:
+        module.modules_to_save._modules.pop(name, None)
+        if not module.modules_to_save._modules and id(module) not in kept:
+            empty[id(module)] = module.original_module
+        else:
+            left = True
+    replace_modules(model, empty, change, merged=None if left else False)
+
+
+def replace_modules(
+    model: nn.Module,
+    replacements: Mapping[int, nn.Module],
+    change: Transaction,
+    *,
+    merged: bool | None = None,
+    release: bool = False,
+) -> None:
+    """Puts other modules wherever those with the given ids hang.
+
+    Args:
+        model: the base model.
+        replacements: id of a module -> what takes its place.
+        change: records the places.
+        merged: where no adapter is left: whether some were merged for good, into replicated layers too.
+        release: whether backends undo what they did to layers for the sake of adapters.
+    """
+    _replace(model, replacements, change)
+    if merged is not None:
+        settle_layers(model, change, keep=merged)
+    if release:
+        _release_storage(model, change)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
+    if not replacements:
+        return
+    parents = reached_modules(model)
+    take_hooks(parents, replacements, change)
+    for parent in parents:
+        for attribute, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                while id(child) in replacements:  # wrappers for several parameters of a module are inside each other
+                    child = replacements[id(child)]
+                change.set_item(parent._modules, attribute, child)
+    if any(is_encoder_layer(parent) for parent in parents):
+        settle_fast_paths(model, change)
+
+
+def prepare_storage(model: nn.Module, change: Transaction) -> None:
+    """Lets backends see to every quantized layer of a model, adapted or not.
+
+    Gradients pass through layers without adapters too. Done before anything else runs.
+    """
+    idle = StoredWeight.prepare
+    willing = [backend for backend in backends() if getattr(type(backend), "prepare", idle) is not idle]
+    for module in reached_modules(model):
+        for backend in willing:
+            if module._parameters and backend.matches(module):
+                change.keep(module.__dict__)
+                if backend.prepare(module):
+                    module.__dict__[_PREPARED] = backend.name
+
+
+def _release_storage(model: nn.Module, change: Transaction) -> None:
+    for module in reached_modules(model):
+        if _PREPARED in module.__dict__:
+            change.keep(module.__dict__)
+            backend_named(module.__dict__.pop(_PREPARED)).release(module)

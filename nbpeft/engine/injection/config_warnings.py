@@ -1,0 +1,175 @@
+"""Warnings about a config that is valid but probably not what was meant, and models nothing can be done with yet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence, Set
+
+from torch import nn
+
+from nbpeft.engine.contract.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
+from nbpeft.engine.contract.registry import resolve_layer_kind
+from nbpeft.engine.tree.model_tree import Site, embedding_of, parameter_counts, reader_of
+from nbpeft.errors import PeftWarning, TargetError, shown
+
+
+def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
+    """Names that a task adds to ``modules_to_save``, though a model need not have them."""
+    return TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+
+
+def missing_head_message(missing: Sequence[str]) -> str:
+    """Says that a model has none of the heads that its task usually has."""
+    return (
+        f"the model has no module {' or '.join(missing)}: its head, under whatever name, is neither trained nor "
+        "saved unless modules_to_save names it"
+    )
+
+
+def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
+    """Says once where an adapter does not act, because the module around its layer only reads the layer's weight.
+
+    Args:
+        sites: of the layers that get an adapter.
+        adapted: their paths.
+    """
+    for site in sites:
+        reader, path = reader_of(site), site.path.rpartition(".")[0]
+        if reader is not None and path not in adapted:
+            warnings.warn(
+                f"the adapter at {site.path} does not act: {type(reader).__name__:.60} reads the weight there without "
+                f"calling the layer; target {path} instead, or exclude {site.attribute}",
+                stacklevel=5,
+            )
+            return
+
+
+def warn_of_ensured(tied: Collection[str], changed: Set[str]) -> None:
+    """Says where nothing comes of ``ensure_weight_tying``.
+
+    Args:
+        tied: paths of the modules that share the input embedding's weight, that itself among them; none if none do.
+        changed: paths of what is adapted or trained as a whole.
+    """
+    if not tied:
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights: no tied modules were found in the "
+            "model",
+            stacklevel=6,
+        )
+    elif changed.isdisjoint(tied):
+        warnings.warn(
+            f"ensure_weight_tying=True but no tied modules are added: {' and '.join(tied)} are neither in "
+            "target_modules nor in modules_to_save",
+            stacklevel=6,
+        )
+
+
+def warn_of_tied(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str], config: AdapterConfig
+) -> None:
+    """Says where an adapter changes an embedding or head that shares its weight with another module.
+
+    Args:
+        model: the base model.
+        modules: path and module of everything in it.
+        changed: paths that get tensors of their own or are trained as a whole.
+        config: of the adapter.
+    """
+    weight = getattr(embedding_of(model), "weight", None)
+    users: dict[int, str] = {}
+    for path, module in modules if isinstance(weight, nn.Parameter) else ():
+        if module._parameters.get("weight") is weight and (id(module) not in users or path in changed):
+            users[id(module)] = path
+    paths = list(users.values())
+    own = [path for path in paths if path in changed]
+    if not own or len(paths) < 2:
+        return
+    asked = getattr(config, "ensure_weight_tying", None)
+    unset = "`ensure_weight_tying` is not set to True"
+    why = {None: ": no implementation exists to tie the adapters", False: f": {unset}"}.get(asked, "")
+    which = f"{' and '.join(own)} alone" if len(own) < len(paths) else "each on its own"
+    warnings.warn(
+        f"{' and '.join(paths)} share one weight (tie_word_embeddings) and the adapter changes {which}: they differ "
+        f"while it acts, and merging makes separate weights of them{why}",
+        stacklevel=6,
+    )
+
+
+def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
+    """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach, if it reaches none.
+
+    Args:
+        model: the base model.
+        taken: whether a parameter is adapted.
+    """
+    stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
+    if not stacked or any(map(taken, stacked)):
+        return
+    share = sum(stacked.values()) / parameter_counts(model)[1]
+    which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
+    warnings.warn(
+        f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "
+        "are tensors of several weights and stay as they are unless target_parameters names them",
+        stacklevel=5,
+    )
+
+
+def warn_of_experts_along(added: Sequence[tuple[int, int]]) -> None:
+    """Says what the experts, which were linear layers, add to an adapter of all of those.
+
+    Args:
+        added: of each target, how many matrices it has and how many parameters it gets.
+    """
+    total, experts = sum(count for _, count in added), sum(count for matrices, count in added if matrices > 1)
+    if not experts:
+        return
+    warnings.warn(
+        f"target_modules='all-linear' takes the experts along, {experts:,} of the adapter's {total:,} parameters "
+        f"({experts / total:.0%}); exclude_modules=['experts'] leaves them out",
+        stacklevel=5,
+    )
+
+
+def _is_stacked(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds the weights of several linear maps, and belongs to no layer torch knows."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return parameter.ndim == 3 and parameter.shape[0] > 1 and not type(owner).__module__.startswith("torch.nn.")
+
+
+def warn_about_config(
+    config: AdapterConfig,
+    adapter_class: type[Adapter],
+    modules: Sequence[tuple[str, nn.Module]],
+    *,
+    strict: bool,
+    unused_exclude: bool = False,
+) -> None:
+    """Warns of what a config says in vain, and of what its method knows about these layers.
+
+    Args:
+        config: the config.
+        adapter_class: of its method.
+        modules: path and module of everything it adapts.
+        strict: refuse patterns that match nothing instead.
+        unused_exclude: whether ``exclude_modules`` names nothing in the model.
+
+    Raises:
+        TargetError: a pattern matches nothing, if strict.
+    """
+    unmatched = config.unused_patterns([path for path, _ in modules])
+    excluded = getattr(config, "exclude_modules", None)
+    excluded_text = shown(excluded if excluded is None or isinstance(excluded, str) else sorted(excluded), 200)
+    unused = (
+        f"You have passed exclude_modules={excluded_text} but no modules were excluded: it names none of the model"
+        if unused_exclude
+        else ""
+    )
+    for note, category in ((unmatched, RuntimeWarning), (unused, UserWarning)):
+        if note and strict:
+            raise TargetError(note)
+        if note:
+            warnings.warn(note, category, stacklevel=4)
+    kinds = [(path, module, kind) for path, module in modules if (kind := resolve_layer_kind(module)) is not None]
+    for note in adapter_class.config_warnings(config, kinds):
+        warnings.warn(note, PeftWarning, stacklevel=4)

@@ -1,0 +1,499 @@
+"""Layers of somebody else's class, as PEFT's ``_register_custom_module`` brings them, among those of the engine.
+
+The class computes with the adapters by itself, in its own ``forward``. It has PEFT's names: mappings by adapter
+name (``adapter_layer_names`` says which hold parameters), ``active_adapters``, ``disable_adapters``, ``merge``.
+
+    CustomLayer     what hangs in the model: an adapted layer for the manager, the other object for everybody else
+    CustomAdapter   what belongs to one adapter in the mappings of that object
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.active_state import ActiveState
+from nbpeft.engine.changes.spool import Spool
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.layers_config import LayerByLayer
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
+from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
+from nbpeft.engine.kernels.storage import StoredWeight
+from nbpeft.engine.wrappers.layer import AdaptedLayer, Stored
+from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CustomPart:
+    """What makes an adapter on a layer of such a class.
+
+    Attributes:
+        config: of the adapter.
+        layer_class: the class.
+    """
+
+    config: LayerByLayer
+    layer_class: type[nn.Module]
+
+    def make(self, module: nn.Module, path: str, name: str) -> CustomAdapter:
+        """Makes an object of the class around a frozen layer, for one adapter.
+
+        Raises:
+            LayerKindError: the object has no parameters for the adapter.
+        """
+        adapter = CustomAdapter(self.config.make_custom_layer(self.layer_class, module, path, name), name)
+        if adapter.owner._modules.get("base_layer") is not module:
+            raise LayerKindError(
+                f"{path}: {self.layer_class.__name__} must keep the frozen layer as its base_layer", path=path
+            )
+        return adapter
+
+
+def custom_part(module: nn.Module, wrapper: nn.Module | None, config: Any, path: str) -> CustomPart | None:
+    """The class of its own that a layer gets, or has; None for one that is the engine's.
+
+    Args:
+        module: the frozen layer.
+        wrapper: what is around it now, if anything.
+        config: of the adapter to come.
+        path: of the layer.
+
+    Raises:
+        LayerKindError: the layer carries adapters already that do not go together with those of the class.
+        ConfigError: it has a class, and the config's method none.
+    """
+    if not isinstance(config, LayerByLayer):
+        if isinstance(wrapper, CustomLayer):
+            title = type(wrapper.custom).__name__
+            raise ConfigError(f"{path} is a {title}, which takes no adapters of {type(config).__name__}: exclude it")
+        return None
+    wanted = config.custom_layer_class(module)
+    if isinstance(wrapper, CustomLayer):
+        held = type(wrapper.custom)
+        if wanted is not None and _title(wanted) != _title(held):  # a cell that is run again defines its class anew
+            raise LayerKindError(
+                f"{path} carries adapters in a {held.__name__}: it cannot become a {wanted.__name__}", path=path
+            )
+        return CustomPart(config, held)
+    if wanted is not None and isinstance(wrapper, AdaptedLayer):
+        raise LayerKindError(
+            f"{path} carries adapters already and cannot become a {wanted.__name__}: delete them first", path=path
+        )
+    return None if wanted is None else CustomPart(config, wanted)
+
+
+def _title(layer_class: type) -> tuple[str, str]:
+    return layer_class.__module__, layer_class.__qualname__
+
+
+def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape that an adapter will have, found by making one, which draws no random numbers."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = part.make(module, path, "default")
+    return {name: tuple(tensor.shape) for name, tensor in made.tensors().items()}
+
+
+class OpaqueKind:
+    """A layer of which nothing is known but that it can be called."""
+
+    name = "custom"
+    peft_name = ""
+    is_linear = False
+    takes_ids = False
+
+    def matches(self, module: nn.Module) -> bool:
+        """Never: only a class that is registered for it adapts such a layer."""
+        return False
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """(in, out) features where the layer says so, else zeros."""
+        found = [getattr(module, name, 0) for name in ("in_features", "out_features")]
+        return (found[0], found[1]) if all(isinstance(count, int) for count in found) else (0, 0)
+
+    def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Shape of its ``weight``; without one, ()."""
+        weight = getattr(module, "weight", None)
+        return tuple(weight.shape) if isinstance(weight, Tensor) else ()
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The weight as it is."""
+        return weight
+
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """Refuses."""
+        raise NotSupportedError(f"what a {type(module).__name__} computes with its weight is not known")
+
+    def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
+        """The vector as it is."""
+        return vector
+
+
+class OpaqueWeights(StoredWeight):
+    """The tensors of such a layer, whatever they are called."""
+
+    name = "dense"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Never; see ``OpaqueKind``."""
+        return False
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """All its parameters and buffers, or an empty one."""
+        return [value.detach() for value in _values(module).values()] or [torch.empty(0)]
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """That of the first floating one."""
+        floating = (tensor.dtype for tensor in self.tensors(module) if tensor.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """Its ``weight``, detached; writing into it changes the module.
+
+        Raises:
+            NotSupportedError: it has none.
+        """
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise NotSupportedError(f"a {type(module).__name__} has no single weight")
+        return weight.detach()
+
+    @torch.no_grad()
+    def store(self, module: nn.Module, weight: Tensor) -> None:
+        """Copies ``weight`` in."""
+        self.dequantize(module).copy_(weight)
+
+    def snapshot(self, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of all its tensors on the CPU."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in _values(module).items()}
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
+        """Copies them back in place."""
+        for name, value in _values(module).items():
+            value.detach().copy_(snapshot[name])
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+_OPAQUE_KIND: LayerKind = OpaqueKind()
+_OPAQUE_WEIGHTS: Backend = OpaqueWeights()
+
+
+def kind_and_backend(module: nn.Module) -> tuple[LayerKind, Backend]:
+    """What is known of a layer that gets a class of its own."""
+    kind, backend = resolve_layer_kind(module), resolve_backend(module)
+    return (_OPAQUE_KIND, _OPAQUE_WEIGHTS) if kind is None or backend is None else (kind, backend)
+
+
+class CustomAdapter(Adapter, Rescales):
+    """What belongs to one adapter in the mappings of a layer of somebody else's class.
+
+    Args:
+        owner: the layer's object.
+        name: the adapter's name there.
+
+    Attributes:
+        entries: attribute of the object -> what it has under the adapter's name.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        super().__init__()
+        self.__dict__.update(owner=owner, name=name)
+        self.__dict__["entries"] = {
+            attribute: mapping[name] for attribute, mapping in mappings_of(owner).items() if name in mapping
+        }
+        for attribute in owner.adapter_layer_names:
+            held = self.entries.get(attribute)
+            if isinstance(held, nn.Module):
+                self._modules[attribute] = held
+            elif isinstance(held, nn.Parameter):
+                self._parameters[attribute] = held
+
+    owner: Any
+    name: str
+    entries: dict[str, Any]
+
+    @classmethod
+    def create(cls, config: CustomPart, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Has the class make an object, and puts loaded tensors into it; see ``Adapter``."""
+        made: Any = config.make(site.base.module, site.path, site.name)
+        for parameter in made.parameters():
+            if parameter.dtype in _HALF:
+                parameter.data = parameter.data.to(site.dtype)
+        with torch.no_grad():
+            for name, tensor in (tensors or {}).items():
+                made.tensors()[name].copy_(tensor)
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+        """Refuses: the shapes are those of an object that the class makes.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{path} is a layer of its own class: load the adapter instead of swapping it", path=path)
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        """The object's factor on what the adapter adds; 1 where it has none."""
+        return float(getattr(self.owner, "scaling", {}).get(self.name, 1.0))
+
+    def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
+        """Sets the object's factor; see ``Rescales``."""
+        self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
+        self.owner.scaling[self.name] = self.entries["scaling"] = float(scaling)
+
+    def keep_scaling(self, change: Transaction) -> None:
+        """Records the object's factors."""
+        change.keep(self.owner.scaling)
+
+    def hold_scaling_as_tensor(self, device: torch.device) -> None:
+        """Changes nothing: the object reads a number."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name, as in PEFT's files -> tensor."""
+        return dict(self.state_dict(keep_vars=True))
+
+    def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
+        """Its tensors as its object names them; see ``Adapter``."""
+        return self.tensors()
+
+    def swap_refusal(self) -> str:
+        """Why other tensors cannot take the place of its own."""
+        return "is on a layer of its own class"
+
+    @property
+    def _class_name(self) -> str:
+        return type(self.owner).__name__
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Refuses: its object computes.
+
+        Raises:
+            NotSupportedError: always.
+        """
+        raise NotSupportedError(f"a {self._class_name} computes with all its active adapters at once")
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """What the object's ``get_delta_weight`` says, canonical.
+
+        Raises:
+            NotSupportedError: its class has none.
+        """
+        if not hasattr(self.owner, "get_delta_weight"):
+            raise NotSupportedError(f"a {self._class_name} has no get_delta_weight: what it adds is not known")
+        delta: Tensor = self.owner.get_delta_weight(self.name)
+        return base.kind.canonical(base.module, delta.detach())
+
+
+def mappings_of(owner: nn.Module) -> dict[str, Any]:
+    """Attribute -> mapping, of those of an object that may have an entry for each adapter."""
+    plain = {name: value for name, value in owner.__dict__.items() if type(value) is dict and not name.startswith("_")}
+    held = {name: value for name, value in owner._modules.items() if hasattr(value, "keys")}
+    return plain | held
+
+
+class CustomLayer(AdaptedLayer):
+    """An adapted layer that somebody else's class computes.
+
+    It shows the object's modules, parameters and attributes as its own: for ``state_dict()``, ``named_modules()``
+    and ``isinstance`` it is that object.
+
+    Args:
+        base_layer: the frozen layer.
+        active_state: of the model.
+
+    Attributes:
+        custom: the object; the one that was made for the first adapter takes the entries of the others.
+    """
+
+    custom: Any = None
+
+    def __init__(self, base_layer: nn.Module, active_state: ActiveState) -> None:
+        super().__init__(base_layer, *kind_and_backend(base_layer), active_state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the object computes with the adapters that are active in this call.
+
+        Raises:
+            NotSupportedError: the call wants what the object cannot know of: a scale, or an adapter for each row.
+        """
+        self.show_adapters()
+        active, here = self.active_state.current(), self.adapters._modules
+        if active.rows is not None:
+            if any(name in here for name in active.rows.names):
+                raise NotSupportedError(f"adapter_names cannot serve a {self._get_name()}: one set of adapters acts")
+            return self.base_layer(*args, **kwargs)
+        if any(scale != 1.0 for name, scale in zip(active.names, active.scales, strict=True) if name in here):
+            raise NotSupportedError(f"a {self._get_name()} acts at its trained strength: set the scale to 1")
+        return self.custom(*args, **kwargs)
+
+    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+        """Takes the place of the frozen layer among the modules of its parent, with its object."""
+        super().hang(modules, attribute, change)
+        self.show_adapters()
+
+    # The object as the adapters are
+
+    def show_adapters(self) -> None:
+        """Brings the mappings of the object up to date with the adapters."""
+        now: dict[str, Any] = self.adapters._modules
+        if self._shown == now:
+            return
+        if self.custom is None:
+            self._adopt(next(iter(now.values())))
+        for attribute, mapping in mappings_of(self.custom).items():
+            for name, adapter in self._shown.items():
+                adapter.entries.update({attribute: mapping[name]} if name in mapping else {})  # written meanwhile
+            entries = {name: value for name, value in mapping.items() if name not in self._shown}
+            own_entries = ((name, adapter.entries) for name, adapter in now.items())
+            entries.update({name: own[attribute] for name, own in own_entries if attribute in own})
+            _fill(mapping, entries)
+        for name, adapter in now.items():
+            adapter.__dict__.update(owner=self.custom, name=name)
+        self.__dict__["_shown"] = dict(now)
+
+    def _adopt(self, adapter: Any) -> None:
+        custom = adapter.owner
+        own = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+        self.__dict__.update({name: custom.__dict__[name] for name in own}, custom=custom)
+        custom.__dict__.update(adapted_layer=self, training=self.training)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The object's."""
+        self.show_adapters()
+        return nn.Module.named_children(self)
+
+    def children(self) -> Iterator[nn.Module]:
+        """The object's."""
+        return (child for _, child in self.named_children())
+
+    def reached_children(self) -> Any:
+        """The object's children and the adapters, whose modules are among those."""
+        return *(child for _, child in self.named_children()), self.adapters
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode, the object's too."""
+        super().train(mode)
+        if self.custom is not None:
+            self.custom.training = mode
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise NotSupportedError(f"nn.DataParallel cannot replicate a {self._get_name()}: use DistributedDataParallel")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "adapters" not in self.__dict__:
+            return nn.Module.__getattr__(self, name)
+        if name == "base_layer":
+            return self.__dict__["_modules"][name]
+        self.show_adapters()
+        if self.custom is None and name.startswith("_"):
+            return nn.Module.__getattr__(self, name)
+        return getattr(self.base_layer if self.custom is None else self.custom, name)
+
+    # What the object says of itself
+
+    @property
+    def scaling(self) -> Any:
+        """The object's."""
+        self.show_adapters()
+        return self.custom.scaling
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, Any]) -> None:
+        self.custom.scaling = {**self.custom.scaling, **values}  # who kept the one before has it as it was
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """As of the object."""
+        self.custom.set_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """As of the object."""
+        self.custom.scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """As of the object."""
+        self.custom.unscale_layer(scale)
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As of the object, for an adapter of the model.
+
+        Raises:
+            UnknownAdapterError: the model has no such adapter.
+        """
+
+        def make() -> CustomAdapter:
+            self.custom.update_layer(adapter_name, *args, **kwargs)
+            return CustomAdapter(self.custom, adapter_name)
+
+        self._commands().replace(self, adapter_name, make, *mappings_of(self.custom).values())
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The object's."""
+        self.show_adapters()
+        return tuple(self.custom.adapter_layer_names)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The object's."""
+        self.show_adapters()
+        return tuple(self.custom.other_param_names)
+
+    @property
+    def adapted_as(self) -> str:
+        """What ``repr`` calls the object."""
+        self.show_adapters()
+        return str(self.custom._get_name())
+
+    # Merging
+
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        """Raises MergeError where the object cannot merge."""
+        if any(name in self.adapters._modules for name in names):
+            if not callable(getattr(self.custom, "merge", None)):
+                raise MergeError(f"a {self._get_name()} has no merge()")
+            if any(tensor.is_meta for tensor in self.base_layer.parameters()):
+                raise MergeError("its weight has no data here (meta device): load the model whole")
+
+    def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
+        """As of ``AdaptedLayer``, by the adapters' own numbers."""
+        return "" if self.are_finite(names) else "weights"
+
+    def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
+        if apart:
+            raise MergeError(f"a {self._get_name()} shares its weight with another layer and cannot be merged alone")
+        return Stored(None, _OPAQUE_WEIGHTS.snapshot(self.base_layer), None, self.merged_names, self._frozen)
+
+    def _put_back(self, stored: Stored) -> None:
+        _OPAQUE_WEIGHTS.restore(self.base_layer, stored.weight)
+        self.merged_names, self._frozen = stored.merged, stored.frozen
+        self.custom.merged_adapters[:] = stored.merged
+
+    def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
+        """Merges as the layer of somebody else's does; see ``AdaptedLayer``."""
+        scaled = next((name for name, scale in chosen if scale != 1.0), None)
+        if scaled is not None:
+            raise MergeError(f"a {self._get_name()} merges at its trained strength: set the scale of {scaled!r} to 1")
+        self.custom.merge(adapter_names=[name for name, _ in chosen])
+
+
+def _fill(mapping: MutableMapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Gives a dictionary, nn.ModuleDict or nn.ParameterDict other entries."""
+    for gone in [name for name in mapping if name not in entries]:
+        del mapping[gone]
+    for name, value in entries.items():
+        mapping[name] = value

@@ -1,0 +1,68 @@
+"""The fast path of nn.TransformerEncoderLayer, which reads the weights of the layers inside and calls none of them.
+
+torch takes it in evaluation, unless a module there has a hook. nn.TransformerEncoder packs a padded batch for it
+before, into a tensor that the other path cannot take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+
+_PACKS = "use_nested_tensor"
+_PACKED = "_nbpeft_use_nested_tensor"
+"""What an encoder said about that before."""
+
+
+def settle_fast_paths(model: nn.Module, change: Transaction) -> None:
+    """Sees to it that encoder layers with adapters call the layers inside, and that others are as they were.
+
+    Args:
+        model: the base model.
+        change: records what is changed.
+    """
+    modules = reached_modules(model)
+    adapted = {id(module) for module in modules if is_encoder_layer(module) and _is_adapted(module)}
+    for module in modules:
+        if is_encoder_layer(module):
+            _settle_layer(module, change, calls=id(module) in adapted)
+        elif isinstance(module, nn.TransformerEncoder):
+            _settle_encoder(module, change, calls=any(id(layer) in adapted for layer in module.layers))
+
+
+def is_encoder_layer(module: nn.Module) -> bool:
+    """Whether a module has such a path."""
+    return isinstance(module, nn.TransformerEncoderLayer)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return any(isinstance(child, AdaptedLayer | ModulesToSaveWrapper) for child in module._modules.values())
+
+
+def _settle_layer(module: nn.Module, change: Transaction, *, calls: bool) -> None:
+    own = [key for key, hook in module._forward_pre_hooks.items() if hook is _call_layers]
+    if calls == bool(own):
+        return
+    change.keep(module._forward_pre_hooks)
+    if calls:
+        module.register_forward_pre_hook(_call_layers)
+    for key in own:
+        del module._forward_pre_hooks[key]
+
+
+def _settle_encoder(module: Any, change: Transaction, *, calls: bool) -> None:
+    change.keep_attributes(module, _PACKS, _PACKED)
+    if calls and getattr(module, _PACKS, False):
+        module.__dict__.update({_PACKS: False, _PACKED: True})
+    elif not calls and module.__dict__.pop(_PACKED, False):
+        module.__dict__[_PACKS] = True
+
+
+def _call_layers(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: where there is one, torch leaves the fast path."""

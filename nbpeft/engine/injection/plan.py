@@ -1,0 +1,704 @@
+"""What applying a config would change in a model.
+
+``plan`` changes nothing and needs no memory: it works on a model of meta tensors too.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nbpeft.engine.backends
+import nbpeft.engine.layer_kinds
+import nbpeft.engine.methods  # noqa: F401
+from nbpeft.engine.config.module_paths import suffixes
+from nbpeft.engine.config.targets import (
+    Matcher,
+    condensed_if_many,
+    is_all_linear,
+    matches_segment_names,
+    no_match,
+    nothing_matches,
+    with_target,
+)
+from nbpeft.engine.contract.adapter import TASK_HEADS, Adapter, AdapterConfig, AdapterWeights, TaskType
+from nbpeft.engine.contract.base import Backend, LayerKind
+from nbpeft.engine.contract.registry import (
+    Method,
+    companions,
+    composite_kind,
+    method_of,
+    resolve_backend,
+    resolve_layer_kind,
+)
+from nbpeft.engine.injection.config_warnings import (
+    guessed_heads,
+    missing_head_message,
+    warn_about_config,
+    warn_of_ensured,
+    warn_of_experts,
+    warn_of_experts_along,
+    warn_of_tied,
+    warn_of_uncalled,
+)
+from nbpeft.engine.injection.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
+from nbpeft.engine.injection.replication import pending_replication, replicated
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.tree.fused_layers import fused_layers, with_parameters
+from nbpeft.engine.tree.model_tree import (
+    Site,
+    bare_modules,
+    embedding_of,
+    frozen_module,
+    parameter_counts,
+    reader_of,
+    sharing_embedding,
+    walk,
+)
+from nbpeft.engine.tree.parameter_targets import no_parameter, parameter_sites
+from nbpeft.engine.tree.unadaptable import bypassed, check_called, check_copy, check_shaped
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper, only_holds
+from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
+from nbpeft.errors import CheckpointError, ConfigError, LayerKindError, TargetError
+
+_LARGEST = 10**8
+"""Numbers up to which an adapter may be larger than its model: tiny models try large ranks."""
+_CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter.
+
+    Attributes:
+        path: where it is in the base model.
+        kind: name of its kind.
+        backend: name of how its weight is stored.
+        in_features: input features.
+        out_features: output features.
+        shapes: parameter name -> shape of what is added, or used of another target's.
+        adapter_class: class of the adapter.
+        config: what makes it: the plan's config, or what a companion method takes.
+        tied_to: path of the target whose tensors this one shares; else empty.
+        parameter: name of the parameter in its module, where that is no layer, or a composite one; else empty.
+        matrix_count: how many matrices that parameter holds: experts.
+        tied: parameter name -> path of the earlier target whose parameter it is.
+        fixed: name -> shape and dtype of what a file holds here that is not trained.
+        unsaved: number of values kept here that no file holds.
+    """
+
+    path: str
+    kind: str
+    backend: str
+    in_features: int
+    out_features: int
+    shapes: dict[str, tuple[int, ...]]
+    adapter_class: type[Adapter]
+    config: Any
+    tied_to: str = ""
+    parameter: str = ""
+    matrix_count: int = 1
+    tied: Mapping[str, str] = field(default_factory=dict)
+    fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    unsaved: int = 0
+
+    @property
+    def module_path(self) -> str:
+        """Path of the module that gets a wrapper."""
+        return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the config names the parameter and not the module."""
+        return self.path != self.module_path
+
+    def adapted_in(self, module: nn.Module) -> nn.Module:
+        """What has the adapted weight as its ``weight``, of the module at that path."""
+        return ParameterView(module, self.parameter) if self.parameter else module
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what a file holds here."""
+        return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters added here that are trained, without those of another target."""
+        others = (*self.adapter_class.frozen_parameters, *self.tied)
+        own = {} if self.tied_to else self.shapes
+        return sum(math.prod(shape) for name, shape in own.items() if name not in others)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much something takes that is in the base model already.
+
+    Attributes:
+        count: number of parameters.
+        byte_count: bytes, in the base's own dtype.
+    """
+
+    count: int = 0
+    byte_count: int = 0
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor]) -> Extent:
+        """The extent of some parameters together."""
+        sizes = [(parameter.numel(), parameter.numel() * parameter.element_size()) for parameter in parameters]
+        return cls(sum(count for count, _ in sizes), sum(byte_count for _, byte_count in sizes))
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """Everything that applying a config would change in a model.
+
+    Attributes:
+        method: label of the method.
+        config: a copy of the config with its targets resolved.
+        targets: what gets an adapter, in model order.
+        copies: paths of modules trained as a whole, with what their copies take; what shares another's takes nothing.
+        biases: names of base parameters trained along, with what they take.
+        excluded: paths that the targets name and ``exclude_modules`` takes out.
+        missing: targets that match nothing.
+        shared: name -> shape of the tensors that the layers share, where the method has such.
+        features: path -> (in, out) features of those layers, in model order.
+    """
+
+    method: str
+    config: AdapterConfig
+    targets: tuple[Target, ...]
+    copies: dict[str, Extent]
+    biases: dict[str, Extent]
+    excluded: tuple[str, ...]
+    missing: tuple[str, ...]
+    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    features: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the targets."""
+        return tuple(target.path for target in self.targets)
+
+    def on_layers(self, paths: Collection[str]) -> InjectionPlan:
+        """The same on some of the layers alone; where all share tensors, their sizes go by all of them: unchanged."""
+        if self.shared or all(path in paths for path in self.paths):
+            return self
+        targets = tuple(target for target in self.targets if target.path in paths)
+        return replace(
+            self, targets=targets, features={path: self.features[path] for path in self.features if path in paths}
+        )
+
+    @property
+    def saved_shared(self) -> dict[str, tuple[int, ...]]:
+        """Those of the shared tensors that a file holds."""
+        state = method_of(self.config).shared
+        return self.shared if state is not None and state.is_saved(self.config) else {}
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters that train: of adapters, what they share, copies and biases."""
+        return self._added_count + sum(extent.count for extent in self._of_base)
+
+    @property
+    def _of_base(self) -> list[Extent]:
+        """What trains in the place of something of the base model."""
+        return [*self.copies.values(), *self.biases.values()]
+
+    @property
+    def _added_count(self) -> int:
+        """Parameters that train and are new."""
+        state = method_of(self.config).shared
+        trained = self.shared.values() if state is not None and state.is_trained else ()
+        return sum(target.parameter_count for target in self.targets) + sum(map(math.prod, trained))
+
+    def not_tied_in(self, weights: AdapterWeights) -> list[Target]:
+        """The targets that use the tensors of another one and have others of their own in loaded ones."""
+        given = weights.adapters
+        return [
+            target
+            for target in self.targets
+            if target.tied_to
+            and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
+        ]
+
+    def share_in(self, weights: AdapterWeights) -> None:
+        """Gives targets the loaded tensors that they own, where only those have them that use them (``tied``).
+
+        Args:
+            weights: as loaded; changed in place.
+
+        Raises:
+            CheckpointError: those of its users are not one.
+        """
+        for target in self.targets:
+            loaded = weights.adapters.get(target.path, {})
+            for name, owner in ((name, owner) for name, owner in target.tied.items() if name in loaded):
+                one = weights.adapters.setdefault(owner, {}).setdefault(name, loaded[name])
+                if not torch.equal(loaded[name].to(one), one):
+                    raise CheckpointError(
+                        f"the file has other {name} for {target.path} than for {owner}, which share one ({self.method})"
+                    )
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the parameters that train; the new ones are float32."""
+        return self._added_count * torch.float32.itemsize + sum(extent.byte_count for extent in self._of_base)
+
+    @property
+    def frozen_byte_count(self) -> int:
+        """Bytes of what the layers share and nobody trains, such as drawn projections."""
+        state = method_of(self.config).shared
+        if state is None or state.is_trained:
+            return 0
+        others = state.other_dtypes(self.shared)
+        sizes = {name: others.get(name, torch.float32).itemsize for name in self.shared}
+        return sum(math.prod(shape) * sizes[name] for name, shape in self.shared.items())
+
+
+def plan(
+    model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True, replacing: str | None = None
+) -> InjectionPlan:
+    """Works out what a config means for a model.
+
+    Args:
+        model: the base model, with or without adapters on it; meta tensors will do.
+        config: the config of any registered method.
+        allow_missing: warn about targets that match nothing, as long as others match; without
+            it that is an error.
+        replacing: an adapter on it whose place the new one takes.
+
+    Raises:
+        TargetError: nothing matches, a target cannot be adapted, or something is missing.
+        ConfigError: a value of the config is impossible for a layer.
+    """
+    method = method_of(config)
+    config = config.on_model(model, lambda other: plan(model, other, allow_missing=allow_missing, replacing=replacing))
+    layer_map = pending_replication(model, config)
+    model = model if layer_map is None else replicated(model, layer_map)
+    sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
+    check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
+    resolved = _resolve_targets(model, config, method, sites)
+    resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
+    if method.transforms_calls:
+        return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
+    copies = _copies(sites, resolved, guessed_heads(config), strict=not allow_missing)
+    tied = _ensured(model, config, sites)
+    copies |= _tied_copies(copies, tied, sites)
+    matcher = Matcher(
+        () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
+        getattr(resolved, "exclude_modules", None),
+        getattr(resolved, "layers_to_transform", None),
+        getattr(resolved, "layers_pattern", None),
+    )
+    targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+    targets = _with_tied(targets, tied, sites, matcher, resolved)
+    features = {target.path: (target.in_features, target.out_features) for target in targets}
+    if resolved.fill_in_layers(features):
+        targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+    if method.tied is not None:
+        ties = method.tied(resolved, features)
+        targets = [replace(target, tied=ties.get(target.path, {})) for target in targets]
+    adapted = {target.path for target in targets}
+    named = Matcher(getattr(resolved, "target_parameters", None) or ())
+    bare = parameter_sites(model, sites, named, adapted, tuple(copies)) if named.targets else []
+    targets += [_parameter_target(site, resolved, method) for site in bare]
+    parts = _companion_targets(model, resolved, sites, adapted | copies.keys())
+    if not targets and not ((copies or parts) and not matcher.targets):
+        nowhere = named.targets and not matcher.targets
+        raise (
+            no_parameter(named.missing(), sites)
+            if nowhere
+            else nothing_matches(matcher, excluded, adaptable_paths(sites))
+        )
+    missing = (*matcher.missing(), *named.missing())
+    for problem in _problems(matcher, named, sites):
+        if not allow_missing:
+            raise problem
+        warnings.warn(str(problem), stacklevel=3)
+    former = fused_layers(model, sites) if matcher.exclude else []
+    known = (*(site.path for site in sites), *(path for one in former for path in (one.path, *one.former)))
+    unused_exclude = matcher.excludes_none_of(known)
+    modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
+    warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
+    warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
+    if bare and is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
+        warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
+    shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
+    _check_size(model, (*targets, *parts), shared)
+    _warn_of_ties(model, config, sites, tied, adapted | copies.keys(), parts)
+    biases = _biases(model, resolved, adapted, tuple(copies))
+    everywhere = (*targets, *parts)
+    _check_has_tensors(resolved, everywhere, [*shared, *copies, *biases])
+    return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
+
+
+def _warn_of_ties(
+    model: nn.Module,
+    config: AdapterConfig,
+    sites: list[Site],
+    tied: Mapping[str, nn.Module],
+    changed: Set[str],
+    parts: list[Target],
+) -> None:
+    """Warns of what changes one of several modules that share a weight, and where asking for them is in vain."""
+    if getattr(config, "ensure_weight_tying", False):
+        warn_of_ensured(tied, changed | {part.path for part in parts})
+    if not tied:
+        warn_of_tied(model, [(site.path, site.module) for site in sites], changed, config)
+
+
+def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:
+    """The errors for names of modules and of parameters that match nothing."""
+    if matcher.missing():
+        yield no_match(matcher.missing(), adaptable_paths(sites))
+    if named.missing():
+        yield no_parameter(named.missing(), sites)
+
+
+def _plan_for_calls(
+    model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
+) -> InjectionPlan:
+    """The plan of an adapter that acts on calls of the whole model: it hangs at the input embedding."""
+    site = _embedding_site(model, sites)
+    if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
+        why = (
+            "trained as a whole by another adapter"
+            if site is not None
+            else "none that it names or that has a row for each of config.vocab_size tokens"
+        )
+        raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
+    kind, _ = resolve_parts(site, method)
+    config.fill_in_sizes(model, kind.features(site.module)[1])
+    adapter_class: Any = method.adapter_class
+    adapter_class.check_model(config, model)
+    copies = _copies(sites, config, guessed_heads(config), strict=strict)
+    target = _target(site, config, method)
+    warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
+    _check_size(model, [target], {})
+    return InjectionPlan(method.label, config, (target,), copies, {}, (), ())
+
+
+def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:
+    """Where the input embedding of a model is: the one that it names, else the first for its whole vocabulary."""
+    embedding = embedding_of(model)
+    if embedding is not None:
+        return next((site for site in sites if site.module is frozen_module(embedding)), None)
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    tables = (site for site in sites if isinstance(site.module, nn.Embedding))
+    return next((site for site in tables if site.module.num_embeddings == rows), None)
+
+
+def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
+    shapes = [*shared.values(), *(shape for target in targets for shape in target.saved_shapes.values())]
+    size = sum(map(math.prod, shapes)) + sum(target.unsaved for target in targets)
+    if size > _LARGEST and size > 10 * parameter_counts(model)[1]:
+        raise ConfigError(f"the adapter would have {size:,} numbers, many times the model's: are its sizes right?")
+
+
+def _check_has_tensors(config: AdapterConfig, targets: Sequence[Target], others: Sequence[str]) -> None:
+    """Refuses an adapter that has no tensors, on its targets or among ``others``, where its method has such."""
+    method = method_of(config)
+    if not targets or others or any(target.saved_shapes for target in targets) or not method.adapter_class.has_tensors:
+        return
+    more = f" and {len(targets) - 1} more layers" if len(targets) > 1 else ""
+    raise ConfigError(
+        f"{method.title(config)} with these settings has no parameters on {targets[0].path}{more}: nothing would be "
+        "trained; change them, or name other layers"
+    )
+
+
+def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site]) -> AdapterConfig:
+    """A copy of the config whose targets are names or a pattern."""
+    resolved = config.copy()
+    targets = getattr(config, "target_modules", None)
+    if targets is None and method.companion is None and not method.transforms_calls:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = method.default_targets(model_type)
+        if targets is None and getattr(config, "target_parameters", None):
+            return resolved
+        if targets is None:
+            names = sorted({path.rsplit(".", 1)[-1] for path in adaptable_paths(sites)})
+            raise TargetError(
+                f"Please specify `target_modules`: there is no default for model type {model_type!r}. "
+                f"The model has: {', '.join(names)}",
+                model_type=model_type,
+            )
+        resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
+    if is_all_linear(targets):
+        resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
+    with_parameters(model, config, resolved, method, sites)
+    chosen = config.condenses_targets and getattr(config, "layers_to_transform", None) is not None
+    if chosen or method.tied is not None:  # which layers that means goes by the names
+        paths = (path for path, _ in bare_modules(model, repeat=True) if path)
+        resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
+    if is_all_linear(targets) and not getattr(config, "target_parameters", None):
+        warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
+    return resolved
+
+
+def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:
+    """Full paths of all linear layers but the output head."""
+    heads: list[nn.Module] = []
+    output_head = embedding_of(model, output=True)
+    if output_head is not None:
+        heads.append(frozen_module(output_head))
+    elif config.task_type == TaskType.SEQ_CLS:
+        heads.extend(frozen_module(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
+    heads.extend(_ensured(model, config, sites).values())  # also one that the model does not name
+    found = []
+    for site in sites:
+        kind = resolve_layer_kind(site.module)
+        linear = kind is not None and kind.is_linear and 0 not in kind.features(site.module)
+        if linear and not any(site.module is head for head in heads) and not bypassed(model, site.path):
+            found.append(site.path)
+    return found
+
+
+def _copies(sites: list[Site], config: AdapterConfig, heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
+    """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
+    names = list(getattr(config, "modules_to_save", None) or ())
+    if not names:
+        return {}
+    wanted = set(names)
+    found = {
+        site.path: Extent.of(site.module.parameters()) for site in sites if matches_segment_names(site.path, wanted)
+    }
+    matched = {suffix for path in found for suffix in suffixes(path)}
+    missing = [name for name in names if name not in matched]
+    if missing and not (found and set(missing) <= set(_CLASSIFIER_HEADS)):
+        problem = no_match(missing, [site.path for site in sites], what="modules_to_save")
+        guessed = set(missing) <= set(heads)
+        if strict or not (found or guessed):
+            raise problem
+        warnings.warn(missing_head_message(missing) if guessed else str(problem), stacklevel=4)
+    for site in sites:
+        if site.path in found:
+            check_copy(site.path, site.module, site.wrapper)
+    inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
+    return {path: extent for path, extent in found.items() if path not in inner}
+
+
+def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, nn.Module]:
+    """The modules, by path, whose one weight a config asks to stay one: the input embedding and what shares its."""
+    if not getattr(config, "ensure_weight_tying", False):
+        return {}
+    return sharing_embedding(model, ((site.path, site.module) for site in sites))
+
+
+def _tied_copies(copies: Mapping[str, Extent], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Extent]:
+    """The modules that are copied because one with the same weight is, whose tensors they share; no parameters each."""
+    copied = {id(site.module) for site in sites if site.path in copies}
+    if not any(id(module) in copied for module in tied.values()):
+        return {}
+    return {path: Extent() for path, module in tied.items() if id(module) not in copied}
+
+
+def _with_tied(
+    targets: list[Target], tied: Mapping[str, nn.Module], sites: list[Site], matcher: Matcher, config: AdapterConfig
+) -> list[Target]:
+    """The targets, where one on a weight of several modules is on all of them: with the tensors of the first's."""
+    modules = {id(module) for module in tied.values()}
+    places = {site.path for site in sites if id(site.module) in modules}
+    if places.isdisjoint(target.path for target in targets):
+        return targets
+    source, *others = [next(site for site in sites if site.path == path) for path in tied]
+    method, refusal = method_of(config), _tie_refusal([source, *others], matcher, config)
+    if refusal or method.tied_class is None:
+        raise ConfigError(
+            f"ensure_weight_tying: {' and '.join(tied)} share one weight, and {refusal}; leave all of them out of the "
+            "targets",
+            field="ensure_weight_tying",
+        )
+    tied_class = method.tied_class(config, list(tied))
+    for path in tied:
+        if not matcher.matches(path):  # PEFT ties what has one of its names for embeddings and heads
+            config.target_modules = with_target(config.target_modules, path)  # type: ignore[attr-defined]
+    order = {site.path: number for number, site in enumerate(sites)}
+    own = [_target(source, config, method), *(target for target in targets if target.path not in places)]
+    own.sort(key=lambda target: order[target.module_path])
+    return own + [_target(site, config, method, tied_to=source.path, adapter_class=tied_class) for site in others]
+
+
+def _tie_refusal(sites: Sequence[Site], matcher: Matcher, config: AdapterConfig) -> str:
+    """Why adapters at these places cannot share their tensors, as part of a sentence; else empty."""
+    for site in sites:
+        if matcher.excluded(site.path):
+            return f"exclude_modules takes {site.path} out"
+        if isinstance(site.wrapper, ModulesToSaveWrapper):
+            return f"{site.path} is trained as a whole by another adapter (modules_to_save)"
+        if custom_part(site.module, site.wrapper, config, site.path) is not None:
+            return f"{site.path} has a layer of a registered class"
+    method = method_of(config)
+    return "" if method.tied_class is not None else f"{method.title(config)} on them cannot share its tensors"
+
+
+def _match(
+    model: nn.Module, sites: list[Site], matcher: Matcher, config: AdapterConfig, copies: tuple[str, ...]
+) -> tuple[list[Target], list[str]]:
+    method = method_of(config)
+    targets: list[Target] = []
+    excluded: list[str] = []
+    inside = tuple(f"{path}." for path in copies)
+    seen: set[int] = set()
+    for site in sites:
+        path = site.path
+        if not matcher.matches(path) or id(site.module) in seen:
+            continue
+        seen.add(id(site.module))
+        if matcher.excluded(path) or path in copies or (inside and path.startswith(inside)):
+            excluded.append(path)
+            continue
+        if isinstance(site.wrapper, ModulesToSaveWrapper):
+            raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
+        check_called(model, path)
+        kind = composite_kind(site.module)
+        if kind is not None and custom_part(site.module, site.wrapper, config, path) is None:
+            targets += _composite_targets(site, sites, kind, config, method)
+            seen.update(id(other.module) for other in sites if reader_of(other) is site.module)
+        else:
+            targets.append(_target(site, config, method))
+    return targets, excluded
+
+
+def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], taken: Set[str]) -> list[Target]:
+    """Modules that get an adapter of a method that the config asks for beside its own; those tied to others last."""
+    targets: list[Target] = []
+    for method in companions():
+        assert method.companion is not None
+        parts = method.companion(model, config, [(site.path, site.module) for site in sites])
+        for site in sites:
+            part = parts.get(site.path)
+            if part is None:
+                continue
+            if site.path in taken or isinstance(site.wrapper, ModulesToSaveWrapper):
+                raise LayerKindError(
+                    f"{site.path} is adapted or trained as a whole already; it cannot have an adapter of "
+                    f"{method.companion.field} too"
+                )
+            targets.append(_target(site, part.config, method, tied_to=part.tied_to))
+    return sorted(targets, key=lambda target: bool(target.tied_to))
+
+
+def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> list[tuple[Target, Adapter]]:
+    """Makes the adapter of each target, in the plan's order.
+
+    Args:
+        plan: the plan.
+        create: makes one.
+    """
+    made: dict[str, tuple[Target, Adapter]] = {}
+    for target in plan.targets:
+        adapter = create(target)
+        made[target.path] = target, adapter
+        for name, owner in target.tied.items():
+            adapter._parameters[name] = made[owner][1]._parameters[name]
+        if target.tied_to:
+            adapter.tie_to(made[target.tied_to][1])
+    return list(made.values())
+
+
+def _target(
+    site: Site, config: Any, method: Method, tied_to: str = "", adapter_class: type[Adapter] | None = None
+) -> Target:
+    made_by = adapter_class or method.adapter_class
+    part = custom_part(site.module, site.wrapper, config, site.path)
+    if part is not None:
+        kind, backend = kind_and_backend(site.module)
+        shapes = probed_shapes(part, site.module, site.path)
+        made_by, config = CustomAdapter, part
+    else:
+        kind, backend = resolve_parts(site, method)
+        shapes = made_by.parameter_shapes(config, site.path, site.module, kind)
+    taken, given = kind.features(site.module)
+    fixed = {} if tied_to else made_by.fixed_tensors(config, shapes, site.module, kind)
+    unsaved = 0 if tied_to else made_by.unsaved_elements(config, site.module, kind)
+    return Target(
+        *(site.path, kind.name, backend.name, taken, given, shapes, made_by, config, tied_to),
+        fixed=fixed,
+        unsaved=unsaved,
+    )
+
+
+def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, method: Method) -> list[Target]:
+    """The targets of a composite module: its own weight, and the layers inside it whose weights it reads."""
+    adapter_class, view = method.kind_classes.get(kind.name), ParameterView(site.module, kind.parameter)
+    refusal = kind.refusal(site.module)
+    if adapter_class is None:
+        refusal = f"{method.title(config)} does not work there (target module is not supported)"
+    elif isinstance(site.wrapper, AdaptedParameter):
+        refusal = "another adapter adapts its parameters (target_parameters)"
+    backend = None if refusal else resolve_backend(view)
+    if adapter_class is None or backend is None:
+        what = type(site.module).__name__
+        raise TargetError(
+            f"{site.path} is a {what:.60}, which cannot be adapted: {refusal or 'its weight is quantized'}; exclude it",
+            path=site.path,
+            kind=what,
+        )
+    shapes = adapter_class.parameter_shapes(config, site.path, view, kind)
+    taken, given = kind.features(view)
+    own = Target(site.path, kind.name, backend.name, taken, given, shapes, adapter_class, config, "", kind.parameter)
+    inner = (other for other in sites if reader_of(other) is site.module)
+    return [own, *(_target(other, config, method, adapter_class=adapter_class) for other in inner)]
+
+
+def _parameter_target(site: Site, config: Any, method: Method) -> Target:
+    adapter_class = method.kind_classes.get("parameter")
+    if adapter_class is None:
+        raise ConfigError(
+            f"target_parameters does not work with {method.title(config)}; use plain LoRA", field="target_parameters"
+        )
+    target = _target(site, config, method, adapter_class=adapter_class)
+    assert isinstance(site.module, ParameterView)
+    return replace(target, parameter=site.module.parameter_name, matrix_count=site.module.count)
+
+
+def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
+    """Finds the kind and the backend of the module at a site.
+
+    Raises:
+        TargetError: the module cannot be adapted by the method.
+    """
+    if isinstance(site.wrapper, AdaptedParameter) and site.module is site.wrapper.get_base_layer():
+        raise TargetError(f"{site.path} has parameters that another adapter adapts (target_parameters); exclude it")
+    kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
+    if kind is not None and isinstance(site.wrapper, AdaptedLayer):
+        return site.wrapper.kind, site.wrapper.backend
+    if kind is None or backend is None:
+        what = "name other modules" if method.layer_kinds else "name its linear layers"
+        raise TargetError(
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
+            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            "exclude it",
+            path=site.path,
+            kind=type(site.module).__name__,
+        )
+    return kind, backend
+
+
+def adaptable_paths(sites: list[Site]) -> list[str]:
+    """Paths of all modules that could be adapted."""
+    return [site.path for site in sites if resolve_layer_kind(site.module) and resolve_backend(site.module)]
+
+
+def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> dict[str, Extent]:
+    """Base biases that train along, by their names in the bare base model; those of copied modules do in the copy."""
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return {}
+    copied = tuple(f"{path}." for path in copies)
+    return {
+        f"{path}.bias" if path else "bias": Extent.of([bias])
+        for path, module in bare_modules(model)
+        if isinstance(bias := module._parameters.get("bias"), nn.Parameter)
+        and (kind == "all" or path in adapted)
+        and not f"{path}.".startswith(copied)
+    }

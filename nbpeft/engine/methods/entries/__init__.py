@@ -1,0 +1,1 @@
+"""Methods that train some entries of a weight, or of a transform of it."""

@@ -1,0 +1,220 @@
+"""SHiRA: sparse high-rank adapters (Bhardwaj et al. 2024, arXiv:2406.13175).
+
+    y = (W + Δ) x        Δ: zero but for r (in + out) trained entries at drawn places
+
+As many numbers as a LoRA of rank r trains, at places all over the weight. A file holds the places too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, ReplacesCall, Rescales, Shape
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import WeightDelta, in_one_product, with_entries
+from nbpeft.errors import ConfigError
+
+WEIGHT, INDICES = "shira_weight", "shira_indices"
+
+MaskFunction = Callable[..., Tensor]
+"""(layer, r, random_seed=…) -> mask, (out, in), of r (in + out) ones."""
+
+
+@dataclass
+class ShiraConfig(LayersConfig):
+    """Config of SHiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: as many entries of a weight are trained as a LoRA of this rank has.
+        mask_type: 'random' draws the places; with another name, set ``mask_fn`` of the config, which is not saved.
+        random_seed: seed of the places; None for a fixed one.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        init_weights: start at the base model; False for random entries.
+    """
+
+    r: int = field(default=32)
+    mask_type: str = field(default="random")
+    random_seed: int | None = field(default=None)
+    fan_in_fan_out: bool = field(default=False)
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "SHIRA"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    value_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.random_seed is not None:
+            check_seed("random_seed", self.random_seed)
+        self.mask_fn: MaskFunction | None = random_mask if self.mask_type == "random" else None
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
+    """A mask of zeros and r (in + out) ones, shaped like the weight, drawn as PEFT draws it.
+
+    Args:
+        base_layer: has ``out_features`` and ``in_features``.
+        r: how many ones.
+        random_seed: of the places.
+        **kwargs: not used.
+    """
+    shape = int(base_layer.out_features), int(base_layer.in_features)  # type: ignore[arg-type]
+    return _mask(shape, _drawn_places(shape, r, random_seed))
+
+
+def _drawn_places(shape: tuple[int, int], r: int, seed: int | None) -> Tensor:
+    """Places in the flat weight, on the CPU."""
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    return torch.randperm(shape[0] * shape[1], generator=generator)[: r * sum(shape)]
+
+
+def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
+    mask = torch.zeros(shape[0] * shape[1])
+    mask[places] = 1
+    return mask.view(shape)
+
+
+@register(
+    ShiraConfig,
+    peft_type="SHIRA",
+    layer_names=("shira_weight", "r scaling shira_indices"),
+    label="SHiRA",
+    when="few entries of each weight: adapters that hardly touch each other",
+    paper="arXiv:2406.13175",
+    default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
+    summary=lambda config: {"r": str(config.r)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={"r2": {"r": 2}, "seeded": {"r": 3, "random_seed": 7}},
+)
+class Shira(WeightDelta, Rescales, ReplacesCall):
+    """The entries of one layer, (n,), and their places, (2, n): rows and columns."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", INDICES: "held_indices"}
+
+    rank: int
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: ShiraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The entries, (r (in + out),); see ``Adapter``."""
+        check_linear("SHiRA", path, kind)
+        in_features, out_features = kind.features(module)
+        count = config.r * (in_features + out_features)
+        if count > in_features * out_features:
+            raise ConfigError(
+                f"{path}: r = {config.r} trains {count:,} entries, more than its weight has, {out_features} x "
+                f"{in_features}; lower it",
+                path=path,
+            )
+        return {WEIGHT: (count,)}
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: ShiraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """The places; see ``Adapter``."""
+        return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
+
+    @classmethod
+    def create(cls, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded entries or makes new ones; see ``Adapter``."""
+        shape = site.shapes[WEIGHT]
+        if tensors is None:
+            tensors = {WEIGHT: site.new(shape, None if config.init_weights else normal_)}
+        indices = tensors.get(INDICES)
+        made = cls({WEIGHT: tensors[WEIGHT]})
+        places = _new_places(config, site) if indices is None else _checked(indices, site)
+        made.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
+        made.__dict__.update(scaling=1.0, rank=config.r)
+        return made
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """Zeros, and the entries at their places; see ``WeightDelta``."""
+        entries = parameters[0]
+        return self._added(entries.new_zeros(base.out_features, base.in_features), entries)
+
+    def _added(self, weight: Tensor, entries: Tensor) -> Tensor:
+        """A weight, (out, in), with the entries added at their places."""
+        return with_entries(weight, self.held_indices, entries * self.scaling)
+
+    @property
+    def held_indices(self) -> Tensor:
+        """Rows and columns of the entries, (2, n)."""
+        return self.held_buffer(INDICES)
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        return in_one_product(x, base, self._added, self.tensors)
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """The entries and their places; see ``Adapter``."""
+        return super().saved_tensors(shapes) | {INDICES: self.held_indices}
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the scaling and the places."""
+        self.keep_scaling(change)
+        change.keep_values([self.held_indices])
+
+    def configure(self, config: ShiraConfig, path: str) -> None:
+        """Takes the rank of a config over; entries have no factor of their own."""
+        self.rescale(1.0, trained=True)
+        self.__dict__["rank"] = config.r
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"entries={self.tensors[0].shape[0]}"
+
+
+def _new_places(config: ShiraConfig, site: AdapterSite) -> Tensor:
+    """Rows and columns of the ones of a mask, (2, n), row by row.
+
+    Raises:
+        ConfigError: there is nothing to make a mask with, or it has another shape or number of ones.
+    """
+    shape = site.base.out_features, site.base.in_features
+    if config.mask_fn is random_mask:
+        flat = _drawn_places(shape, config.r, config.random_seed).sort().values
+        return torch.stack([flat // shape[1], flat % shape[1]])
+    if config.mask_fn is None:
+        raise ConfigError(
+            f"mask_type={config.mask_type!r:.60} has no function here: set config.mask_fn to one that makes the mask "
+            "of a layer, or take mask_type='random'",
+            field="mask_type",
+        )
+    seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+    mask = config.mask_fn(site.base.module, config.r, **seed)
+    places = (mask == 1).nonzero().T
+    if tuple(mask.shape) != shape or places.shape[1] != site.shapes[WEIGHT][0]:
+        raise ConfigError(
+            f"{site.path}: config.mask_fn must give a mask of shape {shape} with {site.shapes[WEIGHT][0]} ones, not "
+            f"{tuple(mask.shape)} with {places.shape[1]}",
+            path=site.path,
+        )
+    return places
+
+
+def _checked(indices: Tensor, site: AdapterSite) -> Tensor:
+    """Loaded places.
+
+    Raises:
+        ConfigError: one is not in the weight.
+    """
+    limits = torch.tensor([[site.base.out_features], [site.base.in_features]], device=indices.device)
+    if indices.numel() and not bool(((indices >= 0) & (indices < limits)).all()):
+        raise ConfigError(f"{site.path}: {INDICES} has places outside of its weight", path=site.path)
+    return indices

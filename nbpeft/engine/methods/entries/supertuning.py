@@ -1,0 +1,255 @@
+"""Super-Tuning: the entries of a weight of largest magnitude are trained (arXiv:2607.09287).
+
+    y = (W + Δ) x + α/r B A x        Δ: zero but for the trained entries, where |W| is largest
+
+With a rank, "Supra", the product of two factors is added as of a LoRA. A file holds the places of the entries, or the
+weights tell them again; where some are equal in magnitude, another device or version of torch may choose others.
+PEFT reads the magnitudes of the packed numbers where a weight is quantized; here they are those that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, ReplacesCall, Rescales, Shape
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import WeightDelta, apply_delta, in_one_product, with_entries
+from nbpeft.engine.kernels.numerics import FLOATS, compute_dtype
+from nbpeft.errors import ConfigError, shown
+
+VALUES, INDICES = "supertuning_values", "supertuning_indices"
+FACTOR_A, FACTOR_B = "supertuning_lora_A", "supertuning_lora_B"
+
+
+@dataclass
+class SupertuningConfig(LayersConfig):
+    """Config of Super-Tuning. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        sparsity: share of a weight's entries that is not trained.
+        select_top: train the entries of largest magnitude; False for those of smallest.
+        r: rank of factors that are added beside; None for none.
+        lora_alpha: what the factors add is multiplied by lora_alpha / r; by default 2 r.
+        lora_dropout: share of the factors' inputs that are dropped in training.
+        init_weights: start at the base model; False for random numbers.
+        save_precomputed_indices: save the places too; otherwise they are found again in the weights.
+    """
+
+    sparsity: float = field(default=0.99)
+    select_top: bool = field(default=True)
+    r: int | None = field(default=None)
+    lora_alpha: float | None = field(default=None)
+    lora_dropout: float = field(default=0.0)
+    init_weights: bool = field(default=True)
+    save_precomputed_indices: bool = field(default=True)
+
+    method_type: ClassVar[str] = "SUPERTUNING"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    value_fields: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sparsity", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} must be at least 0 and less than 1, not {shown(getattr(self, name))}", field=name
+                )
+        if self.r is None and self.lora_alpha is not None:
+            raise ConfigError("lora_alpha needs r, the rank of the factors that it scales", field="lora_alpha")
+        if self.r is not None:
+            check_count("r", self.r)
+            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+            check_number("lora_alpha", self.lora_alpha)
+
+    @property
+    def initialised_from_weight(self) -> bool:
+        """Whether the places have to be found in the weights again."""
+        return not self.save_precomputed_indices
+
+
+@register(
+    SupertuningConfig,
+    peft_type="SUPERTUNING",
+    layer_names=(
+        "supertuning_values supertuning_lora_A supertuning_lora_B",
+        "supertuning_indices supertuning_rank supertuning_lora_alpha supertuning_lora_dropout",
+    ),
+    label="Super-Tuning",
+    when="as SHiRA, with the entries that matter most; beside them a LoRA if need be",
+    paper="arXiv:2607.09287",
+    default_targets=usual_targets,
+    variant=lambda config: "" if config.r is None else "Supra",
+    summary=lambda config: (
+        {"trained": f"{1 - config.sparsity:.3g}"} | ({} if config.r is None else {"r": str(config.r)})
+    ),
+    smaller=lambda config: config.copy(sparsity=(1 + config.sparsity) / 2) if config.sparsity < 0.999 else None,
+    file_keys={FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight"},
+    sample_configs={
+        "super": {"sparsity": 0.9},
+        "supra": {"sparsity": 0.95, "r": 2, "lora_alpha": 3.0},
+        "smallest": {"sparsity": 0.9, "select_top": False, "save_precomputed_indices": False},
+    },
+)
+class SuperTuning(WeightDelta, Rescales, ReplacesCall):
+    """The trained entries of one layer, (n,), their places in the flat weight, (n,), and A and B, if any."""
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (FACTOR_A, FACTOR_B)
+    peft_mappings: ClassVar[tuple[str, ...]] = (VALUES, FACTOR_A, FACTOR_B)
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "supertuning_rank": "rank",
+        "supertuning_lora_alpha": "alpha",
+        INDICES: "places",
+    }
+
+    alpha: float
+    dropout: float
+    saves_places: bool
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: SupertuningConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The entries, (n,), and of a rank A, (r, in), and B, (out, r); see ``Adapter``."""
+        check_linear("Super-Tuning", path, kind)
+        in_features, out_features = kind.features(module)
+        count = int(in_features * out_features * (1 - config.sparsity))
+        if count < 1:
+            raise ConfigError(
+                f"{path}: sparsity = {config.sparsity} leaves no entry to train of a weight of {out_features} x "
+                f"{in_features}; lower it",
+                path=path,
+            )
+        factors = {} if config.r is None else {FACTOR_A: (config.r, in_features), FACTOR_B: (out_features, config.r)}
+        return {VALUES: (count,), **factors}
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: SupertuningConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """The places, where the config asks for it; see ``Adapter``."""
+        return {INDICES: (shapes[VALUES], torch.int32)} if config.save_precomputed_indices else {}
+
+    @classmethod
+    def create(cls, config: SupertuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        given = _new(config, site) if tensors is None else tensors
+        made = cls({name: given[name] for name in site.shapes})
+        places = _checked(given[INDICES], site) if INDICES in given else _places(config, site)
+        made.register_buffer(INDICES, places.to(given[VALUES].device, torch.int32))
+        made.__dict__.update(scaling=1.0, saves_places=config.save_precomputed_indices)
+        made._configure(config)
+        return made
+
+    @property
+    def places(self) -> Tensor:
+        """Where the entries are in the flat weight, (n,), int32."""
+        return self.held_buffer(INDICES)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the factors; 0 without."""
+        return int(self.tensors[1].shape[0]) if len(self.tensors) > 1 else 0
+
+    def entries_in(self, weight: Tensor, entries: Tensor) -> Tensor:
+        """A weight with the entries added at their places; not in place."""
+        return with_entries(weight, self.places, entries * self.scaling)
+
+    def entries_alone(self, base: BaseLayer, entries: Tensor) -> Tensor:
+        """Zeros, (out, in), and the entries at their places."""
+        return self.entries_in(entries.new_zeros(base.out_features, base.in_features), entries)
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """The entries, and the product of the factors; see ``WeightDelta``."""
+        dense = self.entries_alone(base, parameters[0])
+        if len(parameters) == 1:
+            return dense
+        first, second = parameters[1:]
+        return dense + (second @ first) * (self.alpha / self.rank * self.scaling)
+
+    def with_factors(self, x: Tensor, output: Tensor) -> Tensor:
+        """An output and what the factors add to it, in the dtype of the output."""
+        if not self.rank:
+            return output
+        first, second = self.tensors[1:]
+        dtype = compute_dtype(x, first)
+        hidden = F.linear(F.dropout(x.to(dtype), self.dropout, self.training), first.to(dtype))
+        return output + (F.linear(hidden, second.to(dtype)) * (self.alpha / self.rank * self.scaling)).to(output.dtype)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``Δ x + α/r B A dropout(x)``; see ``Adapter``."""
+        found = apply_delta(x, base, lambda entries: self.entries_alone(base, entries), self.tensors[:1])
+        return self.with_factors(x, found)
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """``(W + Δ) x + b`` in one product, where the weight is not quantized, and the factors'; see the contract."""
+        found = in_one_product(x, base, self.entries_in, self.tensors[:1])
+        return None if found is None else self.with_factors(x, found)
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """Its parameters and, where the config asks for it, the places; see ``Adapter``."""
+        return super().saved_tensors(shapes) | ({INDICES: self.places} if self.saves_places else {})
+
+    def _configure(self, config: SupertuningConfig) -> None:
+        self.__dict__.update(alpha=float(config.lora_alpha or 0.0), dropout=config.lora_dropout)
+
+    def configure(self, config: SupertuningConfig, path: str) -> None:
+        """Takes alpha and dropout of a config over; the entries have no factor of their own."""
+        self.rescale(1.0, trained=True)
+        self._configure(config)
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the scaling, alpha, the dropout and the places."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "alpha", "dropout")
+        change.keep_values([self.places])
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"entries={self.tensors[0].shape[0]}" + (f", r={self.rank}" if self.rank else "")
+
+
+def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """New entries and factors, drawn in the order in which PEFT draws them."""
+    make = torch.zeros if config.init_weights else torch.randn
+    made = {VALUES: make(site.shapes[VALUES], device=site.base.device, dtype=site.dtype)}
+    if config.r is None:
+        return made
+    # PEFT draws both factors, and then those that it keeps again.
+    for name in (FACTOR_A, FACTOR_B, FACTOR_A, *(() if config.init_weights else (FACTOR_B,))):
+        made[name] = site.new(site.shapes[name], linear_)
+    if config.init_weights:
+        made[FACTOR_B].zero_()
+    return {name: made[name] for name in site.shapes}
+
+
+def _places(config: SupertuningConfig, site: AdapterSite) -> Tensor:
+    """Where the magnitudes of the weight are largest, or smallest, (n,)."""
+    weight = site.base.weight().detach()
+    magnitudes = (weight if weight.dtype in FLOATS else weight.to(torch.float32)).abs().flatten()
+    return magnitudes.topk(site.shapes[VALUES][0], largest=config.select_top).indices
+
+
+def _checked(places: Tensor, site: AdapterSite) -> Tensor:
+    """Loaded places.
+
+    Raises:
+        ConfigError: one is not in the weight.
+    """
+    size = site.base.out_features * site.base.in_features
+    if places.numel() and not bool(((places >= 0) & (places < size)).all()):
+        raise ConfigError(
+            f"{site.path}: {INDICES} has places outside of its weight of {size:,} entries", path=site.path
+        )
+    return places

@@ -1,0 +1,364 @@
+"""WaveFT: some coefficients of the wavelet transform of a weight's change (Bilican et al. 2025, arXiv:2505.12532).
+
+    Δ = scaling crop(R [C_a C_v; C_h C_d] Rᵀ)        C: zero but for n trained entries at drawn places
+
+R is one level of the inverse wavelet transform. C is larger than the weight by the length of the filter less two, in
+both directions, and the middle of what comes out is Δ. Without ``use_idwt`` the entries of Δ are trained themselves.
+
+The filters are computed: Daubechies' have the spectral factor of minimum phase, symlets other zeros of it, and coiflets
+are what solves their equations. PEFT takes the names of filters that it lacks (db11 and more, sym11 and more), for
+which the first call fails, and its coif4 and coif5 are no wavelets: they are not orthogonal to themselves when shifted.
+Here these are the true ones, so that an adapter that PEFT trained with coif4 computes something else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.random_numbers import drawn_places
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_count, check_frequencies, check_linear, check_number, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.module_paths import pattern_table
+from nbpeft.engine.config.targets import usual_unfused_targets
+from nbpeft.engine.contract.adapter import AdapterSite, Rescales
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import WeightDelta
+from nbpeft.errors import ConfigError, shown
+
+SPECTRUM = "waveft_spectrum"
+_DEVIATION = 0.01
+"""Of what the coefficients start with where they are drawn."""
+
+_OUTER_ZEROS = (0, 0, 2, 2, 3, 4, 10, 6, 11, 12, 21, 49, 52, 28, 53, 113, 203, 92, 309)
+"""Which zeros of sym2, sym3, … lie outside of the unit circle: one bit for each real one or pair of complex ones, those
+of real ones first, those of complex ones by their real part inside."""
+
+_COIFLETS = (
+    (-0.29093047805010579, -0.06262291254316797),
+    (0.26219738341125825, 0.04366779259659914, -0.029171341934576514, -0.011528791128325552),
+    (
+        *(-0.24278482332037131, -0.032243914646854915, 0.044263613170710796, 0.016551572520753038),
+        *(-0.0045429313604082564, -0.0022143854846254575),
+    ),
+    (
+        *(0.22843235904947276, 0.024791677383535035, -0.05316011928883867, -0.019045150016116521),
+        *(0.009282987722890541, 0.0043391831765116139, -0.00083446987264787217, -0.00045695767411029675),
+    ),
+    (
+        *(-0.21717182675711386, -0.019515414011753302, 0.058855175342852878, 0.02036982893806103),
+        *(-0.013458925727229226, -0.0060827886067191531, 0.0021267744707938775, 0.0011272390525973391),
+        *(-0.00016627707056177495, -9.8345063554743215e-5),
+    ),
+)
+"""What solves the quadratic equations of coif1, coif2, …: see ``_coiflet``."""
+
+_FAMILIES = {"db": range(1, 39), "sym": range(2, 21), "coif": range(1, 6)}
+
+
+@dataclass
+class WaveFTConfig(LayersConfig):
+    """Config of WaveFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        n_frequency: number of trained coefficients of a layer.
+        scaling: factor on what is added.
+        wavelet_family: which filter: db1 (Haar) to db38, sym2 to sym20, coif1 to coif5.
+        use_idwt: transform the coefficients; False to train entries of the weight themselves, which is faster.
+        random_loc_seed: seed of the places of the coefficients.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        bias: which biases of the model are trained too.
+        n_frequency_pattern: layer name or pattern -> another n_frequency.
+        proportional_parameters: share n_frequency times the number of layers out by the sizes of their weights;
+            n_frequency_pattern says nothing then.
+        init_weights: start at the base model; False for small random numbers.
+    """
+
+    n_frequency: int = field(default=2592)
+    scaling: float = field(default=25.0)
+    wavelet_family: str = field(default="db1")
+    use_idwt: bool = field(default=True)
+    random_loc_seed: int = field(default=777)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    proportional_parameters: bool = field(default=False)
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "WAVEFT"
+    counts: ClassVar[tuple[str, ...]] = ("n_frequency",)
+    pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"n_frequency_pattern": check_count}
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "waveft_only")}
+    value_fields: ClassVar[tuple[str, ...]] = ("scaling", "wavelet_family", "use_idwt", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("scaling", self.scaling)
+        check_seed("random_loc_seed", self.random_loc_seed)
+        _parts_of(self.wavelet_family)
+
+    def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
+        """Shares the coefficients out, where they are shared out; see ``AdapterConfig``."""
+        if not self.proportional_parameters:
+            return False
+        sizes = {path: taken * given for path, (taken, given) in features.items()}
+        whole, budget = sum(sizes.values()), self.n_frequency * len(sizes)
+        self.__dict__["_shares"] = {path: max(1, round(size / whole * budget)) for path, size in sizes.items()}
+        return True
+
+    def frequencies_at(self, path: str) -> int:
+        """The number of coefficients at a module path; 1 before they are shared out, where they are."""
+        if self.proportional_parameters:
+            return int(self.__dict__.get("_shares", {}).get(path, 1))
+        return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
+
+
+def _parts_of(name: str) -> tuple[str, int]:
+    """Family and order of a wavelet.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    match = re.fullmatch(r"(db|sym|coif)([1-9]\d?)", name)
+    if match is None or int(match[2]) not in _FAMILIES[match[1]]:
+        ranges = ", ".join(f"{family}{orders[0]} to {family}{orders[-1]}" for family, orders in _FAMILIES.items())
+        raise ConfigError(f"wavelet_family must be one of {ranges}, not {shown(name)}", field="wavelet_family")
+    return match[1], int(match[2])
+
+
+@lru_cache(maxsize=8)
+def scaling_filter(name: str) -> tuple[float, ...]:
+    """The low-pass filter of an orthogonal wavelet, of even length, whose sum is the root of two.
+
+    Args:
+        name: ``db1`` to ``db38``, ``sym2`` to ``sym20``, ``coif1`` to ``coif5``.
+    """
+    family, order = _parts_of(name)
+    make: Callable[[int], NDArray[np.float64]] = {"db": _daubechies, "sym": _symlet, "coif": _coiflet}[family]
+    return tuple(make(order).tolist())
+
+
+_ANGLES = np.arange(4096) * (2 * np.pi / 4096)
+_DELAYS = np.exp(-1j * _ANGLES)
+
+
+def _flat_part(order: int) -> list[int]:
+    """P(y) in ``|H|² = 2 (1 - y)^order P(y)``, y = sin²(ω / 2), lowest power first (Daubechies 1992, 6.1.12)."""
+    return [math.comb(order - 1 + power, power) for power in range(order)]
+
+
+def _from_factor(order: int, factor: NDArray[np.complex128]) -> NDArray[np.float64]:
+    """The filter with so many zeros at ω = π whose other factor is known at each angle."""
+    response = math.sqrt(2) * ((1 + _DELAYS) / 2) ** order * factor
+    return np.fft.ifft(response).real[: 2 * order]
+
+
+def _daubechies(order: int) -> NDArray[np.float64]:
+    """The factor of minimum phase of P, from its cepstrum: P has no zeros on the circle."""
+    squared = np.polyval(_flat_part(order)[::-1], np.sin(_ANGLES / 2) ** 2)
+    cepstrum, half = np.fft.ifft(np.log(squared) / 2).real, len(_ANGLES) // 2
+    cepstrum[1:half] *= 2
+    cepstrum[half + 1 :] = 0
+    return _from_factor(order, np.exp(np.fft.fft(cepstrum)))
+
+
+def _symlet(order: int) -> NDArray[np.float64]:
+    """Some of the zeros of P outside of the circle instead of inside, so that the phase is nearly linear."""
+    powers = np.array(_flat_part(order)) / 4.0 ** np.arange(order)
+    roots = np.roots(powers[::-1]).astype(complex)
+    for _ in range(3):  # the companion matrix alone leaves few digits
+        roots = roots - np.polyval(powers[::-1], roots) / np.polyval(np.polyder(powers[::-1]), roots)
+    roots = roots[roots.imag > -1e-9] / 4
+    zeros = 1 - 2 * roots + 2 * np.sqrt(roots * (roots - 1))
+    zeros = np.where(abs(zeros) < 1, zeros, 1 / zeros)
+    is_real = abs(roots.imag) < 1e-9
+    factor = np.ones_like(_DELAYS)
+    for bit, index in enumerate(np.lexsort((zeros.real, ~is_real))):
+        zero = 1 / zeros[index] if _OUTER_ZEROS[order - 2] >> bit & 1 else zeros[index]
+        for one in [zero.real] if is_real[index] else [zero, zero.conjugate()]:
+            factor = factor * (1 - one * _DELAYS) / (1 - one)
+    return _from_factor(order, factor)
+
+
+def _coiflet(order: int) -> NDArray[np.float64]:
+    """A filter of length 6 K, K the order: 2 K moments of the wavelet vanish, and 2 K - 1 of the scaling function.
+
+    ``H = cos^2K(ω/2) (Σ_{k<K} C(K-1+k, k) sin^2k(ω/2) + sin^2K(ω/2) Σ_n f_n e^{-inω})`` has those moments for any f
+    (Daubechies 1993); the f at hand make it orthogonal.
+    """
+    width, middle = 6 * order, 2 * order
+    squared_sine, power, flat = np.array([-0.25, 0.5, -0.25]), np.ones(1), np.zeros(2 * order - 1)
+    for index, count in enumerate(_flat_part(order)):
+        flat[order - 1 - index : order + index] += count * power
+        power = np.convolve(power, squared_sine)
+    binomials = np.array([math.comb(middle, index) for index in range(middle + 1)]) / 4.0**order
+    fixed = math.sqrt(2) * np.convolve(binomials, flat)
+    found = np.zeros(width)
+    found[1 : 1 + len(fixed)] = fixed
+    free = np.zeros(2 * middle + 1)
+    free[::2] = binomials * (-1.0) ** np.arange(middle + 1)
+    for start, factor in enumerate(_COIFLETS[order - 1]):
+        found[start : start + len(free)] += factor * free
+    return found
+
+
+@register(
+    WaveFTConfig,
+    peft_type="WAVEFT",
+    layer_names=(
+        "waveft_spectrum",
+        "waveft_n_frequency waveft_scaling waveft_random_loc_seed waveft_wavelet_family waveft_indices waveft_use_idwt",
+    ),
+    label="WaveFT",
+    layer_prefix="WaveFT",
+    when="as FourierFT, with changes that stay local: pictures of one subject",
+    paper="arXiv:2505.12532",
+    default_targets=usual_unfused_targets,
+    summary=lambda config: {"coefficients": str(config.n_frequency), "wavelet": config.wavelet_family},
+    smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
+    sample_configs={
+        "haar": {"n_frequency": 30},
+        "sym4": {"n_frequency": 25, "wavelet_family": "sym4", "scaling": 10.0},
+        "entries": {"n_frequency": 20, "use_idwt": False},
+    },
+)
+class WaveFT(WeightDelta, Rescales):
+    """The coefficients of one layer, (n,)."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "waveft_n_frequency": "count",
+        "waveft_scaling": "scaling",
+        "waveft_random_loc_seed": "seed",
+        "waveft_wavelet_family": "family",
+        "waveft_use_idwt": "is_transformed",
+    }
+
+    seed: int
+    family: str
+    is_transformed: bool
+    taps: tuple[float, ...]
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: WaveFTConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The coefficients, (n,); see ``Adapter``."""
+        check_linear("WaveFT", path, kind)
+        count = config.frequencies_at(path)
+        check_frequencies(count, path, kind.features(module))
+        return {SPECTRUM: (count,)}
+
+    @classmethod
+    def create(cls, config: WaveFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded coefficients or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
+            tensors = {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
+        made = cls(tensors)
+        made.__dict__.update(scaling=float(config.scaling), **_settings(config))
+        return made
+
+    @classmethod
+    def config_warnings(
+        cls, config: WaveFTConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
+    ) -> Iterable[str]:
+        """That PEFT's coif4 is another one; see ``Adapter``."""
+        if config.wavelet_family == "coif4" and config.use_idwt:
+            yield "PEFT's coif4 is not the wavelet of that name: what it trained computes something else here"
+
+    @property
+    def count(self) -> int:
+        """Number of coefficients."""
+        return int(self.tensors[0].shape[0])
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """The inverse transform of the coefficients at their places; see ``WeightDelta``."""
+        spectrum = parameters[0]
+        rows, columns = base.out_features, base.in_features
+        places = drawn_places(rows * columns, self.count, self.seed).to(spectrum.device)
+        wide = torch.promote_types(spectrum.dtype, torch.float32)
+        entries = spectrum.to(wide) * self.scaling
+        if not self.is_transformed:
+            dense = torch.zeros(rows * columns, device=spectrum.device, dtype=wide).index_put((places,), entries)
+            return dense.view(rows, columns).to(spectrum.dtype)
+        more = len(self.taps) - 2
+        height, width = (size + more + (size + more) % 2 for size in (rows, columns))
+        # In the middle of the larger matrix; where one more row or column makes its size even, that is the last.
+        at_rows, at_columns = places // columns + (height - rows) // 2, places % columns + (width - columns) // 2
+        low, high = _synthesis_filters(self.taps, entries)
+        if self.count * len(self.taps) ** 2 <= rows * columns:
+            half, filters = (height // 2, width // 2), torch.stack([low, high])
+            along_rows = _written(at_rows % half[0], filters[at_columns // half[1]], rows)
+            along_columns = _written(at_columns % half[1], filters[at_rows // half[0]], columns)
+            return _sum_of_products(entries, along_rows, along_columns, (rows, columns)).to(spectrum.dtype)
+        dense = torch.zeros(height, width, device=spectrum.device, dtype=wide).index_put((at_rows, at_columns), entries)
+        (approximate, horizontal), (vertical, diagonal) = (part.chunk(2, dim=1) for part in dense.chunk(2, dim=0))
+        first = _synthesis(approximate.T, horizontal.T, low, high)
+        second = _synthesis(vertical.T, diagonal.T, low, high)
+        whole = _synthesis(first.T, second.T, low, high)
+        return whole[:rows, :columns].to(spectrum.dtype)
+
+    def configure(self, config: WaveFTConfig, path: str) -> None:
+        """Takes scaling, seed and filter of a config over."""
+        self.rescale(float(config.scaling), trained=True)
+        self.__dict__.update(_settings(config))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records scaling, seed and filter."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "seed", "family", "is_transformed", "taps")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"coefficients={self.count}, wavelet={self.family}"
+
+
+def _settings(config: WaveFTConfig) -> dict[str, Any]:
+    return {
+        "seed": config.random_loc_seed,
+        "family": config.wavelet_family,
+        "is_transformed": config.use_idwt,
+        "taps": scaling_filter(config.wavelet_family),
+    }
+
+
+def _synthesis_filters(taps: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The low-pass and the high-pass filter, (length,), in the dtype and on the device of a tensor."""
+    high: Iterable[float] = (-tap if index % 2 else tap for index, tap in enumerate(reversed(taps)))
+    return like.new_tensor(list(taps)), like.new_tensor(list(high))
+
+
+def _written(at: Tensor, filters: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where coefficients write along one direction, and with which factors, (n, taps) each; 0 outside."""
+    taps = filters.shape[1]
+    where = 2 * at[:, None] + torch.arange(2 - taps, 2, device=at.device)
+    return where.clamp(0, size - 1), filters * ((where >= 0) & (where < size))
+
+
+def _sum_of_products(
+    entries: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], shape: tuple[int, int]
+) -> Tensor:
+    """The inverse transform of few coefficients: each adds a small block to the weight, (rows, columns)."""
+    places = rows[0][:, :, None] * shape[1] + columns[0][:, None, :]
+    blocks = entries[:, None, None] * rows[1][:, :, None] * columns[1][:, None, :]
+    flat = entries.new_zeros(shape[0] * shape[1])
+    return flat.index_put((places.flatten(),), blocks.flatten(), accumulate=True).view(shape)
+
+
+def _synthesis(low_part: Tensor, high_part: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """One level of the inverse transform of rows, (rows, m) each: (rows, 2 m + 2 - length of the filters)."""
+    both, filters = torch.stack([low_part, high_part], dim=1), torch.stack([low, high])[:, None]
+    return F.conv_transpose1d(both, filters, stride=2, padding=len(low) - 2)[:, 0]

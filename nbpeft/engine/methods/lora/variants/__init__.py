@@ -1,0 +1,1 @@
+"""Methods that are LoRA with one thing changed; each file registers its own."""

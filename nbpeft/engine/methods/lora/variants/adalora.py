@@ -1,0 +1,533 @@
+"""AdaLoRA: low-rank adaptation whose ranks are shared out in training (Zhang et al. 2023, arXiv:2303.10512).
+
+    y = W x + b + s B diag(E) A dropout(x)        A: (r, in), B: (out, r), E: (r, 1)
+    s = alpha / init_r
+
+A and B are kept nearly orthogonal by a term of the loss, so that E are about the singular values. After each step
+the importance of every triplet of a row of A, an entry of E and a column of B is measured by weight times gradient.
+Between the steps ``tinit`` and ``total_step - tfinal`` the least important entries of E in the whole model become
+zero, until ``target_r`` a layer are left on average. A file holds what is left, and its config which that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_bias, check_count, check_number, check_share
+from nbpeft.engine.config.targets import usual_wide_targets
+from nbpeft.engine.contract.adapter import (
+    Adapter,
+    AdapterSite,
+    AdapterWeights,
+    IsLowRank,
+    LowRankDelta,
+    PeftType,
+    Rescales,
+)
+from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.methods.lora.autograd import Dropout
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
+from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
+from nbpeft.errors import ConfigError, few, shown
+
+_A, _B, _E = "lora_A", "lora_B", "lora_E"
+_AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
+"""Names in the state of a training."""
+_RANK = "ranknum"
+_DEVIATION = 0.02
+"""Of the entries of new factors."""
+_ROBERTA = ["query", "key", "value", "dense"]
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """Config of AdaLoRA. Field names and defaults are PEFT's; see ``LoraConfig`` for those that are not here.
+
+    Attributes:
+        target_r: rank of a layer at the end, on average.
+        init_r: rank of each layer at the start.
+        tinit: steps before the first rank goes.
+        tfinal: steps after the last rank went.
+        deltaT: ranks go in every so manieth step.
+        beta1: share of the importance so far in the new one, above 0 and below 1.
+        beta2: share of the uncertainty so far in the new one, above 0 and below 1.
+        orth_reg_weight: weight of the term of the loss that keeps A and B orthogonal.
+        total_step: number of optimizer steps of the training.
+        rank_pattern: layer -> which of its init_r ranks are left; set by the training.
+
+    Raises:
+        ConfigError: a value is impossible, or says nothing here.
+    """
+
+    target_r: int = field(default=8)
+    init_r: int = field(default=12)
+    tinit: int = field(default=0)
+    tfinal: int = field(default=0)
+    deltaT: int = field(default=1)
+    beta1: float = field(default=0.85)
+    beta2: float = field(default=0.85)
+    orth_reg_weight: float = field(default=0.5)
+    total_step: int | None = field(default=None)
+    rank_pattern: dict[str, list[bool]] | None = field(default=None)  # type: ignore[assignment]
+
+    not_implemented: ClassVar[tuple[str, ...]] = (
+        *LoraConfig.not_implemented,
+        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_dora", "use_qalora", "use_rslora"),
+        *VARIANT_CONFIGS,
+    )
+    unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "qalora_group_size", "r")
+    pattern_fields: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {**LoraConfig.choices, "init_lora_weights": (True, False)}
+    value_fields: ClassVar[tuple[str, ...]] = (
+        *("lora_alpha", "lora_dropout", "init_lora_weights", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+        *("orth_reg_weight", "total_step", "target_r"),
+    )
+    card_fields: ClassVar[tuple[str, ...]] = (
+        *("init_r", "target_r", "lora_alpha", "lora_dropout", "total_step", "bias", "target_modules"),
+        "modules_to_save",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("ADALORA")
+        self._check_schedule()
+
+    def _check_numbers(self) -> None:
+        for name in ("init_r", "target_r", "deltaT", "total_step"):
+            check_count(name, getattr(self, name))
+        for name in ("lora_alpha", "orth_reg_weight", "tinit", "tfinal"):
+            check_number(name, getattr(self, name))
+        for name in ("orth_reg_weight", "tinit", "tfinal"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, as {getattr(self, name)} is", field=name)
+        for name in ("beta1", "beta2"):
+            check_share(name, getattr(self, name))
+            if getattr(self, name) in (0, 1):
+                raise ConfigError(f"{name} must be above 0 and below 1, not {getattr(self, name)}", field=name)
+        check_share("lora_dropout", self.lora_dropout)
+        self.rank_pattern = dict(self.rank_pattern or {})
+        for name, left in self.rank_pattern.items():
+            if len(left) != self.init_r:
+                raise ConfigError(
+                    f"rank_pattern[{shown(name)}] must tell of each of init_r = {self.init_r} ranks whether it is "
+                    f"left, not of {len(left)}",
+                    field="rank_pattern",
+                )
+
+    def _check_choices(self) -> None:
+        check_bias(self.bias, self.choices["bias"])
+        if not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"init_lora_weights must be True or False for AdaLoRA, not {shown(self.init_lora_weights)}",
+                field="init_lora_weights",
+            )
+
+    def _check_schedule(self) -> None:
+        assert self.total_step is not None
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ConfigError(
+                f"tinit = {self.tinit} and tfinal = {self.tfinal} leave no step of total_step = {self.total_step} in "
+                "which ranks go: lower them",
+                field="tinit",
+            )
+
+    @property
+    def last_allocation(self) -> int:
+        """The step in which the last ranks go."""
+        return int(self.total_step or 0) - self.tfinal
+
+    def budget_at(self, step: int, layers: int) -> int:
+        """Ranks of so many layers together after a step: from ``init_r`` down to ``target_r``, most go at first."""
+        left = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
+        return int((self.init_r - self.target_r) * layers * left**3 + self.target_r * layers)
+
+    def ranks_left(self, path: str) -> list[bool] | None:
+        """Which of the first ranks of a layer are left, where the config says it."""
+        pattern = self.rank_pattern or {}
+        own = f"{path}.{_E}"
+        # Older files have the adapter's name behind it.
+        return pattern.get(own) or next((left for key, left in pattern.items() if key.startswith(f"{own}.")), None)
+
+    def rank_at(self, path: str) -> int:
+        """The rank that a file has at a module path."""
+        left = self.ranks_left(path)
+        return self.init_r if left is None else sum(left)
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha at a module path; PEFT takes the rank for one that is not positive."""
+        return float(self.lora_alpha if self.lora_alpha > 0 else self.rank_at(path))
+
+    def scaling_at(self, path: str) -> float:
+        """alpha / init_r: the ranks that went do not change it."""
+        return self.alpha_at(path) / (self.init_r + 1e-5)
+
+    @property
+    def size(self) -> int | None:
+        """The rank at the start, where none went yet."""
+        return None if self.rank_pattern else self.init_r
+
+    def resized(self, size: int) -> Self:
+        """A copy with another rank at the start."""
+        return self.copy(init_r=size, target_r=min(size, self.target_r))
+
+    def set_size(self, size: int, paths: Sequence[str]) -> None:
+        """Refuses, because training decides the ranks; see ``AdapterConfig``."""
+        raise ConfigError("an AdaLoRA has no rank that could be set: training shares the ranks out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; no rank_pattern while all ranks are left."""
+        fields = super().to_dict()
+        return fields | {"rank_pattern": fields["rank_pattern"] or None}
+
+    def unused_patterns(self, paths: Sequence[str]) -> str:
+        """Describes the layers of ``rank_pattern`` that are not adapted; see ``AdapterConfig``."""
+        unused = [key for key in self.rank_pattern or {} if key.rpartition(f".{_E}")[0] not in set(paths)]
+        return f"rank_pattern [{few(unused)}] did not match any targeted module" if unused else ""
+
+
+class RankAllocator(Allocator):
+    """Shares the ranks of an adapter out among its layers.
+
+    Args:
+        config: of the adapter; its ``rank_pattern`` is kept up to date.
+
+    Attributes:
+        adapters: path -> the adapter of a layer.
+    """
+
+    does_nothing: ClassVar[str] = "AdaLoRA takes no rank away"
+
+    adapters: dict[str, AdaLora]
+    config: AdaLoraConfig
+
+    def __init__(self, config: AdaLoraConfig) -> None:
+        super().__init__(config)
+        self.__dict__["importance"] = {}
+
+    def extra_loss(self) -> Tensor | None:
+        """The distance of A and B from orthogonal ones, on average, times ``orth_reg_weight``."""
+        self.warn_untold()
+        distances = [_distance(matrix) for one in self.adapters.values() for matrix in one.orthogonal_rows]
+        if not distances or not self.config.orth_reg_weight:
+            return None
+        device = distances[0].device
+        total = torch.stack([distance.to(device) for distance in distances]).mean()
+        return total * self.config.orth_reg_weight
+
+    def allocate(self, step: int) -> None:
+        """Measures the importance of each rank, and takes ranks away where it is time; see ``Allocator``."""
+        config, last = self.config, self.config.last_allocation
+        if step < last:
+            self._measure()
+        if step == last or (config.tinit < step < last and step % config.deltaT == 0):
+            self._allocate(config.budget_at(step, len(self.adapters)))
+        if step == last:
+            self.__dict__["importance"].clear()
+        if step > last:
+            self._keep_allocated()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The moving averages, and of each layer which of its ranks are left; see ``HasTrainingState``."""
+        state = {
+            f"{path}.{name}.{which}": tensor
+            for (path, name), pair in self.__dict__["importance"].items()
+            for which, tensor in zip(_AVERAGES, pair, strict=True)
+        }
+        for path in self.adapters:
+            left = self.config.ranks_left(path)
+            if left is not None:
+                state[f"{path}.{_LEFT}"] = torch.tensor(left)
+        return state
+
+    def set_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets both; see ``HasTrainingState``."""
+        importance, pattern = self.__dict__["importance"], self.config.rank_pattern
+        assert pattern is not None
+        importance.clear()
+        pattern.clear()
+        for path, adapter in self.adapters.items():
+            left = state.get(f"{path}.{_LEFT}")
+            if left is not None or not adapter.is_whole:
+                pattern[f"{path}.{_E}"] = adapter.flags_of_places if left is None else left.tolist()
+            for name, parameter in adapter.named_parameters(recurse=False):
+                pair = tuple(state.get(f"{path}.{name}.{which}") for which in _AVERAGES)
+                if all(one is not None for one in pair):
+                    importance[path, name] = tuple(one.to(parameter, copy=True) for one in pair if one is not None)
+
+    def in_training(self, config: Any, weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
+        """With the ranks that went: they train, and may come back. See ``HasTrainingState``."""
+        whole = {path: adapter.whole_tensors for path, adapter in self.adapters.items()}
+        pattern = {
+            f"{path}.{_E}": adapter.flags_of_places for path, adapter in self.adapters.items() if not adapter.is_whole
+        }
+        return config.copy(rank_pattern=pattern), replace(weights, adapters={**weights.adapters, **whole})
+
+    def _measure(self) -> None:
+        """Brings the moving averages of importance and of its uncertainty up to date; nothing without a gradient."""
+        importance, config = self.__dict__["importance"], self.config
+        for path, adapter in self.adapters.items():
+            for name, parameter in adapter.named_parameters(recurse=False):
+                if parameter.grad is None:
+                    continue
+                now = (parameter * parameter.grad).abs()
+                mean, spread = importance.get((path, name)) or (torch.zeros_like(now), torch.zeros_like(now))
+                mean = mean.lerp(now, 1 - config.beta1)
+                importance[path, name] = mean, spread.lerp((now - mean).abs(), 1 - config.beta2)
+
+    def _scores(self, path: str) -> Tensor | None:
+        """The importance of each rank of a layer, (r,); None where it has not been measured."""
+        measured = [self.__dict__["importance"].get((path, name)) for name in (_A, _B, _E)]
+        if not all(measured):
+            return None
+        of_A, of_B, of_E = (mean * spread for mean, spread in measured)
+        score: Tensor = of_A.mean(1) + of_B.mean(0) + of_E.view(-1)
+        return score
+
+    def _allocate(self, budget: int) -> None:
+        """Sets the least important entries of E to zero, so that at most ``budget`` are left in the whole model."""
+        scores = {path: found for path in self.adapters if (found := self._scores(path)) is not None}
+        if not scores:
+            return
+        device = next(iter(scores.values())).device
+        together = torch.cat([score.to(device) for score in scores.values()])
+        surplus = together.numel() - budget
+        if surplus <= 0:
+            return
+        threshold = float(together.kthvalue(min(surplus, together.numel())).values)
+        for path, score in scores.items():
+            self.adapters[path].keep_ranks_(score > threshold)
+
+    def _keep_allocated(self) -> None:
+        """Sets the entries of E to zero again that went before."""
+        for adapter in self.adapters.values():
+            adapter.keep_ranks_(None)
+
+
+def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
+    """Which of the first ranks a layer of that rank has, where the config says of which others it does not."""
+    left = config.ranks_left(path) or []
+    return list(left) if len(left) > rank == sum(left) else []
+
+
+def _distance(matrix: Tensor) -> Tensor:
+    """``‖M Mᵀ - I‖`` of a matrix (r, n), a scalar."""
+    identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+    distance: Tensor = torch.linalg.vector_norm(matrix @ matrix.T - identity)
+    return distance
+
+
+@register(
+    AdaLoraConfig,
+    peft_type="ADALORA",
+    layer_names=("lora_A lora_B lora_E lora_embedding_A lora_embedding_B", "r lora_alpha scaling lora_dropout ranknum"),
+    label="AdaLoRA",
+    when="where ranks should differ by layer: it shares them out as it trains",
+    paper="arXiv:2303.10512",
+    listed_with={"total_step": 1000},
+    layer_prefix="SVD",
+    prefix="lora_",
+    default_targets=lambda model_type: _ROBERTA if model_type == "roberta" else usual_wide_targets(model_type),
+    summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},
+    smaller=lambda config: config.resized(config.init_r // 2) if config.init_r > 1 else None,
+    sample_configs={
+        "r4": {"init_r": 4, "target_r": 2, "total_step": 10},
+        "pruned": {"init_r": 6, "target_r": 2, "total_step": 20, "tinit": 2, "tfinal": 5, "lora_alpha": 16},
+    },
+    shared=RankAllocator,
+    model_functions={"update_and_allocate": update_and_allocate},
+)
+class AdaLora(Adapter, Rescales, IsLowRank):
+    """The three factors of one layer.
+
+    Attributes:
+        path: of the layer.
+        dropout: probability on the adapter's input.
+        alpha: what the config asks for.
+        flags_of_places: of each of the first ranks whether it has it: a file lacks those that went before.
+    """
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha"}
+    peft_mappings: ClassVar[tuple[str, ...]] = (_A, _B, _E, "lora_embedding_A", "lora_embedding_B")
+    peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    frozen_parameters: ClassVar[tuple[str, ...]] = (_RANK,)
+    constant_parameters: ClassVar[tuple[str, ...]] = (_RANK,)
+
+    flags_of_places: list[bool]
+    path: str
+    dropout: float
+    alpha: float
+    allocator: RankAllocator
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: AdaLoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, (r, in * kernel), B, (out, r), and E, (r, 1); see ``Adapter``."""
+        if not kind.is_linear and kind.peft_name != "Conv2d":
+            raise ConfigError(
+                f"{path}: AdaLoRA works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
+            )
+        if int(getattr(module, "groups", 1)) > 1:
+            raise ConfigError(f"{path}: AdaLoRA does not work on a convolution in groups; exclude it", path=path)
+        rank, (rows, *others) = config.rank_at(path), kind.weight_shape(module)
+        columns = 1
+        for size in others:
+            columns *= size
+        return {_A: (rank, columns), _B: (rows, rank), _E: (rank, 1)}
+
+    @classmethod
+    def create(cls, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
+            skip(normal_, site.device, (1,))  # a number for the rank
+            if config.init_lora_weights:
+                made[_E].zero_()
+                made |= {name: site.new(site.shapes[name], partial(normal_, std=_DEVIATION)) for name in (_A, _B)}
+            tensors = made
+        assert isinstance(site.shared, RankAllocator)
+        return cls(tensors, config, site.path, site.shared)
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], config: AdaLoraConfig, path: str, allocator: RankAllocator
+    ) -> None:
+        super().__init__()
+        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (_A, _B, _E)})
+        rank = tensors[_E].new_full((1,), float(config.init_r))
+        self._parameters[_RANK] = nn.Parameter(rank, requires_grad=False)
+        # The first layer holds the allocator as a module.
+        self.__dict__.update(path=path, allocator=allocator, scaling=config.scaling_at(path))
+        self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
+        self.__dict__["flags_of_places"] = _places(config, path, self.rank) or [True] * self.rank
+        allocator.adapters[path] = self
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """The dropout; see ``Adapter``."""
+        return AdapterDropout(self) if name in self.peft_modules else None
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.held[_E].shape[0])
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The rank of the product."""
+        return self.rank
+
+    @property
+    def orthogonal_rows(self) -> tuple[Tensor, Tensor]:
+        """A, (r, in), and B, (r, out), whose rows are to be orthogonal."""
+        return self.held[_A], self.held[_B].T
+
+    def _factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
+        """diag(E) A and B in the shapes that two layers in a row would have."""
+        first, second = self.held[_A] * self.held[_E], self.held[_B]
+        kernel = base.kind.weight_shape(base.module)[2:]
+        if not kernel:
+            return first, second
+        return first.view(-1, base.in_features, *kernel), second.view(*second.shape, *[1] * len(kernel))
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``s B diag(E) A dropout(x)``; see ``Adapter``."""
+        first, second = self._factors(base)
+        dropout = Dropout(self.dropout, self.training)
+        return low_rank_of(base.kind).forward(base.module, x, first, second, self.scaling, dropout)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s B diag(E) A``; see ``Adapter``."""
+        return low_rank_of(base.kind).product(base.module, *self._factors(base)) * self.scaling
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """diag(E) A and B; see ``IsLowRank``."""
+        return LowRankDelta(*self._factors(base), float(self.scaling))
+
+    @torch.no_grad()
+    def keep_ranks_(self, left: Tensor | None) -> None:
+        """Sets entries of E to zero.
+
+        Args:
+            left: (r,), True for those that are left; None for what the config says.
+        """
+        pattern = self.allocator.config.rank_pattern
+        assert pattern is not None
+        if left is None:
+            known = self.allocator.config.ranks_left(self.path)
+            if known is None:
+                return
+            left = torch.tensor(self._own(known), dtype=torch.bool)
+        else:
+            flags = iter(left.tolist())
+            pattern[f"{self.path}.{_E}"] = [has and next(flags) for has in self.flags_of_places]
+        self.held[_E].masked_fill_(~left.view(-1, 1).to(self.held[_E].device), 0.0)
+
+    def _own(self, left: Sequence[bool]) -> list[bool]:
+        """Of flags for all first ranks those of the ranks it has."""
+        return [flag for flag, has in zip(left, self.flags_of_places, strict=True) if has]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all first ranks."""
+        return all(self.flags_of_places)
+
+    @property
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """The factors with all ranks it has, also those that went."""
+        return {name: self.get_parameter(name) for name in (_A, _B, _E)}
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """The ranks that are left; see ``Adapter``."""
+        tensors = super().saved_tensors(shapes)
+        left = self._own(self.allocator.config.ranks_left(self.path) or self.flags_of_places)
+        if all(left):
+            return tensors
+        kept = torch.tensor(left, device=tensors[_E].device)
+        return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites E with zeros."""
+        self.get_parameter(_E).detach().zero_()
+
+    def configure(self, config: AdaLoraConfig, path: str) -> None:
+        """Takes scaling, dropout and schedule of a config over."""
+        self.rescale(config.scaling_at(path), trained=True)
+        self.__dict__["flags_of_places"] = _places(config, path, self.rank) or self.flags_of_places
+        self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
+        self.allocator.__dict__["config"] = config
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records scaling, dropout and schedule."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "dropout", "alpha", "flags_of_places")
+        change.keep_attributes(self.allocator, "config")
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """The rank."""
+        return shapes[_E][0]
+
+    @classmethod
+    def config_warnings(
+        cls, config: AdaLoraConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
+    ) -> Iterable[str]:
+        """Warns of an r, which says nothing here."""
+        if config.r != LoraConfig.r:
+            yield f"r = {config.r} says nothing for AdaLoRA: init_r = {config.init_r} is the rank at the start"
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"rank={self.rank}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"

@@ -1,0 +1,177 @@
+"""aLoRA: activated LoRA (Greenewald et al. 2025, arXiv:2504.12397).
+
+The adapter acts on the tokens from the last occurrence of an invocation sequence in each row onward, and on no
+token of a row that lacks it. What a cache holds of the tokens before is therefore the base model's: one prompt
+can be read once and answered by several such adapters.
+
+Where a row is invoked is looked up once for each call of the model, in its ``input_ids``. Layers may see fewer
+tokens than that (what ``generate`` has cached is not computed again) or more (what it has written, where nothing
+is cached): those that a layer sees are the last ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.contract.adapter import AdapterWeights, TaskType
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.combination import Combination, Member
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import add_delta
+from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.initialization.inits import check_linear
+from nbpeft.engine.methods.lora.plain import PlainLowRank
+from nbpeft.errors import AdapterError
+
+_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
+"""Arguments by which ``generate`` checks several new tokens at once."""
+
+
+def invocation_starts(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Finds the last occurrence of a sequence in each row.
+
+    Args:
+        input_ids: (batch, length), or (length,) for one row.
+        tokens: the sequence.
+
+    Returns:
+        (batch,) int64 on the CPU: the position of its first token; -1 where a row does not have it.
+    """
+    rows = input_ids if input_ids.ndim == 2 else input_ids.unsqueeze(0)
+    if rows.shape[1] < len(tokens):
+        return torch.full((rows.shape[0],), -1)
+    sought = torch.tensor(tokens, dtype=rows.dtype, device=rows.device)
+    found = (rows.unfold(1, len(tokens), 1) == sought).all(-1)
+    places = torch.arange(found.shape[1], device=rows.device)
+    return torch.where(found, places, -1).amax(1).cpu()
+
+
+def _invoked(config: LoraConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What layers read in a call: (batch, 3) int64 of the start of the invocation, the length and if it drafts."""
+    if config.task_type != TaskType.CAUSAL_LM:
+        return None
+    given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if not isinstance(given, Tensor) or given.is_floating_point():
+        if kwargs.get("inputs_embeds") is not None:
+            warnings.warn(
+                "inputs_embeds do not say where alora_invocation_tokens are: the adapter does not act in this call; "
+                "pass input_ids",
+                stacklevel=2,
+            )
+        return None
+    starts = invocation_starts(given, config.alora_invocation_tokens or ())
+    drafts = any(kwargs.get(name) is not None for name in _DRAFTING)
+    return torch.stack([starts, torch.full_like(starts, given.shape[-1]), torch.full_like(starts, drafts)], 1)
+
+
+class _CombineInvoked(CombineLowRank):
+    """Combines adapters that the same tokens invoke."""
+
+    def __call__(
+        self,
+        layers: Mapping[str, Mapping[str, Member]],
+        configs: Sequence[Any],
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        settings: Mapping[str, Any],
+    ) -> Combination:
+        """See ``nbpeft.engine.contract.combination.Combine``."""
+        for name, config in zip(adapters, configs, strict=True):
+            if config.alora_invocation_tokens != configs[0].alora_invocation_tokens:
+                raise AdapterError(
+                    f"adapters with different alora_invocation_tokens cannot be combined: {adapters[0]!r} has "
+                    f"{configs[0].alora_invocation_tokens}, {name!r} has {config.alora_invocation_tokens}"
+                )
+        return super().__call__(layers, configs, adapters, weights, settings)
+
+
+def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
+    raise AdapterError("it is aLoRA, which acts on some tokens only: save it as it is")
+
+
+@register(
+    LoraConfig,
+    label="aLoRA",
+    when="switching within a conversation: what a cache holds of the prompt stays valid",
+    paper="arXiv:2504.12397",
+    listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
+    applies=lambda config: config.variant == "alora_invocation_tokens",
+    call_context=_invoked,
+    **{**FAMILY, "combine": _CombineInvoked(), "without_weight": _no_plain_lora},
+)
+class ALoRA(PlainLowRank):
+    """An aLoRA adapter on one layer."""
+
+    supports_fused_add: ClassVar[bool] = True
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A and B, as of LoRA; see ``Adapter``."""
+        check_linear("alora_invocation_tokens", path, kind)
+        return super().parameter_shapes(config, path, module, kind)
+
+    @classmethod
+    def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
+        """Warns of a task in which the adapter never acts."""
+        yield from super().config_warnings(config, modules)
+        if config.task_type != TaskType.CAUSAL_LM:
+            yield "alora_invocation_tokens acts only with task_type='CAUSAL_LM': this adapter will never act"
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it is not a weight."""
+        return "a weight: aLoRA does not support merging, it acts only on tokens from its invocation onward"
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """Computes ``s * B A dropout(x)`` for the tokens from the invocation onward, zeros before.
+
+        Args:
+            x: (batch, tokens, …, in), or (batch, in) for one token of each row.
+            base_output: (batch, tokens, …, out).
+            base: the layer; its context is what ``_invoked`` made, or None to act nowhere.
+            fused: return ``base_output`` with the delta added, in its dtype.
+
+        Raises:
+            AdapterError: the input does not have the rows of the batch in front.
+        """
+        if x.ndim == 2:
+            return self.forward(x.unsqueeze(1), base_output.unsqueeze(1), base, fused).squeeze(1)
+        first = _first_tokens(base.context, x)
+        lowest = int(first.min()) if len(first) else 0
+        before, after = base_output[:, :lowest], base_output[:, lowest:]
+        delta = super().forward(x[:, lowest:], after, base)
+        if bool((first != lowest).any()):
+            place = torch.arange(lowest, x.shape[1], device=x.device)
+            acts = place >= first.to(x.device).unsqueeze(1)
+            delta = delta.masked_fill(~acts.view(*acts.shape, *[1] * (delta.ndim - 2)), 0.0)
+        if fused:
+            delta, before = add_delta(after, delta), before.to(base_output.dtype)
+        else:
+            before = torch.zeros_like(before, dtype=delta.dtype)
+        return torch.cat([before, delta], 1) if lowest else delta
+
+
+def _first_tokens(invoked: Tensor | None, x: Tensor) -> Tensor:
+    """The first token of each row of a layer's input that an adapter acts on, (batch,) on the CPU; all if none."""
+    batch, count = x.shape[:2]
+    if invoked is None:
+        return torch.full((batch,), count)
+    beams, rest = divmod(batch, len(invoked))
+    if rest or not beams:
+        raise AdapterError(
+            f"a layer with alora_invocation_tokens was given an input of shape {tuple(x.shape)} in a batch of "
+            f"{len(invoked)} rows: leave layers whose input does not have the rows in front out of target_modules"
+        )
+    start, length, drafts = invoked.repeat_interleave(beams, 0).unbind(1)
+    end = length.clamp_min(count)
+    first = (start - (end - count)).clamp(0, count)
+    first = first.masked_fill((drafts > 0) & (count < length), 0)
+    return first.masked_fill(start < 0, count)

@@ -1,0 +1,237 @@
+"""Arrow: each token goes through the LoRA adapters that suit it (Ostapenko et al. 2024, arXiv:2405.11157).
+
+    y = W x + b + Σ_i c_i s_i B_i A_i x        c = softmax(|p_iᵀ x| / temperature) over the top_k largest
+
+The prototype p_i, (in,), is the direction of the input that adapter i changes most: the first right singular vector
+of B_i A_i. It is decomposed as the small core of two QR decompositions, so neither B_i A_i nor a random start is
+needed. It is kept until a factor changes.
+
+GenKnowSub (Bagherifard et al. 2025, 2025.acl-short.54) takes out of each adapter what all of them share: with the
+means A_g and B_g of general adapters' factors, A_i - A_g and B_i - B_g stand for A_i and B_i. By linearity that costs
+one more product for all adapters together, and the adapters stay as they were loaded:
+
+    Σ_i c_i (B_i - B_g) (A_i - A_g) x = Σ_i B_i h_i - B_g Σ_i h_i        h_i = c_i (A_i x - A_g x)
+
+A router has no tensors of its own (PEFT's file has two factors that nothing reads). What it routes over is looked up
+on its layer in each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.trained import optimizer_steps
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, IsLowRank
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import compute_dtype, stamp
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.initialization.inits import check_linear
+from nbpeft.engine.methods.lora.variant_configs import ArrowConfig
+from nbpeft.errors import AdapterError, ConfigError, MergeError, few
+
+_UNMERGEABLE = "a weight: Arrow routes each token through adapters of its own"
+Factors = tuple[Tensor, Tensor]
+
+
+def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """The first right singular vector of ``B A``, (in,), in at least float32; its sign means nothing.
+
+    Args:
+        lora_A: (r, in).
+        lora_B: (out, r).
+    """
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    outer = torch.linalg.qr(lora_A.to(dtype).T)
+    core = torch.linalg.qr(lora_B.to(dtype)).R @ outer.R.T
+    found: Tensor = outer.Q @ torch.linalg.svd(core).Vh[0]
+    return found
+
+
+@register(
+    LoraConfig,
+    label="Arrow",
+    when="adapters of several tasks at once: each token takes those that suit it",
+    paper="arXiv:2405.11157",
+    listed_with={"arrow_config": {}},
+    applies=lambda config: config.variant == "arrow_config",
+    variant=lambda config: "Arrow + GenKnowSub" if config.arrow_config.use_gks else "",
+    unpack=lambda config, tensors: {key: value for key, value in tensors.items() if ".lora_" not in key},
+    **{
+        **FAMILY,
+        "summary": lambda config: {"top k": str(config.arrow_config.top_k)},
+        "smaller": lambda config: None,
+        "combine": None,
+    },
+)
+class Arrow(Adapter):
+    """The router of one linear layer.
+
+    Attributes:
+        settings: what it routes over, and how.
+        dropout: probability on what it adds, as in PEFT.
+    """
+
+    has_tensors: ClassVar[bool] = False
+
+    settings: ArrowConfig
+    dropout: float
+    _kept: tuple[Any, Tensor, Factors | None] | None = None
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """None; see ``Adapter``."""
+        check_linear("arrow_config", path, kind)
+        return {}
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Looks whether there is something to route over; see ``Adapter``."""
+        assert config.arrow_config is not None
+        made = cls(config.arrow_config, config.lora_dropout)
+        try:
+            made._products(site.base)
+        except AdapterError as error:
+            raise ConfigError(f"{site.path}: {error}", path=site.path, field="arrow_config") from None
+        return made
+
+    def __init__(self, settings: ArrowConfig, dropout: float) -> None:
+        super().__init__()
+        self.__dict__.update(settings=settings, dropout=float(dropout))
+
+    def _products(self, base: BaseLayer) -> tuple[list[LowRankAdapter], list[LowRankAdapter]]:
+        """The adapters on the layer that tokens go to, and the general ones, if those are to be subtracted.
+
+        Raises:
+            AdapterError: there is none, one is not there or no LoRA, or the general ones have another rank.
+        """
+        here, settings = base.adapters, self.settings
+        general = settings.general_among(here)
+        others = [name for name, one in here.items() if name not in general and isinstance(one, IsLowRank)]
+        chosen = settings.task_adapter_names or others
+        if not chosen:
+            raise AdapterError("Arrow has no adapter to route to: load LoRA adapters first")
+        if settings.use_gks and not general:
+            raise AdapterError("use_gks needs general adapters: load them as gks_0, gks_1, … or name gks_adapter_names")
+        found = list(_of_lora(here, chosen)), list(_of_lora(here, general if settings.use_gks else ()))
+        ranks = {one.factors[0].shape[0] for group in found for one in group}
+        if settings.use_gks and len(ranks) > 1:
+            raise AdapterError(f"use_gks needs adapters of one rank, these have {', '.join(map(str, sorted(ranks)))}")
+        return found
+
+    def _prepared(
+        self, routed: Sequence[LowRankAdapter], general: Sequence[LowRankAdapter]
+    ) -> tuple[Tensor, Factors | None]:
+        """The prototypes (count, in), and the means of the general factors; kept until something changes."""
+        stamps = [stamp(factor.detach(), deep=True) for one in (*routed, *general) for factor in one.trained_factors]
+        now = (optimizer_steps(), len(routed), *stamps)
+        if self._kept is None or self._kept[0] != now or None in stamps:
+            with torch.no_grad():
+                self.__dict__["_kept"] = (now, *_prototypes_and_means(routed, general))
+        assert self._kept is not None
+        return self._kept[1:]
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Computes ``Σ_i c_i s_i B_i A_i x``, with the biases of ``B_i`` where there are any.
+
+        Args:
+            x: (…, in).
+            base_output: (…, out).
+            base: the layer, with its adapters.
+
+        Raises:
+            AdapterError: it cannot route, because adapters were taken off or renamed.
+        """
+        routed, general = self._products(base)
+        prepare: Any = self._prepared
+        if torch.compiler.is_compiling():  # which has no guard for tensors that change
+            prepare = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
+        prototypes, means = prepare(routed, general)
+        tokens = x.to(compute_dtype(x, routed[0].trained_factors[0]))
+        weights = self._coefficients(tokens, prototypes.to(tokens.dtype))
+        subtracted = None if means is None else F.linear(tokens, means[0].to(tokens.dtype))
+        total = together = None
+        for weight, one in zip(weights.unsqueeze(-2).unbind(-1), routed, strict=True):
+            lora_A, lora_B = (factor.to(tokens.dtype) for factor in one.factors)
+            hidden, weight = F.linear(tokens, lora_A), weight * one.scaling
+            hidden = (hidden if subtracted is None else hidden - subtracted) * weight
+            added = F.linear(hidden, lora_B)
+            bias = getattr(one, "output_bias", None)
+            added = added if bias is None else added + bias.to(added.dtype) * weight
+            total = added if total is None else total + added
+            together = hidden if together is None else together + hidden
+        assert total is not None and together is not None
+        if means is not None:
+            total = total - F.linear(together, means[1].to(together.dtype))
+        return F.dropout(total, self.dropout, self.training)
+
+    def _coefficients(self, tokens: Tensor, prototypes: Tensor) -> Tensor:
+        """How much of each adapter a token takes, (…, count): zero but for ``top_k``, together 1."""
+        scores = F.linear(tokens, prototypes).abs()
+        best, places = scores.topk(min(self.settings.top_k, scores.shape[-1]), -1)
+        shares = (best / self.settings.router_temperature).softmax(-1)
+        return torch.zeros_like(scores, dtype=shares.dtype).scatter(-1, places, shares)
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """Refuses; see ``unmergeable_reason``."""
+        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it is not a weight."""
+        return _UNMERGEABLE
+
+    def swap_refusal(self) -> str:
+        """Why nothing takes its place."""
+        return "routes over other adapters and has no tensors of its own"
+
+    def configure(self, config: LoraConfig, path: str) -> None:
+        """Takes the settings of a config over."""
+        self.__dict__.update(settings=config.arrow_config, dropout=float(config.lora_dropout), _kept=None)
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the settings."""
+        change.keep_attributes(self, "settings", "dropout", "_kept")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"top_k={self.settings.top_k}, router_temperature={self.settings.router_temperature:g}"
+
+
+def _of_lora(here: Mapping[str, Any], names: Sequence[str]) -> Iterator[LowRankAdapter]:
+    """The adapters of some names.
+
+    Raises:
+        AdapterError: one is not there, or is not a plain product of two factors.
+    """
+    for name in names:
+        adapter = here.get(name)
+        if adapter is None:
+            raise AdapterError(f"Arrow routes over {name!r}, which is not on the layer; it has {few(list(here))}")
+        if not (isinstance(adapter, LowRankAdapter) and isinstance(adapter, IsLowRank)):
+            raise AdapterError(f"Arrow routes over LoRA adapters: {name!r} is a {type(adapter).__name__}")
+        yield adapter
+
+
+def _prototypes_and_means(
+    routed: Sequence[LowRankAdapter], general: Sequence[LowRankAdapter]
+) -> tuple[Tensor, Factors | None]:
+    factors = [one.detached_factors for one in routed]
+    if not general:
+        return torch.stack([prototype(*pair) for pair in factors]), None
+    mean_A, mean_B = (
+        torch.stack(group).mean(0) for group in zip(*(one.detached_factors for one in general), strict=True)
+    )
+    return torch.stack([prototype(lora_A - mean_A, lora_B - mean_B) for lora_A, lora_B in factors]), (mean_A, mean_B)

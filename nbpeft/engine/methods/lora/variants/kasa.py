@@ -1,0 +1,132 @@
+"""KaSA: knowledge-aware singular-value adaptation (Wang et al. 2024, arXiv:2412.06071).
+
+    y = W' x + b + s * B diag(E) A dropout(x)          A: (r, in), B: (out, r), E: (r,)
+    W' = W without its r smallest singular values
+
+So training does not start at the base model, but where it lacks what matters least in W. Training adds to the loss, on
+each layer, ``beta * ‖E‖² + gamma * (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖)``: A and B stay near orthogonal ones, so that E are
+about the singular values of what is learned.
+
+PEFT puts W' in the place of W for good. Here W stays and the adapter subtracts what W' lacks, ``W + s (B E A - B0 A0)``
+(see inits.py): a file is the same, but other adapters, ``disable_adapter`` and ``unload`` find the base as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.config.adapter_names import names_in
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.loss_terms import requested_loss
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.training_hooks import LearnsWithHooks
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, init_factors, start_of
+from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.errors import HotSwapError
+
+DIAGONAL = "lora_diag"
+
+
+def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+    """What KaSA adds to a loss, the sum over all layers; a loss that has it already stays as it is when it is added.
+
+    Args:
+        manager: of the model.
+        adapter_names: of which adapters; None for the active ones.
+
+    Returns:
+        A scalar; 0.0 where there is no KaSA.
+    """
+    names = manager.active if adapter_names is None else names_in(adapter_names)
+    adapters = {name: [layer.adapters._modules.get(name) for layer in manager.layers.values()] for name in names}
+    return requested_loss(
+        manager, {name: [one.penalty() for one in found if isinstance(one, KaSA)] for name, found in adapters.items()}
+    )
+
+
+@register(
+    LoraConfig,
+    label="KaSA",
+    when="as LoRA, learned as singular values in the place of the base's smallest",
+    paper="arXiv:2412.06071",
+    listed_with={"kasa_config": {}},
+    applies=lambda config: config.variant == "kasa_config",
+    variant=lambda config: "rsKaSA" if config.use_rslora else "",
+    sample_configs={"kasa": {"r": 4, "lora_alpha": 8, "kasa_config": {"beta": 1e-2, "gamma": 1e-2}}},
+    model_functions={"_get_kasa_loss": kasa_loss},
+    **FAMILY,
+)
+class KaSA(LowRankProduct, LearnsWithHooks):
+    """A KaSA adapter on one linear layer.
+
+    Attributes:
+        weights: beta and gamma.
+    """
+
+    observable: ClassVar[bool] = False
+
+    weights: tuple[float, float]
+
+    def __init__(
+        self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
+    ) -> None:
+        super().__init__(tensors, kind, config, path, start)
+        self.__dict__.update(weights=(config.kasa_config.beta, config.kasa_config.gamma))
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, B, the bias of B (out,) with ``lora_bias``, and the diagonal, (r,); see ``Adapter``."""
+        return super().parameter_shapes(config, path, module, kind) | {DIAGONAL: (config.rank_at(path),)}
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        start = start_of(config, site, is_new=tensors is None)
+        if tensors is None:
+            made = init_factors(config, site, None)
+            made[DIAGONAL] = site.new(site.shapes[DIAGONAL], normal_)
+            tensors = made
+        parameters = {name: nn.Parameter(tensors[name]) for name in site.shapes}
+        return cls(parameters, site.base.kind, config, site.path, start)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """E, (r,)."""
+        held: Tensor = self.held[DIAGONAL]
+        return held
+
+    @property
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """diag(E) A and B."""
+        lora_A, lora_B = self.trained_factors
+        return lora_A * self.diagonal[:, None], lora_B
+
+    def penalty(self) -> Tensor:
+        """What it adds to the loss, a scalar in float32."""
+        beta, gamma = self.weights
+        lora_A, lora_B = (factor.float() for factor in self.trained_factors)
+        distances = [torch.linalg.vector_norm(rows @ rows.T - _identity(rows)) for rows in (lora_A, lora_B.T)]
+        total: Tensor = beta * self.diagonal.float().square().sum() + gamma * (distances[0] + distances[1])
+        return total
+
+    def extra_loss(self) -> Tensor | None:
+        """The same; None where both weights are zero. See ``LearnsWithHooks``."""
+        return self.penalty() if any(self.weights) else None
+
+    def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Always refuses: at another rank another part of the weight is left out."""
+        raise HotSwapError(f"a KaSA of rank {self.rank} cannot be padded to rank {size}: load it under another name")
+
+
+def _identity(rows: Tensor) -> Tensor:
+    return torch.eye(len(rows), device=rows.device, dtype=rows.dtype)

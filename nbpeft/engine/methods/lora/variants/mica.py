@@ -1,0 +1,33 @@
+"""MiCA: minor component adaptation (arXiv:2604.01694).
+
+    y = W x + b + s * B A dropout(x)          A: (r, in), B: (out, r)
+
+The columns of B are the left singular vectors of the r smallest singular values of W: directions of the output in
+which the layer does least. They stay as they are; A starts at zero and alone is trained. A file holds both.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.lora import LoRA
+
+
+@register(
+    LoraConfig,
+    label="MiCA",
+    when="half of LoRA's parameters, in directions that the base makes little use of",
+    paper="arXiv:2604.01694",
+    listed_with={"init_lora_weights": "mica"},
+    applies=lambda config: config.variant == "mica",
+    variant=lambda config: "rsMiCA" if config.use_rslora else "",
+    sample_configs={"mica": {"r": 4, "lora_alpha": 8, "init_lora_weights": "mica"}},
+    **FAMILY,
+)
+class MiCA(LoRA):
+    """A MiCA adapter on one linear layer or embedding: a LoRA whose B is not trained."""
+
+    frozen_parameters: ClassVar[tuple[str, ...]] = ("lora_B", "lora_embedding_B")

@@ -1,0 +1,115 @@
+"""QA-LoRA: LoRA on the means of groups of inputs (Xu et al. 2023, arXiv:2309.14717).
+
+    y = W x + b + s * B A p(dropout(x))       A: (r, in / g), B: (out, r)
+    p(x) = in / g * the mean of each g inputs that follow each other
+
+With g the group size of a quantized weight, all that it adds to a group of a row is one number, as a zero point is.
+PEFT has it on GPTQ layers alone and takes such a config for plain LoRA on others; here every linear layer has it. It
+is a product of two thin matrices like LoRA's, with the columns of A repeated, so it merges wherever LoRA does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_linear, init_whole_factors
+from nbpeft.engine.methods.lora.low_rank import Shapes
+from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.errors import ConfigError
+
+_NOT_DROPPED = Dropout(0.0, False)
+
+
+@register(
+    LoraConfig,
+    label="QALoRA",
+    when="a smaller first factor: it sees groups of inputs, as a quantized weight does",
+    paper="arXiv:2309.14717",
+    listed_with={"use_qalora": True},
+    applies=lambda config: config.variant == "use_qalora",
+    sample_configs={"groups": {"r": 4, "lora_alpha": 8, "use_qalora": True, "qalora_group_size": 4}},
+    **FAMILY,
+)
+class QALoRA(LowRankProduct):
+    """A QA-LoRA adapter on one linear layer.
+
+    Attributes:
+        group_size: how many inputs have one mean.
+    """
+
+    observable: ClassVar[bool] = False
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        **LowRankAdapter.peft_attributes,
+        "qalora_group_size": "group_size",
+    }
+
+    group_size: int
+
+    def __init__(
+        self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
+    ) -> None:
+        super().__init__(tensors, kind, config, path, start)
+        self.__dict__["group_size"] = config.qalora_group_size
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, (r, in / g), and B; see ``Adapter``."""
+        check_linear("use_qalora", path, kind)
+        in_features, size = kind.features(module)[0], config.qalora_group_size
+        if in_features % size:
+            raise ConfigError(
+                f"{path}: its {in_features} inputs cannot be split into groups of qalora_group_size = {size}: choose a "
+                "number that divides them, or exclude the layer",
+                field="qalora_group_size",
+                path=path,
+            )
+        (name_A, (rank, _)), *others = super().parameter_shapes(config, path, module, kind).items()
+        return {name_A: (rank, in_features // size), **dict(others)}
+
+    def shapes_at(self, size: int, base: BaseLayer) -> Shapes:
+        """Shapes of A and B for a rank."""
+        (rank, in_features), shape_B = super().shapes_at(size, base)
+        return (rank, in_features // self.group_size), shape_B
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones, A after a whole one; see ``Adapter``."""
+        if tensors is None:
+            name_A = next(iter(site.shapes))
+            tensors = {**init_whole_factors(config, site), name_A: site.new(site.shapes[name_A], linear_)}
+        return super().create(config, site, tensors)
+
+    @property
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """A with its columns repeated, so that its input is the layer's, and B."""
+        lora_A, lora_B = self.trained_factors
+        return lora_A.repeat_interleave(self.group_size, 1) * (lora_A.shape[1] / self.group_size), lora_B
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """Computes ``s * B A p(dropout(x))``.
+
+        Args:
+            x: (…, in).
+            base_output: (…, out).
+            base: the layer.
+            fused: return ``base_output`` with the delta added, in its dtype.
+        """
+        lora_A, lora_B = self.trained_factors
+        x = seeded_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
+        means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
+        scaling, onto = self.scaling * lora_A.shape[1], base_output if fused else None
+        return self.low_rank.forward(base.module, means, lora_A, lora_B, scaling, _NOT_DROPPED, onto)

@@ -1,0 +1,156 @@
+"""VeLoRA: what backward needs of a layer's input is kept compressed (Miles et al. 2024, arXiv:2405.17991).
+
+    y = W x + b + s * B A dropout(x)          as LoRA; the gradient of A is that of A x̂
+
+The input is cut into ``num_groups`` pieces of n features, and of each only its length along one direction v, (n,),
+is kept: tokens x num_groups numbers in place of tokens x in. For the gradient of A they are laid along v again:
+
+    x̂ = scale * (c ⊗ v),  c_g = x_gᵀ v        A x̂ = scale * Ã c,  Ã_g = A_g v      (r, num_groups)
+
+So x̂ is never built: two thin products have the gradient that A x̂ has, and cost less. Those of B and of the input
+are exact. v is the mean piece of the batch, of the first batch, or random. Merging and evaluation are LoRA's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
+from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.initialization.inits import check_linear
+from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.engine.methods.lora.variant_configs import VeloraConfig
+
+DIRECTION = "lora_velora_embed"
+"""The buffer of v."""
+
+
+def pieces(tensor: Tensor, count: int) -> Tensor:
+    """Cuts the last dimension: (…, n) as (…, count, n / count), the last piece filled up with zeros."""
+    size = -(-tensor.shape[-1] // count)
+    missing = count * size - tensor.shape[-1]
+    whole = F.pad(tensor, (0, missing)) if missing else tensor
+    return whole.reshape(*whole.shape[:-1], count, size)
+
+
+def normalised(direction: Tensor) -> Tensor:
+    """A direction of length 1 in float32; all ones where there is none."""
+    direction = direction.float()
+    norm = torch.linalg.vector_norm(direction)
+    return torch.where(norm > 0, direction / norm, direction.numel() ** -0.5)
+
+
+@register(
+    LoraConfig,
+    label="VeLoRA",
+    when="long sequences: of a layer's input a training step keeps a fraction",
+    paper="arXiv:2405.17991",
+    listed_with={"velora_config": {}},
+    applies=lambda config: config.variant == "velora_config",
+    variant=lambda config: "rsVeLoRA" if config.use_rslora else "",
+    sample_configs={
+        "average": {"r": 4, "lora_alpha": 8, "velora_config": {"num_groups": 4}},
+        "once": {"r": 4, "velora_config": {"num_groups": 3, "init_type": "batch_average_once"}},
+        "random": {"r": 4, "velora_config": {"num_groups": 8, "init_type": "random", "scale": 2.0}},
+    },
+    **FAMILY,
+)
+class VeLoRA(LowRankProduct):
+    """A VeLoRA adapter on one linear layer.
+
+    Attributes:
+        settings: into how many pieces the input is cut, and along what they are kept.
+    """
+
+    settings: VeloraConfig
+    is_found: ClassVar[bool] = False
+    peft_attributes: ClassVar[Mapping[str, str]] = {**LowRankProduct.peft_attributes, DIRECTION: DIRECTION}
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A and B, as of LoRA; see ``Adapter``."""
+        check_linear("velora_config", path, kind)
+        return super().parameter_shapes(config, path, module, kind)
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The direction; see ``Adapter``."""
+        assert config.velora_config is not None
+        return {DIRECTION: ((-(-shapes["lora_A"][1] // config.velora_config.num_groups),), torch.float32)}
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        given = dict(tensors or {})
+        direction = given.pop(DIRECTION, None)
+        made = super().create(config, site, None if tensors is None else given)
+        settings = config.velora_config
+        assert settings is not None
+        if direction is None:
+            (shape, dtype) = cls.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
+            make: Callable[..., Tensor] = torch.randn if settings.init_type == "random" else torch.zeros
+            direction = make(shape, device=site.base.device, dtype=dtype)
+            direction = normalised(direction) if settings.init_type == "random" else direction
+        made.register_buffer(DIRECTION, direction)
+        found = settings.init_type == "random" or (not direction.is_meta and bool(direction.any()))
+        made.__dict__.update(settings=settings, is_found=found)
+        return made
+
+    @torch.no_grad()
+    def _direction(self, x: Tensor) -> Tensor:
+        """v, (n,), for an input (…, in); brought up to date where the batch says it."""
+        if self.settings.init_type == "batch_average" or not self.is_found:
+            mean = pieces(x, self.settings.num_groups).flatten(0, -2).mean(0)
+            self._buffers[DIRECTION] = normalised(mean)
+            self.__dict__["is_found"] = True
+        direction = self._buffers[DIRECTION]
+        assert direction is not None
+        return direction.to(x.dtype)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """Computes what ``LoRA`` does, and keeps less of ``x`` where it learns; see there."""
+        if not (self.training and torch.is_grad_enabled()) or self.observed is not None:
+            return super().forward(x, base_output, base, fused)
+        lora_A, lora_B = self.trained_factors
+        x = x.to(compute_dtype(x, lora_A))
+        dropped = seeded_dropout(x, Dropout(self.dropout, True))
+        hidden = self._hidden(dropped, lora_A.to(x.dtype)) * self.scaling
+        bias = self.output_bias
+        delta = F.linear(hidden, lora_B.to(x.dtype))
+        if self.initial is not None:  # which is never trained, so that nothing of x is kept for it
+            init_A, neg_init_B = (factor.to(x.dtype) for factor in self.initial)
+            delta = delta + F.linear(F.linear(x, init_A), neg_init_B) * self.scaling
+        delta = delta if bias is None else delta + bias.to(delta.dtype) * self.scaling
+        return add_delta(base_output, delta) if fused else delta
+
+    def _hidden(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        """``A x``, (…, r), with the gradient of ``A x̂`` for A."""
+        count = self.settings.num_groups
+        direction = self._direction(x.detach())
+        kept = pieces(x.detach(), count) @ direction
+        learned = F.linear(kept, pieces(lora_A, count) @ direction * self.settings.scale)
+        return F.linear(x, lora_A.detach()) + (learned - learned.detach())
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """The factors and the direction; see ``Adapter``."""
+        direction = self._buffers[DIRECTION]
+        assert direction is not None
+        return super().saved_tensors(shapes) | {DIRECTION: direction}
+
+    def swap_refusal(self) -> str:
+        """Why other factors cannot take the place of these."""
+        return super().swap_refusal() or "keeps a direction of its inputs beside its factors"

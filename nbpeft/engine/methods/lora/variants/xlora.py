@@ -1,0 +1,443 @@
+"""X-LoRA: a mixture of LoRA adapters, weighed anew for each token (Buehler and Buehler 2024, arXiv:2402.07148).
+
+    y = W x + b + g Σ_i c_i s_i B_i A_i x        c = softmax(classifier(h) / temperature)
+
+The adapters were trained before and stay as they are, unless ``use_trainable_adapters`` says otherwise; the classifier
+is trained. It reads the last hidden states h of a first pass, in which each adapter has the weight
+``scaling_pass_value``: with 0, which is usual, those of the base model. The weights are for a token (rows, length), for
+all layers or for each.
+
+PEFT gives the adapters numbers and looks for the names of the config among them, so that names other than 0, 1, … raise
+in each call. Of the classifier it leaves out of its file what has the number of an adapter in its name, and beside it
+the files hold the base model. It adds the bias of B (``lora_bias``) with a weight of 1, in the first pass, too, leaves
+the weights out of what gradient checkpointing computes again, whose gradients then are others, and takes no cache of
+keys and values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.calls.first_pass import NeedsFirstPass
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, SharedState
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.engine.kernels.storage import loaded
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.lora import LoRA
+from nbpeft.engine.methods.lora.variants.xlora_classifier import XLoraClassifier
+from nbpeft.engine.methods.lora.variants.xlora_config import XLoraConfig, with_parts
+from nbpeft.errors import AdapterError, ConfigError, MergeError, shown
+
+CLASSIFIER = "internal_xlora_classifier"
+_UNMERGEABLE = "a weight: X-LoRA weighs its adapters anew for each token"
+_IN_PEFT = re.compile(r"base_model\.lora_model\.model\.(.+)\.(lora_(?:embedding_)?[AB])\.(\d+)(\.weight|\.bias)?")
+"""A tensor of an adapter in a file: what PEFT's model calls it."""
+_HERE = re.compile(r"base_model\.model\.(.+)\.(\d+)\.(lora_(?:embedding_)?[AB])(_bias)?")
+"""The same under the path of its layer."""
+
+
+class XLoraState(SharedState, NeedsFirstPass):
+    """The classifier, and what it predicts for a call.
+
+    Attributes:
+        start: path -> the adapters of a layer, until that takes them.
+        numbers: path -> number of the layer.
+    """
+
+    start: dict[str, dict[str, LoRA]]
+    numbers: dict[str, int]
+
+    def __init__(self, config: XLoraConfig, classifier: XLoraClassifier, *, is_new: bool) -> None:
+        super().__init__()
+        self._modules[CLASSIFIER] = classifier
+        self.__dict__.update(config=config, start={}, numbers={}, is_new=is_new)
+
+    config: XLoraConfig
+    is_new: bool
+
+    @property
+    def classifier(self) -> Any:
+        """The classifier."""
+        return self._modules[CLASSIFIER]
+
+    @classmethod
+    def tensor_shapes(cls, config: XLoraConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Those of the classifier; see ``SharedState``."""
+        with torch.device("meta"):
+            made = XLoraClassifier(config, len(config.experts), len(features))
+        return {f"{CLASSIFIER}.{name}": tuple(one.shape) for name, one in made.named_parameters()}
+
+    @classmethod
+    def create(
+        cls,
+        config: XLoraConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Binds a loaded classifier; a new one is drawn after the adapters, as in PEFT."""
+        layers = list(shapes.values())[-1][0] // len(config.experts)
+        with torch.device("meta"):
+            classifier = XLoraClassifier(config, len(config.experts), layers)
+        for name, parameter in classifier.named_parameters():
+            given = (
+                torch.empty(parameter.shape, device=device, dtype=dtype)
+                if tensors is None
+                else tensors[f"{CLASSIFIER}.{name}"].to(device, dtype)
+            )
+            owner, _, own = name.rpartition(".")
+            classifier.get_submodule(owner)._parameters[own] = nn.Parameter(given)
+        return cls(config, classifier, is_new=tensors is None)
+
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
+        """Reads the adapters, and draws what PEFT draws; see ``SharedState``."""
+        self.numbers.update({path: number for number, path in enumerate(layers)})
+        self.classifier.n_layers = len(layers)
+        dtype = self.classifier.layers[-1].weight.dtype
+        for number, expert in enumerate(self.config.experts):
+            tensors = expert.tensors()
+            for path, shapes in expert.shapes.items():
+                site = AdapterSite(path, layers[path], shapes, dtype)
+                made = LoRA.create(expert.config, site, None)
+                for name, parameter in made._parameters.items():
+                    _fill(parameter, tensors[path][name])
+                self.start.setdefault(path, {})[str(number)] = made
+        if self.is_new:
+            for layer in self.classifier.layers:
+                if isinstance(layer, nn.Linear):
+                    drawn = nn.Linear(layer.in_features, layer.out_features)
+                    _fill(layer.weight, drawn.weight)
+                    _fill(layer.bias, drawn.bias)
+
+    @property
+    def first_context(self) -> float:
+        """The weight of each adapter in the first pass."""
+        return float(self.config.scaling_pass_value * self.config.global_scaling_weight)
+
+    def context(self, hidden: Tensor) -> Tensor:
+        """The weights of the adapters, (rows, length, layers, adapters); see ``NeedsFirstPass``."""
+        classifier = self.classifier
+        chosen: Tensor = classifier.chosen(classifier(hidden)) * self.config.global_scaling_weight
+        return chosen
+
+
+@torch.no_grad()
+def _fill(parameter: Any, tensor: Tensor) -> None:
+    """Copies a tensor into a parameter, of which a forecast has the shape alone."""
+    if not (parameter.is_meta or isinstance(parameter, loaded("torch._subclasses.fake_tensor", "FakeTensor"))):
+        parameter.copy_(tensor)
+
+
+def _packed(config: XLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under PEFT's names."""
+    return {
+        _HERE.sub(
+            lambda found: (
+                f"base_model.lora_model.model.{found[1]}.{found[3]}.{found[2]}"
+                + (".bias" if found[4] else "" if "embedding" in found[3] else ".weight")
+            ),
+            key,
+        ): tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _unpacked(config: XLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the paths of the layers."""
+    return {
+        _IN_PEFT.sub(
+            lambda found: (
+                f"base_model.model.{found[1]}.{found[3]}.{found[2]}" + ("_bias" if found[4] == ".bias" else "")
+            ),
+            key,
+        ): tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dict[str, Tensor]]]]:
+    """The adapters as they are now, by number."""
+    layers = {path: layer.adapter(name) for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    return {
+        str(number): (
+            expert.config.copy(inference_mode=True),
+            {
+                path: dict(layers[path].inner_adapters[str(number)].named_parameters())
+                for path in expert.shapes
+                if path in layers  # somebody may have taken a layer out
+            },
+        )
+        for number, expert in enumerate(manager.configs[name].experts)
+    }
+
+
+def _state(manager: Any) -> XLoraState:
+    """What the layers of the first X-LoRA on a model share, an active one before others."""
+    for name in (*manager.active, *manager.configs):
+        state = manager.shared(name)
+        if isinstance(state, XLoraState):
+            return state
+    raise AdapterError("the model has no X-LoRA adapter")
+
+
+def set_topk_lora(manager: Any, value: int | None) -> None:
+    """Sets how many adapters a token is given; None for all."""
+    config = _state(manager).config
+    config.check_top_k(value)
+    config.top_k_lora = value
+
+
+def set_global_scaling_weight(manager: Any, weight: float) -> None:
+    """Sets the factor on what all adapters add."""
+    _state(manager).config.global_scaling_weight = _number("weight", weight)
+
+
+def get_global_scaling_weight(manager: Any) -> float:
+    """Returns the factor on what all adapters add."""
+    return _state(manager).config.global_scaling_weight
+
+
+def set_scaling_pass_value(manager: Any, value: float | None) -> None:
+    """Sets the weight of each adapter in the first pass; None for one divided by their number."""
+    state = _state(manager)
+    state.config.scaling_pass_value = 1 / state.classifier.n_classes if value is None else _number("value", value)
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, not {shown(value)}", field=name)
+    return value
+
+
+def get_latest_scalings(manager: Any) -> Tensor | None:
+    """Returns the weights that were predicted last, (rows, length, layers, adapters); None if none were."""
+    return _state(manager).classifier.latest  # type: ignore[no-any-return]
+
+
+def get_scalings_log(manager: Any) -> list[Tensor]:
+    """Returns what was logged, oldest first."""
+    return list(_state(manager).classifier.log_scalings)
+
+
+def get_bucketed_scalings_log(manager: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
+    """Returns what was logged by the length of the input: places in the log, and what is there."""
+    return _state(manager).classifier.bucketed()  # type: ignore[no-any-return]
+
+
+def enable_scalings_logging(manager: Any) -> None:
+    """Logs what is predicted from now on."""
+    _state(manager).classifier.scalings_logging = True
+
+
+def disable_scalings_logging(manager: Any) -> None:
+    """Logs nothing from now on; the log stays."""
+    _state(manager).classifier.scalings_logging = False
+
+
+def clear_scalings_log(manager: Any) -> None:
+    """Empties the log."""
+    _state(manager).classifier.log_scalings.clear()
+
+
+_FUNCTIONS = (
+    *(set_topk_lora, set_global_scaling_weight, get_global_scaling_weight, set_scaling_pass_value),
+    *(get_latest_scalings, get_scalings_log, get_bucketed_scalings_log),
+    *(enable_scalings_logging, disable_scalings_logging, clear_scalings_log),
+)
+
+
+def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
+    """``use_cache=False``, where the model's config says so, which ``generate`` does not read."""
+    return {} if getattr(getattr(model, "config", None), "use_cache", True) else {"use_cache": False}
+
+
+@register(
+    XLoraConfig,
+    peft_type="XLORA",
+    label="X-LoRA",
+    when="several trained adapters at once: a classifier weighs them for each token",
+    paper="arXiv:2402.07148",
+    summary=lambda config: {
+        "adapters": str(len(config.adapters)),
+        **({"top k": str(config.top_k_lora)} if config.top_k_lora else {}),
+    },
+    shared=XLoraState,
+    call_context=lambda config, args, kwargs: None,
+    pack=_packed,
+    unpack=_unpacked,
+    model_functions={function.__name__: function for function in _FUNCTIONS},
+    model_attributes={
+        CLASSIFIER: lambda tuner: _state(tuner.manager).classifier,
+        "internal_xlora_scalings": lambda tuner: get_latest_scalings(tuner.manager),
+        "lora_model": lambda tuner: tuner,
+        "xlora_config": lambda tuner: _state(tuner.manager).config,
+    },
+    generation=_without_cache,
+    parts=_parts,
+    with_parts=with_parts,
+)
+class XLoraLayer(Adapter):
+    """The adapters of one layer, by number.
+
+    Attributes:
+        state: what predicts their weights.
+        number: of the layer.
+    """
+
+    has_tensors: ClassVar[bool] = False
+    state: XLoraState
+    number: int
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: XLoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Those of the adapters, where they are trained; see ``Adapter``."""
+        if not config.use_trainable_adapters:
+            return {}
+        return {
+            f"{number}.{name}": shape
+            for number, expert in enumerate(config.experts)
+            for name, shape in expert.shapes.get(path, {}).items()
+        }
+
+    @classmethod
+    def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Takes the adapters over that were read, with other tensors where those were saved; see ``Adapter``."""
+        assert isinstance(site.shared, XLoraState)
+        made = cls(site.shared, site.path)
+        for name, tensor in (tensors or {}).items():
+            number, _, own = name.partition(".")
+            made._modules[number]._parameters[own] = nn.Parameter(tensor)  # type: ignore[union-attr]
+        if not config.use_trainable_adapters:
+            frozen = tuple(name for name, _ in made.named_parameters())
+            made.__dict__["frozen_parameters"] = frozen
+            made.requires_grad_(False)
+        return made
+
+    def __init__(self, state: XLoraState, path: str) -> None:
+        super().__init__()
+        self.__dict__.update(state=state, number=state.numbers[path])
+        self._modules.update(state.start.pop(path))
+
+    @property
+    def inner_adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by number; see ``Adapter``."""
+        return {name: one for name, one in self._modules.items() if isinstance(one, Adapter)}
+
+    def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
+        """Those of the adapters, where they are trained; see ``Adapter``."""
+        if self.frozen_parameters:
+            return {}
+        found = self.inner_adapters.items()
+        return {f"{number}.{name}": value for number, one in found for name, value in one.named_parameters()}
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """What the adapters add, each with the weight of the token; see ``Adapter``.
+
+        Args:
+            x: (rows, length, in), or (rows, length) ids.
+            base_output: (rows, length, out).
+            base: the layer; its context is the weights of the call (rows, length, layers, adapters), one number for
+                all, or None where the layer is called by itself: then each adapter has the weight 1.
+
+        Raises:
+            AdapterError: the input does not have the tokens of the call.
+        """
+        given = base.context
+        if isinstance(given, Tensor):
+            given = self._of_tokens(given, base_output)
+        elif given == 0.0:
+            return base_output.new_zeros(()).expand_as(base_output)
+        total: Tensor | None = None
+        for name, expert in self.inner_adapters.items():
+            weight = given[..., int(name) : int(name) + 1] if isinstance(given, Tensor) else given
+            added = _weighed(expert, x, base_output, base, weight)
+            total = added if total is None else total + added
+        assert total is not None
+        return total
+
+    def _of_tokens(self, weights: Tensor, output: Tensor) -> Tensor:
+        """The weights of the layer, (…, adapters), for an output (…, out)."""
+        if weights.grad_fn is not None and torch._C._current_graph_task_id() != -1:
+            _check_recomputed()
+        own = weights[:, :, self.number].to(output.device)
+        if output.shape[:-1] == own.shape[:-1]:
+            return own
+        if output.dim() == 2 and len(output) == own.shape[:-1].numel():
+            return own.flatten(0, 1)
+        raise AdapterError(
+            f"X-LoRA weighs the {tuple(own.shape[:-1])} tokens of a call, and a layer gave an output of shape "
+            f"{tuple(output.shape)}: use adapters without that layer"
+        )
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """Refuses; see ``unmergeable_reason``."""
+        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it is not a weight."""
+        return _UNMERGEABLE
+
+    def swap_refusal(self) -> str:
+        """Why nothing takes its place."""
+        return "it consists of several adapters; load the other one beside it and switch with set_adapter()"
+
+    def configure(self, config: XLoraConfig, path: str) -> None:
+        """Takes the settings of a config over."""
+        self.state.__dict__["config"] = self.state.classifier.config = config
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records them."""
+        change.keep_attributes(self.state, "config")
+        change.keep_attributes(self.state.classifier, "config")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"adapters={len(self.inner_adapters)}"
+
+
+def _check_recomputed() -> None:
+    """Refuses a layer that is computed again in backward by itself: the classifier's gradient would need all at once.
+
+    Raises:
+        AdapterError: reentrant checkpointing does that.
+    """
+    node = torch._C._current_autograd_node()
+    if node is not None and node.name() == "CheckpointFunctionBackward":
+        raise AdapterError(
+            "X-LoRA does not train with reentrant gradient checkpointing: pass "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+
+
+def _weighed(expert: Any, x: Tensor, base_output: Tensor, base: BaseLayer, weight: Tensor | float | None) -> Tensor:
+    """What one adapter adds with a weight for each token, (…, 1), or for all.
+
+    On the hidden values between its factors, of which there are few, the weight costs next to nothing.
+    """
+    if expert.observed is not None or weight is None:
+        whole: Tensor = expert(x, base_output, base)
+        return whole if weight is None else whole * weight
+    lora_A, lora_B = expert.trained_factors
+    scaling = expert.scaling * weight
+    low_rank, dtype = expert.low_rank, compute_dtype(x if x.is_floating_point() else lora_A, lora_A)
+    if isinstance(scaling, Tensor):
+        scaling = scaling.to(dtype)
+    if not low_rank.has_steps:
+        return low_rank.forward(base.module, x, lora_A, lora_B, scaling, None)  # type: ignore[no-any-return]
+    dropped = F.dropout(x.to(lora_A.device, dtype), expert.dropout, expert.training)
+    hidden = low_rank.down(base.module, dropped, lora_A.to(dtype)) * scaling
+    added: Tensor = low_rank.up(base.module, hidden, lora_B.to(dtype), None)
+    bias = expert.output_bias
+    return added if bias is None else added + bias.to(dtype) * scaling

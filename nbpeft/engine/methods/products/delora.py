@@ -1,0 +1,172 @@
+"""DeLoRA: low-rank adaptation of which strength and direction are apart (Bini et al. 2025, arXiv:2503.18225).
+
+    Δ = B diag(λ / (r ‖a_i‖ ‖b_i‖)) A diag(‖w_j‖)        A: (r, in) with rows a_i, B: (out, r) with columns b_i
+
+λ, which is trained, bounds how far the weight can move; w_j are the columns of the frozen weight when the adapter was
+made, whose norms a file holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.module_paths import pattern_table
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, Shape
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import ComputedFactors, keeping_inputs
+
+FACTOR_A, FACTOR_B, BOUND, NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
+_LEAST_NORM = 1e-4
+
+
+@dataclass
+class DeloraConfig(LayersConfig):
+    """Config of DeLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: rank of the factors.
+        delora_lambda: what the bound starts with.
+        module_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        bias: which biases of the model are trained too.
+        init_weights: start at the base model; False for random factors.
+        rank_pattern: layer name or pattern -> another r.
+        lambda_pattern: layer name or pattern -> another delora_lambda.
+    """
+
+    r: int = field(default=8)
+    delora_lambda: float = field(default=15)
+    module_dropout: float = field(default=0.0)
+    bias: str = field(default="none")
+    init_weights: bool = field(default=True)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    lambda_pattern: dict[str, float] | None = field(default_factory=dict)
+
+    method_type: ClassVar[str] = "DELORA"
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    shares: ClassVar[tuple[str, ...]] = ("module_dropout",)
+    pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {
+        "rank_pattern": check_count,
+        "lambda_pattern": check_number,
+    }
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "delora_only")}
+    value_fields: ClassVar[tuple[str, ...]] = ("module_dropout", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("delora_lambda", self.delora_lambda)
+
+    def rank_at(self, path: str) -> int:
+        """The rank at a module path."""
+        return int(pattern_table(self, "rank_pattern").get(path, self.r))
+
+    def lambda_at(self, path: str) -> float:
+        """What the bound starts with at a module path."""
+        return float(pattern_table(self, "lambda_pattern").get(path, self.delora_lambda))
+
+
+@register(
+    DeloraConfig,
+    peft_type="DELORA",
+    layer_names=("delora_A delora_B delora_lambda", "r delora_dropout delora_w_norm"),
+    label="DeLoRA",
+    when="as LoRA, with a bound on how far each layer may move",
+    paper="arXiv:2503.18225",
+    layer_prefix="Delora",
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={"r4": {"r": 4, "delora_lambda": 2}},
+)
+class Delora(ComputedFactors):
+    """Two factors and the bound of one layer, and the norms of the weight's columns, (in,), which are not trained."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: DeloraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, (r, in), B, (out, r), and the bound, (1,); see ``Adapter``."""
+        check_linear("DeLoRA", path, kind)
+        rank, (in_features, out_features) = config.rank_at(path), kind.features(module)
+        return {FACTOR_A: (rank, in_features), FACTOR_B: (out_features, rank), BOUND: (1,)}
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: DeloraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """The norms; see ``Adapter``."""
+        return {NORMS: ((shapes[FACTOR_A][1],), torch.float32)}
+
+    @classmethod
+    def create(cls, config: DeloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            options: Any = {"device": site.base.device, "dtype": site.dtype}
+            shape_B = site.shapes[FACTOR_B]
+            tensors = {
+                FACTOR_A: site.new(site.shapes[FACTOR_A], linear_),
+                FACTOR_B: torch.zeros(shape_B, **options) if config.init_weights else site.new(shape_B, linear_),
+                BOUND: torch.full((1,), config.lambda_at(site.path), **options),
+            }
+        norms = tensors.get(NORMS)
+        if norms is None:
+            norms = site.base.weight().float().norm(dim=0)
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
+        made.__dict__["dropout"] = config.module_dropout
+        return made
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.held[FACTOR_A].shape[0])
+
+    @property
+    def norms(self) -> Tensor:
+        """‖w_j‖, (in,)."""
+        return self.held_buffer(NORMS)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""
+        norms = self.norms
+        second: Tensor = self.held[FACTOR_B]
+
+        def first(rows: Tensor, columns: Tensor, bound: Tensor) -> Tensor:
+            lengths = rows.norm(dim=1).clamp_min(_LEAST_NORM) * columns.norm(dim=0).clamp_min(_LEAST_NORM)
+            strengths: Tensor = bound / len(rows) / lengths
+            return rows * strengths[:, None] * norms.to(rows)
+
+        return keeping_inputs(first, self.held[FACTOR_A], second, self.held[BOUND]), second
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """Its parameters and the norms; see ``Adapter``."""
+        return super().saved_tensors(shapes) | {NORMS: self.norms}
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites B with zeros."""
+        self.get_parameter(FACTOR_B).detach().zero_()
+
+    def configure(self, config: DeloraConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.module_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout."""
+        change.keep_attributes(self, "dropout")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}"

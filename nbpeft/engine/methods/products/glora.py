@@ -1,0 +1,221 @@
+"""GLoRA: changes of a weight and its bias, by addition and by multiplication (Chavan et al. 2023, arXiv:2306.07967).
+
+    W' = W + W ∘ A + B        b' = b + b ∘ D + E + W C
+
+A and B are each a product of two factors (out, r) and (r, in), a column (out, 1), one number, or nothing; C, (in, 1),
+is such a product, a column or nothing; D and E are vectors (out,), one number, or nothing. What changes the bias is
+there where the layer has one. For what is nothing PEFT writes zeros into files, as large as a weight if need be; here
+such are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import apply_delta, in_one_product, keeping_inputs
+
+_PARTS = ("Xd", "Xu", "X")
+_KEYS = {f"glora_{path}_{part}": f"glora_{path}.{part}" for path in "ABCDE" for part in _PARTS}
+_DEVIATION = 0.02
+"""Of what one number starts with where it is drawn."""
+
+
+@dataclass
+class GloraConfig(LayersConfig):
+    """Config of GLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: rank of the products.
+        config_A_B: what A and B are: "lora", "vector", "constant" or "none".
+        config_C: what C is: "lora", "vector" or "none".
+        config_D_E: what D and E are: "vector", "constant" or "none".
+        bias: which biases of the model are trained too.
+        init_weights: start at the base model; False for random numbers.
+    """
+
+    r: int = field(default=8)
+    config_A_B: str = field(default="lora")
+    config_C: str = field(default="lora")
+    config_D_E: str = field(default="constant")
+    bias: str = field(default="none")
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "GLORA"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": ("none", "all", "glora_only"),
+        "config_A_B": ("lora", "vector", "constant", "none"),
+        "config_C": ("lora", "vector", "none"),
+        "config_D_E": ("vector", "constant", "none"),
+    }
+    value_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
+
+
+def _shapes(path: str, form: str, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of one of A to E, which is (rows, columns), or (rows,) where columns is 0."""
+    if form == "lora":
+        return {f"glora_{path}_Xd": (rows, rank), f"glora_{path}_Xu": (rank, columns)}
+    shape = {"vector": (rows, 1) if columns else (rows,), "constant": (1,)}.get(form)
+    return {} if shape is None else {f"glora_{path}_X": shape}
+
+
+def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file but for the zeros that PEFT writes, as large as they are, where there is nothing."""
+    return {key: tensor for key, tensor in tensors.items() if not (key.endswith(".zeros") and "glora_" in key)}
+
+
+@register(
+    GloraConfig,
+    peft_type="GLORA",
+    layer_names=("glora_A glora_B glora_C glora_D glora_E", "r"),
+    label="GLoRA",
+    layer_prefix="Glora",
+    when="as LoRA, where weights should be scaled and biases learn too",
+    paper="arXiv:2306.07967",
+    file_keys=_KEYS,
+    default_targets=usual_targets,
+    unpack=_without_zeros,
+    summary=lambda config: {"r": str(config.r), "AB": config.config_A_B, "C": config.config_C, "DE": config.config_D_E},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "r4": {"r": 4},
+        "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "numbers": {"config_A_B": "constant", "config_C": "none"},
+    },
+)
+class Glora(Adapter, ReplacesCall):
+    """What changes the weight and the bias of one layer."""
+
+    reads_weight: ClassVar[bool] = True
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+
+    rank: int
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: GloraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Those of A and B, and where the layer has a bias of C, D and E; see ``Adapter``."""
+        check_linear("GLoRA", path, kind)
+        in_features, out_features = kind.features(module)
+        found: dict[str, tuple[int, ...]] = {}
+        for one in "AB":
+            found |= _shapes(one, config.config_A_B, out_features, in_features, config.r)
+        if getattr(module, "bias", None) is not None:
+            found |= _shapes("C", config.config_C, in_features, 1, config.r)
+            for one in "DE":
+                found |= _shapes(one, config.config_D_E, out_features, 0, config.r)
+        return found
+
+    @classmethod
+    def create(cls, config: GloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            tensors = {}
+            for name in sorted(site.shapes, key=lambda one: (one[:7], one[-1] == "d")):  # in the order of PEFT's draws
+                tensors[name] = _start(name, config, site)
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made.__dict__["rank"] = config.r
+        return made
+
+    def _path(self, path: str) -> tuple[Tensor, ...]:
+        """The parameters of one of A to E; empty for nothing."""
+        return tuple(self.held[name] for part in _PARTS if (name := f"glora_{path}_{part}") in self.held)
+
+    def _change(self, weight: Tensor, *parameters: Tensor) -> Tensor:
+        """``W ∘ A + B``, shaped like the weight, in the dtype of the parameters: those of A, then those of B."""
+        first, second = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        return weight.to(parameters[0].dtype) * _value(first) + _value(second)
+
+    def _bias_change(self, base: BaseLayer) -> Tensor | None:
+        """``b ∘ D + E + W C``, (out,), in the dtype of the parameters; None where the bias stays."""
+        bias, coupling, factor, summand = base.bias, self._path("C"), self._path("D"), self._path("E")
+        if bias is None or not (coupling or factor):
+            return None
+        projected = keeping_inputs(lambda *given: _projected(base.weight(), given), *coupling) if coupling else None
+        if not factor:
+            return projected
+        own = bias.to(factor[0].dtype) * factor[0] + summand[0]
+        return own if projected is None else own + projected
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """``W' x + b'`` in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        parameters = self._path("A") + self._path("B")
+
+        def changed(weight: Tensor, *given: Tensor) -> Tensor:
+            return weight + self._change(weight, *given).to(weight.dtype)
+
+        found = in_one_product(x, base, changed, parameters) if parameters else None
+        bias = None if found is None else self._bias_change(base)
+        return found if found is None or bias is None else found + bias.to(found.dtype)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The layer's map with ``W ∘ A + B`` and the change of the bias; see ``Adapter``."""
+        parameters, bias = self._path("A") + self._path("B"), self._bias_change(base)
+        if not parameters:
+            return torch.zeros_like(base_output) if bias is None else bias.expand_as(base_output)
+        found = apply_delta(x, base, lambda *given: self._change(base.weight(), *given), parameters)
+        return found if bias is None else found + bias.to(found.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``W ∘ A + B``, of the weight that is given."""
+        parameters = self._path("A") + self._path("B")
+        return self._change(weight, *parameters) if parameters else torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """``b ∘ D + E + W C``; see ``Adapter``."""
+        return self._bias_change(base)
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites what is multiplied last with zeros."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and not name.endswith("Xu"):
+                parameter.detach().zero_()
+
+    def configure(self, config: GloraConfig, path: str) -> None:
+        """Takes the rank of a config over."""
+        self.__dict__["rank"] = config.r
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}"
+
+
+def _value(parameters: tuple[Tensor, ...]) -> Tensor:
+    """What parameters stand for: a product, or themselves."""
+    return parameters[0] @ parameters[1] if len(parameters) == 2 else parameters[0]
+
+
+def _projected(weight: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    """``W C``, (out,)."""
+    found = weight.to(parameters[0].dtype)
+    for parameter in parameters:
+        found = found @ parameter
+    return found.squeeze(-1)
+
+
+def _start(name: str, config: GloraConfig, site: AdapterSite) -> Tensor:
+    """A new parameter."""
+    shape = site.shapes[name]
+    zeros = torch.zeros(shape, device=site.base.device, dtype=site.dtype)
+    if config.init_weights and not name.endswith("Xu"):
+        return zeros
+    if shape == (1,):
+        return zeros.normal_(0, _DEVIATION)
+    return site.new(shape, linear_) if len(shape) == 2 else site.new((1, *shape), linear_)[0]

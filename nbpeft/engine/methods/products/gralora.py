@@ -1,0 +1,220 @@
+"""GraLoRA: a low-rank product for each block of a weight (Jung et al. 2025, arXiv:2505.20355).
+
+    Δ: (out, in) in k times k blocks, that of outputs j and inputs n: α / r B_jn A_nj, of rank r / k
+
+With as many parameters as LoRA of rank r, Δ has a rank of up to k r. ``hybrid_r`` adds a LoRA of the whole weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, Rescales
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.errors import ConfigError
+
+BLOCKS_A, BLOCKS_B = "gralora_A", "gralora_B"
+WHOLE_A, WHOLE_B = "gralora_A_general", "gralora_B_general"
+
+
+@dataclass
+class GraloraConfig(LayersConfig):
+    """Config of GraLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: rank of all blocks of a row together; the size of the adapter is that of a LoRA of this rank.
+        hybrid_r: rank of a LoRA of the whole weight beside the blocks; 0 for none.
+        alpha: what the adapter adds is multiplied by alpha / (r + hybrid_r).
+        gralora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        gralora_k: number of blocks along each side, which divides r and the inputs and outputs of each layer.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        bias: which biases of the model are trained too.
+        init_weights: start at the base model; False for random factors.
+    """
+
+    r: int = field(default=32)
+    hybrid_r: int = field(default=0)
+    alpha: float = field(default=64)
+    gralora_dropout: float = field(default=0.0)
+    gralora_k: int = field(default=2)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "GRALORA"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    counts: ClassVar[tuple[str, ...]] = ("r", "gralora_k")
+    shares: ClassVar[tuple[str, ...]] = ("gralora_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "gralora_only")}
+    value_fields: ClassVar[tuple[str, ...]] = ("alpha", "gralora_dropout", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("alpha", self.alpha)
+        if self.hybrid_r < 0:
+            raise ConfigError(f"hybrid_r must be a whole number of at least 0, not {self.hybrid_r}", field="hybrid_r")
+        if self.r % self.gralora_k:
+            raise ConfigError(f"gralora_k = {self.gralora_k} must divide r = {self.r}", field="gralora_k")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / (r + hybrid_r)."""
+        return self.alpha / (self.r + self.hybrid_r)
+
+
+def _smaller(config: GraloraConfig) -> GraloraConfig | None:
+    rank = config.r // 2 // config.gralora_k * config.gralora_k
+    return config.copy(r=rank, hybrid_r=config.hybrid_r // 2) if rank else None
+
+
+@register(
+    GraloraConfig,
+    peft_type="GRALORA",
+    layer_names=(
+        "gralora_A gralora_B gralora_A_general gralora_B_general",
+        "r hybrid_r alpha scaling gralora_dropout gralora_k",
+    ),
+    label="GraLoRA",
+    when="as LoRA with a high rank, for the parameters of a lower one",
+    paper="arXiv:2505.20355",
+    file_keys={name: f"{name}.weight" for name in (WHOLE_A, WHOLE_B)},
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r), "k": str(config.gralora_k), "α": f"{config.alpha:g}"},
+    smaller=_smaller,
+    sample_configs={"k2": {"r": 4}, "hybrid": {"r": 4, "gralora_k": 4, "hybrid_r": 2, "alpha": 8}},
+)
+class Gralora(WeightDelta, Rescales):
+    """The factors of one layer: A, (k, in / k, r), B, (k, r, out / k), and those of the whole weight, if any."""
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (WHOLE_A, WHOLE_B)
+    peft_attributes: ClassVar[Mapping[str, str]] = {name: name for name in ("r", "hybrid_r", "alpha", "gralora_k")} | {
+        "r": "rank"
+    }
+
+    alpha: float
+    dropout: float
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: GraloraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The factors; see ``Adapter``."""
+        check_linear("GraLoRA", path, kind)
+        count, (inputs, outputs) = config.gralora_k, kind.features(module)
+        if inputs % count or outputs % count:
+            raise ConfigError(
+                f"{path}: gralora_k = {count} must divide its {inputs} inputs and {outputs} outputs", path=path
+            )
+        shapes: dict[str, tuple[int, ...]] = {
+            BLOCKS_A: (count, inputs // count, config.r),
+            BLOCKS_B: (count, config.r, outputs // count),
+        }
+        whole = {WHOLE_A: (config.hybrid_r, inputs), WHOLE_B: (outputs, config.hybrid_r)}
+        return shapes | (whole if config.hybrid_r else {})
+
+    @classmethod
+    def create(cls, config: GraloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            tensors = _drawn(config, site)
+        made = cls({name: tensors[name] for name in site.shapes})
+        made.__dict__["scaling"] = config.scaling
+        made.configure(config, site.path)
+        return made
+
+    def configure(self, config: GraloraConfig, path: str) -> None:
+        """Takes scaling and dropout of a config over."""
+        self.rescale(config.scaling, trained=True)
+        self.__dict__.update(alpha=config.alpha, dropout=config.gralora_dropout)
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records scaling and dropout."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "alpha", "dropout")
+
+    @property
+    def rank(self) -> int:
+        """Rank of all blocks of a row together."""
+        return int(self.tensors[0].shape[2])
+
+    @property
+    def gralora_k(self) -> int:
+        """Number of blocks along each side."""
+        return int(self.tensors[0].shape[0])
+
+    @property
+    def hybrid_r(self) -> int:
+        """Rank of the LoRA of the whole weight."""
+        return int(self.tensors[2].shape[0]) if len(self.tensors) > 2 else 0
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The most that the change of the weight can have."""
+        return self.gralora_k * self.rank + self.hybrid_r
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The products of the blocks, summed; see ``Adapter``."""
+        dropped = F.dropout(x, self.dropout, self.training)
+        first, second, *whole = self.tensors
+        if not (whole and self.dropout and self.training):
+            return keeping_inputs(_product, dropped, *self.tensors, keeps_little=True) * self.scaling
+        found = keeping_inputs(_product, dropped, first, second, keeps_little=True)
+        dropped = F.dropout(x, self.dropout).to(found.dtype)  # other inputs than of the blocks
+        whole_A, whole_B = (factor.to(found.dtype) for factor in whole)
+        return (found + F.linear(F.linear(dropped, whole_A), whole_B)) * self.scaling
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """The blocks, and the product of the whole weight; see ``WeightDelta``."""
+        first, second, *whole = parameters
+        count, inputs, rank = first.shape
+        left, right = first.view(count, inputs, count, -1), second.view(count, count, rank // count, -1)
+        delta = torch.einsum("nijs,jnso->joni", left, right).reshape(-1, count * inputs)
+        if whole:
+            delta = delta + whole[1] @ whole[0]
+        return delta * self.scaling
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites what is multiplied last with zeros."""
+        for tensor in self.tensors[1::2]:  # B, and that of the whole weight
+            tensor.detach().zero_()
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}, k={self.gralora_k}, hybrid_r={self.hybrid_r}, alpha={self.alpha:g}"
+
+
+def _drawn(config: GraloraConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """New factors, drawn block by block: those that are multiplied last begin with zeros."""
+    last = None if config.init_weights else linear_
+    fills, names = {BLOCKS_A: linear_, BLOCKS_B: last, WHOLE_A: linear_, WHOLE_B: last}, (BLOCKS_A, BLOCKS_B)
+    pairs = zip(*([site.shapes[name][:0:-1]] * site.shapes[name][0] for name in names), strict=True)
+    blocks = [[site.new(shape, fills[name]).T for name, shape in zip(names, pair, strict=True)] for pair in pairs]
+    made = {name: torch.stack(parts) for name, parts in zip(names, zip(*blocks, strict=True), strict=True)}
+    whole = {name: shape for name, shape in site.shapes.items() if name not in made}
+    skip_linear(site.device, *whole.values())
+    return made | {name: site.new(shape, fills[name]) for name, shape in whole.items()}
+
+
+def _product(x: Tensor, first: Tensor, second: Tensor, *whole: Tensor) -> Tensor:
+    """The product of an input (…, in) with all blocks, (…, out), without the scaling."""
+    dtype = compute_dtype(x, first)
+    x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
+    count = first.shape[0]
+    parts = torch.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], count, -1), first)
+    exchanged = parts.reshape(*parts.shape[:-1], count, -1).transpose(-3, -2).flatten(-2)
+    found = torch.einsum("...jr,jro->...jo", exchanged, second).flatten(-2)
+    return found + F.linear(F.linear(x, whole[0].to(dtype)), whole[1].to(dtype)) if whole else found

@@ -1,0 +1,150 @@
+"""HiRA: the Hadamard product of the weight and a low-rank product (Huang et al. 2025, ICLR).
+
+    Δ = W ∘ (B A)        A: (r, in), B: (out, r); Δ has the rank of W, or nearly
+
+An embedding's rows are multiplied as they are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_count
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.module_paths import pattern_table
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_, normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import WeightDelta
+from nbpeft.errors import ConfigError
+
+_FACTORS, _EMBEDDING_FACTORS = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
+
+
+@dataclass
+class HiraConfig(LayersConfig):
+    """Config of HiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: rank of the product that the weight is multiplied with.
+        hira_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        init_weights: True and 'gaussian' start at the base model; False for random factors.
+        rank_pattern: layer name or pattern -> another r.
+    """
+
+    r: int = field(default=32)
+    hira_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    init_weights: bool | str | None = field(default=True)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+
+    method_type: ClassVar[str] = "HIRA"
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    shares: ClassVar[tuple[str, ...]] = ("hira_dropout",)
+    pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"rank_pattern": check_count}
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": (True, False, "gaussian")}
+    value_fields: ClassVar[tuple[str, ...]] = ("hira_dropout", "init_weights")
+
+    def rank_at(self, path: str) -> int:
+        """The rank at a module path."""
+        return int(pattern_table(self, "rank_pattern").get(path, self.r))
+
+
+@register(
+    HiraConfig,
+    peft_type="HIRA",
+    layer_names=("hira_A hira_B hira_embedding_A hira_embedding_B", "r hira_dropout"),
+    label="HiRA",
+    paper="https://openreview.net/forum?id=TwJrTz9cRS",
+    when="much to learn: a high rank for LoRA's parameters",
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={"r4": {"r": 4}},
+)
+class Hira(WeightDelta):
+    """The two factors of one layer."""
+
+    reads_weight: ClassVar[bool] = True
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+
+    dropout: float
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: HiraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, (r, in, *kernel), and B, (out, r, 1, …); see ``Adapter``."""
+        if int(getattr(module, "groups", 1)) > 1:
+            raise ConfigError(f"{path}: HiRA does not work on a convolution in groups; exclude it", path=path)
+        rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
+        names = _EMBEDDING_FACTORS if kind.takes_ids else _FACTORS
+        return dict(zip(names, ((rank, columns, *kernel), (rows, rank, *[1] * len(kernel))), strict=True))
+
+    @classmethod
+    def create(cls, config: HiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
+            name_A, name_B = site.shapes
+            if config.init_weights:
+                drawn[name_A if name_A in _EMBEDDING_FACTORS else name_B].zero_()
+            if config.init_weights == "gaussian" and name_A in _FACTORS:
+                drawn[name_A].div_(config.rank_at(site.path))
+            elif config.init_weights and name_A in _FACTORS:
+                drawn[name_A] = site.new(site.shapes[name_A], linear_)
+            tensors = drawn
+        made = cls({name: tensors[name] for name in site.shapes})
+        made.__dict__["dropout"] = config.hira_dropout
+        return made
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.tensors[0].shape[0])
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The layer's map with ``W ∘ (B A)``; see ``Adapter``."""
+        if base.kind.takes_ids:
+            first, second = self.tensors
+            rows = F.embedding(x, first.T) @ second.T
+            return base_output.to(rows.dtype) * rows
+        return super().forward(F.dropout(x, self.dropout, self.training), base_output, base)
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """``W ∘ (B A)``; see ``WeightDelta``."""
+        return _product(base.weight(), *parameters)
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``W ∘ (B A)``, of the weight that is given."""
+        return _product(weight, *(tensor.detach() for tensor in self.tensors))
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites B, or the A of an embedding, with zeros."""
+        self.tensors[0 if base.kind.takes_ids else 1].detach().zero_()
+
+    def configure(self, config: HiraConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.hira_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout."""
+        change.keep_attributes(self, "dropout")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}"
+
+
+def _product(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """``W ∘ (B A)``, shaped like the weight, in the dtype of the factors."""
+    return weight.to(first.dtype) * (second.flatten(1) @ first.flatten(1)).view(weight.shape)

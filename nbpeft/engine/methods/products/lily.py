@@ -1,0 +1,200 @@
+"""Lily: factors that layers share, and experts among them chosen by the inputs (Zhong et al. 2024, arXiv:2407.09946).
+
+    y = W x + s Bᵀ (A x)        B = Σ_e p_e B_e,  p = mean over all tokens of the call of softmax(R A x)
+
+Layers of one size that one name of ``target_modules`` means make a group: all of them share the experts B_e, and
+each ``stride_A`` of them in turn share an A; the router R is each layer's own. With a pattern, all layers of a size
+are one group. A file holds for each layer what it uses.
+
+The mean is over the batch too, as in PEFT: what a row gives depends on the rows beside it and their padding, and with
+a cache on the tokens of that call alone. So what is added is not a weight, and cannot be merged.
+
+Where several names mean a layer, the longest counts; in PEFT any of those that its path ends with, even within a
+word, which changes from one process to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.module_paths import suffixes
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import keeping_inputs
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.errors import ConfigError, MergeError
+
+A, B, ROUTER = "lily_A", "lily_B", "lily_router"
+_UNMERGEABLE = "a weight: Lily mixes its experts by the inputs of each call"
+
+
+@dataclass
+class LilyConfig(LayersConfig):
+    """Config of Lily. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: rank of the factors; as layers share them, it can be two to four times that of a LoRA.
+        stride_A: how many layers of a group in turn share one A; 1 for an A of each layer.
+        num_B: experts of a group, at least 2: all its layers share them.
+        scaling: what the adapter adds is multiplied by it.
+        init_weights: start at the base model; False for random experts.
+    """
+
+    r: int = field(default=32)
+    stride_A: int = field(default=1)
+    num_B: int = field(default=2)
+    scaling: float = field(default=1.0)
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "LILY"
+    counts: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
+    value_fields: ClassVar[tuple[str, ...]] = ("scaling", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("scaling", self.scaling)
+        if self.num_B < 2:
+            raise ConfigError(
+                f"num_B must be at least 2, not {self.num_B}: the router chooses between experts", field="num_B"
+            )
+
+
+def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
+    """Which earlier layer of its group each layer shares A and the experts with; see ``Method.tied``."""
+    groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    ties: dict[str, dict[str, str]] = {}
+    for path, size in features.items():
+        name = config.target_modules
+        if not isinstance(name, str):
+            name = next((ending for ending in suffixes(path) if ending in (config.target_modules or ())), path)
+        group = groups.setdefault((name, size), [])
+        place = len(group)
+        group.append(path)
+        owners = {A: group[place - place % config.stride_A], B: group[0]}
+        ties[path] = {name: owner for name, owner in owners.items() if owner != path}
+    return ties
+
+
+@register(
+    LilyConfig,
+    peft_type="LILY",
+    layer_names=("lily_A lily_B lily_router", "r scaling stride_A num_B"),
+    label="Lily",
+    when="many layers that learn alike: they share factors of a higher rank",
+    paper="arXiv:2407.09946",
+    file_keys={name: f"{name}.weight" for name in (A, B, ROUTER)},
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={"own": {"r": 4}, "shared": {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 2.0}},
+    tied=_tied,
+)
+class Lily(Adapter, Rescales):
+    """A, (r, in), the experts, (num_B · r, out), and the router, (num_B, r), that one layer uses."""
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (A, B, ROUTER)
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "stride_A": "stride", "num_B": "expert_count"}
+
+    stride: int
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LilyConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, the experts and the router; see ``Adapter``."""
+        check_linear("Lily", path, kind)
+        (inputs, outputs), rank, count = kind.features(module), config.r, config.num_B
+        return {A: (rank, inputs), B: (count * rank, outputs), ROUTER: (count, rank)}
+
+    @classmethod
+    def create(cls, config: LilyConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            skip_linear(site.device, *site.shapes.values())
+            order = (A, ROUTER, B)
+            tensors = {
+                name: site.new(site.shapes[name], None if name == B and config.init_weights else linear_)
+                for name in order
+            }
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made.__dict__["scaling"] = config.scaling
+        made.configure(config, site.path)
+        return made
+
+    def configure(self, config: LilyConfig, path: str) -> None:
+        """Takes the scaling of a config over."""
+        self.rescale(config.scaling, trained=True)
+        self.__dict__["stride"] = config.stride_A
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the scaling."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "stride")
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.held[A].shape[0])
+
+    @property
+    def expert_count(self) -> int:
+        """How many experts the router mixes."""
+        return int(self.held[ROUTER].shape[0])
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The rank of what it adds in one call."""
+        return self.rank
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Rows of A."""
+        return shapes[A][0]
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The mixture of the experts for ``x``; see ``Adapter``."""
+        parameters = (self.held[name].to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
+        return keeping_inputs(_mixed, x, *parameters, keeps_little=True) * self.scaling
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """Refuses; see ``unmergeable_reason``."""
+        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it is not a weight."""
+        return _UNMERGEABLE
+
+    def swap_refusal(self) -> str:
+        """Why nothing takes its place: the layers of another one may share other tensors."""
+        return "shares tensors between its layers"
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the experts with zeros."""
+        self.held[B].detach().zero_()
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}, stride_A={self.stride}, num_B={self.expert_count}"
+
+
+def _mixed(x: Tensor, first: Tensor, experts: Tensor, router: Tensor) -> Tensor:
+    """What the experts give for an input (…, in), in the shares of all its tokens together: (…, out)."""
+    dtype = compute_dtype(x, first)
+    hidden = F.linear(x.to(dtype), first.to(dtype))
+    shares = F.linear(hidden, router.to(dtype)).softmax(-1).view(-1, len(router)).mean(0)
+    each = experts.to(dtype).reshape(len(router), -1, experts.shape[1])
+    chosen = torch.einsum("e,ero->ro", shares.to(dtype), each)
+    return hidden @ chosen

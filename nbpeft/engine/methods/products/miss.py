@@ -1,0 +1,211 @@
+"""MiSS: one block that is added to every group of a layer's inputs (Kang et al. 2024, arXiv:2409.15371).
+
+    y = W x + Dᵀ Σ_g x_g        x_g: groups of r inputs, D: (r, out)
+
+``init_weights="mini"`` repeats a smaller block along the outputs. ``"bat"`` lets the weight itself act on the
+block: with W in tiles of (r, r), Δ = W D + D, one block (r, r) for each row of tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import WeightDelta
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.errors import ConfigError
+
+BLOCK = "miss_block"
+
+
+@dataclass
+class MissConfig(LayersConfig):
+    """Config of MiSS. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: number of inputs in a group, which is the rank of what is added.
+        miss_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1; not with 'bat'.
+        mini_r: with init_weights='mini', outputs of the block; it divides those of each layer.
+        init_weights: True starts at the base model, 'mini' and 'bat' too in their forms; False for a random block.
+        bias: which biases of the model are trained too.
+    """
+
+    r: int = field(default=64)
+    miss_dropout: float = field(default=0.0)
+    mini_r: int = field(default=1)
+    init_weights: bool | str = field(default=True)
+    bias: str = field(default="none")
+
+    method_type: ClassVar[str] = "MISS"
+    counts: ClassVar[tuple[str, ...]] = ("r", "mini_r")
+    shares: ClassVar[tuple[str, ...]] = ("miss_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "init_weights": (True, False, "bat", "mini"),
+        "bias": ("none", "all", "MiSS_only"),
+    }
+    value_fields: ClassVar[tuple[str, ...]] = ("miss_dropout",)
+
+
+@register(
+    MissConfig,
+    peft_type="MISS",
+    layer_names=("miss_block", "miss_r miss_dropout miss_mini_r"),
+    label="MiSS",
+    layer_prefix="Miss",
+    when="LoRA's memory, for about half of its parameters at the same rank",
+    paper="arXiv:2409.15371",
+    default_targets=usual_targets,
+    variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
+    summary=lambda config: {"r": str(config.r)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "r4": {"r": 4},
+        "uneven": {"r": 5},
+        "mini": {"r": 4, "mini_r": 4, "init_weights": "mini"},
+        "bat": {"r": 4, "init_weights": "bat"},
+    },
+)
+class Miss(WeightDelta, ConvertsToLora):
+    """The block of one layer."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {"miss_r": "rank"}
+
+    dropout: float
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: MissConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The block: (r, out), with 'mini' (r, mini_r), with 'bat' (out / r, r, r); see ``Adapter``."""
+        check_linear("MiSS", path, kind)
+        rank, (in_features, out_features) = config.r, kind.features(module)
+        if rank > in_features:
+            raise ConfigError(f"{path}: r = {rank} is more than its {in_features} inputs; lower r", path=path)
+        if config.init_weights == "mini":
+            if out_features % config.mini_r:
+                raise ConfigError(
+                    f"{path}: mini_r = {config.mini_r} must divide its {out_features} outputs; choose another",
+                    path=path,
+                )
+            return {BLOCK: (rank, config.mini_r)}
+        if config.init_weights == "bat":
+            if in_features % rank or out_features % rank:
+                raise ConfigError(
+                    f"{path}: with init_weights='bat' r = {rank} must divide its {in_features} inputs and "
+                    f"{out_features} outputs; choose another",
+                    path=path,
+                )
+            return {BLOCK: (out_features // rank, rank, rank)}
+        return {BLOCK: (rank, out_features)}
+
+    @classmethod
+    def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds a loaded block, or starts with zeros; see ``Adapter``."""
+        shape = site.shapes[BLOCK]
+        if tensors is not None:
+            block = tensors[BLOCK]
+        elif config.init_weights:
+            block = torch.zeros(shape, device=site.base.device, dtype=site.dtype)
+        else:
+            block = site.new(shape, linear_)
+        made = (Bat if config.init_weights == "bat" else Miss)({BLOCK: block})
+        made.__dict__["dropout"] = config.miss_dropout
+        return made  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """Inputs of a group."""
+        return int(self.tensors[0].shape[-2])
+
+    @property
+    def delta_rank(self) -> int | None:
+        """All groups of inputs share one block."""
+        return self.rank
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Sums the groups of inputs and multiplies them with the block; see ``Adapter``."""
+        block = self._whole_block(base)
+        dtype = compute_dtype(x, block)
+        missing = -x.shape[-1] % self.rank
+        padded = F.pad(x, (0, missing)) if missing else x
+        dropped = F.dropout(padded.to(dtype), self.dropout, self.training)
+        sums = dropped.reshape(*dropped.shape[:-1], -1, self.rank).sum(-2)
+        return sums @ block.to(dtype)
+
+    def _whole_block(self, base: BaseLayer) -> Tensor:
+        """D, (r, out)."""
+        block = self.tensors[0]
+        return block.repeat(1, base.out_features // block.shape[1]) if block.shape[1] < base.out_features else block
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """The block, repeated along the inputs; see ``WeightDelta``."""
+        block = self._whole_block(base).T
+        return block.repeat(1, -(-base.in_features // self.rank))[:, : base.in_features]
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """What sums the groups of inputs, and the block; see ``ConvertsToLora``."""
+        block = self._whole_block(base)
+        groups = -(-base.in_features // self.rank)
+        sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, groups)[:, : base.in_features]
+        return LowRankDelta(sums, block.T, 1.0)
+
+    def configure(self, config: MissConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.miss_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout."""
+        change.keep_attributes(self, "dropout")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}"
+
+
+class Bat(Miss):
+    """A block for each row of tiles of the weight, on which the weight itself acts."""
+
+    reads_weight: ClassVar[bool] = True
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The change of the weight has its full rank."""
+        return None
+
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """None: the change of the weight has its full rank."""
+        return None
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The layer's map with the delta as its weight; see ``Adapter``."""
+        return WeightDelta.forward(self, x, base_output, base)
+
+    def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
+        """``W D + D``; see ``WeightDelta``."""
+        return _on_tiles(base.weight(), *parameters)
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``W D + D``, of the weight that is given."""
+        return _on_tiles(weight, self.tensors[0].detach())
+
+
+def _on_tiles(weight: Tensor, block: Tensor) -> Tensor:
+    """``W D + D`` (out, in), for D (out / r, r, r), in the dtype of D."""
+    rank = block.shape[-1]
+    rows, columns = weight.shape
+    tiles = weight.to(block.dtype).reshape(rows // rank, rank, columns // rank, rank).permute(2, 0, 1, 3)
+    return (tiles @ block + block).permute(1, 2, 0, 3).reshape(rows, columns)

@@ -1,0 +1,219 @@
+"""PEANuT: a small network that reads the weight and writes its change (Zhong et al. 2024, arXiv:2410.01870).
+
+    Δᵀ = scaling f(Wᵀ) Bᵀ        f: σ(· Aᵀ), then ``depth`` layers down and ``depth`` layers up again
+
+A layer of the way up adds what its counterpart on the way down got. A is (r, out), B is (out, r), all else (r, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import keeping_inputs
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.errors import ConfigError, did_you_mean, shown
+
+FIRST, LAST = "peanut_A", "peanut_B"
+_MOST_LAYERS = 64
+"""The largest depth: deeper networks are typos."""
+_HIDDEN = {
+    f"peanut_{side}_{number}": f"peanut_{side}.{number}.weight"
+    for side in ("encoders", "decoders")
+    for number in range(_MOST_LAYERS)
+}
+
+
+@dataclass
+class PeanutConfig(LayersConfig):
+    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: width of the network.
+        depth: hidden layers on the way down, and as many on the way up; at most 64.
+        act_fn: activation, by its name in ``transformers.activations.ACT2FN``; one without parameters.
+        scaling: factor on what is added.
+        init_weights: start at the base model; False for random numbers.
+    """
+
+    r: int = field(default=32)
+    depth: int = field(default=0)
+    act_fn: str = field(default="relu")
+    scaling: float = field(default=1.0)
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "PEANUT"
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    value_fields: ClassVar[tuple[str, ...]] = ("act_fn", "scaling", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("scaling", self.scaling)
+        if not 0 <= self.depth <= _MOST_LAYERS:
+            raise ConfigError(f"depth must be from 0 to {_MOST_LAYERS}, not {shown(self.depth)}", field="depth")
+        known = _activations()
+        if self.act_fn not in known:
+            raise ConfigError(
+                f"act_fn must be an activation of transformers, as 'relu', not {shown(self.act_fn)}."
+                + did_you_mean(self.act_fn, known),
+                field="act_fn",
+            )
+        if any(True for _ in known[self.act_fn].parameters()):
+            raise ConfigError(
+                f"act_fn must be an activation without parameters, as 'relu', not {self.act_fn!r}", field="act_fn"
+            )
+
+
+def _activations() -> Any:
+    """transformers' activations by name."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN
+
+
+@register(
+    PeanutConfig,
+    peft_type="PEANUT",
+    layer_names=("peanut_A peanut_B peanut_encoders peanut_decoders", "r depth scaling act_fn res_num"),
+    label="PEANuT",
+    when="changes that follow from the weights themselves",
+    paper="arXiv:2410.01870",
+    file_keys={FIRST: f"{FIRST}.weight", LAST: f"{LAST}.weight", **_HIDDEN},
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "flat": {"r": 4},
+        "deep": {"r": 3, "depth": 2, "act_fn": "silu", "scaling": 0.5},
+    },
+)
+class Peanut(Adapter, ConvertsToLora, Rescales):
+    """The network of one layer."""
+
+    reads_weight: ClassVar[bool] = True
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (FIRST, LAST)
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "depth": "depth", "act_fn": "activation"}
+
+    activation: str
+    function: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: PeanutConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A, (r, out), B, (out, r), and the hidden layers, (r, r) each; see ``Adapter``."""
+        check_linear("PEANuT", path, kind)
+        rank, out_features = config.r, kind.features(module)[1]
+        hidden = [f"peanut_{side}_{number}" for side in ("encoders", "decoders") for number in range(config.depth)]
+        shapes: dict[str, tuple[int, ...]] = {FIRST: (rank, out_features), LAST: (out_features, rank)}
+        return {**shapes, **dict.fromkeys(hidden, (rank, rank))}
+
+    @classmethod
+    def create(cls, config: PeanutConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            skip_linear(site.device, *site.shapes.values())
+            order = sorted(site.shapes, key=lambda name: name == LAST)
+            tensors = {
+                name: site.new(site.shapes[name], None if name == LAST and config.init_weights else linear_)
+                for name in order
+            }
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made.__dict__.update(scaling=float(config.scaling), **_settings(config))
+        return made
+
+    @property
+    def rank(self) -> int:
+        """Width of the network."""
+        return int(self.held[LAST].shape[1])
+
+    @property
+    def depth(self) -> int:
+        """Hidden layers on the way down."""
+        return sum(name.startswith("peanut_encoders") for name in self.held)
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The width of the network."""
+        return self.rank
+
+    def rows(self, weight: Tensor, first: Tensor, *hidden: Tensor) -> Tensor:
+        """``f(Wᵀ)``, (in, r), in the dtype of A.
+
+        Args:
+            weight: W, (out, in).
+            first: A.
+            hidden: layers of the way down, then those of the way up.
+        """
+        function, residuals = self.function, []
+        found: Tensor = function(weight.to(first.dtype).T @ first.T)
+        for encoder in hidden[: len(hidden) // 2]:
+            residuals.append(found)
+            found = function(found @ encoder.T)
+        for decoder in hidden[len(hidden) // 2 :]:
+            found = function(found @ decoder.T) + residuals.pop()
+        return found
+
+    def _layers(self) -> tuple[Tensor, ...]:
+        """A and the hidden layers, as ``rows`` takes them."""
+        names = (f"peanut_{side}_{number}" for side in ("encoders", "decoders") for number in range(self.depth))
+        return self.held[FIRST], *(self.held[name] for name in names)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``scaling B f(Wᵀ)ᵀ x``; see ``Adapter``."""
+        # The weight is read again in backward, which costs less than to keep a dequantized one.
+        rows = keeping_inputs(lambda first, *hidden: self.rows(base.weight(), first, *hidden), *self._layers())
+        dtype = compute_dtype(x, rows)
+        return F.linear(F.linear(x.to(dtype), rows.T.to(dtype)), self.held[LAST].to(dtype)) * self.scaling
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``scaling B f(Wᵀ)ᵀ``, of the weight that is given."""
+        found: Tensor = self.held[LAST] @ self.rows(weight, *self._layers()).T
+        return found * self.scaling
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``f(Wᵀ)ᵀ`` and B; see ``ConvertsToLora``."""
+        return LowRankDelta(self.rows(base.weight(), *self._layers()).T, self.held[LAST].detach(), float(self.scaling))
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """The width of the network."""
+        return shapes[LAST][1]
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites B with zeros."""
+        self.get_parameter(LAST).detach().zero_()
+
+    def configure(self, config: PeanutConfig, path: str) -> None:
+        """Takes scaling and activation of a config over."""
+        self.rescale(float(config.scaling), trained=True)
+        self.__dict__.update(_settings(config))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records both."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "activation", "function")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}, depth={self.depth}, {self.activation}"
+
+
+def _settings(config: PeanutConfig) -> dict[str, Any]:
+    return {"activation": config.act_fn, "function": _activations()[config.act_fn]}

@@ -1,0 +1,287 @@
+"""Polytropon: skills that tasks share, mixed for each (Ponti et al. 2022, arXiv:2202.13914; Caccia et al., 2211.03831).
+
+    y = W x + 1 / r B A x        A = Σ_s p_s A_s,  B = Σ_s p_s B_s,  p = σ(z_t) / Σ_s σ(z_ts) for the task t of the row
+
+Each call says with ``task_ids`` (rows,) which task a row is of; with one task it need not. With ``n_splits`` the
+inputs of A and the outputs of B are cut into as many parts, each with shares of its own (multi-head routing). In
+training the shares are drawn for each row, from a relaxed Bernoulli distribution with the logits z: σ(z + log u / (1 -
+u)) with u uniform. With one task what is added in evaluation is a weight, which can be merged and is that of a LoRA;
+with several it is not.
+
+A row that generates several beams is one of its task in all of them, and a negative number of a task is refused; PEFT
+raises for the one, and counts the other from the last task. It merges nothing, and hands the tasks on only to models
+with a task type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import keeping_inputs
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.engine.peft_names.peft_modules import ParameterModule
+from nbpeft.errors import AdapterError, ConfigError, MergeError
+
+A, B, ROUTER, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router", "module_logits"
+_UNMERGEABLE = "a weight: Polytropon mixes its skills by the task of each row"
+_LARGEST_LOGIT = 1e-3
+"""To each side, of a new router."""
+
+
+@dataclass
+class PolyConfig(LayersConfig):
+    """Config of Polytropon. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    With several tasks, calls say with ``task_ids`` (rows,), and rows of a training in a column of that name, which
+    task each row is of.
+
+    Attributes:
+        r: rank of each skill.
+        init_weights: start at the base model; False for random skills.
+        poly_type: how skills are mixed; ``poly`` is the only way.
+        n_tasks: how many tasks there are.
+        n_skills: how many skills the tasks share.
+        n_splits: into how many parts inputs and outputs are cut, which it divides; more than 1 for multi-head routing.
+    """
+
+    r: int = field(default=8)
+    init_weights: bool = field(default=True)
+    poly_type: str = field(default="poly")
+    n_tasks: int = field(default=1)
+    n_skills: int = field(default=4)
+    n_splits: int = field(default=1)
+
+    method_type: ClassVar[str] = "POLY"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+    counts: ClassVar[tuple[str, ...]] = ("r", "n_tasks", "n_skills", "n_splits")
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"poly_type": ("poly",)}
+    value_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
+
+
+def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    return checked_task_ids(kwargs.get(TASK_IDS), config.n_tasks)
+
+
+@register(
+    PolyConfig,
+    peft_type="POLY",
+    layer_names=("poly_lora_A poly_lora_B poly_router", "r n_tasks n_skills n_splits poly_type"),
+    draws_in_training=True,
+    label="Polytropon",
+    when="several tasks that need some of the same skills; a new task learns which",
+    paper="arXiv:2202.13914",
+    file_keys={ROUTER: f"{ROUTER}.{LOGITS}"},
+    default_targets=usual_targets,
+    summary=lambda config: {
+        "r": str(config.r),
+        "tasks": str(config.n_tasks),
+        "skills": str(config.n_skills),
+    },
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={"one-task": {"r": 4}, "split": {"r": 2, "n_skills": 3, "n_splits": 4}},
+    call_context=_tasks_of_rows,
+    call_arguments=(TASK_IDS,),
+)
+class Polytropon(Adapter, ConvertsToLora):
+    """The skills of one layer, A and B, and which of them each task uses.
+
+    Attributes:
+        poly_lora_A: (splits, skills, in / splits, r).
+        poly_lora_B: (splits, skills, r, out / splits).
+        poly_router: (tasks, splits · skills), logits.
+    """
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (ROUTER,)
+    names_in_modules: ClassVar[Mapping[str, str]] = {ROUTER: LOGITS}
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        **{"r": "rank", "n_tasks": "task_count", "n_skills": "skill_count", "n_splits": "split_count"},
+        "poly_type": "poly_type",
+    }
+    poly_type: ClassVar[str] = "poly"
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: PolyConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The skills and the router; see ``Adapter``."""
+        check_linear("Polytropon", path, kind)
+        splits, skills, (inputs, outputs) = config.n_splits, config.n_skills, kind.features(module)
+        if inputs % splits or outputs % splits:
+            raise ConfigError(
+                f"{path}: n_splits = {splits} must divide its {inputs} inputs and {outputs} outputs", path=path
+            )
+        return {
+            A: (splits, skills, inputs // splits, config.r),
+            B: (splits, skills, config.r, outputs // splits),
+            ROUTER: (config.n_tasks, splits * skills),
+        }
+
+    @classmethod
+    def create(cls, config: PolyConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            tensors = {A: _skills(site.shapes[A], site)}
+            tensors[B] = torch.zeros(site.shapes[B], device=site.base.device, dtype=site.dtype)
+            if not config.init_weights:
+                tensors[B] = _skills(site.shapes[B], site)
+            logits = torch.empty(site.shapes[ROUTER], device=site.base.device, dtype=site.dtype)
+            tensors[ROUTER] = logits.uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in (ROUTER, A, B)})  # PEFT's order
+        return made
+
+    @property
+    def rank(self) -> int:
+        """Of each skill."""
+        return int(self.held[A].shape[3])
+
+    @property
+    def task_count(self) -> int:
+        """How many tasks the router knows."""
+        return int(self.held[ROUTER].shape[0])
+
+    @property
+    def skill_count(self) -> int:
+        """How many skills it mixes."""
+        return int(self.held[A].shape[1])
+
+    @property
+    def split_count(self) -> int:
+        """How many parts have shares of their own."""
+        return int(self.held[A].shape[0])
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The rank of what it adds to a row."""
+        return self.rank
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """The rank of each skill."""
+        return shapes[A][3]
+
+    def shares(self, ids: Tensor, *, drawn: bool) -> Tensor:
+        """How much of each skill a row gets, (rows, splits, skills), float32 or wider.
+
+        Args:
+            ids: (rows,), the task of each.
+            drawn: draw them anew, as in training.
+        """
+        logits = self.held[ROUTER]
+        chosen = logits[ids.to(logits.device)].view(len(ids), self.split_count, self.skill_count)
+        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        if drawn:
+            chosen = chosen + torch.rand_like(chosen).logit(torch.finfo(chosen.dtype).eps)
+        weights: Tensor = chosen.sigmoid()
+        return weights / (weights.sum(-1, keepdim=True) + 1e-12)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """What the skills of each row's task give; see ``Adapter``.
+
+        Args:
+            x: (rows, …, in); several rows for each of the call's, with beams.
+            base_output: (rows, …, out).
+            base: the layer; its context is the task of each row of the call, (rows,), or None where there is one.
+
+        Raises:
+            AdapterError: the input does not have the rows of the batch in front.
+        """
+        ids = base.context if isinstance(base.context, Tensor) else checked_task_ids(base.context, self.task_count)
+        shares = self.shares(self._of_each_row(ids, x), drawn=self.training)
+        return keeping_inputs(_mixed, x, self.held[A], self.held[B], shares, keeps_little=True)
+
+    def _of_each_row(self, ids: Tensor, x: Tensor) -> Tensor:
+        """The task of each row of an input, (rows,); (1,) where one mixture serves all of them."""
+        rows = len(x) if x.dim() > 1 else 1
+        if len(ids) == 1:
+            return ids.expand(rows) if self.training else ids
+        beams, rest = divmod(rows, len(ids))
+        if rest or not beams or (beams > 1 and x.dim() == 2):
+            raise AdapterError(
+                f"task_ids are of {len(ids)} rows, and a layer with Polytropon was given an input of shape "
+                f"{tuple(x.shape)}: give one number for each row, and leave layers whose input does not have the rows "
+                "in front out of target_modules"
+            )
+        return ids.repeat_interleave(beams)
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """What it adds for its one task; see ``Adapter``."""
+        found = self.low_rank_delta(base)
+        if found is None:
+            raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
+        return found.up @ found.down * found.scaling
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """The mixture of its one task; None where there are several. See ``ConvertsToLora``."""
+        if self.task_count > 1:
+            return None
+        shares = self.shares(checked_task_ids(None, 1), drawn=False)
+        down, up = _factors(self.held[A], self.held[B], shares)
+        return LowRankDelta(down[0].T, up[0].T, 1 / self.rank)
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it is not a weight, where there are several tasks."""
+        return _UNMERGEABLE if self.task_count > 1 else ""
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites B with zeros."""
+        self.held[B].detach().zero_()
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """The router; see ``Adapter``."""
+        return PolyRouter()
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        counts = f"n_tasks={self.task_count}, n_skills={self.skill_count}, n_splits={self.split_count}"
+        return f"r={self.rank}, {counts}"
+
+
+class PolyRouter(ParameterModule):
+    """The router of a layer, as PEFT shows it: ``layer.poly_router["default"]``."""
+
+    def forward(self, task_ids: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
+        """How much of each skill rows of some tasks get; see ``Polytropon.shares``."""
+        ids = checked_task_ids(task_ids, self.adapter.task_count)
+        shares: Tensor = self.adapter.shares(ids, drawn=self.training)
+        return shares
+
+
+def _skills(shape: Sequence[int], site: AdapterSite) -> Tensor:
+    """New matrices (splits, skills, n, m), each drawn as the weight of a layer with n inputs."""
+    splits, skills, inputs, outputs = shape
+    made = torch.empty(tuple(shape), device=site.base.device, dtype=site.dtype)
+    for skill in range(skills):
+        for split in range(splits):
+            made[split, skill] = site.new((outputs, inputs), linear_).T
+    return made
+
+
+def _mixed(x: Tensor, first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
+    """What the skills give for an input (rows, …, in), (rows, …, out): for all rows alike where there is one."""
+    dtype, rank, rows = compute_dtype(x, first), first.shape[3], len(shares)
+    down, up = _factors(first.to(dtype), second.to(dtype), shares)
+    tokens = x.to(dtype).reshape(rows, x.shape[:-1].numel() // max(1, rows), x.shape[-1])
+    return (tokens @ down @ up / rank).reshape(*x.shape[:-1], up.shape[2])
+
+
+def _factors(first: Tensor, second: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The mixture of the skills of each row: (rows, in, r) and (rows, r, out), in the dtype of the skills."""
+    shares = shares.to(first.dtype)
+    down = torch.einsum("bqs,qsdr->bqdr", shares, first).flatten(1, 2)
+    up = torch.einsum("bqs,qsrd->brqd", shares, second).flatten(2)
+    return down, up

@@ -1,0 +1,660 @@
+"""AdaMSS: low-rank adaptation in parts of a weight, clusters of its rows (Zheng et al. 2025, openreview 8ZdWmpYxT0).
+
+    y_k = (W x + b)_k + B_k A_k V [x, 1]        k: a cluster of outputs;  [W, b] ≈ U diag(s) V, the rank-r part
+
+The rows of U are clustered by k-means. V, (r, in + 1), is frozen and saved; without a bias of the layer it is (r, in).
+Where training shares subspaces out (``use_asa``), the importance of each is measured after every step, by weight times
+gradient, and every so manieth step the least important ones of the whole model are no longer trained.
+
+A file of PEFT does not say which outputs are in which cluster: they are found again in the weight, and the file is
+refused where the clusters there have other sizes. A file from here says it in one tensor more, which PEFT does not
+read. PEFT draws what its decomposition starts from on the weight's device, so that a file that it trained on a GPU
+means another adapter on a CPU, and no other device finds its clusters; here the draws are those of a CPU everywhere.
+PEFT leaves one subspace fewer than ``asa_target_subspaces`` and its schedule say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Shape
+from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.registry import register, resolve_backend
+from nbpeft.engine.contract.weight_delta import keeping_inputs
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.engine.kernels.storage import loaded
+from nbpeft.errors import ConfigError, shown
+
+A, B = "adamss_A", "adamss_B"
+DIRECTIONS, CLUSTERS = "adamss_newB", "adamss_clusters"
+_KEY = re.compile(rf"(?:base_model\.model\.)?(.+)\.({A}|{B})\.(\d{{1,6}})")
+_AVERAGES, _GONE = ("importance", "uncertainty"), "gone"
+"""Names in the state of a training."""
+_MOST_CLUSTERS = 2**15 - 1
+"""As many as the numbers of clusters in a file can tell apart."""
+_MOST_ITERATIONS = 10
+_SEED = 123456789
+"""Of the rows that k-means starts from: PEFT's."""
+_DEVIATION = 0.01
+"""Of what a random B starts with."""
+
+Sizes = tuple[tuple[int, int], ...]
+"""Of each subspace its outputs and its rank."""
+
+
+@dataclass
+class AdamssConfig(LayersConfig):
+    """Config of AdaMSS. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: how many singular directions of a weight are used.
+        num_subspaces: into how many subspaces a weight is parted.
+        subspace_rank: rank of what is trained in each.
+        init_weights: "orthogonal" starts at the base model; None, or False, with a random B.
+        use_asa: train fewer and fewer subspaces.
+        asa_target_subspaces: how many are trained at the end, in the whole model.
+        init_warmup: the step before which all are trained.
+        final_warmup: the step after which no more go.
+        mask_interval: subspaces go in every so manieth step.
+        asa_importance_beta: share of the importance so far in the new one, from 0 to 1.
+        asa_uncertainty_beta: share of the uncertainty so far in the new one, from 0 to 1.
+        asa_schedule_exponent: the larger, the more go at first.
+        use_dynamic_rank: a lower rank where the singular values of a subspace fall fast.
+        svd_threshold: share of the largest above which one counts for that, from 0 to 1.
+        random_seed: seed of the decomposition.
+    """
+
+    r: int = field(default=100)
+    num_subspaces: int = field(default=5)
+    subspace_rank: int = field(default=1)
+    init_weights: str | bool | None = field(default="orthogonal")
+    use_asa: bool = field(default=False)
+    asa_target_subspaces: int = field(default=50)
+    init_warmup: int = field(default=50)
+    final_warmup: int = field(default=1000)
+    mask_interval: int = field(default=100)
+    asa_importance_beta: float = field(default=0.85)
+    asa_uncertainty_beta: float = field(default=0.85)
+    asa_schedule_exponent: float = field(default=3.0)
+    use_dynamic_rank: bool = field(default=False)
+    svd_threshold: float = field(default=0.1)
+    random_seed: int = field(default=0)
+
+    method_type: ClassVar[str] = "ADAMSS"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    counts: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank")
+    shares: ClassVar[tuple[str, ...]] = ("asa_importance_beta", "asa_uncertainty_beta", "svd_threshold")
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": ("orthogonal", None)}
+    value_fields: ClassVar[tuple[str, ...]] = (
+        *("init_weights", "use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
+        *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
+    )
+    sizes: ClassVar[Mapping[str, Sizes]] = {}
+    """Path -> sizes of the subspaces in the file that it was read with."""
+
+    def __post_init__(self) -> None:
+        self.init_weights = None if self.init_weights is False else self.init_weights
+        super().__post_init__()
+        check_seed("random_seed", self.random_seed)
+        check_number("asa_schedule_exponent", self.asa_schedule_exponent)
+        if self.num_subspaces > _MOST_CLUSTERS:
+            raise ConfigError(
+                f"num_subspaces must be at most {_MOST_CLUSTERS}, not {self.num_subspaces:.3g}", field="num_subspaces"
+            )
+        if self.use_asa:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        check_count("asa_target_subspaces", self.asa_target_subspaces)
+        check_count("mask_interval", self.mask_interval)
+        if self.init_warmup >= self.final_warmup:
+            raise ConfigError(
+                f"init_warmup = {self.init_warmup} leaves no step until final_warmup = {self.final_warmup} in which "
+                "subspaces go: lower it",
+                field="init_warmup",
+            )
+        if self.asa_schedule_exponent <= 0:
+            raise ConfigError(
+                f"asa_schedule_exponent must be positive, not {self.asa_schedule_exponent:g}",
+                field="asa_schedule_exponent",
+            )
+
+    def budget_at(self, step: int, subspaces: int) -> int:
+        """How many of so many subspaces are trained after a step of the schedule."""
+        left = 1 - (step - self.init_warmup) / (self.final_warmup - self.init_warmup)
+        more = (subspaces - self.asa_target_subspaces) * left**self.asa_schedule_exponent
+        return int(self.asa_target_subspaces + more)
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """The config, which knows the sizes of the subspaces in the file; see ``AdapterConfig``."""
+        found: dict[str, dict[tuple[str, int], Tensor]] = {}
+        for key, tensor in tensors.items():
+            named = _KEY.fullmatch(key)
+            if named is not None and tensor.ndim == 2:
+                found.setdefault(named[1], {})[named[2], int(named[3])] = tensor
+        twin = self.copy()
+        twin.__dict__["sizes"] = {path: sizes for path, given in found.items() if (sizes := self._sizes_of(given))}
+        return twin, tensors
+
+    def _sizes_of(self, given: Mapping[tuple[str, int], Tensor]) -> Sizes:
+        """Those of a complete set of matrices that the config allows; else none."""
+        count = len(given) // 2
+        if count > self.num_subspaces or given.keys() != {(name, k) for name in (A, B) for k in range(count)}:
+            return ()
+        sizes = tuple((int(given[B, k].shape[0]), int(given[B, k].shape[1])) for k in range(count))
+        return sizes if all(self._may_have(*size) for size in sizes) else ()
+
+    def _may_have(self, outputs: int, rank: int) -> bool:
+        largest = min(outputs, self.subspace_rank)
+        return 0 < rank <= largest if self.use_dynamic_rank else 0 < rank == largest
+
+    def sizes_at(self, path: str, module: nn.Module, kind: LayerKind) -> Sizes:
+        """Sizes of the subspaces on a layer: those in its file, else those in its weight."""
+        sizes, outputs = self.sizes.get(path, ()), kind.features(module)[1]
+        if sum(rows for rows, _ in sizes) == outputs:
+            return sizes
+        backend = resolve_backend(module)
+        assert backend is not None
+        found = _subspaces(self, BaseLayer(module, kind, backend))
+        self.__dict__.setdefault("parted", _Parted())[path] = found
+        return found.sizes
+
+
+class SubspaceAllocator(Allocator):
+    """Decides which subspaces of an adapter are trained; see ``AdamssConfig.use_asa``.
+
+    Attributes:
+        adapters: path -> the adapter of a layer.
+    """
+
+    does_nothing: ClassVar[str] = "AdaMSS with use_asa=True takes no subspace away"
+
+    adapters: dict[str, Adamss]
+    config: AdamssConfig
+
+    def extra_loss(self) -> Tensor | None:
+        """None; see ``Allocator``."""
+        if self.config.use_asa:
+            self.warn_untold()
+        return None
+
+    @property
+    def has_training_state(self) -> bool:
+        """With ``use_asa``; see ``HasTrainingState``."""
+        return self.config.use_asa
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The moving averages, and the subspaces that went; see ``HasTrainingState``."""
+        state: dict[str, Tensor] = {}
+        for path, adapter in self.adapters.items():
+            for name, pair in adapter.importance.items():
+                state |= {f"{path}.{name}.{which}": one for which, one in zip(_AVERAGES, pair, strict=True)}
+            if adapter.gone:
+                state[f"{path}.{_GONE}"] = torch.tensor(sorted(adapter.gone))
+        return state
+
+    def set_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets both; see ``HasTrainingState``."""
+        for path, adapter in self.adapters.items():
+            adapter.importance.clear()
+            for name, parameter in adapter.named_parameters(recurse=False):
+                pair = [state[key] for which in _AVERAGES if (key := f"{path}.{name}.{which}") in state]
+                if len(pair) == len(_AVERAGES):
+                    mean, spread = (one.to(parameter, copy=True) for one in pair)
+                    adapter.importance[name] = mean, spread
+            gone = state.get(f"{path}.{_GONE}")
+            if adapter.gone or gone is not None:
+                adapter.gone.clear()
+                adapter.requires_grad_(True)
+                adapter.gone.update([] if gone is None else gone.tolist())
+                adapter.keep_gone_()
+
+    def allocate(self, step: int) -> None:
+        """Measures the importance of each subspace, and lets some go where it is time; see ``Allocator``."""
+        config, adapters = self.config, list(self.adapters.values())
+        if not config.use_asa:
+            return
+        for adapter in adapters:
+            adapter.keep_gone_()
+        if not config.init_warmup <= step <= config.final_warmup:
+            return
+        for adapter in adapters:
+            adapter.measure(config.asa_importance_beta, config.asa_uncertainty_beta)
+        if step % config.mask_interval == 0:
+            self._allocate(config.budget_at(step, sum(adapter.count for adapter in adapters)))
+            for adapter in adapters:
+                adapter.importance.clear()
+
+    def _allocate(self, budget: int) -> None:
+        """Lets the least important of the subspaces with gradients go, so that at most ``budget`` of them are left."""
+        scores = [(adapter, k, score) for adapter in self.adapters.values() for k, score in adapter.scores().items()]
+        for adapter, k, _ in sorted(scores, key=lambda one: one[2], reverse=True)[budget:]:
+            adapter.gone.add(k)
+        for adapter in self.adapters.values():
+            adapter.keep_gone_()
+
+
+def _update_importance(
+    layer: Any, adapter_name: str, importance_beta: float = 0.85, uncertainty_beta: float = 0.85
+) -> None:
+    """PEFT's function of a layer: measures the importance of the subspaces of one adapter on it."""
+    layer.adapters[adapter_name].measure(importance_beta, uncertainty_beta)
+
+
+def _reset_importance(layer: Any, adapter_name: str) -> None:
+    """PEFT's function of a layer: forgets it."""
+    layer.adapters[adapter_name].importance.clear()
+
+
+@register(
+    AdamssConfig,
+    peft_type="ADAMSS",
+    layer_names=(
+        "adamss_A adamss_B",
+        "num_subspaces train_subspace_index seg_result scatter_index exp_avg_ipt_A exp_avg_ipt_B exp_avg_unc_A "
+        "exp_avg_unc_B adamss_newB",
+    ),
+    label="AdaMSS",
+    when="few numbers in each part of a weight; may train fewer and fewer of them",
+    paper="https://openreview.net/forum?id=8ZdWmpYxT0",
+    default_targets=usual_targets,
+    summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "k3": {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
+        "dynamic": {"r": 8, "num_subspaces": 2, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.5},
+    },
+    shared=SubspaceAllocator,
+    model_functions={"update_and_allocate": update_and_allocate},
+)
+class Adamss(Adapter, ConvertsToLora):
+    """The subspaces of one layer.
+
+    Attributes:
+        importance: parameter -> moving averages of its importance and of the uncertainty of that, shaped like it.
+        gone: numbers of the subspaces that are no longer trained.
+    """
+
+    parameter_lists: ClassVar[tuple[str, ...]] = (A, B)
+    optional_tensors: ClassVar[tuple[str, ...]] = (CLUSTERS,)
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        **{DIRECTIONS: DIRECTIONS, "num_subspaces": "count"},
+        **{f"exp_avg_{what}_{of}": f"exp_avg_{what}_{of}" for what in ("ipt", "unc") for of in "AB"},
+    }
+    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "update_importance": _update_importance,
+        "reset_importance": _reset_importance,
+    }
+
+    importance: dict[str, tuple[Tensor, Tensor]]
+    gone: set[int]
+    count: int
+    allocator: SubspaceAllocator
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: AdamssConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Of each subspace A, (rank, r), and B, (outputs, rank); see ``Adapter``."""
+        check_linear("AdaMSS", path, kind)
+        sizes, rank = config.sizes_at(path, module, kind), min(config.r, *_matrix_shape(module, kind))
+        shapes = {f"{A}.{k}": (size, rank) for k, (_, size) in enumerate(sizes)}
+        return {**shapes, **{f"{B}.{k}": size for k, size in enumerate(sizes)}}
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: AdamssConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """V, and the number of each output's cluster, (out,); see ``Adapter``."""
+        outputs, inputs = _matrix_shape(module, kind)
+        directions = (min(config.r, outputs, inputs), inputs)
+        return {DIRECTIONS: (directions, torch.float32), CLUSTERS: ((outputs,), torch.int16)}
+
+    @classmethod
+    def create(cls, config: AdamssConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors, of which the clusters may be lacking, or makes new ones; see ``Adapter``."""
+        given = dict(tensors or {})
+        if CLUSTERS in given:
+            _check_clusters(given[CLUSTERS], site)
+        if tensors is None or not given.keys() >= {DIRECTIONS, CLUSTERS}:
+            found = vars(config).get("parted", {}).pop(site.path, None) or _subspaces(config, site.base)
+            if tensors is not None and CLUSTERS not in given:
+                _check_sizes(found, site)
+            given = {**_start(found, config, site), **given} if tensors is None else given
+            given = {DIRECTIONS: found.directions, CLUSTERS: found.clusters.to(torch.int16), **given}
+        assert isinstance(site.shared, SubspaceAllocator)
+        made, device = cls(), given[f"{A}.0"].device  # that of the layer, unless only the file is there
+        made._parameters.update({name: nn.Parameter(given[name]) for name in given if _KEY.fullmatch(f"x.{name}")})
+        made.register_buffer(DIRECTIONS, given[DIRECTIONS].to(device, torch.float32))
+        made.register_buffer(CLUSTERS, given[CLUSTERS].to(device))
+        made.__dict__.update(importance={}, gone=set(), count=len(made._parameters) // 2, allocator=site.shared)
+        site.shared.adapters[site.path] = made
+        return made
+
+    def _matrices(self, name: str) -> list[Tensor]:
+        return [self.held[f"{name}.{k}"] for k in range(self.count)]
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The ranks of all subspaces together, or the rank of V."""
+        ranks = sum(matrix.shape[0] for matrix in self._matrices(A))
+        return min(ranks, int(self.held_buffer(DIRECTIONS).shape[0]))
+
+    def _up(self, *given: Tensor) -> Tensor:
+        """All B, each in its rows and columns, (out, ranks)."""
+        blocks: Tensor = torch.block_diag(*given)  # type: ignore[no-untyped-call]
+        return torch.zeros_like(blocks).index_copy(0, self.held_buffer(CLUSTERS).argsort(stable=True), blocks)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``B_k A_k V [x, 1]`` in the outputs of each cluster; see ``Adapter``."""
+        down, directions = torch.cat(self._matrices(A)), self.held_buffer(DIRECTIONS)
+        dtype, inputs = compute_dtype(x, down), base.in_features
+        constant = directions[:, inputs].to(dtype) if directions.shape[1] > inputs else None
+        hidden = F.linear(x.to(dtype), directions[:, :inputs].to(dtype), constant)
+        hidden = F.linear(hidden, down.to(dtype))
+        return keeping_inputs(
+            lambda hidden, *given: hidden @ self._up(*given).to(dtype).T.contiguous(), hidden, *self._matrices(B)
+        )
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """All A times V and all B, and the change of the bias; see ``ConvertsToLora``."""
+        up, inputs = self._up(*self._matrices(B)), base.in_features
+        down = torch.cat(self._matrices(A)) @ self.held_buffer(DIRECTIONS).to(up.dtype)
+        bias = None if down.shape[1] == inputs else up @ down[:, inputs]
+        return LowRankDelta(down[:, :inputs].contiguous(), up, 1.0, bias)
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``B_k A_k V`` without its last column where the layer has a bias; see ``Adapter``."""
+        found = self.low_rank_delta(base)
+        return found.up @ found.down
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """That column; see ``Adapter``."""
+        return self.low_rank_delta(base).bias
+
+    def measure(self, importance_beta: float, uncertainty_beta: float) -> None:
+        """Brings the moving averages of its parameters up to date; nothing without a gradient."""
+        for name, parameter in self._parameters.items():
+            if parameter is None or parameter.grad is None:
+                continue
+            now = (parameter.detach() * parameter.grad).abs()
+            mean, spread = self.importance.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
+            spread = spread.lerp((now - mean).abs(), 1 - uncertainty_beta)
+            self.importance[name] = mean.lerp(now, 1 - importance_beta), spread
+
+    def scores(self) -> dict[int, float]:
+        """Number of each subspace that was measured -> how important it is."""
+        found: dict[int, float] = {}
+        for k in range(self.count):
+            measured = [self.importance.get(f"{name}.{k}") for name in (A, B)]
+            if all(measured):
+                found[k] = sum(float((mean * spread).mean()) for mean, spread in measured)  # type: ignore[misc]
+        return found
+
+    def keep_gone_(self) -> None:
+        """Stops the training of the subspaces that are gone."""
+        for name in (f"{matrix}.{k}" for k in self.gone for matrix in (A, B)):
+            parameter = self._parameters[name]
+            assert parameter is not None
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def _averages(self, name: str, which: int) -> list[Tensor | None]:
+        found = [self.importance.get(f"{name}.{k}") for k in range(self.count)]
+        return [None if one is None else one[which] for one in found]
+
+    @property
+    def exp_avg_ipt_A(self) -> list[Tensor | None]:
+        """PEFT's name of the importance of each A; None where it has not been measured."""
+        return self._averages(A, 0)
+
+    @property
+    def exp_avg_ipt_B(self) -> list[Tensor | None]:
+        """PEFT's name of that of each B."""
+        return self._averages(B, 0)
+
+    @property
+    def exp_avg_unc_A(self) -> list[Tensor | None]:
+        """PEFT's name of the uncertainty of each A's importance."""
+        return self._averages(A, 1)
+
+    @property
+    def exp_avg_unc_B(self) -> list[Tensor | None]:
+        """PEFT's name of that of each B's."""
+        return self._averages(B, 1)
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """Its parameters, V and the clusters; see ``Adapter``."""
+        return super().saved_tensors(shapes) | {name: self.held_buffer(name) for name in (DIRECTIONS, CLUSTERS)}
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites all B with zeros."""
+        for matrix in self._matrices(B):
+            matrix.detach().zero_()
+
+    def configure(self, config: AdamssConfig, path: str) -> None:
+        """Takes the schedule of a config over."""
+        self.allocator.__dict__["config"] = config
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the schedule and the frozen tensors."""
+        change.keep_attributes(self.allocator, "config")
+        change.keep_values([self.held_buffer(DIRECTIONS), self.held_buffer(CLUSTERS)])
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.held_buffer(DIRECTIONS).shape[0]}, subspaces={self.count}"
+
+
+@dataclass(frozen=True)
+class Subspaces:
+    """What a weight is parted into.
+
+    Attributes:
+        directions: V, (r, in) or (r, in + 1), float32.
+        rows: U, (out, r), float32.
+        clusters: number of the cluster of each output, (out,).
+        sizes: outputs and rank of each.
+    """
+
+    directions: Tensor
+    rows: Tensor
+    clusters: Tensor
+    sizes: Sizes
+
+
+class _Parted(dict[str, Subspaces]):
+    """Path -> what a plan found in a weight, until an adapter is made of it; copies of a config have none."""
+
+    def __deepcopy__(self, memo: Any) -> _Parted:
+        return _Parted()
+
+
+def _matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
+    """Shape of a weight with its bias as one more column."""
+    inputs, outputs = kind.features(module)
+    return outputs, inputs + (getattr(module, "bias", None) is not None)
+
+
+@torch.no_grad()
+def _subspaces(config: AdamssConfig, base: BaseLayer) -> Subspaces:
+    """Parts the weight of a layer; into equal parts where it has no values."""
+    outputs, inputs = _matrix_shape(base.module, base.kind)
+    rank, weight, bias = min(config.r, outputs, inputs), base.weight(), base.bias
+    if not _has_values(weight):
+        clusters = torch.arange(outputs, device=weight.device) % min(config.num_subspaces, outputs)
+        sizes = tuple((len(part), min(len(part), config.subspace_rank)) for part in _parts(outputs, config))
+        options: Any = {"device": weight.device, "dtype": torch.float32}
+        return Subspaces(torch.empty(rank, inputs, **options), torch.empty(outputs, rank, **options), clusters, sizes)
+    matrix = weight.float() if bias is None else torch.cat((weight.float(), bias.float()[:, None]), 1)
+    return _parted(config, matrix, rank)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether it is no tensor of a plan or a forecast, of which only the shape is there."""
+    return not tensor.is_meta and not isinstance(tensor, loaded("torch._subclasses.fake_tensor", "FakeTensor"))
+
+
+def _parts(outputs: int, config: AdamssConfig) -> list[range]:
+    count = min(config.num_subspaces, outputs)
+    return [range(k, outputs, count) for k in range(count)]
+
+
+def _parted(config: AdamssConfig, matrix: Tensor, rank: int) -> Subspaces:
+    rows, directions = main_directions(matrix, rank, config.random_seed)
+    clusters = row_clusters(rows, min(config.num_subspaces, len(rows))).to(rows.device)
+    counts = clusters.bincount().tolist()
+    ranks = [min(count, config.subspace_rank) for count in counts]
+    if config.use_dynamic_rank:
+        for k in range(len(ranks)):
+            values = torch.linalg.svdvals(rows[clusters == k]).square()
+            ranks[k] = max(1, min(ranks[k], int((values > config.svd_threshold * values[0]).sum())))
+    return Subspaces(directions, rows, clusters, tuple(zip(counts, ranks, strict=True)))
+
+
+def main_directions(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The left, (out, r), and right singular vectors, (r, in), of the rank-r part of a matrix, approximately.
+
+    The randomized SVD of Halko et al. (2011, arXiv:0909.4061) with two iterations, as ``torch.svd_lowrank`` computes
+    it, but drawn on the CPU, so that each device finds the same.
+
+    Args:
+        matrix: (out, in), float32.
+        rank: r; at most the smaller size.
+        seed: of the draws.
+    """
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    drawn = torch.randn(tall.shape[1], rank, generator=torch.Generator().manual_seed(seed)).to(matrix)
+    basis = _basis(lambda x: tall @ x, lambda x: tall.T @ x, drawn)
+    left, _, right = torch.linalg.svd(basis.T @ tall, full_matrices=False)
+    left, right = basis @ left, right.T
+    left, right = (left, right) if tall is matrix else (right, left)
+    return left.contiguous(), right.T.contiguous()
+
+
+def _basis(product: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], drawn: Tensor) -> Tensor:
+    """An orthonormal basis, (n, r), near the main directions of what a matrix maps to, from numbers drawn (m, r)."""
+    basis: Tensor = torch.linalg.qr(product(drawn)).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(product(torch.linalg.qr(transposed(basis)).Q)).Q
+    return basis
+
+
+def row_directions(rows: Tensor, rank: int) -> Tensor:
+    """Orthonormal directions, (rank, r), near the main ones of some rows, (n, r), as PEFT draws them."""
+
+    def gram(x: Tensor) -> Tensor:
+        return rows @ (rows.T @ x)
+
+    basis = _basis(gram, gram, torch.randn(len(rows), rank, device=rows.device, dtype=rows.dtype))
+    left = torch.linalg.svd(gram(basis).T, full_matrices=False)[0]
+    found: Tensor = torch.linalg.qr(rows.T @ (basis @ left)).Q.T
+    return found
+
+
+def row_clusters(rows: Tensor, count: int) -> Tensor:
+    """Number of the cluster of each row, (n,), on the CPU: Lloyd's k-means from rows drawn with one seed.
+
+    Clusters of no row are left out of the numbers.
+
+    Args:
+        rows: (n, features).
+        count: of clusters; at most n.
+    """
+    points = rows.detach().to("cpu", torch.float32)
+    tolerance = 1e-4 * points.var(0, unbiased=False).mean()
+    points = points - points.mean(0)
+    chances = np.full(len(points), 1 / np.float32(len(points)), dtype=np.float32)
+    drawn = np.random.RandomState(_SEED).choice(len(points), size=count, replace=False, p=chances / chances.sum())
+    centers, numbers = points[torch.as_tensor(drawn)], torch.full((len(points),), -1)
+    for _ in range(_MOST_ITERATIONS):
+        before, numbers = numbers, _nearest(points, centers)
+        moved = _centers(points, numbers, centers)
+        shift, centers = (moved - centers).square().sum(), moved
+        if torch.equal(before, numbers):
+            break
+        if shift <= tolerance:
+            numbers = _nearest(points, centers)
+            break
+    else:
+        numbers = _nearest(points, centers)
+    used: Tensor = numbers.bincount(minlength=count) > 0
+    return (used.cumsum(0) - 1)[numbers]
+
+
+def _nearest(points: Tensor, centers: Tensor) -> Tensor:
+    """Number of the center that each point is nearest to."""
+    return (centers.square().sum(1) - 2 * points @ centers.T).argmin(1)
+
+
+def _centers(points: Tensor, numbers: Tensor, before: Tensor) -> Tensor:
+    """Means of the points with each number; those of no point move to the points farthest from their centers."""
+    sums, counts = torch.zeros_like(before).index_add_(0, numbers, points), numbers.bincount(minlength=len(before))
+    empty = (counts == 0).nonzero().flatten().tolist()
+    distances = (points - before[numbers]).square().sum(1)
+    if empty and float(distances.max()) > 0:
+        for k, place in zip(empty, distances.argsort(descending=True).tolist(), strict=False):
+            sums[numbers[place]] -= points[place]
+            counts[numbers[place]] -= 1
+            sums[k], counts[k] = points[place], 1
+    largest = int(counts.argmax())
+    means = sums / counts.clamp_min(1)[:, None]
+    return torch.where((counts > 0)[:, None], means, means[largest])
+
+
+def _start(found: Subspaces, config: AdamssConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """New parameters: A, main directions of the rows in each cluster, and B, zero or random."""
+    device, made = site.base.device, {}
+    for k, (outputs, rank) in enumerate(found.sizes):
+        if _has_values(found.rows):
+            if config.use_dynamic_rank:  # PEFT finds the rank by a search of its own
+                skip(normal_, device, (outputs, outputs))
+            first = row_directions(found.rows[found.clusters == k], rank)
+        else:
+            first = found.rows.new_empty(rank, found.rows.shape[1])
+        made[f"{A}.{k}"] = first.to(device, site.dtype).contiguous()
+        second = torch.zeros(outputs, rank, device=device, dtype=site.dtype)
+        made[f"{B}.{k}"] = second if config.init_weights else torch.randn_like(second) * _DEVIATION
+    return dict(sorted(made.items(), key=lambda one: one[0].partition(".")[0]))
+
+
+def _check_clusters(clusters: Tensor, site: AdapterSite) -> None:
+    """Raises ConfigError where numbers of clusters in a file are not those of its matrices."""
+    sizes = [shape[0] for name, shape in site.shapes.items() if name.startswith(B)]
+    counts = clusters.long().clamp_min(-1).add(1).bincount(minlength=len(sizes) + 1).tolist()
+    if counts != [0, *sizes]:
+        raise ConfigError(
+            f"{site.path}: {CLUSTERS} in the file puts {shown(counts[1:])} outputs into the subspaces, whose "
+            f"matrices have {shown(sizes)}",
+            path=site.path,
+        )
+
+
+def _check_sizes(found: Subspaces, site: AdapterSite) -> None:
+    """Raises ConfigError where the clusters in a weight are not those of a file without their numbers."""
+    wanted = [shape[0] for name, shape in site.shapes.items() if name.startswith(B)]
+    have = [outputs for outputs, _ in found.sizes]
+    if _has_values(found.rows) and have == wanted:
+        return
+    weight = f"those of this weight {shown(have)}" if _has_values(found.rows) else "and this weight is not loaded"
+    raise ConfigError(
+        f"{site.path}: the subspaces of the file have {shown(wanted)} outputs, {weight}: the file does not hold them, "
+        "and they are found again only in the weight it was trained on, with no adapter merged into it, and with PEFT "
+        "on the kind of device it was trained on",
+        path=site.path,
+    )

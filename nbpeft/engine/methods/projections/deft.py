@@ -1,0 +1,241 @@
+"""DEFT: new content in place of a part of the weight (NeurIPS 2025); PaRa, where it is taken out alone.
+
+    y = (I - Q Nᵀ) W x + s Q R dropout(x)        P: (out, r), R: (r, in), trained
+    relu: Q = P, N = relu(P)        qr: Q = N = the orthonormal columns of P
+
+At the start s R = Nᵀ W, so that what is put in is what is taken out. With ``para`` there is no R. What is taken out is
+taken from the output of the frozen layer, as exactly as that is: one that rounds its input or output (8 bit, half
+precision) starts at the base model up to such an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import compute_dtype, widened
+
+DIRECTIONS, INJECTION = "deft_P", "deft_R"
+_DEVIATION = 0.02
+"""Of what the directions, and a random injection, start with."""
+
+
+@dataclass
+class DeftConfig(LayersConfig):
+    """Config of DEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: how many directions of the output are taken out and put in.
+        decomposition_method: "relu", or "qr" for an orthogonal projection.
+        init_scale: with init_weights=False, the injection starts with a deviation of 0.02 times this.
+        alpha: the injection is multiplied by alpha / r; None for 1.
+        para: take directions out alone, which cannot start at the base model.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        deft_dropout: share of the injection's inputs that are dropped in training, from 0 to 1.
+        init_weights: start at the base model; False for a random injection.
+        bias: which biases of the model are trained too.
+    """
+
+    r: int = field(default=8)
+    decomposition_method: str = field(default="relu")
+    init_scale: float = field(default=1.0)
+    alpha: float | None = field(default=None)
+    para: bool = field(default=False)
+    fan_in_fan_out: bool = field(default=False)
+    deft_dropout: float = field(default=0.0)
+    init_weights: bool = field(default=True)
+    bias: str = field(default="none")
+
+    method_type: ClassVar[str] = "DEFT"
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    shares: ClassVar[tuple[str, ...]] = ("deft_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": ("none", "all", "deft_only"),
+        "decomposition_method": ("relu", "qr"),
+    }
+    value_fields: ClassVar[tuple[str, ...]] = (
+        *("decomposition_method", "init_scale", "alpha", "deft_dropout", "init_weights"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("init_scale", self.init_scale)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+
+
+@register(
+    DeftConfig,
+    peft_type="DEFT",
+    layer_names=(
+        "deft_P deft_R",
+        "deft_r deft_decomposition deft_init_scale deft_para deft_scaling deft_dropout _cached_merge_factor",
+    ),
+    label="DEFT",
+    layer_prefix="Deft",
+    when="new content in place of old: a subject, a style",
+    paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
+    default_targets=usual_targets,
+    variant=lambda config: "PaRa" if config.para else "",
+    summary=lambda config: {"r": str(config.r), "by": config.decomposition_method},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "relu": {"r": 4, "alpha": 8},
+        "qr": {"r": 3, "decomposition_method": "qr"},
+    },
+)
+class Deft(Adapter, ConvertsToLora):
+    """The directions of one layer, and what is put into them."""
+
+    reads_weight: ClassVar[bool] = True
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "deft_r": "rank",
+        "deft_decomposition": "decomposition",
+        "deft_para": "only_removes",
+        "deft_scaling": "factor",
+    }
+
+    decomposition: str
+    factor: float
+    dropout: float
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: DeftConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """P, (out, r), and, but for PaRa, R, (r, in), with r at most out; see ``Adapter``."""
+        check_linear("DEFT", path, kind)
+        in_features, out_features = kind.features(module)
+        rank = min(config.r, out_features)
+        shapes: dict[str, tuple[int, ...]] = {DIRECTIONS: (out_features, rank)}
+        return shapes if config.para else {**shapes, INJECTION: (rank, in_features)}
+
+    @classmethod
+    def create(cls, config: DeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        made = cls()
+        made.__dict__.update(_settings(config, site.shapes[DIRECTIONS][1]))
+        if tensors is None:
+            tensors = made.start(config, site)
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        return made
+
+    def start(self, config: DeftConfig, site: AdapterSite) -> dict[str, Tensor]:
+        """New tensors: random directions, and an injection that undoes them, or a random one."""
+        normal = partial(normal_, std=_DEVIATION)
+        drawn = site.new(site.shapes[DIRECTIONS], normal)
+        if config.para:
+            return {DIRECTIONS: drawn}
+        if config.init_weights:
+            _, reader = self.projection(drawn)
+            return {DIRECTIONS: drawn, INJECTION: self.taken_out(reader, site.base).to(site.dtype)}
+        return {DIRECTIONS: drawn, INJECTION: site.new(site.shapes[INJECTION], normal) * config.init_scale}
+
+    def taken_out(self, reader: Tensor, base: BaseLayer) -> Tensor:
+        """``Nᵀ W / s``, (r, in), in the dtype of N."""
+        return reader.T @ base.weight().to(reader.dtype) / self.factor
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return int(self.held[DIRECTIONS].shape[1])
+
+    @property
+    def only_removes(self) -> bool:
+        """Whether nothing is put in."""
+        return INJECTION not in self.held
+
+    @property
+    def delta_rank(self) -> int | None:
+        """As many as there are directions."""
+        return self.rank
+
+    def projection(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and N, (out, r), in float32 at least."""
+        wide = widened(directions)
+        if self.decomposition == "relu":
+            return wide, wide.relu()
+        basis: Tensor = torch.linalg.qr(wide).Q
+        return basis, basis
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``Q (s R dropout(x) - Nᵀ W x)``; see ``Adapter``."""
+        directions, reader = self.projection(self.held[DIRECTIONS])
+        dtype = compute_dtype(x, directions)
+        product = base_output.to(dtype)
+        product = product if base.bias is None else product - base.bias.to(product)
+        change = -(product @ reader.to(dtype))
+        if not self.only_removes:
+            dropped = F.dropout(x.to(dtype), self.dropout, self.training)
+            change = change + F.linear(dropped, self.held[INJECTION].to(dtype) * self.factor)
+        return F.linear(change, directions.to(dtype))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What is put in less what is taken out, (r, in), and Q, (out, r), detached."""
+        directions, reader = self.projection(self.held[DIRECTIONS].detach())
+        rows = -(reader.T @ weight.to(directions.dtype))
+        if not self.only_removes:
+            rows = rows + self.held[INJECTION].detach().to(rows) * self.factor
+        return rows, directions
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``Q (s R - Nᵀ W)``, of the weight that is given."""
+        rows, directions = self._factors(weight)
+        return directions @ rows
+
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``s R - Nᵀ W`` and Q; see ``ConvertsToLora``."""
+        return LowRankDelta(*self._factors(base.weight()), 1.0)
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Number of directions."""
+        return shapes[DIRECTIONS][1]
+
+    def swap_refusal(self) -> str:
+        """Why a layer that another adapter lacks cannot be left as it is; see ``Adapter``."""
+        removes = self.only_removes and self.decomposition == "qr"
+        return "it takes directions out of every layer, whatever its tensors are" if removes else ""
+
+    @torch.no_grad()
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the directions with zeros, and puts in what is taken out."""
+        directions = self.get_parameter(DIRECTIONS)
+        directions.zero_()
+        if not self.only_removes:
+            _, reader = self.projection(directions)
+            self.get_parameter(INJECTION).copy_(self.taken_out(reader, base))
+
+    def configure(self, config: DeftConfig, path: str) -> None:
+        """Takes decomposition, factor and dropout of a config over."""
+        self.__dict__.update(_settings(config, self.rank))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records them."""
+        change.keep_attributes(self, "decomposition", "factor", "dropout")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}, {self.decomposition}"
+
+
+def _settings(config: DeftConfig, rank: int) -> dict[str, Any]:
+    return {
+        "decomposition": config.decomposition_method,
+        "factor": config.alpha / rank if config.alpha else 1.0,
+        "dropout": config.deft_dropout,
+    }

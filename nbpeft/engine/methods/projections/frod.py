@@ -1,0 +1,464 @@
+"""FRoD: a full rank from few entries, in directions that all layers of a role share (AAAI 2026, aaai.v40i31.39813).
+
+    y = W x + U (S + diag(λ - λ₀)) Vᵀ dropout(x)        W = U diag(λ₀) Vᵀ;  S: (in, in), sparse
+
+V, (in, in), is the same for the layers of one role, such as all ``q_proj`` of the attention; it follows from their
+weights. U, (out, in), has columns of length one and follows from V and the weight of the layer; it is in no file. λ and
+the entries of S are trained. PEFT calls the layer with ``U (S + diag(λ)) Vᵀ`` in place of W, so that in half precision
+an adapter does not start at the base model; and it takes V from a file without finding U again for it, so that an
+adapter from another machine, where a direction has the other sign, computes something else.
+
+Where all weights of a role together have fewer rows than columns, some columns of U are rounding errors of V brought to
+length one. They may be others where V is found again, and where the base is loaded in another dtype: an adapter trained
+in float32 then computes something else on a base in half precision, with PEFT as here. Where the roles have enough rows
+it does not.
+
+PEFT gives a second adapter of a model the V and the places of the first one, and their number, whatever its own layers
+and ``sparse_rate`` are, so that it computes something else once it is loaded alone. Here they are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedState
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import apply_delta, with_entries
+from nbpeft.engine.kernels.numerics import compute_dtype, widened
+from nbpeft.errors import ConfigError
+
+SCALES, ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
+DIRECTIONS, PLACES, SIZES = "frod_V", "frod_s_indices", "frod_s_size"
+OUTPUTS, START = "frod_U", "frod_start"
+_NOTHING = 1e-12
+"""Length of a column of U diag(λ₀) up to which it is taken for zero."""
+_DEVIATION = 0.1
+"""Of what is drawn with ``init_weights=False``."""
+
+
+@dataclass
+class FrodConfig(LayersConfig):
+    """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        projection_prng_key: seed of the places of S's entries.
+        save_projection: save V and the places too; otherwise they are found again from the weights and the seed.
+        frod_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        bias: which biases of the model are trained too.
+        init_weights: start at the base model; False for random numbers.
+        sparse_rate: share of the entries of S, off its diagonal, that are trained, from 0 to 1.
+        regularization_alpha: added to what is inverted to find V, for layers whose weights are alike.
+        progressbar: accepted for PEFT's sake: none is shown.
+        runtime_offload_base_weight: accepted for PEFT's sake: the base's weight is needed in each call, and stays.
+    """
+
+    projection_prng_key: int = field(default=0)
+    save_projection: bool = field(default=True)
+    frod_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    init_weights: bool = field(default=True)
+    sparse_rate: float = field(default=0.01)
+    regularization_alpha: float = field(default=1e-3)
+    progressbar: bool = field(default=True)
+    runtime_offload_base_weight: bool = field(default=False)
+
+    method_type: ClassVar[str] = "FROD"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    shares: ClassVar[tuple[str, ...]] = ("frod_dropout", "sparse_rate")
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "frod_only")}
+    value_fields: ClassVar[tuple[str, ...]] = (
+        *("frod_dropout", "init_weights", "regularization_alpha", "progressbar", "runtime_offload_base_weight"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("projection_prng_key", self.projection_prng_key)
+        check_number("regularization_alpha", self.regularization_alpha)
+        if self.regularization_alpha < 0:
+            raise ConfigError(
+                f"regularization_alpha must not be negative, as {self.regularization_alpha:g} is",
+                field="regularization_alpha",
+            )
+
+    @property
+    def initialised_from_weight(self) -> bool:
+        """Always: U is found in the weight, and V in those of all layers."""
+        return True
+
+    def entry_count(self, size: int) -> int:
+        """How many entries a S of (size, size) has."""
+        others = size * (size - 1)
+        count = min(int(size * size * self.sparse_rate), others)
+        return max(count, 1) if self.sparse_rate > 0 and others else count
+
+
+def role_of(path: str) -> str:
+    """What layers are called that share a V: ``self_attn_q_proj`` of ``layers.3.self_attn.q_proj``, as in PEFT."""
+    parts = path.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    return "attention_output" if parts[-3:] == ["attention", "output", "dense"] else "_".join(parts[-2:])
+
+
+def block_of(path: str, otherwise: int) -> int:
+    """The number of the block that a layer is in: the one behind ``layers``, or else the first in the path."""
+    parts = path.split(".")
+    behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in (*behind, *parts) if part.isdecimal()), otherwise)
+
+
+class _ByRole(nn.Module):
+    """Tensors by the role of their layers."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
+        super().__init__()
+        self.__dict__["saved"] = saved
+        for role, tensor in tensors.items():
+            self.hold(role, tensor)
+
+    saved: bool
+
+    def hold(self, role: str, tensor: Tensor) -> None:
+        """Keeps a tensor, whatever its role is called."""
+        self._buffers[role] = tensor
+        if not self.saved:
+            self._non_persistent_buffers_set.add(role)
+
+    def __getitem__(self, role: str) -> Tensor:
+        found: Any = self._buffers[role]
+        return found  # type: ignore[no-any-return]
+
+
+class FrodDirections(SharedState):
+    """Of each role of layers V, (in, in), and the places of S, (2, n): rows and columns."""
+
+    made_from: ClassVar[tuple[str, ...]] = (
+        *("projection_prng_key", "save_projection", "sparse_rate", "regularization_alpha"),
+    )
+
+    is_trained: ClassVar[bool] = False
+
+    named_first: ClassVar[tuple[str, ...]] = (DIRECTIONS, PLACES, SIZES)
+
+    regularization: float
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: FrodConfig) -> None:
+        super().__init__()
+        for name in self.named_first:
+            own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            self._modules[name] = _ByRole(own, saved=config.save_projection)
+        self.__dict__["regularization"] = float(config.regularization_alpha)
+
+    def of_role(self, name: str, role: str) -> Tensor:
+        """One of its tensors."""
+        holder: Any = self._modules[name]
+        return holder[role]  # type: ignore[no-any-return]
+
+    @classmethod
+    def tensor_shapes(cls, config: FrodConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """V, places and size of each role; see ``SharedState``."""
+        sizes: dict[str, tuple[str, int]] = {}
+        for path, (size, _) in features.items():
+            first, expected = sizes.setdefault(role_of(path), (path, size))
+            if size != expected:
+                raise ConfigError(
+                    f"{path} has {size} inputs and {first} {expected}: FRoD's layers of one role, {role_of(path)}, "
+                    "share their directions; exclude one",
+                    path=path,
+                )
+        found = {role: size for role, (_, size) in sorted(sizes.items())}
+        return {
+            **{f"{DIRECTIONS}.{role}": (size, size) for role, size in found.items()},
+            **{f"{PLACES}.{role}": (2, config.entry_count(size)) for role, size in found.items()},
+            **{f"{SIZES}.{role}": (2,) for role in found},
+        }
+
+    @classmethod
+    def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
+        """Places and sizes are whole numbers; see ``SharedState``."""
+        return {name: torch.int64 for name in shapes if not name.startswith(f"{DIRECTIONS}.")}
+
+    @classmethod
+    def is_saved(cls, config: FrodConfig) -> bool:
+        """Whether the config asks for it."""
+        return bool(config.save_projection)
+
+    @classmethod
+    def create(
+        cls,
+        config: FrodConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Binds loaded tensors, or draws the places; V is found once the layers are known."""
+        if tensors is None:
+            return cls({name: one.to(device) for name, one in _drawn(config, shapes).items()}, config)
+        _check(tensors, shapes)
+        return cls({name: tensors[name].to(device) for name in shapes}, config)
+
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
+        """Finds V in the weights, where it was not loaded; see ``SharedState``."""
+        held: Any = self._modules[DIRECTIONS]
+        blocks: dict[str, dict[int, BaseLayer]] = {}
+        for number, (path, base) in enumerate(layers.items()):
+            blocks.setdefault(role_of(path), {})[block_of(path, number)] = base
+        for role in sorted(blocks):
+            check_interrupt()  # the decomposition of large weights takes minutes
+            made = held._buffers.get(role)
+            if made is None:
+                weights = [base.weight() for _, base in sorted(blocks[role].items())]
+                made = _directions(role, weights, self.regularization)
+            held.hold(role, made.to(self.of_role(PLACES, role).device, _dtype_on(next(iter(blocks[role].values())))))
+
+    def settle(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
+        """Finds U and λ₀ again; see ``SharedState``."""
+        for adapter, base in layers.values():
+            assert isinstance(adapter, Frod)
+            own = adapter.held_buffer(OUTPUTS), adapter.held_buffer(START)
+            change.keep_values([*own])
+            for tensor, found in zip(own, _outputs(self.of_role(DIRECTIONS, adapter.role), base), strict=True):
+                tensor.copy_(found)
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Role -> number of inputs."""
+    return {name.partition(".")[2]: shape[0] for name, shape in shapes.items() if name.startswith(f"{DIRECTIONS}.")}
+
+
+def _drawn(config: FrodConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The places, off the diagonal, on the CPU and as PEFT draws them; V is left out."""
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    found = {}
+    for role, size in _sizes(shapes).items():
+        count = config.entry_count(size)
+        numbers = torch.randperm(size * (size - 1), generator=generator)[:count] if count else torch.empty(0).long()
+        rows, columns = numbers // max(size - 1, 1), numbers % max(size - 1, 1)
+        found[f"{PLACES}.{role}"] = torch.stack([rows, columns + (columns >= rows).long()])
+        found[f"{SIZES}.{role}"] = torch.tensor([size, size])
+    return found
+
+
+def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConfigError for loaded places that are not in S, or another size of it."""
+    for role, size in _sizes(shapes).items():
+        places, sizes = tensors[f"{PLACES}.{role}"], tensors[f"{SIZES}.{role}"]
+        if places.numel() and not bool(((places >= 0) & (places < size)).all()):
+            raise ConfigError(f"{PLACES}.{role} has places outside of {size} x {size}")
+        if sizes.tolist() != [size, size]:
+            raise ConfigError(f"{SIZES}.{role} must be [{size}, {size}], not {sizes.tolist()}")
+
+
+def _dtype_on(base: BaseLayer) -> torch.dtype:
+    """That of the weight, or float32 where that is stored in 8 bits."""
+    return base.dtype if base.dtype.itemsize > 1 else torch.float32
+
+
+def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU, where a decomposition gives the directions that PEFT finds; one without data stays what it is."""
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", dtype)
+
+
+def _directions(role: str, weights: Sequence[Tensor], regularization: float) -> Tensor:
+    """V, (in, in), in float32.
+
+    Raises:
+        ConfigError: the weights cannot be decomposed.
+    """
+    parts = [_on_host(weight, torch.float32) for weight in weights]
+    stacked = torch.cat(parts)
+    try:
+        if stacked.shape[0] < stacked.shape[1]:
+            right: Tensor = torch.linalg.svd(stacked, full_matrices=True).Vh
+            return right.T
+        rows, triangle = torch.linalg.qr(stacked)
+        size = triangle.shape[1]
+        ridge = regularization * torch.eye(size, device=rows.device)
+        own = torch.split(rows, [len(part) for part in parts])
+        total = torch.zeros(size, size, device=rows.device)
+        for part in own:
+            total += torch.linalg.inv(part.T @ part + ridge)
+        found: Tensor = triangle.T @ torch.linalg.eigh(total / len(own)).eigenvectors
+        return found
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"FRoD finds no directions in the weights of {role}; raise regularization_alpha = {regularization:g}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
+    """U, (out, in), and λ₀, (in,), so that U diag(λ₀) Vᵀ is the weight, both in its dtype and where it is."""
+    weight, wide = _on_host(base.weight(), torch.float64), _on_host(directions, torch.float64)
+    try:
+        product = torch.linalg.solve(wide, weight.T).T
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        product = weight @ torch.linalg.pinv(wide, rtol=1e-6).T
+    lengths = torch.linalg.vector_norm(product, dim=0)
+    columns = torch.where(lengths > _NOTHING, product / lengths, 0.0)
+    placed = (one.to(torch.float32).to(base.device, _dtype_on(base)) for one in (columns, lengths))
+    outputs, start = placed
+    return outputs, start
+
+
+@register(
+    FrodConfig,
+    peft_type="FROD",
+    layer_names=(
+        "frod_lambda_l frod_lambda_s_values",
+        "r frod_V frod_U frod_s_indices frod_s_size runtime_offload_base_weight frod_dropout",
+    ),
+    label="FRoD",
+    when="a full rank from few numbers: fast to converge, slow to put in",
+    paper="https://doi.org/10.1609/aaai.v40i31.39813",
+    default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
+    summary=lambda config: {"sparse": f"{config.sparse_rate:g}"},
+    smaller=lambda config: config.copy(sparse_rate=config.sparse_rate / 2) if config.sparse_rate > 1e-4 else None,
+    sample_configs={
+        "entries": {"sparse_rate": 0.05},
+        "found": {"sparse_rate": 0.02, "projection_prng_key": 3, "save_projection": False},
+    },
+    shared=FrodDirections,
+)
+class Frod(Adapter, ReplacesCall):
+    """λ, (in,), and the entries of S, (n,), of one layer."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        DIRECTIONS: "directions",
+        PLACES: "places",
+        SIZES: "sizes",
+        OUTPUTS: "outputs",
+    }
+
+    projections: FrodDirections
+    role: str
+    dropout: float
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: FrodConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """λ, (in,), and the entries, (n,); see ``Adapter``."""
+        check_linear("FRoD", path, kind)
+        size = kind.features(module)[0]
+        return {SCALES: (size,), ENTRIES: (config.entry_count(size),)}
+
+    @classmethod
+    def create(cls, config: FrodConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones, and finds U; see ``Adapter``."""
+        assert isinstance(site.shared, FrodDirections)
+        role = role_of(site.path)
+        outputs, start = _outputs(site.shared.of_role(DIRECTIONS, role), site.base)
+        if tensors is None:
+            scales = start.to(site.dtype, copy=True)
+            entries = torch.zeros(site.shapes[ENTRIES], device=scales.device, dtype=site.dtype)
+            if not config.init_weights:
+                entries.normal_(std=_DEVIATION)
+                scales += torch.randn_like(scales) * _DEVIATION
+            tensors = {SCALES: scales, ENTRIES: entries}
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in (SCALES, ENTRIES)})
+        for name, found in ((OUTPUTS, outputs), (START, start)):
+            made.register_buffer(name, found, persistent=False)
+        # The first layer holds what is shared as a module.
+        made.__dict__.update(projections=site.shared, role=role, dropout=config.frod_dropout)
+        return made
+
+    @property
+    def outputs(self) -> Tensor:
+        """U."""
+        return self.held_buffer(OUTPUTS)
+
+    @property
+    def directions(self) -> Tensor:
+        """V, where it is kept."""
+        return self.projections.of_role(DIRECTIONS, self.role)
+
+    @property
+    def places(self) -> Tensor:
+        """Rows and columns of the entries, where they are kept."""
+        return self.projections.of_role(PLACES, self.role)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(in, in), as a tensor."""
+        return self.projections.of_role(SIZES, self.role)
+
+    @property
+    def rank(self) -> int:
+        """What PEFT calls its rank: the number of outputs."""
+        return int(self.outputs.shape[0])
+
+    def change(self, scales: Tensor, entries: Tensor) -> Tensor:
+        """``S + diag(λ - λ₀)``, (in, in), in the dtype of what is trained."""
+        return self.whole(scales - self.held_buffer(START).to(scales.dtype), entries)
+
+    def whole(self, scales: Tensor, entries: Tensor) -> Tensor:
+        """``S + diag(λ)``, (in, in)."""
+        return with_entries(torch.diag(scales), self.places, entries)
+
+    def _between(self, x: Tensor, base: BaseLayer, compute: Callable[..., Tensor], bias: Tensor | None) -> Tensor:
+        """``U M Vᵀ x`` and a bias, in the dtype of U or autocast's."""
+        outputs, trained = self.outputs, (self.held[SCALES], self.held[ENTRIES])
+        dtype = compute_dtype(x, outputs)
+        inner = F.linear(x.to(dtype), self.directions.to(outputs.device, dtype).T)
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(apply_delta(inner, base, compute, trained, dtype=dtype), outputs.to(dtype), bias)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``U (S + diag(λ - λ₀)) Vᵀ dropout(x)``; see ``Adapter``."""
+        return self._between(F.dropout(x, self.dropout, self.training), base, self.change, None)
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight; see ``ReplacesCall``."""
+        dtypes = {base.dtype, x.dtype, compute_dtype(x, self.outputs)}
+        if base.backend.name != "dense" or dtypes != {torch.float32} or (self.training and self.dropout):
+            return None
+        return self._between(x, base, self.whole, base.bias)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``U (S + diag(λ - λ₀)) Vᵀ``; see ``Adapter``."""
+        outputs = widened(self.outputs)
+        change = self.change(self.held[SCALES], self.held[ENTRIES]).to(outputs.dtype)
+        return outputs @ (change @ self.directions.to(outputs).T)
+
+    @torch.no_grad()
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites λ with that of the weight, and the entries with zeros."""
+        self.get_parameter(SCALES).copy_(self.held_buffer(START))
+        self.get_parameter(ENTRIES).zero_()
+
+    def configure(self, config: FrodConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.frod_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout."""
+        change.keep_attributes(self, "dropout")
+
+    @classmethod
+    def config_warnings(cls, config: FrodConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
+        """Says that weights stay where they are."""
+        if config.runtime_offload_base_weight:
+            yield "runtime_offload_base_weight does nothing: the base's weights are needed in each call, and stay"
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"entries={self.held[ENTRIES].shape[0]}"

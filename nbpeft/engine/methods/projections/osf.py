@@ -1,0 +1,301 @@
+"""OSF: what a weight does most is kept, the rest of its directions are trained (Nayak et al. 2025, arXiv:2504.07097).
+
+    y = W x + (U diag(s) V - U₀ diag(s₀) V₀) x        U₀ diag(s₀) V₀: W without its k largest singular directions
+
+U, (out, r), s, (r,), and V, (r, in), start as U₀, s₀ and V₀, with r = min(out, in) - k. Gradients of U and V are
+projected so that they have no part in the k directions. U₀, s₀ and V₀ are in no file: they are found again in the
+weight that an adapter is loaded on.
+
+PEFT computes with the first of several active adapters alone, merges all of them, and cannot take that back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.config.config_checks import check_linear, check_number, checked_pattern
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
+from nbpeft.engine.config.targets import ALL_LINEAR
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import composes, compute_dtype, widened
+from nbpeft.errors import ConfigError, few
+
+LEFT, VALUES, RIGHT = "osf_U_low", "osf_S_low", "osf_V_low"
+_FIRST = "_osf_{}_low_init"
+LEFT_START, VALUES_START, RIGHT_START = (_FIRST.format(one) for one in "USV")
+LEFT_KEPT, RIGHT_KEPT = "_osf_U_high", "_osf_V_high"
+_TRAINED = "osf_svd_params"
+
+_TARGETS: dict[tuple[str, ...], str] = {
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"): (
+        "gemma gemma2 gemma3_text llama llama4 mistral mixtral phi qwen2 qwen3"
+    ),
+    ("c_attn", "c_proj"): "gpt2 gpt_bigcode",
+    ("query_key_value", "dense_4h_to_h"): "bloom falcon gpt_neox",
+    ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"): "opt",
+    ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"): "gptj",
+}
+
+
+def _targets(model_type: str | None) -> list[str] | str:
+    found = (list(names) for names, model_types in _TARGETS.items() if model_type in model_types.split())
+    return next(found, ALL_LINEAR)
+
+
+@dataclass
+class OSFConfig(LayersConfig):
+    """Config of OSF. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        effective_rank: how many of the largest singular directions are kept; a fraction up to 1.0 is a share of the
+            weight's smaller side; None for half of it.
+        rank_pattern: expression that is found in a path -> another effective_rank.
+        init_weights: start at the base model; False for random numbers.
+        target_svd_config: accepted for PEFT's sake, which does not use it.
+    """
+
+    effective_rank: int | float | None = field(default=None)
+    rank_pattern: dict[str, int | float] | None = field(default=None)
+    init_weights: bool = field(default=True)
+    target_svd_config: dict[str, int] | None = field(default=None)
+
+    method_type: ClassVar[str] = "OSF"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    value_fields: ClassVar[tuple[str, ...]] = ("init_weights", "target_svd_config")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.effective_rank is not None:
+            _check_kept("effective_rank", self.effective_rank)
+        if self.rank_pattern is not None:
+            self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, _check_kept)
+            check_patterns(("rank_pattern", pattern, ANYWHERE) for pattern in self.rank_pattern)
+
+    @property
+    def initialised_from_weight(self) -> bool:
+        """Always: the directions are those of the weight."""
+        return True
+
+    def unused_patterns(self, paths: Sequence[str]) -> str:
+        """Describes the expressions that are found in no path; see ``AdapterConfig``."""
+        unused = [one for one in self.rank_pattern or () if not any(re.search(one, path) for path in paths)]
+        return f"rank_pattern [{few(unused)}] is found in no targeted module and is ignored." if unused else ""
+
+    def kept_at(self, path: str, shape: Sequence[int]) -> int:
+        """How many directions of a weight are kept.
+
+        Raises:
+            ConfigError: none.
+        """
+        side = min(shape)
+        found = (kept for pattern, kept in (self.rank_pattern or {}).items() if re.search(pattern, path))
+        asked = next(found, self.effective_rank)
+        if asked is None:
+            kept = side // 2
+        else:
+            kept = int(side * asked) if isinstance(asked, float) and asked <= 1 else min(side, int(asked))
+        if kept < 1:
+            raise ConfigError(
+                f"{path}: effective_rank = {asked} keeps none of the {side} directions of its weight; raise it",
+                path=path,
+                field="effective_rank",
+            )
+        return kept
+
+
+def _check_kept(name: str, value: float, *, field: str = "") -> None:
+    check_number(name, value, field=field)
+    if value <= 0:
+        raise ConfigError(f"{name} must be positive, not {value:g}", field=field or name)
+
+
+class _Projected(torch.autograd.Function):
+    """A tensor as it is, whose gradient is projected."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
+        ctx.basis, ctx.inside = basis, inside  # which is no result of this call, and stays what it is
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return projection(gradients[0], ctx.basis, ctx.inside), None, None
+
+
+def projection(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
+    """The part of columns, (n, …), that an orthonormal basis, (n, k), spans, or the other part."""
+    basis = basis.to(tensor.dtype)
+    part = basis @ (basis.T @ tensor)
+    return part if inside else tensor - part
+
+
+def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
+    """A tensor as it is; the gradient of its columns is that part of it alone."""
+    if not composes():
+        return _Projected.apply(tensor, basis, inside)  # type: ignore[no-any-return, no-untyped-call]
+    part = projection(tensor, basis, inside)
+    return tensor.detach() + (part - part.detach())
+
+
+@register(
+    OSFConfig,
+    peft_type="OSF",
+    layer_names=(
+        "osf_svd_params",
+        "_osf_U_low_init _osf_S_low_init _osf_V_low_init _osf_U_high _osf_V_high effective_rank",
+    ),
+    label="OSF",
+    when="one task after another: what a weight does most is kept, the rest trained",
+    paper="arXiv:2504.07097",
+    file_keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)},
+    default_targets=_targets,
+    summary=lambda config: {"kept": "half" if config.effective_rank is None else f"{config.effective_rank:g}"},
+    sample_configs={"half": {}, "most": {"effective_rank": 0.8}},
+)
+class Osf(Adapter, ConvertsToLora):
+    """s, U and V of one layer, and what they start as."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        _TRAINED: "trained",
+        "effective_rank": "kept",
+        **{name: name for name in (LEFT_START, VALUES_START, RIGHT_START, LEFT_KEPT, RIGHT_KEPT)},
+    }
+
+    kept: int
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: OSFConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """s, (r,), U, (out, r), and V, (r, in), with r the number of directions that are not kept; see ``Adapter``."""
+        check_linear("OSF", path, kind)
+        rows, columns = kind.weight_shape(module)
+        rank = min(rows, columns) - config.kept_at(path, (rows, columns))
+        return {VALUES: (rank,), LEFT: (rows, rank), RIGHT: (rank, columns)}
+
+    @classmethod
+    def create(cls, config: OSFConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones, and takes the weight apart; see ``Adapter``."""
+        made = cls()
+        rank, (rows, columns) = site.shapes[VALUES][0], (site.shapes[LEFT][0], site.shapes[RIGHT][1])
+        kept = min(rows, columns) - rank
+        left, values, right = _parts(site)
+        start = {LEFT: _own(left[:, kept:]), VALUES: _own(values[kept:]), RIGHT: _own(right[kept:])}
+        if tensors is None:
+            drawn = not config.init_weights
+            # PEFT draws U first.
+            tensors = {name: torch.randn_like(one) if drawn else one.clone() for name, one in start.items()}
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        buffers = {_FIRST.format(name[4]): one for name, one in start.items()}
+        if rows > columns:
+            buffers[LEFT_KEPT] = _own(left[:, :kept])
+        if columns > rows:
+            buffers[RIGHT_KEPT] = _own(right[:kept])
+        for name, one in buffers.items():
+            made.register_buffer(name, one, persistent=False)
+        made.__dict__["kept"] = kept
+        return made
+
+    @property
+    def trained(self) -> nn.ParameterDict:
+        """Its parameters by PEFT's names."""
+        return nn.ParameterDict({name.removeprefix("osf_"): self.held[name] for name in (VALUES, LEFT, RIGHT)})
+
+    @property
+    def delta_rank(self) -> int | None:
+        """That of what is taken out and of what is put in together."""
+        return 2 * int(self.held[VALUES].shape[0])
+
+    def _start(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U₀, s₀ and V₀."""
+        left, values, right = map(self.held_buffer, (LEFT_START, VALUES_START, RIGHT_START))
+        return left, values, right
+
+    def _now(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, s and V; gradients of U and V are projected."""
+        left, values, right = (self.held[name] for name in (LEFT, VALUES, RIGHT))
+        if not torch.is_grad_enabled():
+            return left, values, right
+        tall, wide = left.shape[0] > right.shape[1], right.shape[1] > left.shape[0]
+        left_basis = self.held_buffer(LEFT_KEPT if tall else LEFT_START)
+        right_basis = self.held_buffer(RIGHT_KEPT if wide else RIGHT_START)
+        return _projected(left, left_basis, not tall), values, _projected(right.T, right_basis.T, not wide).T
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``U diag(s) V x - U₀ diag(s₀) V₀ x``; see ``Adapter``."""
+        dtype = compute_dtype(x, self.held[LEFT])
+        now, start = (_apply(x.to(dtype), *parts) for parts in (self._now(), self._start()))
+        return now - start
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``U diag(s) V - U₀ diag(s₀) V₀``; see ``Adapter``."""
+        now, start = ((left * values) @ right for left, values, right in (self._now(), self._start()))
+        return now - start
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """V above V₀, and U diag(s) beside -U₀ diag(s₀), where not all is kept; see ``ConvertsToLora``."""
+        left, values, right = self._now()
+        if not values.numel():
+            return None
+        left_start, values_start, right_start = self._start()
+        up = torch.cat([left * values, -left_start * values_start], dim=1)
+        return LowRankDelta(torch.cat([right, right_start]), up, 1.0)
+
+    @torch.no_grad()
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites its parameters with what they start as."""
+        for name, start in zip((LEFT, VALUES, RIGHT), self._start(), strict=True):
+            self.get_parameter(name).copy_(start)
+
+    def layer_names(self) -> tuple[str, ...]:
+        """The one mapping in which PEFT's layers keep them."""
+        return (_TRAINED,)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"kept={self.kept}, r={self.held[VALUES].shape[0]}"
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy without the rest."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _apply(x: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
+    """``U diag(s) V x``, in the dtype of ``x``."""
+    return F.linear(F.linear(x, right.to(x.dtype)) * values.to(x.dtype), left.to(x.dtype))
+
+
+def _parts(site: AdapterSite) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular directions of a weight, rounded to its dtype as PEFT rounds them, in that of the adapter.
+
+    Raises:
+        ConfigError: the weight has none, as one with NaN in it.
+    """
+    weight = site.base.weight()
+    try:
+        left, values, right = taken_apart(weight, weight.dtype if weight.element_size() > 1 else site.dtype)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{site.path}: its weight has no singular directions: {str(error).splitlines()[0]:.100}", path=site.path
+        ) from None
+    return left.to(site.dtype), values.to(site.dtype), right.to(site.dtype)
+
+
+def taken_apart(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Left directions, (out, n), values, (n,), and right directions, (n, in), of a weight, in a dtype."""
+    left, values, right = torch.linalg.svd(widened(weight.detach()), full_matrices=False)
+    return left.to(dtype), values.to(dtype), right.to(dtype)

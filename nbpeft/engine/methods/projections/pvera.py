@@ -1,0 +1,218 @@
+"""PVeRA: VeRA with a normal distribution between the projections (Fillioux et al. 2025, arXiv:2512.07703).
+
+    y = W x + b ∘ B z        z ~ N(μ, σ²) in training, z = μ elsewhere;   μ, log σ² = the halves of d ∘ (A x)
+
+A: (2 r, in), B: (out, r), frozen, the same for all layers. What is merged, or made a LoRA, is the mean; with
+``sample_at_inference`` that is less than what the adapter does. With a ``generator_seed`` each layer draws from a
+generator of its own, which starts at the seed whenever the adapter is made or loaded.
+
+Where activation checkpointing computes a call again, it has the numbers of that call; PEFT draws others from a
+generator with a seed, so that the gradients are those of another call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_seed
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.training_hooks import HasTrainingState
+from nbpeft.engine.kernels.numerics import compute_dtype
+from nbpeft.engine.methods.projections.projected_vectors import ProjectedVectors, Projections, VectorsConfig
+from nbpeft.errors import TrainingError
+
+_GENERATOR = "generator"
+"""Name in the state of a training."""
+_CALLS = 256
+"""So many calls of a layer are remembered that checkpointing may compute again; 5 kB each."""
+
+
+@dataclass
+class PveraConfig(VectorsConfig):
+    """Config of PVeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        pvera_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        sample_at_inference: draw in evaluation too, instead of taking the mean.
+        generator_seed: seed of the numbers that each layer draws; None for those of torch.
+    """
+
+    pvera_dropout: float = field(default=0.0)
+    sample_at_inference: bool = field(default=False)
+    generator_seed: int | None = field(default=None)
+
+    method_type: ClassVar[str] = "PVERA"
+    shares: ClassVar[tuple[str, ...]] = ("pvera_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "pvera_only")}
+    value_fields: ClassVar[tuple[str, ...]] = ("pvera_dropout", "sample_at_inference", "generator_seed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generator_seed is not None:
+            check_seed("generator_seed", self.generator_seed)
+
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs that are dropped in training."""
+        return self.pvera_dropout
+
+
+class Normals:
+    """Standard normal numbers from a seed, on the CPU; for a call that is computed again those of that call.
+
+    Args:
+        seed: of the first call.
+
+    Attributes:
+        first_state: of the generator, for the first call.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._state = self.first_state = torch.Generator().manual_seed(seed).get_state()
+        self._calls: deque[tuple[int, Tensor]] = deque(maxlen=_CALLS)
+
+    @property
+    def state(self) -> Tensor:
+        """Of the generator, for the next call."""
+        return self._state
+
+    def continue_from(self, state: Tensor) -> None:
+        """Draws from a state that it had before."""
+        self._state = state.clone()
+        self._calls.clear()
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Draws as many as a tensor has, in its dtype and where it is."""
+        start = self._start_of_this_call()
+        generator = torch.Generator()
+        generator.set_state(self._state if start is None else start)
+        drawn = torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)
+        if start is None:
+            self._calls.append((torch._C._autograd._get_sequence_nr(), self._state))
+            self._state = generator.get_state()
+        return drawn.to(tensor.device)
+
+    def _start_of_this_call(self) -> Tensor | None:
+        """Where a call began that backward computes again; None of any other call.
+
+        Autograd's nodes are numbered in turn. The one that is running is the last of that call's or, where it
+        stands for all of them, comes just before its draw.
+
+        Raises:
+            TrainingError: so many calls came after it that it is forgotten.
+        """
+        node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
+        if node is None:
+            return None
+        before = [state for number, state in list(self._calls) if number - 1 <= node._sequence_nr()]
+        if not before and len(self._calls) == _CALLS:
+            raise TrainingError(
+                f"PVeRA with a generator_seed remembers the draws of a layer's last {_CALLS} calls, and checkpointing "
+                "computes an earlier one again: call backward() sooner, or leave generator_seed at None"
+            )
+        return before[-1] if before else None
+
+
+class WideProjections(Projections):
+    """A, (2 r, largest in), and B, (largest out, r): frozen, and drawn from a seed."""
+
+    names: ClassVar[tuple[str, str]] = ("pvera_A", "pvera_B")
+    rows_of_rank: ClassVar[int] = 2
+
+
+@register(
+    PveraConfig,
+    peft_type="PVERA",
+    layer_names=(
+        "pvera_lambda_b pvera_lambda_d",
+        "pvera_A pvera_B pvera_dropout r sample_at_inference pvera_generator",
+    ),
+    draws_in_training=True,
+    label="PVeRA",
+    when="as VeRA, where adapters shall not be too sure of few examples",
+    paper="arXiv:2512.07703",
+    prefix="pvera_lambda_",
+    default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
+    summary=lambda config: {"r": str(config.r)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "r8": {"r": 8, "generator_seed": 3},
+        "drawn": {"r": 5, "save_projection": False, "generator_seed": 0},
+    },
+    shared=WideProjections,
+)
+class Pvera(ProjectedVectors, HasTrainingState):
+    """The two vectors of one layer: b, over its outputs, and d, over the mean and the logarithm of the variance."""
+
+    names: ClassVar[tuple[str, str]] = ("pvera_lambda_b", "pvera_lambda_d")
+    between: ClassVar[type[Projections]] = WideProjections
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        **{name: f"projections.{name}" for name in WideProjections.names},
+        "r": "delta_rank",
+        "sample_at_inference": "samples",
+    }
+
+    samples: bool
+    normals: Normals | None
+
+    def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of the mean alone: A, B, d and b of this layer, where it is."""
+        first, second, d, b = super().parts(base)
+        rank = second.shape[1]
+        return first[:rank], second, d[:rank], b
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``b ∘ B z``; see ``Adapter``."""
+        if not (self.training or self.samples):
+            return super().forward(x, base_output, base)
+        first, second, d, b = super().parts(base)
+        dtype = compute_dtype(x, b)
+        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
+        mean, log_variance = (F.linear(dropped, first.to(dtype)) * d.to(dtype)).chunk(2, dim=-1)
+        drawn = mean + self._normals_like(mean) * (0.5 * log_variance).exp()
+        return F.linear(drawn, second.to(dtype)) * b.to(dtype)
+
+    def _normals_like(self, tensor: Tensor) -> Tensor:
+        if self.normals is None:
+            return torch.randn_like(tensor)
+        draw: Any = self.normals.like
+        if torch.compiler.is_compiling():  # which knows no generators
+            draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
+        drawn: Tensor = draw(tensor)
+        return drawn
+
+    @property
+    def has_training_state(self) -> bool:
+        """With a generator of its own; see ``HasTrainingState``."""
+        return self.normals is not None
+
+    def training_state(self) -> dict[str, Tensor]:
+        """That of its generator; see ``HasTrainingState``."""
+        return {} if self.normals is None else {_GENERATOR: self.normals.state}
+
+    def set_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Sets that; see ``HasTrainingState``."""
+        if self.normals is not None:
+            self.normals.continue_from(state.get(_GENERATOR, self.normals.first_state))
+
+    def configure(self, config: VectorsConfig, path: str) -> None:
+        """Takes over from a config what is dropped and how it draws, from its seed on."""
+        super().configure(config, path)
+        assert isinstance(config, PveraConfig)
+        seed = config.generator_seed
+        self.__dict__.update(samples=config.sample_at_inference, normals=None if seed is None else Normals(seed))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the same."""
+        super().keep_settings(change)
+        change.keep_attributes(self, "samples", "normals")

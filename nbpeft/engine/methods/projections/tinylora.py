@@ -1,0 +1,322 @@
+"""TinyLoRA: a vector for many layers, spread over the main directions of each weight (arXiv:2602.04118).
+
+    y = W x + B (Σ_i v_i P_i) A x        B A: the r largest singular directions of W; P_i: (r, r), drawn; both frozen
+
+What is trained are the vectors v, one for each group of layers that follow each other in the model, of which
+``weight_tying`` says how many there are.
+
+PEFT draws the P of a layer that had another adapter before by that one's numbering of the layers, so that an adapter
+saved without them computes something else once it is loaded alone. Here they follow from the adapter's own config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_number, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, Shape, SharedState
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import drawn
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import ComputedFactors
+from nbpeft.engine.kernels.numerics import compute_dtype, widened
+from nbpeft.errors import ConfigError
+
+VECTORS = "tinylora_v"
+DOWN, UP, PROJECTION = "tinylora_A", "tinylora_B", "tinylora_P"
+
+
+@dataclass
+class TinyLoraConfig(LayersConfig):
+    """Config of TinyLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: how many singular directions of a weight are used.
+        u: length of a trained vector.
+        weight_tying: 0: each layer has a vector; 1: all layers share one; between: in groups that follow each other.
+        projection_seed: seed of the projections P; that of a layer is this and its number.
+        save_projection: save the projections too; otherwise they are drawn again from the seed.
+        init_v_bound: the vectors start with uniform numbers up to this one, to both sides, where they are drawn.
+        tinylora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        bias: which biases of the model are trained too.
+        init_weights: True: start at the base model; "uniform" or False: drawn vectors (PEFT's False leaves them as the
+            memory happens to be).
+    """
+
+    r: int = field(default=2)
+    u: int = field(default=64)
+    weight_tying: float = field(default=0.0)
+    projection_seed: int = field(default=42)
+    save_projection: bool = field(default=True)
+    init_v_bound: float = field(default=0.02)
+    tinylora_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    init_weights: bool | str = field(default=True)
+
+    method_type: ClassVar[str] = "TINYLORA"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    counts: ClassVar[tuple[str, ...]] = ("r", "u")
+    shares: ClassVar[tuple[str, ...]] = ("weight_tying", "tinylora_dropout")
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": ("none", "all", "tinylora_only"),
+        "init_weights": (True, False, "uniform"),
+    }
+    value_fields: ClassVar[tuple[str, ...]] = ("tinylora_dropout", "init_v_bound", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("projection_seed", self.projection_seed)
+        check_number("init_v_bound", self.init_v_bound)
+        if self.init_v_bound < 0:
+            raise ConfigError(f"init_v_bound must not be negative, as {self.init_v_bound:g} is", field="init_v_bound")
+
+    def groups(self, layers: int) -> int:
+        """The number of vectors for a number of layers."""
+        return max(1, round(layers * (1.0 - self.weight_tying)))
+
+
+class _Numbered(nn.Module):
+    """Parameters that have numbers for names."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self._parameters.update({str(number): nn.Parameter(tensor) for number, tensor in enumerate(tensors)})
+
+    def __getitem__(self, number: str) -> Tensor:
+        found: Any = self._parameters.get(number)
+        return self.__dict__[number] if found is None else found  # type: ignore[no-any-return]
+
+
+class TinyVectors(SharedState):
+    """The trained vectors, (u,) each, and which layers there are."""
+
+    numbers: Mapping[str, int]
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self._modules[VECTORS] = _Numbered(tensors)
+
+    @property
+    def tinylora_v(self) -> Any:
+        """The vectors by their number, a text as in PEFT."""
+        return self._modules[VECTORS]
+
+    @classmethod
+    def tensor_shapes(
+        cls, config: TinyLoraConfig, features: Mapping[str, tuple[int, int]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Those of the vectors; see ``SharedState``."""
+        return {f"{VECTORS}.{number}": (config.u,) for number in range(config.groups(len(features)))}
+
+    @classmethod
+    def create(
+        cls,
+        config: TinyLoraConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Binds loaded vectors or makes new ones."""
+        if tensors is not None:
+            return cls([tensors[name].to(device, dtype) for name in shapes])
+        if config.init_weights is True:
+            return cls([torch.zeros(shape, device=device, dtype=dtype) for shape in shapes.values()])
+        bound = config.init_v_bound
+        return cls([drawn(shape, lambda v: v.uniform_(-bound, bound), device, dtype) for shape in shapes.values()])
+
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
+        """Numbers the layers; see ``SharedState``."""
+        self.__dict__["numbers"] = {path: number for number, path in enumerate(layers)}
+
+    def group_of(self, path: str) -> str:
+        """The number of the vector of a layer."""
+        count = len(self.tinylora_v._parameters)
+        size = max(1, len(self.numbers) // count)
+        return str(min(self.numbers[path] // size, count - 1))
+
+
+@register(
+    TinyLoraConfig,
+    peft_type="TINYLORA",
+    layer_names=("tinylora_v", "tinylora_A tinylora_B tinylora_P"),
+    label="TinyLoRA",
+    when="a dozen trained numbers for a whole model, as reinforcement learning needs",
+    paper="arXiv:2602.04118",
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r), "u": str(config.u)},
+    smaller=lambda config: config.copy(u=config.u // 2) if config.u > 1 else None,
+    sample_configs={
+        "u8": {"r": 2, "u": 8, "weight_tying": 0.5},
+        "drawn": {"r": 3, "u": 5, "save_projection": False},
+    },
+    shared=TinyVectors,
+)
+class TinyLora(ComputedFactors):
+    """The frozen tensors of one layer: B, (out, r), A, (r, in), and P, (u, r, r); of an embedding's table B A."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "u": "length",
+        VECTORS: "vectors.tinylora_v",
+        DOWN: "down",
+        UP: "up",
+        PROJECTION: "projection",
+    }
+
+    vectors: TinyVectors
+    group: str
+    saves_projection: bool
+    takes_ids: bool
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: TinyLoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Nothing: what is trained is shared; see ``Adapter``."""
+        if not kind.is_linear and not kind.takes_ids:
+            raise ConfigError(
+                f"{path}: TinyLoRA works on linear layers and embeddings, not on {kind.peft_name}; exclude it",
+                path=path,
+            )
+        return {}
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: TinyLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """A and B, and the projections where the config asks for it; see ``Adapter``."""
+        rows, columns = kind.weight_shape(module)
+        if kind.takes_ids:
+            rows, columns = columns, rows
+        rank = min(config.r, rows, columns)
+        fixed: dict[str, Shape] = {DOWN: (rank, columns), UP: (rows, rank)}
+        if config.save_projection:
+            fixed[PROJECTION] = (config.u, rank, rank)
+        return {name: (shape, torch.float32) for name, shape in fixed.items()}
+
+    @classmethod
+    def unsaved_elements(cls, config: TinyLoraConfig, module: nn.Module, kind: LayerKind) -> int:
+        """The projections, where they are drawn; see ``Adapter``."""
+        return 0 if config.save_projection else config.u * min(config.r, *kind.weight_shape(module)) ** 2
+
+    @classmethod
+    def create(cls, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes them from the weight and the seed; see ``Adapter``."""
+        assert isinstance(site.shared, TinyVectors)
+        made, given = cls(), dict(tensors or {})
+        if DOWN not in given or UP not in given:
+            given[DOWN], given[UP] = _main_directions(config.r, site)
+        if PROJECTION not in given:
+            generator = torch.Generator().manual_seed(config.projection_seed + site.shared.numbers[site.path])
+            rank = given[DOWN].shape[0]
+            drawn = torch.normal(0.0, rank**-0.5, (config.u, rank, rank), generator=generator, dtype=torch.float32)
+            given[PROJECTION] = drawn.to(given[DOWN].device)
+        for name in (DOWN, UP, PROJECTION):
+            made.register_buffer(name, given[name])
+        made.__dict__.update(
+            vectors=site.shared,  # the first layer holds them as a module
+            group=site.shared.group_of(site.path),
+            takes_ids=site.base.kind.takes_ids,
+            saves_projection=config.save_projection,
+            dropout=config.tinylora_dropout,
+        )
+        return made
+
+    @property
+    def down(self) -> Tensor:
+        """A."""
+        return self.held_buffer(DOWN)
+
+    @property
+    def up(self) -> Tensor:
+        """B."""
+        return self.held_buffer(UP)
+
+    @property
+    def projection(self) -> Tensor:
+        """P."""
+        return self.held_buffer(PROJECTION)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the product."""
+        return int(self.down.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Length of the vector."""
+        return int(self.projection.shape[0])
+
+    @property
+    def vector(self) -> Tensor:
+        """v, (u,), where the vectors are."""
+        found: Tensor = self.vectors.tinylora_v[self.group]
+        return found
+
+    def core(self) -> Tensor:
+        """Σ_i v_i P_i, (r, r), where the layer is."""
+        vector = self.vector.to(self.down.device)
+        return torch.einsum("i,ijk->jk", vector, self.projection.to(vector.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Down, (r, in), and up, (out, r)."""
+        core = self.core()
+        middle = core @ self.down.to(core.dtype)
+        return (self.up.T.to(core.dtype), middle.T) if self.takes_ids else (middle, self.up.to(core.dtype))
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``B R A dropout(x)``, or of an embedding the rows ``dropout(B[x]) R A``; see ``Adapter``."""
+        core = self.core()
+        if self.takes_ids:
+            kind: Any = base.kind
+            dtype = core.dtype
+            rows = kind.look_up(base.module, x.to(self.up.device), self.up.to(dtype))
+            found = F.dropout(rows, self.dropout, self.training) @ core @ self.down.to(dtype)
+            scaled: Tensor = found * kind.output_scale(base.module, dtype)
+            return scaled
+        dtype = compute_dtype(x, core)
+        hidden = F.linear(F.dropout(x.to(dtype), self.dropout, self.training), self.down.to(dtype))
+        return F.linear(F.linear(hidden, core.to(dtype)), self.up.to(dtype))
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """A, B and, where the config asks for it, P; see ``Adapter``."""
+        return {DOWN: self.down, UP: self.up} | ({PROJECTION: self.projection} if self.saves_projection else {})
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the vector, that of other layers too, with zeros."""
+        self.vector.detach().zero_()
+
+    def configure(self, config: TinyLoraConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.tinylora_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout and the frozen tensors."""
+        change.keep_attributes(self, "dropout")
+        change.keep_values([self.down, self.up, self.projection])
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}, u={self.length}"
+
+
+def _main_directions(rank: int, site: AdapterSite) -> tuple[Tensor, Tensor]:
+    """The largest singular directions of a weight, or an embedding's table, with a root of the values on each side."""
+    weight = site.base.weight()
+    weight = weight.T if site.base.kind.takes_ids else weight
+    dtype = weight.dtype if weight.element_size() > 1 else site.dtype
+    left, values, right = torch.linalg.svd(widened(weight), full_matrices=False)
+    roots, left, right = values[:rank].to(dtype).sqrt(), left[:, :rank].to(dtype), right[:rank].to(dtype)
+    return (roots[:, None] * right).contiguous(), (left * roots).contiguous()

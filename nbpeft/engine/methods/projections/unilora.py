@@ -1,0 +1,290 @@
+"""Uni-LoRA: every entry of all low-rank factors is one of few trained numbers (Li et al. 2025, arXiv:2506.00799).
+
+    y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry, and so of B;  n_k: how often k was drawn
+
+The draws are balanced: of all entries of the model each number gets as many, or one more. They follow from a seed and
+from the sizes of the layers, so that a file holds θ alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import AdapterSite, Shape, SharedState
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import drawn, normal_, skip
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import ComputedFactors
+from nbpeft.errors import ConfigError
+
+THETA = "unilora_theta_d"
+INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"
+SCALES_A, SCALES_B = "unilora_scales_A", "unilora_scales_B"
+_BUFFERS = (INDICES_A, INDICES_B, SCALES_A, SCALES_B)
+
+
+@dataclass
+class UniLoraConfig(LayersConfig):
+    """Config of Uni-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: rank of the two factors.
+        proj_seed: seed of the draws.
+        theta_d_length: how many numbers are trained, for the whole model.
+        unilora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        bias: which biases of the model are trained too.
+        init_theta_d_bound: the numbers start uniform up to this one, to both sides.
+        init_weights: False for numbers that start from a normal distribution instead.
+        save_indices: save what was drawn too; otherwise it is drawn again from the seed.
+    """
+
+    r: int = field(default=4)
+    proj_seed: int = field(default=42)
+    theta_d_length: int = field(default=256)
+    unilora_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    init_theta_d_bound: float = field(default=0.02)
+    init_weights: bool = field(default=True)
+    save_indices: bool = field(default=False)
+
+    method_type: ClassVar[str] = "UNILORA"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    counts: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
+    shares: ClassVar[tuple[str, ...]] = ("unilora_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "unilora_only")}
+    value_fields: ClassVar[tuple[str, ...]] = ("unilora_dropout", "init_theta_d_bound", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("proj_seed", self.proj_seed)
+        check_number("init_theta_d_bound", self.init_theta_d_bound)
+        if self.init_theta_d_bound <= 0:
+            raise ConfigError(
+                f"init_theta_d_bound must be positive, not {self.init_theta_d_bound:g}: nothing is learned from zeros",
+                field="init_theta_d_bound",
+            )
+
+
+class UniVector(SharedState):
+    """θ, (theta_d_length,), which is trained, and which of its numbers each layer takes."""
+
+    config: UniLoraConfig
+    features: Mapping[str, tuple[int, int]]
+    places: Mapping[str, int]
+    total: int
+    drawn: Tensor | None = None
+    scales: Tensor | None = None
+
+    def __init__(self, theta: Tensor, config: UniLoraConfig) -> None:
+        super().__init__()
+        self._parameters[THETA] = nn.Parameter(theta)
+        self.__dict__["config"] = config
+
+    @property
+    def theta(self) -> Tensor:
+        """The numbers."""
+        return self.held(THETA)
+
+    @classmethod
+    def tensor_shapes(
+        cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]
+    ) -> dict[str, tuple[int, ...]]:
+        """That of θ; see ``SharedState``."""
+        return {THETA: (config.theta_d_length,)}
+
+    @classmethod
+    def create(
+        cls,
+        config: UniLoraConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Binds loaded numbers or draws new ones."""
+        if tensors is not None:
+            return cls(tensors[THETA].to(device, dtype), config)
+        bound = config.init_theta_d_bound
+        fill = (lambda theta: theta.uniform_(-bound, bound)) if config.init_weights else normal_
+        return cls(drawn(shapes[THETA], fill, device, dtype), config)
+
+    def place(self, layers: Mapping[str, BaseLayer]) -> None:
+        """Remembers where the entries of each layer begin among all; see ``SharedState``."""
+        features = {path: (base.in_features, base.out_features) for path, base in layers.items()}
+        sizes = [sum(pair) * self.config.r for pair in features.values()]
+        *starts, total = itertools.accumulate(sizes, initial=0)
+        places = dict(zip(features, starts, strict=True))
+        self.__dict__.update(features=features, places=places, total=total, drawn=None, scales=None)
+
+    def indices_of(self, path: str) -> tuple[Tensor, Tensor]:
+        """Which number each entry of A, (r, in), and of B, (out, r), of a layer is; int64, on the CPU."""
+        if self.drawn is None:
+            drawn = _balanced(self.total, self.config.theta_d_length, self.config.proj_seed)
+            self.__dict__["drawn"] = torch.as_tensor(drawn)
+        assert self.drawn is not None
+        rank, start, (in_features, out_features) = self.config.r, self.places[path], self.features[path]
+        end = start + rank * (in_features + out_features)
+        own = self.drawn[start:end].clone()
+        if end == self.total:
+            self.__dict__["drawn"] = None  # as large as all factors together
+        return own[: rank * in_features].view(rank, in_features), own[rank * in_features :].view(out_features, rank)
+
+    def scales_of(self, indices: Tensor) -> Tensor:
+        """What multiplies the numbers of entries: one by the root of how often each was drawn, in float32."""
+        if self.scales is None:
+            counts = torch.as_tensor(_draws(self.total, self.config.theta_d_length, self.config.proj_seed)[0])
+            self.__dict__["scales"] = counts.clamp_min(1).float().rsqrt()
+        assert self.scales is not None
+        return self.scales[indices]
+
+
+def _draws(total: int, length: int, seed: int) -> tuple[Any, Any, Any]:
+    """How often each number is drawn; those that are once more than others; and the generator after that."""
+    generator = np.random.default_rng(seed)
+    more, counts = total % length, np.full(length, total // length, dtype=np.int64)
+    extras = generator.choice(length, size=more, replace=False) if more else np.empty(0, dtype=np.int64)
+    counts[extras] += 1
+    return counts, extras, generator
+
+
+def _balanced(total: int, length: int, seed: int) -> Any:
+    """A number for each of so many entries, drawn as PEFT draws them."""
+    _, extras, generator = _draws(total, length, seed)
+    drawn = np.concatenate([np.repeat(np.arange(length), total // length), extras])
+    generator.shuffle(drawn)
+    return drawn
+
+
+def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
+    return config.copy(theta_d_length=length) if length else None
+
+
+@register(
+    UniLoraConfig,
+    peft_type="UNILORA",
+    layer_names=(
+        "unilora_theta_d",
+        "r unilora_indices_A unilora_indices_B unilora_scales_A unilora_scales_B unilora_dropout",
+    ),
+    label="Uni-LoRA",
+    when="a file of some hundred numbers for all low-rank factors of a model",
+    paper="arXiv:2506.00799",
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r), "d": str(config.theta_d_length)},
+    smaller=lambda config: _of_length(config, config.theta_d_length // 2),
+    sample_configs={
+        "d16": {"r": 3, "theta_d_length": 16, "init_theta_d_bound": 1e-4},
+        "saved": {"r": 2, "theta_d_length": 20, "init_theta_d_bound": 1e-4, "save_indices": True},
+    },
+    shared=UniVector,
+)
+class UniLora(ComputedFactors):
+    """Which numbers the entries of the factors of one layer are, and their scales: A is (r, in), B is (out, r)."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        THETA: f"vector.{THETA}",
+        **{name: name for name in _BUFFERS},
+    }
+
+    vector: UniVector
+    saves_indices: bool
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: UniLoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Nothing: what is trained is shared; see ``Adapter``."""
+        check_linear("Uni-LoRA", path, kind)
+        return {}
+
+    @classmethod
+    def fixed_tensors(
+        cls, config: UniLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """The indices and scales, where the config asks for it; see ``Adapter``."""
+        if not config.save_indices:
+            return {}
+        in_features, out_features = kind.features(module)
+        first, second = (config.r, in_features), (out_features, config.r)
+        indices: dict[str, tuple[Shape, torch.dtype]] = {
+            INDICES_A: (first, torch.int64),
+            INDICES_B: (second, torch.int64),
+        }
+        return {**indices, SCALES_A: (first, torch.float32), SCALES_B: (second, torch.float32)}
+
+    @classmethod
+    def unsaved_elements(cls, config: UniLoraConfig, module: nn.Module, kind: LayerKind) -> int:
+        """An index and a scale for each entry of the factors, where they are drawn; see ``Adapter``."""
+        return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
+
+    @classmethod
+    def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded indices and scales or draws them; see ``Adapter``."""
+        assert isinstance(site.shared, UniVector)
+        made, given = cls(), dict(tensors or {})
+        if not given.keys() >= set(_BUFFERS):
+            indices = site.shared.indices_of(site.path)
+            if tensors is None:  # other indices are drawn first, which these take the place of
+                shapes = (one.shape for one in indices)
+                skip(lambda one: torch.randint(config.theta_d_length, one.shape), site.device, *shapes)
+            dtype = site.base.dtype if site.base.dtype.itemsize > 1 else site.dtype
+            scales = [site.shared.scales_of(one).to(dtype) for one in indices]
+            device = site.shared.theta.device if site.base.device.type == "meta" else site.base.device
+            given = {name: one.to(device) for name, one in zip(_BUFFERS, (*indices, *scales), strict=True)}
+        elif any(not bool(((given[name] >= 0) & (given[name] < config.theta_d_length)).all()) for name in _BUFFERS[:2]):
+            raise ConfigError(
+                f"{site.path}: indices of the file are not those of {config.theta_d_length} numbers (theta_d_length)",
+                path=site.path,
+            )
+        for name in _BUFFERS:
+            made.register_buffer(name, given[name])
+        made.__dict__.update(  # the first layer holds the vector as a module
+            vector=site.shared, dropout=config.unilora_dropout, saves_indices=config.save_indices
+        )
+        return made
+
+    @property
+    def rank(self) -> int:
+        """The rank of the factors."""
+        return int(self.held_buffer(INDICES_A).shape[0])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, (r, in), and B, (out, r), where the layer is."""
+        indices_A, indices_B, scales_A, scales_B = (self.held_buffer(name) for name in _BUFFERS)
+        theta = self.vector.theta.to(indices_A.device)
+        return theta[indices_A] * scales_A.to(theta.dtype), theta[indices_B] * scales_B.to(theta.dtype)
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """The indices and scales, where the config asks for it; see ``Adapter``."""
+        return {name: self.held_buffer(name) for name in _BUFFERS} if self.saves_indices else {}
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the numbers, those of other layers too, with zeros."""
+        self.vector.theta.detach().zero_()
+
+    def configure(self, config: UniLoraConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.unilora_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout, the indices and the scales."""
+        change.keep_attributes(self, "dropout")
+        change.keep_values([self.held_buffer(name) for name in _BUFFERS])
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}, d={self.vector.theta.shape[0]}"

@@ -1,0 +1,123 @@
+"""Cartridges: trained keys and values that stand for a long text (Eyuboglu et al. 2025, arXiv:2506.06266).
+
+    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained but for those of the first tokens
+
+As prefix tuning without an MLP. The keys and values may start as those of a text: see
+``nbpeft.initialize_kv_prefix_from_text``. Those of the first tokens, to which attention is drawn, stay as they start.
+A file holds all of them in one tensor, as PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
+from nbpeft.engine.config.prompt_config import PROMPT_KEY
+from nbpeft.engine.contract.registry import register
+from nbpeft.errors import ConfigError, shown
+
+FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
+
+
+@dataclass
+class CartridgeConfig(CachedPrefixConfig):
+    """Config of a cartridge. Field names and defaults are PEFT's; see ``PromptLearningConfig``.
+
+    Attributes:
+        num_frozen_tokens: so many tokens at the start are not trained.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    num_frozen_tokens: int = field(default=1)
+
+    method_type: ClassVar[str] = "CARTRIDGE"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_frozen_tokens is None or self.num_frozen_tokens < 0:
+            raise ConfigError(
+                f"num_frozen_tokens must be a whole number of at least 0, not {shown(self.num_frozen_tokens)}",
+                field="num_frozen_tokens",
+            )
+        if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
+            raise ConfigError(
+                f"num_frozen_tokens is {self.num_frozen_tokens}, more than num_virtual_tokens, "
+                f"{self.num_virtual_tokens}; lower it",
+                field="num_frozen_tokens",
+            )
+
+
+def _packed(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds: both parts in one tensor."""
+    parts = [tensors[name] for name in (FROZEN, TRAINED) if name in tensors]
+    others = {key: tensor for key, tensor in tensors.items() if key not in (FROZEN, TRAINED)}
+    return {PROMPT_KEY: torch.cat(parts), **others} if parts else others
+
+
+def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two parts of a file's tensor, views of it."""
+    whole, count = tensors.get(PROMPT_KEY), config.num_frozen_tokens
+    if whole is None or whole.ndim != 2 or len(whole) < count:
+        return dict(tensors)
+    others = {key: tensor for key, tensor in tensors.items() if key != PROMPT_KEY}
+    return others | ({FROZEN: whole[:count]} if count else {}) | {TRAINED: whole[count:]}
+
+
+@register(
+    CartridgeConfig,
+    peft_type="CARTRIDGE",
+    label="Cartridge",
+    pack=_packed,
+    unpack=_unpacked,
+    summary=lambda config: {"tokens": str(config.num_virtual_tokens), "frozen": str(config.num_frozen_tokens)},
+    smaller=lambda config: config.copy(
+        num_virtual_tokens=max(1, config.num_frozen_tokens, config.num_virtual_tokens // 2)
+    ),
+    when="many questions about one long text: its keys and values are learned once",
+    paper="arXiv:2506.06266",
+    listed_with={"num_virtual_tokens": 20},
+    sample_configs={
+        "sink": {"num_virtual_tokens": 4},
+        "trained": {"num_virtual_tokens": 3, "num_frozen_tokens": 0},
+    },
+)
+class CartridgeEncoder(CachedPrefix):
+    """Keys and values of all layers, (tokens, layers * 2 * features): first those that are not trained.
+
+    Attributes:
+        frozen_embedding: (frozen tokens, layers * 2 * features); None where there are none.
+        trainable_embedding: (other tokens, layers * 2 * features).
+    """
+
+    frozen_parameters: ClassVar[tuple[str, ...]] = (FROZEN,)
+
+    frozen_embedding: nn.Parameter | None
+    trainable_embedding: nn.Parameter
+
+    def __init__(self, config: CartridgeConfig) -> None:
+        super().__init__(config)
+        frozen, features = config.num_frozen_tokens, self.state_features
+        self.frozen_embedding = nn.Parameter(torch.randn(frozen, features), requires_grad=False) if frozen else None
+        self.trainable_embedding = nn.Parameter(torch.randn(self.state_count - frozen, features))
+
+    @property
+    def weight(self) -> Tensor:
+        """Keys and values of all layers, (tokens, layers * 2 * features)."""
+        frozen, trained = self.frozen_embedding, self.trainable_embedding
+        return trained if frozen is None else torch.cat([frozen, trained])
+
+    @property
+    def embedding(self) -> Self:
+        """Itself: ``embedding.weight`` is what PEFT's encoders of prompts have."""
+        return self
+
+    def encoded(self) -> Tensor:
+        """Keys and values of all layers, (1, tokens, layers * 2 * features)."""
+        return self.weight.unsqueeze(0)

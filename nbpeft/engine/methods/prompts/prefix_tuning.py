@@ -1,0 +1,100 @@
+"""Prefix tuning: trained keys and values in front of those of each layer (Li and Liang 2021, arXiv:2101.00190).
+
+    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained or computed by an MLP that is
+
+They are where a cache has the tokens before the input, so the model must take one; with gradient checkpointing it
+does not. A file holds the keys and values, as PEFT's, and the MLP too where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
+from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
+from nbpeft.engine.config.prompt_config import PROMPT_KEY
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.registry import register
+
+
+@dataclass
+class PrefixTuningConfig(CachedPrefixConfig):
+    """Config of prefix tuning. Field names and defaults are PEFT's; see ``PromptLearningConfig``.
+
+    Attributes:
+        init_weights: "zero" to start with keys and values of zeros; None for random ones.
+        encoder_hidden_size: features inside the MLP; by default those of a token.
+        prefix_projection: whether an MLP computes the keys and values.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    init_weights: Literal["zero"] | None = field(default=None)
+    encoder_hidden_size: int | None = field(default=None)
+    prefix_projection: bool = field(default=False)
+
+    method_type: ClassVar[str] = "PREFIX_TUNING"
+    counts: ClassVar[tuple[str, ...]] = (*CachedPrefixConfig.counts, "encoder_hidden_size")
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": ("zero", None)}
+    checked_apart: ClassVar[tuple[str, ...]] = ("modules_to_save", "init_weights")
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an MLP computes the keys and values."""
+        return self.prefix_projection
+
+    def fill_in_sizes(self, model: nn.Module, width: int) -> None:
+        """By default the MLP is as wide as a token; see ``CachedPrefixConfig``."""
+        super().fill_in_sizes(model, width)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+
+
+@register(
+    PrefixTuningConfig,
+    peft_type="PREFIX_TUNING",
+    label="prefix tuning",
+    file_keys={"embedding.weight": PROMPT_KEY},
+    derived=derived_tokens,
+    unpack=with_rows,
+    summary=lambda config: (
+        {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
+    ),
+    smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+    when="generation: it steers every layer, and the input keeps its length",
+    paper="arXiv:2101.00190",
+    listed_with={"num_virtual_tokens": 20},
+    sample_configs={
+        "plain": {"num_virtual_tokens": 4},
+        "projected": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},
+    },
+)
+class PrefixEncoder(EncodedPrompt, CachedPrefix):
+    """Keys and values of all layers, (tokens, layers * 2 * features), or the rows that an MLP computes them from."""
+
+    transform: nn.Sequential
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        super().__init__(config)
+        width, size = int(config.token_dim or 0), self.state_features
+        encoded = config.prefix_projection and config.encoded
+        self.hold(nn.Embedding(self.state_count, width if encoded else size), encoded=encoded)
+        if encoded:
+            hidden = int(config.encoder_hidden_size or width)
+            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, size))
+
+    def initialise(self, config: PrefixTuningConfig, base: BaseLayer) -> None:
+        """Starts with zeros where the config asks for them; see ``ModelAdapter``."""
+        if config.init_weights == "zero":
+            last: Any = self.transform[-1] if "transform" in self._modules else self.embedding
+            for parameter in last.parameters():
+                parameter.zero_()
+
+    def encoded(self) -> Tensor:
+        """Keys and values of all layers, (1, tokens, layers * 2 * features)."""
+        rows: Tensor = self.embedding.weight.unsqueeze(0)
+        return self.transform(rows) if "transform" in self._modules else rows

@@ -1,0 +1,52 @@
+"""Prompt tuning: trained embeddings in front of the input (Lester et al. 2021, arXiv:2104.08691).
+
+x' = [p_1 … p_n, E(x)]        p: (n, features), trained; the model itself is frozen
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nbpeft.engine.calls.token_prompt import TokenPrompt
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
+from nbpeft.engine.contract.registry import register
+
+
+class PromptTuningInit(str, enum.Enum):
+    """What the tokens of a prompt start as. Values as in PEFT's files."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+@dataclass
+class PromptTuningConfig(InitialisedPromptConfig):
+    """Config of prompt tuning. Field names and defaults are PEFT's; see ``InitialisedPromptConfig``."""
+
+    prompt_tuning_init: PromptTuningInit | str = field(default=PromptTuningInit.RANDOM)
+
+    method_type: ClassVar[str] = "PROMPT_TUNING"
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prompt_tuning_init": tuple(PromptTuningInit)}
+
+
+@register(
+    PromptTuningConfig,
+    peft_type="PROMPT_TUNING",
+    label="prompt tuning",
+    file_keys={"embedding.weight": PROMPT_KEY},
+    summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
+    smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+    when="large models and many tasks: a few tokens each, and no layer changes",
+    paper="arXiv:2104.08691",
+    listed_with={"num_virtual_tokens": 20},
+    sample_configs={
+        "random": {"num_virtual_tokens": 4},
+        "vocabulary": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"},
+    },
+)
+class PromptEmbedding(TokenPrompt):
+    """The trained embeddings of one prompt."""

@@ -1,0 +1,296 @@
+"""BOFT: orthogonal butterflies on a layer's input, and a scale of each output (Liu et al. 2023, arXiv:2311.06243).
+
+    y = s ∘ W M x        M = B_m … B_1, B_i = P_i diag(R_i1, R_i2, …) P_iᵀ
+
+R_ij are rotations of b inputs, each the Cayley transform of the skew-symmetric part of a trained matrix, and P_i mixes
+blocks of 2^(i-1) b inputs: with m factors a rotation reaches over 2^(m-1) blocks. P is never built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_count
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
+from nbpeft.engine.kernels.numerics import cayley
+from nbpeft.errors import ConfigError
+
+ROTATION, SCALE = "boft_R", "boft_s"
+_MEANS = {ROTATION: 0.0, SCALE: 1.0}
+
+
+@dataclass
+class BOFTConfig(LayersConfig):
+    """Config of BOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        boft_block_size: inputs of a block, which divides those of each layer; 0 where boft_block_num is given.
+        boft_block_num: blocks of a layer; 0 where boft_block_size is given.
+        boft_n_butterfly_factor: number of factors; with more than one, blocks are mixed. PEFT takes 1 on a CPU.
+        boft_dropout: share of the blocks of one factor that are not rotated in a call of the training, from 0 to 1.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        bias: which biases of the model are trained too.
+        init_weights: start at the base model; False for random numbers.
+    """
+
+    boft_block_size: int = field(default=4)
+    boft_block_num: int = field(default=0)
+    boft_n_butterfly_factor: int = field(default=1)
+    boft_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "BOFT"
+    counts: ClassVar[tuple[str, ...]] = ("boft_n_butterfly_factor",)
+    shares: ClassVar[tuple[str, ...]] = ("boft_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "boft_only")}
+    value_fields: ClassVar[tuple[str, ...]] = ("boft_dropout", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.boft_block_size == 0) == (self.boft_block_num == 0):
+            raise ConfigError(
+                f"give either boft_block_size or boft_block_num, and 0 for the other, not {self.boft_block_size:.3g} "
+                f"and {self.boft_block_num:.3g}",
+                field="boft_block_size",
+            )
+        given = "boft_block_size" if self.boft_block_size else "boft_block_num"
+        check_count(given, getattr(self, given))
+
+    def blocks_of(self, path: str, features: int) -> tuple[int, int]:
+        """The number and the size of the blocks of a layer with so many inputs.
+
+        Raises:
+            ConfigError: they do not divide the inputs, or do not suit the number of factors.
+        """
+        given = "boft_block_size" if self.boft_block_size else "boft_block_num"
+        wanted = getattr(self, given)
+        if features % wanted:
+            raise ConfigError(
+                f"{path}: {given} = {wanted} must divide its {features} inputs; choose another", path=path
+            )
+        count, size = (features // wanted, wanted) if self.boft_block_size else (wanted, features // wanted)
+        factors = self.boft_n_butterfly_factor
+        if factors > 1 and (size % 2 or factors > _LARGEST_EXPONENT or count % 2 ** (factors - 1)):
+            raise ConfigError(
+                f"{path}: boft_n_butterfly_factor = {factors} needs blocks of an even size whose number is a multiple "
+                f"of 2 ** {factors - 1}, not {count} of {size}; choose another",
+                path=path,
+            )
+        return count, size
+
+
+_LARGEST_EXPONENT = 24
+
+
+@register(
+    BOFTConfig,
+    peft_type="BOFT",
+    layer_names=("boft_R boft_s", "boft_block_size boft_block_num boft_dropout"),
+    label="BOFT",
+    when="as OFT, with every input turned against every other",
+    paper="arXiv:2311.06243",
+    default_targets=usual_targets,
+    summary=lambda config: (
+        {"block": str(config.boft_block_size)} if config.boft_block_size else {"blocks": str(config.boft_block_num)}
+    ),
+    smaller=lambda config: (
+        config.copy(boft_block_size=config.boft_block_size // 2) if config.boft_block_size > 3 else None
+    ),
+    sample_configs={
+        "b4": {"boft_block_size": 4},
+        "blocks": {"boft_block_size": 0, "boft_block_num": 2},
+    },
+)
+class BOFT(Adapter):
+    """The matrices, (factors, blocks, b, b), and the scales, (out, 1), of one layer.
+
+    Attributes:
+        dropout: share of the blocks of one factor that are not rotated in training.
+    """
+
+    reads_weight: ClassVar[bool] = True
+    peft_attributes: ClassVar[Mapping[str, str]] = {"boft_block_size": "size", "boft_block_num": "count"}
+
+    dropout: float
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: BOFTConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The matrices and the scales, which are (1, out) for a convolution; see ``Adapter``."""
+        if not kind.is_linear and kind.peft_name != "Conv2d":
+            raise ConfigError(
+                f"{path}: BOFT works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
+            )
+        if int(getattr(module, "groups", 1)) > 1:
+            raise ConfigError(f"{path}: BOFT does not work on a convolution in groups; exclude it", path=path)
+        rows, *others = kind.weight_shape(module)
+        count, size = config.blocks_of(path, math.prod(others))
+        matrices = (config.boft_n_butterfly_factor, count, size, size)
+        return {ROTATION: matrices, SCALE: (rows, 1) if kind.is_linear else (1, rows)}
+
+    @classmethod
+    def create(cls, config: BOFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded matrices and scales or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            tensors = {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
+            if not config.init_weights:
+                normals = {name: partial(normal_, std=0.1, mean=mean) for name, mean in _MEANS.items()}
+                tensors = {name: site.new(site.shapes[name], normal) for name, normal in normals.items()}
+        made = BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
+        return made(tensors, config.boft_dropout)  # type: ignore[return-value]
+
+    def __init__(self, tensors: Mapping[str, Tensor], dropout: float) -> None:
+        super().__init__()
+        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (ROTATION, SCALE)})
+        self.__dict__["dropout"] = dropout
+
+    @property
+    def matrices(self) -> Tensor:
+        """What the rotations are made of, (factors, blocks, b, b)."""
+        found: Tensor = self.held[ROTATION]
+        return found
+
+    @property
+    def scale(self) -> Tensor:
+        """s, (out,)."""
+        found: Tensor = self.held[SCALE]
+        return found.flatten()
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return int(self.matrices.shape[1])
+
+    @property
+    def size(self) -> int:
+        """Inputs of a block."""
+        return int(self.matrices.shape[2])
+
+    def _kept(self) -> Tensor | None:
+        """Which blocks are rotated in this call of a training, (factors, blocks, 1, 1); None for all."""
+        if not (self.training and self.dropout):
+            return None
+        kept = torch.ones(*self.matrices.shape[:2], 1, 1, dtype=torch.bool)
+        factor, places = int(torch.randint(0, kept.shape[0], (1,))), torch.randperm(self.count)
+        dropped = int(self.dropout * self.count)
+        kept[factor] = (places >= dropped).view(-1, 1, 1)
+        return kept.to(self.matrices.device) if dropped else None
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s ∘ W M - W``, in the dtype of the matrices; see ``Adapter``."""
+        return _change_of_weight(weight, self.matrices.detach(), self.scale.detach(), None)
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the matrices with zeros and the scales with ones."""
+        self.matrices.detach().zero_()
+        self.get_parameter(SCALE).detach().fill_(1)
+
+    def configure(self, config: BOFTConfig, path: str) -> None:
+        """Takes the dropout of a config over."""
+        self.__dict__["dropout"] = config.boft_dropout
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records the dropout."""
+        change.keep_attributes(self, "dropout")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"factors={self.matrices.shape[0]}, blocks={self.count}, block_size={self.size}"
+
+
+class BOFTOnLinear(BOFT, TransformsInput, TransformsOutput):
+    """Rotates the input and scales the output."""
+
+    def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """``M x``, (…, in), in the dtype of ``x``."""
+        kept = self._kept()
+        return keeping_inputs(lambda x, matrices: _rotated(x, matrices, kept).to(x.dtype), x, self.matrices)
+
+    def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
+        """``s ∘ y``, (…, out), without the bias, in the dtype of ``y``."""
+        scale, bias = self.scale, base.bias
+        if bias is None:
+            return (output * scale).to(output.dtype)
+        return (output * scale + bias * (1 - scale)).to(output.dtype)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``s ∘ W M x - W x``; see ``Adapter``."""
+        kept = self._kept()
+        rotated = keeping_inputs(lambda x, matrices: _rotated(x, matrices, kept), x, self.matrices)
+        weight = base.weight().to(rotated.dtype)
+        scaled = base.kind.apply(base.module, rotated, weight) * self.scale.to(rotated.dtype)
+        return scaled - base.kind.apply(base.module, x.to(rotated.dtype), weight)
+
+
+class BOFTOnConvolution(BOFT):
+    """Rotates and scales the rows of the weight."""
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The convolution with ``s ∘ W M - W``; see ``Adapter``."""
+        weight, kept = base.weight(), self._kept()
+        return apply_delta(
+            x,
+            base,
+            lambda matrices, scale: _change_of_weight(weight, matrices, scale, kept),
+            (self.matrices, self.scale),
+        )
+
+
+def _change_of_weight(weight: Tensor, matrices: Tensor, scale: Tensor, kept: Tensor | None) -> Tensor:
+    """``s ∘ W M - W``, shaped like the weight."""
+    rows = weight.to(matrices.dtype).flatten(1)
+    return (_rotated(rows, matrices, kept, transposed=True) * scale[:, None] - rows).view(weight.shape)
+
+
+def _rotated(rows: Tensor, matrices: Tensor, kept: Tensor | None, *, transposed: bool = False) -> Tensor:
+    """Vectors times M, in the dtype of the matrices.
+
+    Args:
+        rows: (…, features).
+        matrices: (factors, blocks, b, b).
+        kept: (factors, blocks, 1, 1), False for blocks that are not rotated; None for all.
+        transposed: with the transposed M, as a weight is.
+    """
+    rotations = cayley((matrices - matrices.mT) / 2)
+    if kept is not None:
+        rotations = torch.where(kept, rotations, torch.eye(matrices.shape[-1]).to(rotations))
+    order = range(len(rotations)) if transposed else reversed(range(len(rotations)))
+    rows = rows.to(rotations.dtype)
+    for factor in order:
+        blocks = rotations[factor].mT if transposed else rotations[factor]
+        parts = _unmixed(rows, blocks.shape[-1], factor).reshape(*rows.shape[:-1], *blocks.shape[:2])
+        rows = _mixed(torch.einsum("...rk,rkc->...rc", parts, blocks).flatten(-2), blocks.shape[-1], factor)
+    return rows
+
+
+def _mixed(rows: Tensor, size: int, factor: int) -> Tensor:
+    """Vectors times ``Pᵀ``: in each group of 2 ** factor blocks, every other half of a block, then those between."""
+    if factor == 0:
+        return rows
+    pieces = rows.reshape(*rows.shape[:-1], -1, 2**factor, 2, size // 2)
+    return pieces.transpose(-3, -2).reshape(rows.shape)
+
+
+def _unmixed(rows: Tensor, size: int, factor: int) -> Tensor:
+    """Vectors times ``P``."""
+    if factor == 0:
+        return rows
+    pieces = rows.reshape(*rows.shape[:-1], -1, 2, 2**factor, size // 2)
+    return pieces.transpose(-3, -2).reshape(rows.shape)

@@ -1,0 +1,286 @@
+"""PSOFT: a rotation between the main directions of a weight (Wu et al. 2026, openreview FSHrinMArK).
+
+    y = W x + s B (diag(b) Q diag(a) - I) A dropout(x)        Q: (r, r), orthogonal;  s B A: the rank-r part of W
+
+A, (r, in), has orthonormal rows; it and B, (out, r), are frozen and not saved: they are found again in the weight that
+an adapter is loaded on. Whoever computes the singular vectors otherwise, with other signs, finds another adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.random_numbers import drawing_from
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import keeping_inputs
+from nbpeft.engine.kernels.numerics import cayley, compute_dtype, neumann_cayley, widened
+from nbpeft.errors import ConfigError
+
+CORE, SCALE_A, SCALE_B = "psoft_R", "psoft_R_vector_a", "psoft_R_vector_b"
+DOWN, UP = "psoft_A", "psoft_B"
+_DEVIATION = 0.1
+"""Of what a random core starts with, around the identity."""
+_MOST_TERMS = 64
+_MOST_ITERATIONS = 128
+"""Each costs two decompositions; after a few the subspace no longer changes."""
+
+
+@dataclass
+class PsoftConfig(LayersConfig):
+    """Config of PSOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        r: how many singular directions are rotated.
+        psoft_alpha: B is divided by alpha / r, and what is added multiplied by it.
+        psoft_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        ab_svd_init: "psoft_init" has the singular values in B, "pissa_init" a root of them on each side.
+        psoft_svd: "full", or "lowrank" for a randomized SVD, which is faster.
+        psoft_svd_lowrank_niter: iterations of that; at most 128.
+        random_seed: seed of that.
+        psoft_orth: rotate; False for any matrix.
+        psoft_mag_b: learn a factor on each output of the rotation.
+        psoft_mag_a: learn a factor on each input of it.
+        use_cayley_neumann: approximate the Cayley transform by a series: faster, and not exactly orthogonal.
+        num_cayley_neumann_terms: number of its terms.
+        cayley_neumann_eps: largest norm of what is transformed in a series; None for any.
+        init_weights: start at the base model; False for a random core.
+    """
+
+    r: int = field(default=32)
+    psoft_alpha: float = field(default=32)
+    psoft_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    ab_svd_init: str = field(default="psoft_init")
+    psoft_svd: str = field(default="full")
+    psoft_svd_lowrank_niter: int = field(default=10)
+    random_seed: int = field(default=0)
+    psoft_orth: bool = field(default=True)
+    psoft_mag_b: bool = field(default=True)
+    psoft_mag_a: bool = field(default=True)
+    use_cayley_neumann: bool = field(default=False)
+    num_cayley_neumann_terms: int = field(default=5)
+    cayley_neumann_eps: float | None = field(default=None)
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "PSOFT"
+    counts: ClassVar[tuple[str, ...]] = ("r", "psoft_svd_lowrank_niter")
+    shares: ClassVar[tuple[str, ...]] = ("psoft_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "ab_svd_init": ("psoft_init", "pissa_init"),
+        "psoft_svd": ("full", "lowrank"),
+    }
+    value_fields: ClassVar[tuple[str, ...]] = (
+        *("psoft_dropout", "use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps", "init_weights"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("random_seed", self.random_seed)
+        check_number("psoft_alpha", self.psoft_alpha)
+        if self.psoft_alpha <= 0:
+            raise ConfigError(f"psoft_alpha must be positive, not {self.psoft_alpha:g}", field="psoft_alpha")
+        for name, most in (("psoft_svd_lowrank_niter", _MOST_ITERATIONS), ("num_cayley_neumann_terms", _MOST_TERMS)):
+            if not 0 < getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name):.3g}", field=name)
+        if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
+            raise ConfigError(
+                f"cayley_neumann_eps must be between 0 and 1, not {self.cayley_neumann_eps:g}",
+                field="cayley_neumann_eps",
+            )
+
+    @property
+    def initialised_from_weight(self) -> bool:
+        """Always: the directions are those of the weight."""
+        return True
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        return float(self.psoft_alpha) / self.r
+
+
+@register(
+    PsoftConfig,
+    peft_type="PSOFT",
+    layer_names=(
+        "psoft_R",
+        "r psoft_alpha scaling psoft_dropout psoft_svd psoft_svd_lowrank_niter random_seed ab_svd_init "
+        "_psoft_A_cache _psoft_B_cache",
+    ),
+    label="PSOFT",
+    when="as OFT, in the directions that matter alone: few numbers",
+    paper="https://openreview.net/forum?id=FSHrinMArK",
+    file_keys={CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"},
+    default_targets=usual_targets,
+    summary=lambda config: {"r": str(config.r)},
+    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    sample_configs={
+        "r4": {"r": 4, "psoft_alpha": 8},
+        "series": {
+            **{"r": 3, "use_cayley_neumann": True, "cayley_neumann_eps": 0.2, "psoft_mag_a": False},
+            **{"ab_svd_init": "pissa_init", "psoft_svd": "lowrank"},
+        },
+        "free": {"r": 3, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
+    },
+)
+class Psoft(Adapter, ConvertsToLora, Rescales):
+    """What is trained between the directions of one layer."""
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (CORE,)
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "psoft_alpha": "alpha"}
+
+    alpha: float
+    dropout: float
+    terms: int | None
+    eps: float | None
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: PsoftConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The core, the r (r - 1) / 2 numbers of a rotation or (r, r), and the factors, (r,); see ``Adapter``."""
+        check_linear("PSOFT", path, kind)
+        rank, largest = config.r, min(kind.features(module))
+        if rank > largest:
+            raise ConfigError(f"{path}: r = {rank} is more than the {largest} directions of its weight", path=path)
+        shapes: dict[str, tuple[int, ...]] = {CORE: (rank * (rank - 1) // 2,) if config.psoft_orth else (rank, rank)}
+        wanted = {SCALE_B: config.psoft_mag_b, SCALE_A: config.psoft_mag_a}
+        return {**shapes, **{name: (rank,) for name, is_wanted in wanted.items() if is_wanted}}
+
+    @classmethod
+    def create(cls, config: PsoftConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded tensors or makes new ones, and finds the directions; see ``Adapter``."""
+        if tensors is None:
+            options: Any = {"device": site.base.device, "dtype": site.dtype}
+            tensors = {name: torch.ones(shape, **options) for name, shape in site.shapes.items()}
+            normal = None if config.init_weights else normal_
+            if config.psoft_orth:
+                tensors[CORE] = site.new(site.shapes[CORE], normal and partial(normal, std=_DEVIATION))
+            else:
+                core = site.new(site.shapes[CORE], normal) * _DEVIATION
+                tensors[CORE] = core + torch.eye(config.r, **options)
+        made = cls()
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        for name, found in zip((DOWN, UP), _directions(config, site.base), strict=True):
+            made.register_buffer(name, found, persistent=False)
+        made.__dict__.update(scaling=config.scaling, alpha=config.psoft_alpha, **_settings(config))
+        return made
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return int(self.held_buffer(DOWN).shape[0])
+
+    @property
+    def delta_rank(self) -> int | None:
+        """As many as there are directions."""
+        return self.rank
+
+    def change(self) -> Tensor:
+        """``diag(b) Q diag(a) - I``, (r, r), in the dtype of what is trained."""
+        names = [name for name in (CORE, SCALE_B, SCALE_A) if name in self.held]
+
+        def made(*given: Tensor) -> Tensor:
+            held = dict(zip(names, given, strict=True))
+            core = held[CORE] if held[CORE].ndim == 2 else self._rotation(held[CORE])
+            if SCALE_B in held:
+                core = held[SCALE_B][:, None] * core
+            if SCALE_A in held:
+                core = core * held[SCALE_A]
+            return core - torch.eye(self.rank, device=core.device, dtype=core.dtype)
+
+        return keeping_inputs(made, *(self.held[name] for name in names))
+
+    def _rotation(self, triangle: Tensor) -> Tensor:
+        """Q, from the numbers above the diagonal of what it is the Cayley transform of."""
+        rows, columns = torch.triu_indices(self.rank, self.rank, 1, device=triangle.device)
+        skew = triangle.new_zeros(self.rank, self.rank).index_put((rows, columns), triangle)
+        skew = skew - skew.T
+        if self.terms is None:
+            return cayley(-skew)
+        if self.eps is not None:
+            norm = torch.linalg.matrix_norm(skew)
+            skew = skew * torch.where(norm > self.eps, self.eps / (norm + 1e-12), torch.ones_like(norm))
+        return neumann_cayley(skew, self.terms)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``s B (diag(b) Q diag(a) - I) A dropout(x)``; see ``Adapter``."""
+        change = self.change()
+        dtype = compute_dtype(x, change)
+        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
+        hidden = F.linear(F.linear(dropped, self.held_buffer(DOWN).to(dtype)), change.to(dtype))
+        return F.linear(hidden * self.scaling, self.held_buffer(UP).to(dtype))
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """A and ``B (diag(b) Q diag(a) - I)``; see ``ConvertsToLora``."""
+        down, up = self.held_buffer(DOWN), self.held_buffer(UP)
+        return LowRankDelta(down, up @ self.change().to(up.dtype), float(self.scaling))
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s B (diag(b) Q diag(a) - I) A``; see ``Adapter``."""
+        found = self.low_rank_delta(base)
+        return found.up @ found.down * found.scaling
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites its parameters with those of the identity."""
+        for name, parameter in self._parameters.items():
+            assert parameter is not None
+            held = parameter.detach()
+            if name != CORE:
+                held.fill_(1)
+            elif held.ndim == 2:
+                nn.init.eye_(held)
+            else:
+                held.zero_()
+
+    def configure(self, config: PsoftConfig, path: str) -> None:
+        """Takes dropout and series of a config over."""
+        self.__dict__.update(_settings(config))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records them and the scaling."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "dropout", "terms", "eps")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"r={self.rank}"
+
+
+def _settings(config: PsoftConfig) -> dict[str, Any]:
+    return {
+        "dropout": config.psoft_dropout,
+        "terms": config.num_cayley_neumann_terms if config.use_cayley_neumann else None,
+        "eps": config.cayley_neumann_eps,
+    }
+
+
+def _directions(config: PsoftConfig, base: BaseLayer) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B, (out, r), in float32 at least, so that s B A is the rank-r part of the weight."""
+    weight, rank = widened(base.weight()), config.r
+    if config.psoft_svd == "full":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        with drawing_from(config.random_seed):
+            left, values, columns = torch.svd_lowrank(weight, q=rank, niter=config.psoft_svd_lowrank_niter)
+        right = columns.T
+    left, values, right = left[:, :rank], values[:rank] / config.scaling, right[:rank]
+    if config.ab_svd_init == "psoft_init":
+        return right.contiguous(), (left * values).contiguous()
+    return (values.sqrt()[:, None] * right).contiguous(), (left * values.sqrt()).contiguous()

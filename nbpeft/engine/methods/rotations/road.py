@@ -1,0 +1,178 @@
+"""RoAd: rotation and scale of pairs of a layer's outputs (Liao and Monz 2024, arXiv:2409.00119).
+
+    y = R (W x + b)        R: for each pair of outputs α [cos θ, -sin θ; sin θ, cos θ]
+
+Outputs are paired within groups, each of the first half with one of the second. ``road_2`` gives each output of a pair
+an α and a θ of its own, ``road_4`` each entry of the four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.weight_delta import keeping_inputs
+from nbpeft.errors import ConfigError
+
+ANGLE, SCALE = "road_theta", "road_alpha"
+_MEANS = {ANGLE: 0.0, SCALE: 1.0}
+_FOR_A_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
+"""Variant -> how many angles, and scales, a pair of outputs has."""
+
+
+@dataclass
+class RoadConfig(LayersConfig):
+    """Config of RoAd. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        variant: ``road_1``, ``road_2`` or ``road_4``: how many angles and scales a pair of outputs has.
+        group_size: outputs of a group, an even number that divides those of each layer.
+        init_weights: start at the base model; False for random angles and scales.
+    """
+
+    variant: str = field(default="road_1")
+    group_size: int = field(default=64)
+    init_weights: bool = field(default=True)
+
+    method_type: ClassVar[str] = "ROAD"
+    counts: ClassVar[tuple[str, ...]] = ("group_size",)
+    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"variant": tuple(_FOR_A_PAIR)}
+    value_fields: ClassVar[tuple[str, ...]] = ("group_size", "init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size % 2:
+            raise ConfigError(f"group_size must be even, not {self.group_size}: outputs are paired", field="group_size")
+
+
+@register(
+    RoadConfig,
+    peft_type="ROAD",
+    layer_names=("road_theta road_alpha", "variant group_size"),
+    label="RoAd",
+    when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
+    paper="arXiv:2409.00119",
+    default_targets=usual_targets,
+    summary=lambda config: {"variant": config.variant, "group": str(config.group_size)},
+    sample_configs={
+        "one": {"group_size": 4},
+        "two": {"variant": "road_2", "group_size": 8},
+        "four": {"variant": "road_4", "group_size": 4},
+    },
+)
+class Road(Adapter, TransformsOutput):
+    """The angles and the scales of one layer, (out / 2,), (out,) or (2 out,) each."""
+
+    reads_weight: ClassVar[bool] = True
+    peft_attributes: ClassVar[Mapping[str, str]] = {"variant": "variant", "group_size": "size"}
+
+    variant: str
+    size: int
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: RoadConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The angles and the scales; see ``Adapter``."""
+        check_linear("RoAd", path, kind)
+        outputs = kind.features(module)[1]
+        if outputs % config.group_size:
+            raise ConfigError(f"{path}: group_size = {config.group_size} must divide its {outputs} outputs", path=path)
+        shape = (outputs // 2 * _FOR_A_PAIR[config.variant],)
+        return {ANGLE: shape, SCALE: shape}
+
+    @classmethod
+    def create(cls, config: RoadConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded angles and scales or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            tensors = {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
+            if not config.init_weights:
+                normals = {name: partial(normal_, std=0.5, mean=mean) for name, mean in _MEANS.items()}
+                tensors = {name: site.new(site.shapes[name], normal) for name, normal in normals.items()}
+        return cls(tensors, config)
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: RoadConfig) -> None:
+        super().__init__()
+        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (ANGLE, SCALE)})
+        self.configure(config, "")
+
+    def configure(self, config: RoadConfig, path: str) -> None:
+        """Takes over how outputs are paired."""
+        self.__dict__.update(variant=config.variant, size=config.group_size)
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records how outputs are paired."""
+        change.keep_attributes(self, "variant", "size")
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The change of the weight has its full rank."""
+        return None
+
+    def _changed(self, rows: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
+        """``R y - y`` of vectors (…, out), in the dtype of the parameters."""
+        return self._turned(rows, angle, scale) - rows.to(angle.dtype)
+
+    def _turned(self, rows: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
+        """``R y`` of vectors (…, out), in the dtype of the parameters."""
+        rows = rows.to(angle.dtype)
+        kept, crossed = self._columns(angle, scale)
+        first, second = rows.reshape(*rows.shape[:-1], -1, 2, self.size // 2).unbind(-2)
+        across = torch.stack((-second, first), -2).flatten(-3)
+        return rows * kept + across * crossed
+
+    def _columns(self, angle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What each output is multiplied with, and the other one of its pair, (out,)."""
+        if self.variant == "road_4":
+            (own, other), (stretch, other_stretch) = (
+                tensor.view(-1, 2, self.size).unbind(1) for tensor in (angle, scale)
+            )
+            return (stretch * own.cos()).flatten(), (other_stretch * other.sin()).flatten()
+        if self.variant == "road_1":
+            angle, scale = (tensor.view(-1, 1, self.size // 2).expand(-1, 2, -1).flatten() for tensor in (angle, scale))
+        return scale * angle.cos(), scale * angle.sin()
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        return self.held[ANGLE], self.held[SCALE]
+
+    def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
+        """``R y``, in the dtype of ``y``."""
+        return keeping_inputs(lambda *given: self._turned(*given).to(output.dtype), output, *self._parts())
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``R y - y``, the bias of the layer included."""
+        return keeping_inputs(self._changed, base_output, *self._parts())
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``R W - W``, in the dtype of the parameters; see ``Adapter``."""
+        return self._changed(weight.T, *self._parts()).T
+
+    @torch.no_grad()
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """``R b - b``."""
+        return None if base.bias is None else self._changed(base.bias, *self._parts()).to(base.bias.dtype)
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the angles with zeros and the scales with ones."""
+        angle, scale = self._parts()
+        angle.detach().zero_()
+        scale.detach().fill_(1.0)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"variant={self.variant}, group_size={self.size}"

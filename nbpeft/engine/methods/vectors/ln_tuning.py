@@ -1,0 +1,190 @@
+"""LN tuning: the weights and biases of norms, and nothing else (Zhao et al. 2023, arXiv:2312.11420).
+
+    y = norm(x) ∘ w + b        w, b: trained copies, which start at those of the layer
+
+A norm runs once, with the copies in place of its own. So does any other layer that is named as a target: it is
+trained as a whole, as long as its weight is not quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.registry import register, resolve_backend
+from nbpeft.engine.layer_kinds.conv1d import TransformersConv1D
+from nbpeft.engine.layer_kinds.convolution import Conv1d, Conv2d, Conv3d
+from nbpeft.engine.layer_kinds.embedding import Embedding
+from nbpeft.engine.layer_kinds.linear import Linear
+from nbpeft.errors import TargetError
+
+WEIGHT, BIAS = "weight", "bias"
+COPIES = "ln_tuning_layers"
+OWN = {COPIES: WEIGHT, f"{COPIES}_bias": BIAS}
+"""Parameter of an adapter -> the layer's that it is a copy of."""
+_BLOCK = ["input_layernorm", "post_attention_layernorm"]
+_FOUR = [*_BLOCK, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
+_TARGETS = {
+    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
+    "bloom": [*_BLOCK, "ln_f"],
+    "falcon": [*_BLOCK, "ln_f"],
+    "gemma": [*_BLOCK, "norm"],
+    "gemma2": _FOUR,
+    "gemma3_text": _FOUR,
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gptj": ["ln_1", "ln_f"],
+    "llama": [*_BLOCK, "norm"],
+    "mistral": [*_BLOCK, "norm"],
+    "mt5": ["layer_norm", "final_layer_norm"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    "qwen2": ["post_attention_layernorm"],
+    "qwen3": ["post_attention_layernorm"],
+    "t5": ["layer_norm", "final_layer_norm"],
+}
+"""Model type -> usual targets. LLaVA's are not here: PEFT trains its embeddings and head, too."""
+
+
+class Norm:
+    """A norm over the last dimension with a weight for each feature, of torch or of a model's own file."""
+
+    name = "norm"
+    peft_name = "Norm"
+    is_linear = False
+    takes_ids = False
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it is called a norm and has such a weight; one over batches or groups of channels has not."""
+        weight = module._parameters.get(WEIGHT)
+        other = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+        return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and not other
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """As many out as in."""
+        count = self.weight_shape(module)[0]
+        return count, count
+
+    def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """(features,)."""
+        weight = module._parameters[WEIGHT]
+        assert weight is not None
+        return tuple(weight.shape)
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The same."""
+        return weight
+
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm with another weight and no bias."""
+        bias = None if module._parameters.get(BIAS) is None else torch.zeros_like(weight)
+        return _computed(module, x, {WEIGHT: weight, BIAS: bias})
+
+    def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
+        """The same."""
+        return vector
+
+
+def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
+    """What a layer gives with other parameters. The module itself is left alone: other threads may run it."""
+    shell = object.__new__(type(module))
+    shell.__dict__.update(module.__dict__)
+    shell.__dict__["_parameters"] = {**module._parameters, **parameters}
+    output: Tensor = type(module).forward(shell, x)
+    return output
+
+
+@dataclass
+class LNTuningConfig(LayersConfig):
+    """Config of LN tuning. Field names are PEFT's; see ``LayersConfig`` for those of the layers."""
+
+    method_type: ClassVar[str] = "LN_TUNING"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+
+
+@register(
+    LNTuningConfig,
+    peft_type="LN_TUNING",
+    layer_names=("ln_tuning_layers", ""),
+    label="LN tuning",
+    when="norms alone: very few parameters, and nothing added to the model",
+    paper="arXiv:2312.11420",
+    layer_name="ln_tuning.LNTuningLayer",
+    file_keys={name: f"{COPIES}.{own}" for name, own in OWN.items()},
+    default_targets=lambda model_type: _TARGETS.get(model_type or ""),
+    summary=lambda config: {"trains": "norms"},
+    sample_configs={"norms": {}},
+    layer_kinds=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear()),
+)
+class LNTuning(Adapter, ReplacesCall):
+    """The copies of one layer's weight and bias, shaped as the layer stores them: (features,) for a norm."""
+
+    reads_weight: ClassVar[bool] = True
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (COPIES,)
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LNTuningConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Those of the layer; see ``Adapter``.
+
+        Raises:
+            TargetError: its weight is quantized.
+        """
+        backend = resolve_backend(module)
+        if backend is None or backend.name != "dense":
+            raise TargetError(
+                f"{path} cannot be adapted by LN tuning, which copies its weight: that is quantized; exclude it",
+                path=path,
+                kind=type(module).__name__,
+            )
+        own = module._parameters
+        return {name: tuple(found.shape) for name, of in OWN.items() if (found := own.get(of)) is not None}
+
+    @classmethod
+    def create(cls, config: LNTuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded copies or makes new ones; see ``Adapter``."""
+        made = cls()
+        if tensors is None:
+            own = _own(site.base)
+            tensors = {name: own[name].to(site.base.device, site.dtype, copy=True) for name in site.shapes}
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        return made
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """What the layer gives with the copies; see ``ReplacesCall``."""
+        held, dtype = self.held, base.dtype
+        copies = {own: one.to(x.device, dtype) for name, own in OWN.items() if (one := held.get(name)) is not None}
+        return _computed(base.module, x, copies)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The difference between that and what the frozen layer gives; see ``Adapter``."""
+        return self.output(x, base) - base_output
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """The copy of the weight minus the frozen one; see ``Adapter``."""
+        copied = base.kind.canonical(base.module, self.held[COPIES].detach())
+        return copied - weight.to(copied)
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """The copy of the bias minus the frozen one."""
+        bias, copied = base.bias, self.held.get(f"{COPIES}_bias")
+        return None if bias is None or copied is None else copied.detach() - bias.detach().to(copied)
+
+    @torch.no_grad()
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the copies with what the frozen layer has."""
+        for name, own in _own(base).items():
+            self.get_parameter(name).copy_(own)
+
+
+def _own(base: BaseLayer) -> dict[str, Tensor]:
+    """Parameter of an adapter -> what the layer has, as it stores it, detached."""
+    own = {COPIES: base.kind.canonical(base.module, base.weight())}
+    return own if base.bias is None else own | {f"{COPIES}_bias": base.bias.detach()}

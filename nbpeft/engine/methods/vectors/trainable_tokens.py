@@ -1,0 +1,339 @@
+"""Trainable tokens: rows of an embedding, for tokens that are new or mean something new.
+
+    y = E'[ids]        E' is E with the rows of some tokens replaced by trained ones
+
+The trained rows are stored whole, not as differences, so they mean the same on a base whose rows
+of new tokens were drawn anew. They start as the base's rows. An output head that shares the
+embedding's weight follows it: it has the trained rows too, and no tensors of its own.
+
+It is a method of its own (``TrainableTokensConfig``), and a companion of others: their configs ask for it
+with ``trainable_token_indices``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.config.config_checks import checked_names
+from nbpeft.engine.config.targets import matches_segment_names, no_match
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterSite, PeftType
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.combination import Member
+from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.registry import Part, register, resolve_backend, resolve_layer_kind
+from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.errors import ConfigError, TargetError, shown
+
+ROWS = "trainable_tokens_delta"
+_FIELD = "trainable_token_indices"
+_USUAL_NAME = "embed_tokens"
+
+Modules = Sequence[tuple[str, nn.Module]]
+
+
+@dataclass
+class TrainableTokensConfig(AdapterConfig):
+    """Config of trainable tokens. Field names and defaults are PEFT's.
+
+    Attributes:
+        token_indices: ids of the tokens to train.
+        target_modules: names of the embeddings; the model's input embedding if None.
+        init_weights: start as the embedding's own rows; False for random ones.
+    """
+
+    token_indices: list[int] = field(default_factory=list)
+    target_modules: list[str] | str | None = field(default=None)
+    init_weights: bool = field(default=True)
+
+    checked_apart: ClassVar[tuple[str, ...]] = ("token_indices", "target_modules")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("TRAINABLE_TOKENS")
+        checked_names("target_modules", self.target_modules)
+
+    def fill_in(self, model_type: str | None) -> None:
+        """Refuses to train no token."""
+        if isinstance(self.token_indices, Sequence) and not self.token_indices:
+            raise ConfigError("token_indices is empty: name the tokens whose rows are trained", field="token_indices")
+
+    @property
+    def trainable_token_indices(self) -> Any:
+        """The same as the field of other methods: ids, or name of an embedding -> ids."""
+        if self.target_modules is None:
+            return self.token_indices
+        names = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        return dict.fromkeys(names, self.token_indices)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """What one module's trained rows need.
+
+    Attributes:
+        indices: the rows.
+        init_weights: whether they start as the embedding's.
+        companion: whether the config of another method asks for them.
+        tied: whether the rows are those of another module.
+    """
+
+    indices: tuple[int, ...]
+    init_weights: bool = True
+    companion: bool = False
+    tied: bool = False
+
+
+class _Companion:
+    """Finds the embeddings and heads whose rows a config trains; see ``registry.Companion``."""
+
+    field = _FIELD
+    file_keys: ClassVar[Mapping[str, str]] = {ROWS: f"token_adapter.{ROWS}"}
+
+    def __call__(self, model: nn.Module, config: Any, modules: Modules) -> Mapping[str, Part]:
+        wanted = getattr(config, _FIELD, None)
+        if not wanted:
+            return {}
+        named = wanted if isinstance(wanted, Mapping) else {_input_embedding(model, modules): wanted}
+        starts = bool(getattr(config, "init_weights", True))
+        own = isinstance(config, TrainableTokensConfig)
+        field = "token_indices" if own else _FIELD
+        found: dict[str, TokenRows] = {}
+        seen: dict[int, str] = {}
+        for name, indices in named.items():
+            matching = [(path, module) for path, module in modules if matches_segment_names(path, [name])]
+            if not matching:
+                raise no_match([name], [path for path, _ in modules], what="target_modules" if own else _FIELD)
+            for path, module in matching:
+                if seen.setdefault(id(module), path) == path:
+                    found[path] = TokenRows(_checked(path, module, indices, field), starts, not own)
+        return _with_tied(found, modules)
+
+    def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+        """Adds up the changes of each row that any of the adapters trains; see ``registry.Companion``."""
+        tokens: dict[str, list[int]] = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for path, members in parts.items():
+            rows: list[Any] = [(member.adapter, member.scale * weight) for member, weight in members]
+            tensors[path] = {}
+            if all(adapter.source is not None for adapter, _ in rows):
+                continue  # a head that follows the embedding
+            tokens[path] = list(dict.fromkeys(token for adapter, _ in rows for token in adapter.token_list))
+            base = members[0][0].base
+            total = _table(base.weight(), base)[tokens[path]].to(rows[0][0].rows.dtype)
+            for adapter, factor in rows:
+                places = [tokens[path].index(token) for token in adapter.token_list]
+                total[places] += (adapter.rows - adapter.frozen_rows.to(total.dtype)) * factor
+            tensors[path] = {ROWS: total}
+        return tokens, tensors
+
+
+@register(
+    TrainableTokensConfig,
+    peft_type="TRAINABLE_TOKENS",
+    layer_names=("trainable_tokens_delta", "token_indices trainable_tokens_original"),
+    label="trainable tokens",
+    when="new tokens, and nothing else of the model",
+    listed_with={"token_indices": [0]},
+    summary=lambda config: {"tokens": str(len(config.token_indices))},
+    sample_configs={"tokens": {"token_indices": [0, 2, 5]}},
+    companion=_Companion(),
+    prefix="trainable_tokens_",
+    layer_name="TrainableTokensLayer",
+)
+class TrainableTokens(Adapter):
+    """Trained rows of one embedding or of the head that shares its weight.
+
+    Attributes:
+        source: the adapter that has the rows, where this one is tied to it.
+    """
+
+    supports_fused_add: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
+    is_tied: ClassVar[bool] = True
+    takes_quantized: ClassVar[bool] = False
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "token_indices": "token_list",
+        "trainable_tokens_original": "frozen_rows",
+    }
+
+    token_indices: Tensor
+    sorted_indices: Tensor
+    order: Tensor
+    _indices: tuple[int, ...]
+
+    def __init__(self, indices: tuple[int, ...], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        super().__init__()
+        self._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+        self.__dict__.update(source=None, _indices=indices)
+        rows = torch.tensor(indices, dtype=torch.long, device=None if device.type == "meta" else device)
+        ordered, order = rows.sort()
+        for name, tensor in (("token_indices", rows), ("sorted_indices", ordered), ("order", order)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: TokenRows, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """The rows, (tokens, features), where they are its own; see ``Adapter``."""
+        inside, outside = kind.features(module)
+        return {} if config.tied else {ROWS: (len(config.indices), outside if kind.takes_ids else inside)}
+
+    @classmethod
+    def create(cls, config: TokenRows, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded rows or copies the embedding's; see ``Adapter``."""
+        base = site.base
+        if tensors is None and config.init_weights:
+            rows = torch.tensor(config.indices, dtype=torch.long, device=base.device)
+            tensors = {name: _table(base.weight(), base)[rows].to(site.dtype) for name in site.shapes}
+        elif tensors is None:
+            tensors = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
+        adapter = cls(config.indices, tensors, base.device)
+        adapter.__dict__["own_base"] = base
+        adapter.__dict__["peft_container"] = "token_adapter" if config.companion else ""
+        return adapter
+
+    def tie_to(self, source: Adapter) -> None:
+        """Uses the rows of another adapter from now on."""
+        self.__dict__["source"] = source
+
+    @property
+    def rows(self) -> Tensor:
+        """The trained rows, (tokens, features)."""
+        rows = (self.__dict__["source"] or self).held[ROWS]
+        assert isinstance(rows, Tensor)
+        return rows.to(self.token_indices.device)
+
+    @property
+    def token_list(self) -> list[int]:
+        """The tokens, in the order of the rows."""
+        return [int(token) for token in self.token_indices]
+
+    @property
+    def frozen_rows(self) -> Tensor:
+        """The embedding's own rows of the tokens, (tokens, features), detached; while nothing is merged."""
+        base: BaseLayer = self.__dict__["own_base"]
+        return _table(base.weight(), base)[self.token_indices].detach()
+
+    def swap_refusal(self) -> str:
+        """Rows of other tokens do not fit in."""
+        return "trains rows of embeddings (trainable_token_indices)"
+
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """A product of matrices is not shared by the layers that share the rows."""
+        return "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """Computes the change of the output where a trained token is.
+
+        Args:
+            x: ids (…) of an embedding, or the input (…, features) of a head.
+            base_output: (…, features) of an embedding, (…, vocabulary) of a head.
+            base: the layer.
+            fused: return the output with the change, in its dtype.
+        """
+        rows = self.rows
+        frozen = _table(base.weight(), base)[self.token_indices]
+        change = rows - frozen.to(rows.dtype)
+        if base.kind.takes_ids:
+            delta = self._looked_up(x, change, base)
+            return (base_output + delta).to(base_output.dtype) if fused else delta
+        columns = F.linear(x.to(change.dtype), change)
+        if not fused:
+            return torch.zeros_like(base_output, dtype=columns.dtype).index_copy(-1, self.token_indices, columns)
+        total = base_output.index_select(-1, self.token_indices) + columns
+        return base_output.index_copy(-1, self.token_indices, total.to(base_output.dtype))
+
+    def _looked_up(self, ids: Tensor, change: Tensor, base: BaseLayer) -> Tensor:
+        place = torch.searchsorted(self.sorted_indices, ids).clamp_max(len(self.sorted_indices) - 1)
+        hit = (self.sorted_indices[place] == ids).unsqueeze(-1)
+        kind: Any = base.kind
+        padding = getattr(base.module, "padding_idx", None)  # looked up, it learns nothing: torch's rule
+        row = self._indices.index(padding) if padding in self._indices else None
+        found = F.embedding(self.order[place], change, padding_idx=row)
+        delta: Tensor = found * hit * kind.output_scale(base.module, change.dtype)
+        return delta
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """Zero but for the trained rows."""
+        delta = torch.zeros_like(weight)
+        rows = self.rows.detach().to(weight.dtype)
+        _table(delta, base)[self.token_indices] = rows - _table(weight, base)[self.token_indices]
+        return delta
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Writes the trained rows, or the share ``scale`` of their change."""
+        table = _table(weight, base)
+        frozen = table[self.token_indices]
+        rows = self.rows.detach().to(weight.dtype)
+        table[self.token_indices] = rows if scale == 1.0 else frozen + (rows - frozen) * scale
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"tokens={len(self.token_indices)}"
+
+
+def _table(weight: Tensor, base: BaseLayer) -> Tensor:
+    """A canonical weight as (tokens, features), sharing its memory."""
+    return weight.T if base.kind.takes_ids else weight
+
+
+def _input_embedding(model: nn.Module, modules: Modules) -> str:
+    embedding = embedding_of(model)
+    inside = set() if embedding is None else {id(module) for module in embedding.modules()}
+    return next(
+        (path for path, module in modules if id(module) in inside and resolve_layer_kind(module) is not None),
+        _USUAL_NAME,
+    )
+
+
+def _checked(path: str, module: nn.Module, indices: Any, field: str) -> tuple[int, ...]:
+    kind, backend = resolve_layer_kind(module), resolve_backend(module)
+    if kind is None or backend is None or not (kind.takes_ids or kind.is_linear):
+        raise TargetError(f"{path} is a {type(module).__name__}: only rows of embeddings and heads can be trained")
+    if backend.name != "dense":
+        raise TargetError(f"{path} is quantized ({backend.name}): its rows cannot be trained")
+    if not isinstance(indices, Sequence) or not indices or not all(type(index) is int for index in indices):
+        raise ConfigError(f"{field} for {path} must be a list of token ids, not {shown(indices)}", field=field)
+    rows = kind.features(module)[0 if kind.takes_ids else 1]
+    wrong = next((index for index in indices if not 0 <= index < rows), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{field}: {path} has {rows} rows and no row {wrong}; resize_token_embeddings() comes first",
+            field=field,
+            index=wrong,
+        )
+    if len(set(indices)) < len(indices):
+        raise ConfigError(f"{field} for {path} names a token more than once", field=field)
+    return tuple(indices)
+
+
+def _with_tied(found: dict[str, TokenRows], modules: Modules) -> dict[str, Part]:
+    """Adds modules that share the weight of one whose rows are trained."""
+    owners: dict[int, str] = {}
+    placed: set[int] = set()
+    result: dict[str, Part] = {}
+    for path, module in modules:
+        weight = module._parameters.get("weight")
+        if path in found and weight is not None:
+            owner = owners.setdefault(id(weight), path)
+            if found[owner].indices != found[path].indices:
+                raise ConfigError(f"{owner} and {path} share one weight: {_FIELD} must name the same tokens for both")
+            result[path] = _part(found[path], owner if owner != path else "")
+            placed.add(id(module))
+    for path, module in modules:
+        weight = module._parameters.get("weight")
+        owner_path = owners.get(id(weight)) if weight is not None else None
+        if owner_path is not None and id(module) not in placed and resolve_layer_kind(module) is not None:
+            placed.add(id(module))
+            result[path] = _part(found[owner_path], owner_path)
+    return result
+
+
+def _part(rows: TokenRows, tied_to: str) -> Part:
+    return Part(replace(rows, tied=bool(tied_to)), tied_to)

@@ -1,0 +1,651 @@
+"""The small modules that PEFT's names mean: ``layer.core["default"].weight``, ``…core.default.weight``.
+
+An adapter owns its parameters. Here are modules that show them under PEFT's names: made when somebody first
+walks over an adapted layer or asks for one, the same ones from then on. What is written there is written to
+the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call``, FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.reached import is_changed
+from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.registry import Method
+from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
+from nbpeft.engine.peft_names.peft_layer_api import by_name
+from nbpeft.errors import AdapterError
+
+
+class _FollowsMode(nn.Module):
+    """A module that shows something of adapters, and is in training mode while they are."""
+
+    def _showing(self) -> Iterable[nn.Module]:
+        """What it shows something of."""
+        raise NotImplementedError
+
+    @property
+    def training(self) -> bool:
+        """Whether what it shows something of is in training mode."""
+        return all(module.training for module in self._showing())
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Does nothing: ``train()`` and ``eval()`` of the layer reach the adapters."""
+
+
+class _Shows(_FollowsMode):
+    """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
+
+    def _showing(self) -> Iterable[nn.Module]:
+        live = self.__dict__["_parameters"]
+        return () if not isinstance(live, LiveParameters) else (adapter for adapter, _ in live.slots.values())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        live = self.__dict__.get("_parameters")
+        if name == "_parameters" and isinstance(live, LiveParameters) and value != {}:
+            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
+        if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+        elif name in live and not isinstance(value, nn.Parameter):
+            live[name] = nn.Parameter(value)
+        elif isinstance(value, nn.Parameter):
+            live[name] = value
+        else:
+            live.hold(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        live = self.__dict__.get("_parameters")
+        if isinstance(live, LiveParameters) and name in live.slots:
+            return live.held(name)
+        return super().__getattr__(name)
+
+    def __delattr__(self, name: str) -> None:
+        live = self.__dict__.get("_parameters")
+        if isinstance(live, LiveParameters) and name in live.slots and name not in live:
+            adapter, own = live.slots[name]
+            adapter.__dict__.pop(own, None)
+        else:
+            super().__delattr__(name)
+
+
+class _Parts(dict[str, Any]):
+    """The modules that show one part of the adapters of a layer; what is put in the place of one acts as it did.
+
+    Attributes:
+        slots: adapter name -> the adapter, and its own name of the part.
+        base: the layer.
+    """
+
+    slots: dict[str, Slot]
+    base: BaseLayer
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        slots: dict[str, Slot] = self.__dict__.get("slots", {})  # none yet while it is read from a pickle
+        shown = self.get(name)
+        if slots and name not in slots:
+            raise AdapterError(
+                f"there is no adapter {name!r} on this layer: add it with add_adapter(), then write to it"
+            )
+        if shown is not None and module is not shown:
+            adapter, own = slots[name]
+            module = put_part(adapter, own, module, shown, self.base)  # type: ignore[arg-type]
+        super().__setitem__(name, module)
+
+    def __delitem__(self, name: str) -> None:
+        raise AdapterError(
+            f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to take the adapter out"
+        )
+
+    def keep(self, leaves: Mapping[str, nn.Module], slots: dict[str, Slot], base: BaseLayer | None = None) -> None:
+        """Shows other parts from now on, of adapters on a layer."""
+        self.__dict__.update(slots=slots, base=base)
+        self.clear()
+        self.update(leaves)
+
+    def of(self, name: str, adapter: nn.Module) -> Any:
+        """What shows the part of an adapter already, under its name or one that it had before; None if nothing does."""
+        slots: dict[str, Slot] = self.__dict__.get("slots", {})
+        names = (own for own in (name, *slots) if own in slots and slots[own][0] is adapter)
+        return next((self.get(own) for own in names), None)
+
+
+class AdapterDict(_Shows, nn.ModuleDict):
+    """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``.
+
+    Adapters of two methods on a layer may have a parameter of one name, which is a module of the one alone, as LoRA's
+    and AdaLoRA's factors are: that of the other is here as it is.
+    """
+
+    def show(self, slots: dict[str, Slot]) -> None:
+        """Shows parameters beside the modules from now on."""
+        self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (*self._modules.values(), *super()._showing())
+
+    def __getitem__(self, name: str) -> Any:
+        live: Any = self.__dict__["_parameters"]
+        return live.held(name) if name in live else self._modules[name]
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._modules, *self._parameters])
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters)
+
+    def keys(self) -> Any:
+        """Names of the adapters."""
+        return {name: None for name in self}.keys()
+
+    def items(self) -> Any:
+        """What there is by adapter."""
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        """What there is of each adapter."""
+        return {name: self[name] for name in self}.values()
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
+class ShownParts(AdapterDict):
+    """One part of the adapters of a layer, by adapter name, as in ``layer.core["default"]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = _Parts()
+
+
+def shown_name(adapter: Adapter, own: str, name: str) -> str:
+    """Returns the name of a parameter below an adapted layer.
+
+    Args:
+        adapter: the adapter.
+        own: its own name of the parameter.
+        name: the adapter's name.
+    """
+    listed, _, number = own.partition(".")
+    if listed in adapter.parameter_lists:
+        return f"{listed}.{name}.{number}"
+    if listed in adapter.inner_adapters:
+        return shown_name(adapter.inner_adapters[listed], number, listed)
+    if "." in own:  # of a module inside the adapter
+        return f"{adapter.parts_shown_as}.{name}.{own}"
+    for wrapped in (own, own.removesuffix("_bias")):
+        if wrapped in adapter.wrapped_parameters:
+            return f"{wrapped}.{name}.{adapter.names_in_modules.get(own, 'weight') if wrapped == own else 'bias'}"
+    return ".".join(filter(None, (adapter.peft_container, own, name)))
+
+
+class Observed(nn.Module):
+    """A module that tells an adapter of hooks on it, or another forward: its layer computes without it otherwise."""
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # accelerate's and diffusers' hooks put one of theirs there
+            self.adapter.observe(self)
+        super().__setattr__(name, value)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+
+class ParameterModule(Observed, _Shows):
+    """One parameter of an adapter as a module, its ``weight`` mostly, and ``bias``, which is None where there is none.
+
+    Subclasses compute with it.
+    """
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter that owns the parameter."""
+        return self._shown[0]
+
+    @property
+    def shown_parameter(self) -> str:
+        """The adapter's own name of the parameter."""
+        return self._shown[1]
+
+    @property
+    def _shown(self) -> Slot:
+        slots: dict[str, Slot] = self.__dict__["_parameters"].slots
+        return next(iter(slots.values()))
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return str(tuple(self.adapter.held[self.shown_parameter].shape))
+
+
+def show_parameter(module: nn.Module, adapter: Adapter, name: str) -> None:
+    """Makes a parameter of an adapter the ``weight`` of a module, or what it is there, and ``<name>_bias`` the bias."""
+    slots: dict[str, Slot] = {adapter.names_in_modules.get(name, "weight"): (adapter, name)}
+    if f"{name}_bias" in adapter._parameters:
+        slots["bias"] = (adapter, f"{name}_bias")
+    else:
+        module.__dict__["bias"] = None
+    module.__dict__["_parameters"] = LiveParameters(slots)
+
+
+class ParameterMapping(_Shows, nn.ParameterDict):
+    """One parameter of the adapters of a layer by adapter name, as in ``layer.core["default"]``."""
+
+    def __init__(self, slots: dict[str, Slot]) -> None:
+        super().__init__()
+        self.show(slots)
+
+    def show(self, slots: dict[str, Slot]) -> None:
+        """Shows other parameters from now on."""
+        self.__dict__["_parameters"] = LiveParameters(slots)
+        self.__dict__["_keys"] = dict.fromkeys(slots)
+
+    def __getitem__(self, key: str) -> Any:
+        live: Any = self._parameters
+        return live.held(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._parameters[key] = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value)
+
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
+
+class ParameterListing(_Shows, nn.ParameterList):
+    """Parameters of an adapter that PEFT keeps in a list, as in ``layer.core["default"][0]``.
+
+    Args:
+        adapter: the adapter.
+        name: of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
+    """
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        super().__init__()
+        owned = {own.partition(".")[2]: own for own in adapter._parameters if own.partition(".")[0] == name}
+        self.__dict__.update(adapter=adapter, owned=owned, _size=len(owned))
+        self.__dict__["_parameters"] = LiveParameters({number: (adapter, own) for number, own in owned.items()})
+
+    def _get_name(self) -> str:
+        return "ParameterList"
+
+
+class Container(_FollowsMode):
+    """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``; also their attributes."""
+
+    def __init__(self, adapters: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.__dict__["adapters"] = adapters
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return self.__dict__["adapters"].values()  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        found = None if name.startswith("__") else by_name(self.__dict__.get("adapters", {}), name)
+        return super().__getattr__(name) if found is None else found
+
+
+class _LiveBuffers(MutableMapping[str, Any]):
+    """A buffer of the adapters of a layer, by adapter name: read and written where it is."""
+
+    def __init__(self, adapters: Mapping[str, nn.Module], own: str) -> None:
+        self._adapters, self._own = adapters, own
+
+    def __getitem__(self, name: str) -> Any:
+        return self._adapters[name]._buffers[self._own]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._adapters[name]._buffers[self._own] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._adapters[name]._buffers[self._own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def copy(self) -> dict[str, Any]:
+        """A dictionary of what it holds now."""
+        return dict(self)
+
+
+class BufferMapping(_FollowsMode):
+    """A buffer of the adapters of a layer by adapter name, as in ``layer.core_norm["default"]``."""
+
+    def show(self, adapters: Mapping[str, nn.Module], own: str) -> None:
+        """Shows those of other adapters from now on, as far as they have it."""
+        having = {name: adapter for name, adapter in adapters.items() if own in adapter._buffers}
+        hidden = {name for name, adapter in having.items() if own in adapter._non_persistent_buffers_set}
+        buffers = _LiveBuffers(having, own)
+        self.__dict__.update(adapters=having, _buffers=buffers, _non_persistent_buffers_set=hidden)
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return self.__dict__.get("adapters", {}).values()  # type: ignore[no-any-return]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._buffers[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._buffers[name] = value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> Any:
+        """Names of the adapters."""
+        return self._buffers.keys()
+
+    def items(self) -> Any:
+        """The buffers by adapter."""
+        return self._buffers.items()
+
+    def values(self) -> Any:
+        """The buffers."""
+        return self._buffers.values()
+
+    def _get_name(self) -> str:
+        return "BufferDict"
+
+
+class Remainder(_FollowsMode):
+    """Submodules of an adapter, which PEFT has no name for; those that are adapters are shown as such."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        inner, own = adapter.inner_adapters, adapter._modules
+        shown = {name: module for name, module in own.items() if name not in inner} if inner else own
+        self.__dict__.update(adapter=adapter, _modules=shown)
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (self.__dict__["adapter"],)
+
+
+def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer) -> dict[str, Any]:
+    """Brings the modules of a layer up to date with its adapters; those of adapters that stay are kept.
+
+    Args:
+        shown: the modules by PEFT's name, changed in place.
+        live: adapter name -> adapter; another thread may change it meanwhile.
+        base: the layer.
+
+    Returns:
+        The adapters that are shown now.
+    """
+    present = dict(live)  # whoever walks over a model takes no lock
+    adapters = {inner: one for adapter in present.values() for inner, one in adapter.inner_adapters.items()} | present
+    modules: dict[str, dict[str, nn.Module]] = {}
+    slots: dict[str, dict[str, Slot]] = {}
+    parameters: dict[tuple[str, str], dict[str, Slot]] = {}
+    buffers = _buffer_names(adapters)
+    for name, adapter in adapters.items():
+        for own, make in _parts_of(adapter, base):
+            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
+            slots.setdefault(own, {})[name] = (adapter, own)
+        for own in list(adapter._parameters):
+            listed = own.partition(".")[0] in adapter.parameter_lists
+            if not listed and own.removesuffix("_bias") not in adapter.wrapped_parameters:
+                parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
+    used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
+    for gone in shown.keys() - used:
+        _empty(shown.pop(gone))
+    for shown_as, leaves in modules.items():
+        _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots[shown_as], base)
+        shown[shown_as].show(parameters.pop(("", shown_as), {}))
+    for (container, own), own_slots in parameters.items():
+        place = shown.setdefault(container, Container(live))._modules if container else shown
+        _container(place, own, ParameterMapping).show(own_slots)
+    _show_buffers(shown, live, buffers)
+    _sort(shown, adapters)
+    return present
+
+
+def _buffer_names(adapters: Mapping[str, Any]) -> list[str]:
+    return [*dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))]
+
+
+def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Iterable[str]) -> None:
+    for own in names:
+        _container(shown, own, BufferMapping).show(adapters, own)
+
+
+def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
+    """Lists what has parameters in the order in which adapters have them, as PEFT: an optimizer's state goes by it."""
+    own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in list(adapter._parameters)]
+    places = {name: place for place, name in enumerate(dict.fromkeys(name.partition(".")[0] for name in own))}
+    for name in sorted(places.keys() & shown.keys(), key=lambda name: places[name]):
+        shown[name] = shown.pop(name)
+
+
+def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields the names of the modules that show parts of an adapter, and what makes each."""
+    for own in adapter.peft_modules:
+        yield own, partial(adapter.peft_module, own, base)
+    for own in adapter.parameter_lists:
+        yield own, partial(ParameterListing, adapter, own)
+    for own in list(adapter._parameters):
+        if own in adapter.wrapped_parameters:
+            yield own, partial(_leaf, adapter, own, base)
+    if adapter._modules.keys() - adapter.inner_adapters.keys():
+        yield adapter.parts_shown_as, partial(Remainder, adapter)
+
+
+def _container(place: dict[str, Any], name: str, kind: type[ShownParts | ParameterMapping | BufferMapping]) -> Any:
+    """The mapping of a kind under a name, in place of one of another kind."""
+    if not isinstance(place.get(name), kind):
+        if name in place:
+            _empty(place[name])
+        place[name] = ParameterMapping({}) if kind is ParameterMapping else kind()  # type: ignore[call-arg]
+    return place[name]
+
+
+def _empty(container: Any) -> None:
+    """Lets a mapping that somebody may still have go of what was in it."""
+    if isinstance(container, AdapterDict | ParameterMapping):
+        container.show({})
+    if isinstance(container, BufferMapping):
+        container.show({}, "")
+    for inner in container._modules.values() if isinstance(container, Container) else ():
+        _empty(inner)
+    if isinstance(container, ShownParts):
+        parts: Any = container._modules
+        parts.keep({}, {})
+    container._modules.clear()
+
+
+def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
+    """The module that shows something of an adapter already."""
+    leaves: Any = shown[shown_as]._modules if isinstance(shown.get(shown_as), ShownParts) else None
+    return None if leaves is None else leaves.of(name, adapter)
+
+
+def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:
+    """Lets a module act that somebody puts in the place of a part of an adapter.
+
+    A plain one becomes the module that shows the part: what is written to it acts, and the layer goes on computing
+    by itself. Any other is called from then on, where the method can compute in that way.
+
+    Args:
+        adapter: the adapter.
+        own: its own name of the part.
+        module: what is put there.
+        shown: what shows the part now, or is called in its place.
+        base: the layer.
+
+    Returns:
+        What is found there from now on.
+
+    Raises:
+        AdapterError: the module would not act, or not be trained and saved with the adapter.
+        ValueError: its weight has another shape.
+    """
+    if not isinstance(shown, Observed | Remainder | ParameterListing):  # somebody's
+        made = _leaf(adapter, own, base) if own in adapter._parameters else adapter.peft_module(own, base)
+        shown = shown if made is None else made
+    if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
+        raise AdapterError(f"{own} of an adapter cannot be a {type(module).__name__}: write its tensors in place")
+    slots = _slots(shown)
+    given = {name: value for name, value in dict(module._parameters).items() if value is not None and name in slots}
+    _check_parameters(adapter, own, module, slots, given)
+    of_another, plain = isinstance(module, Observed), _is_plain_part(module, shown)
+    if not (of_another or plain or adapter.computes_by_parts):
+        raise AdapterError(
+            f"{own} of this adapter cannot be a {type(module).__name__}, which would not be called: write its weight, "
+            f"or put a torch.nn.{_torch_class(shown).__name__} there"
+        )
+    live = LiveParameters(slots)
+    for name, parameter in given.items():
+        live[name] = parameter
+    if not slots and (of_another or plain):
+        adapter.__dict__["dropout"] = float(getattr(module, "p", 0.0))
+    if of_another:
+        return shown
+    if given:
+        show_parameter(module, adapter, own)
+    if not plain:
+        adapter.observe(module, own)
+        return module
+    adapter.forget_observed(own)
+    if not slots:
+        for name in ("p", "training"):
+            module.__dict__.pop(name, None)
+        module.__dict__.update(inplace=False, _adapter=adapter)
+    module.__class__ = type(shown)
+    return module
+
+
+def _slots(shown: nn.Module) -> dict[str, Slot]:
+    live = shown.__dict__["_parameters"]
+    return live.slots if isinstance(live, LiveParameters) else {}
+
+
+def _check_parameters(
+    adapter: Adapter, own: str, module: nn.Module, slots: Mapping[str, Slot], given: Mapping[str, Any]
+) -> None:
+    """Raises AdapterError unless the parameters of a module are those that the part of an adapter has."""
+    mine = {id(parameter) for parameter in adapter.parameters()}
+    held = {name: id(parameter) in mine for name, parameter in module.named_parameters()}
+    other = next((name for name, is_mine in held.items() if not is_mine and name not in given), None)
+    missing = [] if any(held.values()) and not given else [name for name in slots if name not in given]
+    if other is not None or missing:
+        wrong = f"has {other}, too" if other is not None else f"has no {missing[0]}"
+        having = " and ".join(slots) or "none"
+        raise AdapterError(f"{own} takes a module whose parameters are {having}: this {type(module).__name__} {wrong}")
+
+
+def _torch_class(shown: nn.Module) -> type[nn.Module]:
+    """The class of torch that a module which shows a part derives from."""
+    return next(kind for kind in type(shown).__mro__ if kind.__module__.startswith("torch.nn."))
+
+
+def _is_plain_part(module: nn.Module, shown: nn.Module) -> bool:
+    """Whether a module computes what the one does that shows a part now, with no hook on it."""
+    kinds = (nn.Dropout, nn.Identity) if isinstance(shown, nn.Dropout) else (_torch_class(shown),)
+    settings = ("stride", "padding", "dilation", "groups", "padding_mode")
+    alike = all(getattr(module, name, None) == getattr(shown, name, None) for name in settings)
+    return type(module) in kinds and kinds[0] is not nn.Module and alike and not is_changed(module)
+
+
+def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
+    leaf = adapter.peft_module(name, base) or ParameterModule()
+    show_parameter(leaf, adapter, name)
+    return leaf
+
+
+def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
+    """What is shown under a name, on the layer itself or in a module that holds it there; None for other names."""
+    inside = (container._modules for container in shown.values() if isinstance(container, Container))
+    return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
+
+
+def empty_mapping(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
+    """The mapping without entries under a name that layers of PEFT have whatever they hold; None for other names."""
+    for adapter in adapters.values():
+        if name in adapter.peft_mappings:
+            wrapped = name in adapter.wrapped_parameters or name in adapter.peft_modules
+            return AdapterDict() if wrapped else ParameterMapping({})
+    return None
+
+
+def emptied(method: Method, name: str) -> Any:
+    """What a layer has under a name of PEFT's after it lost its last adapter, which was of a method.
+
+    Args:
+        method: the method.
+        name: of parameters, modules or settings by adapter name.
+
+    Returns:
+        An empty mapping; None for other names.
+    """
+    parameters, settings = (names.split() for names in method.layer_names)
+    own = method.adapter_class
+    if name in own.wrapped_parameters or name in own.peft_modules:
+        return AdapterDict()
+    return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft_attributes) else None
+
+
+def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+    """Gives replicas of adapters, made by nn.DataParallel, the tensors that replicas of these modules were given.
+
+    Args:
+        adapters: adapter name -> replica without tensors of its own.
+        shown: the modules by PEFT's name.
+    """
+    for shown_as, container in shown.items():
+        if isinstance(container, ParameterMapping):
+            for name in container._keys:
+                adapters[name].__dict__[shown_as] = container.__dict__[name]
+        elif isinstance(container, BufferMapping):
+            for name, value in container._buffers.items():
+                adapters[name]._buffers = {**adapters[name]._buffers, shown_as: value}
+        elif isinstance(container, Container):
+            use_shown(adapters, container._modules)
+        elif isinstance(container, AdapterDict):
+            for name, leaf in container._modules.items():
+                if isinstance(leaf, Remainder):
+                    adapters[name].__dict__["_modules"] = leaf._modules
+                elif isinstance(leaf, ParameterModule):
+                    own_name = adapters[name].names_in_modules.get(shown_as, "weight")
+                    held = {own_name: shown_as, "bias": f"{shown_as}_bias"}
+                    given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
+                    adapters[name].__dict__.update(given)
+                elif isinstance(leaf, ParameterListing):
+                    adapters[name].__dict__.update({own: leaf.__dict__[key] for key, own in leaf.owned.items()})

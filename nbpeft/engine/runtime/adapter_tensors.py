@@ -1,0 +1,158 @@
+"""The tensors of one adapter, wherever they hang in a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
+
+Layers = Mapping[str, AdaptedLayer]
+Copies = Mapping[str, ModulesToSaveWrapper]
+Slot = tuple[dict[str, nn.Parameter | None], str]
+"""Parameters of a module, and a key of them."""
+
+
+def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
+    """Returns where the trained tensors of an adapter hang, those of copied modules last."""
+    found: dict[int, Slot] = {}
+    for owner, frozen in _owners(layers, copies, name):
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and key not in frozen:
+                found.setdefault(id(parameter), (owner._parameters, key))  # copies of tied modules share theirs
+    return list(found.values())
+
+
+def is_half(layers: Layers, name: str) -> bool:
+    """Whether what an adapter trains in its layers is in half precision, with what they share and without copies."""
+    found = [parameters[key] for parameters, key in parameter_slots(layers, {}, name)]
+    dtypes = {parameter.dtype for parameter in found if parameter is not None}
+    return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
+
+
+def is_training(layers: Layers, name: str) -> bool | None:
+    """Returns whether an adapter is in training mode, which its base need not be; None where there is none."""
+    here = (layer.adapters._modules.get(name) for layer in layers.values())
+    return next((adapter.training for adapter in here if adapter is not None), None)
+
+
+def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[tuple[nn.Module, Collection[str]]]:
+    """Yields what has parameters of an adapter, and the names of those there that are never trained."""
+    for layer in layers.values():
+        adapter: Any = layer.adapters._modules.get(name)
+        if adapter is not None and not adapter._modules:
+            yield adapter, adapter.frozen_parameters
+        elif adapter is not None:
+            frozen = [key.rpartition(".") for key in adapter.frozen_parameters]
+            for path, owner in adapter.named_modules():
+                yield owner, [key for place, _, key in frozen if place == path]
+    for copied in copies.values():
+        trained = copied.modules_to_save._modules.get(name)
+        if trained is not None:
+            yield from ((owner, ()) for owner in trained.modules())
+
+
+def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> AdapterWeights:
+    """Returns references to the tensors that a file of an adapter holds, but for those of the base."""
+    shapes = {path: _shapes(path, layer, name, config) for path, layer in layers.items() if name in layer.adapters}
+    return _weights(layers, copies, name, shapes)()
+
+
+def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> Callable[[], AdapterWeights]:
+    """Returns what gives the tensors of ``saved_weights`` as they are when it is called.
+
+    It holds the modules of the adapter, and not the layers and the base model that they are in.
+    """
+    shapes = {
+        # Whoever has more room than it uses asks how much of it that is.
+        path: _shapes(path, layer, name, config)() if isinstance(layer.adapter(name), Pads) else {}
+        for path, layer in layers.items()
+        if name in layer.adapters
+    }
+    return _weights(layers, copies, name, {path: functools.partial(dict, own) for path, own in shapes.items()})
+
+
+def _weights(
+    layers: Layers, copies: Copies, name: str, shapes: Mapping[str, Callable[[], Mapping[str, tuple[int, ...]]]]
+) -> Callable[[], AdapterWeights]:
+    adapters = {path: layers[path].adapter(name) for path in shapes}
+    copied = {path: module.modules_to_save[name] for path, module in copies.items() if name in module.modules_to_save}
+    parameters, shared = parameter_paths(layers), shared_state_of(layers, name)
+
+    def weights() -> AdapterWeights:
+        return AdapterWeights(
+            {path: adapter.saved_tensors(shapes[path]) for path, adapter in adapters.items()},
+            {path: dict(module.state_dict(keep_vars=True)) for path, module in copied.items()},
+            shared={} if shared is None else shared.saved_tensors(),
+            parameters=parameters,
+            starts={path: start for path, adapter in adapters.items() if (start := adapter.taken_over) is not None},
+        )
+
+    return weights
+
+
+def parameter_paths(layers: Layers) -> tuple[str, ...]:
+    """Returns those of the paths that are parameters of modules, those of one module in its own order."""
+    return tuple(path for path, layer in layers.items() if isinstance(layer, AdaptedParameter))
+
+
+def _shapes(
+    path: str, layer: AdaptedLayer, name: str, config: AdapterConfig
+) -> Callable[[], dict[str, tuple[int, ...]]]:
+    """Returns what computes the shapes of an adapter's parameters, without padding."""
+    adapter = layer.adapter(name)
+    return lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
+
+
+def shared_state_of(layers: Layers, name: str) -> SharedState | None:
+    """Returns what the layers of an adapter share, where its method has that."""
+    for layer in layers.values():
+        adapter = layer.adapters._modules.get(name)
+        held = None if adapter is None else adapter._modules.get("shared")
+        if isinstance(held, SharedState):
+            return held
+    return None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def copied_weights(weights: AdapterWeights, device: str | None = None) -> AdapterWeights:
+    """Returns copies of tensors, without history; those of the base are left out, and what layers share stays one.
+
+    Args:
+        weights: of an adapter.
+        device: where to; None: each stays where it is.
+    """
+    return AdapterWeights(
+        _copied_once(weights.adapters, device),
+        {path: copied(named, device) for path, named in weights.copies.items()},
+        shared=copied(weights.shared, device),
+        parameters=weights.parameters,
+        starts={
+            path: replace(start, down=_copied(start.down, device), neg_up=_copied(start.neg_up, device))
+            for path, start in weights.starts.items()
+        },
+    )
+
+
+def _copied_once(adapters: Mapping[str, Mapping[str, Tensor]], device: str | None) -> dict[str, dict[str, Tensor]]:
+    tensors = {id(value): value for named in adapters.values() for value in named.values()}
+    copies = {key: _copied(value, device) for key, value in tensors.items()}
+    return {path: {key: copies[id(value)] for key, value in named.items()} for path, named in adapters.items()}
+
+
+def copied(tensors: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
+    """Returns copies of tensors; see ``copied_weights``."""
+    return {key: _copied(value, device) for key, value in tensors.items()}
+
+
+def _copied(tensor: Tensor, device: str | None) -> Tensor:
+    return tensor.detach().to(device or tensor.device, copy=True)

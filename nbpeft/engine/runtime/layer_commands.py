@@ -1,0 +1,387 @@
+"""Commands on one layer alone, as PEFT's layers have them, beside those of the manager on the whole model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from nbpeft.engine.calls.model_calls import take_hooks
+from nbpeft.engine.changes.active_state import ActiveState, LayerState
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig
+from nbpeft.engine.contract.registry import companions, method_of
+from nbpeft.engine.injection.build import build, commit, hook_in
+from nbpeft.engine.runtime.adapter_tensors import is_half
+from nbpeft.engine.runtime.merging import check_merge
+from nbpeft.engine.tree.adapted_tree import AdaptedTree, Wrapper
+from nbpeft.engine.tree.tied_weights import check_single, layers_to_untie
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeError, StaleModelError
+
+
+def _at(config: AdapterConfig, path: str) -> AdapterConfig:
+    """A config for one layer alone."""
+    fields = {"target_modules": re.escape(path), "bias": "none"}
+    asked = [method.companion.field for method in companions() if method.companion is not None]
+    cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *asked)
+    return config.copy(**fields, **dict.fromkeys(cleared))
+
+
+@dataclass(frozen=True)
+class Departed:
+    """An adapter that went with the last of its layers when somebody took these out of the model.
+
+    Attributes:
+        config: its config.
+        place: where it was among the adapters, from 0.
+        scale: factor on its delta, where one was set.
+        frozen: whether it was kept from training.
+        unsaved: whether it was trained since it was added, loaded or saved.
+        chosen: which adapters were selected.
+        chosen_then: which ones were after it had gone.
+    """
+
+    config: AdapterConfig
+    place: int
+    scale: float | None
+    frozen: bool
+    unsaved: bool
+    chosen: tuple[str, ...]
+    chosen_then: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, manager: Any, name: str, place: int) -> Departed:
+        """What an adapter is now."""
+        state = name in manager.frozen, name in manager.unsaved, manager._selected
+        return cls(manager._configs[name], place, manager._scales.get(name), *state)
+
+    def restore(self, manager: Any, name: str) -> None:
+        """Lets the manager know it again."""
+        manager._configs.place(name, self.config, self.place)
+        if self.scale is not None:
+            manager._scales[name] = self.scale
+        if self.frozen:
+            manager.frozen.add(name)
+        if self.unsaved:
+            manager.unsaved.add(name)
+
+
+class LayerCommands:
+    """What the layers of a model ask its manager for.
+
+    Args:
+        manager: of the adapters; held weakly.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = weakref.ref(manager)
+
+    @property
+    def manager(self) -> Any:
+        """The manager.
+
+        Raises:
+            StaleModelError: there is none any more.
+        """
+        manager = self._manager()
+        if manager is None:
+            raise StaleModelError("the layer belongs to a model that is gone")
+        return manager
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the active adapters of the model; libraries ask one layer after the other."""
+        names: tuple[str, ...] = self.manager._chosen
+        return names
+
+    def brought_by(self, wrapper: Wrapper) -> dict[str, AdapterConfig] | None:
+        """What a layer that hangs in the model now, and was made for another one, can bring with it.
+
+        Args:
+            wrapper: the layer, or module with copies; a copy, or one that was moved.
+
+        Returns:
+            The configs of its adapters by name. None while it is part of that other model, too, and where an adapter
+            of another config has such a name here, or nobody knows the config.
+        """
+        former = wrapper._shared_state().layer_commands
+        own: dict[str, AdapterConfig] = self.manager._configs
+        if former is None:  # a copy: it has the names of what it is a copy of
+            known = own
+        else:
+            manager = former._manager()
+            if manager is None or id(wrapper) in manager._known_tree().wrappers():
+                return None
+            known = {name: one.config for name, one in manager.moved_away.items()} | manager._configs
+        if not all(name in known and own.get(name, known[name]) is known[name] for name in wrapper._named()):
+            return None
+        return {name: known[name] for name in wrapper._named()}
+
+    def take_over(self, tree: AdaptedTree, change: Transaction) -> bool:
+        """Takes over the layers of a tree that were copied or moved into the model; returns whether there are any."""
+        brought = [(wrapper, self.brought_by(wrapper)) for wrapper in tree.others]
+        for wrapper, configs in brought:
+            if configs is not None:
+                change.keep_attributes(wrapper, "active_state")
+                wrapper.__dict__["active_state"] = self.manager.active_state
+                self.manager._configs.update(configs)
+        return any(configs is not None for _, configs in brought)
+
+    def update(self, before: AdaptedTree | None, tree: AdaptedTree, change: Transaction) -> bool:
+        """Follows what somebody did to the module tree by hand.
+
+        Args:
+            before: the tree as it was known; None for that of a copy, which nobody has asked yet.
+            tree: the tree as it is now.
+            change: records what is written.
+
+        Returns:
+            Whether layers were taken out, put back, copied or moved here.
+        """
+        manager = self.manager
+        if self.take_over(tree, change):
+            tree = manager._read_tree()
+        if before is None:
+            return False
+        gone, come = before.without(tree), tree.without(before)
+        self._let_go(gone.values(), change)
+        if gone:
+            take_hooks(reached_modules(manager.model), gone, change)
+        self._take_back(come.values(), change)
+        return bool(gone or come)
+
+    def see_off(self, names: Sequence[str], change: Transaction) -> None:
+        """Forgets adapters of which nothing is in the module tree, and notes what they were: they may come back."""
+        manager = self.manager
+        order = [*manager._configs]
+        left = {name: Departed.of(manager, name, order.index(name)) for name in names}
+        manager._forget(names, change)
+        manager.moved_away.update({name: replace(one, chosen_then=manager._selected) for name, one in left.items()})
+
+    def _take_back(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
+        """Takes layers that hang in the model now, also those that were taken out for a while, for its own."""
+        manager, back = self.manager, dict[str, Departed]()
+        for wrapper in wrappers:
+            change.keep_attributes(wrapper, "active_state")
+            wrapper.__dict__["active_state"] = manager.active_state
+            known = manager.moved_away.keys() & wrapper._named().keys() - manager._configs.keys()
+            back.update({name: manager.moved_away[name] for name in known})
+            if isinstance(wrapper, AdaptedLayer):
+                hook_in(manager.model, wrapper, wrapper.adapters._modules.values(), change)
+        for name, one in sorted(back.items(), key=lambda item: item[1].place):
+            one.restore(manager, name)
+        merged = {name for wrapper in wrappers if isinstance(wrapper, AdaptedLayer) for name in wrapper.merged_names}
+        manager._merged = tuple(name for name in manager._configs if name in {*manager._merged, *merged})
+        choice = next((one for one in back.values() if one.chosen_then == manager._selected), None)
+        if choice is not None:  # nobody has chosen another one meanwhile
+            manager._selected = tuple(name for name in choice.chosen if name in manager._configs)
+
+    def _let_go(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
+        """Lets layers that were taken out of the model act as they do, wherever they are now."""
+        shared: ActiveState = self.manager.active_state
+        for wrapper in wrappers:
+            if wrapper.active_state is shared:
+                change.keep_attributes(wrapper, "active_state")
+                state = LayerState(shared, self.manager._selected, enabled=self.manager._enabled, active=shared.live)
+                wrapper.__dict__["active_state"] = state
+
+    def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
+        """Merges adapters into one layer, in addition to those merged there already.
+
+        Raises:
+            MergeError: the weight cannot be merged into, or would not be finite (``safe``), or holds what was merged
+                into several layers at once.
+        """
+        manager = self.manager
+        together = [name for name in dict.fromkeys((*layer.merged_names, *names)) if name in layer.adapters]
+        with manager.transaction() as change:
+            manager._refuse_in_scopes("merging")
+            check_single(layer, manager.layers)
+            manager._keep_choice(change)
+            change.keep_attributes(layer, "merged_names", "_frozen")
+            if layer.merged_names:
+                layer.restore_base(change)
+            check_merge({"the layer": layer}, together, manager.scale, safe=safe)
+            apart = bool(layers_to_untie(manager.model, {"the layer": layer}, together))
+            scales = [manager.scale(name) for name in together]
+            layer.merge_into_base(together, scales, change, keep_frozen=True, apart=apart)
+            manager._merged = tuple(dict.fromkeys((*manager.merged, *together)))
+            manager._publish_active()
+
+    def unmerge(self, layer: AdaptedLayer) -> None:
+        """Puts the frozen weight of one layer back, bit for bit.
+
+        Raises:
+            MergeError: it is that of several layers, into which adapters were merged at once.
+        """
+        manager = self.manager
+        with manager.transaction() as change:
+            check_single(layer, manager.layers)
+            manager._keep_choice(change)
+            layer.restore_base(change)
+            left = {name for other in manager.layers.values() for name in other.merged_names}
+            manager._merged = tuple(name for name in manager.merged if name in left)
+            manager._publish_active()
+
+    def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
+        """Writes the frozen weight of one layer; see ``PeftLayerMixin``."""
+        manager, backend, module = self.manager, layer.backend, layer.weight_module
+        with manager.transaction() as change:
+            manager.refuse_merged("writing base weights")
+            if not backend.can_merge:
+                raise MergeError(f"a {backend.name} weight cannot be written: {backend.unmergeable_reason}")
+            shape = layer.get_base_weight().shape
+            if weight.shape != shape:
+                raise BaseMismatchError(f"the weight is {tuple(shape)}, not {tuple(weight.shape)}")
+            before = backend.snapshot(module)
+            change.on_undo(lambda: backend.restore(module, before))
+            backend.store(module, weight)
+
+    def remake(self, layer: AdaptedLayer, name: str, config: AdapterConfig) -> None:
+        """Makes an adapter anew on one layer; one that the model does not have is added, on this layer alone.
+
+        Args:
+            layer: the layer.
+            name: of the adapter.
+            config: what it is to be there; its targets do not count.
+
+        Raises:
+            ConfigError: the adapter is of another method, or its file could not say so.
+            MergeError: it is merged.
+        """
+        manager = self.manager
+        path = next(path for path, own in manager.layers.items() if own is layer)
+        config = _at(config, path)
+        whole = manager.configs.get(name)
+        if whole is None:
+            manager.add(name, config, select=False)
+            return
+        if method_of(whole) is not method_of(config):
+            raise ConfigError(f"adapter {name!r} is {method_of(whole).label}, not {method_of(config).label}")
+        others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
+        held: Any = layer.adapters._modules.get(name)
+        if held is not None and (held.source is not None or any(other.source is held for other in others)):
+            raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: add it anew instead")
+        with manager.transaction() as change:
+            manager.refuse_merged(f"{name!r} is changed on a layer")
+            made = manager.plan(config, name)
+            half = is_half(manager.layers, name)
+            parts = build(manager.model, made, manager.active_state, None, name, half=half)
+            manager._keep_structure(change)
+            manager.configs[name] = self._with_layer(layer, name, path, config)
+            commit(name, parts, change)
+            manager._read_tree()
+            manager.refresh((name,), change)
+
+    def replace(
+        self, layer: AdaptedLayer, name: str, make: Callable[[], Adapter], *kept: MutableMapping[str, Any]
+    ) -> None:
+        """Puts another adapter in the place of one on a layer; its config stays.
+
+        Args:
+            layer: the layer.
+            name: of the adapter.
+            make: makes the other one.
+            kept: what that changes on the way.
+
+        Raises:
+            UnknownAdapterError: the model has no such adapter.
+            MergeError: it is merged.
+        """
+        manager = self.manager
+        with manager.transaction() as change:
+            manager.require(name)
+            manager.refuse_merged(f"{name!r} is changed on a layer")
+            manager._keep_structure(change)
+            change.keep(*kept)
+            layer.adapters[name] = make()
+            manager._slots.pop(name, None)
+            manager.refresh((name,), change)
+
+    def _with_layer(self, layer: AdaptedLayer, name: str, path: str, config: AdapterConfig) -> AdapterConfig:
+        """The config of an adapter that has another one on a layer, whose targets are those that it has then."""
+        manager, target = self.manager, name not in layer.adapters
+        whole: AdapterConfig = manager.configs[name].with_layer(path, config, target=target)
+        if not target:
+            return whole
+        paths = {own for own, other in manager.layers.items() if name in other.adapters} | {path}
+        if {*manager.plan(whole, name).paths} != paths:
+            raise ConfigError(
+                f"{path} cannot be named as a target of {name!r} by itself: add an adapter of another name"
+            )
+        return whole
+
+    def remove(self, layer: AdaptedLayer, name: str) -> None:
+        """Takes an adapter out of one layer; what its layers share stays with the others.
+
+        Raises:
+            AdapterError: another layer uses the tensors that it has there.
+            MergeError: it is merged there.
+        """
+        manager = self.manager
+        with manager.transaction() as change:
+            if name in layer.merged_names:
+                manager.refuse_merged(f"{name!r} is deleted")
+            removed = layer.adapter(name)
+            held: dict[str, Any] = {path: one.adapters._modules.get(name) for path, one in manager.layers.items()}
+            others: dict[str, Adapter] = {
+                path: one for path, one in held.items() if one is not None and one is not removed
+            }
+            user = next((path for path, other in others.items() if other.source is removed), None)
+            if user is not None:
+                raise AdapterError(
+                    f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"
+                )
+            change.keep(layer.adapters._modules)
+            change.keep_attributes(layer, "emptied_of")
+            change.keep_attributes(manager, "_slots")
+            layer.note_method()
+            del layer.adapters._modules[name]
+            shared = removed._modules.get("shared")
+            if shared is not None and others:
+                heir = next(iter(others.values()))
+                change.keep(heir._modules)
+                heir._modules["shared"] = shared
+            layer.hide_adapters()
+            manager._slots.pop(name, None)
+            if not others and name not in manager._tree_with().names():
+                manager._keep_structure(change)
+                manager._forget([name], change)
+
+    def gather_now(self) -> None:
+        """Does what ``gather`` does, as a command of its own."""
+        manager = self.manager
+        if manager.active_state.apart:
+            with manager.transaction(during_calls=True, quiet=True) as change:
+                self.gather(change)
+
+    def gather(self, change: Transaction) -> None:
+        """Ends what was said about the activity on single layers; where all say the same, that is what is active."""
+        manager = self.manager
+        if not manager.active_state.apart:
+            return
+        states = [layer.active_state for layer in (*manager.layers.values(), *manager.copies.values())]
+        apart = [state for state in states if isinstance(state, LayerState)]
+        manager._keep_choice(change)
+        for layer in manager.active_state.apart:
+            change.keep_attributes(layer, "active_state")
+        enabled = [getattr(state, "enabled", manager._enabled) for state in states]
+        if len(set(enabled)) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled: all are "
+                "enabled from now on",
+                stacklevel=5,
+            )
+        alike = len(apart) == len(states) > 0 and len({state.names for state in apart}) == 1
+        if alike and apart[0].names and all(name in manager.configs for name in apart[0].names):
+            manager._selected = apart[0].names
+        manager._enabled = any(enabled)
+        manager.active_state.gather()
+        manager._publish_active()

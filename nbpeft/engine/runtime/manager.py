@@ -1,0 +1,797 @@
+"""AdapterManager: the one owner of the adapters on a base model.
+
+Every command checks and builds first and changes the model last, inside one transaction, so that
+one that fails or is interrupted leaves it as it was. Activation is one assignment on the shared
+``ActiveState``; ``requires_grad`` is touched only for the adapters whose trainability changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from nbpeft._util.subscribers import Subscribers
+from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, ActiveState
+from nbpeft.engine.changes.trained import watch
+from nbpeft.engine.changes.transaction import Block, Transaction
+from nbpeft.engine.config.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, SharedState, note_use
+from nbpeft.engine.contract.loss_terms import LossTerm
+from nbpeft.engine.contract.provider import AdapterProvider
+from nbpeft.engine.injection.biases import BaseBiases
+from nbpeft.engine.injection.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
+from nbpeft.engine.injection.plan import InjectionPlan, plan
+from nbpeft.engine.runtime.adapter_tensors import parameter_slots, saved_weights, shared_state_of
+from nbpeft.engine.runtime.layer_commands import Departed, LayerCommands
+from nbpeft.engine.runtime.merging import (
+    check_addable,
+    check_compatible,
+    check_merge,
+    leave_starts,
+    merge_additional,
+    merge_layers,
+    module_to_keep,
+    partly_merged,
+    unmerge_layers,
+    warn_of_requantization,
+)
+from nbpeft.engine.runtime.method_hooks import extra_loss, hooks_in_training
+from nbpeft.engine.runtime.renaming import copy_adapter, place_among, rename
+from nbpeft.engine.runtime.scopes import ScopedChoice
+from nbpeft.engine.tree.adapted_tree import AdaptedTree, read_tree
+from nbpeft.engine.tree.model_tree import MANAGER, manager_of
+from nbpeft.engine.tree.tied_weights import untie_embeddings_
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.errors import (
+    AdapterError,
+    AdapterExistsError,
+    BusyError,
+    MergeError,
+    StaleModelError,
+)
+
+_ATTRIBUTES = (MANAGER, "peft_config")
+"""What a base model carries while it is adapted."""
+_CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
+
+
+def require_manager(model: nn.Module) -> AdapterManager:
+    """Returns the manager of a handle or an adapted base model.
+
+    Raises:
+        AdapterError: the model carries no adapters.
+    """
+    found = manager_of(model)
+    if found is None:
+        raise AdapterError(f"No adapter layers found in the model, a {type(model).__name__}; use get_peft_model first")
+    return found
+
+
+class AdapterManager:
+    """The adapters of one base model and every command on them.
+
+    Attributes:
+        model: the base model.
+        active_state: what acts now; read by all wrappers.
+        alive: False once the adapters were unloaded; every command then refuses.
+        frozen: adapters that do not train even while active.
+        unsaved: adapters that were trained since they were added, loaded or saved.
+        owner: token of the one handle that may use the manager.
+        moved_away: adapters that went with their layers when somebody took these out.
+        provider: where adapters come from that are named and not on the model, if anywhere.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.active_state = ActiveState()
+        self._configs = ByName()
+        self._tree: AdaptedTree | None = AdaptedTree()
+        self.moved_away: dict[str, Departed] = {}
+        self.alive = True
+        self.frozen: set[str] = set()
+        self.unsaved: set[str] = set()
+        self._selected: tuple[str, ...] = ()
+        self._enabled = True
+        self._scales: dict[str, float] = {}
+        self._merged: tuple[str, ...] = ()
+        self._parked: tuple[str, ...] = ()
+        self._parked_layers: dict[str, tuple[str, ...]] = {}
+        self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
+        self._biases = BaseBiases(model)
+        self._was_trainable: list[nn.Parameter] = []
+        self._subscribers = Subscribers()
+        self._transaction = Transaction(self.active_state, self._notify)
+        self.owner: object | None = None
+        self.provider: AdapterProvider | None = None
+        self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
+        watch(self)
+
+    @property
+    def revision(self) -> int:
+        """Grows with every change, before another thread can make the next one."""
+        return self._transaction.revision
+
+    @property
+    def configs(self) -> dict[str, AdapterConfig]:
+        """Adapter name -> its config, targets resolved."""
+        self._notice()
+        return self._configs
+
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]:
+        """Path -> adapted layer, in model order."""
+        return self._known_tree().layers
+
+    @property
+    def copies(self) -> dict[str, ModulesToSaveWrapper]:
+        """Path -> module with copies trained as a whole."""
+        return self._known_tree().copies
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, oldest first."""
+        return tuple(self.configs)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Selected adapters, inside a block of ``use`` those of the block; they act unless disabled."""
+        self._notice()
+        return self._chosen
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
+        scope = self.active_state.scope
+        return self._selected if scope is None else scope.names
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """Selected adapters outside of all blocks."""
+        self._notice()
+        return self._selected
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the selected adapters act; False inside a block of ``disabled``."""
+        scope = self.active_state.scope
+        return self._enabled if scope is None else scope.enabled
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Adapters whose deltas are in the base weights now."""
+        self._notice()
+        return self._merged
+
+    def scale(self, name: str) -> float:
+        """Factor on an adapter's delta; 1 unless set."""
+        return self._scales.get(name, 1.0)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """All trainable tensors of an adapter, copies and trained base biases included."""
+        self.require(name)
+        slots = self._slots.get(name)
+        if slots is None:
+            slots = self._slots[name] = parameter_slots(self.layers, self.copies, name)
+        # Looked up each time: sharding and moves put other tensors into the same places.
+        found = [parameters[key] for parameters, key in slots]
+        return [*(parameter for parameter in found if parameter is not None), *self._biases.of(name).values()]
+
+    def weights(self, name: str) -> AdapterWeights:
+        """References to the tensors of an adapter."""
+        with self.reading():
+            self.require(name)
+            weights = saved_weights(self.layers, self.copies, name, self.configs[name])
+            weights.base = self.base_biases(name)
+        return weights
+
+    def shared(self, name: str) -> SharedState | None:
+        """What the layers of an adapter share, where its method has that."""
+        return shared_state_of(self.layers, name)
+
+    def base_biases(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> bias that an adapter trains along."""
+        return dict(self._biases.of(name))
+
+    def replaced_in_base(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> what was there before an adapter brought or trained its own."""
+        return self._biases.originals(name)
+
+    def values_in_base(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> tensor there that an adapter brought or trains."""
+        return self._biases.present(name)
+
+    def provided(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
+        """Holds adapters on the model while the block runs; see ``AdapterProvider``. Without one it does nothing."""
+        return nullcontext() if self.provider is None else self.provider.provide(names, switching=switching)
+
+    def require(self, *names: str) -> None:
+        """Raises unless the manager is alive and has all the names.
+
+        Raises:
+            StaleModelError: the adapters were unloaded.
+            UnknownAdapterError: there is no such adapter.
+        """
+        self.check_alive()
+        for name in names:
+            if not isinstance(name, str) or name not in self.configs:
+                raise unknown_adapter(name, self.configs)
+
+    def require_available(self, *names: str) -> None:
+        """As ``require``, where an adapter that the provider can bring counts as there."""
+        self.require(*(name for name in names if not self.available(name)))
+
+    def available(self, name: str) -> bool:
+        """Whether an adapter is on the model or the provider can bring it."""
+        return name in self.configs or (self.provider is not None and self.provider.can_provide(name))
+
+    def check_alive(self) -> None:
+        """Raises StaleModelError once the adapters were unloaded."""
+        if not self.alive:
+            raise StaleModelError(
+                "this handle is dead: its adapters were merged into the base model or unloaded; "
+                "use the model that merge_and_unload() or unload() returned"
+            )
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back after every change; bound methods are held weakly. Returns how to stop."""
+        return self._subscribers.add(callback)
+
+    def changed(self) -> None:
+        """Notifies subscribers that something changed; for code that wrote tensors itself."""
+        self._transaction.report()
+
+    def _notify(self) -> None:
+        for failure in self._subscribers.notify():
+            warnings.warn(f"{failure} (after the adapters were changed)", stacklevel=4)
+
+    @classmethod
+    def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
+        """Returns a base model's manager, attaching the one given or a new one if it has none."""
+        found = manager or manager_of(model) or cls(model)
+        with found.transaction(during_calls=True, quiet=True) as change:
+            change.keep_attributes(model, *_ATTRIBUTES)
+            # PEFT leaves its configs there, where other libraries look for them.
+            model.__dict__.update(zip(_ATTRIBUTES, (found, found.configs), strict=True))
+        return found
+
+    # The module tree
+
+    def _notice(self) -> None:
+        """Takes up what somebody else did to the module tree: adapters that are nowhere in it any more are gone."""
+        if self._transaction.is_open or (self._tree is not None and self._tree.is_current):
+            return
+        with self._transaction.reading() as change:
+            self._keep_structure(change)
+            before, tree = self._tree, self._read_tree()
+            moved = self.layer_commands.update(before, tree, change)
+            there = self._configs if before is None else self._known_tree().names()
+            self.layer_commands.see_off([name for name in self._configs if name not in there], change)
+        if moved:
+            self.changed()
+
+    def _read_tree(self) -> AdaptedTree:
+        self._slots, self._tree = {}, read_tree(self.model, self.active_state)
+        return self._tree
+
+    def _tree_with(self, parts: Parts | None = None) -> AdaptedTree:
+        """The tree after an adapter was taken out, or parts of one were put in."""
+        tree = self._tree
+        hung = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
+        # An adapter on layers that have others changes nothing in the tree.
+        known = tree is not None and tree.is_current and all(map(tree.wrappers().__contains__, hung))
+        return self._read_tree() if tree is None or not known else tree
+
+    def _known_tree(self) -> AdaptedTree:
+        self._notice()
+        return self._read_tree() if self._tree is None else self._tree  # None in the first transaction of a copy
+
+    def _forget(self, names: Sequence[str], change: Transaction) -> None:
+        """Forgets adapters of which nothing is in the module tree; see ``remove`` for what is active then."""
+        for name in names:
+            self._forget_tensors(name, change)
+            del self._configs[name]
+            self._scales.pop(name, None)
+            self.frozen.discard(name)
+
+        def left(those: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in those if name not in names)
+
+        self._merged, self._parked = left(self._merged), left(self._parked)
+        self._selected = left(self._selected) or (self.names[:1] if self._selected else ())
+        for scope in self.active_state.scopes:
+            scope.names = left(scope.names)
+        self.refresh(self._selected, change)
+
+    # Adding and removing
+
+    def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
+        """What ``add`` would do, in the place of an adapter if one is named; changes nothing."""
+        return plan(self.model, config, allow_missing=allow_missing, replacing=replacing)
+
+    def add(
+        self,
+        name: str,
+        config: AdapterConfig | InjectionPlan,
+        weights: AdapterWeights | None = None,
+        *,
+        trainable: bool = True,
+        half: bool = False,
+        allow_missing: bool = True,
+        replace: bool = False,
+        select: bool = True,
+        training: bool | None = None,
+    ) -> InjectionPlan:
+        """Puts a new adapter into the model; the first one becomes active.
+
+        Args:
+            name: its name.
+            config: its config, or a plan made of it.
+            weights: loaded tensors to bind instead of initialising.
+            trainable: whether it trains while it is active.
+            half: keep its parameters in the base's dtype also where that is a half one.
+            allow_missing: warn about targets that match nothing instead of refusing.
+            replace: take the place of an adapter of the same name, which stays active if it was.
+            select: whether it becomes active if it is the only one.
+            training: its mode, whatever the model's; None for that of the adapter it replaces, or of its layers.
+
+        Raises:
+            AdapterExistsError: the name is taken.
+            TargetError: the config does not fit the model.
+        """
+        settings: dict[str, Any] = {"trainable": trainable, "half": half, "training": training, "replace": replace}
+        return self.prepare(name, config, weights, allow_missing=allow_missing, select=select, **settings)()
+
+    def prepare(
+        self,
+        name: str,
+        config: AdapterConfig | InjectionPlan,
+        weights: AdapterWeights | None = None,
+        *,
+        trainable: bool = True,
+        half: bool = False,
+        allow_missing: bool = True,
+        replace: bool = False,
+        select: bool = True,
+        training: bool | None = None,
+    ) -> Callable[[], InjectionPlan]:
+        """Builds a new adapter without touching the model; see ``add`` for the arguments.
+
+        Returns:
+            What puts it into the model.
+        """
+
+        def built() -> tuple[int, InjectionPlan, Parts]:
+            self._check_addable(name, replace=replace)
+            with CollectionPaused():
+                made = config
+                if not isinstance(made, InjectionPlan):
+                    made = self.plan(made, name, allow_missing=allow_missing)
+                self._biases.check(name, made.biases)
+                check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
+                parts = build(self.model, made, self.active_state, weights, name, half=half, training=training)
+                return self.revision, made, parts
+
+        prepared = built()
+
+        def put() -> InjectionPlan:
+            with self.transaction() as change, CollectionPaused():
+                _, made, parts = prepared if prepared[0] == self.revision else built()
+                self._keep_structure(change)
+                self.layer_commands.take_over(self._known_tree() if self._configs else self._read_tree(), change)
+                if not self.configs:
+                    trainable_now = [p for p in self.model.parameters() if p.requires_grad]
+                    self._was_trainable = [*self._was_trainable, *trainable_now]
+                    change.set_requires_grad(trainable_now, False)
+                if name in self.configs:
+                    self._forget_tensors(name, change)
+                    self._scales.pop(name, None)
+                    drop(self.model, name, self.layers.values(), self.copies.values(), change, keep=parts)
+                if not self.configs:
+                    prepare_storage(self.model, change)
+                self._tree_with(commit(name, parts, change))
+                self.configs[name] = note_use(made.config)
+                self._biases.start(name, made.biases, None if weights is None else weights.base, change)
+                (self.frozen.discard if trainable else self.frozen.add)(name)
+                if select and not self._selected and len(self.configs) == 1:
+                    self._selected = (name,)
+                self.refresh(self.names if len(self.configs) == 1 else (name,), change)
+            return made
+
+        return put
+
+    def _check_addable(self, name: str, *, replace: bool) -> None:
+        self.check_alive()
+        check_name(name)
+        if name in self.configs and not replace:
+            raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it or take another name")
+        if name in self._merged:
+            self.refuse_merged(f"{name!r} is replaced")
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out; if no active one is left, the oldest becomes active.
+
+        Raises:
+            MergeError: it is merged, or trains biases while another is.
+        """
+        with self.transaction() as change:
+            self.require(name)
+            if name in self._merged or (self._merged and self._biases.originals(name)):
+                raise MergeError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
+            self._keep_structure(change)
+            drop(self.model, name, self.layers.values(), self.copies.values(), change)
+            self._tree_with()
+            self._forget([name], change)
+
+    def _forget_tensors(self, name: str, change: Transaction) -> None:
+        self._slots.pop(name, None)
+        self.unsaved.discard(name)
+        self._biases.stop(name, change)
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives an adapter another name, at the same place in every order."""
+        with self.transaction() as change:
+            rename(self, old, new, change)
+
+    def place(self, name: str, place: int) -> None:
+        """Moves an adapter to a place among the others, from 0."""
+        with self.transaction() as change:
+            place_among(self, name, place, change)
+
+    def copy(self, name: str, new: str) -> None:
+        """Makes a second, independent adapter with the same config and weights."""
+        with self.transaction():
+            copy_adapter(self, name, new)
+
+    def _holders(self) -> list[dict[str, Any]]:
+        return [layer.adapters._modules for layer in self.layers.values()] + [
+            module.modules_to_save._modules for module in self.copies.values()
+        ]
+
+    # Changing
+
+    def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
+        """A block in which commands belong together: all of them happen, or none.
+
+        No call of the model and no other command runs meanwhile, interruptions wait for its end, and any
+        exception in it undoes what was done.
+
+        Args:
+            during_calls: let calls of other threads go on, for commands that only choose what acts in the next.
+            quiet: subscribers need not hear of it.
+
+        Raises:
+            BusyError: this thread is inside a call of the model itself.
+        """
+        if not quiet:
+            self._notice()
+        return self._transaction.block(during_calls=during_calls, quiet=quiet)
+
+    def reading(self) -> Block:
+        """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        self._notice()
+        return self._transaction.reading()
+
+    def deciding(self) -> AbstractContextManager[None]:
+        """A block of a command that takes too long for a transaction; see ``Transaction.deciding``."""
+        return self._transaction.deciding()
+
+    def _keep_choice(self, change: Transaction) -> None:
+        """Records who acts."""
+        change.keep_attributes(self, *_CHOICE)
+        change.keep_attributes(self.active_state, "live", "traced")
+        for scope in self.active_state.scopes:
+            change.keep_attributes(scope, "names", "enabled", "active")
+
+    def _keep_structure(self, change: Transaction) -> None:
+        """Records which adapters there are, where they hang, and who acts."""
+        self._keep_choice(change)
+        change.keep(self._configs, *self._holders())
+        change.keep_attributes(self, "_tree", "_slots", "_was_trainable", "alive", "unsaved")
+        self._biases.keep(change)
+
+    # Switching
+
+    def activate(self, names: str | Sequence[str], *, trainable: bool | None = None, enable: bool = False) -> None:
+        """Makes these adapters, in this order, the ones that act.
+
+        Args:
+            names: one name or several.
+            trainable: True or False to (un)freeze them too; None keeps each as it is.
+            enable: let them act also where adapters were off.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+        """
+        chosen = names_in(names)
+        with self.provided(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
+            self._activate(chosen, trainable, change)
+            if enable and not self.enabled:
+                self.enable()
+
+    def _activate(self, chosen: tuple[str, ...], trainable: bool | None, change: Transaction) -> None:
+        self.check_choice(chosen)
+        self.layer_commands.gather(change)
+        scope = self.active_state.scope
+        if scope is None and self._merged and chosen != self._merged:
+            warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
+            self.unmerge()
+        self._keep_choice(change)
+        before = self.active
+        while scope is not None and not scope.chooses:
+            scope.names = chosen
+            scope = scope.outer
+        if scope is None:
+            self._selected, self._parked = chosen, chosen if chosen == self._parked else ()
+        else:
+            scope.names = chosen
+        if trainable is not None:
+            self.frozen = self.frozen - set(chosen) if trainable else self.frozen | set(chosen)
+        self.refresh(set(before) ^ set(chosen) if trainable is None else set(before) | set(chosen), change)
+
+    def check_choice(self, names: Sequence[str]) -> None:
+        """Raises AdapterError where adapters cannot act together, UnknownAdapterError where one is not there."""
+        self.require(*names)
+        if not names:
+            raise AdapterError("no adapter named to activate; use disable() for the base model alone")
+        check_compatible(self.copies, self.layers, names)
+
+    def enable(self) -> None:
+        """Lets the selected adapters act again."""
+        self._set_enabled(True)
+
+    def disable(self) -> None:
+        """Lets the base model act alone: no gradient reaches an adapter then; the selection and every freeze stay."""
+        self._set_enabled(False)
+
+    def _set_enabled(self, enabled: bool) -> None:
+        with self.transaction(during_calls=not self._merged) as change:
+            self.check_alive()
+            self.layer_commands.gather(change)
+            scope = self.active_state.scope
+            if scope is None and not enabled and self._merged:
+                warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
+                self.unmerge()
+            self._keep_choice(change)
+            if scope is None:
+                self._enabled, self._parked = enabled, self._parked if enabled else ()
+            else:
+                scope.enabled = enabled
+            self.refresh(self.active, change)
+
+    def disabled(self) -> ScopedChoice:
+        """The base model alone inside the block, for this thread or asyncio task; others go on as they are."""
+        self.layer_commands.gather_now()
+        return ScopedChoice(self, None)
+
+    def use(self, names: str | Sequence[str], *, apart: bool = False) -> ScopedChoice:
+        """Other active adapters, or some that learn ``apart``, inside the block for this thread or asyncio task."""
+        self.layer_commands.gather_now()
+        return ScopedChoice(self, names_in(names), apart=apart)
+
+    def select_again(self, names: Sequence[str]) -> None:
+        """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
+        left = tuple(name for name in names if self.available(name))
+        if not left or left == self._selected:
+            return
+        with self.provided(left, switching=True), self.transaction(during_calls=not self._merged) as change:
+            if present := tuple(name for name in left if name in self.configs):
+                self._activate(present, None, change)
+
+    def idle(self, names: Iterable[str]) -> set[str]:
+        """Those of the adapters that act nowhere: in no scope, and not outside of them."""
+        acting = [scope.names for scope in self.active_state.scopes if scope.enabled]
+        return set(names).difference(*acting, self._selected if self._enabled else ())
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Sets the factor on an adapter's delta (1 is the trained strength).
+
+        Raises:
+            AdapterError: it is no finite number.
+            MergeError: the adapter is merged at another scale.
+        """
+        with self.transaction(during_calls=True) as change:
+            self.require(name)
+            factor = check_scale(name, scale, fixed=self.configs[name].is_prompt_learning)
+            if name in self._merged:
+                raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
+            self._keep_choice(change)
+            self._scales[name] = factor
+            self._publish_active()
+
+    def freeze(self, name: str) -> None:
+        """Stops an adapter from training, active or not."""
+        self._set_frozen(name, True)
+
+    def unfreeze(self, name: str) -> None:
+        """Lets an adapter train whenever it is active."""
+        self._set_frozen(name, False)
+
+    def _set_frozen(self, name: str, frozen: bool) -> None:
+        with self.transaction(during_calls=True) as change:
+            self.require(name)
+            self._keep_choice(change)
+            (self.frozen.add if frozen else self.frozen.discard)(name)
+            self.refresh((name,), change)
+
+    def set_requires_grad(self, name: str, requires_grad: bool) -> None:
+        """Sets whether gradients reach an adapter's tensors now, whatever is active."""
+        with self.transaction(during_calls=True) as change:
+            change.set_requires_grad(self.parameters(name), requires_grad)
+
+    def refresh(self, changed: Iterable[str], change: Transaction) -> None:
+        """Brings ``requires_grad`` of some adapters and the shared state up to date."""
+        idle = self.idle(changed)
+        for name in changed:
+            if name in self.configs:
+                change.set_requires_grad(self.parameters(name), name not in idle and name not in self.frozen)
+        self._publish_active()
+
+    def _publish_active(self) -> None:
+        for scope in self.active_state.scopes:
+            scope.active = self._acting(self._merged or scope.effective)
+        selected = self._selected if self._enabled else ()
+        self.active_state.publish(self._acting(self._merged or self._parked or selected))
+
+    def _acting(self, names: tuple[str, ...]) -> Active:
+        return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NONE_ACTIVE
+
+    # Calls and training
+
+    def after_backward(self, step: int) -> None:
+        """Calls the hooks of the adapters that train; for training loops, once their gradients are there.
+
+        Call it after the optimizer's step and before ``zero_grad()``, as PEFT's ``update_and_allocate``.
+
+        Args:
+            step: number of the optimizer step, from 0.
+        """
+        for _, hooked in hooks_in_training(self):
+            hooked.after_backward(step)
+
+    def extra_loss(self) -> Tensor | None:
+        """What the adapters that train add to a loss; a loss that has it already stays as it is when it is added.
+
+        Returns:
+            A scalar; None if that is nothing.
+        """
+        extra = extra_loss(self)
+        return None if extra is None else extra.as_subclass(LossTerm)
+
+    # Merging
+
+    def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
+        """Folds the deltas of adapters (default: the active ones) into the base weights.
+
+        Until ``unmerge`` they alone act, at no cost in forward, with those merged before; adapters
+        that were off are on then. A copy of the frozen weights is kept on the CPU. An interruption
+        puts the weights back, bit for bit.
+
+        Raises:
+            MergeError: a weight cannot be merged into, or would not be finite (``safe``).
+            AdapterError: two of them each trained a copy of one module.
+            BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
+        """
+        with self.transaction() as change:
+            self.layer_commands.gather(change)
+            chosen = self.active if names is None else names_in(names)
+            self.require(*chosen)
+            together = tuple(dict.fromkeys((*self._merged, *chosen)))
+            if self._merged and together == self._merged and not partly_merged(self.layers, self._merged):
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+                return
+            check_compatible(self.copies, self.layers, together)
+            warn_of_requantization(self.layers, together)
+            self._refuse_in_scopes("merging")
+            self._merge(together, change, safe=safe)
+
+    def _merge(
+        self, together: tuple[str, ...], change: Transaction, *, safe: bool = False, but: Collection[str] = ()
+    ) -> None:
+        self._keep_choice(change)
+        layers = {path: layer for path, layer in self.layers.items() if path not in but}
+        merge_additional(self.model, layers, self._merged, together, self.scale, change, safe=safe)
+        self._merged, self._enabled = together, True
+        self.refresh(self._selected, change)
+
+    def _refuse_in_scopes(self, what: str) -> None:
+        if self.active_state.scopes:
+            raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
+
+    def unmerge(self) -> None:
+        """Puts the frozen weights back, bit for bit; inside a block, where they are back, also for afterwards."""
+        with self.transaction() as change:
+            self.check_alive()
+            if not self._merged and not self._parked:
+                warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+                return
+            self._keep_choice(change)
+            unmerge_layers(self.layers.values(), change)
+            self._merged = self._parked = ()
+            self._publish_active()
+
+    def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
+        """Takes all adapters out for good and returns the bare base model; see also ``leave_starts``.
+
+        Args:
+            merge: fold the deltas in first. What the weights were is kept on the CPU until that is done.
+            names: adapters to merge; the active ones if None.
+            safe: refuse weights that would not be finite.
+        """
+        with self.transaction() as change:
+            self.check_alive()
+            self.layer_commands.gather(change)
+            chosen: tuple[str, ...] = ()
+            if merge:
+                chosen = self.active if names is None else names_in(names)
+                self.require(*chosen)
+                check_compatible(self.copies, self.layers, chosen)
+                if not self._merged:
+                    check_merge(self.layers, chosen, self.scale, safe=safe)
+                    warn_of_requantization(self.layers, chosen)
+            self._refuse_in_scopes("unloading")
+            self._keep_structure(change)
+            if self._merged and (safe or set(self._merged) != set(chosen) or partly_merged(self.layers, self._merged)):
+                unmerge_layers(self.layers.values(), change)
+                self._merged = ()
+                if merge:
+                    check_merge(self.layers, chosen, self.scale, safe=safe)
+            if merge and not self._merged:
+                merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
+            left = leave_starts(self.model, self.layers, self.configs, chosen, change)
+            self._dismantle(chosen, change)
+            if merge or left:
+                untie_embeddings_(self.model, change)
+        return self.model
+
+    def _dismantle(self, merged: Sequence[str], change: Transaction) -> None:
+        for name in self.configs:
+            if name in merged:
+                self._biases.forget(name)
+            else:
+                self._biases.stop(name, change)
+        replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
+        replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
+        replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
+        change.set_requires_grad(self._was_trainable, True)
+        change.keep_attributes(self, "_configs")
+        change.keep_attributes(self.model, *_ATTRIBUTES)
+        self.alive = False
+        self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
+        self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
+        self.active_state.publish(NONE_ACTIVE)
+        for attribute in _ATTRIBUTES:
+            self.model.__dict__.pop(attribute, None)
+
+    def refuse_merged(self, what: str) -> None:
+        """Raises MergeError while adapters are merged.
+
+        Args:
+            what: what cannot be done then, to follow "unmerge before".
+        """
+        if self._merged:
+            raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
+        new["_tree"] = None if self.alive else AdaptedTree()
+        state = {**self.__dict__, **new}
+        del state["_transaction"], state["layer_commands"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._transaction = Transaction(self.active_state, self._notify)
+        self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
+        watch(self)
+        self._publish_active()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return twin

@@ -1,0 +1,94 @@
+"""Adapters under other names: renamed, at another place in the order, and copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.adapter_names import check_name
+from nbpeft.engine.contract.adapter import Rescales
+from nbpeft.engine.runtime.adapter_tensors import copied_weights, is_half
+from nbpeft.errors import AdapterError, AdapterExistsError
+
+
+def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
+    """Gives an adapter another name, at the same place in every order.
+
+    Args:
+        manager: of the adapters.
+        old: its name.
+        new: the other one.
+        change: records what is written.
+
+    Raises:
+        AdapterExistsError: another adapter has the new name.
+        MergeError: the adapter is merged.
+    """
+
+    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(new if name == old else name for name in names)
+
+    check_name(new)
+    manager.require(old)
+    if new in manager.configs:
+        raise AdapterExistsError(f"Adapter with name {new!r} already exists; take another name")
+    if old in manager.merged:
+        manager.refuse_merged(f"{old!r} is renamed")
+    manager._keep_structure(change)
+    for held in (*manager._holders(), manager.configs):
+        items = [(new if name == old else name, value) for name, value in held.items()]
+        held.clear()
+        held.update(items)
+    manager.layer_commands.gather(change)
+    manager._biases.rename(old, new)
+    manager._slots.pop(old, None)
+    manager._scales = {new if name == old else name: scale for name, scale in manager._scales.items()}
+    manager.frozen, manager.unsaved = set(renamed((*manager.frozen,))), set(renamed((*manager.unsaved,)))
+    manager._selected, manager._parked = renamed(manager._selected), renamed(manager._parked)
+    manager._parked_layers = {path: renamed(names) for path, names in manager._parked_layers.items()}
+    for scope in manager.active_state.scopes:
+        scope.names = renamed(scope.names)
+    manager.refresh((), change)
+
+
+def place_among(manager: Any, name: str, place: int, change: Transaction) -> None:
+    """Moves an adapter to a place among the others.
+
+    Args:
+        manager: of the adapters.
+        name: of the adapter.
+        place: from 0.
+        change: records the order.
+    """
+    manager.require(name)
+    configs = manager.configs
+    change.keep(configs)
+    configs.place(name, configs[name], place)
+
+
+def copy_adapter(manager: Any, name: str, new: str) -> None:
+    """Makes a second, independent adapter with the same config and weights; in a transaction.
+
+    Args:
+        manager: of the adapters.
+        name: of the adapter.
+        new: of the second one.
+
+    Raises:
+        AdapterError: it trains biases of the base.
+    """
+    weights = manager.weights(name)
+    if weights.base:
+        raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
+    twin, half = copied_weights(weights), is_half(manager.layers, name)
+    there = {path for path, layer in manager.layers.items() if name in layer.adapters}
+    made = manager.plan(manager.configs[name]).on_layers(there)  # somebody may have taken it off a layer
+    manager.add(new, made, twin, trainable=name not in manager.frozen, half=half)
+    manager.set_scale(new, manager.scale(name))
+    if name in manager.unsaved:
+        manager.unsaved.add(new)
+    for layer in manager.layers.values():
+        held: dict[str, Any] = layer.adapters._modules
+        old, added = held.get(name), held.get(new)
+        if isinstance(old, Rescales) and isinstance(added, Rescales):
+            added.rescale(float(old.scaling))

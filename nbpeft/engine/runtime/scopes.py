@@ -1,0 +1,202 @@
+"""Blocks in which other adapters, or none, act: each thread and asyncio task has its own."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.engine.changes.active_state import ActiveState, Scope
+from nbpeft.engine.changes.transaction import Block, Transaction
+from nbpeft.engine.runtime.merging import partly_merged
+from nbpeft.errors import AdapterError, BusyError
+
+
+class Manager(Protocol):
+    """What a block needs of the adapters' manager."""
+
+    alive: bool
+    active_state: ActiveState
+
+    @property
+    def active(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def merged(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def parameters(self, name: str) -> list[nn.Parameter]: ...  # noqa: D102
+
+    def check_alive(self) -> None: ...  # noqa: D102
+
+    def check_choice(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
+
+    @property
+    def selected(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def select_again(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
+
+    def provided(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
+        ...
+
+    def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block: ...  # noqa: D102
+
+    def idle(self, names: tuple[str, ...]) -> set[str]: ...  # noqa: D102
+
+    def refresh(self, names: set[str], change: Transaction) -> None: ...  # noqa: D102
+
+
+class ScopedChoice(ContextDecorator):
+    """A block with a choice of adapters of its own; afterwards everything is as it was.
+
+    Blocks nest, and those of several threads or asyncio tasks may overlap. Where adapters are merged,
+    the frozen weights come back until the last block has ended; outside of blocks the merged adapters
+    go on acting meanwhile.
+
+    Args:
+        manager: of the model.
+        names: the adapters that act; None for none, the base model alone.
+        apart: they learn side by side and need not go together; the first acts, unless a call names others.
+    """
+
+    _scope: Scope | None = None  # on the class: an interruption can come before __init__
+
+    def __init__(self, manager: Manager, names: tuple[str, ...] | None, *, apart: bool = False) -> None:
+        self._manager = manager
+        self._names = names
+        self._apart = apart
+        self._again: tuple[str, ...] = ()
+        self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
+        self._provided = ExitStack()
+
+    @property
+    def _aim(self) -> str:
+        return "they are disabled" if self._names is None else "another is activated"
+
+    def _recreate_cm(self) -> ScopedChoice:
+        return ScopedChoice(self._manager, self._names, apart=self._apart)
+
+    def __enter__(self) -> None:
+        manager = self._manager
+        manager.check_alive()
+        if self._scope is not None:
+            raise AdapterError("this block is open already: call use() or disable_adapter() again for another")
+        try:
+            if self._names is not None:
+                self._bring(self._names)
+            with manager.transaction(during_calls=not manager.merged, quiet=True) as change:
+                if self._names is not None:
+                    for chosen in [(name,) for name in self._names] if self._apart else [self._names]:
+                        manager.check_choice(chosen)
+                if manager.merged:
+                    warnings.warn(f"adapters are merged: unmerging before {self._aim}", stacklevel=3)
+                    _park(manager)
+                self._open(change)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def _bring(self, names: tuple[str, ...]) -> None:
+        """Has adapters on the model that come from elsewhere; the selected ones may have to go for them meanwhile."""
+        before = self._manager.selected
+        with self._manager.provided(names, switching=True):
+            self._provided.enter_context(self._manager.provided(names))
+        now = self._manager.selected
+        if now != before:
+            self._again = before  # once the lease on these has ended, which have to make room
+
+    def _open(self, change: Transaction) -> None:
+        active_state = self._manager.active_state
+        names = self._manager.active if self._names is None else self._names
+        chooses = self._names is not None
+        scope = Scope(names, chooses, chooses, self._apart, active_state.scope)
+
+        def undo() -> None:
+            self._scope = None
+            active_state.leave(scope)
+
+        change.on_undo(undo)
+        self._scope = scope
+        # Another scope may let them train already, or the selection outside.
+        woken = self._manager.idle(names) if self._names is not None else set()
+        self._woken = {
+            name: [(parameter, parameter.requires_grad) for parameter in self._manager.parameters(name)]
+            for name in woken
+        }
+        active_state.enter(scope)
+        self._manager.refresh(woken, change)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with HeldInterrupts(to_the_end=True):
+            scope, self._scope = self._scope, None
+            try:
+                if scope is not None:
+                    self._close(scope)
+            finally:
+                self._provided.__exit__(kind, error, trace)
+            again, self._again = self._again, ()
+            if again and self._manager.alive:
+                self._manager.select_again(again)
+
+    def _close(self, scope: Scope) -> None:
+        manager = self._manager
+        manager.active_state.leave(scope)
+        if manager.alive:
+            with manager.transaction(during_calls=True, quiet=True) as change:
+                manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
+                flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]
+                for value in (True, False):
+                    change.set_requires_grad((parameter for parameter, trained in flags if trained is value), value)
+            self._merge_again()
+
+    def _merge_again(self) -> None:
+        for last in (False, True):
+            try:
+                _merge_parked(self._manager)
+            except BusyError:  # inside a call: they act all the same, and are merged after the next block
+                return
+            except Exception as error:
+                if last:
+                    reason = f"{type(error).__name__}: {error}"
+                    warnings.warn(
+                        f"what was merged could not be merged again and acts unmerged: {reason}", stacklevel=5
+                    )
+            else:
+                return
+
+    def __del__(self) -> None:
+        # An interruption between two instructions can keep a block from ending; it ends with its last reference.
+        if self._scope is not None:
+            self.__exit__(None, None, None)
+
+
+def _park(manager: Any) -> None:
+    """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
+    with manager.transaction() as change:
+        manager._keep_choice(change)
+        names, partly = manager.merged, partly_merged(manager.layers, manager.merged)
+        manager.unmerge()
+        manager._parked, manager._parked_layers = names, partly
+        manager._publish_active()
+
+
+def _merge_parked(manager: Any) -> None:
+    """Merges again what ``_park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
+    if not manager._parked:
+        return
+    with manager.transaction() as change:
+        if not manager._parked or manager.active_state.scopes:
+            return
+        manager._keep_choice(change)
+        names, partly = manager._parked, manager._parked_layers
+        manager._parked, manager._parked_layers = (), {}
+        manager._merge(names, change, but=partly)
+        for path in partly.keys() & manager.layers.keys():
+            layer = manager.layers[path]
+            there = [name for name in partly[path] if name in names and name in layer.adapters]
+            manager.layer_commands.merge(layer, there, safe=False)

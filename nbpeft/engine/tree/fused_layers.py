@@ -1,0 +1,341 @@
+"""Linear layers that transformers 5 made parameters of: the experts of a mixture, and its router.
+
+Configs and files of before name the layers (``w1``, ``gate``, every ``mlp.experts.3.up_proj``). Today the weights
+of all experts are one parameter, gate and up projection joined, and the router is a module of its own with a
+weight. Their LoRA is one on the parameter; where two layers were joined it has the ranks of both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.config.patterns import ENDING
+from nbpeft.engine.config.targets import Matcher, is_all_linear, matches_segment_names
+from nbpeft.engine.contract.registry import Method, method_of, resolve_backend, resolve_layer_kind
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.tree.model_tree import Site, walk
+from nbpeft.errors import ConfigError, TargetError
+
+_ROUTER = "gate"
+_EXPERT = re.compile(r"((?:^|\.)experts\.)(\d{1,5})\.")
+
+
+@dataclass(frozen=True)
+class FusedLayers:
+    """A parameter that was layers.
+
+    Attributes:
+        module: path of the module that has it.
+        name: its name there.
+        layers: names of the layers, in its order.
+        per_expert: whether there was one of each for every expert, below the module.
+    """
+
+    module: str
+    name: str
+    layers: tuple[str, ...]
+    per_expert: bool = True
+
+    @property
+    def path(self) -> str:
+        """Path of the parameter."""
+        return f"{self.module}.{self.name}"
+
+    @property
+    def short_name(self) -> str:
+        """What names it in each block of a model: ``gate_up_proj``, ``gate.weight``."""
+        return self.name if self.per_expert else f"{_ROUTER}.{self.name}"
+
+    @property
+    def former(self) -> list[str]:
+        """Those paths of all its layers."""
+        return [path for layer in self.layers for path in self.former_paths(layer)]
+
+    def former_paths(self, layer: str) -> tuple[str, ...]:
+        """Paths under which a config may mean a layer: the first expert's, and as PEFT reads patterns."""
+        return (f"{self.module}.0.{layer}", f"{self.module}.{layer}") if self.per_expert else (self.module,)
+
+
+def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter of experts that transformers joins when it loads older files -> the layers it was, in their order."""
+    found = {}
+    for step in _conversions(model):
+        sources, targets = step.source_patterns, step.target_patterns
+        joins = hasattr(step, "operations")  # others rename
+        if joins and len(targets) == 1 and all(".*." in source for source in sources):
+            module, _, name = targets[0].rpartition(".")
+            layers = [source.removesuffix(".weight").rpartition(".*.") for source in sources]
+            if all(before == module for before, _, _ in layers) and len(layers) <= 2:
+                found[name] = tuple(layer for _, _, layer in layers)
+    return found
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    """What transformers does with the tensors of older files of a model; nothing where it has none to do with it."""
+    if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    loose: Any = model
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # transformers before 5 has the layers
+        return []
+    return list(get_model_conversion_mapping(loose))
+
+
+def renaming(model: nn.Module) -> Callable[[str], str] | None:
+    """What a name of a model's older files is called today, as transformers has it; None if nothing was renamed."""
+    steps = [step for step in _conversions(model) if not hasattr(step, "operations")]
+
+    def rename(name: str) -> str:
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        return name
+
+    return rename if steps else None
+
+
+def fused_layers(model: nn.Module, sites: Sequence[Site] | None = None) -> list[FusedLayers]:
+    """Finds the parameters of a model that were linear layers, in its order.
+
+    Args:
+        model: the base model, with or without adapters on it.
+        sites: of its modules, where they are known already.
+    """
+    names = _fused_parameters(model)
+    if not names:
+        return []
+    sites = list(walk(model)) if sites is None else sites
+    return [fused for site in sites for fused in _in_module(site, sites, names)]
+
+
+def _in_module(site: Site, sites: Sequence[Site], names: Mapping[str, tuple[str, ...]]) -> Iterator[FusedLayers]:
+    held: dict[str, Any] = site.module._parameters
+    found = [name for name in held if name in names and getattr(held[name], "ndim", 0) == 3]
+    for name in found:
+        yield FusedLayers(site.path, name, names[name])
+    block = site.path.rpartition(".")[0]
+    for other in sites if found else ():
+        weight: Any = other.module._parameters.get("weight")
+        if other.path == f"{block}.{_ROUTER}" and getattr(weight, "ndim", 0) == 2 and not _is_layer(other):
+            yield FusedLayers(other.path, "weight", (_ROUTER,), per_expert=False)
+
+
+def _is_layer(site: Site) -> bool:
+    return resolve_layer_kind(site.module) is not None
+
+
+def of_former_file(model: nn.Module, config: Any, keys: Iterable[str]) -> Any:
+    """The config of an adapter that is read, with parameters in the place of experts that its file has as layers.
+
+    Args:
+        model: the base model.
+        config: as the file has it.
+        keys: of the file's tensors.
+    """
+    if not any(map(_EXPERT.search, keys)):
+        return config
+    made = config.copy()
+    with_parameters(model, config, made, method_of(config), list(walk(model)), beside_layers=True)
+    return made
+
+
+def with_parameters(
+    model: nn.Module,
+    config: Any,
+    resolved: Any,
+    method: Method,
+    sites: Sequence[Site],
+    *,
+    beside_layers: bool = False,
+) -> None:
+    """Names parameters in a config where it names layers that were made one, as PEFT's do from 0.19 on.
+
+    A name that layers still have means these, as those of shared experts; all linear layers are the former ones, too.
+    Parameters that ``target_parameters`` names are as it says.
+
+    Args:
+        model: the base model.
+        config: as it was given.
+        resolved: a copy with its targets as names or a pattern; changed in place.
+        method: of the config.
+        sites: of the model's modules.
+        beside_layers: take parameters also under names that layers still have.
+
+    Raises:
+        TargetError: it names one of two joined layers and not the other, or some experts and not the others.
+        ConfigError: its patterns name one of them.
+    """
+    if not hasattr(config, "target_parameters") or "target_parameters" in config.not_implemented:
+        return
+    found = fused_layers(model, sites) if config.target_modules else []
+    found = [fused for fused in found if not _is_copied(fused, config)]
+    if not found:
+        return
+    if is_all_linear(config.target_modules):
+        given = Matcher(resolved.target_parameters or ())
+        new = [fused for fused in found if not given.matches(fused.path)]
+        _take(resolved, config, _adaptable(new, config, resolved, method, sites), found)
+        return
+    matcher = Matcher(
+        _present_names(model, config.target_modules, found, sites),
+        config.exclude_modules,
+        config.layers_to_transform,
+        config.layers_pattern,
+    )
+    chosen = _chosen(matcher, resolved, found, set() if beside_layers else _leaves(matcher, sites))
+    for fused in chosen:
+        _check_patterns(config, fused)
+    _take(resolved, config, chosen, found)
+    _drop_former_names(resolved, model, found, sites)
+
+
+def _is_copied(fused: FusedLayers, config: Any) -> bool:
+    """Whether the module of a parameter, or one around it, is trained as a whole."""
+    parts = fused.module.split(".")
+    paths = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    return any(matches_segment_names(path, config.modules_to_save or ()) for path in paths)
+
+
+def _adaptable(
+    found: Sequence[FusedLayers], config: Any, resolved: Any, method: Method, sites: Sequence[Site]
+) -> list[FusedLayers]:
+    """Those of the parameters that are not excluded and on which the config works; says why others are left out."""
+    modules = {site.path: site.module for site in sites}
+    adapter_class = method.kind_classes.get("parameter")
+    matcher = Matcher(".*", config.exclude_modules)
+    taken: list[FusedLayers] = []
+    problems: dict[str, ConfigError] = {}
+    for fused in found:
+        view = ParameterView(modules[fused.module], fused.name)
+        kind = resolve_layer_kind(view)
+        if adapter_class is None or kind is None or resolve_backend(view) is None or _is_excluded(matcher, fused):
+            continue
+        try:
+            _check_patterns(config, fused)
+            adapter_class.parameter_shapes(resolved, fused.path, view, kind)
+        except ConfigError as problem:
+            problems.setdefault(fused.short_name, problem)
+        else:
+            taken.append(fused)
+    for name, reason in problems.items():
+        warnings.warn(f"target_modules='all-linear' leaves {name} as it is: {reason}", stacklevel=6)
+    return taken
+
+
+def _is_excluded(matcher: Matcher, fused: FusedLayers) -> bool:
+    """Whether a config excludes a parameter, or a layer that is a part of it."""
+    return any(map(matcher.excluded, (fused.path, fused.module, *fused.former)))
+
+
+def _chosen(matcher: Matcher, config: Any, found: Sequence[FusedLayers], leaves: Set[str]) -> list[FusedLayers]:
+    """Those of the parameters whose layers a config names.
+
+    Raises:
+        TargetError: it names some of the layers that are one now.
+    """
+    given = Matcher(config.target_parameters or ())
+    chosen = []
+    for fused in found:
+        if given.matches(fused.path) or _is_excluded(matcher, fused) or not leaves.isdisjoint(fused.layers):
+            continue
+        named = [layer for layer in fused.layers if any(map(matcher.matches, fused.former_paths(layer)))]
+        missing = [layer for layer in fused.layers if layer not in named]
+        if named and missing:
+            raise TargetError(
+                f"target_modules names {named[0]} of the experts and not {missing[0]}: they are fused into "
+                f"{fused.path}, so name both or none of them",
+                path=fused.path,
+            )
+        chosen += [fused] if named else []
+    return chosen
+
+
+def _leaves(matcher: Matcher, sites: Sequence[Site]) -> set[str]:
+    """Last parts of the paths of layers that the targets mean."""
+    return {site.path.rpartition(".")[2] for site in sites if matcher.matches(site.path) and _is_layer(site)}
+
+
+def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers], sites: Sequence[Site]) -> Any:
+    """Targets with today's names of modules, and the first expert for all of them.
+
+    Raises:
+        TargetError: they name some of the experts only.
+    """
+    if isinstance(targets, str):
+        return targets
+    numbers: dict[str, set[int]] = {}
+    present = _present(model, targets)
+    for former, name in present.items():
+        match = _EXPERT.search(former)
+        if match is not None:
+            numbers.setdefault(name, set()).add(int(match[2]))
+    modules: dict[str, Any] = {site.path: site.module for site in sites}
+    for name, some in numbers.items():
+        fused = next((one for one in found if any(map(Matcher([name]).matches, one.former))), None)
+        count = len(some) if fused is None else len(modules[fused.module]._parameters[fused.name])
+        if fused is not None and some != set(range(count)):
+            raise TargetError(
+                f"target_modules names {len(some)} of {count} experts and not the others: they "
+                f"are one parameter now, {fused.path}, so name all or none",
+                path=fused.path,
+            )
+    return set(present.values())
+
+
+def _present(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name in a config -> today's, with the first expert for any."""
+    rename = renaming(model) or str
+    return {name: _EXPERT.sub(r"\g<1>0.", rename(f".{name}").removeprefix(".")) for name in names}
+
+
+def _check_patterns(config: Any, fused: FusedLayers) -> None:
+    """Refuses ranks and alphas for one of several layers that are one parameter now."""
+    paths = fused.former if len(fused.layers) > 1 else []
+    for field in config.pattern_fields:
+        for key in getattr(config, field):
+            pattern = re.compile(ENDING.format(key))
+            if not pattern.match(fused.path) and any(pattern.match(path) for path in paths):
+                raise ConfigError(
+                    f"{field}: {key!r} names a part of {fused.path}; name {fused.name} instead", field=field, key=key
+                )
+
+
+def _take(resolved: Any, config: Any, chosen: Sequence[FusedLayers], found: Sequence[FusedLayers]) -> None:
+    """Adds parameters to a config: by their short names where those mean no others, with the ranks of all layers."""
+    for short in dict.fromkeys(fused.short_name for fused in chosen):
+        group = [fused for fused in chosen if fused.short_name == short]
+        alone = len(group) == sum(fused.short_name == short for fused in found)
+        names = [short] if alone else [fused.path for fused in group]
+        resolved.target_parameters = [*(resolved.target_parameters or ()), *names]
+        count = len(group[0].layers)
+        if count == 1:
+            continue
+        # By what a product is multiplied stays: alpha / r, or alpha / sqrt(r).
+        alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
+        patterns = [rf".*\.{re.escape(name)}" if alone else re.escape(name) for name in names]
+        resolved.rank_pattern = {**resolved.rank_pattern, **dict.fromkeys(patterns, config.r * count)}
+        resolved.alpha_pattern = {**resolved.alpha_pattern, **dict.fromkeys(patterns, alpha)}
+
+
+def _drop_former_names(resolved: Any, model: nn.Module, found: Sequence[FusedLayers], sites: Sequence[Site]) -> None:
+    """Takes those targets out that mean parameters alone."""
+    routers = {fused.module for fused in found if not fused.per_expert}
+    matcher = Matcher(resolved.target_modules)
+    matched = {site.path for site in sites if site.path not in routers and matcher.matches(site.path)}
+    former = [path for fused in found for path in fused.former]
+    if isinstance(resolved.target_modules, str):
+        pattern = re.compile(resolved.target_modules)
+        if any(map(pattern.fullmatch, (*former, *routers))):
+            resolved.target_modules = matched
+        return
+    present = _present(model, matcher.missing())
+    gone = {name for name, now in present.items() if any(map(Matcher([now]).matches, former))}
+    resolved.target_modules = set(resolved.target_modules) - gone

@@ -1,0 +1,367 @@
+"""Every question about a model, asked in one place: its modules, its manager, its embeddings, what is quantized.
+
+Paths and names are those of the bare base model, as they were before any adapter was added.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nbpeft.engine.config.targets import names_part
+from nbpeft.engine.contract.registry import composite_kind, resolve_backend
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from nbpeft.engine.runtime.manager import AdapterManager
+
+MANAGER = "_nbpeft_manager"
+"""Attribute in which an adapted base model, and each handle on one, keeps its manager."""
+
+TIED = "tie_word_embeddings"
+"""Attribute of a model's config that says whether its embeddings are one weight."""
+
+_WRAPPED_IN = ("_orig_mod", "_fsdp_wrapped_module")
+"""Names under which ``torch.compile`` and FSDP keep the model that they wrap."""
+
+_WRAPPERS = (AdaptedLayer, ModulesToSaveWrapper)
+
+_INNER_WRAPPED_IN = frozenset((*_WRAPPED_IN, "_checkpoint_wrapped_module"))
+"""The same for what wraps modules inside a model: parts of a path that the bare model does not have."""
+
+_QUANTIZED_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
+
+
+# Modules and names
+
+
+class Site(NamedTuple):
+    """One place where a module hangs in its parent."""
+
+    parent: nn.Module
+    attribute: str
+    path: str
+    module: nn.Module
+    """The base module, also where a wrapper hangs there now."""
+    wrapper: AdaptedLayer | ModulesToSaveWrapper | None
+
+
+def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
+    """Yields the place of every module below ``model``, in model order.
+
+    Args:
+        model: the base model, with or without adapters on it.
+        repeat: yield the children of a module that hangs in several places for each of them. The module
+            itself always comes once for each place.
+    """
+    visited: set[int] = {id(model)}
+    stack: list[Iterator[Site]] = [_children(model, "")]
+    while stack:
+        site = next(stack[-1], None)
+        if site is None:
+            stack.pop()
+            continue
+        yield site
+        if repeat or id(site.module) not in visited:
+            visited.add(id(site.module))
+            if site.module._modules:
+                stack.append(_children(site.module, site.path + "."))
+
+
+def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
+    for attribute, child in list(parent._modules.items()):
+        if child is not None:
+            wrapper = child if isinstance(child, _WRAPPERS) else None
+            module = child if wrapper is None else frozen_module(child)
+            yield Site(parent, attribute, prefix + attribute, module, wrapper)
+
+
+def frozen_module(module: nn.Module) -> nn.Module:
+    """Returns the base module inside an adapter's wrapper, or the module itself."""
+    while isinstance(module, AdaptedLayer):  # each adapted parameter of a module has a wrapper
+        module = module.base_layer
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def reader_of(site: Site) -> nn.Module | None:
+    """Returns the module around a layer that reads its weight and never calls it, as an attention its ``out_proj``."""
+    kind = composite_kind(site.parent)
+    return site.parent if kind is not None and site.attribute in kind.layers else None
+
+
+def bare_modules(model: nn.Module, *, repeat: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (path, module) as ``named_modules`` would without adapters, the model itself included; see ``walk``."""
+    yield "", frozen_module(model)
+    yield from ((site.path, site.module) for site in walk(frozen_module(model), repeat=repeat))
+
+
+def bare_names(model: nn.Module) -> Callable[[str], str | None]:
+    """Returns a function from a key of ``model.state_dict()`` to its key without adapters; None for an adapter's."""
+    frozen: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLayer):
+            if not module.is_passed_over:
+                frozen[name] = "base_layer"
+        elif isinstance(module, ModulesToSaveWrapper):
+            frozen[name] = "original_module"
+
+    def bare(key: str) -> str | None:
+        parts = iter(key.split("."))
+        path: list[str] = []
+        kept: list[str] = []
+        for part in parts:
+            path.append(part)
+            kept.append(part)
+            while (inner := frozen.get(".".join(path))) is not None:
+                if next(parts) != inner:
+                    return None
+                path.append(inner)
+        return ".".join(kept)
+
+    return bare
+
+
+def without_wrappers(path: str) -> str:
+    """Returns a path without the parts that compiled, FSDP and checkpointing wrappers of inner modules add."""
+    if "._" not in path and not path.startswith("_"):
+        return path
+    return ".".join(part for part in path.split(".") if part not in _INNER_WRAPPED_IN)
+
+
+# The model behind wrappers, and its manager
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model inside compiled, DataParallel, DDP, FSDP and DeepSpeed wrappers, or the model itself."""
+    while (inner := _wrapped_by(model)) is not None:
+        model = inner
+    return model
+
+
+def _wrapped_by(model: Any) -> Any:
+    children = getattr(model, "_modules", {})
+    for name in _WRAPPED_IN:
+        if name in children:
+            return children[name]
+    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    if parallel or any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__):
+        return model.module
+    return None
+
+
+def manager_of(model: Any) -> AdapterManager | None:
+    """Returns the manager of a model, or None if it never carried adapters.
+
+    Args:
+        model: a base model, a handle such as a PeftModel, or a compiled or parallel wrapper of either. A handle
+            keeps its manager after the adapters were unloaded; that manager is no longer ``alive``.
+    """
+    found: AdapterManager | None = getattr(unwrapped(model), "__dict__", {}).get(MANAGER)
+    return found
+
+
+def base_model_of(model: Any) -> nn.Module:
+    """Returns the base model behind a handle and compiled or parallel wrappers, or the model itself."""
+    manager = manager_of(model)
+    base: nn.Module = unwrapped(model) if manager is None else manager.model
+    return base
+
+
+# Embeddings and heads
+
+
+def embedding_of(model: nn.Module, *, output: bool = False) -> nn.Module | None:
+    """Returns a model's input embedding or its output head; None if it has none or does not name it."""
+    try:
+        found = getattr(model, "get_output_embeddings" if output else "get_input_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def says_untied(model: nn.Module) -> bool:
+    """Returns whether a model's config says that its embeddings are no one weight, whatever they are."""
+    return getattr(getattr(model, "config", None), TIED, None) is False
+
+
+def sharing_embedding(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Returns the modules that share the weight of the input embedding, by path, that itself first.
+
+    Args:
+        model: a base model.
+        modules: path and module of everything in it; of a module in several places the first counts.
+
+    Returns:
+        Nothing where the embedding has its weight for itself, or the model's config says that it has.
+    """
+    embedding = embedding_of(model)
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, nn.Parameter) or says_untied(model):
+        return {}
+    own = frozen_module(embedding) if embedding is not None else None
+    places: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in modules:
+        if module._parameters.get("weight") is weight:
+            places.setdefault(id(module), (path, module))
+    sharing = sorted(places.values(), key=lambda place: place[1] is not own)
+    return dict(sharing) if len(sharing) > 1 else {}
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """Returns the output embedding, or the last linear layer outside the backbone of a task model."""
+    head = embedding_of(model, output=True)
+    if head is not None:
+        return frozen_module(head)
+    backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", None)
+    if not isinstance(backbone, nn.Module) or backbone is model:
+        return None
+    outside = [child for child in model.children() if child is not backbone]
+    linear = [module for child in outside for _, module in bare_modules(child) if is_plain_linear(module)]
+    return linear[-1] if linear else None
+
+
+# Quantization
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Returns whether a module's weight is stored by another backend than the dense one."""
+    if "weight" not in module._parameters and module._modules:
+        return False
+    backend = resolve_backend(module)
+    return backend is not None and backend.name != "dense"
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Returns whether weights of a model are stored quantized. A model read from a GGUF file is dense."""
+    method = quantization_method(model)
+    if method == "gguf":
+        return False
+    flagged = bool(method) or any(bool(getattr(model, flag, False)) for flag in _QUANTIZED_FLAGS)
+    return flagged or any(is_quantized_layer(module) for module in model.modules())
+
+
+def quantization_method(model: nn.Module) -> str:
+    """Returns transformers' name of the method that a model was quantized with, or the empty string."""
+    method = getattr(model, "quantization_method", None)
+    return str(getattr(method, "value", method or ""))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Returns whether a module is ``nn.Linear`` or GPT-2's transposed one; subclasses may compute otherwise."""
+    return type(module) is nn.Linear or (
+        type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    )
+
+
+def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Returns path -> layer of what quantizing a model replaces. Works on meta tensors too.
+
+    Left out are the head, layers that share their weight, and what the model's class keeps in float32 (T5 casts its
+    input to the dtype of such a weight).
+
+    Args:
+        model: a model that is not quantized, with or without adapters.
+        skip: further layers to leave out, by path or by a whole part of it.
+
+    Raises:
+        ConfigError: ``skip`` names no module.
+    """
+    if not isinstance(skip, Collection) or not all(isinstance(name, str) and name for name in skip):
+        raise ConfigError(f"skip_modules is {skip!r:.60}; expected names of modules", field="skip_modules")
+    skipped = [skip] if isinstance(skip, str) else list(skip)
+    modules: dict[nn.Module, str] = {}
+    for path, module in bare_modules(model):
+        modules.setdefault(module, path)
+    _check_names(skipped, modules)
+    kept = _kept_as_they_are(model, skipped)
+    users = Counter(id(module._parameters.get("weight")) for module in modules)
+    head = _head(model)
+    return {
+        path: module
+        for module, path in modules.items()
+        if path
+        and is_plain_linear(module)
+        and module is not head
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and weight.is_floating_point()
+        and users[id(weight)] == 1
+        and not any(names_part(name, path) for name in kept)
+    }
+
+
+def experts_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, ParameterView]:
+    """Returns path -> parameter, as the layer whose ``weight`` it is, of the experts that quantizing a model replaces.
+
+    Left out are those that several modules share, and what the model's class keeps in float32. Works on meta tensors
+    too.
+
+    Args:
+        model: with or without adapters.
+        skip: modules or parameters to leave out, by path or by a whole part of it.
+    """
+    kept = _kept_as_they_are(model, [skip] if isinstance(skip, str) else skip)
+    found = [(path, module, name) for path, module in bare_modules(model) for name in expert_parameters(module)]
+    users = Counter(id(module._parameters[name]) for _, module, name in found)
+    return {
+        f"{path}.{name}": ParameterView(module, name)
+        for path, module, name in found
+        if users[id(weight := module._parameters[name])] == 1
+        and not isinstance(weight, QuantizedMatrices)
+        and not any(names_part(part, f"{path}.{name}") for part in kept)
+    }
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Returns the names of a module's own parameters that hold a matrix for each of its ``num_experts``."""
+    count = getattr(module, "num_experts", None)
+    if type(count) is not int:
+        return []
+    held = ((name, weight) for name, weight in module._parameters.items() if weight is not None)
+    return [name for name, weight in held if weight.ndim == 3 and len(weight) == count and weight.is_floating_point()]
+
+
+def _kept_as_they_are(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
+    """Names of what is not quantized, by path or by a whole part of it."""
+    return (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
+
+
+def _check_names(names: Sequence[str], modules: Mapping[nn.Module, str]) -> None:
+    for name in names:
+        of_parameters = (f"{path}.{own}" for module, path in modules.items() for own in module._parameters)
+        if not any(names_part(name, path) for path in (*modules.values(), *of_parameters)):
+            known = {path.rpartition(".")[2] for module, path in modules.items() if path and is_plain_linear(module)}
+            raise ConfigError(
+                f"skip_modules names {name!r}, which is not a module of the model.{did_you_mean(name, known)}",
+                field="skip_modules",
+            )
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Returns the number of (trainable, all) parameters.
+
+    A bitsandbytes 4-bit weight is packed two to a byte, whatever the dtype it is stored in, and counts as what it
+    stands for; a parameter that a sharded run emptied counts with its full size.
+    """
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if count == 0:
+            count = getattr(parameter, "ds_numel", 0)
+        if _is_packed(parameter):
+            count *= 2 * parameter.element_size()
+        total += count
+        if parameter.requires_grad:
+            trainable += count
+    return trainable, total
+
+
+def _is_packed(parameter: Any) -> bool:
+    """Whether a parameter holds 4-bit values; one of that class has its own dtype until it is quantized."""
+    return type(parameter).__name__ == "Params4bit" and (parameter.bnb_quantized or not parameter.is_floating_point())

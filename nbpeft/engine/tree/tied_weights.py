@@ -1,0 +1,125 @@
+"""Weights that several modules of a model share, as an embedding and the output head often do.
+
+An adapter on one of them must not get into the others when it is merged: the module then gets a
+weight of its own, and the shared one back when it is unmerged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.tree.model_tree import TIED, bare_modules, base_model_of, embedding_of, sharing_embedding
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import MergeError, few
+
+
+def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> set[str]:
+    """Paths of the layers that need a weight of their own to merge adapters into.
+
+    Args:
+        model: the base model.
+        layers: path -> adapted layer.
+        names: adapters to be merged.
+    """
+    acting = {
+        path: [name for name in names if layer.changes_weight([name])]
+        for path, layer in layers.items()
+        if isinstance(layer.weight_module._parameters.get("weight"), nn.Parameter)
+    }
+    merging = {path: adapters for path, adapters in acting.items() if adapters}
+    wanted = {id(layers[path].weight_module._parameters["weight"]) for path in merging}
+    users: dict[int, set[int]] = {}
+    for module in reached_modules(model):
+        kept = [module.shared_weight] if isinstance(module, AdaptedLayer) else []
+        for parameter in (*module._parameters.values(), *kept):
+            if id(parameter) in wanted:
+                users.setdefault(id(parameter), set()).add(id(module))
+    if all(len(modules) == 1 for modules in users.values()):
+        return set()
+    parted: set[str] = set()
+    for weight, modules in users.items():
+        group = [path for path in merging if id(layers[path].weight_module._parameters["weight"]) == weight]
+        if len(modules) > 1 and not _alike(layers, {path: merging[path] for path in group}, len(modules)):
+            parted.update(group)
+    return parted
+
+
+def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], users: int) -> bool:
+    """Whether all that share a weight change it alike, with the same tensors, so that it can stay shared."""
+    changes = {change_of([(layers[path].adapter(name), 1.0) for name in names]) for path, names in group.items()}
+    return len({id(layers[path]) for path in group}) == users and len(changes) == 1
+
+
+def check_single(layer: AdaptedLayer, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Raises MergeError where the weight of one layer is merged into and is that of other such layers, too.
+
+    Args:
+        layer: the layer.
+        layers: path -> adapted layer, of the whole model.
+    """
+    weight = layer.weight_module._parameters.get("weight")
+    sharing = {
+        path: other
+        for path, other in layers.items()
+        if weight is not None
+        and other.weight_module._parameters.get("weight") is weight
+        and other.changes_weight(other.merged_names)
+    }
+    own = next((path for path, other in sharing.items() if other is layer), "")
+    others = [path for path, other in sharing.items() if other is not layer]
+    if own and others:
+        raise MergeError(
+            f"{own} has one merged weight with {few(others)}: unmerge the model (unmerge_adapter) first", path=own
+        )
+
+
+def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, float], ...]:
+    """What adapters, with the factor on each one's delta, change of a weight: equal where they share their tensors."""
+    return tuple((id(one.source or one), scale * float(getattr(one, "scaling", 1.0))) for one, scale in adapters)
+
+
+def modules_tied_to_embedding(model: nn.Module) -> list[str]:
+    """Paths of the modules that share the weight of the input embedding, without it; none where the config says so.
+
+    Args:
+        model: with or without adapters, or a handle.
+    """
+    base = base_model_of(model)
+    return sorted(list(sharing_embedding(base, bare_modules(base)))[1:])
+
+
+def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
+    """Sees to it that a model whose embeddings are no longer one weight is saved and loaded like that.
+
+    All that still share the old weight get their own, since the config can only tell all or nothing.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, TIED, False):
+        return
+    ends = [_embedding_weight(model, output=output) for output in (False, True)]
+    if None in ends or ends[0] is ends[1]:
+        return
+    seen: set[int] = set()
+    for module in reached_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is None or not any(weight is end for end in ends):
+            continue
+        if id(weight) in seen:
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            change.set_item(module._parameters, "weight", own)
+        seen.add(id(weight))
+    change.keep_attributes(config, TIED)
+    setattr(config, TIED, False)
+    warnings.warn(f"the embedding and the output head are two weights now: config.{TIED} is set to False", stacklevel=4)
+
+
+def _embedding_weight(model: nn.Module, *, output: bool) -> nn.Parameter | None:
+    weight = getattr(embedding_of(model, output=output), "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None

@@ -1,0 +1,87 @@
+"""What of a model can carry no adapter, asked before anything is changed.
+
+Mamba's mixers hand the weights of some layers to fused kernels, and never call others at all: an
+adapter there would be trained and would not act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import LayerKindError, TargetError
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+_OUT = ("conv1d", "out_proj")
+_OUT_AND_STEP = (*_OUT, "dt_proj")
+
+_READ_DIRECTLY = {
+    "falcon_h1": _OUT,
+    "falcon_mamba": _OUT_AND_STEP,
+    "mamba": _OUT_AND_STEP,
+    "mamba2": _OUT,
+    "nemotron_h": _OUT,
+}
+"""Model type -> last names of such layers."""
+
+
+def bypassed(model: nn.Module, path: str) -> str:
+    """Why an adapter on a layer would not act; empty where it would.
+
+    Args:
+        model: the base model.
+        path: of the layer.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    names = _READ_DIRECTLY.get(kind, ()) if isinstance(kind, str) else ()
+    if path.rpartition(".")[2] not in names:
+        return ""
+    return f"the fused kernels of {kind} read its weight without calling it, so an adapter there would not act"
+
+
+def check_called(model: nn.Module, path: str) -> None:
+    """Raises TargetError where an adapter would not act, because the model does not call the layer."""
+    reason = bypassed(model, path)
+    if reason:
+        name = path.rpartition(".")[2]
+        raise TargetError(
+            f"{path} cannot be adapted: {reason}; take {name!r} out of target_modules or exclude it", path=path
+        )
+
+
+def check_shaped(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises LayerKindError where a lazy layer does not know its shape yet."""
+    for path, module in modules:
+        if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
+            raise LayerKindError(
+                f"{path} is a {type(module).__name__:.60} that has no shape yet: call the model with a batch first",
+                path=path,
+            )
+
+
+def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
+    """Raises TargetError where a module cannot be trained as a whole."""
+    if isinstance(wrapper, AdaptedLayer):
+        raise TargetError(f"{path} carries adapters already and cannot be trained as a whole (modules_to_save)")
+    inner = next((name for name, part in module.named_modules() if isinstance(part, AdaptedLayer)), None)
+    if inner is not None:
+        raise TargetError(f"{path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
+    stored = ((name, part) for name, part in module.named_parameters() if isinstance(part, QuantizedMatrices))
+    for name, part in stored:
+        raise TargetError(
+            f"{path} cannot be trained as a whole (modules_to_save): its {name} is stored in {part.form.label}; put an "
+            "adapter on it (target_parameters)"
+        )
+    if isinstance(module, _CONTAINERS):
+        raise LayerKindError(
+            f"modules_to_save cannot be applied to modules of type {type(module).__name__}, such as {path}, which "
+            "has no forward of its own; name the modules inside it",
+            path=path,
+        )

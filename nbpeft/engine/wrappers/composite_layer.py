@@ -1,0 +1,86 @@
+"""AdaptedComposite: the wrapper around a module that computes with several weights itself, as nn.MultiheadAttention.
+
+Its own weight is adapted here, those of the layers inside it at the layers, which it never calls. While adapters
+act it calls a twin of the module that has sums in the place of the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.contract.base import Composite
+from nbpeft.engine.peft_names.peft_modules import use_shown
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.parameter_layer import AdaptedOwner, factored_weight, twin_of
+from nbpeft.errors import AdapterError
+
+
+class AdaptedComposite(AdaptedOwner):
+    """A module of a ``Composite`` kind and the named adapters of its own weight."""
+
+    kind: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives with the active adapters' deltas on all its weights."""
+        owners = (self, *self._layers().values())
+        if any(name in owner.adapters._modules for owner in owners for name in self._acting(owner)):
+            return self._adapted(args, kwargs)
+        return self.get_base_layer()(*args, **kwargs)
+
+    def _acting(self, owner: AdaptedLayer) -> tuple[str, ...]:
+        """Adapters that act on a weight in the call that runs, as far as they are on it."""
+        active = self.active_state.current()
+        return () if owner.merged_names else active.names if active.rows is None else active.rows.names
+
+    def _layers(self) -> dict[str, AdaptedLayer]:
+        """The adapted ones of the layers inside."""
+        assert isinstance(self.kind, Composite)
+        modules = self.get_base_layer()._modules
+        return {name: layer for name in self.kind.layers if isinstance(layer := modules.get(name), AdaptedLayer)}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _adapted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        active = self.active_state.current()
+        module = self.get_base_layer()
+        if active.rows is not None:
+            raise AdapterError(
+                f"{self.adapted_as} does not support mixed adapter batches: adapter {active.rows.names[0]!r} adapts "
+                f"a {type(module).__name__:.60}, so give each adapter a batch of its own"
+            )
+        own = self.with_adapters(active)
+        modules = {name: _with_adapters(layer, active) for name, layer in self._layers().items()}
+        return twin_of(module, {} if own is None else {self.parameter_name: own.summed()}, modules)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in getattr(self.__dict__.get("kind"), "private", ()):
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__class__ = CompositeReplica
+        return replica
+
+
+class CompositeReplica(AdaptedComposite):
+    """A replica that nn.DataParallel made; see ``LayerReplica``."""
+
+    def show_adapters(self) -> None:
+        """Changes nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same on the replica's device."""
+        for layer in (self, *self._layers().values()):
+            use_shown(layer.adapters._modules, layer._modules)
+        return super().forward(*args, **kwargs)
+
+
+def _with_adapters(layer: AdaptedLayer, active: Active) -> nn.Module:
+    """The frozen layer, or a twin of it with another weight."""
+    base = layer._own_base()
+    weight = factored_weight(layer, base, active)
+    return base.module if weight is None else twin_of(base.module, {"weight": weight.summed()})

@@ -1,0 +1,643 @@
+"""AdaptedLayer: the only wrapper around a layer, whatever the method, the kind of layer and the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
+from nbpeft.engine.changes.reached import is_plain
+from nbpeft.engine.changes.spool import Spool
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
+from nbpeft.engine.contract.model_adapter import learns_prompt
+from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
+from nbpeft.engine.kernels.recomputed import parts_of
+from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
+from nbpeft.engine.peft_names.peft_modules import (
+    AdapterDict,
+    ParameterMapping,
+    ShownParts,
+    emptied,
+    empty_mapping,
+    show_adapters,
+    shown_under,
+    use_shown,
+)
+from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
+from nbpeft.engine.wrappers.merged_twin import MergedTwin
+from nbpeft.engine.wrappers.row_order import check_row_order
+from nbpeft.errors import AdapterError, MergeError
+
+
+@dataclass
+class Stored:
+    """The weight of a layer as it was at some time.
+
+    Attributes:
+        parameter: the parameter that holds it, where merging takes another one because others share it.
+        weight: else what the backend kept of it, or what reads that.
+        bias: the layer's bias, (out,), on the CPU.
+        merged: adapters that were merged into it.
+        frozen: the frozen weight, where it was another one.
+    """
+
+    parameter: nn.Parameter | None
+    weight: Any
+    bias: Tensor | None
+    merged: tuple[str, ...]
+    frozen: Stored | None
+
+
+class AdaptedLayer(PeftLayerMixin):
+    """A frozen layer and its named adapters.
+
+    The output is the base layer's plus the deltas of the active adapters, each taken against the
+    frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``,
+    ``in_features``, …) are the base layer's, but for private ones. Parameters and modules below it have PEFT's names
+    (``peft_modules``): those of the adapters themselves are no part of the tree that is walked over.
+
+    Attributes:
+        base_layer: the frozen layer; called as a module, so that its hooks act.
+        adapters: adapter name -> adapter.
+        merged_names: adapters whose deltas are in the base weight now.
+    """
+
+    base_layer: nn.Module
+    adapters: AdapterDict
+
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, backend: Backend, active_state: ActiveState) -> None:
+        super().__init__()
+        self.__dict__["_modules"]["base_layer"] = base_layer
+        adapters = AdapterDict()
+        self.__dict__.update(
+            adapters=adapters,
+            kind=kind,
+            backend=backend,
+            base=BaseLayer(base_layer, kind, backend, adapters=adapters._modules),
+            active_state=active_state,
+            merged_names=(),
+            training=base_layer.training,
+            _frozen=None,
+            _twin=None,
+            _shown={},
+            listed_apart=False,
+        )
+
+    kind: LayerKind
+    backend: Backend
+    base: BaseLayer
+    active_state: ActiveState | LayerState
+    merged_names: tuple[str, ...]
+    _frozen: Stored | None
+    _twin: MergedTwin | None
+    _shown: dict[str, Any]
+    listed_apart: bool
+    """Whether a handle on the model lists adapters that act on calls, as its own."""
+
+    @property
+    def weight_module(self) -> nn.Module:
+        """The module whose ``weight`` is adapted."""
+        return self.base_layer
+
+    @property
+    def shared_weight(self) -> nn.Parameter | None:
+        """The weight that it shares with other modules, while it has one of its own that adapters are merged into."""
+        return None if self._frozen is None else self._frozen.parameter
+
+    @property
+    def is_untied(self) -> bool:
+        """Whether its weight is one of its own as long as adapters are merged, and else shared with other modules."""
+        return self.shared_weight is not None
+
+    def path_at(self, place: str) -> str:
+        """Path of what is adapted where the frozen layer is at a place."""
+        return place
+
+    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+        """Takes the place of the frozen layer among the modules of its parent."""
+        change.set_item(modules, attribute, self)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's map with the active adapters' deltas.
+
+        Args:
+            x: the base layer's input.
+            *args: handed to the base layer.
+            **kwargs: handed to the base layer.
+
+        Returns:
+            The base layer's output with the deltas added, in the base output's dtype.
+        """
+        active = self.active_state.current()
+        if self.merged_names:
+            merged: Tensor = self.base_layer(x, *args, **kwargs)
+            return merged
+        if self.is_quantization_aware(active.names if active.rows is None else active.rows.names):
+            return self._rounded(x, active, args, kwargs)
+        alone = self._alone(active)
+        if isinstance(alone, TransformsInput):
+            base = self._base_in(active, active.names[0])
+            transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
+            return alone.transform_output(transformed, base) if isinstance(alone, TransformsOutput) else transformed
+        if isinstance(alone, ReplacesCall) and not (args or kwargs) and is_plain(self.base_layer):
+            replaced = alone.output(x, self._base_in(active, active.names[0]))
+            if replaced is not None:
+                return replaced
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
+            x = x.to(output.device)
+        if active.rows is not None:
+            return self._mixed(x, output, active, active.rows)
+        if isinstance(alone, TransformsOutput):
+            return alone.transform_output(output, self._base_in(active, active.names[0]))
+        if alone is not None and alone.supports_fused_add:
+            fused: Tensor = alone(x, output, self._base_in(active, active.names[0]), True)
+            return fused
+        return self._with_deltas(x, output, active)
+
+    def _alone(self, active: Active) -> Any:
+        """The adapter here that is active at its trained strength, where no other is active in the model."""
+        if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
+            return None
+        return self.adapters._modules.get(active.names[0])
+
+    def is_quantization_aware(self, names: Sequence[str]) -> bool:
+        """Whether the layer acts as it will once these adapters are merged, because one of them has learned so."""
+        if self.backend.name == "dense":
+            return False
+        adapters: Any = self.adapters._modules
+        return any(name in adapters and adapters[name].is_quantization_aware for name in names)
+
+    def _rounded(self, x: Tensor, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        if active.rows is not None:
+            raise AdapterError("adapters that act on rounded weights cannot serve rows of one batch: activate one")
+        twin = self._twin
+        if twin is None:
+            twin = self.__dict__["_twin"] = MergedTwin()
+        chosen = [pair for pair in zip(active.names, active.scales, strict=True) if pair[0] in self.adapters._modules]
+        bases = {name: self._base_in(active, name) for name, _ in chosen}
+        return twin.output(self, x, chosen, bases, args, kwargs)
+
+    def _with_deltas(self, x: Tensor, output: Tensor, active: Active) -> Tensor:
+        total: Tensor | None = None
+        adapters = self.adapters._modules
+        for name, scale in zip(active.names, active.scales, strict=True):
+            adapter = adapters.get(name)
+            if adapter is None:
+                continue
+            delta: Tensor = adapter(x, output, self._base_in(active, name))
+            if scale != 1.0:
+                delta = delta * scale
+            total = delta if total is None else total + delta
+        if total is None:
+            return output
+        if total.device != output.device:
+            total = total.to(output.device)
+        return add_delta(output, total)
+
+    def _base_in(self, active: Active, name: str) -> BaseLayer:
+        """The layer as an adapter sees it in the call that runs."""
+        base = self._own_base()
+        return base.within(active.context[name]) if name in active.context else base
+
+    def _own_base(self) -> BaseLayer:
+        """``base``; a replica that nn.DataParallel made on another device has a frozen layer of its own."""
+        layer = self._modules["base_layer"]
+        if layer is None or layer is self.base.module:
+            return self.base
+        return BaseLayer(layer, self.kind, self.backend, adapters=self.adapters._modules)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        adapters: Any = AdapterDict()
+        for name, adapter in self.adapters._modules.items():
+            adapters._modules[name] = adapter._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters, _twin=None)
+        replica.__class__ = LayerReplica
+        return replica
+
+    def _mixed(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
+        """A batch whose rows are served by different adapters."""
+        adapters = self.adapters._modules
+        present = [name for name in rows.names if name in adapters]
+        if not present:
+            return output
+        x, output = rows.spread(x), rows.spread(output)
+        check_row_order(rows, x, self)
+        batch = output.shape[0]
+        if self.training:
+            return self._learning(x, output, active, rows)
+        kinds = {type(self.adapter(name)) for name in present}
+        prepared = any(name in active.context for name in present)
+        if not prepared and len(kinds) == 1 and issubclass(serving := kinds.pop(), ServesRows):
+            kept = rows.cache.setdefault(id(self), {})
+            found: list[Any] = [adapters.get(name) for name in rows.names]
+            served = serving.mixed(found, rows.scales, self._own_base(), kept)
+            if served is not None:
+                return add_delta(output, served(x, rows.expanded(batch, x.device)))
+        result = output.clone()
+        for name in present:
+            chosen = rows.rows_of(name, batch, output.device)
+            if len(chosen):
+                base = self._base_in(active, name)
+                base = base if base.context is None else base.within(_rows_of(base.context, chosen, batch))
+                delta = self.adapter(name)(x[chosen], output[chosen], base) * rows.scales[rows.names.index(name)]
+                result[chosen] = add_delta(output[chosen], delta)
+        return result
+
+    def _learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
+        """A mixed batch that is learned from: each adapter drops from its rows what it would drop alone."""
+        runs = rows.runs(len(output))
+        sizes = [run.stop - run.start for _, run in runs]
+        parts, drawn = [], torch.get_rng_state()
+        for (name, run), own_x, own_output in zip(runs, parts_of(x, sizes), torch.split(output, sizes), strict=True):
+            torch.set_rng_state(drawn)
+            parts.append(self._rows_learning(own_x, own_output, active, rows, name, run))
+        return torch.cat(parts)
+
+    def _rows_learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows, name: str, run: slice) -> Tensor:
+        """Neighbouring rows of one adapter; views, of which backward keeps nothing that it would not of the batch."""
+        adapter: Any = self.adapters._modules.get(name)
+        if adapter is None:
+            return output
+        base = self._base_in(active, name)
+        base = base if base.context is None else base.within(_rows_of(base.context, run, len(rows.index)))
+        scale = rows.scales[rows.names.index(name)]
+        if scale == 1.0 and isinstance(adapter, TransformsOutput) and not isinstance(adapter, TransformsInput):
+            return adapter.transform_output(output, base)
+        if scale == 1.0 and adapter.supports_fused_add:
+            fused: Tensor = adapter(x, output, base, True)
+            return fused
+        return add_delta(output, adapter(x, output, base) * scale)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name on this layer."""
+        found = self.adapters._modules[name]
+        assert isinstance(found, Adapter)
+        return found
+
+    @torch.no_grad()
+    def are_finite(self, names: Sequence[str]) -> bool:
+        """Whether all numbers of these adapters are, of those that are on this layer."""
+        here = [self.adapter(name) for name in names if name in self.adapters._modules]
+        return all(is_finite(parameter) for adapter in here for parameter in adapter.parameters())
+
+    @torch.no_grad()
+    def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
+        """Names what of the layer would not stay finite, weights or bias, if these adapters were merged; else empty."""
+        chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
+        if not chosen:
+            return ""
+        if not self.are_finite(names):
+            return "weights"
+        weight = self.base.weight().clone()
+        self._add_deltas(weight, *zip(*chosen, strict=True))
+        if not is_finite(weight):
+            return "weights"
+        if self.base.bias is None:
+            return ""
+        bias = self.base.bias.detach().clone()
+        _add_bias_deltas(bias, self._bias_deltas(chosen))
+        return "" if is_finite(bias) else "bias"
+
+    @torch.no_grad()
+    def merge_into_base(
+        self,
+        names: Sequence[str],
+        scales: Sequence[float],
+        change: Transaction,
+        *,
+        keep_frozen: bool,
+        apart: bool = False,
+    ) -> None:
+        """Adds the deltas of these adapters to the frozen weight, which comes back first where some are merged.
+
+        Args:
+            names: adapters; those not on this layer are passed over.
+            scales: factor on each one's delta.
+            change: records what the weight is now, in a copy on the CPU.
+            keep_frozen: keep the frozen weight for ``restore_base`` afterwards, too.
+            apart: merge into a weight of its own and leave the present one, which others share.
+
+        Raises:
+            MergeError: the backend cannot store a merged weight, or a bias has no place to go.
+        """
+        chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
+        if not chosen:
+            return
+        self.check_mergeable([name for name, _ in chosen])
+        self.restore_base(change)
+        frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
+        change.on_undo(lambda: self._put_back(frozen))
+        if apart:
+            self._part_weight()
+        self.write_merged(chosen, self.weight_module, self.base.bias)
+        self.merged_names = tuple(name for name, _ in chosen)
+        self.__dict__["_twin"] = None
+        self._frozen = frozen if keep_frozen else None
+
+    @torch.no_grad()
+    def take_out(self, adapters: Sequence[Adapter], change: Transaction, *, apart: bool) -> None:
+        """Subtracts the parts that adapters start in from the weight for good; see ``merge_into_base`` for the rest."""
+        before = self._stored(apart=apart, spool=change.spool)
+        change.on_undo(lambda: self._put_back(before))
+        if apart:
+            self._part_weight()
+        weight = self.backend.dequantize(self.weight_module)
+        for adapter in adapters:
+            adapter.take_out_(self.kind.canonical(self.weight_module, weight))
+        self.backend.store(self.weight_module, weight)
+
+    def _part_weight(self) -> None:
+        """Gives the layer a weight of its own in place of the one that others share."""
+        shared: Any = self.weight_module._parameters["weight"]
+        self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+
+    def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
+        """Adds deltas of adapters here, each taken against the frozen layer.
+
+        Args:
+            chosen: names, and the factor on each one's delta.
+            module: where the sum with the frozen weight goes: ``weight_module``, or a twin of it.
+            bias: (out,), what deltas of biases are added to.
+        """
+        # The biases first: a method's may be a multiple of its bias, or of its weight.
+        bias_deltas = self._bias_deltas(chosen)
+        if module is not self.weight_module or self.changes_weight([name for name, _ in chosen]):
+            weight = self.backend.dequantize(self.weight_module)
+            self._add_deltas(self.kind.canonical(self.weight_module, weight), *zip(*chosen, strict=True))
+            self.backend.store(module, weight)
+        if bias is not None:
+            _add_bias_deltas(bias, bias_deltas)
+
+    def changes_weight(self, names: Sequence[str]) -> bool:
+        """Whether some of these adapters change the weight here, and not the bias alone."""
+        return any(self.adapter(name).delta_rank != 0 for name in names if name in self.adapters._modules)
+
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        """Raises MergeError where ``merge_into_base`` would."""
+        present = [name for name in names if name in self.adapters._modules]
+        if present and not self.backend.can_merge:
+            raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.unmergeable_reason}")
+        if present and offloading(self.weight_module) is not None:
+            raise MergeError(
+                "its weight is offloaded, and what is merged into it would be lost with the next call: load the model "
+                "without offloading"
+            )
+        if present and any(tensor.is_meta for tensor in self.weight_module.parameters(recurse=False)):
+            raise MergeError("its weight has no data here (meta device): load the model whole")
+        for name in present:
+            refusal = self.adapter(name).unmergeable_reason(self.base)
+            if refusal:
+                raise MergeError(f"adapter {name!r} cannot be merged into {refusal}")
+        biased = any(self.adapter(name).delta_bias(self.base) is not None for name in present)
+        refusal = unmergeable_reason(self.base, biased=biased) if present else ""
+        if refusal:
+            raise MergeError(refusal)
+        for name in present:
+            if self.base.bias is None and self.adapter(name).delta_bias(self.base) is not None:
+                raise MergeError(f"adapter {name!r} adds a bias but the base layer has none to take it")
+
+    def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
+        adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
+        add_deltas(weight, self.base, [pair for pair in adapters if not self._merged_through_tied_layer(pair[0])])
+
+    def _merged_through_tied_layer(self, adapter: Adapter) -> bool:
+        """Whether merging on the layer of the adapter that this one is tied to changes this layer's weight too."""
+        owner = None if adapter.source is None else self._layer_with([adapter.source])
+        if owner is None:
+            return False
+        return owner.weight_module._parameters.get("weight") is self.weight_module._parameters.get("weight")
+
+    def _layer_with(self, adapters: Sequence[Adapter]) -> AdaptedLayer | None:
+        """The layer of the model that has one of these adapters."""
+        layers: Any = self._commands().manager.layers.values()
+        held = ((layer, own) for layer in layers for own in layer.adapters._modules.values())
+        return next((layer for layer, own in held if any(own is one for one in adapters)), None)
+
+    def _bias_deltas(self, chosen: Sequence[tuple[str, float]]) -> list[tuple[Tensor, float]]:
+        found = ((self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen)
+        return [(delta, scale) for delta, scale in found if delta is not None]
+
+    def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
+        """All that merging changes, as it is now; tensors as copies on the CPU.
+
+        Args:
+            apart: the weight itself stays as it is, and another parameter takes its place.
+            spool: keeps the weight, where it is an ordinary one.
+        """
+        bias: Tensor | None = self.base.bias
+        weight: Any = None
+        if not apart and spool is not None and self.backend.name == "dense":
+            weight = spool.keep(self.backend.dequantize(self.weight_module))
+        elif not apart:
+            weight = self.backend.snapshot(self.weight_module)
+        return Stored(
+            self.weight_module._parameters["weight"] if apart else None,
+            weight,
+            None if bias is None else bias.detach().to("cpu", copy=True),
+            self.merged_names,
+            self._frozen,
+        )
+
+    @torch.no_grad()
+    def _put_back(self, stored: Stored) -> None:
+        if stored.parameter is not None:
+            self.weight_module._parameters["weight"] = stored.parameter
+        else:
+            weight = stored.weight() if callable(stored.weight) else stored.weight
+            self.backend.restore(self.weight_module, weight)
+        if stored.bias is not None and self.base.bias is not None:
+            self.base.bias.copy_(stored.bias)
+        self.merged_names, self._frozen = stored.merged, stored.frozen
+
+    @torch.no_grad()
+    def restore_base(self, change: Transaction) -> None:
+        """Puts the weight back as it was before ``merge_into_base``, bit for bit."""
+        if not self.merged_names:
+            return
+        frozen = self._frozen
+        assert frozen is not None
+        apart = frozen.parameter is not None
+        merged = self._stored(apart=apart)
+        # There is one copy of the frozen weight at a time: until it is back in the layer.
+        merged.frozen = None
+
+        def undo() -> None:
+            merged.frozen = self._frozen if self.merged_names else self._stored(apart=apart)
+            self._put_back(merged)
+
+        change.on_undo(undo)
+        self._put_back(frozen)
+
+    # The tree as PEFT has it
+
+    def show_adapters(self) -> None:
+        """Brings the modules with PEFT's names up to date."""
+        adapters = self.adapters._modules
+        if self.is_passed_over:
+            adapters = {}
+        if self._shown != adapters:
+            self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
+
+    def _shown_where_tied(self, name: str) -> nn.Module | None:
+        """What the layer shows under a name whose adapters those here are tied to."""
+        here: Any = self.adapters._modules.values()
+        sources = [adapter.source for adapter in here if adapter.source is not None]
+        if not any(name in (source.peft_container, *source._parameters) for source in sources):
+            return None
+        owner = self._layer_with(sources)
+        if owner is None:
+            return None
+        owner.show_adapters()
+        return shown_under(owner._modules, name)
+
+    def hide_adapters(self) -> None:
+        """Lets go of those of adapters that are gone."""
+        if self._shown:
+            self.show_adapters()
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether the frozen layer has its own name: all adapters act on calls of the model and are listed there."""
+        adapters = list(self.adapters._modules.values())
+        return self.listed_apart and bool(adapters) and all(map(learns_prompt, adapters))
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As in PEFT; see ``nn.Module``."""
+        self.show_adapters()
+        if not self.is_passed_over:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+        yield from self.base_layer.named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in PEFT; see ``nn.Module``."""
+        self.show_adapters()
+        yield from super().named_children()
+
+    def children(self) -> Iterator[nn.Module]:
+        """The same, those with PEFT's names as far as somebody has asked for them: who wants no names goes over all."""
+        yield from (child for _, child in super().named_children())
+        yield self.adapters
+
+    def __repr__(self) -> str:
+        self.show_adapters()
+        return super().__repr__()
+
+    def reached_children(self) -> tuple[nn.Module, nn.Module]:
+        """The frozen layer and the adapters: what is called, moved and put into another mode."""
+        return self.base_layer, self.adapters
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode."""
+        self.training = mode
+        for child in self.reached_children():
+            child.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; see ``nn.Module``."""
+        self.show_adapters()
+        if self.is_passed_over:
+            return self.base_layer.state_dict(*args, **kwargs)
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.show_adapters()
+        if self.is_passed_over:  # the dictionary is that of this module, and its children's are made of it
+            for key in [key for key in state_dict if not key.startswith(f"{prefix}base_layer.")]:
+                state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        replica = isinstance(self.__dict__.get("active_state"), ReplicaState)  # nn.DataParallel fills it in
+        put = isinstance(value, nn.Module) and name != "base_layer" and not replica
+        found = getattr(self, name, None) if put else None
+        if not isinstance(found, ShownParts | ParameterMapping):
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.ModuleDict | nn.ParameterDict):
+            for adapter in value:
+                found[adapter] = value[adapter]
+        else:
+            raise AdapterError(f"{name} of an adapted layer is by adapter, not one {type(value).__name__}")
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules") or {}
+        if name == "base_layer" and name in modules:
+            return modules[name]
+        if name.startswith("__") or "base_layer" not in modules:
+            return super().__getattr__(name)
+        adapters, base_layer = self.adapters._modules, modules["base_layer"]
+        found: Any = by_name(adapters, name)
+        if found is None:
+            found = function_by_name(self, name)
+        if found is None:
+            self.show_adapters()
+            found = shown_under(modules, name)
+        if found is None:
+            found = self._shown_where_tied(name) or empty_mapping(adapters, name)
+        if found is None and not adapters:
+            found = next((emptied(method, name) for method in self._methods()), None)
+        if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
+            return super().__getattr__(name)
+        if found is None and not hasattr(base_layer, name):
+            found = attribute_by_name(adapters, name)
+        return getattr(base_layer, name) if found is None else found
+
+
+class LayerReplica(AdaptedLayer):
+    """A replica that nn.DataParallel made: what it shows was put on another device, and its adapters follow."""
+
+    def show_adapters(self) -> None:
+        """Changes nothing."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same on the replica's device."""
+        use_shown(self.adapters._modules, self._modules)
+        return super().forward(x, *args, **kwargs)
+
+
+def _rows_of(context: Any, chosen: Tensor | slice, batch: int) -> Any:
+    """The part of a call's context that belongs to some rows, where it holds one entry for each row."""
+    if not isinstance(context, Tensor) or context.ndim == 0 or batch % context.shape[0]:
+        return context
+    # A generation with beams computes with several rows for each of the call's.
+    each = batch // context.shape[0]
+    rows = torch.arange(batch)[chosen] if isinstance(chosen, slice) else chosen
+    return context[rows.to(context.device).div(each, rounding_mode="floor")]
+
+
+def _add_bias_deltas(bias: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> None:
+    for delta, scale in deltas:
+        add_scaled_(bias, delta.to(bias.dtype), scale)
+
+
+def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Adds the deltas of adapters, each taken against the frozen weight, to a canonical weight in place.
+
+    Args:
+        weight: the frozen weight, canonical; becomes the merged one.
+        base: the layer it belongs to.
+        adapters: (adapter, factor on its delta).
+    """
+    if len(adapters) == 1 or not any(adapter.reads_weight for adapter, _ in adapters):
+        for adapter, scale in adapters:
+            adapter.add_to_(weight, base, scale)
+        return
+    frozen = weight.clone()
+    for adapter, scale in adapters:
+        add_scaled_(weight, adapter.delta_weight(frozen, base), scale)

@@ -1,0 +1,156 @@
+"""ModulesToSaveWrapper: a module trained as a whole, once per adapter (``modules_to_save``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.active_state import ActiveState, LayerState, ReplicaState, Rows
+from nbpeft.engine.peft_names.peft_layer_api import ChoosesAlone, one_or_all, refuse_pickle_of_peft
+from nbpeft.engine.peft_names.peft_modules import AdapterDict
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.row_order import check_row_order
+from nbpeft.errors import AdapterError, LayerKindError
+
+
+class ModulesToSaveWrapper(ChoosesAlone):
+    """A frozen module and its trained copies by adapter name.
+
+    Forward and attributes are those of the active adapter's copy, or of the original where no
+    active adapter has one.
+
+    Attributes:
+        original_module: the frozen module.
+        modules_to_save: adapter name -> trained copy (PEFT's name, which files omit).
+    """
+
+    original_module: nn.Module
+    modules_to_save: AdapterDict
+
+    def __init__(self, original_module: nn.Module, active_state: ActiveState, *, training: bool = False) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = AdapterDict()
+        self.__dict__["active_state"] = active_state
+        self.training = training or original_module.training
+
+    active_state: ActiveState | LayerState
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "active_state" not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
+    def _named(self) -> dict[str, Any]:
+        return self.modules_to_save._modules
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes an adapter's copy act here and trains it, or not for inference; the other copies are frozen.
+
+        Args:
+            adapter_names: one name, or several of which one has a copy here at most.
+            inference_mode: freeze it.
+
+        Raises:
+            AdapterError: two of them each trained a copy.
+        """
+        self._chosen_of([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().set_adapter(adapter_names, inference_mode)
+
+    @property
+    def _adapters(self) -> set[str]:
+        """Names of the adapters that have a copy; PEFT's libraries read it."""
+        return set(self.modules_to_save._modules)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether no adapter acts in the model now."""
+        return not self.active_state.current().names
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter that has a copy here, whether or not it is enabled; empty where none has."""
+        return one_or_all(self.active_adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The same as a list."""
+        return [name for name in self.chosen_names() if name in self.modules_to_save._modules]
+
+    def chosen(self) -> nn.Module:
+        """The module that acts now.
+
+        Raises:
+            AdapterError: two active adapters each trained a copy.
+        """
+        return self._chosen_of(self.active_state.current().names)
+
+    def _chosen_of(self, names: Sequence[str]) -> nn.Module:
+        copies = self.modules_to_save._modules
+        having = [name for name in names if name in copies]
+        if len(having) > 1:
+            raise AdapterError(
+                f"adapters {' and '.join(map(repr, having))} each trained their own copy of a "
+                f"{type(self.original_module).__name__}; only one of them can be active"
+            )
+        module = copies[having[0]] if having else self.original_module
+        assert module is not None
+        return module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the acting module returns."""
+        active = self.active_state.current()
+        if active.rows is None:
+            return self.chosen()(*args, **kwargs)
+        return self._mixed(active.rows, *args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["active_state"] = ReplicaState(self.active_state)
+        return replica
+
+    def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A batch whose rows are served by different copies; the first argument is the batch."""
+        copies: Any = self.modules_to_save._modules
+        present = [name for name in rows.names if name in copies]
+        if present and isinstance(x, Tensor):
+            check_row_order(rows, rows.spread(x), self)
+        if self.training and isinstance(x, Tensor) and len(x) % len(rows.index) == 0:
+            runs = [(copies.get(name, self.original_module), run) for name, run in rows.runs(len(x))]
+            return torch.cat([module(x[run], *args, **kwargs) for module, run in runs])
+        result = self.original_module(x, *args, **kwargs)
+        if not (isinstance(result, Tensor) and isinstance(x, Tensor)):
+            raise LayerKindError(
+                f"adapter_names cannot serve a {type(self.original_module).__name__} trained as a whole: "
+                "its input and output are not single tensors; give each adapter a batch of its own"
+            )
+        if not present:
+            return result
+        x, result = rows.spread(x.to(result.device)), rows.spread(result).clone()
+        for name in present:
+            chosen = rows.rows_of(name, x.shape[0], x.device)
+            if len(chosen):
+                result[chosen] = self.modules_to_save[name](x[chosen], *args, **kwargs).to(result.dtype)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what a library notes on a module, as accelerate's _hf_hook, is that module's alone
+            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
+                raise
+        return getattr(self.chosen(), name)
+
+
+def only_holds(wrapper: AdaptedLayer | ModulesToSaveWrapper | None, name: str | None) -> bool:
+    """Whether a wrapper holds an adapter of that name and no other."""
+    if wrapper is None:
+        return False
+    held = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
+    return tuple(held._modules) == (name,)

@@ -1,0 +1,228 @@
+"""AdaptedParameter: the wrapper around a module of which one bare parameter is adapted, as the experts of a mixture.
+
+Several parameters of one module have a wrapper each, one inside the other; the outermost one calls the module. It
+calls a twin that shares everything with the module but those parameters, so that other threads may call the module,
+or the same one with other adapters, meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, ActiveState
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.peft_names.peft_modules import use_shown
+from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, FactoredWeight, Product
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.row_order import check_row_order
+from nbpeft.errors import AdapterError
+
+_MULTIPLYING = (None, "eager", "grouped_mm", "batched_mm")
+"""transformers' ways to compute experts (``_experts_implementation``) that only index and multiply."""
+
+
+class AdaptedOwner(AdaptedLayer):
+    """A module that is no layer and the named adapters of one parameter that it computes with itself.
+
+    Attributes:
+        base_layer: the module, or the wrapper for another parameter of it.
+        parameter_name: of the parameter.
+    """
+
+    parameter_name: str
+
+    def __init__(self, module: nn.Module, name: str, kind: LayerKind, backend: Backend, state: ActiveState) -> None:
+        super().__init__(module, kind, backend, state)
+        self.__dict__.update(
+            parameter_name=name,
+            base=BaseLayer(ParameterView(module, name), kind, backend, adapters=self.adapters._modules),
+        )
+
+    @property
+    def weight_module(self) -> nn.Module:
+        """A module that has the parameter as its ``weight``."""
+        return self.base.module
+
+    def with_adapters(self, active: Active) -> FactoredWeight | None:
+        """The parameter with the products of active adapters; None where there are none, or they are merged."""
+        return factored_weight(self, self._own_base(), active)
+
+    def _own_base(self) -> BaseLayer:
+        """``base``; a replica that nn.DataParallel made has a module of its own."""
+        module: nn.Module = self.get_base_layer()
+        if module is self.weight_module.owner:
+            return self.base
+        return BaseLayer(
+            ParameterView(module, self.parameter_name), self.kind, self.backend, adapters=self.adapters._modules
+        )
+
+    def _acts(self) -> bool:
+        """Whether an adapter changes the parameter in the call that runs."""
+        active = self.active_state.current()
+        names = active.names if active.rows is None else active.rows.names
+        return not self.merged_names and any(name in self.adapters._modules for name in names)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module, inside all wrappers."""
+        inner: Any = self
+        while isinstance(inner, AdaptedLayer):
+            inner = inner._modules["base_layer"]
+        return inner  # type: ignore[no-any-return]
+
+
+class AdaptedParameter(AdaptedOwner):
+    """A module and the named adapters of one of its parameters, which the config names (``target_parameters``)."""
+
+    def path_at(self, place: str) -> str:
+        """Path of the parameter where the module is at a place."""
+        return f"{place}.{self.parameter_name}"
+
+    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+        """Takes the place of the module, or of the wrappers for other parameters that are there, around those."""
+        there = modules[attribute]
+        if not any(wrapper is self for wrapper in wrappers_of(there)):
+            self._modules["base_layer"] = there
+            super().hang(modules, attribute, change)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives with the active adapters' deltas on its parameters."""
+        layers = tuple(wrappers_of(self))
+        if any(layer._acts() for layer in layers):
+            return _adapted(layers, args, kwargs)
+        return self.get_base_layer()(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__class__ = ParameterReplica
+        return replica
+
+    def get_param(self) -> Tensor:
+        """The parameter, without adapters."""
+        found: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return found
+
+    @property
+    def num_experts(self) -> int:
+        """Number of matrices in the parameter."""
+        view: Any = self.weight_module
+        return int(view.count)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", super().extra_repr())))
+
+
+class ParameterReplica(AdaptedParameter):
+    """A replica that nn.DataParallel made; see ``LayerReplica``."""
+
+    def show_adapters(self) -> None:
+        """Changes nothing."""
+
+    def with_adapters(self, active: Active) -> FactoredWeight | None:
+        """The same on the replica's device."""
+        use_shown(self.adapters._modules, self._modules)
+        return super().with_adapters(active)
+
+
+def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: Active) -> FactoredWeight | None:
+    """The weight of an adapted module with the products of active adapters.
+
+    Args:
+        layer: the wrapper with the adapters.
+        base: what they see of the module.
+        active: adapters and factors on what they add.
+
+    Returns:
+        None where no adapter acts, or those that do are merged.
+    """
+    products: list[Product] = []
+    for name, scale in zip(active.names, active.scales, strict=True):
+        adapter: Any = layer.adapters._modules.get(name)
+        if isinstance(adapter, AdaptsParameters) and not layer.merged_names:
+            products += [one._replace(scale=one.scale * scale) for one in adapter.parameter_products(base)]
+    weight: Any = base.module.weight
+    return FactoredWeight(weight, products) if products else None
+
+
+def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
+    """The wrappers for parameters around a module, the outermost first."""
+    while isinstance(module, AdaptedParameter):
+        yield module
+        module = module._modules["base_layer"]
+
+
+def only_multiplies(module: nn.Module) -> bool:
+    """Whether a module is known to do nothing with its parameters but to index and to multiply."""
+    source = getattr(type(module).forward, "__module__", "")
+    way = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return source.startswith("transformers.models.") and way in _MULTIPLYING
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module inside some wrappers gives with what acts on each of them."""
+    active = [layer.active_state.current() for layer in layers]
+    rows = next((one.rows for one in active if one.rows is not None), None)
+    if rows is None:
+        return _called(layers, active, args, kwargs)
+    tokens = {len(value) if isinstance(value, Tensor) else -1 for value in args}
+    if kwargs or len(args) < 2 or len(tokens) != 1 or max(tokens) % len(rows.index):
+        kind, name = type(layers[0].get_base_layer()).__name__, rows.names[0]
+        parameters = " and ".join(layer.parameter_name for layer in reversed(layers))
+        raise AdapterError(
+            f"lora.ParamWrapper does not support mixed adapter batches yet in a {kind:.60}: adapter {name!r} adapts "
+            f"its {parameters}, so give each adapter a batch of its own"
+        )
+    check_row_order(rows, args[0], layers[0])
+    parts = []
+    for name, run in rows.runs(tokens.pop()):  # experts take tokens one by one, those of a row after those of another
+        alone = Active((name,), (rows.scales[rows.names.index(name)],)) if name else NONE_ACTIVE
+        parts.append(_called(layers, [alone] * len(layers), tuple(value[run] for value in args), {}))
+    return torch.cat(parts)
+
+
+def _called(
+    layers: Sequence[AdaptedParameter], active: Sequence[Active], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls the module inside some wrappers with other values of their parameters, which it keeps."""
+    found = {layer.parameter_name: layer.with_adapters(one) for layer, one in zip(layers, active, strict=True)}
+    weights = {name: weight for name, weight in found.items() if weight is not None}
+    module = layers[0].get_base_layer()
+    if not weights:
+        return module(*args, **kwargs)
+    if only_multiplies(module):
+        return twin_of(module, weights)(*args, **kwargs)
+    return twin_of(module, {name: weight.summed() for name, weight in weights.items()})(*args, **kwargs)
+
+
+def twin_of(module: nn.Module, weights: Mapping[str, Any], modules: Mapping[str, nn.Module] | None = None) -> Any:
+    """A module that shares everything with another one but some parameters and submodules.
+
+    Args:
+        module: the other one.
+        weights: name -> what it has in the place of a parameter.
+        modules: name -> what it has in the place of a submodule.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__ = {key: _rebound(value, module, twin) for key, value in module.__dict__.items()}
+    parameters = {name: value for name, value in module._parameters.items() if name not in weights}
+    twin.__dict__.update(_parameters=parameters, **weights)
+    if modules:
+        twin.__dict__["_modules"] = {**module._modules, **modules}
+    return twin
+
+
+def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    """A method of a module, or what accelerate made of it, as the twin's; anything else as it is."""
+    if getattr(value, "__self__", None) is module:
+        return value.__func__.__get__(twin)
+    if isinstance(value, functools.partial) and value.args[:1] == (module,):
+        return functools.partial(value.func, twin, *value.args[1:], **value.keywords)
+    return value

@@ -1,0 +1,1 @@
+"""Where an adapter changed a model, and what a method can do."""

@@ -1,0 +1,87 @@
+"""Where an adapter changed a model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.errors import AdapterError
+from nbpeft.model.analysis.intruders import count_intruders
+from nbpeft.model.from_data.observing import progress
+from nbpeft.state import LayerChange
+
+
+@torch.no_grad()
+def inspect_adapter(manager: AdapterManager, name: str, *, intruders: bool = False) -> tuple[LayerChange, ...]:
+    """How far an adapter moves the weight of each layer, in Frobenius norms.
+
+    The factor that the adapter is applied with counts. Modules trained as a whole are compared with the
+    frozen originals. Nothing is changed; of an adapter with plain factors no delta is built.
+
+    Args:
+        manager: has the adapter.
+        name: which one.
+        intruders: count intruder dimensions, too: two singular value decompositions of each weight.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        MergeError: adapters are merged, so that the frozen weights cannot be seen.
+    """
+    manager.require_available(name)
+    with manager.provided([name]):
+        manager.require(name)
+        manager.refuse_merged("inspecting")
+        found = (*_layers(manager, name), *_copies(manager, name))
+        return _with_intruders(manager, name, found) if intruders else found
+
+
+def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
+    scale = abs(manager.scale(name))
+    for path, layer in manager.layers.items():
+        if name in layer.adapters._modules:
+            weight = layer.base.weight()
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
+                raise AdapterError(f"adapter {name!r} is not finite at {path}: it has no size to tell", path=path)
+            norm, directions = layer.adapter(name).delta_size(weight, layer.base)
+            size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
+            yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
+
+
+def _with_intruders(manager: AdapterManager, name: str, found: tuple[LayerChange, ...]) -> tuple[LayerChange, ...]:
+    counted = []
+    with progress(len(found), "weights decomposed", show=True) as report:
+        for number, change in enumerate(found):
+            check_interrupt()
+            report(number)
+            layer = manager.layers.get(change.path)
+            scale = manager.scale(name)
+            count = None if layer is None or change.rank is None else count_intruders(layer, name, scale=scale)
+            counted.append(replace(change, intruders=count))
+    return tuple(counted)
+
+
+def _copies(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
+    for path, module in manager.copies.items():
+        copied = module.modules_to_save._modules.get(name)
+        if copied is not None:
+            yield LayerChange(path, *_distance(copied, module.original_module), None, None)
+
+
+def _distance(copied: nn.Module, original: nn.Module) -> tuple[float, float]:
+    changed = frozen = 0.0
+    before = dict(original.named_parameters())
+    for path, parameter in copied.named_parameters():
+        plain = before[path].to(_wide(parameter))
+        frozen += float(plain.square().sum())
+        changed += float((parameter.to(plain.dtype) - plain).square().sum())
+    return changed**0.5, frozen**0.5
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to sum in."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,95 @@
+"""What each method can do, found out on a small layer."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.changes.random_numbers import drawing_from
+from nbpeft.engine.contract.adapter import AdapterConfig, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.contract.registry import Method, methods
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.errors import NbpeftError
+
+_TARGET = "target"
+"""The layer that sample configs are for."""
+_FEATURES = 64
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What a method can do.
+
+    Attributes:
+        merges: whether it can be merged into the weights.
+        swaps: whether another adapter can take its place while the model runs.
+        quantized: whether it goes on quantized layers.
+        dequantizes: whether it needs the whole weight of such a layer in each call.
+        serves_rows: whether a batch whose rows are served by several of its adapters is one pass.
+    """
+
+    merges: bool
+    swaps: bool
+    quantized: bool
+    dequantizes: bool
+    serves_rows: bool
+
+
+def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
+    """Returns the config with which a method is listed: its defaults, and fields as far as it has them.
+
+    Raises:
+        ConfigError: a value is impossible for it.
+    """
+    known = method.config_class.__dataclass_fields__
+    targets = () if not method.transforms_calls else ("target_modules",)  # which mean layers
+    own = {name: value for name, value in fields.items() if name in known and name not in targets}
+    return method.config_class(**{**method.listed_with, **own})
+
+
+def facts_of_method(method: Method) -> MethodFacts | None:
+    """Returns what a method can do; None for one that is not on layers."""
+    sample = dict(next(iter(method.sample_configs.values()), method.listed_with))
+    if "target_modules" in method.config_class.__dataclass_fields__:
+        sample["target_modules"] = [_TARGET]
+    with drawing_from(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        manager = _tried(method, sample)
+    if manager is None:
+        return None
+    layer, config = manager.layers[_TARGET], manager.configs["default"]
+    adapter, shared = layer.adapter("default"), manager.shared("default")
+    whole = set(adapter.saved_tensors(dict)) <= set(adapter._parameters)  # not the places of entries, which differ
+    acts_beside = isinstance(adapter, TransformsInput | TransformsOutput)
+    return MethodFacts(
+        merges=not adapter.unmergeable_reason(layer.base),
+        swaps=whole
+        and not adapter.swap_refusal()
+        and not config.initialised_from_weight
+        and not (shared and shared.is_saved(config)),
+        quantized=adapter.takes_quantized,
+        dequantizes=adapter.reads_weight and not acts_beside,
+        serves_rows=isinstance(adapter, ServesRows),
+    )
+
+
+def _tried(method: Method, fields: Mapping[str, Any]) -> AdapterManager | None:
+    """A layer with an adapter of a method, of a kind that it goes on; None if there is none."""
+    for layer in (nn.Linear(_FEATURES, _FEATURES), nn.LayerNorm(_FEATURES)):
+        manager = AdapterManager(nn.ModuleDict({_TARGET: layer}))
+        with contextlib.suppress(NbpeftError):
+            manager.add("default", method.config_class(**fields))
+            if _TARGET in manager.layers:
+                return manager
+    return None
+
+
+def listed_methods() -> tuple[Method, ...]:
+    """Returns all methods, those that share a config class behind each other."""
+    order = list(dict.fromkeys(method.config_class for method in methods()))
+    return tuple(sorted(methods(), key=lambda method: order.index(method.config_class)))

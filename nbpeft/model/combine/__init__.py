@@ -1,0 +1,1 @@
+"""One adapter of several, and adapters of any method written as LoRA."""

@@ -1,0 +1,260 @@
+"""Combining adapters of a model into a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.changes.transaction import CHANGED_MEANWHILE
+from nbpeft.engine.config.adapter_names import check_name
+from nbpeft.engine.contract.adapter import AdapterWeights
+from nbpeft.engine.contract.combination import Combine, Loss, Member, check_weights
+from nbpeft.engine.contract.registry import companions, method_of
+from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, ConfigError, did_you_mean
+from nbpeft.state import LayerLoss
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What combining made and what it lost.
+
+    Attributes:
+        name: the new adapter.
+        combination_type: how it was made.
+        rank: its rank (the largest, if layers differ); None where the method has none.
+        relative_error: over all layers together.
+        energy_kept: over all layers together.
+        layers: layer by layer, in the model's order.
+    """
+
+    name: str
+    combination_type: str
+    rank: int | None
+    relative_error: float
+    energy_kept: float
+    layers: tuple[LayerLoss, ...]
+
+    @property
+    def worst(self) -> LayerLoss:
+        """The layer with the largest relative error."""
+        return max(self.layers, key=lambda layer: layer.relative_error)
+
+    def __str__(self) -> str:
+        lost = "nothing lost" if self.relative_error < 1e-4 else f"relative error {self.relative_error:.1%}"
+        rank = "" if self.rank is None else f"rank {self.rank}, "
+        return (
+            f"{self.name}: {self.combination_type}, {rank}{len(self.layers)} layers, "
+            f"{lost}, energy kept {self.energy_kept:.1%}"
+        )
+
+
+@torch.no_grad()
+def combine_adapters(
+    manager: AdapterManager,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    settings: Mapping[str, Any],
+) -> Combined:
+    """Makes a new adapter of a weighted combination of others; it starts frozen and inactive.
+
+    The scale of an adapter counts as it is set now. Of modules trained as a whole, the one copy
+    there is goes into the new adapter. The changes of token rows are added up, whatever the type.
+
+    Args:
+        manager: of the model.
+        adapters: names of what is combined.
+        weights: one for each; negative ones subtract.
+        name: of the new adapter.
+        settings: ``combination_type`` and what goes with it.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: the new name is taken.
+        AdapterError: they cannot be combined.
+        ConfigError: the settings are impossible, or do not work on these adapters.
+    """
+    check_weights(adapters, weights)
+    manager.require_available(*adapters)
+    check_name(name)
+    if name in manager.configs:
+        raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
+    with manager.provided(adapters), manager.deciding():
+        return _combined(manager, adapters, weights, name, settings)
+
+
+def _combined(
+    manager: AdapterManager, adapters: Sequence[str], weights: Sequence[float], name: str, settings: Mapping[str, Any]
+) -> Combined:
+    manager.require(*adapters)
+    copies = _only_copies(manager, adapters)
+    configs: list[Any] = [manager.configs[adapter] for adapter in adapters]
+    combine = combine_of(manager, adapters)
+    chosen = settings.get("combination_type") or combine.usual_type
+    if chosen not in combine.types:
+        raise ConfigError(
+            f"combination_type {chosen!r} is not one for {method_of(configs[0]).label}; choose from "
+            f"{', '.join(combine.types)}." + did_you_mean(str(chosen), combine.types),
+            combination_type=chosen,
+        )
+    settings = {**settings, "combination_type": chosen}
+    members = _members(manager, adapters)
+    fields, rows = _combined_companions(manager, members, adapters, weights)
+    combination = combine(members, configs, adapters, weights, settings)
+    for field, value in fields.items():
+        setattr(combination.config, field, value)
+    if combination.losses is None:
+        manager.refuse_merged("adapters whose change depends on the frozen weights are combined")
+    copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
+    if copied:
+        combination.config.modules_to_save = list(dict.fromkeys(copied))
+    tensors = combination.tensors | rows
+    plan = plan_on(manager, combination.config, tensors)
+    half = all(tensor.dtype != torch.float32 for named in tensors.values() for tensor in named.values())
+    with manager.transaction():
+        if any(manager.configs.get(one) is not config for one, config in zip(adapters, configs, strict=True)):
+            raise BusyError(CHANGED_MEANWHILE)
+        manager.add(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)
+        for path in combination.tensors:
+            layer = manager.layers[path]
+            combination.finish(path, layer.adapter(name), layer.base)
+        losses = combination.losses
+        if losses is None:
+            weighted = [(one, weight * manager.scale(one)) for one, weight in zip(adapters, weights, strict=True)]
+            losses = {path: _measured(manager.layers[path], weighted, name) for path in combination.tensors}
+        ranks = {path: manager.layers[path].adapter(name).delta_rank for path in losses}
+    total = sum(losses.values(), Loss())
+    return Combined(
+        name,
+        combination.combination_type,
+        max((rank for rank in ranks.values() if rank is not None), default=None),
+        total.relative_error,
+        total.energy_kept,
+        tuple(LayerLoss(path, ranks[path], loss.relative_error, loss.energy_kept) for path, loss in losses.items()),
+    )
+
+
+def _measured(layer: AdaptedLayer, weighted: Sequence[tuple[str, float]], name: str) -> Loss:
+    """What an adapter on a layer lost of the weighted deltas of others, each against the frozen weight."""
+    check_interrupt()
+    weight = layer.base.weight().float()
+    kept = layer.adapter(name).delta_weight(weight, layer.base)
+    true = torch.zeros_like(kept)
+    for one, factor in weighted:
+        if one in layer.adapters._modules:
+            true += layer.adapter(one).delta_weight(weight, layer.base) * factor
+    return Loss.between(true, kept)
+
+
+def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:
+    """How adapters of the model are combined.
+
+    Raises:
+        AdapterError: their method cannot be, or they are of methods that do not go together.
+    """
+    methods = [method_of(manager.configs[adapter]) for adapter in adapters]
+    for name, method in zip(adapters, methods, strict=True):
+        if getattr(manager.configs[name], "target_parameters", None):
+            raise AdapterError(
+                f"adapter {name!r} adapts bare parameters (target_parameters) and cannot be combined: "
+                "add_weighted_adapter does not support targeting nn.Parameter"
+            )
+        if method.combine is None:
+            raise AdapterError(
+                f"adapter {name!r} is {method.label}, which cannot be combined: activate several at once"
+            )
+        if method.combine is not methods[0].combine:
+            raise AdapterError(
+                f"adapter {adapters[0]!r} is {methods[0].label} and {name!r} is {method.label}: only adapters of one "
+                "kind can be combined; activate both at once instead"
+            )
+    combine = methods[0].combine
+    assert combine is not None
+    return combine
+
+
+def _only_copies(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """The trained copies of whole modules, where one adapter alone has one."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, module in manager.copies.items():
+        owners = [name for name in dict.fromkeys(adapters) if name in module.modules_to_save._modules]
+        if len(owners) > 1:
+            raise AdapterError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such "
+                f"instance(s). {' and '.join(map(repr, owners))} each trained their own {path}",
+                path=path,
+            )
+        if owners:
+            found[path] = {key: value.clone() for key, value in module.modules_to_save[owners[0]].state_dict().items()}
+    return found
+
+
+def _members(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict[str, Member]]:
+    """Path -> adapter name -> adapter, in the model's order."""
+    places = {id(layer): path for path, layer in manager.layers.items()}
+    tensors = {name: manager.weights(name).adapters for name in dict.fromkeys(adapters)}
+    layers: dict[str, dict[str, Member]] = {}
+    for module in manager.model.modules():
+        path = places.get(id(module))
+        if path is not None and isinstance(module, AdaptedLayer):
+            layers[path] = {
+                name: Member(module.adapter(name), module.base, tensors[name][path], manager.scale(name))
+                for name in tensors
+                if path in tensors[name]
+            }
+    return layers
+
+
+def _combined_companions(
+    manager: AdapterManager, layers: dict[str, dict[str, Member]], adapters: Sequence[str], weights: Sequence[float]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Combines what configs ask of companion methods, and takes those layers out of the others.
+
+    Returns:
+        Fields of the combination's config, and path -> parameter name -> tensor.
+    """
+    fields: dict[str, Any] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for method in companions():
+        assert method.companion is not None
+        parts = {}
+        for path, members in list(layers.items()):
+            own = [name for name, member in members.items() if isinstance(member.adapter, method.adapter_class)]
+            if own and len(own) < len(members):
+                other = next(name for name in members if name not in own)
+                raise AdapterError(
+                    f"{path} has {method.label} of adapter {own[0]!r} and another change of {other!r}: one adapter "
+                    "cannot have both, so activate them together instead",
+                    path=path,
+                )
+            if own:
+                del layers[path]
+                parts[path] = [(members[one], w) for one, w in zip(adapters, weights, strict=True) if one in members]
+        if parts:
+            manager.refuse_merged(f"adapters with {method.label} are combined")
+            fields[method.companion.field], found = method.companion.combine(parts)
+            tensors |= found
+    return fields, tensors
+
+
+def plan_on(manager: AdapterManager, config: Any, paths: Collection[str]) -> InjectionPlan:
+    """The plan of a config on just some layers, which it lists where its targets mean others.
+
+    Args:
+        manager: of the model.
+        config: of a method that has targets.
+        paths: of the layers.
+    """
+    plan = manager.plan(config)
+    if set(plan.paths) == set(paths):
+        return plan
+    everything = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return manager.plan(config.copy(target_modules=sorted(paths), **everything))

@@ -1,0 +1,228 @@
+"""Adapters of any method written as LoRA."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.registry import method_of, method_of_adapter
+from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.kernels.numerics import is_finite
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.nearest import NearestFactors, add_bias, check_rank, nearest_config, nearest_factors
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import manager_of, unwrapped
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import ConversionError
+from nbpeft.model.combine.combining import plan_on
+from nbpeft.model.saving import files
+from nbpeft.state import LayerLoss
+
+_NOTHING = "Could not detect any layer that supports LoRA conversion"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter as a LoRA.
+
+    Attributes:
+        plan: where it goes, with its config.
+        weights: its tensors; trained copies of whole modules are those of the adapter itself.
+        layers: layer by layer, in the model's order, what was lost.
+    """
+
+    plan: InjectionPlan
+    weights: AdapterWeights
+    layers: tuple[LayerLoss, ...]
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Returns the LoRA that comes closest to an adapter of any method that changes weights.
+
+    The model stays as it is. The scale of the adapter as it is set now is in the factors, whose scaling is 1.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        rank: rank of the LoRA; a float is the share of the squared norm of the change that each layer keeps at least,
+            and the rank of a layer is the smallest that does.
+        adapter_name: which adapter.
+        progressbar: show one.
+        compile_kwargs: accepted for PEFT's sake; nothing is compiled.
+
+    Returns:
+        The config, and the tensors under the keys of a file: those of a handle, and for a base model adapted
+        without one without the ``base_model.model.`` in front, as ``get_peft_model_state_dict`` gives them.
+
+    Raises:
+        ConversionError: there is nothing on the model, or something that a LoRA cannot stand for.
+        ConfigError: the rank is impossible.
+    """
+    manager = _manager_with(model, adapter_name, rank)
+    with manager.provided((adapter_name,)), manager.active_state.turn():
+        made = converted(manager, adapter_name, rank, progressbar=progressbar)
+    config: Any = made.plan.config
+    tensors = checkpoint.to_file(made.weights, peft_type=method_of(config).peft_type)
+    if unwrapped(model) is manager.model:
+        tensors = {checkpoint.without_prefix(key): tensor for key, tensor in tensors.items()}
+    return config, tensors
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Saves the LoRA that comes closest to an adapter; the model stays as it is.
+
+    Args:
+        path: folder, made if need be.
+        model: a PeftModel or an adapted base model.
+        rank: see ``convert_to_lora``.
+        adapter_name: which adapter.
+        progressbar: show one.
+        compile_kwargs: accepted for PEFT's sake; nothing is compiled.
+
+    Raises:
+        ConversionError: there is nothing on the model, or something that a LoRA cannot stand for.
+        ConfigError: the rank is impossible.
+        CheckpointError: it cannot be written; what was there is as it was.
+    """
+    manager = _manager_with(model, adapter_name, rank)
+
+    def rewrite(name: str, config: AdapterConfig, weights: AdapterWeights) -> tuple[AdapterConfig, AdapterWeights]:
+        made = converted(manager, name, rank, progressbar=progressbar)
+        return made.plan.config, AdapterWeights(made.weights.adapters, weights.copies, weights.base)
+
+    with manager.provided((adapter_name,)):
+        files.save(manager, path, names=[adapter_name], flat=True, rewrite=rewrite, stays=False)
+
+
+def _manager_with(model: nn.Module, name: str, rank: int | float) -> AdapterManager:
+    check_rank(rank)
+    manager = manager_of(model)
+    if manager is None or not manager.configs:
+        raise ConversionError(f"{_NOTHING}: the model carries no adapters")
+    manager.require_available(name)
+    if isinstance(manager.configs[name], LoraConfig):
+        warnings.warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that, "
+            "but to lower its rank",
+            stacklevel=3,
+        )
+    return manager
+
+
+@torch.no_grad()
+def converted(manager: AdapterManager, name: str, rank: int | float, *, progressbar: bool = False) -> Converted:
+    """Returns the LoRA that comes closest to an adapter; see ``convert_to_lora``.
+
+    Args:
+        manager: has the adapter.
+        name: the adapter.
+        rank: of the LoRA, or the share that it keeps.
+        progressbar: show one.
+    """
+    check_rank(rank)
+    config, layers = manager.configs[name], _convertible(manager, name)
+    if any(layer.adapter(name).reads_weight for layer in layers.values()):
+        manager.refuse_merged("an adapter whose change depends on the frozen weights is converted")
+    own, scale = manager.weights(name), manager.scale(name)
+    tensors = {path: own.adapters[path] for path in own.adapters if path not in layers}
+    losses: list[LayerLoss] = []
+    biases: dict[str, Tensor] = {}
+    for path, layer in _with_bar(layers) if progressbar else layers.items():
+        check_interrupt()
+        adapter = layer.adapter(name)
+        found = _finite(name, path, adapter, layer.base, rank, scale)
+        tensors[path] = found.tensors
+        losses.append(LayerLoss(path, found.rank, math.sqrt(1 - found.kept), found.kept))
+        bias = adapter.delta_bias(layer.base)
+        if bias is not None:
+            biases[path] = bias.detach() * scale
+    ranks = {loss.path: loss.rank or 0 for loss in losses}
+    if biases:
+        for path, layer in layers.items():
+            add_bias(tensors[path], biases.get(path), layer.base)
+    plan = plan_on(manager, nearest_config(config, rank, ranks, biased=bool(biases)), tensors)
+    return Converted(plan, AdapterWeights(tensors, own.copies), tuple(losses))
+
+
+def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
+    """Path -> layer, of those on which a LoRA takes the place of the adapter.
+
+    Raises:
+        ConversionError: there is none, or one on which none can.
+    """
+    config: Any = manager.configs[name]
+    if config.is_prompt_learning:
+        raise ConversionError(f"{_NOTHING}: adapter {name!r} learns a prompt and changes no weight")
+    if getattr(config, "bias", "none") != "none":
+        raise ConversionError(
+            f"The adapter's config sets bias={config.bias}, this is not supported: a LoRA would add nothing to the "
+            "base's biases"
+        )
+    found = {}
+    for path, layer in manager.layers.items():
+        if name not in layer.adapters._modules:
+            continue
+        adapter = layer.adapter(name)
+        method = method_of_adapter(adapter)
+        if method is not None and method.companion is not None and method is not method_of(config):
+            continue  # a LoRA config asks for such a one, too
+        reason = adapter.unconvertible_reason(layer.base)
+        if reason:
+            raise ConversionError(
+                f"Some module types on this model do not support LoRA conversion: {path}: {reason}", path=path
+            )
+        found[path] = layer
+    if not found:
+        raise ConversionError(f"{_NOTHING}: adapter {name!r} changes no weight")
+    return found
+
+
+def can_convert(manager: AdapterManager, name: str) -> bool:
+    """Whether a LoRA can take the place of an adapter; False where there is none of that name."""
+    try:
+        return name in manager.configs and bool(_convertible(manager, name))
+    except ConversionError:
+        return False
+
+
+def _with_bar(layers: dict[str, AdaptedLayer]) -> Any:
+    """Path and layer, with a progress bar as transformers shows them."""
+    from transformers.utils.logging import tqdm
+
+    return tqdm(layers.items(), desc="Converting to LoRA")
+
+
+def _finite(name: str, path: str, adapter: Adapter, base: BaseLayer, rank: int | float, scale: float) -> NearestFactors:
+    """The closest factors on one layer.
+
+    Raises:
+        ConversionError: the adapter holds numbers that are not finite.
+    """
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        found = nearest_factors(adapter, base, rank, path, scale)
+        if math.isfinite(found.kept) and all(is_finite(tensor) for tensor in found.tensors.values()):
+            return found
+    raise ConversionError(f"adapter {name!r} holds numbers at {path} that are not finite", path=path)

@@ -1,0 +1,207 @@
+"""Merging into quantized weights so that what was learned is left: rounded by what the layers' inputs are."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.kernels.rounding import HasGrid, round_with_feedback, share_lost
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import is_quantized_layer, manager_of
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import ConfigError, MergeError
+from nbpeft.model.from_data.observing import evaluated, input_hooks
+from nbpeft.model.saving.merge_deltas import LayerDelta, deltas_of
+
+_GRAM_BYTES = 2**30
+"""Memory for what is known of the inputs: layers that do not fit at once see the rows again."""
+_NO_GRID = "no adapted layer is stored in 4 or 8 bits of bitsandbytes: merge_adapter merges the others as well"
+
+
+@dataclass(frozen=True)
+class CalibratedMerge:
+    """What rounding to the quantized weights' grid has left of adapters.
+
+    Attributes:
+        names: the adapters.
+        lost: path of a quantized layer -> root mean square of what its outputs lost on the rows, as a share of what
+            the adapters add to them.
+        token_count: tokens that were seen.
+    """
+
+    names: tuple[str, ...]
+    lost: Mapping[str, float]
+    token_count: int
+
+    def __str__(self) -> str:
+        path = max(self.lost, key=self.lost.__getitem__)
+        median, count = statistics.median(self.lost.values()), len(self.lost)
+        return (
+            f"rounded by what {self.token_count:,} tokens need: of what {' and '.join(self.names)} adds to a layer's "
+            f"outputs {median:.0%} is lost in the median of {count} layers, {self.lost[path]:.0%} at worst ({path})"
+        )
+
+
+def merge_calibrated(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    adapter_names: str | Sequence[str] | None = None,
+    *,
+    safe_merge: bool = False,
+) -> CalibratedMerge:
+    """Merges adapters into a model with quantized weights, and keeps what they do on rows like those given.
+
+    ``merge_adapter`` rounds each merged number to the nearest level, which often is the one it had before: what was
+    learned is lost. Here the errors of the columns of a weight make up for each other on the inputs that the layer has
+    in these batches (GPTQ, https://arxiv.org/abs/2210.17323), on the grid that the weight has already. Afterwards
+    everything is as after ``merge_adapter``: ``unmerge_adapter`` puts back every bit, and ``merge_and_unload`` takes
+    the adapters off. Layers in full precision, and those whose grid is not known here (what is not bitsandbytes' 4 or
+    8 bits), are merged as ever.
+
+    Args:
+        model: adapted, with linear layers in 4 or 8 bits.
+        batches: arguments of the model's forward, a batch each; some hundred rows of what was learned. They are gone
+            through again for layers whose inputs do not fit into one GiB, so an iterator is kept as a list.
+        adapter_names: the active ones if None.
+        safe_merge: refuse where a merged weight would not be finite.
+
+    Raises:
+        MergeError: adapters are merged already or cannot be merged, or no layer is quantized.
+        ConfigError: there are no batches, or they reach none of these layers.
+        BusyError: a block of ``use`` or ``disable_adapter`` is open.
+    """
+    manager = manager_of(model)
+    if manager is None:
+        raise MergeError(f"{type(model).__name__} has no adapters to merge")
+    chosen = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
+    names = tuple(manager.active if chosen is None else chosen)
+    if any(layer.is_quantization_aware(names) for layer in manager.layers.values()):
+        raise MergeError(
+            f"{' and '.join(map(repr, names))} learned with each number rounded by itself: merge without rows, which "
+            "changes nothing of what it does"
+        )
+    deltas = deltas_of(manager, names).layers
+    layers = {path: layer for path, layer in manager.layers.items() if path in deltas and _has_known_grid(layer)}
+    if not layers:
+        raise MergeError(_NO_GRID)
+    kept, rounded, lost = list(batches), {}, {}
+    for group in _groups(layers):
+        for path, gram in _grams(manager, names, group, kept).items():
+            check_interrupt()
+            found = _rounded(group[path], deltas[path], gram)
+            if found is not None:
+                rounded[path], lost[path] = found
+    if not rounded:
+        raise MergeError(_NO_GRID)
+    with manager.transaction():
+        manager.merge(names, safe=safe_merge)
+        for path, stored in rounded.items():
+            check_interrupt()
+            layers[path].backend.restore(layers[path].base_layer, stored)
+    return CalibratedMerge(names, lost, sum(_token_count(batch) for batch in kept))
+
+
+def _has_known_grid(layer: AdaptedLayer) -> bool:
+    return layer.kind.name == "linear" and isinstance(layer.backend, HasGrid) and is_quantized_layer(layer.base_layer)
+
+
+def _groups(layers: Mapping[str, AdaptedLayer]) -> Iterator[dict[str, AdaptedLayer]]:
+    """Layers whose inputs are looked at in one pass."""
+    group: dict[str, AdaptedLayer] = {}
+    taken = 0
+    for path, layer in layers.items():
+        size = 4 * layer.base.in_features**2
+        if group and taken + size > _GRAM_BYTES:
+            yield group
+            group, taken = {}, 0
+        group[path] = layer
+        taken += size
+    yield group
+
+
+class _Grams:
+    """Sums x xᵀ over the inputs of layers; those that get the same tensor share a product."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.mask: Tensor | None = None
+        self._last: tuple[Tensor, Tensor, int] | None = None
+
+    def see(self, path: str, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        if self._last is None or self._last[0] is not x:
+            rows = self._seen(x).float()
+            self._last = (x, rows.t() @ rows, len(rows))
+        _, product, count = self._last
+        if path in self.sums:
+            self.sums[path] += product
+        else:
+            self.sums[path] = product.clone()
+        self.counts[path] = self.counts.get(path, 0) + count
+
+    def _seen(self, x: Tensor) -> Tensor:
+        if self.mask is not None and self.mask.shape == x.shape[:-1]:
+            return x[self.mask.to(x.device)]
+        return x.reshape(-1, x.shape[-1])
+
+    def next_batch(self, batch: Mapping[str, Any]) -> None:
+        mask = batch.get("attention_mask")
+        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._last = None
+
+
+def _grams(
+    manager: AdapterManager,
+    names: tuple[str, ...],
+    layers: Mapping[str, AdaptedLayer],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The mean of x xᵀ over the inputs that each layer has with the adapters active, (in, in) float32.
+
+    Raises:
+        ConfigError: a layer has none.
+    """
+    grams, model = _Grams(), manager.model
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    with torch.no_grad(), evaluated(model), manager.use(names), input_hooks(layers, grams.see):
+        for batch in batches:
+            check_interrupt()
+            grams.next_batch(batch)
+            model(**{name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)})
+    missing = [path for path in layers if not grams.counts.get(path)]
+    if missing:
+        raise ConfigError(
+            f"merging needs rows to round by, and {missing[0]} has seen none"
+            + (f" ({len(missing)} layers in all)" if len(missing) > 1 else "")
+        )
+    return {path: grams.sums[path] / grams.counts[path] for path in layers}
+
+
+@torch.no_grad()
+def _rounded(layer: AdaptedLayer, delta: LayerDelta, gram: Tensor) -> tuple[Any, float] | None:
+    """What the backend restores, and the share of the adapters' effect that is lost; None where no grid is known."""
+    backend = layer.backend
+    assert isinstance(backend, HasGrid)
+    frozen, gram = layer.base.weight().float(), gram.to(layer.base.device)
+    wanted = frozen.clone()
+    delta.add_to_(wanted)
+    grid = backend.grid(layer.base_layer, wanted)
+    if grid is None:
+        return None
+    places = round_with_feedback(wanted, gram, grid)
+    return grid.stored(places), share_lost(grid.values(places), wanted, frozen, gram)
+
+
+def _token_count(batch: Mapping[str, Any]) -> int:
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids, Tensor) else 0

@@ -1,0 +1,392 @@
+"""EVA: A starts in the main directions of a layer's inputs, and layers share the ranks out (Paischer et al. 2024).
+
+Inputs of the adapted layers are gathered over a dataloader, and each layer's principal components found batch by
+batch (``IncrementalPCA``) until they no longer change. The ranks of all layers together then go to the components
+that explain most of their layer's variance. Layers with one input share one decomposition.
+
+Reference: https://arxiv.org/abs/2410.07170
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.registry import layer_kind_named
+from nbpeft.engine.injection.plan import plan
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.init_configs import EvaConfig
+from nbpeft.engine.methods.lora.initialization.inits import remember_starts
+from nbpeft.engine.runtime.manager import AdapterManager, require_manager
+from nbpeft.engine.tree.model_tree import manager_of, walk
+from nbpeft.errors import AdapterError, ConfigError, few
+from nbpeft.model.from_data.eva_search import EvaSearch, LayerInputsFn
+from nbpeft.model.from_data.observing import base_alone, device_of, evaluated, moved, progress
+
+_LARGEST_RHO = 1000
+"""Above, rho is bounded by the largest dimension of the model."""
+_MOST_PASSES = 100
+"""Over the data, until all directions have converged."""
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+ModelInputsFn = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class EvaBatches:
+    """What EVA looks at; see ``get_eva_state_dict``.
+
+    Attributes:
+        dataloader: batches, gone through as often as it takes.
+        forward_fn: calls the model with a batch.
+        prepare_model_inputs_fn: prepares a batch for the next one.
+        prepare_layer_inputs_fn: gives the rows of a layer.
+    """
+
+    dataloader: Iterable[Any]
+    forward_fn: ForwardFn
+    prepare_model_inputs_fn: ModelInputsFn | None
+    prepare_layer_inputs_fn: LayerInputsFn | Mapping[str, LayerInputsFn] | None
+
+
+def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Calls a model with a batch of keyword arguments."""
+    return model(**inputs)
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
+    """The places of the tokens that count: attended to and, if ``use_label_mask``, with a label: (tokens, 2).
+
+    Args:
+        model_input: batch with ``input_ids`` (batch, length), and perhaps ``attention_mask`` and ``labels``.
+        peft_config: the adapter's config.
+
+    Raises:
+        TypeError: the batch is no dictionary.
+    """
+    if not isinstance(model_input, Mapping):
+        raise TypeError(
+            f"prepare_model_inputs_fn_language_modeling takes a batch as a dictionary, not {type(model_input).__name__}"
+        )
+    mask = model_input.get("attention_mask")
+    mask = torch.ones_like(model_input["input_ids"]) if mask is None else mask
+    mask = mask.bool()
+    if peft_config.eva_config.use_label_mask and "labels" in model_input:
+        mask = mask & (model_input["labels"] != peft_config.eva_config.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """The inputs (tokens, in) of a layer at the places that ``prepare_model_inputs_fn_language_modeling`` gave."""
+    found: Tensor = _tensor_of(layer_input, layer_name)[model_input.T.unbind()]
+    return found
+
+
+def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    rows = _tensor_of(layer_input, layer_name)
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _tensor_of(layer_input: Any, layer_name: str) -> Tensor:
+    found = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the input of {layer_name} is a {type(found).__name__}, not a tensor: give prepare_layer_inputs_fn"
+        )
+    return found
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: ForwardFn = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputsFn | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputsFn
+    | Mapping[str, LayerInputsFn]
+    | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """Computes the directions from which EVA starts, and with their number the rank of each layer.
+
+    Args:
+        model: a PeftModel, or a model without adapters; evaluated without them, and left as it was.
+        dataloader: batches, gone through as often as it takes.
+        peft_config: the config of adapters to come; the adapter's if None.
+        forward_fn: calls the model with a batch.
+        prepare_model_inputs_fn: (batch, config) -> what the next one gets as its second argument; the batch if None.
+        prepare_layer_inputs_fn: (layer's inputs, that, name) -> rows (n, in); by name or for all. All if None.
+        adapter_name: the adapter whose layers are looked at.
+        gather_distributed_inputs: with ``torch.distributed``, put the rows of all processes together.
+        show_progress_bar: show how many layers have converged.
+
+    Returns:
+        Name of the layer in the model -> directions (rank, in). Layers of rank 0 are in it, too.
+
+    Raises:
+        ConfigError: there is no config, no data, or no batch has as many rows as directions are needed.
+    """
+    manager = manager_of(model)
+    if peft_config is None:
+        if manager is None:
+            raise ConfigError("peft_config is required if model is not a PeftModel")
+        manager.require(adapter_name)
+        config: Any = manager.configs[adapter_name]
+    else:
+        config = peft_config
+    if getattr(config, "eva_config", None) is None:
+        config = config.copy(eva_config=EvaConfig())
+    if isinstance(dataloader, Sized) and len(dataloader) == 0:
+        raise ConfigError("dataloader is empty")
+    modules = _modules(model, manager, config, adapter_name)
+    batches = EvaBatches(dataloader, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    return find_directions(model, config, modules, batches, gather_distributed_inputs, show_progress_bar)
+
+
+def targeted_layers(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[str, nn.Module]]:
+    """Name of each linear layer of a base model that a config targets -> its path and the frozen layer itself."""
+    targets = {target.path for target in plan(model, config).targets if layer_kind_named(target.kind).is_linear}
+    return {site.path: (site.path, site.module) for site in walk(model) if site.path in targets}
+
+
+@torch.no_grad()
+def find_directions(
+    model: nn.Module,
+    config: Any,
+    modules: Mapping[str, tuple[str, nn.Module]],
+    batches: EvaBatches,
+    gather: bool = True,
+    show_progress: bool = True,
+) -> dict[str, Tensor]:
+    """What ``get_eva_state_dict`` computes, of these layers.
+
+    Args:
+        model: evaluated without its adapters, and left as it was.
+        config: of the adapters to come, with ``eva_config``.
+        modules: name of a layer -> its path and the layer.
+        batches: what the model is called with, and what is looked at.
+        gather: with ``torch.distributed``, put the rows of all processes together.
+        show_progress: show how many layers have converged.
+
+    Returns:
+        Name of a layer -> directions (rank, in).
+
+    Raises:
+        ConfigError: there is no layer or no data, or no batch has as many rows as directions are needed.
+    """
+    if not modules:
+        raise ConfigError("EVA takes linear layers, and the config targets none")
+    functions = _functions(batches.prepare_layer_inputs_fn, modules)
+    search = EvaSearch(modules, functions, config, _rho(config, model), gather=gather)
+    calls = _Calls(model, batches, config)
+    with base_alone(model), evaluated(model):
+        calls.run(search.look_for_equal_inputs(), search)
+        with progress(len(modules), "EVA: layers converged", show=show_progress) as report:
+            for first_of_pass, batch in calls.endless():
+                report(search.converged_count)
+                if search.has_converged:
+                    break
+                if first_of_pass:
+                    search.check_pass()
+                check_interrupt()
+                calls.run_batch(batch, search.collect(), search)
+                search.share_ranks()
+    return search.result(whiten=config.eva_config.whiten)
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: ForwardFn = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputsFn | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputsFn
+    | Mapping[str, LayerInputsFn]
+    | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Starts an adapter with ``init_lora_weights="eva"`` in the directions of its layers' inputs.
+
+    Layers get the ranks that the directions have; one of rank 0 loses its adapter. Do it before an optimizer is made.
+
+    Args:
+        model: a PeftModel.
+        dataloader: batches; see ``get_eva_state_dict``, as for the arguments not named here.
+        eva_state_dict: what that returned; computed if None.
+        forward_fn: calls the model with a batch.
+        prepare_model_inputs_fn: prepares a batch for the next one.
+        prepare_layer_inputs_fn: gives the rows of a layer.
+        adapter_name: the adapter.
+        gather_distributed_inputs: with ``torch.distributed``, put the rows of all processes together.
+        show_progress_bar: show how many layers have converged.
+
+    Raises:
+        ConfigError: the adapter has another init, or there is neither data nor directions.
+        AdapterError: the model has no adapters, or several are active. In each case they are as before.
+    """
+    manager = require_manager(model)
+    manager.require(adapter_name)
+    if len(manager.active) > 1:
+        raise AdapterError("`initialize_lora_eva_weights` currently only works with a single active adapter")
+    config: Any = manager.configs[adapter_name]
+    if getattr(config, "init_name", "") != "eva":
+        raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ConfigError("dataloader is required if eva_state_dict is not provided")
+        eva_state_dict = get_eva_state_dict(
+            model,
+            dataloader,
+            None,
+            forward_fn,
+            prepare_model_inputs_fn,
+            prepare_layer_inputs_fn,
+            adapter_name,
+            gather_distributed_inputs,
+            show_progress_bar,
+        )
+    start_at(manager, adapter_name, {_bare(name): value for name, value in eva_state_dict.items()})
+
+
+def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor]) -> None:
+    """Puts an adapter with the ranks of the directions in the place of one with ``init_lora_weights="eva"``.
+
+    Args:
+        manager: of the model.
+        name: the adapter.
+        directions: path -> (rank, in).
+
+    Raises:
+        ConfigError: no layer has a rank.
+    """
+    config: Any = manager.configs[name]
+    weights = manager.weights(name)
+    kept: dict[str, dict[str, Tensor]] = {}
+    starts: dict[str, Any] = {}
+    missing: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, tensors in weights.adapters.items():
+        rank, alpha, found = config.rank_at(path), config.alpha_at(path), directions.get(path)
+        if found is not None and not len(found):
+            continue
+        if found is None:
+            missing.append(path)
+            kept[path] = tensors
+        else:
+            if config.eva_config.adjust_scaling_factors:
+                alpha *= len(found) / rank
+            rank = len(found)
+            adapter: Any = manager.layers[path].adapter(name)
+            kept[path] = adapter.started_at(found)
+            first_factor, second_factor = (kept[path][factor].clone() for factor in adapter.factor_names)
+            starts[path] = (manager.layers[path].base_layer, (first_factor, second_factor))
+        if rank != config.r:
+            ranks[path] = rank
+        if alpha != config.lora_alpha:
+            alphas[path] = alpha
+    if not kept:
+        raise ConfigError("EVA left no layer a rank: give more data, or a larger r")
+    if missing:
+        warnings.warn(
+            f"EVA has no directions for {few(missing)}, which start as with init_lora_weights=True (it takes linear "
+            "layers)",
+            stacklevel=3,
+        )
+    started: Any = config.copy(
+        target_modules=set(kept),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+    remember_starts(started, starts)
+    start = AdapterWeights(kept, weights.copies, weights.base, weights.shared)
+    first = next((value for named in weights.adapters.values() for value in named.values()), None)
+    half = first is not None and first.dtype in (torch.float16, torch.bfloat16)
+    manager.add(name, started, start, replace=True, trainable=name not in manager.frozen, half=half)
+
+
+def _modules(
+    model: nn.Module, manager: AdapterManager | None, config: AdapterConfig, name: str
+) -> dict[str, tuple[str, nn.Module]]:
+    """Name of each linear layer that has or gets the adapter -> its path and the frozen layer itself."""
+    if manager is not None and name in manager.configs:
+        layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+        found = {path: (path, layer.base_layer) for path, layer in layers.items() if layer.kind.is_linear}
+    else:
+        found = targeted_layers(model, config)
+    prefix = _PREFIX if manager is not None and model is not manager.model else ""
+    return {f"{prefix}{path}": layer for path, layer in found.items()}
+
+
+_PREFIX = "base_model.model."
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(_PREFIX)
+
+
+def _rho(config: Any, model: nn.Module) -> float:
+    rho = float(config.eva_config.rho)
+    if rho > _LARGEST_RHO:
+        largest = max(max(parameter.shape, default=0) for parameter in model.parameters())
+        rho = min(rho, largest // config.r)
+    return rho
+
+
+def _functions(given: Any, modules: Mapping[str, Any]) -> dict[str, LayerInputsFn]:
+    """Name of each layer -> what prepares its inputs."""
+    if isinstance(given, Mapping):
+        unknown = sorted(given.keys() - modules.keys())
+        if unknown:
+            raise ConfigError(f"prepare_layer_inputs_fn names {few(unknown)}, which EVA does not look at")
+        return {name: given.get(name) or _all_rows for name in modules}
+    return dict.fromkeys(modules, given or _all_rows)
+
+
+class _Calls:
+    """Calls the model with the batches of a dataloader, moved to its device."""
+
+    def __init__(self, model: nn.Module, batches: EvaBatches, config: Any) -> None:
+        self._model, self._batches, self._config = model, batches, config
+        self._device = device_of(model)
+
+    def endless(self) -> Iterator[tuple[bool, Any]]:
+        """Yields whether a batch starts another pass over the data, and the batch."""
+        for number in range(_MOST_PASSES):
+            first = number > 0
+            for batch in self._batches.dataloader:
+                yield first, batch
+                first = False
+        warnings.warn(f"EVA has not converged after {_MOST_PASSES} passes: it goes by what it has", stacklevel=4)
+
+    def run(self, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
+        """Calls the model with the first batch."""
+        batch = next(iter(self._batches.dataloader), None)
+        if batch is None:
+            raise ConfigError("dataloader is empty")
+        self.run_batch(batch, hooked, search)
+
+    def run_batch(self, batch: Any, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
+        """Calls the model with a batch, with hooks on its layers."""
+        batch = moved(batch, self._device)
+        prepare = self._batches.prepare_model_inputs_fn
+        search.model_input = batch if prepare is None else prepare(batch, self._config)
+        with hooked:
+            self._batches.forward_fn(self._model, batch)

@@ -1,0 +1,166 @@
+"""The directions of layers' inputs that EVA starts from, found batch by batch, and the ranks they give the layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.methods.lora.initialization.incremental_pca import IncrementalPCA
+from nbpeft.errors import ConfigError, few
+from nbpeft.model.from_data.observing import input_hooks
+
+_SEED = 42
+"""Of the randomized decompositions, as in PEFT."""
+
+LayerInputsFn = Callable[[Any, Any, str], Tensor]
+"""(inputs of a layer, what was prepared of the batch, name of the layer) -> rows (n, in)."""
+
+
+class EvaSearch:
+    """The components of each distinct input, and the ranks that they give the layers.
+
+    Args:
+        modules: name -> path and layer.
+        functions: name -> what gives the rows.
+        config: the adapter's.
+        rho: the largest rank of a layer, as a multiple of its own.
+        gather: put the rows of all processes together.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, tuple[str, nn.Module]],
+        functions: Mapping[str, LayerInputsFn],
+        config: Any,
+        rho: float,
+        *,
+        gather: bool,
+    ) -> None:
+        self._modules = {name: module for name, (_, module) in modules.items()}
+        self._functions, self._tau, self._gather = functions, config.eva_config.tau, gather
+        own = {name: config.rank_at(path) for name, (path, _) in modules.items()}
+        self._budget = sum(own.values())
+        self._most = {name: round(rank * rho) for name, rank in own.items()}
+        self._same: dict[str, str] = {}  # name -> first layer with the same input
+        self._pca: dict[str, IncrementalPCA] = {}
+        self._settled: dict[str, Tensor] = {}
+        self._ranks: dict[str, int] = {}
+        self._fitted = False
+        self.model_input: Any = None
+
+    @property
+    def _sources(self) -> list[str]:
+        return [name for name in self._modules if name not in self._same]
+
+    @contextmanager
+    def look_for_equal_inputs(self) -> Iterator[None]:
+        """Hooks that see which layers have the same input."""
+        groups: dict[bytes, list[str]] = defaultdict(list)
+
+        def see(name: str, rows: Tensor) -> None:
+            value = rows.detach().to("cpu").contiguous()
+            content = value.view(-1).view(torch.uint8).numpy().tobytes()
+            groups[hashlib.blake2b(content, person=str(tuple(value.shape)).encode()[:16]).digest()].append(name)
+
+        with self._hooks(self._modules, see):
+            yield
+        for names in groups.values():
+            most = max(self._most[name] for name in names)
+            self._most.update(dict.fromkeys(names, most))
+            self._same.update(dict.fromkeys(names[1:], names[0]))
+        unseen = sorted(self._modules.keys() - {name for names in groups.values() for name in names})
+        if unseen:
+            raise ConfigError(f"{few(unseen)} did not run in a call of the model: exclude them")
+        for name in self._sources:
+            options: dict[str, Any] = {"lowrank": True, "lowrank_seed": _SEED}
+            self._pca[name] = IncrementalPCA(self._most[name], **options)
+            self._settled[name] = torch.zeros(self._most[name], dtype=torch.bool)
+        self._ranks = dict(self._most)
+
+    def _is_settled(self, name: str) -> bool:
+        return bool(self._settled[name][: self._ranks[name]].all())
+
+    @property
+    def has_converged(self) -> bool:
+        """Whether all directions that the ranks need have."""
+        return all(self._is_settled(name) for name in self._sources)
+
+    @property
+    def converged_count(self) -> int:
+        """Layers whose directions have converged."""
+        return sum(self._is_settled(self._same.get(name, name)) for name in self._modules)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Hooks that take the inputs into account where directions have not converged."""
+        open_ = {name: self._modules[name] for name in self._sources if not self._is_settled(name)}
+        with self._hooks(open_, self._take):
+            yield
+
+    def _take(self, name: str, rows: Tensor) -> None:
+        pca = self._pca[name]
+        before = getattr(pca, "components_", None)
+        if len(rows) < self._most[name]:
+            return
+        pca.partial_fit(rows.float())
+        self._fitted = True
+        if before is not None:
+            self._settled[name] = torch.cosine_similarity(pca.components_, before) >= self._tau
+
+    def check_pass(self) -> None:
+        """Raises ConfigError where a pass over the data brought nothing: no batch was large enough."""
+        if not self._fitted:
+            need = max(self._most.values())
+            raise ConfigError(f"no batch has {need} tokens, which EVA needs for {need} directions: use larger batches")
+        self._fitted = False
+
+    def share_ranks(self) -> None:
+        """Gives the ranks of all layers to the components that explain most."""
+        if not all(hasattr(pca, "components_") for pca in self._pca.values()):
+            return
+        source = {name: name for name in self._sources} | self._same
+        shares = [
+            (name, share)
+            for name, found in source.items()
+            for share in self._pca[found].explained_variance_ratio_[: self._most[found]]
+        ]
+        order = torch.stack([share for _, share in shares]).argsort(descending=True)
+        counts = Counter(shares[place][0] for place in order[: self._budget].tolist())
+        self._ranks = {name: counts.get(name, 0) for name in source}
+        for name, first in self._same.items():  # what is decomposed needs the most
+            if self._ranks[first] < self._ranks[name]:
+                self._ranks[first], self._ranks[name] = self._ranks[name], self._ranks[first]
+
+    def result(self, *, whiten: bool) -> dict[str, Tensor]:
+        """Name -> directions (rank, in)."""
+        found: dict[str, Tensor] = {}
+        for name, rank in self._ranks.items():
+            pca = self._pca[self._same.get(name, name)]
+            rows = pca.components_[:rank]
+            found[name] = rows / pca.singular_values_[:rank].sqrt()[:, None] if whiten else rows.clone()
+        return found
+
+    def _hooks(
+        self, modules: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        def see(name: str, args: tuple[Any, ...]) -> None:
+            rows = self._functions[name](args, self.model_input, name)
+            take(name, _gathered(rows) if self._gather else rows)
+
+        return input_hooks(modules, see)
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes, where there are several."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, rows.cpu())
+    return torch.cat([part.to(rows.device) for part in parts])

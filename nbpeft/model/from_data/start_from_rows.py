@@ -1,0 +1,222 @@
+"""Inits that need data, each in one call: rows are shown to a model, and an adapter starts from what is found.
+
+EVA, CorDA and LoRA-GA ask for it in three ways (``initialize_lora_eva_weights``, ``preprocess_corda``,
+``preprocess_loraga``), before the adapter is made or after. Here all of them look first, and what they found is
+used up or gone when the block ends::
+
+    with started_from(base, config, rows) as start:
+        manager.add(name, config)
+        print(start.finish(manager, name))
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.methods.lora.initialization.gradients import GRADIENT
+from nbpeft.engine.methods.lora.initialization.inits import DECOMPOSITION
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import walk
+from nbpeft.errors import ConfigError, shown
+from nbpeft.model.from_data.data_inits import has_file, preprocess_corda, preprocess_loraga
+from nbpeft.model.from_data.eva import EvaBatches, find_directions, forward_fn_dict, start_at, targeted_layers
+from nbpeft.model.from_data.observing import device_of, moved, progress
+
+INITS = ("eva", "corda", "lora_ga")
+"""Values of ``init_lora_weights`` that need data."""
+_LEFT = {"corda": DECOMPOSITION, "lora_ga": GRADIENT}
+_BATCH_SIZE = 8
+"""Rows of a batch, and what ``TrainingArguments`` has."""
+
+
+class Rows(Protocol):
+    """Rows as a training would give them to a model; see ``nbpeft.training.loop.rows.FirstRows``."""
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]: ...  # noqa: D102
+
+    def batches(self, size: int = ..., *, labels: bool = ...) -> list[dict[str, Tensor]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class DataStart:
+    """What rows said of where an adapter starts.
+
+    Attributes:
+        words: what was looked at, for people.
+        directions: of EVA: path -> (rank, in).
+    """
+
+    words: str = ""
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def finish(self, manager: AdapterManager, name: str) -> str:
+        """Lets an adapter that was made inside the block start there; says what that was.
+
+        Args:
+            manager: of the model.
+            name: the adapter, made with the config.
+        """
+        if not self.directions:
+            return self.words
+        config: Any = manager.configs[name]
+        ranks = {path: len(rows) for path, rows in self.directions.items()}
+        own = {path: config.rank_at(path) for path in ranks}
+        start_at(manager, name, self.directions)
+        others = [path for path, rank in ranks.items() if rank not in (0, own[path])]
+        empty = sum(not rank for rank in ranks.values())
+        given = [rank for rank in ranks.values() if rank]
+        spread = f"{min(given)} to {max(given)} (median {statistics.median(given):g})"
+        shared = (
+            f"{len(ranks)} layers share the ranks out: {spread}" if others or empty else "all layers keep their rank"
+        )
+        return f"{self.words}; {shared}{f', {empty} of them get none and no adapter' if empty else ''}"
+
+
+def init_from_data(config: Any) -> str:
+    """The init of a config, where it needs data, else the empty string."""
+    found = str(getattr(config, "init_name", ""))
+    return found if found in INITS else ""
+
+
+def lacks_rows(model: nn.Module, config: Any) -> bool:
+    """Whether an adapter with this config cannot start before rows were shown to the base model."""
+    return bool(init_from_data(config)) and not _is_prepared(model, config) and not _has_files(config)
+
+
+def reads_a_file(model: nn.Module, config: Any) -> bool:
+    """Whether a file says where an adapter with this config starts on the base model, which was not prepared for it."""
+    return _has_files(config) and not _is_prepared(model, config)
+
+
+@contextmanager
+def started_from(
+    model: nn.Module, config: Any, rows: Rows | None, *, show_progress: bool = True
+) -> Iterator[DataStart]:
+    """Shows rows to a base model without its adapters, and lets adapters made in the block start from them.
+
+    Args:
+        model: the base model, with adapters or without; its weights and adapters stay as they are.
+        config: of the adapter to come.
+        rows: tokenised; None where a file of ``corda_config`` has what is needed.
+        show_progress: show how far it is.
+
+    Raises:
+        ConfigError: the config's init needs no data, or the rows are not enough. Nothing is left on the model.
+    """
+    init = init_from_data(config)
+    if not init:
+        given = getattr(config, "init_lora_weights", None)
+        names = " or ".join(map(repr, INITS))
+        raise ConfigError(f"rows to start from go with init_lora_weights={names}, not {shown(given)}")
+    if (rows is None or not rows.rows) and not _has_files(config):
+        raise ConfigError("there are no rows to start from")
+    if init == "eva" and rows is not None:
+        yield _eva(model, config, rows, show_progress=show_progress)
+        return
+    layers, attribute = [site.module for site in walk(model)], _LEFT[init]
+    before = [layer.__dict__.get(attribute) for layer in layers]
+    try:
+        start = _corda if init == "corda" else _lora_ga
+        batches = [] if rows is None else rows.batches(_BATCH_SIZE, labels=init != "corda")
+        yield start(model, config, batches, show_progress=show_progress)
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.__dict__.pop(attribute, None)
+            if value is not None:
+                layer.__dict__[attribute] = value
+
+
+def _is_prepared(model: nn.Module, config: Any) -> bool:
+    """Whether what the init needs was left on a layer."""
+    attribute = _LEFT.get(init_from_data(config))
+    return attribute is not None and any(attribute in site.module.__dict__ for site in walk(model))
+
+
+def _has_files(config: Any) -> bool:
+    """Whether a file has what CorDA needs."""
+    if init_from_data(config) != "corda":
+        return False
+    settings = config.corda_config
+    return has_file(settings.cache_file) or has_file(settings.covariance_file)
+
+
+def _seen(batches: Sequence[Mapping[str, Any]]) -> str:
+    """How much was looked at."""
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch)
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    return f"{rows:,} row{'s' if rows != 1 else ''}" + (f", {tokens:,} tokens" if tokens else "")
+
+
+def _calls(model: nn.Module, batches: Sequence[Mapping[str, Any]], title: str, *, show: bool) -> Iterator[Any]:
+    """What the model gives for each batch."""
+    device = device_of(model)
+    with progress(len(batches), title, show=show) as report:
+        for number, batch in enumerate(batches):
+            check_interrupt()
+            report(number)
+            yield model(**moved(batch, device))
+
+
+def _corda(model: nn.Module, config: Any, batches: Sequence[Mapping[str, Any]], *, show_progress: bool) -> DataStart:
+    def run() -> None:
+        for _ in _calls(model, batches, "CorDA: batches seen", show=show_progress):
+            pass
+
+    preprocess_corda(model, config, run_model=run if batches else None, show_progress=show_progress)
+    which = "most" if config.corda_config.corda_method == "ipm" else "least"
+    how = f"on {_seen(batches)}" if batches else "by the file of corda_config"
+    return DataStart(f"starts from CorDA: the directions of each weight that matter {which} {how}")
+
+
+def _lora_ga(model: nn.Module, config: Any, batches: Sequence[Mapping[str, Any]], *, show_progress: bool) -> DataStart:
+    def step() -> None:
+        for output in _calls(model, batches, "LoRA-GA: batches learned from", show=show_progress):
+            loss = getattr(output, "loss", None)
+            if loss is None:
+                raise ConfigError("LoRA-GA needs a loss, and the model gives none for these rows: they have no labels")
+            loss.backward()
+
+    preprocess_loraga(model, config, step)
+    return DataStart(f"starts from LoRA-GA: the mean gradient of {len(batches)} batches ({_seen(batches)})")
+
+
+def _eva(model: nn.Module, config: Any, rows: Rows, *, show_progress: bool) -> DataStart:
+    modules = targeted_layers(model, config)
+    need = max((round(config.rank_at(path) * config.eva_config.rho) for path, _ in modules.values()), default=0)
+    tokens = statistics.mean(len(row.get("input_ids", ())) for row in rows.rows)
+    # A batch counts only where it has as many tokens as a layer may get directions.
+    size = max(_BATCH_SIZE, -(-2 * need // max(int(tokens), 1)))
+    batches = rows.batches(size)
+    given = EvaBatches(batches, forward_fn_dict, _tokens_that_count, _rows_that_count)
+    found = find_directions(model, config, modules, given, False, show_progress)
+    return DataStart(f"starts from EVA: the main directions of its layers' inputs on up to {_seen(batches)}", found)
+
+
+def _tokens_that_count(batch: Mapping[str, Any], config: Any) -> Tensor | None:
+    """Where tokens are attended to and, if ``use_label_mask``, learned: (batch, length); None where there are none."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        return None
+    mask: Tensor = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    settings, labels = config.eva_config, batch.get("labels")
+    if settings.use_label_mask and labels is not None and labels.shape == mask.shape:
+        mask = mask & (labels != settings.label_mask_value)
+    return mask
+
+
+def _rows_that_count(layer_input: Any, mask: Tensor | None, layer_name: str) -> Tensor:
+    """The inputs (tokens, in) of a layer at these places; all, where the layer reads something else than the tokens."""
+    found: Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+    if mask is not None and found.shape[:-1] == mask.shape:
+        return found[mask.to(found.device)]
+    flat = found.reshape(-1, found.shape[-1])
+    return flat[mask.to(found.device).reshape(-1)] if mask is not None and len(flat) == mask.numel() else flat

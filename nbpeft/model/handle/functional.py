@@ -1,0 +1,141 @@
+"""Functions under the names of ``peft.functional`` and ``peft.utils``: for models with or without a handle."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from nbpeft.engine.config.adapter_names import names_in
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.runtime.manager import require_manager
+from nbpeft.errors import ConfigError
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
+    """Returns the config for a dictionary such as the content of ``adapter_config.json``.
+
+    Raises:
+        ConfigError: it has no ``peft_type``, or a value is impossible.
+    """
+    if config_dict.get("peft_type") is None:
+        raise ConfigError("the dictionary has no 'peft_type', such as 'LORA'", field="peft_type")
+    return AdapterConfig.from_peft_type(**config_dict)
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
+) -> None:
+    """Activates one adapter or several and makes them trainable, or frozen for inference.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_name: one name or several.
+        inference_mode: freeze them.
+        layer_cls: accepted for PEFT's sake: the layers of an adapter are known.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    require_manager(model).activate(adapter_name, trainable=not inference_mode)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type | None = None
+) -> list[str] | None:
+    """Removes an adapter; where the model has none of that name it warns, as other libraries delete by list.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_name: its name.
+        prefix: accepted for PEFT's sake; names are matched whole.
+        layer_cls: accepted for PEFT's sake.
+
+    Returns:
+        The adapters that are active now, or None if there are none left.
+    """
+    manager = require_manager(model)
+    if isinstance(adapter_name, str) and adapter_name not in manager.configs:
+        have = ", ".join(map(repr, manager.names)) or "none"
+        warnings.warn(f"there is no adapter {adapter_name!r} to delete; the model has: {have}.", stacklevel=2)
+    else:
+        manager.remove(adapter_name)
+    return list(manager.active) or None
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Sets whether gradients reach adapters, whatever is active.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_names: one name or several.
+        requires_grad: whether they do.
+    """
+    manager = require_manager(model)
+    names = names_in(adapter_names)
+    manager.require(*names)
+    for name in names:
+        manager.set_requires_grad(name, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Casts the half-precision tensors of an adapter to float32.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_name: its name.
+        autocast_adapter_dtype: False does nothing.
+    """
+    manager = require_manager(model)
+    manager.require(adapter_name)
+    if autocast_adapter_dtype:
+        adapters = (layer.adapters._modules.get(adapter_name) for layer in manager.layers.values())
+        frozen = (adapter.parameters() for adapter in adapters if adapter is not None)
+        _cast([*manager.parameters(adapter_name), *chain.from_iterable(frozen)], torch.float32)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts frozen parameters to half precision and trainable ones to float32, for automatic mixed precision.
+
+    Quantized weights stay as they are stored.
+
+    Args:
+        model: any model.
+        dtype: for the frozen parameters, ``torch.float16`` or ``torch.bfloat16``.
+    """
+    for parameter in model.parameters():
+        _cast([parameter], torch.float32 if parameter.requires_grad else dtype)
+
+
+def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            parameter.data = parameter.data.to(dtype)
+
+
+class DoraCaching:
+    """Does nothing: DoRA always caches its norm, and computes it again when a weight changes.
+
+    Args:
+        enabled: accepted for PEFT's sake.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Changes nothing."""
+        self.enabled = enabled
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None

@@ -1,0 +1,119 @@
+"""Small helpers under the names of ``peft.helpers``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.contract.adapter import Rescales
+from nbpeft.errors import AdapterError, ConfigError, NbpeftError, did_you_mean
+from nbpeft.model.handle.peft_model import PeftModel
+
+_METHODS = ("forward", "generate", "all")
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether there is a saved adapter, of a method known here, in a folder or on the hub."""
+    try:
+        checkpoint.read_config(str(model_name_or_path))
+    except (NbpeftError, OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Inside the block every adapter acts ``multiplier`` times as strongly; afterwards as before.
+
+    Args:
+        model: any model with adapted layers.
+        multiplier: factor on the scaling of every adapter on every layer.
+
+    Raises:
+        TypeError: the multiplier is no number.
+        AdapterError: the model has no adapted layer.
+    """
+    if not isinstance(multiplier, int | float):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    # The adapters themselves: inside the block one may get another name, or be deleted.
+    adapters = [module for module in reached_modules(model) if isinstance(module, Rescales)]
+    if not adapters:
+        raise AdapterError("scaling is only supported for models with `LoraLayer`s: none here has a scaling")
+    with ExitStack() as stack:
+        for adapter in adapters:
+            scaling = float(adapter.scaling)
+            stack.callback(adapter.rescale, scaling)
+            adapter.rescale(scaling * multiplier)
+        yield
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Does nothing: an adapter computes in the dtype its tensors have when it is called, whatever the input's.
+
+    So weights that hooks cast to another dtype for the time of a forward need no help here.
+
+    Args:
+        model: accepted for PEFT's sake.
+        active: accepted for PEFT's sake.
+    """
+    yield
+
+
+def update_forward_signature(model: PeftModel) -> None:
+    """Gives a handle's ``forward`` the documentation of the base model's, where it only takes ``*args, **kwargs``."""
+    _borrow(model, "forward")
+
+
+def update_generate_signature(model: PeftModel) -> None:
+    """Gives a handle's ``generate`` the documentation of the base model's, where there is one."""
+    if hasattr(model.get_base_model(), "generate"):
+        _borrow(model, "generate")
+
+
+def update_signature(model: PeftModel, method: str = "all") -> None:
+    """Does either of the two, or both.
+
+    Args:
+        model: the handle.
+        method: "forward", "generate" or "all".
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if method not in _METHODS:
+        raise ConfigError(
+            f"method must be one of {', '.join(map(repr, _METHODS))}, not {method!r}."
+            + did_you_mean(str(method), _METHODS)
+        )
+    if method != "generate":
+        update_forward_signature(model)
+    if method != "forward":
+        update_generate_signature(model)
+
+
+def _borrow(model: PeftModel, name: str) -> None:
+    own: Any = getattr(type(model), name)
+    kinds = {parameter.kind for key, parameter in inspect.signature(own).parameters.items() if key != "adapter_names"}
+    if inspect.Parameter.VAR_KEYWORD not in kinds or "input_ids" in inspect.signature(own).parameters:
+        return
+
+    def borrowed(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    theirs = getattr(type(model.get_base_model()), name)
+    functools.update_wrapper(borrowed, theirs, assigned=("__doc__", "__name__", "__annotations__"))
+    setattr(model, name, MethodType(borrowed, model))
+
+
+class MontecloraTrainerMixin:
+    """PEFT's mixin for Trainers of MonteCLoRA: nothing to add, the model returns a loss with its divergence."""

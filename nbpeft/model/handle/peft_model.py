@@ -1,0 +1,607 @@
+"""PeftModel: the handle on a base model with adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from nbpeft.engine.calls.prompt_twins import twin_without_prompts
+from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
+from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.peft_names.peft_layer_api import refuse_pickle_of_peft
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.runtime.method_hooks import (
+    generation_arguments,
+    learns_with_hooks,
+    prepares_calls,
+    transforms_calls,
+)
+from nbpeft.engine.runtime.scopes import ScopedChoice
+from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
+from nbpeft.errors import UnknownAdapterError
+from nbpeft.model.handle import prompts
+from nbpeft.model.handle.injection import put_active, warn_of_replaced
+from nbpeft.model.handle.serving import of_the_model, serving
+from nbpeft.model.handle.state_dicts import drop_values
+from nbpeft.model.handle.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from nbpeft.model.handle.tuner import (
+    BaseTuner,
+    enable_input_grads_for_checkpointing,
+    remove_adapters,
+    tuner_class,
+    warn_of_trained_biases,
+    with_extra_loss,
+)
+from nbpeft.model.quantization.quantize import clear_gguf_flags
+from nbpeft.model.saving import files
+from nbpeft.model.saving.given_configs import as_given, take_given
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. Names and signatures are PEFT 0.21's.
+
+    The base model is changed in place and has one handle: a second one made on the same base
+    takes it over, and the first then says so instead of sharing state silently. Handles that learn
+    prompts alone are an exception: each has its own, and all go on. Attributes the handle lacks are
+    the base model's.
+
+    Args:
+        model: the base model.
+        peft_config: config of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep adapters in float32 on a half-precision base.
+        low_cpu_mem_usage: leave the adapter's parameters on the meta device until they are loaded.
+    """
+
+    base_model: Any
+    """A ``BaseTuner``; the base model itself where the first adapter is a learned prompt."""
+    _tuner: BaseTuner
+    task: ClassVar[TaskType | None] = None
+    _hf_peft_config_loaded = True
+    _by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "task" in cls.__dict__ and cls.task is not None:
+            PeftModel._by_task.setdefault(cls.task, cls)
+
+    @staticmethod
+    def for_task(config: AdapterConfig) -> type[PeftModel]:
+        """Returns the handle class of a config's task."""
+        return PeftModel if config.task_type is None else PeftModel._by_task[TaskType(config.task_type)]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        model = _base_for(model, peft_config)
+        manager = manager_of(model) or AdapterManager(model)
+        config = self.completed(peft_config, model)
+        put = manager.prepare(
+            adapter_name,
+            config,
+            trainable=not config.inference_mode,
+            half=not autocast_adapter_dtype,
+            replace=adapter_name in manager.configs,
+            training=True,
+        )
+        with manager.transaction() as change:
+            put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
+            take_given(manager, adapter_name, peft_config, change)
+            self._take(model, manager)
+            self.training = self._tuner.training = True  # as the adapter, in whatever mode the base is
+
+    def _take(self, model: nn.Module, manager: AdapterManager) -> None:
+        """Becomes the one handle of a base model."""
+        with manager.transaction(during_calls=True, quiet=True) as change:
+            change.keep_attributes(manager, "owner")
+            first = next(iter(manager.configs.values()), None)  # none where a pool has all of them
+            tuner = (BaseTuner if first is None else tuner_class(method_of(first))).over(model, manager)
+            self.__dict__.update({MANAGER: manager, "_tuner": tuner})
+            self.base_model = tuner
+            prompts.list_apart(manager, self._modules, change)
+            if prompts.LISTED in self._modules:
+                self.base_model = model
+            self.training = model.training
+            clear_gguf_flags(model, change)
+            enable_input_grads_for_checkpointing(model, change)
+
+    @classmethod
+    def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
+        """Makes a handle on a model whose manager already has adapters."""
+        handle = cls.__new__(cls)
+        nn.Module.__init__(handle)
+        with manager.transaction(during_calls=True, quiet=True):
+            AdapterManager.attach(model, manager)
+            handle._take(model, manager)
+        return handle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if MANAGER not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    @property
+    def manager(self) -> AdapterManager:
+        """The manager of the base model's adapters."""
+        found: AdapterManager = self.__dict__[MANAGER]
+        return found
+
+    @classmethod
+    def completed(cls, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+        """Returns a config as it goes onto a base model: with what the task adds to it, and the base's name."""
+        return files.with_base_name(cls._complete(as_given(config)), model)
+
+    @classmethod
+    def _complete(cls, config: AdapterConfig) -> AdapterConfig:
+        """Returns the config with what a task adds to it; here nothing."""
+        return config
+
+    def _check_live(self) -> None:
+        self._tuner.check_live()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the adapters are on the model and no other handle took it over."""
+        return self._tuner.is_live
+
+    # The tree as PEFT has it
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in PEFT; see ``nn.Module``."""
+        prompts.list_anew(self.manager, self._modules)
+        yield from super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; see ``nn.Module``."""
+        prompts.list_anew(self.manager, self._modules)
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        prompts.list_anew(self.manager, self._modules)
+        if prompts.LISTED in self._modules:
+            state_dict.pop(f"{prefix}word_embeddings.weight", None)  # PEFT lists the embedding twice
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # What there is
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Adapter name -> config."""
+        return self.manager.configs
+
+    @property
+    def peft_type(self) -> Any:
+        """Type of the first adapter, such as ``PeftType.LORA``."""
+        return next(iter(self.manager.configs.values())).peft_type
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list where several are active."""
+        active = self.manager.active
+        return active[0] if len(active) == 1 else list(active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.manager.active)
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """Config of the (first) active adapter.
+
+        Raises:
+            UnknownAdapterError: none is active.
+        """
+        with self.manager.reading():
+            if not self.manager.active:
+                raise UnknownAdapterError("no adapter is active, so there is no active config")
+            return self.manager.configs[self.manager.active[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active and enabled."""
+        return bool(self.manager.active) and self.manager.enabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole (``modules_to_save``)."""
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """dtype of the base model."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """Adapter name -> adapter, for those that learn a prompt; its ``embedding`` has the trained rows."""
+        return prompts.encoders(self.manager)
+
+    @property
+    def prompt_tokens(self) -> dict[str, torch.Tensor]:
+        """Adapter name -> numbers of the tokens of its prompt, int64."""
+        return prompts.tokens(self.manager)
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The model's input embedding, where an adapter learns a prompt."""
+        return prompts.word_embeddings(self.manager)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """Returns what the active prompt puts in front of a batch; see ``nbpeft.model.handle.prompts.prompt``.
+
+        Args:
+            batch_size: rows.
+            task_ids: (rows,) int64: the task of each, for multitask prompts.
+            max_cache_len: accepted for PEFT's sake; the cache of a prefix grows.
+        """
+        return prompts.prompt(self.manager, batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """Returns what the file of a prompt holds, (tokens, features), on the CPU."""
+        return prompts.embedding_to_save(self.manager, adapter_name)
+
+    def get_base_model(self) -> nn.Module:
+        """Returns the base model, with the adapters' layers still in it."""
+        held = self.base_model
+        return held.model if isinstance(held, BaseTuner) else held
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns the number of (trainable, all) parameters; a packed 4-bit weight counts as what it stands for."""
+        return parameter_counts(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the trainable and all parameters and their share in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """Returns one record for each adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """Returns one record for the whole model."""
+        return get_model_status(self)
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the base model's forward with the active adapters.
+
+        Args:
+            *args: handed to the base model.
+            **kwargs: handed to the base model, but for ``adapter_names``: for each row of the batch
+                the adapter that serves it, ``"__base__"`` for none; evaluation only. (Tracers would
+                pass the default of a named parameter by position.)
+        """
+        adapter_names: Sequence[str] | None = kwargs.pop("adapter_names", None)
+        if self.__dict__.get("_is_replica"):  # of nn.DataParallel, in a call that waited for its turn
+            return self.get_base_model()(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(adapter_names, *args, **kwargs)
+        return self._forward_pinned(adapter_names, *args, **kwargs)
+
+    def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
+        if adapter_names is None and not self._transforms_calls(self.manager.active_state.traced.names, self.training):
+            return self.get_base_model()(*args, **kwargs)
+        # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled. Nor does
+        # it know what a method prepares for each call or adds to each loss.
+        alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
+        return alone(adapter_names, *args, **kwargs)
+
+    def _transforms_calls(self, names: tuple[str, ...], training: bool) -> bool:
+        """Whether the method of an active adapter does something in each call beside the maths of its layers."""
+        configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
+        return any(
+            prepares_calls(config) or transforms_calls(config) or (training and learns_with_hooks(config))
+            for config in configs
+        )
+
+    # Compiled code takes the result for a constant and is guarded on the arguments. What says so in public,
+    # torch.compiler.assume_constant_result, would import the compiler with this module.
+    _transforms_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
+        self._check_live()
+        with (
+            self.manager.active_state.turn(),
+            serving(self.manager, adapter_names, args, kwargs, training=self.training),
+        ):
+            kwargs = of_the_model(self.manager, kwargs)
+            output = self.get_base_model()(*args, **kwargs)
+            return with_extra_loss(self.manager, output, kwargs) if self.training else output
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode; while a training runs in the background, only that does."""
+        turns = self.manager.active_state.turns
+        return self if turns is not None and not turns.is_mine else super().train(mode)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Runs the base model's ``generate``; activating other adapters meanwhile takes effect in the next call."""
+        self._check_live()
+        with (
+            self.manager.active_state.turn(),
+            serving(self.manager, adapter_names, args, kwargs, training=self.training),
+        ):
+            kwargs = {**generation_arguments(self.manager), **of_the_model(self.manager, kwargs)}
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    # Managing
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds another adapter to the model; it does not become active."""
+        self._check_live()
+        config = self.completed(peft_config, self.get_base_model())
+        with self.manager.transaction() as change:
+            modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
+            self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
+            take_given(self.manager, adapter_name, peft_config, change)
+            if low_cpu_mem_usage:
+                drop_values(self.manager, adapter_name)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        self._tuner.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether gradients reach adapters, whatever is active."""
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
+        self._check_live()
+        remove_adapters(self.manager, adapter_name)
+
+    def disable_adapter(self) -> ScopedChoice:
+        """Context manager: disables all adapters inside the block; afterwards everything is as before.
+
+        This applies to the thread or asyncio task that runs the block only. Code compiled by ``torch.compile``
+        cannot distinguish threads: there the block entered last applies to all.
+        """
+        self._check_live()
+        warn_of_trained_biases(self.manager)
+        return self.manager.disabled()
+
+    def use(self, adapter_names: str | Sequence[str]) -> ScopedChoice:
+        """Context manager: activates other adapters inside the block, for its thread or task as ``disable_adapter``."""
+        self._check_live()
+        return self.manager.use(adapter_names)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters (default: the active ones) into the base weights."""
+        self._tuner.merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restores the base weights, bit for bit."""
+        self._tuner.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merges for good and returns the base model without any wrapper; this handle is then dead."""
+        return self._tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Returns the base model as it was, without any wrapper; this handle is then dead."""
+        return self._tuner.unload()
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Loads a saved adapter onto a base model.
+
+        Args:
+            model: the base model; changed in place.
+            model_id: a folder or a hub id.
+            adapter_name: name to give it. An adapter on the base that has it already is replaced, with a warning.
+            is_trainable: whether to train it further; otherwise it is frozen.
+            config: use this config instead of the saved one.
+            autocast_adapter_dtype: keep it in float32 on a half-precision base.
+            ephemeral_gpu_offload: accepted for PEFT's sake.
+            low_cpu_mem_usage: accepted for PEFT's sake; loading never initialises first.
+            key_mapping: regular expressions that rename keys of the file.
+            **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read or does not fit.
+        """
+        model = _base_for(model, config or files.saved_config(model, model_id, kwargs))
+        manager = manager_of(model) or AdapterManager(model)
+        replace = adapter_name in manager.configs  # loaded by transformers with its base, or by another handle
+        was_unsaved = adapter_name in manager.unsaved
+        put = files.read(
+            manager,
+            model_id,
+            adapter_name,
+            trainable=is_trainable,
+            half=not autocast_adapter_dtype,
+            config=config,
+            key_mapping=key_mapping,
+            options=kwargs,
+        )
+        with manager.transaction() as change:
+            put()
+            if manager.active != (adapter_name,):
+                manager.activate(adapter_name)
+            chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
+            handle = chosen.over(model, manager)
+            change.keep_modes(handle)
+            if is_trainable:
+                handle.training = handle._tuner.training = True
+            else:
+                handle.eval()
+        if replace:
+            warn_of_replaced(adapter_name, "what was read", unsaved=was_unsaved)
+        return handle
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> files.LoadResult:
+        """Loads a saved adapter beside the others; it does not become active, but with ``is_trainable`` it can train.
+
+        An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
+        """
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "key_mapping": key_mapping, **kwargs}
+        return self.prepare_load(model_id, adapter_name, is_trainable, torch_device, **options)()
+
+    def prepare_load(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Callable[[], files.LoadResult]:
+        """Reads a saved adapter and checks that it fits; the arguments are those of ``load_adapter``.
+
+        Returns:
+            A function that puts it on the model.
+        """
+        self._check_live()
+        put = files.read(
+            self.manager,
+            model_id,
+            adapter_name,
+            trainable=is_trainable,
+            half=not autocast_adapter_dtype,
+            key_mapping=key_mapping,
+            options={"torch_device": torch_device, **kwargs},
+        )
+
+        def load() -> files.LoadResult:
+            with self.manager.transaction() as change:
+                result = put()
+                if is_trainable:
+                    self.manager.set_requires_grad(adapter_name, True)
+                else:
+                    change.keep_modes(self)
+                    self.eval()
+            return result
+
+        return load
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves adapters: ``default`` into the folder itself, any other into a folder of its name.
+
+        Args:
+            save_directory: made if need be.
+            safe_serialization: write safetensors; with False PEFT's old ``adapter_model.bin``, a pickle.
+            selected_adapters: which ones; all if None.
+            save_embedding_layers: also save the embeddings; "auto": where an adapter targets
+                them or the vocabulary was resized.
+            is_main_process: other processes write nothing.
+            path_initial_model_for_weight_conversion: save adapters that started in a part of the base (OLoRA,
+                PiSSA) as plain LoRA of twice the rank, for the base with that part. Each remembers its start: this
+                folder, of the adapter as it was then, is read for one that was loaded on a base without that part.
+            state_dict: take the tensors from here (as gathered from a sharded model), or from what a ``state_dict()``
+                that was put on this model gives.
+            **kwargs: accepted for PEFT's sake.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there is as it was.
+        """
+        self._check_live()
+        if not is_main_process:
+            return
+        files.warn_of_saved_embeddings(self.manager, selected_adapters, save_embedding_layers)
+        files.save(
+            self.manager,
+            save_directory,
+            names=selected_adapters,
+            embeddings=save_embedding_layers,
+            state_dict=files.replaced_state_dict(self, self.manager) if state_dict is None else state_dict,
+            initial=path_initial_model_for_weight_conversion,
+            pickled=not safe_serialization,
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Saves the adapters and uploads them to a repository on the hub."""
+        self._check_live()
+        return files.push(self.manager, repo_id, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Writes or updates the README of a saved adapter."""
+        self._check_live()
+        files.write_card(self.manager, output_dir)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+        with contextlib.suppress(AttributeError):
+            return getattr(self.base_model, name)
+        return getattr(self._tuner, name)
+
+
+def _base_for(model: nn.Module, config: object) -> nn.Module:
+    """The base model of a new handle: a twin for a prompt alone, where a base has the adapters of another handle."""
+    base = base_model_of(model)
+    manager = manager_of(model)
+    taken = manager is not None and manager.alive and manager.owner is not None and base is unwrapped(model)
+    if (
+        not (taken and isinstance(config, AdapterConfig) and config.is_prompt_learning)
+        or config.task_type in TASK_HEADS
+    ):
+        return base
+    return twin_without_prompts(base) or base

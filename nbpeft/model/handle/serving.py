@@ -1,0 +1,148 @@
+"""Which adapters serve a call: the active ones, one for each row of a mixed batch, or a weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, Rows
+from nbpeft.engine.config.adapter_names import BASE_NAME
+from nbpeft.engine.contract.combination import check_weights
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.runtime.method_hooks import call_arguments, in_call, prepared
+from nbpeft.engine.wrappers.row_order import note_calls
+from nbpeft.errors import AdapterError
+
+
+@contextmanager
+def serving(
+    manager: AdapterManager,
+    adapter_names: Sequence[str] | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    training: bool,
+) -> Iterator[None]:
+    """Context manager around one call of a model, with the active adapters or with one adapter for each row.
+
+    Args:
+        manager: of the model.
+        adapter_names: one name for each row, or None. While adapters are disabled the base serves all.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        training: whether the model is in training mode.
+
+    Raises:
+        AdapterError: the names do not fit, or the model trains.
+    """
+    if adapter_names is None:
+        # Asked inside the call: before it, another thread may still take an adapter out.
+        with manager.active_state.call(lambda: prepared(manager.configs, manager.active_state.current(), args, kwargs)):
+            yield
+        return
+    if training:
+        raise AdapterError("adapter_names is for inference: call model.eval() first")
+    with serving_rows(manager, adapter_names, args, kwargs):
+        yield
+
+
+def of_the_model(manager: AdapterManager, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call without those that are for the adapters alone."""
+    own = call_arguments(manager.configs.values())
+    return {name: value for name, value in kwargs.items() if name not in own}
+
+
+@contextmanager
+def serving_rows(
+    manager: AdapterManager,
+    adapter_names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    disabled_too: bool = False,
+) -> Iterator[None]:
+    """Context manager around calls with one adapter for each row.
+
+    Args:
+        manager: has the adapters.
+        adapter_names: one name for each row.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        disabled_too: use them even while adapters are disabled.
+
+    Raises:
+        AdapterError: the names do not fit.
+    """
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
+        raise AdapterError("adapter_names must be a list with one name for each row of the batch")
+    names = list(adapter_names)
+    strange = next((name for name in names if not isinstance(name, str)), None)
+    if strange is not None:
+        raise AdapterError(f"adapter_names must have one name for each row of the batch, not {strange!r}")
+    # Rows are assigned inside the call, too.
+    with (
+        manager.provided(names),
+        manager.active_state.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
+        note_calls(manager.model, manager.active_state),
+    ):
+        yield
+
+
+def _assigned(
+    manager: AdapterManager,
+    adapter_names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    disabled_too: bool,
+) -> Active:
+    """Returns what is active in a mixed batch; the first tensor among the arguments says how many rows it has."""
+    if manager.merged:
+        raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
+    batch = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)), None)
+    if batch is not None and len(batch) != len(adapter_names):
+        raise AdapterError(
+            f"adapter_names has {len(adapter_names)} names for {len(batch)} rows: give one name for each row"
+        )
+    names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
+    manager.require(*names)
+    if not manager.enabled and not disabled_too:
+        return NONE_ACTIVE
+    order = {name: position for position, name in enumerate(names)}
+    index = tuple(order.get(name, -1) for name in adapter_names)
+    active = Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
+    return in_call(manager.configs, active, args, kwargs)
+
+
+@contextmanager
+def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[None]:
+    """Context manager: a weighted sum of adapters is active in the calls that this thread makes inside the block.
+
+    The sum is exact, and nothing is allocated: each adapter runs with its own factor. What is active for other
+    threads, and afterwards, does not change. A weight multiplies the scale that an adapter has.
+
+    Args:
+        manager: of the model.
+        weights: adapter -> weight; 0 leaves it out, a negative one subtracts.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterError: a weight is not finite.
+        MergeError: adapters are merged.
+    """
+    check_weights(tuple(weights), tuple(weights.values()))
+    manager.refuse_merged("blending")
+    names = tuple(name for name, weight in weights.items() if weight)
+    manager.require_available(*weights)
+
+    def chosen() -> Active:
+        manager.refuse_merged("blending")
+        manager.require(*names)
+        scales = tuple(weights[name] * manager.scale(name) for name in names)
+        return Active(names, scales) if names else NONE_ACTIVE
+
+    with manager.provided(names), manager.active_state.call(chosen):
+        yield

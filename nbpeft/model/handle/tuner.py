@@ -1,0 +1,484 @@
+"""``PeftModel.base_model``: what PEFT puts between the handle and the base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft._util import hooks
+from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.targets import usual_model_types
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.registry import Method, methods, methods_of_type
+from nbpeft.engine.contract.shared_state import Together
+from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin, layer_type, refuse_pickle_of_peft, shared_by_name
+from nbpeft.engine.runtime.adapter_tensors import parameter_paths
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.runtime.method_hooks import extra_loss_of_call, learns_with_hooks
+from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, is_quantized, manager_of
+from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
+from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
+from nbpeft.model.combine.combining import Combined, combine_adapters
+from nbpeft.model.combine.conversion import can_convert
+from nbpeft.model.handle.injection import inject, inject_adapter_in_model
+
+_LABELS = ("labels", "start_positions")
+"""Inputs for which transformers' models return their loss first, where they return a tuple."""
+
+
+class BaseTuner(nn.Module):
+    """Holds the base model as ``.model``, so that state dict keys have PEFT's prefix.
+
+    Models of a method are of a class of its own, as PEFT's: ``LoraModel``, ``IA3Model``; see ``tuner_class``.
+    A new one takes the base model over: the commands of the one before, and of its handle, refuse from then on.
+    Attributes the tuner lacks are the base model's.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: config of an adapter, or adapter name -> config, of which ``adapter_name`` is taken.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave its parameters on the meta device.
+        state_dict: its keys say which modules to adapt; see ``inject_adapter_in_model``.
+
+    Raises:
+        TargetError: the config, or no key, fits the model, which is as it was.
+    """
+
+    prefix: str = ""
+    """Starts the names of the parameters of the first adapter's method."""
+    uses_shared_state: bool = False
+    """Whether layers of that method share tensors."""
+    tuner_layer_cls: type[Any] = PeftLayerMixin
+    """What adapted layers are instances of."""
+    target_module_mapping: Mapping[str, Any] = {}
+    """Model type -> the usual targets of that method."""
+
+    model: nn.Module
+    _token: object
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig | Mapping[str, AdapterConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
+        manager = manager_of(model)
+        assert manager is not None
+        self._take(model, manager)
+        self.training = True
+
+    @classmethod
+    def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
+        """Makes one on a model whose manager already has adapters."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner._take(model, manager)
+        return tuner
+
+    def _take(self, model: nn.Module, manager: AdapterManager) -> None:
+        self.model = model
+        self.__dict__[MANAGER] = manager
+        self.__dict__["_token"] = manager.owner = object()
+        self.training = model.training
+        hooks.adapted()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if MANAGER not in state:
+            refuse_pickle_of_peft(self, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        hooks.adapted()
+
+    @property
+    def manager(self) -> AdapterManager:
+        """The manager of the base model's adapters."""
+        found: AdapterManager = self.__dict__[MANAGER]
+        return found
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the adapters are on the model and no other handle took it over."""
+        return self.manager.alive and self.manager.owner is self._token
+
+    def check_live(self) -> None:
+        """Raises StaleModelError once the adapters were unloaded or another handle took the base model over."""
+        self.manager.check_alive()
+        if self.manager.owner is not self._token:
+            raise StaleModelError(
+                "this handle is dead: another PeftModel was made on the same base model and took it over; "
+                "use that one, or load the base model again"
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can be converted into a LoRA; see ``convert_to_lora``."""
+        return can_convert(self.manager, adapter_name)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Returns a base model's config as a dictionary; ``{"model_type": "custom"}`` for one that has none."""
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            found: dict[str, Any] = config.to_dict()
+            return found
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dataclasses.asdict(config)
+        return {"model_type": "custom"} if config is None else config
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Adapter name -> config."""
+        return self.manager.configs
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.manager.active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.manager.active)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths in the base model of the layers that adapters target, those of the first adapter first."""
+        bare, layers = self.targeted_parameter_names, self.manager.layers.items()
+        targeted = [
+            path
+            for name in self.manager.names
+            for path, layer in layers
+            if path not in bare and name in layer.adapters and not layer.adapter(name).is_tied
+        ]
+        return list(dict.fromkeys(targeted))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths in the base model of the bare parameters that adapters target (``target_parameters``)."""
+        return list(parameter_paths(self.manager.layers))
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Makes an adapter of the model anew, from its config, and active.
+
+        Args:
+            model: the base model of this one; accepted for PEFT's sake.
+            adapter_name: one that the model has.
+            autocast_adapter_dtype: accepted for PEFT's sake.
+            low_cpu_mem_usage: leave its parameters on the meta device.
+            state_dict: its keys say which modules to adapt; see ``inject_adapter_in_model``.
+
+        Raises:
+            UnknownAdapterError: the model has none of that name.
+        """
+        self.check_live()
+        with self.manager.reading():
+            self.manager.require(adapter_name)
+            config = self.manager.configs[adapter_name]
+        inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=True)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """Paths of the modules that share the weight of the input embedding; other libraries call it."""
+        return modules_tied_to_embedding(self.model)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Makes reentrant gradient checkpointing work with frozen embeddings.
+
+        Nothing is done to a quantized model: ``prepare_model_for_kbit_training`` does it there.
+
+        Args:
+            model: the handle or the base model.
+
+        Returns:
+            The same model.
+        """
+        enable = getattr(model, "enable_input_require_grads", None)
+        if enable is not None and not is_quantized(model):
+            enable()
+        return model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the base model's forward with the active adapters; what their methods add to a loss is in it."""
+        if not self.training:
+            return self.model(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self._forward_in_training(*args, **kwargs)
+        if not self._learns_with_hooks(self.manager.active_state.traced.names):
+            return self.model(*args, **kwargs)
+        alone: Any = torch.compiler.disable(self._forward_in_training)  # type: ignore[no-untyped-call]
+        return alone(*args, **kwargs)
+
+    def _forward_in_training(self, *args: Any, **kwargs: Any) -> Any:
+        return with_extra_loss(self.manager, self.model(*args, **kwargs), kwargs)
+
+    def _learns_with_hooks(self, names: tuple[str, ...]) -> bool:
+        configs = self.manager.configs
+        return any(learns_with_hooks(configs[name]) for name in names if name in configs)
+
+    _learns_with_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as PeftModel._transforms_calls
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        self.check_live()
+        self.manager.activate(adapter_name, trainable=not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether gradients reach adapters, whatever is active."""
+        self.check_live()
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.manager.set_requires_grad(name, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Enables the active adapters."""
+        self.check_live()
+        self.manager.enable()
+
+    def disable_adapter_layers(self) -> None:
+        """Disables all adapters: the base model alone is active."""
+        self.check_live()
+        warn_of_trained_biases(self.manager)
+        self.manager.disable()
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
+        self.check_live()
+        remove_adapters(self.manager, adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> Combined:
+        """Makes a new adapter of a weighted combination of others; it starts frozen and inactive.
+
+        Types of PEFT's name give PEFT's numbers under the same seed, but with the right scaling for
+        rsLoRA and a rank for each layer where a pattern asks for it. ``exact`` is the weighted sum
+        of the true deltas, DoRA's included.
+
+        Args:
+            adapters: names of what is combined.
+            weights: one for each; negative ones subtract.
+            adapter_name: of the new adapter.
+            combination_type: how; which there are, and the default, depend on the method (``svd`` for LoRA).
+            svd_rank: rank of the result, for types that choose one.
+            svd_clamp: quantile at which the entries of the result are clamped.
+            svd_full_matrices: as in ``torch.linalg.svd``.
+            svd_driver: as in ``torch.linalg.svd``.
+            density: share of the entries that survive pruning.
+            majority_sign_method: "total" or "frequency".
+
+        Returns:
+            What was made and how much of the true weighted delta was lost, layer by layer.
+        """
+        self.check_live()
+        settings = {
+            "combination_type": combination_type,
+            "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp,
+            "svd_full_matrices": svd_full_matrices,
+            "svd_driver": svd_driver,
+            "density": density,
+            "majority_sign_method": majority_sign_method,
+        }
+        for what, given in (("adapters", adapters), ("weights", weights)):
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise AdapterError(f"{what} must be a list, one entry for each adapter, not {given!r:.60}")
+        return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, settings)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters (default: the active ones) into the base weights, in addition to those merged already."""
+        self.check_live()
+        self.manager.merge(adapter_names, safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restores the base weights, bit for bit."""
+        self.check_live()
+        self.manager.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merges for good and returns the base model without any wrapper.
+
+        Args:
+            progressbar: accepted for PEFT's sake; merging is too fast to need one.
+            safe_merge: refuse if a merged weight would not be finite.
+            adapter_names: what to merge; the active adapters if None.
+        """
+        self.check_live()
+        return self.manager.unload(merge=True, names=adapter_names, safe=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """Returns the base model as it was, without any wrapper."""
+        self.check_live()
+        return self.manager.unload(merge=False)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__.get("_modules", {}):
+                raise
+        try:
+            return getattr(self.model, name)
+        except AttributeError:
+            manager = self.manager
+            with manager.reading():
+                shared = {one: state for one in manager.configs if (state := manager.shared(one)) is not None}
+            if name.startswith("_") or (found := shared_by_name(shared, name)) is None:
+                raise
+        return found
+
+
+def tuner_class(method: Method) -> type[BaseTuner]:
+    """Returns the class of ``base_model`` for a first adapter of a method: ``LoraModel``, ``IA3Model``."""
+    name = _class_name(method)
+    if name not in _classes:
+        alike = [one for one in methods_of_type(method.peft_type) if one.config_class is method.config_class]
+        functions = {name: function for one in alike for name, function in one.model_functions.items()}
+        own: dict[str, Any] = {
+            "prefix": method.prefix,
+            "uses_shared_state": method.shared is not None and not issubclass(method.shared, Together),
+            "target_module_mapping": {
+                model_type: targets
+                for model_type in usual_model_types()
+                if (targets := method.default_targets(model_type)) is not None
+            },
+            "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
+            "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
+            "__module__": __name__,
+            **{name: _model_function(function) for name, function in functions.items()},
+            **{name: _model_attribute(read) for one in alike for name, read in one.model_attributes.items()},
+        }
+        _classes[name] = type(name, (BaseTuner,), own)
+    return _classes[name]
+
+
+def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method does to a model, as a method of its class."""
+
+    def call(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        self.check_live()
+        return function(self.manager, *args, **kwargs)
+
+    call.__doc__ = function.__doc__
+    return call
+
+
+def _model_attribute(read: Callable[[Any], Any]) -> property:
+    """What a method gives a model, as an attribute of its class."""
+    return property(lambda self: read(self), doc=read.__doc__)
+
+
+def _class_name(method: Method) -> str:
+    return method.config_class.__name__.removesuffix("Config") + "Model"
+
+
+_classes: dict[str, type[BaseTuner]] = {}
+
+
+def __getattr__(name: str) -> Any:
+    found = next((method for method in methods() if _class_name(method) == name), None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tuner_class(found)
+
+
+def with_extra_loss(manager: AdapterManager, output: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Adds what the adapters' methods add to the loss, where the output of a training call has one.
+
+    Args:
+        manager: of the model.
+        output: of the base model; changed in place, unless it is a tuple.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The output with the whole loss.
+    """
+    in_tuple = isinstance(output, tuple) and any(kwargs.get(name) is not None for name in _LABELS)
+    loss: Any = output[0] if in_tuple else getattr(output, "loss", None)
+    if loss is None:
+        return output
+    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    extra = extra_loss_of_call(manager, labels, items, shifts=not has_encoder(manager.model))
+    if extra is None:
+        return output
+    total = loss + extra.to(loss.device)
+    if in_tuple:
+        return total, *output[1:]
+    output.loss = total
+    return output
+
+
+def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:
+    """Lets the embeddings' output require gradients if gradient checkpointing is on.
+
+    Reentrant checkpointing computes no gradient if no input requires one, as with frozen embeddings.
+
+    Args:
+        model: the base model.
+        change: records the hooks that are added to the embeddings.
+    """
+    enable = getattr(model, "enable_input_require_grads", None)
+    if callable(enable) and checkpoints_gradients(model):
+        embeddings = embedding_of(model)
+        if embeddings is not None:
+            change.keep(embeddings._forward_hooks)
+        change.keep(model.__dict__)
+        enable()
+
+
+def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None:
+    """Removes one adapter or several, all or none, and warns which one is active in their place."""
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    with manager.transaction():
+        for name in names:
+            if name not in manager.configs:  # in the words that PEFT's users look for
+                have = ", ".join(map(repr, manager.configs)) or "none"
+                raise UnknownAdapterError(
+                    f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
+                )
+        active = manager.active
+        for name in names:
+            manager.remove(name)
+        left = manager.active
+    if active and left and not {*active} & {*left}:
+        gone = " and ".join(map(repr, active))
+        warnings.warn(f"adapter {gone} was active and is deleted: {left[0]!r} is active now", stacklevel=3)
+
+
+def warn_of_trained_biases(manager: AdapterManager) -> None:
+    """Warns if a model with its adapters disabled differs from the base model, because they train its biases."""
+    with manager.reading():
+        configs = {name: manager.configs[name] for name in manager.active}
+    for name, config in configs.items():
+        kind = getattr(config, "bias", "none")
+        if kind != "none":
+            warnings.warn(
+                f"adapter {name!r} trains the base's biases (bias={kind!r}), which stay while it is disabled: the "
+                "output is not the untouched base's",
+                stacklevel=3,
+            )

@@ -1,0 +1,473 @@
+"""Merging into a full-precision copy on disk, shard by shard, and the error of each way to merge.
+
+A QLoRA adapter can be merged into the quantized weights (dequantize, add, quantize again:
+``PeftModel.merge_adapter``), which rounds the sum again, or into a copy in full precision, which
+keeps it. The copy is written tensor by tensor: what is needed beyond the model itself is one
+weight and its sum, however large the model is.
+
+Base weights come from the live model (dequantized layer by layer) or from the safetensors files of
+a full-precision base; deltas come from the adapters on the live model or from a saved adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.checkpoint import NewFile, TensorSpec
+from nbpeft.engine.config.adapter_names import names_in
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import is_quantized, manager_of
+from nbpeft.errors import AdapterError, ConfigError, MergeError
+from nbpeft.model.quantization.quantize import dtype_of
+from nbpeft.model.saving.merge_deltas import Deltas, LayerDelta, check_names, check_tied, deltas_in, deltas_of
+from nbpeft.model.saving.merge_weights import FolderWeights, LiveWeights, Weights, meta_model
+from nbpeft.names import DTYPES
+
+SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = (
+    "added_tokens", "chat_template", "generation_config", "merges", "preprocessor", "processor", "sentencepiece",
+    "special_tokens", "spiece", "tokenizer", "vocab",
+)  # fmt: skip
+"""How the names of the files begin that belong to a model beside its weights and its config."""
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Distance of a merged weight to the exact sum of base weight and delta, relative to the norm of that sum.
+
+    Attributes:
+        path: where the layer is.
+        full_precision: for the copy in full precision.
+        requantized: for the weight quantized again; None for a layer that is not quantized.
+        norm: of the exact weight.
+        delta_norm: of what the adapters add to it.
+    """
+
+    path: str
+    full_precision: float
+    requantized: float | None
+    norm: float
+    delta_norm: float
+
+
+@dataclass(frozen=True)
+class MergeErrors:
+    """The error of each choice, by layer and in total.
+
+    An error small beside the weight can be large beside what the adapter adds: quantized again,
+    an element that moves less than half a step of its grid falls back to where it was.
+
+    Attributes:
+        layers: one entry a layer, in model order; of layers that stay one weight, the first.
+        dtype: of the copy in full precision.
+    """
+
+    layers: tuple[LayerError, ...]
+    dtype: str
+
+    @property
+    def full_precision(self) -> float:
+        """Relative error of the copy in full precision over all layers."""
+        return _combined_error((layer.full_precision, layer.norm) for layer in self.layers)
+
+    @property
+    def requantized(self) -> float | None:
+        """Relative error of quantizing again over all quantized layers; None if there are none."""
+        found = [(layer.requantized, layer.norm) for layer in self.layers if layer.requantized is not None]
+        return _combined_error(found) if found else None
+
+    def of_delta(self, error: float) -> float:
+        """Returns a total error relative to the norm of what the adapters add, instead of the weights'."""
+        added = math.hypot(*(layer.delta_norm for layer in self.layers))
+        return error * math.hypot(*(layer.norm for layer in self.layers)) / added if added else 0.0
+
+    def delta_words(self, error: float) -> str:
+        """Returns ``of_delta`` as text: ``7.1 %``, ``112 %``."""
+        percent = 100 * self.of_delta(error)
+        return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
+
+    def worst(self) -> LayerError | None:
+        """Returns the layer with the largest error of quantizing again (or of rounding, if none is quantized)."""
+        return max(self.layers, key=lambda layer: (layer.requantized or 0.0, layer.full_precision), default=None)
+
+    def __str__(self) -> str:
+        ways = [] if self.requantized is None else [("quantized again", self.requantized)]
+        parts = [
+            f"{way} {error:.2g} ({self.delta_words(error)} of what the adapter adds)"
+            for way, error in [*ways, (f"in {self.dtype}", self.full_precision)]
+        ]
+        return f"relative error of the merged weights: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """A merged model on disk.
+
+    Attributes:
+        folder: where it is; ``from_pretrained`` loads it like any other.
+        names: the adapters in it.
+        paths: its files.
+        byte_count: of its weights.
+        shard_bytes: bytes of each file with weights.
+        dtype: of its weights.
+        errors: of both ways to merge; None if they were not measured.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    byte_count: int
+    shard_bytes: tuple[int, ...]
+    dtype: str
+    errors: MergeErrors | None
+
+    def __str__(self) -> str:
+        files = f"{len(self.shard_bytes)} file{'s' if len(self.shard_bytes) != 1 else ''}"
+        what = ", ".join(map(repr, self.names))
+        line = f"merged {what} into {self.folder} ({self.dtype}, {self.byte_count / 1e6:,.1f} MB in {files})"
+        return line if self.errors is None else f"{line}; {self.errors}"
+
+
+def merge_to_folder(
+    model: nn.Module | str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Sequence[str] | None,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    measure_errors: bool = True,
+    safe: bool = False,
+) -> MergedFolder:
+    """Writes the base model with adapters merged into its weights to a folder. The model itself is not changed.
+
+    Args:
+        model: an adapted model, quantized or not; or the folder of a base in full precision,
+            which is then never loaded as a whole.
+        adapter: name or names of its adapters (None: the active ones); for a folder as ``model``
+            the folder or hub id of a saved adapter.
+        folder: where the merged model goes; must not hold weights yet. All or nothing.
+        base: add the deltas to the full-precision weights in this folder instead of the
+            dequantized ones of the model. The adapter was not trained on them: the errors say
+            how far off the result is.
+        dtype: of the weights written; by default the base's own.
+        tokenizer: saved along; without it the files of the base's folder are copied, if it has one.
+        max_shard_bytes: largest file; the files of a folder are kept as they are split there.
+        measure_errors: also measure the error of each way to merge.
+        safe: refuse a weight that is not finite.
+
+    Raises:
+        MergeError: adapters are merged already, cannot be merged, or give weights that are not finite.
+        CheckpointError: a folder cannot be read or written; then nothing is written.
+        ConfigError: an argument is invalid.
+    """
+    wanted = None if dtype is None else dtype_of(dtype, "dtype", DTYPES)
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ConfigError(f"a merged model needs a folder to be written to, not {folder!r:.60}")
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes!r}; expected a whole number of bytes")
+    plan = _of_folder(model, adapter, base) if isinstance(model, str | os.PathLike) else _of_model(model, adapter, base)
+    deltas, weights = plan.deltas, plan.weights
+    if any(adapter.is_quantization_aware for delta in deltas.layers.values() for adapter, _ in delta.adapters):
+        warnings.warn(
+            f"{' and '.join(map(repr, deltas.names))} learned with quantized weights rounded with what it adds; "
+            "a copy in full precision has all of that: merge_adapter() on the quantized model changes nothing",
+            stacklevel=2,
+        )
+    wanted = wanted or plan.dtype
+    merger = _Merger(deltas, weights, wanted, measure_errors, safe)
+    shards = weights.shards([merger.spec(spec) for spec in weights.specs], max_shard_bytes)
+    stored = merger.dtype_name
+    target = Path(os.path.expanduser(os.fspath(folder)))
+    with checkpoint.disk_errors(target), checkpoint.scratch_folder() as scratch:
+        extra = _other_files(plan, tokenizer, scratch, stored)
+        paths = checkpoint.write_model(folder, shards, merger.tensor, files=extra)
+    errors = merger.merge_errors if measure_errors else None
+    sizes = tuple(sum(spec.byte_count for spec in shard) for shard in shards)
+    return MergedFolder(target, deltas.names, tuple(paths), sum(sizes), sizes, stored, errors)
+
+
+def merge_errors(
+    model: nn.Module, adapter: str | Sequence[str] | None = None, *, dtype: torch.dtype | str | None = None
+) -> MergeErrors:
+    """Measures the error of merging into the weights as they are stored, and into a full-precision copy.
+
+    Nothing is changed or written.
+
+    Args:
+        model: an adapted model.
+        adapter: name or names; None: the active ones.
+        dtype: of the copy; by default the dtype of the model.
+
+    Raises:
+        MergeError: adapters are merged already or cannot be merged.
+    """
+    manager = _manager(model)
+    deltas = deltas_of(manager, _names(manager, adapter))
+    wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", DTYPES)
+    merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed, deltas.alike), wanted, True, False)
+    for name in merger.changed_weights:
+        merger.tensor(name)
+    return merger.merge_errors
+
+
+@dataclass(frozen=True)
+class MergedTensors:
+    """The tensors of a model with adapters merged into its weights; each is computed when it is read.
+
+    Attributes:
+        names: the adapters.
+        specs: what there is; a weight that embedding and head share is there once, unless an adapter changes one.
+        read: name -> tensor.
+    """
+
+    names: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    read: Callable[[str], Tensor]
+
+
+def merged_tensors(model: nn.Module, adapter: str | Sequence[str], *, dtype: torch.dtype | str) -> MergedTensors:
+    """Returns the merged weights of a loaded model, for a format of one's own. Nothing is changed or written.
+
+    Args:
+        model: an adapted model, quantized or not.
+        adapter: name or names.
+        dtype: of the tensors.
+
+    Raises:
+        MergeError: adapters are merged already or cannot be merged.
+    """
+    plan = _of_model(model, adapter, None)
+    merger = _Merger(plan.deltas, plan.weights, dtype_of(dtype, "dtype", DTYPES), False, False)
+    return MergedTensors(plan.deltas.names, tuple(merger.spec(spec) for spec in plan.weights.specs), merger.tensor)
+
+
+class _Merger:
+    """Computes the merged tensors one by one, and records their errors."""
+
+    def __init__(self, deltas: Deltas, weights: Weights, dtype: torch.dtype | None, measure: bool, safe: bool) -> None:
+        self._errors: dict[str, LayerError] = {}
+        self._deltas = deltas
+        self._weights = weights
+        self._dtype = dtype
+        self._measure = measure
+        self._safe = safe
+        self._specs = {spec.name: spec for spec in weights.specs}
+        self._live = isinstance(weights, LiveWeights)
+
+    @property
+    def dtype_name(self) -> str:
+        """Name of the dtype of most of what is written."""
+        dtype = self._dtype
+        if dtype is None:
+            floats = [spec for spec in self._specs.values() if spec.dtype.is_floating_point]
+            dtype = max(floats, key=lambda spec: spec.byte_count).dtype if floats else torch.float32
+        return str(dtype).removeprefix("torch.")
+
+    @property
+    def changed_weights(self) -> list[str]:
+        """Returns the names of the weights that something is added to; of several that stay one the one there is."""
+        names = (layer.weight_name(path) for path, layer in self._deltas.layers.items())
+        return [name for name in names if name in self._specs]
+
+    @property
+    def merge_errors(self) -> MergeErrors:
+        """Returns the errors of what was read, in the order of the model."""
+        return MergeErrors(
+            tuple(self._errors[path] for path in self._deltas.layers if path in self._errors), self.dtype_name
+        )
+
+    def spec(self, spec: TensorSpec) -> TensorSpec:
+        """Returns dtype and shape of a tensor once it is merged."""
+        dtype = self._dtype if self._dtype is not None and spec.dtype.is_floating_point else spec.dtype
+        return TensorSpec(spec.name, dtype, spec.shape)
+
+    @torch.no_grad()
+    def tensor(self, name: str) -> Tensor:
+        """Returns the merged tensor of a name."""
+        spec = self.spec(self._specs[name])
+        replaced = self._deltas.replaced.get(name)
+        value, own = (replaced.detach(), False) if replaced is not None else self._weights.read(name)
+        path, _, kind = name.rpartition(".") if name not in self._deltas.layers else (name, "", "weight")
+        layer = self._deltas.layers.get(path)
+        if layer is None or kind not in ("weight", "bias"):
+            return value.to(spec.dtype)
+        if kind == "bias":
+            added = layer.bias(lambda own: self._weights.read(f"{path}.{own}")[0])
+            return (value if added is None else value.float() + added.to(value.device).float()).to(spec.dtype)
+        return self._weight(path, layer, value, own, spec.dtype)
+
+    def _weight(self, path: str, layer: LayerDelta, value: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
+        value = value.t().contiguous() if layer.transposed else value
+        # Weights read from files are moved to the adapters, whose device multiplies faster than a CPU.
+        exact = value.to(layer.device, torch.float32, copy=self._measure or not own)
+        layer.add_to_(exact)
+        if self._safe and not bool(torch.isfinite(exact).all()):
+            raise MergeError(f"the merged weight of {path} is not finite; nothing was written", path=path)
+        stored = exact.to(dtype)
+        if self._measure:
+            delta_norm = _relative_error(value, exact) * float(exact.norm())
+            del value
+            self._record_error(path, layer, stored, exact, delta_norm)
+        return stored.t().contiguous() if layer.transposed else stored
+
+    def _record_error(self, path: str, layer: LayerDelta, stored: Tensor, exact: Tensor, delta_norm: float) -> None:
+        if not self._live and layer.quantized:  # the adapter was trained on the quantized weight
+            del exact
+            exact = layer.base.backend.dequantize(layer.base.module).to(torch.float32, copy=True)
+            layer.add_to_(exact)
+        again = _requantized_error(layer, exact)
+        self._errors[path] = LayerError(path, _relative_error(stored, exact), again, float(exact.norm()), delta_norm)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The inputs of a merge.
+
+    Attributes:
+        model: the base model, or one on the meta device.
+        deltas: what the adapters add.
+        weights: where the base weights come from.
+        source: folder whose tokenizer is copied, or None.
+        dtype: of what is written, or None to keep each tensor's.
+        untied: whether embedding and head no longer share their weight.
+    """
+
+    model: nn.Module
+    deltas: Deltas
+    weights: Weights
+    source: Path | None
+    dtype: torch.dtype | None
+    untied: bool = False
+
+
+def _of_folder(folder: str | os.PathLike[str], adapter: Any, base: Any) -> _Merge:
+    """Returns the inputs for a base in a folder and a saved adapter."""
+    if not isinstance(adapter, str | os.PathLike):
+        raise ConfigError("for a base model in a folder, give the folder of a saved adapter")
+    if base is not None:
+        raise ConfigError("base= goes with a loaded model; a folder as model is the base itself")
+    base_model = meta_model(folder)
+    deltas = deltas_in(adapter, base_model)
+    return _from_files(base_model, deltas, folder)
+
+
+def _of_model(model: nn.Module, adapter: Any, base: Any) -> _Merge:
+    """Returns the inputs for adapters on a loaded model."""
+    manager = _manager(model)
+    deltas = deltas_of(manager, _names(manager, adapter))
+    if base is not None:
+        return _from_files(manager.model, deltas, base)
+    weights = LiveWeights(manager.model, deltas.changed, deltas.alike)
+    check_names(deltas, {spec.name for spec in weights.specs}, "the model")
+    source = str(getattr(getattr(manager.model, "config", None), "_name_or_path", "") or "")
+    place = Path(source) if source and os.path.isdir(source) else None
+    return _Merge(manager.model, deltas, weights, place, _own_dtype(manager.model), weights.untied)
+
+
+def _from_files(model: nn.Module, deltas: Deltas, folder: str | os.PathLike[str]) -> _Merge:
+    weights = FolderWeights(folder)
+    check_tied(deltas, model, os.fspath(folder))
+    check_names(deltas, {spec.name for spec in weights.specs}, os.fspath(folder))
+    return _Merge(model, deltas, weights, weights.files.folder, None)
+
+
+def _manager(model: nn.Module) -> AdapterManager:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a model with adapters or the folder of a base, not {model!r:.60}")
+    found = manager_of(model)
+    if found is None or not found.alive or not found.names:
+        raise AdapterError(f"{type(model).__name__} carries no adapters to merge")
+    return found
+
+
+def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
+    names = manager.active if adapter is None else names_in(adapter)
+    if not names:
+        raise AdapterError(f"no adapter to merge is {'active' if adapter is None else 'named'}")
+    return names
+
+
+def _own_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype a model was loaded in, unless none of it still has it: norms alone may have been cast since."""
+    configured = getattr(getattr(model, "config", None), "dtype", None)
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    kept = any(p.dtype == configured for p in floats) or is_quantized(model)
+    if isinstance(configured, torch.dtype) and kept:
+        return configured
+    return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32
+
+
+def _other_files(plan: _Merge, tokenizer: Any, scratch: Path, dtype: str) -> list[NewFile]:
+    """Returns the config, the generation config and the tokenizer's files."""
+    files: dict[str, NewFile] = {}
+    if plan.source is not None:
+        kept = [path for path in checkpoint.other_files(plan.source) if path.name.startswith(_TOKENIZER_FILES)]
+        files.update((path.name, NewFile.copy_of(path)) for path in kept)
+    model: Any = plan.model
+    if hasattr(getattr(model, "config", None), "to_json_string"):
+        config = copy.deepcopy(model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype = getattr(torch, dtype)
+        config.architectures = [type(model).__name__]
+        if plan.untied:
+            config.tie_word_embeddings = False
+        files["config.json"] = NewFile.of_text("config.json", config.to_json_string(use_diff=True))
+    generation: Any = getattr(model, "generation_config", None)
+    if "generation_config.json" not in files and hasattr(generation, "to_json_string"):
+        files["generation_config.json"] = NewFile.of_text("generation_config.json", generation.to_json_string())
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(scratch))
+        files.update((path.name, NewFile.copy_of(path)) for path in sorted(scratch.iterdir()) if path.is_file())
+    return list(files.values())
+
+
+# Errors
+
+
+@torch.no_grad()
+def _requantized_error(delta: LayerDelta, exact: Tensor) -> float | None:
+    """Returns the error of quantizing a merged weight as the layer is; the layer itself is not changed.
+
+    Args:
+        delta: of the layer.
+        exact: the merged weight, (out, in) or as the module stores it, float32.
+    """
+    backend, module = delta.base.backend, delta.base.module
+    if not delta.quantized or not backend.can_merge:
+        return None
+    twin = copy.deepcopy(module)
+    backend.store(twin, exact)
+    return _relative_error(backend.dequantize(twin), exact)
+
+
+def _relative_error(value: Tensor, exact: Tensor) -> float:
+    """Returns the norm of the difference over the norm of ``exact``; row by row, to save memory."""
+    difference = total = 0.0
+    for start in range(0, max(exact.shape[0], 1), _ROWS):
+        true = exact[start : start + _ROWS].float()
+        difference += float((value[start : start + _ROWS].to(true.device).float() - true).square().sum())
+        total += float(true.square().sum())
+    return math.sqrt(difference / total) if total else 0.0
+
+
+def _combined_error(parts: Iterable[tuple[float | None, float]]) -> float:
+    errors = norms = 0.0
+    for error, norm in parts:
+        errors += ((error or 0.0) * norm) ** 2
+        norms += norm**2
+    return math.sqrt(errors / norms) if norms else 0.0

@@ -1,0 +1,168 @@
+"""The base weights of a merge: those of a model in memory, dequantized one by one, or of a folder's files."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Collection, Iterator, Sequence, Set
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.checkpoint import ModelFolder, TensorSpec
+from nbpeft.engine.contract.base import onloaded
+from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.tree.model_tree import bare_modules, is_quantized_layer
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, few
+
+
+def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
+    """Returns the model of a folder on the meta device: modules and shapes, no weights.
+
+    Raises:
+        CheckpointNotFoundError: there is no config.
+        ConfigError: its class is not known.
+    """
+    transformers = importlib.import_module("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(os.fspath(folder))
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFoundError(f"no config of a model in {folder}: {str(error).splitlines()[0]}") from None
+    names = list(getattr(config, "architectures", None) or [])
+    model_class = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ConfigError(f"the config in {folder} names no class of transformers ({few(names) if names else 'none'})")
+    if hasattr(config, "quantization_config"):
+        raise ConfigError(f"the weights in {folder} are quantized: load that model and give it instead of the folder")
+    with torch.device("meta"):
+        model: nn.Module = model_class(config)
+    return model
+
+
+class Weights(Protocol):
+    """Where base weights come from."""
+
+    specs: list[TensorSpec]
+
+    def read(self, name: str) -> tuple[Tensor, bool]:
+        """Returns a tensor, and whether it is a copy that may be written to."""
+        ...
+
+    def shards(self, specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+        """Returns the merged tensors of each file."""
+        ...
+
+
+class FolderWeights:
+    """Weights of a full-precision base on disk, in the shards they have there."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.files = ModelFolder(folder)
+        self.specs = [spec for shard in self.files.shards for spec in shard]
+
+    def read(self, name: str) -> tuple[Tensor, bool]:
+        """Returns a copy of a tensor."""
+        return self.files.read(name), True
+
+    def shards(self, specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+        """Returns the shards that the base has."""
+        planned = {spec.name: spec for spec in specs}
+        return [[planned[spec.name] for spec in shard] for shard in self.files.shards if shard]
+
+
+class LiveWeights:
+    """Weights of a model in memory, dequantized when they are read.
+
+    A shared weight is there once, unless an adapter changes one of its uses and not all alike: then each use is saved
+    by itself.
+
+    Args:
+        model: the base model, with or without adapters on it.
+        changed: names that adapters change.
+        alike: sets of them that adapters change alike.
+
+    Attributes:
+        untied: whether uses of a shared weight are saved by themselves.
+    """
+
+    def __init__(self, model: nn.Module, changed: Collection[str] = (), alike: Sequence[Set[str]] = ()) -> None:
+        self._owners: dict[str, tuple[nn.Module, Tensor | None]] = {}
+        self.specs: list[TensorSpec] = []
+        self.untied = False
+        found = list(_tensors(model))
+        names: dict[int, list[str]] = {}
+        for name, module, tensor in found:
+            names.setdefault(id(module) if tensor is None else id(tensor), []).append(name)
+        for name, module, tensor in found:
+            shared = names[id(module) if tensor is None else id(tensor)]
+            untied = len(shared) > 1 and any(use in changed for use in shared) and not _within(shared, alike)
+            if name != shared[0] and not untied:
+                continue
+            self.untied = self.untied or untied
+            self._owners[name] = module, tensor
+            if tensor is not None:
+                self.specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
+            else:
+                backend: Any = resolve_backend(module)
+                self.specs.append(TensorSpec(name, backend.dtype(module), _shape(module)))
+
+    def read(self, name: str) -> tuple[Tensor, bool]:
+        """Returns the live tensor, or a dequantized one in the orientation of the model's class."""
+        module, tensor = self._owners[name]
+        if tensor is not None:
+            with onloaded(module):
+                present: Tensor = getattr(module, name.rpartition(".")[2]) if tensor.is_meta else tensor
+                if isinstance(present, QuantizedMatrices):
+                    return present.dequantize(), True
+                return present.detach(), False
+        backend: Any = resolve_backend(module)
+        weight: Tensor = backend.dequantize(module)
+        return (weight.t().contiguous() if is_transposed(module) else weight), True
+
+    def shards(self, specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+        """Returns shards of at most ``limit`` bytes."""
+        return checkpoint.in_shards(specs, limit)
+
+
+def _within(names: Sequence[str], groups: Sequence[Set[str]]) -> bool:
+    return any(group >= set(names) for group in groups)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Returns whether a quantized layer replaces one that stores its weight transposed, as GPT-2's do."""
+    made_of = getattr(module, "source_cls", None)
+    return getattr(made_of, "__name__", "") == "Conv1D" and is_quantized_layer(module)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
+    """Yields (name, module, tensor) of everything a model saves, without adapters; no tensor for a quantized weight."""
+    quantized_prefix = None
+    for path, module in bare_modules(model, repeat=True):
+        prefix = f"{path}." if path else ""
+        if quantized_prefix is not None and prefix.startswith(quantized_prefix):
+            continue  # of a quantized layer only the dequantized weight and the bias are saved
+        quantized = is_quantized_layer(module)
+        if quantized:
+            quantized_prefix = prefix
+            yield f"{prefix}weight", module, None
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (not quantized or name == "bias"):
+                yield prefix + name, module, parameter
+        for name, buffer in module._buffers.items():
+            saved = name not in module._non_persistent_buffers_set
+            if buffer is not None and saved and (not quantized or name == "bias"):
+                yield prefix + name, module, buffer
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Returns the shape of a quantized weight in the orientation of the model's class."""
+    kind = resolve_layer_kind(module)
+    if kind is None or not (kind.is_linear or kind.takes_ids):
+        backend: Any = resolve_backend(module)
+        return tuple(backend.dequantize(module).shape)
+    inputs, outputs = kind.features(module)
+    rows_first = kind.takes_ids or is_transposed(module)
+    return (inputs, outputs) if rows_first else (outputs, inputs)

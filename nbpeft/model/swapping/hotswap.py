@@ -1,0 +1,284 @@
+"""Hot-swapping saved adapters, under PEFT's names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.hotswap import Swapped, check_contents, config_for_slot, prepare_for_hotswap, swap
+from nbpeft.engine.injection.build import CollectionPaused
+from nbpeft.engine.runtime.adapter_tensors import parameter_paths
+from nbpeft.engine.runtime.manager import AdapterManager, require_manager
+from nbpeft.engine.tree.fused_layers import of_former_file
+from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few, shortened
+from nbpeft.model.saving.files import HUB_OPTIONS, embedding_weights, not_floating
+from nbpeft.model.saving.saved_places import note_place
+
+_CHECKS = ("error", "warn", "ignore")
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | None = None,
+    *,
+    validate: Callable[[nn.Module], object] | None = None,
+    done: Callable[[Transaction], None] | None = None,
+    allow_missing: bool = False,
+    **kwargs: Any,
+) -> Swapped:
+    """Puts a saved adapter in the place of one that is on the model, which keeps its name.
+
+    Everything is checked before the first byte is copied. Tensors are overwritten in place, so a
+    compiled model that was prepared with ``prepare_model_for_compiled_hotswap`` goes on without
+    compiling again. A slot of a model that is not compiled grows if the new rank needs it.
+
+    Args:
+        model: a PeftModel, compiled or not, or an adapted base model.
+        model_name_or_path: a folder or a hub id.
+        adapter_name: what to replace.
+        torch_device: where to read the file to; the CPU if None.
+        validate: called with the model once the new adapter is in place and alone active; if it
+            returns False or raises, the old adapter is put back, bit for bit.
+        done: called last of all with the transaction of the swap, which it can still undo by raising.
+        allow_missing: take a file that lacks some tensors of a layer, which then adds nothing, with a warning; by
+            default it is refused. Layers that the file lacks altogether add nothing in any case.
+        **kwargs: ``config`` to use instead of the saved one, ``key_mapping``, and hub options:
+            ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
+
+    Raises:
+        HotSwapError: the adapter cannot take the slot, or was refused by ``validate``.
+        ConfigError: a keyword is misspelt.
+        CheckpointError: the checkpoint cannot be read or belongs to another base.
+    """
+    manager = require_manager(model)
+    manager.require(adapter_name)
+    _refuse_misspelt(kwargs)
+    hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
+    with CollectionPaused():
+        saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
+        # Merged weights are not the base's: the comparison would report another base.
+        note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
+    config = kwargs.get("config") or saved.config
+    with manager.transaction():
+        options: dict[str, Any] = {"key_mapping": kwargs.get("key_mapping"), "allow_missing": allow_missing}
+        swapped = _swap(model, manager, adapter_name, config, saved.unread, validate, done, **options)
+    if not hub and os.path.isdir(os.path.expanduser(model_name_or_path)):
+        note_place(manager, adapter_name, model_name_or_path)
+    if note is not None and not note.startswith("the adapter does not say"):
+        warnings.warn(note, stacklevel=2)
+    return swapped
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: AdapterConfig,
+    parameter_prefix: str = "lora_",
+    *,
+    validate: Callable[[nn.Module], object] | None = None,
+    allow_missing: bool = False,
+) -> Swapped:
+    """As ``hotswap_adapter``, with tensors that are in memory.
+
+    Args:
+        model: a PeftModel, compiled or not, or an adapted base model.
+        state_dict: tensors under the keys of a file, or of a PEFT model, which have the adapter's
+            name behind the parameter's.
+        adapter_name: what to replace.
+        config: config of the new adapter.
+        parameter_prefix: accepted for PEFT's sake; keys are matched whole.
+        validate: see ``hotswap_adapter``.
+        allow_missing: likewise.
+    """
+    manager = require_manager(model)
+    manager.require(adapter_name)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
+    with manager.transaction():
+        manager.require(adapter_name)
+        peft_type = method_of(manager.configs[adapter_name]).peft_type
+        plain = checkpoint.keys_of_a_file(state_dict, adapter_name, peft_type)
+        return _swap(model, manager, adapter_name, config, plain, validate, allow_missing=allow_missing)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: AdapterConfig | Mapping[str, AdapterConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Makes a model ready to be compiled and then hot-swapped without compiling again.
+
+    Call it after the first adapter is loaded and before ``torch.compile``. Outputs stay equal.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        target_rank: the largest rank to come; factors are padded with zeros to it. None: they stay.
+        config: configs to set to the target rank too, with an alpha that keeps every scaling.
+            Not needed here: saving writes the true rank, without the padding.
+        check_compiled: what to do if the model is compiled already: "error", "warn" or "ignore".
+
+    Raises:
+        HotSwapError: the model is compiled already, has no adapter, or one of larger rank.
+        ConfigError: ``check_compiled`` is none of the three, ``target_rank`` or ``config`` of
+            another kind, or a layer cannot take the rank.
+    """
+    if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
+        raise ConfigError(f"target_rank must be a positive whole number, not {target_rank!r}")
+    given = [] if config is None else list(config.values()) if isinstance(config, Mapping) else [config]
+    for one in given:
+        if not isinstance(one, AdapterConfig):
+            raise ConfigError(f"config must be an adapter's config, or a dictionary of them by name, not {one!r:.60}")
+    if check_compiled not in _CHECKS:
+        raise ConfigError(
+            f"check_compiled must be one of {', '.join(map(repr, _CHECKS))}, not {check_compiled!r}."
+            + did_you_mean(str(check_compiled), _CHECKS)
+        )
+    if _compiled(model) and check_compiled != "ignore":
+        problem = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise HotSwapError(problem)
+        warnings.warn(f"{problem}: it will compile again", stacklevel=2)
+    found = manager_of(model)
+    if found is None:
+        raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
+    prepare_for_hotswap(found, target_rank)
+    if target_rank is None:
+        return
+    names = {id(own): name for name, own in found.configs.items()}
+    for one in given:
+        name = names.get(id(one))
+        paths = [] if name is None else [path for path, layer in found.layers.items() if name in layer.adapters]
+        one.set_size(target_rank, paths)
+
+
+def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
+    """Unknown keywords are passed over, as in PEFT; but not one that was meant to be ``validate``."""
+    known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate", "done", "allow_missing")
+    for name in keywords:
+        close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
+        if close:
+            raise ConfigError(f"hotswap_adapter has no argument {name!r}. Did you mean {close[0]!r}?", field=name)
+
+
+def _swap(
+    model: nn.Module,
+    manager: AdapterManager,
+    name: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor] | checkpoint.UnreadTensors,
+    validate: Callable[[nn.Module], object] | None,
+    done: Callable[[Transaction], None] | None = None,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
+) -> Swapped:
+    manager.require(name)
+    config = of_former_file(manager.model, config, tensors)
+    expected = _expected(manager, name, config)
+    loaded = checkpoint.from_file(
+        tensors,
+        expected,
+        peft_type=method_of(config).peft_type,
+        key_mapping=key_mapping,
+        conversion=checkpoint.key_conversion_of(manager.model),
+    )
+    if loaded.unexpected:
+        shown = ", ".join(shortened(key, 120) for key in loaded.unexpected[:3])
+        more = f" and {len(loaded.unexpected) - 3} more" if len(loaded.unexpected) > 3 else ""
+        raise HotSwapError(
+            f"unexpected keys found: the slot {name!r} has no place for {shown}{more}; "
+            "load the adapter under another name",
+            unexpected=tuple(loaded.unexpected),
+        )
+    if allow_missing:
+        _leave_incomplete_out(expected, loaded.weights)
+    _leave_embeddings_out(manager, name, loaded.weights)
+    check = None if validate is None else lambda: validate(model)
+    return swap(manager, name, config, loaded.weights, grow=not _compiled(model), validate=check, done=done)
+
+
+def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Expected:
+    """What a file with this config may hold for a slot.
+
+    Raises:
+        HotSwapError: the config is of another method, or its rank impossible for a layer.
+    """
+    label, slot_label = method_of(config).label, method_of(manager.configs[name]).label
+    if label != slot_label:
+        raise HotSwapError(
+            f"adapter {name!r} is {slot_label} and cannot be swapped for {label}; load that under another name",
+            name=name,
+        )
+    check_contents(name, manager.configs[name], config)
+    filled = config_for_slot(manager, name, config)
+    adapters: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, layer in manager.layers.items():
+        if name in layer.adapters._modules:
+            adapter = layer.adapter(name)
+            if isinstance(adapter, ModelAdapter):  # whose shapes go by the model
+                raise HotSwapError(f"{path}: adapter {name!r} {adapter.swap_refusal()}", path=path)
+            try:
+                adapters[path] = type(adapter).parameter_shapes(filled, path, layer.base.module, layer.kind)
+            except ConfigError as error:
+                raise HotSwapError(str(error)) from None
+    copies = {
+        path: _shapes(trained.state_dict())
+        for path, module in manager.copies.items()
+        if (trained := module.modules_to_save._modules.get(name)) is not None
+    }
+    embeddings = embedding_weights(manager.model)
+    return checkpoint.Expected(
+        adapters=adapters,
+        copies=copies,
+        base=_shapes(manager.base_biases(name)),
+        optional=_shapes({key: value for key, value in embeddings.items() if key.rpartition(".")[0] not in copies}),
+        others=not_floating({path: manager.copies[path].modules_to_save[name] for path in copies}),
+        parameters=parameter_paths(manager.layers),
+    )
+
+
+def _leave_incomplete_out(expected: checkpoint.Expected, weights: AdapterWeights) -> None:
+    """Leaves the layers out of which a file has some tensors and lacks others: they add nothing then."""
+    lacking = {path: expected.adapters[path].keys() - given.keys() for path, given in weights.adapters.items()}
+    incomplete = {path: names for path, names in lacking.items() if any(not name.endswith("_bias") for name in names)}
+    for path in incomplete:
+        del weights.adapters[path]
+    if incomplete:
+        shown = few([f"{path}.{name}" for path, names in incomplete.items() for name in sorted(names)], 3)
+        warnings.warn(f"the new adapter lacks {shown}: the layers that lack tensors add nothing", stacklevel=5)
+
+
+def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
+    """Embeddings in the file that are the base's own need no swap; others cannot be swapped."""
+    own = manager.base_biases(name)
+    brought = [key for key in weights.base if key not in own]
+    present = embedding_weights(manager.model) if brought else {}
+    for key in brought:
+        if not torch.equal(weights.base[key].to(present[key]), present[key]):
+            raise HotSwapError(f"the new adapter brings its own {key}, which every adapter shares; load it instead")
+        del weights.base[key]
+
+
+def _compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or bool(getattr(model, "_compiled_call_impl", None))
+
+
+def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in named.items()}

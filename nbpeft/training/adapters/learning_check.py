@@ -1,0 +1,258 @@
+"""Checks at the first steps whether the adapter learns; reports in one line with the remedy.
+
+Training that cannot learn looks like training that learns slowly. What is looked at:
+
+    before the first step    is anything trainable; is a new head frozen, and so never saved
+    after the first step     did gradients reach the adapted modules, and were they finite
+    after some steps         did any trained weight change
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nbpeft.engine.calls.model_calls import class_names
+from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.training.adapters.adapted import base_of, is_adapted, module_path, trainable
+
+PATIENCE = 10
+"""Steps after which the weights must have changed; a warm-up may spend the first at rate zero."""
+
+_SAMPLE = 64
+_MOST = 1e4
+"""Larger weights of an adapter have exploded."""
+TOO_HIGH = "the learning rate is too high"
+_REMEDY_CHECKPOINTING = (
+    "gradient checkpointing with use_reentrant=True cuts the graph off because the embeddings are frozen; "
+    "call model.enable_input_require_grads(), or use use_reentrant=False"
+)
+
+
+class LearningCheck:
+    """Watches the first steps of a run.
+
+    Args:
+        model: The model in training; held weakly, with its parameters.
+        adapter: What the messages call that which is trained.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._subject = f"adapter {adapter!r}" if adapter else "the model"
+        named = dict(trainable(model))
+        self._paths = {name: module_path(name) for name in named}
+        self._parameters = weakref.WeakValueDictionary(named)
+        self._before = {name: _sample(parameter) for name, parameter in named.items()}
+        self._largest: dict[str, Tensor] = {}
+        self._hooks = [self._watch(name, parameter) for name, parameter in named.items()]
+        weakref.finalize(self, _remove, self._hooks).atexit = False
+        self._gradients_checked = False
+
+    def before(self) -> str:
+        """The message before the first step, or the empty string."""
+        model = self._model()
+        if model is None:
+            return ""
+        if self._exploded():
+            self.close()
+            return (
+                f"Weights of {self._subject} have exploded before this run, in one with too high a learning rate: "
+                "load it as it was saved, or begin with a new adapter."
+            )
+        if not self._paths:
+            self.close()
+            return f"Nothing is trainable: {self._subject} is frozen. Unfreeze it, or activate one that is trainable."
+        return frozen_head(model)
+
+    def after_step(self, steps: int, *, last: bool = False) -> str:
+        """The message after ``steps`` optimizer steps, or the empty string.
+
+        Args:
+            steps: Steps done in this run.
+            last: Whether no further step follows.
+        """
+        message = ""
+        model = self._model()
+        if model is None:
+            return message
+        if self._are_replaced(model):  # by FSDP2, or by an adapter of another rank that was read from a state
+            self.close()
+            return message
+        # A loop may report a step before its backward pass: then nothing has arrived at step 1.
+        if not self._gradients_checked and (self._largest or steps > 1 or last):
+            if self._was_skipped() and steps < PATIENCE and not last:
+                self._largest = {}
+                return message
+            self._gradients_checked = True
+            message = self._judge_gradients(model)
+            self._release_hooks()
+        if steps >= PATIENCE or last:
+            message = message if not self._exploded() else self._explosion(steps)
+            message = message or self._judge_weights(steps)
+        if message or steps >= PATIENCE or last:
+            self.close()
+        return message
+
+    def close(self) -> None:
+        """Releases the model and removes all hooks from it."""
+        self._release_hooks()
+        self._model = lambda: None
+        self._before = {}
+
+    def _watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+        this = weakref.ref(self)  # a hook is held by its parameter, out of the garbage collector's sight
+
+        def note(parameter: Tensor) -> None:
+            check = this()
+            if check is not None and parameter.grad is not None and name not in check._largest:
+                check._largest[name] = _peak(parameter.grad)
+
+        register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
+        return register(note)
+
+    def _release_hooks(self) -> None:
+        _remove(self._hooks)
+        self._largest = {}
+
+    def _was_skipped(self) -> bool:
+        """Whether the gradients overflow and yet spoil no weight, as while a GradScaler looks for its scale."""
+        if not self._largest or bool(self._all_largest().isfinite().all()):
+            return False
+        return all(bool(_sample(parameter).isfinite().all()) for parameter in self._parameters.values())
+
+    def _all_largest(self) -> Tensor:
+        """One entry a parameter, on the CPU; fetched together, since each transfer waits for the device."""
+        values = list(self._largest.values())
+        return torch.stack([value.to(values[0].device) for value in values]).to("cpu")
+
+    def _judge_gradients(self, model: nn.Module) -> str:
+        # A method may have let some of them go by now.
+        modules = {self._paths[name] for name, parameter in self._parameters.items() if parameter.requires_grad}
+        reached = {self._paths[name] for name in self._largest}
+        missed = sorted(modules - reached)
+        if missed:
+            why = (
+                why_no_gradient(model)
+                or "are these modules used in the forward pass, and is the loss computed from it?"
+            )
+            who = f"none of the {len(modules)}" if not reached else f"{len(missed)} of {len(modules)}"
+            verb = "was" if not reached else "were not"
+            where = f" ({', '.join(missed[:3])}{', …' if len(missed) > 3 else ''})"
+            return f"Of {self._subject}, {who} trained modules {verb} reached by a gradient{where}: {why}."
+        largest = self._all_largest()
+        if bool(largest.isnan().any()) or bool(largest.isinf().any()):
+            return (
+                f"The first gradients of {self._subject} are not finite: is there a label that is not -100, "
+                "and would bf16 do instead of fp16?"
+            )
+        if not bool(largest.any()):
+            return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
+        return ""
+
+    def _are_replaced(self, model: nn.Module) -> bool:
+        """Whether others are in the places of the parameters; what shows them by PEFT's names may hold them still."""
+        present = {id(parameter) for parameter in model.parameters()}
+        watched = list(self._parameters.values())
+        return len(watched) < len(self._paths) or not all(id(parameter) in present for parameter in watched)
+
+    def _exploded(self) -> bool:
+        """Whether what is trained has values that no training leads to, or none at all."""
+        return have_exploded(self._parameters.values())
+
+    def _explosion(self, steps: int) -> str:
+        return f"Weights of {self._subject} have exploded in {steps} step{'' if steps == 1 else 's'}: {TOO_HIGH}."
+
+    def _judge_weights(self, steps: int) -> str:
+        # A Trainer brings the model to its device after the samples were taken.
+        pairs = ((_sample(parameter), self._before[name]) for name, parameter in self._parameters.items())
+        if not all(torch.equal(now.to(before.device), before) for now, before in pairs):
+            return ""
+        return (
+            f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
+            "rate zero, or was the optimizer made before the adapter?"
+        )
+
+
+def have_exploded(parameters: Iterable[Tensor]) -> bool:
+    """Whether parameters have values that no training leads to, or none at all; some elements of each are looked at."""
+    peaks = [_peak(_sample(parameter)) for parameter in parameters]
+    if not peaks:
+        return False
+    peak = float(torch.stack([value.to(peaks[0].device) for value in peaks]).amax())
+    return not peak <= _MOST
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()
+
+
+def _peak(tensor: Tensor) -> Tensor:
+    """The largest absolute value, a scalar; zero of a tensor without elements, as of a layer that has no rank left."""
+    return tensor.detach().abs().amax().float() if tensor.numel() else tensor.new_zeros((), dtype=torch.float32)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Some elements spread over a parameter, copied. (at most 64,)."""
+    own: Any = parameter.detach()
+    flat: Tensor = (own.to_local() if hasattr(own, "to_local") else own).reshape(-1)  # of a sharded one its own part
+    return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].clone()
+
+
+def why_no_gradient(model: nn.Module) -> str:
+    """The known reason why gradients do not arrive, or the empty string."""
+    base = base_of(model)
+    reentrant = False
+    for module in base.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            reentrant = reentrant or bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    if reentrant and not _inputs_require_grad(base):
+        return _REMEDY_CHECKPOINTING
+    return ""
+
+
+def _inputs_require_grad(base: Any) -> bool:
+    embeddings = embedding_of(base)
+    if embeddings is None:
+        return False
+    hooked = any("require_grad" in getattr(hook, "__name__", "") for hook in embeddings._forward_hooks.values())
+    return hooked or any(parameter.requires_grad for parameter in embeddings.parameters())
+
+
+def frozen_head(model: nn.Module) -> str:
+    """What to do about a newly initialised head that stays random and is not saved, or ``""``.
+
+    A head is new when the checkpoint was written by a model of another class.
+    """
+    base: Any = base_of(model)
+    written_by = getattr(getattr(base, "config", None), "architectures", None)
+    if not is_adapted(model) or not written_by or not {*written_by}.isdisjoint(class_names(base)):
+        return ""
+    for name in _head_names(base):
+        if any(".modules_to_save." in f".{path}." for path, _ in trainable(getattr(base, name))):
+            continue
+        return (
+            f"The head {name!r} was initialised anew (the checkpoint holds a {written_by[0]}) and is not saved "
+            f"with the adapter: set modules_to_save=[{name!r}] in its config."
+        )
+    return ""
+
+
+def _head_names(base: Any) -> list[str]:
+    """Children of a task model that lie outside its backbone and hold weights of their own."""
+    backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
+    if backbone is None or backbone is base:
+        return []
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    return [
+        name
+        for name, child in base.named_children()
+        if child is not backbone and any(id(parameter) not in inside for parameter in child.parameters())
+    ]

@@ -1,0 +1,1 @@
+"""What a training writes and resumes from, with one process or several."""

@@ -1,0 +1,1 @@
+"""``train(model, data)``: rows made ready, a Trainer made, run and closed."""

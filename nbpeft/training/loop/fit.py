@@ -1,0 +1,671 @@
+"""``train(model, data)``: one call that a notebook cell makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.optional import needs
+from nbpeft.checkpoint import scratch_folder
+from nbpeft.engine.changes.trained import mark_unsaved
+from nbpeft.engine.tree.model_tree import embedding_of, manager_of
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
+from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
+from nbpeft.memory.processor import slow_here, slow_words
+from nbpeft.model.from_data.observing import modes_kept
+from nbpeft.model.saving import files
+from nbpeft.runs.store import RunPlace
+from nbpeft.state import TrainState
+from nbpeft.training.adapters.adapted import active_names, base_of, is_adapted, trainable, trained_names
+from nbpeft.training.adapters.learning_check import why_no_gradient
+from nbpeft.training.data import StreamedRows, TokenizedRows, is_amount, is_plain, is_stream, open_data
+from nbpeft.training.launch.parent import train_apart
+from nbpeft.training.launch.processes import Launch, launch_of
+from nbpeft.training.loop.grouping import group_rows, wants_groups
+from nbpeft.training.loop.packing import PackingCheck, pack
+from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
+from nbpeft.training.monitor.callback import RunCallback
+from nbpeft.training.monitor.control import RunControl
+from nbpeft.training.monitor.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
+from nbpeft.training.monitor.keeping import RunKeeper, check_rows_are_those, mark_of_rows
+from nbpeft.training.monitor.result import TrainResult
+from nbpeft.training.monitor.run import Run
+from nbpeft.training.sweep.adapters import side_by_side
+from nbpeft.training.sweep.members import SideBySide, kept_of
+from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
+from nbpeft.training.transformers.arguments import build_arguments, check_options, reason_of, split_arguments
+from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings, why_unweighted
+from nbpeft.training.watching.divergence import DivergenceStop
+from nbpeft.training.watching.early_stop import EarlyStop, check_patience
+from nbpeft.training.watching.generation import PromptBatch
+from nbpeft.training.watching.sampling import SampleCallback, sample_batch
+from nbpeft.training.watching.trackers import TrackCallback, check_report_to, tracker_names
+
+_NOT_KEPT = {
+    *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir", "members"),
+    *("replace", "arguments"),
+}
+"""Keywords of ``train`` that a run does not keep: rows and tokenizer are given again, the others are of the call."""
+
+
+@side_by_side
+def train(
+    model: nn.Module,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_hint: str = "",
+    adapter: str | None = None,
+    patience: int | None = None,
+    sample: str | Sequence[str] | None = None,
+    every: int | None = None,
+    packing: bool = False,
+    control: RunControl | None = None,
+    publish: Callable[[TrainState], None] | None = None,
+    run_factory: Callable[..., Run] = Run,
+    trainer_class: type[Any] = Trainer,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    run_dir: RunPlace | str | os.PathLike[str] | None = None,
+    track: str | Sequence[str] | None = None,
+    members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
+    stop_on_divergence: bool = True,
+    processes: int | None = None,
+    machines: Sequence[str] | None = None,
+    replace: bool = False,
+    **arguments: Any,
+) -> TrainResult:
+    """Trains the active adapters of ``model``.
+
+    Stop, Pause and KeyboardInterrupt are carried out: a stopped training returns its result like any
+    other, and the model keeps what it learned. An interrupted one does the same and then raises
+    ``TrainingInterrupted``, which holds the result. Whatever fails before the first step leaves the
+    model, and which adapters are active or merged, as before.
+
+    With ``sweep(…)`` as a field, e.g. ``learning_rate=sweep(1e-4, 3e-4)`` or ``r=sweep(8, 64)``, an adapter for each
+    value, or each combination, learns beside the others as if it were alone: ``codes-lr1e-4`` and so on start from the
+    active adapter, or anew where its config varies, and the result is a :class:`SweepResult` whose best is active.
+
+    Args:
+        model: A model with adapters.
+        data: Rows to learn, or where they are; see :mod:`nbpeft.training.data` for their forms and
+            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``.
+        eval_data: Rows to measure on, in the same forms; or a share (0.1) or number (64) of the rows of
+            ``data`` to hold out, drawn by ``seed``.
+        tokenizer: Needed unless the rows are tokenised.
+        max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
+        columns: What the columns of the data are called: ``{"prompt": "question", "completion": "answer"}``.
+        data_hint: Where a person sees what was cut or left out; follows the note that says so.
+        adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
+            was done.
+        patience: End after so many evaluations without a better one, and put the state of the best back. Evaluations
+            are of ``eval_data``, ten times a run unless ``eval_strategy`` or ``eval_steps`` says when.
+        sample: A prompt, or several, that the adapter and the base answer while training goes on, in
+            ``result.state.samples``.
+        every: Steps from one time to the next; by default about five times a run.
+        packing: Put several rows into one sequence of ``max_length`` tokens, so that nothing is padding; each row is
+            learned as it would be alone. The batch size counts sequences. Rows to evaluate on are not packed. Without
+            packing, batches are of rows about as long, in an order drawn by ``seed``, unless
+            ``train_sampling_strategy`` says otherwise (``"random"``).
+        control: Where Stop and Pause are requested.
+        publish: Called with each new state of the run.
+        run_factory: Makes the run, called like :class:`Run`.
+        trainer_class: A Trainer class of another library to use.
+        arguments_class: The arguments class that belongs to it.
+        run_dir: A folder in which the run gets one of its own, ``ADAPTER-N``, with its settings, its curve and
+            every few seconds the state to go on from. Where it cannot be written, training goes on without.
+        track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
+        members: Adapters of the model to train side by side, each with fields of its own:
+            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. What a sweep makes by itself.
+        stop_on_divergence: End when the loss is NaN or infinite or the weights have exploded, and put the last good
+            ones back; of a sweep that adapter alone. Copies of what trains take a hundredth of the time, and host
+            memory of its size. See :mod:`nbpeft.training.watching.divergence`.
+        processes: Train in so many processes of this machine, one for each card; see :mod:`nbpeft.training.launch`.
+            Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
+        machines: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
+        replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
+            tensors.
+        **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
+            options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
+            With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
+
+    Raises:
+        AdapterExistsError: ``output_dir`` holds another adapter.
+        ConfigError: an argument is unknown or impossible.
+        MissingPackageError: accelerate, which transformers' Trainer needs, is not installed.
+        TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
+        TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
+    """
+    own = _kept_of_call(locals())  # before anything is taken for another thing
+    with needs("accelerate", "Training"):
+        importlib.import_module("accelerate")
+    _can_train(model, adapter)
+    _takes_labels(model, trainer_class, arguments)
+    trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
+    arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
+    fields, options = split_arguments(arguments, trainer_class, arguments_class)
+    check_options(options)
+    check_report_to(fields.get("report_to"))
+    trackers = tracker_names(track)
+    launch = _launch(processes, machines, fields, members)
+    _refuse_other_adapters(model, {} if replace else fields)
+    data = open_data(data)
+    form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
+    form |= _row_options(fields, options, trainer_class)
+    rows = training_rows(model, data, eval_data, **form, seed=fields.get("seed"))
+    _has_an_end(rows.train, fields)
+    check_patience(patience, fields, evaluates=rows.evaluation is not None)
+    batch = _sample_batch(model, sample, tokenizer, every, data, columns)
+    given = _not_none(**options)
+    learned = rows.train
+    collator: Any = collator_for(model, tokenizer)
+    if packing:
+        learned, collator = pack(model, learned, collator, max_length=max_length, tokenizer=tokenizer, given=given)
+    options = {"data_collator": collator, "processing_class": tokenizer} | given
+    with scratch_folder() as folder:
+        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
+        options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
+        failures: list[Exception] = []
+        try:
+            with _activated(model, adapter) as activation:
+                activation.run = run = run_factory(model, None, control=control, publish=publish)
+                run.output_dir = str(fields.get("output_dir", ""))
+                said = _note(run, rows, settings, data_hint)
+                kept = given | fields | own | kept_of(members)
+                kept.pop("resume_from_checkpoint", None)
+                if launch is not None:
+                    apart = {name: value for name, value in own.items() if name not in ("columns", "eval_data")}
+                    apart |= _not_none(tokenizer=tokenizer, sample=batch, run_dir=_keeping(run_dir, kept))
+                    apart["replace"] = True  # what the folder holds was checked here
+                    metrics = _elsewhere(model, run, launch, rows, said, arguments | apart)
+                else:
+                    # No variable has the callbacks: an error that is kept would keep their copies of weights.
+                    around = (run_dir, run, model, kept, trackers, rows)
+                    check = PackingCheck(run, learned, collator) if packing else None
+                    inside = (run, model, members, check, stop_on_divergence, patience, batch, every)
+                    metrics = _fit(trainer_class, model, run, options, _around(*around), _inside(*inside), fields)
+        except Exception as error:
+            failures.append(_error_to_raise(error, model, settings))
+            if failures[0] is error and not isinstance(error, NbpeftError):
+                failures.clear()
+                raise
+    if failures:  # raised out here, the new error does not hold the frames of the old one; nor does this frame hold it
+        raise failures.pop().with_traceback(None)
+    result = _result(run, metrics, fields.get("output_dir"))
+    return _unless_interrupted(result, run)
+
+
+def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
+    """The result, or TrainingInterrupted with it."""
+    if run.interrupted:
+        left = run.lost or ("what it learned is kept" if run.steps_done else "the adapters are as before")
+        raise TrainingInterrupted(f"{result} · {left}", result)
+    return result
+
+
+def _launch(
+    processes: int | None, machines: Sequence[str] | None, fields: Mapping[str, Any], members: object
+) -> Launch | None:
+    """How many processes train; None for this one alone. A sweep trains in one."""
+    launch = launch_of(processes, machines, sharded=bool(fields.get("fsdp")))
+    if launch is not None and members is not None:
+        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
+    return launch
+
+
+def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Refuses an ``output_dir`` where saving would replace another adapter; one that is resumed from is its own.
+
+    Raises:
+        AdapterExistsError: it would.
+    """
+    folder, manager, resumed = fields.get("output_dir"), manager_of(model), fields.get("resume_from_checkpoint")
+    if manager is None or not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        return
+    home = Path(os.path.expanduser(folder)).resolve()
+    inside = isinstance(resumed, str | os.PathLike) and home in Path(os.path.expanduser(resumed)).resolve().parents
+    if resumed is not True and not inside:
+        files.refuse_other_adapters(manager, home)
+
+
+def _row_options(fields: Mapping[str, Any], options: Mapping[str, Any], trainer_class: type[Any]) -> dict[str, Any]:
+    """How rows are read, by what is given besides: whether all columns are kept, and why none can be weighted."""
+    own_batches = options.get("data_collator") is not None
+    return {
+        "all_columns": fields.get("remove_unused_columns") is False,
+        "unweighted": why_unweighted(trainer_class, own_batches=own_batches),
+    }
+
+
+def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
+    """Says what was done to the rows, what is not used of them, and what will be slow. Returns what it says of rows."""
+    for part in (rows.train, rows.evaluation):
+        if isinstance(part, StreamedRows):
+            part.report = run.note
+    said = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
+    said += f" ({data_hint})" if data_hint and rows.notes else ""
+    run.note(said)
+    if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
+        run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
+    return said
+
+
+def _not_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _kept_of_call(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a run keeps of the keywords of ``train``: those that say something, and no rows."""
+    usual = inspect.signature(train).parameters
+    given = {name: value for name, value in keywords.items() if name not in _NOT_KEPT}
+    given["trainer_class"] = getattr(given["trainer_class"], "given_class", given["trainer_class"])  # of a sweep
+    kept = {name: value for name, value in given.items() if value is not usual[name].default}
+    if isinstance(kept.get("sample"), PromptBatch):
+        kept["sample"] = list(kept["sample"].prompts)
+    if not is_amount(kept.get("eval_data")):
+        kept.pop("eval_data", None)
+    return _not_none(**kept)
+
+
+def _can_train(model: nn.Module, adapter: str | None) -> None:
+    """Refuses a model that cannot learn, as it is or after the switch to an adapter."""
+    if not is_adapted(model):
+        raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
+    manager: Any = getattr(model, "manager", None)
+    if adapter is not None:
+        if manager is None:
+            raise TrainingError(f"{type(model).__name__} cannot be switched to {adapter!r:.60} here: switch it first.")
+        manager.require_available(adapter)
+    merged = getattr(manager, "merged", ())
+    if merged and (adapter is None or merged == (adapter,)):
+        names = ", ".join(map(repr, merged))
+        raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
+    if adapter is None:
+        _can_learn(model)
+
+
+def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
+    """Refuses a model of which a Trainer gets no loss, unless somebody says how it is computed."""
+    base = base_of(model)
+    taken = inspect.signature(base.forward).parameters.values()
+    if (
+        has_own_loss(trainer_class)
+        or options.get("compute_loss_func")
+        or any(
+            item.kind is item.VAR_KEYWORD or "label" in item.name or item.name in ("return_loss", "start_positions")
+            for item in taken
+        )
+    ):
+        return
+    raise TrainingError(
+        f"a Trainer cannot train a {type(base).__name__}, whose forward takes no labels and returns no loss: write the "
+        "loop yourself and show it with nbpeft.track(model), or pass a trainer_class with a compute_loss of its own"
+    )
+
+
+def _can_learn(model: nn.Module) -> None:
+    if not getattr(getattr(model, "manager", None), "enabled", True):
+        raise TrainingError(
+            "The adapters are off, so that nothing would be learned: enable them first (model.enable_adapter_layers())."
+        )
+    if next(trainable(model), None) is None:
+        names = ", ".join(map(repr, active_names(model))) or "none"
+        raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
+
+
+class _Activation:
+    """A run for which an adapter may have been activated."""
+
+    run: Run | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model is another than before."""
+        return self.run is not None and (self.run.steps_done > 0 or self.run.state.status == "finished")
+
+
+@contextmanager
+def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
+    """Activates an adapter; what was active or merged before is so again where nothing was learned."""
+    activation = _Activation()
+    if adapter is None:
+        yield activation
+        return
+    manager = model.manager
+    active, enabled, merged = manager.active, manager.enabled, manager.merged
+    try:
+        with manager.transaction():
+            manager.activate(adapter)
+            if not enabled:
+                manager.enable()
+            _can_learn(model)
+        yield activation
+    finally:
+        if not activation.learned:
+            with HeldInterrupts(to_the_end=True), manager.transaction():
+                if active:
+                    manager.activate(active)
+                if merged:
+                    manager.merge(merged)
+                if not enabled:
+                    manager.disable()
+
+
+def _checked_class(given: Any, base: type[Any], name: str) -> Any:
+    if not (isinstance(given, type) and issubclass(given, base)):
+        raise ConfigError(f"{name} must be a class derived from {base.__name__}, not {given!r:.60}", field=name)
+    return given
+
+
+def _sample_batch(
+    model: nn.Module, sample: Any, tokenizer: Any, every: Any, data: Any, columns: Mapping[str, str] | None
+) -> PromptBatch | None:
+    """The prompts to sample, if there are any, in the form that the rows to learn have."""
+    if isinstance(sample, PromptBatch):  # of the process that launched this one
+        return sample
+    if sample is not None:
+        return sample_batch(model, sample, tokenizer, every, plain=is_plain(data, tokenizer, columns))
+    if every is not None:
+        raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
+    return None
+
+
+def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
+    """Refuses a stream without a number of steps."""
+    steps = fields.get("max_steps")
+    if is_stream(rows) and not (isinstance(steps, int) and steps > 0):
+        raise ConfigError(
+            "The rows are a stream, whose end is not known: say how many steps to train, e.g. max_steps=200",
+            field="max_steps",
+        )
+
+
+def _around(
+    place: RunPlace | str | os.PathLike[str] | None,
+    run: Run,
+    model: nn.Module,
+    given: Mapping[str, Any],
+    trackers: Sequence[str],
+    rows: TrainingRows,
+) -> list[RunKeeper | TrackCallback]:
+    """The callbacks that see the run end."""
+    keeper = _keeper(place, run, model, given, mark_of_rows(rows.train, rows.evaluation))
+    tracking = TrackCallback(trackers, run, given) if trackers else None
+    return [part for part in (keeper, tracking) if part is not None]
+
+
+def _keeping(place: RunPlace | str | os.PathLike[str] | None, kept: Mapping[str, Any]) -> RunPlace | None:
+    """The place of a run whose arguments are those given here, and not those of the process that trains."""
+    return None if place is None else dataclasses.replace(RunPlace.of(place), arguments=kept)
+
+
+def _inside(
+    run: Run,
+    model: nn.Module,
+    members: Any,
+    check: PackingCheck | None,
+    guarded: bool,
+    patience: int | None,
+    batch: PromptBatch | None,
+    every: int | None,
+) -> list[TrainerCallback]:
+    """The callbacks that end before the run does.
+
+    Where it is ``guarded``, one ends a training that diverges, or takes the adapters of a sweep that do out of it.
+    """
+    found: list[TrainerCallback] = [] if check is None else [check]
+    found += callbacks_of(members, run, stop_on_divergence=guarded) or ([DivergenceStop(run, model)] if guarded else [])
+    found += [] if patience is None else [EarlyStop(run, model, patience)]
+    return found + ([] if batch is None else [SampleCallback(run, model, batch, every)])
+
+
+def _keeper(
+    place: RunPlace | str | os.PathLike[str] | None,
+    run: Run,
+    model: nn.Module,
+    given: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> RunKeeper | None:
+    """What keeps the run on disk, if it is to be kept."""
+    if place is None:
+        return None
+    if manager_of(model) is None:
+        run.note("runs of models that another library adapted are not kept on disk")
+        return None
+    chosen = RunPlace.of(place)
+    if chosen.name is not None:
+        check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data") or {}, data)
+    return RunKeeper(chosen, run, model, given, data)
+
+
+def _fit(
+    trainer_class: type[Any],
+    model: nn.Module,
+    run: Run,
+    options: dict[str, Any],
+    around: Sequence[RunKeeper | TrackCallback],
+    inside: Sequence[Any],
+    fields: Mapping[str, Any],
+) -> dict[str, float]:
+    """Runs a Trainer, and takes everything of it off the model again.
+
+    Args:
+        trainer_class: of the Trainer.
+        model: in training.
+        run: is told how it goes.
+        options: of the Trainer.
+        around: callbacks that see the run end.
+        inside: callbacks that end before the run does.
+        fields: of the arguments, as given; with ``output_dir`` the adapter is saved at the end.
+    """
+    trainer: Any = None
+    metrics: dict[str, float] = {}
+    keep = "output_dir" in fields
+    try:
+        with _restoring(model):
+            with ExitStack() as block:
+                block.enter_context(_interrupted_once(run))
+                for part in around:
+                    block.enter_context(part)
+                block.enter_context(run)
+                trainer = _make_trainer(trainer_class, model, options)
+                trainer.remove_callback(PrinterCallback)
+                group_rows(trainer, wanted=wants_groups(fields))
+                callback = RunCallback(run)
+                _introduce(trainer, around, inside)
+                guards = [item for item in inside if isinstance(item, DivergenceStop | SideBySideCallback)]
+                for item in (*guards, *around, callback, *(item for item in inside if item not in guards)):
+                    trainer.add_callback(item)
+                for item in inside:
+                    if isinstance(item, EarlyStop):
+                        block.enter_context(item)
+                metrics = _train(trainer, model, callback, options["args"])
+            if keep and trainer is not None:
+                trainer.save_model()
+                for keeper in (part for part in around if isinstance(part, RunKeeper)):
+                    keeper.mark_saved(str(fields["output_dir"]))
+        return metrics
+    finally:
+        manager = manager_of(model)
+        if manager is not None and run.steps_done and not keep:  # checkpoints in a scratch folder go with it
+            mark_unsaved(manager, *trained_names(model))
+        if trainer is not None:
+            noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
+            if noise is not None:
+                noise.remove()
+            trainer.accelerator.free_memory()
+            for owner in (trainer, trainer.callback_handler):
+                owner.model = owner.optimizer = owner.lr_scheduler = None
+            trainer.model_wrapped = None
+
+
+def _introduce(trainer: Any, around: Sequence[RunKeeper | TrackCallback], inside: Sequence[Any]) -> None:
+    """Makes the callbacks known to those that they work with."""
+    stops = [item for item in inside if isinstance(item, EarlyStop)]
+    for guard in inside:
+        if isinstance(guard, DivergenceStop) and stops:
+            guard.best = stops[0]
+    for keeper in around:
+        if isinstance(keeper, RunKeeper):
+            keeper.trainer = trainer
+            for stop in stops:
+                stop.keep_last, keeper.beside = keeper.keep_last, stop.write
+
+
+def _elsewhere(
+    model: nn.Module, run: Run, launch: Launch, rows: TrainingRows, said: str, arguments: Mapping[str, Any]
+) -> dict[str, float]:
+    """Runs a Trainer in each of several processes, as ``_fit`` runs one here.
+
+    Args:
+        model: in training.
+        run: is told how it goes.
+        launch: how many processes.
+        rows: of the training.
+        said: of the rows, which the processes say in their record of the run.
+        arguments: further ones of ``train``.
+    """
+    if is_stream(rows.train):
+        raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
+    metrics: dict[str, float] = {}
+    train_rows, eval_rows = (
+        part.noting(*notes) if isinstance(part, TokenizedRows) else part
+        for part, notes in ((rows.train, [said] if said else []), (rows.evaluation, []))
+    )
+    run.mirrors = True
+    with _interrupted_once(run), run:
+        metrics = train_apart(model, run, launch, train_rows, eval_rows, arguments)
+    manager = manager_of(model)
+    if manager is not None and run.steps_done and "output_dir" not in arguments:
+        mark_unsaved(manager, *trained_names(model))
+    return metrics
+
+
+@contextmanager
+def _interrupted_once(run: Run) -> Iterator[None]:
+    """Holds the interruption of a run, which is raised when everything is in order, and any further one with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not run.interrupted:
+            raise
+
+
+def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
+    try:
+        return trainer_class(model=model, **options)
+    except Exception as error:
+        if isinstance(error, NbpeftError) or is_out_of_memory(error):
+            raise
+        reason = reason_of(error)
+        if "to be installed" in reason:
+            raise ConfigError(f"report_to: {reason}", field="report_to") from error
+        if options["args"].push_to_hub and (isinstance(error, OSError) or _is_of_network(error)):
+            raise ConfigError(
+                f"push_to_hub: the hub cannot be reached ({reason}); leave it out, and push when training is done",
+                field="push_to_hub",
+            ) from error
+        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {reason}") from error
+
+
+def _is_of_network(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "huggingface_hub")
+
+
+def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
+    """Trains, and turns running out of memory, and what fails before the first batch, into one line."""
+    try:
+        output = trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+        return {name: float(value) for name, value in output.metrics.items()}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            if isinstance(error, NbpeftError) or callback.run.total_steps is not None:
+                raise
+            raise ConfigError(f"The run cannot start with these arguments: {reason_of(error)}") from error
+        failure = oom_error(
+            error,
+            model,
+            settings,
+            callback.batch_shape,
+            optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
+            step=callback.run.state.step,
+            costs=step_settings(trainer),
+        )
+    raise failure  # out here it does not hold the frames of the old one
+
+
+@contextmanager
+def _restoring(model: nn.Module) -> Iterator[None]:
+    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks.
+
+    After a training adapters are in the mode of their base: one that was made in training mode drops nothing then.
+    """
+    base: Any = base_of(model)
+    embedding = embedding_of(base)
+    watched = set() if embedding is None else set(embedding._forward_hooks)
+    config = getattr(base, "config", None)
+    cache = getattr(config, "use_cache", None)
+    checkpoints = is_checkpointing(base)
+    cast = {"forward", "_original_forward"} - vars(model).keys()
+    try:
+        with modes_kept(model):
+            yield
+        model.train(base.training)
+    finally:
+        model.zero_grad(set_to_none=True)
+        if config is not None:
+            config.use_cache = cache
+        if not checkpoints and is_checkpointing(base):
+            disable_checkpointing(base)
+        if embedding is not None:  # with checkpointing transformers adds one more to them in each training
+            for hook in embedding._forward_hooks.keys() - watched:
+                del embedding._forward_hooks[hook]
+        for name in cast:
+            vars(model).pop(name, None)
+
+
+def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
+    """The error to raise: one line for what is known, with the memory given back; else itself."""
+    if isinstance(error, NbpeftError):
+        free_memory()
+        return error
+    if not is_out_of_memory(error):
+        lost = "does not require grad" in str(error) and isinstance(error, RuntimeError) and why_no_gradient(model)
+        return TrainingError(explain_failure(error, model)) if lost or trains_in_half(error) else error
+    return oom_error(error, model, settings, None, optimizer=None, step=0)
+
+
+def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainResult:
+    state = run.state
+    return TrainResult(
+        status="stopped" if state.status == "stopped" else "finished",
+        adapter=state.adapter,
+        steps=state.step,
+        total_steps=state.total_steps,
+        loss=state.loss,
+        train_loss=state.mean_loss,
+        eval_loss=state.eval_loss,
+        seconds=state.elapsed,
+        token_count=run.token_count,
+        tokens_per_second=state.tokens_per_second,
+        output_dir=folder,
+        message=state.message,
+        metrics=metrics,
+        state=state,
+        shown=run.shown,
+    )

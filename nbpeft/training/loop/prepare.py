@@ -1,0 +1,199 @@
+"""Makes a quantized base model ready for training adapters on it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.tree.model_tree import is_quantized, quantization_method
+from nbpeft.engine.wrappers.merged_twin import set_quantization_aware
+from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.memory.checkpointing import enable_checkpointing
+
+logger = logging.getLogger("nbpeft.training")
+
+Upcast = Literal["norms", "peft", "none"]
+_UPCASTS = ("norms", "peft", "none")
+_HALF = (torch.float16, torch.bfloat16)
+_KEEPS_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+"""Kinds of quantization for which PEFT casts nothing."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What :func:`prepare_model` did."""
+
+    frozen_count: int
+    """Parameters (numbers, not tensors) that were frozen."""
+    upcast_count: int
+    """Tensors turned into float32."""
+    extra_bytes: int
+    """Memory that cost."""
+    gradient_checkpointing: bool
+    inputs_require_grad: bool
+
+    def __str__(self) -> str:
+        parts = ["base frozen"]
+        if self.upcast_count:
+            parts.append(f"{self.upcast_count} tensors in float32 (+{self.extra_bytes / 2**20:,.1f} MiB)")
+        if self.gradient_checkpointing:
+            parts.append("gradient checkpointing on")
+        return ", ".join(parts)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+    *,
+    upcast: Upcast | None = None,
+    quantization_aware: bool = False,
+) -> Any:
+    """Freezes a base model and prepares it for training adapters. Returns the model.
+
+    Norms of a quantized model compute in float32 and hand on the dtype they were given; its embeddings
+    and head stay as they are. A model that is not quantized is float32 afterwards, as with PEFT, and
+    ``upcast="peft"`` turns everything that is not quantized into float32. That costs memory, and a
+    warning says how much.
+
+    Args:
+        model: A transformers model, quantized or not.
+        use_gradient_checkpointing: Whether a quantized model recomputes activations.
+        gradient_checkpointing_kwargs: For ``torch.utils.checkpoint``; ``use_reentrant`` is False
+            unless given.
+        auto_clear_cache: Whether to give cached device memory back after casting.
+        upcast: ``"norms"``, ``"peft"`` or ``"none"``; None for norms of a quantized model and all of any other.
+        quantization_aware: Whether new adapters act, and learn, as if merged into the quantized weights and rounded
+            with them; see ``LoraConfig``.
+
+    Raises:
+        ConfigError: ``upcast`` is none of these, or ``quantization_aware`` is asked for on a model that is not
+            quantized.
+    """
+    quantized = is_quantized(model)
+    if quantization_aware and not quantized:
+        raise ConfigError(
+            f"quantization_aware=True is for quantized models, and this {type(model).__name__} is not one",
+            field="quantization_aware",
+        )
+    chosen: Upcast = upcast if upcast is not None else "norms" if quantized else "peft"
+    done = prepare_model(
+        model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=chosen
+    )
+    set_quantization_aware(model, quantization_aware)
+    if chosen == "peft" and done.extra_bytes:
+        cause = "upcast='peft'" if upcast is not None else "the model is not quantized: preparing it"
+        warnings.warn(
+            f"{cause} turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "
+            "upcast='norms' trains as well without.",
+            stacklevel=2,
+        )
+    logger.info("prepared for training: %s", done)
+    return model
+
+
+def prepare_model(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+    *,
+    upcast: Upcast = "norms",
+) -> Preparation:
+    """As :func:`prepare_model_for_kbit_training`, and returns what was done."""
+    check_upcast(upcast)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    if upcast == "norms":
+        _compute_norms_in_float32(model)
+    cast = _to_float32(becoming_float32(model, upcast))
+    if auto_clear_cache and cast[0] and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    checkpointing = use_gradient_checkpointing and is_quantized(model)
+    inputs = False
+    if checkpointing:
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        inputs = bool(options["use_reentrant"])
+        if inputs:
+            _make_inputs_require_grad(model)
+        enable_checkpointing(model, options)
+    return Preparation(sum(parameter.numel() for parameter in parameters), *cast, checkpointing, inputs)
+
+
+def check_upcast(upcast: str) -> None:
+    """Refuses a value that ``prepare_model`` does not know.
+
+    Raises:
+        ConfigError: ``upcast`` is not ``"norms"``, ``"peft"`` or ``"none"``.
+    """
+    if upcast not in _UPCASTS:
+        near = did_you_mean(str(upcast), _UPCASTS)
+        raise ConfigError(f"upcast={upcast!r} is not one of {', '.join(_UPCASTS)}.{near}", field="upcast")
+
+
+def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
+    """The parameters that ``prepare_model`` turns into float32; nothing is changed."""
+    if upcast == "norms":
+        return [parameter for _, halves in _norms(model) for parameter in halves]
+    if upcast != "peft" or quantization_method(model) in _KEEPS_DTYPES:
+        return []
+    return [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dtype in _HALF
+        and type(parameter).__name__ != "Params4bit"
+        and not isinstance(parameter, QuantizedMatrices)
+    ]
+
+
+def _to_float32(parameters: list[nn.Parameter]) -> tuple[int, int]:
+    """How many there were, and the bytes that costs."""
+    size = 0
+    for parameter in parameters:
+        size += parameter.numel() * (4 - parameter.element_size())
+        parameter.data = parameter.data.to(torch.float32)
+    return len(parameters), size
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Norms with weights in half precision, and these weights."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        halves = [parameter for parameter in own if parameter.dtype in _HALF]
+        if "norm" in type(module).__name__.lower() and halves and all(part.ndim == 1 for part in own):
+            yield module, halves
+
+
+def _compute_norms_in_float32(model: nn.Module) -> None:
+    for module, halves in _norms(model):
+        module.register_forward_pre_hook(functools.partial(_compute_in_float32))
+        module.register_forward_hook(functools.partial(_restore_dtype, halves[0].dtype))
+
+
+def _compute_in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value for value in inputs)
+
+
+def _restore_dtype(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) and output.dtype == torch.float32 else output
+
+
+def _make_inputs_require_grad(model: Any) -> None:
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    else:
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)

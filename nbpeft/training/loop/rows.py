@@ -1,0 +1,298 @@
+"""The rows that a model is trained and evaluated on: prepared for it, and checked against it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nbpeft.display.numbers import count, plural
+from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
+from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.errors import ConfigError, TrainingError, with_article
+from nbpeft.losses import with_loss_weights
+from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.training.adapters.adapted import base_of, call_columns
+from nbpeft.training.data import (
+    Collator,
+    ModelInputs,
+    PreparedRows,
+    StreamedRows,
+    check_rows,
+    hold_out,
+    is_amount,
+    open_data,
+    prepared,
+)
+from nbpeft.training.data.checks import check_row
+from nbpeft.training.data.classes import SINGLE_LABEL, Classes
+from nbpeft.training.data.row import listed
+
+_HEAD = re.compile(r"For([A-Z]\w*)$")
+"""How transformers names a model with a head."""
+_LANGUAGE_HEADS = ("LM", "Generation", "PreTraining")
+_OWN_LABELS = ("labels", "start_positions", "end_positions")
+BATCH_SIZE = 8
+"""Rows that a model is shown at once, where nothing is learned: that of ``TrainingArguments``."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a Trainer is given.
+
+    Attributes:
+        train: rows to learn.
+        evaluation: rows to measure on, or None.
+        notes: what was cut, left out or not used, one each.
+        held_out: how many rows were taken to measure on; empty where none were.
+    """
+
+    train: Any
+    evaluation: Any = None
+    notes: tuple[str, ...] = ()
+    held_out: str = ""
+
+
+def training_rows(
+    model: nn.Module,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: Any = None,
+    all_columns: bool = False,
+    unweighted: str = "",
+    loss: bool = True,
+) -> TrainingRows:
+    """Prepares data for a model.
+
+    Args:
+        model: adapted or bare.
+        data: see :func:`prepare_data`.
+        eval_data: the same; or how many rows of ``data`` to hold out: a share (0.1) or a number (64).
+        tokenizer: see :func:`prepare_data`.
+        max_length: see :func:`prepare_data`.
+        columns: see :func:`prepare_data`; of ``eval_data``, too.
+        seed: of the training, by which held-out rows are drawn; by default that of a Trainer, 42.
+        all_columns: whether tokenised rows go to the model with all that they hold.
+        unweighted: why the loss cannot count more for one row than for another; empty if it can.
+        loss: whether a loss is computed of them, so that they need the labels of the model's head.
+
+    Raises:
+        ConfigError: an argument is impossible.
+        TrainingError: the data cannot be read, or does not fit the model.
+    """
+    inputs = model_inputs(model, all_columns=all_columns, unweighted=unweighted)
+    if loss:
+        _check_loss(base_of(model))
+    else:
+        inputs = replace(inputs, tokens_only="")
+    prepare = partial(_prepared, model, tokenizer=tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    read = prepare(data)
+    rows, notes = read.rows, [read.notes] if read.notes else []
+    if not is_amount(eval_data):
+        measured = PreparedRows(None) if eval_data is None else prepare(eval_data)
+        notes += [f"of the rows to evaluate on: {measured.notes}"] if measured.notes else []
+        return TrainingRows(rows, measured.rows, tuple(notes))
+    train, evaluation = hold_out(rows, eval_data, seed if isinstance(seed, int) else 42)
+    if isinstance(rows, StreamedRows) and rows.notes:  # those that are held out were read meanwhile
+        notes = [rows.notes]
+    known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
+    held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
+    return TrainingRows(train, evaluation, tuple(notes), held)
+
+
+def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:
+    """What a model takes of rows.
+
+    Args:
+        model: adapted or bare.
+        all_columns: whether it is given all that tokenised rows hold.
+        unweighted: why its loss cannot count more for one row than for another; empty if it can.
+    """
+    base, numbers, classes = base_of(model), call_columns(model), classes_of(model)
+    if classes is not None and classes.problem != SINGLE_LABEL:
+        unweighted = unweighted or f"the loss of {classes.problem} takes none"
+    taken = {*inspect.signature(base.forward).parameters, *numbers}
+    return ModelInputs(
+        encoder_decoder=classes is None and is_encoder_decoder(model),
+        classes=classes,
+        numbers=numbers,
+        columns=None if all_columns else frozenset(taken),
+        unweighted=unweighted,
+        tokens_only=_why_tokens_only(base),
+    )
+
+
+def _why_tokens_only(base: nn.Module) -> str:
+    """Why a model takes no rows of text; empty if it does."""
+    heads = [found for name in class_names(base) if (found := _HEAD.search(name))]
+    transformers_model = hasattr(type(base), "_from_config")
+    if not (transformers_model and heads) or is_text_classifier(base) or embedding_of(base, output=True) is not None:
+        return ""
+    if any(found[1].endswith(_LANGUAGE_HEADS) for found in heads):
+        return ""
+    labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
+    return (
+        f"{type(base).__name__} is neither a language model nor a classifier of texts: it takes tokenised rows with "
+        f"{listed(('input_ids', *labels))}"
+    )
+
+
+def classes_of(model: nn.Module) -> Classes | None:
+    """What a classifier of texts tells apart; None for any other model."""
+    base = base_of(model)
+    config = getattr(base, "config", None)
+    if not is_text_classifier(base) or not hasattr(config, "num_labels"):
+        return None
+    return Classes.of(config)
+
+
+def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
+    """What makes batches of rows, padded with the token that the tokenizer or the model's config names."""
+    config = getattr(base_of(model), "config", None)
+    candidates = [
+        getattr(owner, name, None) for name in ("pad_token_id", "eos_token_id") for owner in (tokenizer, config)
+    ]
+    pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
+    return Collator(pad_token_id=pad, copy_labels=is_causal(model))
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of data as a training would give them to a model.
+
+    Attributes:
+        rows: tokenised.
+        collate: makes a batch of some of them.
+        read_notes: what was cut, left out or not used.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    collate: Collator
+    read_notes: tuple[str, ...] = ()
+
+    def notes(self, *, loss: bool) -> tuple[str, ...]:
+        """What a person should know of the rows.
+
+        Args:
+            loss: whether a loss is computed of them, in which their weights count.
+        """
+        unused = any(LOSS_WEIGHTS in row for row in self.rows) and not loss
+        return (*self.read_notes, *(["not used: weights of the rows"] if unused else []))
+
+    def batches(self, size: int = BATCH_SIZE, *, labels: bool = True) -> list[dict[str, Tensor]]:
+        """Their batches.
+
+        Args:
+            size: rows of a batch.
+            labels: whether the labels are among a batch's tensors.
+        """
+        given = (self.collate(self.rows[first : first + size]) for first in range(0, len(self.rows), size))
+        found = [with_loss_weights(batch) for batch in given]
+        return [{name: value for name, value in batch.items() if labels or name != "labels"} for batch in found]
+
+
+def first_rows(
+    model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None, loss: bool = True, **reading: Any
+) -> FirstRows:
+    """The first rows of data as a training would give them to the model.
+
+    Args:
+        model: adapted or bare.
+        data: see :func:`prepare_data`.
+        rows: how many, at most.
+        tokenizer: see :func:`prepare_data`.
+        loss: whether a loss is computed of them.
+        **reading: ``columns`` and ``max_length``; see :func:`prepare_data`.
+
+    Raises:
+        ConfigError: an argument is impossible.
+        TrainingError: the data cannot be read, or does not fit the model.
+    """
+    found = training_rows(model, open_data(data), tokenizer=tokenizer, loss=loss, **reading)
+    return FirstRows(list(itertools.islice(iter(found.train), rows)), collator_for(model, tokenizer), found.notes)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether prompt and completion go to different halves of the model."""
+    return bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether labels stand beside the ids, one for one."""
+    return (
+        not is_encoder_decoder(model)
+        and classes_of(model) is None
+        and embedding_of(base_of(model), output=True) is not None
+    )
+
+
+def check_reading(tokenizer: Any, max_length: Any) -> None:
+    """Refuses what cannot tokenise.
+
+    Raises:
+        ConfigError: the tokenizer is none, or the length is impossible.
+    """
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ConfigError(f"max_length must be a whole number of at least 1, not {max_length!r}", field="max_length")
+    if tokenizer is not None and (not callable(tokenizer) or isinstance(tokenizer, nn.Module)):
+        what = ", which is a model" if isinstance(tokenizer, nn.Module) else ""
+        raise ConfigError(f"tokenizer must be a tokenizer, not {with_article(tokenizer)}{what}", field="tokenizer")
+
+
+def _prepared(
+    model: nn.Module,
+    data: Any,
+    *,
+    tokenizer: Any,
+    max_length: int | None,
+    columns: Mapping[str, str] | None,
+    inputs: ModelInputs,
+) -> PreparedRows:
+    check_reading(tokenizer, max_length)
+    read = prepared(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
+    check: dict[str, Any] = {
+        "vocabulary": size if isinstance(size, int) else None,
+        "causal": is_causal(model),
+        "classes": inputs.classes,
+    }
+    if inputs.classes is not None:
+        _check_padding(model, tokenizer)
+    if isinstance(read.rows, StreamedRows):
+        read.rows.check = partial(check_row, **check)
+    else:
+        check_rows(read.rows, **check)
+    return read
+
+
+def _check_loss(base: nn.Module) -> None:
+    """Refuses a head for which transformers, which looks for one in the name of the leaf class, finds no loss."""
+    if getattr(base, "loss_type", "") is not None or hasattr(base, "_loss_function"):
+        return
+    head = next((found[0] for name in class_names(base) if (found := _HEAD.search(name))), "")
+    code = getattr(inspect.unwrap(type(base).forward), "__code__", None)
+    if head and not head.endswith(_LANGUAGE_HEADS) and "loss_function" in getattr(code, "co_names", ()):
+        raise TrainingError(
+            f"transformers chooses a loss by the name of the class and finds none for {type(base).__name__}: set "
+            f"loss_type = {head!r} on the base model."
+        )
+
+
+def _check_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Refuses a classifier that would not find the end of a text: it takes the last token that is no padding."""
+    base: Any = base_of(model)
+    if getattr(tokenizer, "pad_token_id", None) is None and getattr(base.config, "pad_token_id", None) is None:
+        raise TrainingError(
+            f"{type(base).__name__} needs a padding token, and neither its config nor the tokenizer names one: "
+            "tokenizer.pad_token = tokenizer.eos_token"
+        )

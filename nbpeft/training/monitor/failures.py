@@ -1,0 +1,262 @@
+"""One line about what ended a run, with the remedy where it is known.
+
+Out of memory: which part grew, what to change and by how much.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.errors import NbpeftError, TrainingError
+from nbpeft.memory import Forecast, forecast, measure
+from nbpeft.memory.checkpointing import is_checkpointing
+from nbpeft.memory.devices import device_memory, placed_on
+from nbpeft.memory.formatting import size_text
+from nbpeft.model.quantization.weight_storage import stored_parts
+from nbpeft.names import QUANTIZATIONS
+from nbpeft.state import MemoryPart, MemoryState
+from nbpeft.training.adapters.adapted import active_names, base_of, main_dtype
+from nbpeft.training.adapters.learning_check import why_no_gradient
+from nbpeft.training.monitor.tracebacks import release_frames
+
+_HALF_REMEDY = (
+    "modules trained as a whole and base biases have the base's dtype; call "
+    "nbpeft.cast_mixed_precision_params(model, torch.float16), or use bf16"
+)
+_OOM_REMEDY = (
+    "lower the batch size (and raise gradient_accumulation_steps by as much), shorten the rows (max_length), "
+    "switch on activation checkpointing, or lower the rank"
+)
+_FIXED = ("base weights", "adapters")
+_SHOWN_CHANGES = 4
+_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "sequence_length": "max_length",
+    "optimizer": "optim",
+}
+"""How training arguments call what a forecast names."""
+_ESTIMATED = {
+    "activations": "activations kept for backward need",
+    "temporary": "logits and other temporary tensors need",
+    "optimizer": "the optimizer's state needs",
+    "gradients": "gradients need",
+    "KV cache": "the KV cache needs",
+}
+_MEASURED = {
+    "other": "activations and temporary tensors took",
+    "optimizer": "the optimizer's state took",
+    "gradients": "gradients took",
+}
+_OPTIMIZER_STEP = "the optimizer's step"
+_SAVES_ACTIVATIONS = ("batch_size", "sequence_length", "gradient_checkpointing")
+"""How changes begin that do not help where no activation is left."""
+
+
+def explain_failure(error: BaseException, model: nn.Module | None) -> str:
+    """One line about an exception that ended a run, with the remedy where it is known."""
+    if isinstance(error, NbpeftError):
+        return str(error)
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if is_out_of_memory(error):
+        return f"Out of memory: {_OOM_REMEDY}." if model is None else _oom_message(error, model)
+    if trains_in_half(error):
+        return f"A GradScaler takes no weights that are trained in float16: {_HALF_REMEDY}."
+    if model is not None and "does not require grad" in line:
+        why = why_no_gradient(model) or "nothing that is trainable took part in the loss"
+        return f"No gradient reaches the adapter: {why}."
+    return line
+
+
+def trains_in_half(error: BaseException) -> bool:
+    """Whether a GradScaler met gradients in float16, as of a head copied from a base in float16."""
+    return isinstance(error, ValueError) and "unscale FP16 gradients" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )
+
+
+def oom_error(
+    error: Exception,
+    model: nn.Module,
+    settings: Any,
+    batch: tuple[int, int] | None,
+    *,
+    optimizer: Any,
+    step: int,
+    costs: Mapping[str, Any] = {},
+) -> TrainingError:
+    """The error to raise for one that ran out of memory; releases what the failed step held.
+
+    Args:
+        error: what was raised.
+        model: in training; loses its gradients, keeps its weights.
+        settings: the ``TrainingArguments``.
+        batch: rows and tokens a row of the batch it failed on, or None.
+        optimizer: the optimizer, if there is one.
+        step: optimizer steps done.
+        costs: how the step was computed, as keywords of ``forecast``: ``loss_chunk_size``, ``recompute``, ``adapters``.
+
+    Returns:
+        A TrainingError of one line; its details hold ``batch_size``, ``parts``, ``suggestions``,
+        ``measured`` and ``stage``.
+    """
+    stage = _stage(error.__traceback__)
+    measured = measure(model, optimizer)
+    release_frames(error, everything=True)
+    error.__traceback__ = error.__context__ = None
+    model.zero_grad(set_to_none=True)
+    free_memory()
+    expected = _expected(model, settings, batch, training=stage != "evaluation", costs=costs)
+    size = settings.per_device_eval_batch_size if stage == "evaluation" else settings.per_device_train_batch_size
+    where = f"in {stage} after {step} step{'' if step == 1 else 's'}"
+    how = f"at batch size {size}" + (f" and {batch[1]} tokens a row" if batch is not None else "")
+    parts = expected.parts if expected is not None else measured.parts
+    largest = _largest_part(parts, measured, stage, expected is not None)
+    return TrainingError(
+        f"Out of memory {where}, {how}: {largest}. To change: {_changes(expected, stage, size)}.",
+        batch_size=size,
+        stage=stage,
+        parts={part.name: part.byte_count for part in parts},
+        measured=measured,
+        suggestions=expected.suggestions if expected is not None else (),
+    )
+
+
+def _oom_message(error: BaseException, model: nn.Module) -> str:
+    """The line for a loop of one's own, whose batch is not known: the part that had grown when it failed.
+
+    Args:
+        error: what was raised, with its traceback still on it.
+        model: in training.
+    """
+    stage = _stage(error.__traceback__)
+    measured = measure(model)
+    return (
+        f"Out of memory in {stage}: {_largest_part(measured.parts, measured, stage, False)}. To change: {_OOM_REMEDY}."
+    )
+
+
+def free_memory() -> None:
+    """Returns memory that nothing holds any more to the device."""
+    gc.collect()
+    for library in (torch.cuda, torch.xpu, torch.mps):
+        if library.is_available():
+            library.empty_cache()
+
+
+def _stage(trace: TracebackType | None) -> str:
+    """What was being done, from the functions the error went through."""
+    stage = "forward"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = code.co_filename.replace("\\", "/")
+        if code.co_name in ("evaluation_loop", "prediction_step"):
+            return "evaluation"
+        if "/torch/optim/" in place or "/bitsandbytes/optim/" in place:
+            return _OPTIMIZER_STEP
+        if "/torch/autograd/" in place or code.co_name == "backward":
+            stage = "backward"
+        trace = trace.tb_next
+    return stage
+
+
+def _expected(
+    model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool, costs: Mapping[str, Any]
+) -> Forecast | None:
+    """What the step needs in whole, by forecast; None where that is not known."""
+    base: Any = base_of(model)
+    names = active_names(model)
+    configs = getattr(model, "peft_config", {})
+    if batch is None or not names or names[0] not in configs:
+        return None
+    kinds = {kind for part in stored_parts(base) if part.name == "quantized layers" for kind in part.kinds}
+    kind = next((name for name in QUANTIZATIONS if any(item.startswith(name) for item in kinds)), None)
+    if kinds and kind is None:
+        return None
+    optim = str(getattr(settings.optim, "value", settings.optim))
+    checkpoints = is_checkpointing(base) or bool(settings.gradient_checkpointing)
+    try:
+        return forecast(
+            base,
+            configs[names[0]],
+            batch_size=batch[0],
+            sequence_length=batch[1],
+            dtype=main_dtype(base),
+            quantization=kind,
+            double_quant=any("double" in item for item in kinds),
+            gradient_checkpointing=checkpoints,
+            optimizer=optim,
+            training=training,
+            device=_limit(base),
+            **costs,
+        )
+    except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
+        return None  # a model or an optimizer that cannot be forecast: what was measured has to do
+
+
+def _limit(base: nn.Module) -> int | None:
+    """What the accelerator has for this process; a host's memory is shared and its limit not known."""
+    device = placed_on(base) or torch.device("cpu")
+    if device.type in ("cpu", "meta"):
+        return None
+    memory = device_memory(device)
+    return None if memory.free is None or memory.used is None else memory.free + memory.used
+
+
+def _largest_part(parts: tuple[MemoryPart, ...], measured: MemoryState, stage: str, estimated: bool) -> str:
+    """``activations need 4.2 GB of 5.6 GB (base weights …)``."""
+    sizes = {part.name: part.byte_count for part in parts if part.byte_count}
+    grown = {name: size for name, size in sizes.items() if name not in _FIXED}
+    if stage == _OPTIMIZER_STEP and sizes.get("optimizer"):
+        grown = {"optimizer": sizes["optimizer"]}
+    if not grown:
+        return f"the model alone takes {size_text(sum(sizes.values()))}"
+    name = max(grown, key=lambda part: grown[part])
+    size = grown[name]
+    others = ", ".join(f"{other} {size_text(sizes[other])}" for other in sizes if other != name)
+    words = (_ESTIMATED if estimated else _MEASURED).get(name, f"{name}:")
+    device = ""
+    if estimated and measured.device_total is not None and not measured.device.startswith("cpu"):
+        device = f" on a device of {size_text(measured.device_total)}"
+    return f"{words} {size_text(size)} of {size_text(sum(sizes.values()))}{device} (the rest: {others})"
+
+
+def _changes(expected: Forecast | None, stage: str, size: int) -> str:
+    """What to change and what that saves."""
+    if stage == "evaluation":
+        return (
+            f"per_device_eval_batch_size {size} -> {max(size // 2, 1)}, which halves what it takes"
+            if size > 1
+            else ("shorten the rows (max_length)")
+        )
+    if expected is None or not expected.suggestions:
+        return _OOM_REMEDY
+    words = []
+    helpful = [
+        one for one in expected.suggestions if stage != _OPTIMIZER_STEP or not one.change.startswith(_SAVES_ACTIVATIONS)
+    ]
+    for one in helpful[:_SHOWN_CHANGES]:
+        change = ", ".join(_renamed(part) for part in one.change.split(", "))
+        cost = f" ({one.cost})" if one.cost else ""
+        fits = ", then it fits" if one.fits else ""
+        words.append(f"{change} saves {size_text(one.saved_bytes)}{fits}{cost}")
+    return "; ".join(words) or _OOM_REMEDY
+
+
+def _renamed(change: str) -> str:
+    name, _, rest = change.partition(" ")
+    return f"{_NAMES.get(name, name)} {rest}".strip()

@@ -1,0 +1,444 @@
+"""Keeps a training on disk as it goes on: when its process dies, some seconds of it are lost.
+
+A state is the adapter in training with its optimizer, scheduler and random numbers, never the base. The
+first one is written before the first step, the next after some seconds, and from then on as often as
+costs less than two per cent of the time. Stop, an interruption and a failure write a last one, unless they
+come while the optimizer changes the weights: then the one before is the last, and a note names its step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.confidential import without_secrets
+from nbpeft.engine.changes.random_numbers import drawing_from, random_state
+from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.errors import CheckpointError, TrainingError, in_one_line
+from nbpeft.model.saving import files
+from nbpeft.runs.folder import RunFolder
+from nbpeft.runs.store import RunPlace
+from nbpeft.state import TrainState
+from nbpeft.training.adapters.adapted import trained_names
+from nbpeft.training.adapters.method_state import method_state, save_in_training, set_method_state
+from nbpeft.training.disk.agreement import is_first, of_the_first, several_processes, write_together
+from nbpeft.training.disk.checkpoints import drop_after, put_checkpoint
+from nbpeft.training.disk.kept_arguments import to_keep
+from nbpeft.training.disk.sharded_trainer import base_mark
+from nbpeft.training.monitor.run import Run
+
+SHARE = 0.015
+"""Of the time, that writing states may take; noting each step takes less than half a millisecond."""
+SHORTEST = 10.0
+"""Seconds from one state to the next, at least."""
+_MOST_STATES = 2
+_MARKED_ROWS = 8
+_SHOWN_FIELDS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "optim",
+    "seed",
+)
+"""Fields of ``TrainingArguments`` that are settings of every run, whether they are given or not."""
+_MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
+_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
+
+
+class RunKeeper(TrainerCallback):
+    """Writes one run's folder while a Trainer trains; ``with keeper:`` around the block of the run.
+
+    What cannot be written is noted once with the run, and training goes on without.
+
+    Args:
+        place: where, and what the run goes on from.
+        run: gets notes and the place of the folder.
+        model: in training.
+        given: arguments as given, which start the run again.
+        data: what the rows are known by, see ``mark_of_rows``.
+        clock: seconds, growing.
+
+    Attributes:
+        folder: of the run; None before the first step, and where nothing is kept.
+        trainer: has to be set before it trains.
+        beside: writes more into the folder of a state; None for nothing.
+    """
+
+    beside: Callable[[Path], None] | None = None
+
+    def __init__(
+        self,
+        place: RunPlace,
+        run: Run,
+        model: Any,
+        given: Mapping[str, Any],
+        data: Mapping[str, Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.trainer: Any = None
+        self.folder: RunFolder | None = None
+        self._unkept: RunFolder | None = None
+        self._place, self._run, self._model, self._data = place, run, model, data
+        self._given = place.arguments or given
+        self._clock = clock
+        self._facts: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}
+        self._contents: dict[str, str] = {}
+        self._saved_step = -1
+        self._seconds_before = 0.0
+        self._evaluated = False
+        self._in_step = self._step_open = False
+        self._random: dict[str, Any] = {}
+        self._method: dict[str, Tensor] | None = None
+        self._next = float("inf")
+
+    # What the Trainer calls
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the folder; a run that goes on is cut back to the step that it goes on from."""
+        name, store = self._place.name, self._place.store
+        if name is not None:
+            self._saved_step = state.global_step
+        if not is_first():
+            return
+        with self._noting():
+            folder = store.create(self._run.label) if name is None else store.find(name)
+            if name is not None:
+                folder.open()
+            self.folder = folder
+            if name is not None:
+                self._before, self._contents = folder.facts(), folder.contents()
+                self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
+                state.log_history = folder.cut_after(state.global_step)
+                self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
+                for field in ("saved", "saved_files"):  # what it learns from here on is saved nowhere
+                    self._before.pop(field, None)
+                self._facts["resumed"] = [*(self._before.get("resumed") or ()), state.global_step]
+            self._run.folder = str(folder.path)
+            own = {"process": os.getpid(), "host": platform.node()}
+            self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | own
+            self._write_facts()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the state before the first step."""
+        if of_the_first(self.folder is not None and self._saved_step < 0):
+            self._save()
+        elif self._next == float("inf"):
+            self._next = self._clock() + SHORTEST
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """From here on random numbers are drawn for a step that is not done, until it has ended."""
+        self._step_open = True
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """From here on the weights belong to no step, until the step has ended."""
+        self._in_step = True
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Remembers the random numbers that belong to the step."""
+        self._in_step = self._step_open = False
+        self._random, self._method = random_state(), method_state(self._model)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes what was logged."""
+        if self.folder is not None and state.log_history:
+            entry = state.log_history[-1]
+            self._evaluated = self._evaluated or "eval_loss" in entry
+            with self._noting():
+                self.folder.append({**entry, "seconds": self._seconds()})
+
+    def after_step(self) -> None:
+        """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
+        if self._step_open or self._run.diverged:  # stopped inside a step: that is kept when the run ends
+            return
+        if self._evaluated:  # which draws random numbers
+            self._random, self._method = random_state(), method_state(self._model)
+        saved = self._saved_step == self.trainer.state.global_step
+        due = self._evaluated if saved else self._clock() >= self._next
+        if of_the_first(due and self.folder is not None):
+            self._save()
+
+    # Around the run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        folder, state = self.folder, self._run.state
+        alone = state.status == "failed" and several_processes()  # the others may be anywhere
+        try:
+            if folder is not None if alone else of_the_first(folder is not None):
+                with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
+                    if folder is not None and self._run.steps_done == 0 and state.status == "failed":
+                        self._undo(folder)
+                        return
+                    if folder is not None:
+                        for note in self._place.store.tidy():
+                            self._run.note(note)
+                    if state.status == "finished":
+                        self._save(whole=False)
+                    elif not alone and self._has_new_state(state.step):
+                        self._save_as_the_step_ended()
+                    else:
+                        self._drop_diverged()
+                        self._note_lost_steps()
+                        self._write_facts()
+        finally:
+            with HeldInterrupts(to_the_end=True):
+                self._end()
+            if folder is not None:
+                folder.close()
+
+    def _end(self) -> None:
+        """Says how a run ended whose keeping had ended before."""
+        folder, self._unkept = self._unkept, None
+        if folder is not None:
+            folder.end(self._facts | _summary(self._run.state) | {"seconds": self._seconds()})
+            folder.close()
+
+    def keep_last(self) -> None:
+        """Keeps the state of the last step of a run that ends early, if it is not kept yet."""
+        if of_the_first(self.folder is not None) and self._has_new_state(self._run.state.step):
+            with HeldInterrupts(to_the_end=True), self._noting():
+                self._save_as_the_step_ended()
+
+    def mark_saved(self, folder: str) -> None:
+        """Notes with the run that its adapters were saved in a folder of the user's own."""
+        if self._run.folder and is_first():
+            for name in trained_names(self._model):
+                place = Path(folder, name)
+                place = place if place.is_dir() else Path(folder)
+                self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
+
+    def _drop_diverged(self) -> None:
+        """Removes states after the last good weights of a run that diverged, where an earlier one is left."""
+        last_good = self._run.state.kept_step
+        if self.folder is not None and last_good is not None:
+            drop_after(self.folder.path, last_good)
+
+    def _note_lost_steps(self) -> None:
+        """Says of which step the last state is, where later steps are done and no state of them can be written."""
+        step = self._run.state.step
+        if self.folder is not None and self._in_step and not self._run.diverged and step > self._saved_step >= 0:
+            self._run.note(
+                f"the training ended while step {step + 1} changed the weights: the last state on disk is that of step "
+                f"{self._saved_step}"
+            )
+
+    def _save_as_the_step_ended(self) -> None:
+        set_method_state(self._model, self._method)
+        with drawing_from(self._random or random_state()):
+            self._save()
+
+    def _has_new_state(self, step: int) -> bool:
+        known = not self._in_step and not self._run.diverged and self.trainer.optimizer is not None
+        return known and step > self._saved_step
+
+    def _undo(self, folder: RunFolder) -> None:
+        """Leaves the disk as it was before a run that failed before its first step."""
+        if self._place.name is None:
+            folder.close()
+            self._place.store.delete(folder.name)
+            self._run.folder = ""
+        else:
+            folder.close()
+            folder.put_back(self._contents)
+
+    # Writing
+
+    def _save(self, *, whole: bool = True) -> None:
+        """Keeps the state now; of a run that has ended all the same (not ``whole``) the adapter alone.
+
+        Where there are several processes, all of them call it, and each writes its part.
+        """
+        begun, step = self._clock(), int(self.trainer.state.global_step)
+
+        def put(write: Callable[[Path], object]) -> None:
+            assert self.folder is not None
+            put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
+
+        with self._noting():
+            write_together(put, self._write_state if whole else functools.partial(self._write_adapter, files.save))
+            self._write_facts()
+        self._saved_step, self._evaluated = step, False
+        now = self._clock()
+        self._next = now + max(SHORTEST, (now - begun) / SHARE)
+
+    def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
+        names, write = trained_names(self._model), is_first()
+        options = {"names": names, "embeddings": False, "stays": False, "write": write}
+        save(manager_of(self._model), folder, **options, base=base_mark(self.trainer))
+        if write:
+            self._write_trainer_state(folder)
+
+    def _write_state(self, folder: Path) -> None:
+        self._write_adapter(save_in_training, folder)
+        trainer = self.trainer
+        trainer._save_optimizer_and_scheduler(str(folder))
+        trainer._save_scaler(str(folder))
+        trainer._save_rng_state(str(folder))
+        if self.beside is not None and is_first():
+            self.beside(folder)
+
+    def _write_trainer_state(self, folder: Path) -> None:
+        """Without what was logged, which the curve has: the file would grow with every step."""
+        trainer = self.trainer
+        state = dataclasses.replace(trainer.state, log_history=[])
+        state.stateful_callbacks = dict(state.stateful_callbacks)
+        for callback in (*trainer.callback_handler.callbacks, trainer.control):
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _first_facts(self, args: TrainingArguments) -> dict[str, Any]:
+        given, left_out = without_secrets(self._given)
+        plain, objects = to_keep(given)
+        given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
+        fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
+        return {
+            "model": self._place.model,
+            "started": time.time(),
+            "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
+            "arguments": plain,
+            "secrets": list(left_out),
+            "objects": objects,
+            "source": dict(self._place.source),
+            "data": dict(self._data),
+        }
+
+    def _renewed(self, args: TrainingArguments) -> dict[str, Any]:
+        """Of a run that is resumed, what was given anew in the place of what it had, or besides."""
+        if not self._before:
+            return {}
+        now = self._first_facts(args)
+        return {name: {**self._before.get(name, {}), **now[name]} for name in ("arguments", "settings")}
+
+    def _seconds(self) -> float:
+        """Time spent on the run, without pauses, in all processes that it went on in."""
+        return round(self._seconds_before + self._run.elapsed, 3)
+
+    def _own_settings(self) -> dict[str, Any]:
+        own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
+        return {name: value for name, value in own.items() if value}
+
+    def _swept_settings(self) -> dict[str, list[str]]:
+        """Of the adapters of a sweep, what they differ in."""
+        settings = [member.settings for member in self._run.members("running")]
+        return {name: list(dict.fromkeys(one[name] for one in settings)) for name in (settings[0] if settings else ())}
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        config = self._model.peft_config[trained_names(self._model)[0]]
+        found = getattr(config, "target_modules", None)
+        targets = [path.rpartition(".")[2] for path in found] if isinstance(found, list | set | tuple) else found
+        usual = {item.name: item.default for item in dataclasses.fields(config)}
+        fields = config.to_dict() | ({"target_modules": sorted(set(targets))} if isinstance(targets, list) else {})
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in _BOOKKEEPING)
+        }
+
+    def _write_facts(self) -> None:
+        if self.folder is None:  # another process writes them
+            return
+        state = self._run.state
+        self._facts |= _summary(state) | {"seconds": self._seconds()}
+        series = {name: points for name, points in {**state.series, **state.metric_history}.items() if points}
+        self.folder.write(self._facts, series, [dataclasses.asdict(sample) for sample in state.samples])
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What cannot be written ends the keeping, not the training."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            folder, self.folder = self.folder, None
+            since = "" if folder is None else " from here on"
+            if folder is not None:
+                with suppress(OSError):  # empty where not even its settings could be written
+                    folder.path.rmdir()
+                if folder.path.is_dir():
+                    self._unkept = folder
+                else:
+                    folder.close()
+                    self._run.folder = ""
+            self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}", warning=True)
+
+
+def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
+    """What rows are known by when a run goes on: how many there are, and a digest of the first ones."""
+    mark: dict[str, Any] = {}
+    for prefix, part in (("", rows), ("eval_", eval_rows)):
+        if hasattr(part, "__len__") and hasattr(part, "__getitem__"):
+            first = [_comparable(part[index]) for index in range(min(len(part), _MARKED_ROWS))]
+            text = json.dumps(first, sort_keys=True, default=repr)
+            mark |= {f"{prefix}rows": len(part), f"{prefix}digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return mark
+
+
+def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other rows.
+
+    Raises:
+        TrainingError: there are more or fewer of them, or the first ones differ.
+    """
+    for prefix, what in (("", "rows"), ("eval_", "rows to evaluate on")):
+        count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
+        if count != present:
+            raise TrainingError(
+                f"run {name} was trained with {count or 'no'} {what}, and these are {present or 'none'}"
+            )
+        if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
+            raise TrainingError(f"run {name} was trained with other {what}: the first of these are not those")
+
+
+def _summary(state: TrainState) -> dict[str, Any]:
+    """How a run stands, for ``run.json``."""
+    best = min(state.eval_history, key=lambda point: point[1], default=(None, None))
+    status = state.status if state.status in ("finished", "stopped", "failed") else "running"
+    return {
+        "adapter": state.adapter,
+        "status": status,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "first_step": state.first_step,
+        "loss": state.loss,
+        "eval_loss": state.eval_loss,
+        "best_loss": best[1],
+        "best_step": best[0] if state.best_step is None else state.best_step,
+        "metrics": dict(state.metrics),
+        "updated": time.time(),
+        "message": state.message,
+    }
+
+
+def _comparable(row: Any) -> Any:
+    if isinstance(row, Mapping):
+        return {str(name): _comparable(value) for name, value in row.items()}
+    return row.tolist() if isinstance(row, Tensor | np.ndarray) else row

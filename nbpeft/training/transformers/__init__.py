@@ -1,0 +1,1 @@
+"""transformers' ``Trainer`` with adapters: its arguments, and what nbpeft changes in it."""

@@ -1,0 +1,284 @@
+"""Training arguments by name, with defaults that suit a notebook."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import numbers
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from nbpeft.errors import ConfigError, did_you_mean, in_one_line
+from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
+
+_GIVEN_BY_TRAIN = {"self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "kwargs"}
+
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "n_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "total_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "warmup": "warmup_steps",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "evaluation_strategy": "eval_strategy",
+    "output": "output_dir",
+    "max_seq_length": "max_length",
+}
+"""What people type for names that spell quite differently."""
+
+_LEAST = {
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
+"""Smallest values of fields that the arguments class takes unseen."""
+
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a dictionary",
+    type(None): "None",
+}
+"""Kinds of values that are checked, and what a person calls them."""
+_ACCEPTED: dict[type, tuple[type, ...]] = {
+    str: (str, os.PathLike, Enum),
+    list: (list, tuple),
+    dict: (Mapping,),
+}
+_CALLED = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+_LONGEST_REASON, _SHOWN_CHOICES = 250, 12
+
+
+def split_arguments(
+    given: Mapping[str, Any], trainer_class: type[Any], arguments_class: type[TrainingArguments]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sorts keywords into those of the arguments class and those of the Trainer's constructor.
+
+    Raises:
+        ConfigError: a name belongs to neither; the message names the near ones.
+    """
+    fields = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    options: set[str] = set()
+    for cls in trainer_class.__mro__:
+        if "__init__" in vars(cls):
+            options |= set(inspect.signature(vars(cls)["__init__"]).parameters)
+    options -= _GIVEN_BY_TRAIN | {"kwargs", "args"}
+    for name in given:
+        if name not in fields and name not in options:
+            other = _OTHER_NAMES.get(name)
+            hint = f" Did you mean {other!r}?" if other else did_you_mean(name, [*fields, *options])
+            raise ConfigError(f"{name!r} is not a field of {arguments_class.__name__}.{hint}", name=name)
+    return (
+        {name: value for name, value in given.items() if name in fields},
+        {name: value for name, value in given.items() if name not in fields},
+    )
+
+
+def build_arguments(
+    fields: Mapping[str, Any], arguments_class: type[TrainingArguments], *, folder: str, evaluates: bool
+) -> TrainingArguments:
+    """The arguments object, with notebook defaults for what is not given.
+
+    Nothing is reported or printed, nothing is saved, each step's loss is noted, and the learning
+    rate is the one adapters want (2e-4). Held-out data is evaluated once an epoch.
+
+    Args:
+        fields: Fields as given.
+        arguments_class: ``TrainingArguments`` or a subclass.
+        folder: Where to write when ``output_dir`` is not given.
+        evaluates: Whether there is held-out data.
+
+    Raises:
+        ConfigError: values contradict each other or are impossible.
+    """
+    values: dict[str, Any] = NOTEBOOK_DEFAULTS | {
+        "train_sampling_strategy": "random",  # of the Trainer: GroupedByLength is ours
+        "output_dir": folder,
+        "eval_strategy": "epoch" if evaluates else "no",
+        "use_cpu": not _has_accelerator(),
+        "dataloader_pin_memory": _has_accelerator(),
+    }
+    if fields.get("load_best_model_at_end"):
+        if not evaluates:
+            raise ConfigError("load_best_model_at_end needs data to evaluate on: pass eval_data=…")
+        values["eval_strategy"] = fields.get("eval_strategy", "steps" if "eval_steps" in fields else "epoch")
+        values["save_strategy"] = values["eval_strategy"]
+        if "eval_steps" in fields:
+            values["save_steps"] = fields["eval_steps"]
+        values["save_total_limit"] = 1
+    elif evaluates and "eval_steps" in fields:
+        values["eval_strategy"] = "steps"
+    keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
+    if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
+        raise ConfigError(f"save_strategy={fields['save_strategy']!r} writes checkpoints: say where with output_dir=…")
+    check_values(fields, arguments_class)
+    if fields.get("resume_from_checkpoint") is True and "output_dir" not in fields:
+        raise ConfigError(
+            "resume_from_checkpoint=True needs output_dir=…, where the checkpoints lie", field="resume_from_checkpoint"
+        )
+    values.update(_current_names(fields, arguments_class))
+    known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    try:
+        return arguments_class(**{name: value for name, value in values.items() if name in known})
+    except Exception as error:
+        raise _impossible(reason_of(error), fields) from error
+
+
+def changed_arguments(arguments: TrainingArguments, fields: Mapping[str, Any]) -> TrainingArguments:
+    """A copy with other values, made while a training runs: a new object would reset what accelerate knows of it.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    check_values(fields, type(arguments))
+    made = copy.copy(arguments)
+    for name, value in fields.items():
+        kind = type(getattr(arguments, name))
+        try:
+            setattr(made, name, kind(value) if issubclass(kind, Enum) else value)
+        except ValueError as error:
+            raise _impossible(reason_of(error), fields) from error
+    return made
+
+
+def reason_of(error: Exception) -> str:
+    """What another library says is wrong, in one line that is not long."""
+    text = in_one_line(error)
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
+
+
+def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
+    """The error for what the arguments class refuses; a word that is not one of its choices is named with the near."""
+    unknown = re.match(r"(.+) is not a valid (\w+)", reason)
+    name = next((name for name, value in fields.items() if unknown and str(value) == unknown[1].strip("'")), None)
+    if unknown is None or name is None:
+        return ConfigError(f"These training arguments are not possible: {reason}")
+    value = str(fields[name])
+    choices = _choices(unknown[2])
+    some = ", ".join(choices[:_SHOWN_CHOICES]) + (", …" if len(choices) > _SHOWN_CHOICES else "")
+    expected = did_you_mean(value, choices) or (f" It is one of: {some}" if choices else "")
+    return ConfigError(f"{name} {value!r:.60} is unknown.{expected}", field=name, value=value)
+
+
+def _choices(enum: str) -> list[str]:
+    """The values of one of transformers' enums."""
+    from transformers import trainer_utils, training_args
+
+    found = getattr(trainer_utils, enum, None) or getattr(training_args, enum, None)
+    return [str(item.value) for item in found] if isinstance(found, type) and issubclass(found, Enum) else []
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses options of a Trainer that are used only once training goes on.
+
+    Raises:
+        ConfigError: one is of another kind.
+    """
+    for name in _CALLED:
+        value = options.get(name)
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} must be a function, not {value!r:.60}", field=name)
+    pair = options.get("optimizers", (None, None))
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or any(not _is_none_or_steps(part) for part in pair):
+        raise ConfigError(
+            f"optimizers must be an optimizer and a scheduler, each or None, not {pair!r:.60}", field="optimizers"
+        )
+    callbacks = options.get("callbacks")
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, list | tuple) or not all(_is_callback(item) for item in callbacks):
+        raise ConfigError(f"callbacks must be a list of TrainerCallbacks, not {callbacks!r:.60}", field="callbacks")
+
+
+def _is_none_or_steps(part: Any) -> bool:
+    return part is None or hasattr(part, "step")
+
+
+def _is_callback(item: Any) -> bool:
+    return isinstance(item, TrainerCallback) or (isinstance(item, type) and issubclass(item, TrainerCallback))
+
+
+def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
+    """Refuses a value of another kind than its field, and a number that cannot be.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for field in dataclasses.fields(arguments_class):
+        if field.name not in fields:
+            continue
+        name, value = field.name, fields[field.name]
+        kinds = _kinds_of(field.type)
+        if name in ("resume_from_checkpoint", "fsdp") and value is True:  # the fields' types leave it out
+            continue
+        if kinds and not any(_fits(value, kind) for kind in kinds):
+            wanted = " or ".join(_WORDS[kind] for kind in kinds if kind is not type(None))
+            raise ConfigError(f"{name} must be {wanted}, not {_shown(value)}", field=name, value=value)
+        least = _LEAST.get(name)
+        if least is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {_shown(value)}", field=name, value=value)
+    if fields.get("output_dir") == "":
+        raise ConfigError("output_dir must be a folder, not ''", field="output_dir")
+    mode, known = fields.get("torch_compile_mode"), torch._inductor.list_mode_options()
+    if mode is not None and mode not in known:
+        words = did_you_mean(str(mode), known) or f" It is one of: {', '.join(known)}"
+        raise ConfigError(f"torch_compile_mode {mode!r:.60} is unknown.{words}", field="torch_compile_mode")
+
+
+def _kinds_of(annotation: Any) -> tuple[type, ...]:
+    """The plain kinds that a field takes; none where it takes others, too."""
+    if isinstance(annotation, str):
+        annotation = {"int": int, "float": float, "bool": bool, "str": str}.get(annotation)
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    parts = typing.get_args(annotation) if union else (annotation,)
+    kinds = tuple(typing.get_origin(part) or part for part in parts)
+    kinds = tuple(str if isinstance(kind, type) and issubclass(kind, Enum) else kind for kind in kinds)
+    return tuple(dict.fromkeys(kinds)) if all(kind in _WORDS for kind in kinds) else ()
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind in (bool, type(None)):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        return number and bool(abs(value) <= (2**63 - 1 if kind is int else sys.float_info.max))  # NaN is not
+    return isinstance(value, _ACCEPTED.get(kind, kind)) or type(value) not in _WORDS  # e.g. an AcceleratorConfig
+
+
+def _shown(value: Any) -> str:
+    return "a number that long" if isinstance(value, int) and value.bit_length() > 64 else f"{value!r:.60}"
+
+
+def _current_names(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> dict[str, Any]:
+    """Fields under the names that this transformers wants: 5.24 renamed checkpointing and warns of the old name."""
+    known = {field.name for field in dataclasses.fields(arguments_class)}
+    renamed = {}
+    for name, value in fields.items():
+        newer = name.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[newer if newer in known else name] = value
+    return renamed
+
+
+def _has_accelerator() -> bool:
+    return bool(torch.accelerator.is_available())

@@ -1,0 +1,469 @@
+"""The one place where nbpeft changes other libraries: they take our models and configs as they take PEFT's.
+
+transformers, accelerate and TRL recognise models with adapters by their class, which is one of the
+``peft`` package. For any other class a Trainer writes whole state dicts as checkpoints (and fails at
+that where weights are tied), refuses quantized bases and drops columns it takes for unused; TRL
+takes the wrong module for the backbone. :func:`patch_trainer` changes, until :func:`unpatch_trainer`:
+
+* ``accelerate.utils.is_peft_model`` and transformers' ``_is_peft_model`` return True for our models. The
+  functions stay the same objects and get other code, since everybody imports them by name: so it
+  does not matter who did that before or after.
+* Some methods of ``transformers.Trainer`` itself do something else where its model is ours (see
+  :data:`REPLACEMENTS`). They lie below a derived Trainer: what that overrides stays overridden, and
+  its ``super()`` reaches ours. Which model it is is checked when they are called, so ``model_init``
+  and hyperparameter search are served as well.
+* In modules of TRL that derive a Trainer, the names of PEFT's classes that are compared with, and
+  ``get_peft_model``, cover ours too: an adapted output head is refused there as one of PEFT's is, and
+  ``peft_config=nbpeft.LoraConfig(...)`` is taken. Where PEFT is not installed, they are ours alone.
+  What methods import from PEFT when they are called is ours where the model is.
+* ``add_adapter`` of transformers' models, and what they do with adapters besides, takes our configs;
+  that of diffusers says what to do (:mod:`nbpeft.training.transformers.adapter_mixins`).
+
+For all other models everything is as before. Importing nbpeft changes nothing: the package root
+registers :func:`patch_when_used` with :mod:`nbpeft._util.hooks`, which runs it when the first config or
+adapted model is made. Importing ``transformers.trainer`` at that moment would cost those who only run
+models about half a second; so where it is not imported yet, an :class:`ImportHook` waits for it.
+A hook in the model instead would have to rely on what the constructor of some Trainer happens to
+read from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
+from nbpeft.engine.runtime.adapter_tensors import is_half
+from nbpeft.engine.tree.model_tree import unwrapped
+from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError
+from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from nbpeft.model.saving import files
+from nbpeft.training.adapters.extra_loss import with_extra_loss
+from nbpeft.training.adapters.method_state import (
+    keeps_method_state,
+    read_method_state,
+    save_in_training,
+    set_method_state,
+)
+from nbpeft.training.adapters.optimizer_steps import watch_steps
+from nbpeft.training.disk.checkpoints import in_checkpoint, resume_point, save_beside, save_whole
+from nbpeft.training.disk.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
+from nbpeft.training.monitor.record import score_of
+from nbpeft.training.transformers.adapter_mixins import explaining, importing, is_adapted, methods_with_imports
+from nbpeft.training.transformers.import_hook import ImportHook
+
+_ACCELERATE, _FSDP, _TRANSFORMERS, _MODELS, _DIFFUSERS = (
+    "accelerate.utils.modeling",
+    "accelerate.utils.fsdp_utils",
+    "transformers.trainer",
+    "transformers.integrations.peft",
+    "diffusers.loaders.peft",
+)
+_DEFAULT_NAME = "default"
+_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_ABSENT = object()
+_originals: dict[str, FunctionType] = {}
+_undo: list[Callable[[], None]] = []
+_patched_trl: set[str] = set()
+_lock = threading.RLock()
+_hook: ImportHook | None = None
+_declined = False
+
+
+def patch_trainer() -> None:
+    """Makes transformers, accelerate and TRL take models and configs of nbpeft as they take those of PEFT.
+
+    Called when the first config or adapted model is made, unless it was undone; a second call does nothing.
+    :mod:`nbpeft.training.transformers.trainer_patch` lists what it changes.
+    """
+    global _hook, _declined
+    with HeldInterrupts(), _lock:
+        _declined = False
+        if _hook is None:
+            callbacks = {
+                _ACCELERATE: _patch_accelerate,
+                _FSDP: _patch_fsdp,
+                _TRANSFORMERS: _patch_transformers,
+                _MODELS: _patch_models,
+                **({_DIFFUSERS: _patch_diffusers} if find_spec("diffusers") else {}),
+            }
+            _hook = ImportHook(callbacks)
+        _hook.run_pending()
+
+
+def unpatch_trainer() -> None:
+    """Restores the libraries as they were, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
+    global _hook, _declined
+    with HeldInterrupts(), _lock:
+        _declined = True
+        if _hook is not None:
+            _hook.remove()
+            _hook = None
+        while _undo:
+            _undo.pop()()
+        _originals.clear()
+        _patched_trl.clear()
+
+
+def patch_when_used() -> None:
+    """Calls ``patch_trainer``, unless ``unpatch_trainer`` was called."""
+    if not _declined:
+        patch_trainer()
+
+
+def is_ours(model: Any) -> bool:
+    """Whether ``model`` is a model of nbpeft, compiled and distributed ones included."""
+    return isinstance(unwrapped(model), PeftModel)
+
+
+def is_ours_or_peft(library: str, model: Any) -> bool:
+    """Whether a model has adapters: ours or, as the original function of ``library`` sees it, PEFT's."""
+    return is_ours(model) or _originals[library](model)
+
+
+# What Trainer does instead where its model has adapters. Each function is given the method it replaces.
+
+
+def training_step(
+    original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """As the Trainer's, with what methods add to the loss; callbacks are shown the batch and the loss.
+
+    Those with ``count_batch`` the one, before, and those with ``after_batch`` the other.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        count_batch = getattr(callback, "count_batch", None)
+        if count_batch is not None:
+            count_batch(inputs)
+    with with_extra_loss(trainer, args[0] if args else kwargs.get("num_items_in_batch")):
+        loss = original(trainer, model, inputs, *args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        after_batch = getattr(callback, "after_batch", None)
+        if after_batch is not None:
+            after_batch(loss)
+    return loss
+
+
+def save(
+    original: Callable[..., Any],
+    trainer: Any,
+    output_dir: str | None = None,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Writes the adapters alone, with the tokenizer and the arguments; for a checkpoint with all that trains."""
+    if not trainer.args.should_save:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    folder = Path(output_dir if output_dir is not None else trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    accepted = inspect.signature(model.save_pretrained).parameters
+    gathered = {"state_dict": state_dict} if state_dict is not None and "state_dict" in accepted else {}
+    if in_checkpoint(trainer) and keeps_method_state(model):
+        save_in_training(model.manager, folder, **gathered)
+    else:
+        model.save_pretrained(str(folder), **gathered)
+    save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
+
+
+def save_checkpoint(original: Callable[..., Any], trainer: Any, model: Any, trial: Any, **kwargs: Any) -> None:
+    """As the Trainer's, whole or not at all."""
+    save_whole(trainer, trial, functools.partial(original, trainer, model, trial, **kwargs))
+
+
+def train(
+    original: Callable[..., Any], trainer: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """As the Trainer's; ``resume_from_checkpoint=True`` passes over checkpoints that are not whole."""
+    return original(trainer, resume_point(trainer, resume_from_checkpoint), *args, **kwargs)
+
+
+def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """As the Trainer's; then callbacks that keep the state of the step (``after_step``) have their turn."""
+    original(trainer, *args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        after_step = getattr(callback, "after_step", None)
+        if after_step is not None:
+            after_step()
+
+
+def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the Trainer's, with their turn for methods that learn with hooks."""
+    note_base(trainer)
+    end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
+    try:
+        return original(trainer, *args, **kwargs)
+    finally:
+        end()
+
+
+def load_from_checkpoint(
+    original: Callable[..., Any], trainer: Any, resume_from_checkpoint: str, model: Any = None
+) -> None:
+    """Reads the adapters of a checkpoint into the model's."""
+    load_adapters(trainer.model if model is None else model, Path(resume_from_checkpoint))
+
+
+def determine_best_metric(
+    original: Callable[..., Any], trainer: Any, metrics: dict[str, float], *args: Any, **kwargs: Any
+) -> bool:
+    """As the Trainer's; an evaluation of NaN or infinity is never the best."""
+    score = score_of(trainer.args, metrics)
+    return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
+
+
+def load_best_model(original: Callable[..., Any], trainer: Any) -> None:
+    """Reads the adapters of the best checkpoint into the model's."""
+    folder = Path(trainer.state.best_model_checkpoint)
+    load_adapters(trainer.model, folder)
+    read_method_state(trainer.model, folder)
+
+
+REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "training_step": training_step,
+    "train": train,
+    "_inner_training_loop": training_loop,
+    "_maybe_log_save_evaluate": log_save_evaluate,
+    "_save": save,
+    "_save_checkpoint": save_checkpoint,
+    "_load_from_checkpoint": load_from_checkpoint,
+    "_load_best_model": load_best_model,
+    "_determine_best_metric": determine_best_metric,
+    "save_model": save_model,
+    "_save_optimizer_and_scheduler": save_optimizer,
+    "_load_optimizer_and_scheduler": load_optimizer,
+}
+"""Name of a method of ``transformers.Trainer`` -> what runs instead where the model is ours."""
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Copies the weights of all adapters that a checkpoint folder holds into ``model``, in place.
+
+    Which adapters are active and which are trainable stays as it is, and an optimizer that
+    holds their parameters goes on holding them.
+
+    Raises:
+        CheckpointNotFoundError: the folder holds none of the model's adapters.
+        CheckpointError: an adapter in it is not the one in the model.
+    """
+    names = tuple(model.peft_config)
+    sources = {name: source for name in names if (source := _source(folder, name, names)) is not None}
+    if not sources:
+        raise CheckpointNotFoundError(
+            f"{folder} holds none of the model's adapters ({', '.join(map(repr, names))}): expected "
+            f"{_WEIGHT_FILES[0]} in it, or in a subfolder named like the adapter.",
+            folder=str(folder),
+        )
+    weights = {name: load_peft_weights(source, device="cpu") for name, source in sources.items()}
+    with model.manager.transaction():
+        set_method_state(model, {})
+        for name, source in sources.items():
+            result = _written(model, source, weights[name], name)
+            if result.missing_keys:
+                raise CheckpointError(
+                    f"{source} lacks {len(result.missing_keys)} tensors of adapter {name!r}, "
+                    f"{result.missing_keys[0]} among them: was its config changed since?",
+                    missing=result.missing_keys,
+                )
+
+
+def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
+    """Writes weights into an adapter; one of another shape, without ranks that went, is put in its place."""
+    try:
+        return set_peft_model_state_dict(model, weights, name)
+    except BaseMismatchError:
+        if not keeps_method_state(model):
+            raise
+        half = is_half(model.manager.layers, name)
+        return files.read(model.manager, source, name, trainable=True, half=half, options={})()
+
+
+def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
+    places = [folder if name == _DEFAULT_NAME else folder / name]
+    if len(names) == 1:
+        places.append(folder)
+    return next((place for place in places if any((place / file).is_file() for file in _WEIGHT_FILES)), None)
+
+
+# Patching the libraries. The first four functions lend their code to those of the libraries and so run with the
+# names of those modules: they import what they need. ``model.add_adapter(LoraConfig())`` has found its method before
+# the config is made, which is why it has to be the same one.
+
+
+def _accelerate_is_peft_model(model: Any) -> bool:
+    from nbpeft.training.transformers.trainer_patch import is_ours_or_peft
+
+    return is_ours_or_peft("accelerate.utils.modeling", model)
+
+
+def _transformers_is_peft_model(model: Any) -> bool:
+    from nbpeft.training.transformers.trainer_patch import is_ours_or_peft
+
+    return is_ours_or_peft("transformers.trainer", model)
+
+
+def _transformers_add_adapter(*args: Any, **kwargs: Any) -> Any:
+    from nbpeft.training.transformers.trainer_patch import add_to_transformers
+
+    return add_to_transformers(*args, **kwargs)
+
+
+def _diffusers_add_adapter(*args: Any, **kwargs: Any) -> Any:
+    from nbpeft.training.transformers.trainer_patch import add_to_diffusers
+
+    return add_to_diffusers(*args, **kwargs)
+
+
+def add_to_transformers(*args: Any, **kwargs: Any) -> Any:
+    """``add_adapter`` of a model of transformers."""
+    return importing(_originals[_MODELS], is_adapted)(*args, **kwargs)
+
+
+def add_to_diffusers(*args: Any, **kwargs: Any) -> Any:
+    """``add_adapter`` of a model of diffusers."""
+    return explaining(_originals[_DIFFUSERS])(*args, **kwargs)
+
+
+def _patch_accelerate(module: ModuleType) -> None:
+    _replace_code(_ACCELERATE, module.is_peft_model, _accelerate_is_peft_model)
+
+
+def _patch_fsdp(module: ModuleType) -> None:
+    """Sharded state dicts of adapters alone are made by functions of PEFT for its own models: not for ours."""
+    _replace(module, "is_peft_model", _originals[_ACCELERATE])
+
+
+def _patch_transformers(module: ModuleType) -> None:
+    _replace_code(_TRANSFORMERS, module._is_peft_model, _transformers_is_peft_model)
+    if find_spec("peft") is None and hasattr(module, "update_fsdp_plugin_peft"):  # called for ours now, needs PEFT
+        _replace(module, "update_fsdp_plugin_peft", lambda model, accelerator: None)
+    trainer_class = module.Trainer
+    for name, replacement in REPLACEMENTS.items():
+        _replace(trainer_class, name, _where_ours(trainer_class.__dict__[name], replacement))
+    _replace(trainer_class, "__init_subclass__", classmethod(_init_subclass))
+    for derived in _subclasses(trainer_class):
+        _patch_trl(derived)
+
+
+def _patch_models(module: ModuleType) -> None:
+    mixin = module.PeftAdapterMixin
+    _replace_code(_MODELS, mixin.add_adapter, _transformers_add_adapter)
+    for name, method in methods_with_imports(mixin, is_adapted).items():
+        _replace(mixin, name, method)
+
+
+def _patch_diffusers(module: ModuleType) -> None:
+    _replace_code(_DIFFUSERS, module.PeftAdapterMixin.add_adapter, _diffusers_add_adapter)
+
+
+def _replace_code(library: str, function: Any, replacement: Any) -> None:
+    code = function.__code__
+    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    _originals[library] = function.__wrapped__ = original
+    function.__code__ = replacement.__code__
+
+    def undo() -> None:
+        function.__code__ = code
+        del function.__wrapped__
+
+    _undo.append(undo)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute, and notes how to restore it where nobody has set it again since."""
+    before = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not value:
+            return
+        delattr(owner, name) if before is _ABSENT else setattr(owner, name, before)
+
+    _undo.append(undo)
+
+
+def _where_ours(original: Any, replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _hook is not None and is_ours(self.model):
+            return replacement(original, self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+# Patching TRL
+
+
+def _subclasses(trainer_class: type) -> list[type]:
+    direct: list[type] = trainer_class.__subclasses__()
+    return direct + [further for derived in direct for further in _subclasses(derived)]
+
+
+def _init_subclass(cls: type, /, **kwargs: Any) -> None:
+    super(sys.modules[_TRANSFORMERS].Trainer, cls).__init_subclass__(**kwargs)
+    with HeldInterrupts(), _lock:
+        _patch_trl(cls)
+
+
+def _patch_trl(derived: type) -> None:
+    """Makes the module of a Trainer of TRL compare with our classes where it compares with PEFT's."""
+    name = derived.__module__
+    names = vars(sys.modules[name]) if name.startswith("trl.") and name in sys.modules else {}
+    for own, method in methods_with_imports(derived, _has_ours).items() if names else ():
+        _replace(derived, own, method)
+    if "is_peft_model" not in names or name in _patched_trl:
+        return
+    _patched_trl.add(name)
+    module = sys.modules[name]
+    if find_spec("peft") is None:
+        for missing, value in _INSTEAD_OF_PEFT.items():
+            _replace(module, missing, value)
+        if "use_adapter" in names:
+            _replace(sys.modules[names["use_adapter"].__module__], "is_peft_available", _yes)
+        return
+    for theirs, ours in (("BaseTunerLayer", LoraLayer), ("PeftConfig", AdapterConfig)):
+        if theirs in names:
+            _replace(module, theirs, (names[theirs], ours))
+    if "get_peft_model" in names:
+        _replace(module, "get_peft_model", _by_config(names["get_peft_model"]))
+
+
+def _has_ours(value: Any) -> bool:
+    return is_ours(value) or is_ours(getattr(value, "model", None))
+
+
+def _yes() -> bool:
+    return True
+
+
+_INSTEAD_OF_PEFT: dict[str, Any] = {
+    "BaseTunerLayer": LoraLayer,
+    "LoraConfig": (),  # nothing is an instance: asked before the version of PEFT is
+    "PeftConfig": AdapterConfig,
+    "PeftModel": PeftModel,
+    "PeftType": PeftType,
+    "PrefixTuningConfig": (),
+    "get_peft_model": get_peft_model,
+    "is_peft_available": _yes,
+}
+"""Names that TRL imports from PEFT and lacks where that is not installed."""
+
+
+def _by_config(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a ``get_peft_model`` that calls the one of the library that the config is of."""
+
+    @functools.wraps(theirs)
+    def make(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = get_peft_model if isinstance(peft_config, AdapterConfig) else theirs
+        return chosen(model, peft_config, *args, **kwargs)
+
+    return make

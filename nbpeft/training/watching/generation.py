@@ -1,0 +1,302 @@
+"""Batched generation: prompts to tokens, and tokens to text while they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.errors import AdapterError, in_one_line
+from nbpeft.state import Answer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nbpeft.model import PeftModel
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or a conversation: ``[{"role": "user", "content": "…"}]``."""
+
+INTERVAL = 0.12
+"""Least seconds between two reports of the text so far."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts as tokens.
+
+    Attributes:
+        prompts: their texts.
+        token_ids: of each prompt.
+        tokenizer: what made them, and turns tokens into text.
+        pad: token that fills rows up.
+        ends: tokens that end an answer.
+        form: how texts went to the model, where the tokenizer leaves a choice.
+        chat: whether the chat template was applied.
+    """
+
+    prompts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    tokenizer: Any = field(repr=False)
+    pad: int
+    ends: frozenset[int]
+    form: str = ""
+    chat: bool = False
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None) -> PromptBatch:
+        """Tokenize prompts.
+
+        Args:
+            prompts: texts or conversations.
+            tokenizer: of the model.
+            base: the model that will answer.
+            chat: put texts into the tokenizer's chat template; None: where it has one.
+
+        Raises:
+            AdapterError: a prompt is empty, the tokenizer has no chat template but needs one, or it
+                does not belong to the model.
+        """
+        if not prompts:
+            raise AdapterError("no prompt given")
+        templated = bool(getattr(tokenizer, "chat_template", None))
+        if not templated and (chat or any(not isinstance(prompt, str) for prompt in prompts)):
+            raise AdapterError("the tokenizer has no chat template: give prompts as plain text")
+        chat = templated if chat is None else chat
+        rows = [_tokens(prompt, tokenizer, chat) for prompt in prompts]
+        table = base.get_input_embeddings()
+        if table is not None and (largest := max(map(max, rows))) >= table.weight.shape[0]:
+            raise AdapterError(
+                f"the tokenizer does not belong to this model: token {largest} of "
+                f"{table.weight.shape[0]} that the model knows"
+            )
+        ends = _end_tokens(base, tokenizer)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        pad = pad if pad is not None else min(ends, default=0)
+        applied = chat or not isinstance(prompts[0], str)  # without a template both are refused above
+        form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
+        return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form, applied)
+
+    def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, int64 (repeats * prompts, longest), filled up on the left.
+
+        Args:
+            device: where to put them.
+            repeats: how often the prompts follow each other.
+        """
+        import torch
+
+        longest = max(map(len, self.token_ids))
+        rows = [[self.pad] * (longest - len(row)) + list(row) for row in self.token_ids]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in self.token_ids]
+        both = (torch.tensor(values * repeats, dtype=torch.long, device=device) for values in (rows, mask))
+        return dict(zip(("input_ids", "attention_mask"), both, strict=True))
+
+    def answer(self, tokens: Sequence[int], limit: int) -> Answer:
+        """Decode tokens to an answer: cut at the end token, without special tokens."""
+        end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        kept = list(tokens if end is None else tokens[:end])
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        # Half of a character is a replacement sign until its other half comes.
+        return Answer(
+            text.rstrip("\ufffd").strip(), len(kept), ended=end is not None, cut=end is None and len(kept) >= limit
+        )
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One generation.
+
+    Attributes:
+        rows: adapter for each repeat of the prompts, ``"__base__"`` for none; None: the active adapters.
+        max_new_tokens: longest answer.
+        options: further arguments of ``generate``.
+        report: called with the answers so far, one for each row.
+        should_stop: asked at each token.
+        paired: each row has a prompt of its own: the first row the first prompt, and so on.
+
+    Raises:
+        AdapterError: ``max_new_tokens`` is not a number of at least 1.
+    """
+
+    rows: Sequence[str] | None
+    max_new_tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[list[Answer]], object] | None = None
+    should_stop: Callable[[], bool] | None = None
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise AdapterError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
+
+
+class _StopAnswering(Exception):
+    """Ends a generation from inside."""
+
+
+class _Stream:
+    """Gathers the tokens of all rows as they come; a streamer of transformers."""
+
+    def __init__(self, batch: PromptBatch, request: GenerationRequest, rows: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._batch, self._request = batch, request
+        self._prompt_seen = False
+        self._reported = time.monotonic()
+
+    def put(self, value: Any) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for row, token in zip(self.tokens, value.reshape(-1).tolist(), strict=True):
+            row.append(token)
+        if self._request.should_stop is not None and self._request.should_stop():
+            raise _StopAnswering
+        now = time.monotonic()
+        if self._request.report is not None and now - self._reported >= INTERVAL:
+            self._reported = now
+            self._request.report(self.answers())
+
+    def end(self) -> None:
+        """Nothing to do: the final answers come from the result of ``generate``."""
+
+    def answers(self) -> list[Answer]:
+        return [self._batch.answer(row, self._request.max_new_tokens) for row in self.tokens]
+
+
+def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequest) -> tuple[list[Answer], bool]:
+    """Answer a batch in one generation.
+
+    Returns:
+        One answer for each row, and whether it ran to its end: neither ``should_stop`` nor an
+        interrupt ended it early.
+
+    Raises:
+        AdapterError: the model cannot generate text, or not with these options.
+    """
+    from nbpeft.model.handle.serving import serving_rows
+
+    base: Any = model.manager.model
+    if not hasattr(base, "generate"):
+        raise AdapterError(f"a {type(base).__name__} answers no prompts: it has no generate()")
+    repeats = 1 if request.rows is None or request.paired else len(request.rows)
+    inputs = batch.inputs(_input_device(base), repeats)
+    names = request.rows
+    if names is not None and not request.paired:
+        names = [name for name in names for _ in batch.prompts]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}
+    options.setdefault("pad_token_id", batch.pad)
+    if batch.ends:
+        options.setdefault("eos_token_id", sorted(batch.ends))
+    stream = _Stream(batch, request, repeats * len(batch.prompts))
+    if options.get("num_beams", 1) == 1:
+        options["streamer"] = stream
+    # Adapters that are named answer even while all are switched off.
+    rows = nullcontext() if names is None else serving_rows(model.manager, names, (), inputs, disabled_too=True)
+    try:
+        with rows:
+            tokens = model.generate(**inputs, **options)  # type: ignore[arg-type]
+    except (_StopAnswering, KeyboardInterrupt):
+        return stream.answers(), False
+    except ValueError as error:
+        if not request.options:
+            raise
+        reason = in_one_line(error)
+        raise AdapterError(f"generate does not take {', '.join(request.options)}: {reason:.200}") from error
+    made = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    return [batch.answer(row, request.max_new_tokens) for row in made], True
+
+
+def _input_device(base: Any) -> Any:
+    """The device of the input embeddings, or the one they are loaded to for each call."""
+    from nbpeft.engine.contract.base import offloading
+
+    embeddings = base.get_input_embeddings()
+    hook = offloading(getattr(embeddings, "base_layer", embeddings))
+    return embeddings.weight.device if hook is None else hook.execution_device
+
+
+def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
+    """Check the weights of the one active adapter, and the logits with it.
+
+    Raises:
+        AdapterError: a tensor or the logits are not finite.
+    """
+    import torch
+
+    # Fast attention turns NaN queries into zeros: finite logits alone prove nothing.
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.manager.parameters(name)):
+        raise AdapterError("its weights are not finite")
+    base: Any = model.manager.model
+    logits = torch.no_grad()(model.__call__)(**batch.inputs(_input_device(base))).logits
+    if not bool(torch.isfinite(logits[:, -1]).all()):
+        raise AdapterError("its output on the prompt is not finite")
+
+
+def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
+    """A prompt with what was said before it, in the form of chat templates; the prompt itself where that is nothing.
+
+    Args:
+        turns: (prompt, answer) of each turn before.
+        prompt: the new one.
+    """
+    if not turns:
+        return prompt
+    roles = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in roles]
+    return [*messages, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+
+
+def waits(model: PeftModel) -> bool:
+    """Whether a training in the background lets this thread wait for the end of its step."""
+    turns = model.manager.active_state.turns
+    return turns is not None and not turns.is_mine
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block; afterwards each module is as it was.
+
+    While a training runs in the background, the block runs between two of its steps.
+
+    Args:
+        model: adapted or bare.
+    """
+    from nbpeft.engine.changes.reached import reached_modules
+    from nbpeft.engine.tree.model_tree import manager_of  # here, as they import torch
+
+    held, manager = HeldInterrupts(), manager_of(model)
+    with nullcontext() if manager is None else manager.active_state.turn(__name__), held:
+        training = [module for module in reached_modules(model) if module.training]
+        try:
+            if training:
+                model.eval()
+            with held.released():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
+    if isinstance(prompt, str) and not prompt.strip():
+        raise AdapterError("a prompt is empty")
+    if isinstance(prompt, str) and not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _words(prompt: Prompt) -> str:
+    """The text of a prompt: of a conversation its last turn."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+
+
+def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
+    configured = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    found = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(token for token in (*found, getattr(tokenizer, "eos_token_id", None)) if token is not None)

@@ -1,0 +1,218 @@
+"""Hands the numbers of a run to TensorBoard, Weights & Biases or Trackio, without a network where none is set up."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import netrc
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import rewrite_logs
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from nbpeft.checkpoint import inside
+from nbpeft.confidential import without_secrets
+from nbpeft.errors import ConfigError, did_you_mean, in_one_line
+from nbpeft.training.disk.kept_arguments import is_plain_value
+from nbpeft.training.monitor.run import Run
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+PROJECT = "nbpeft"
+
+
+class Tracker(Protocol):
+    """Where numbers go."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Writes values of one step."""
+
+    def close(self) -> None:
+        """Ends the run there."""
+
+
+def tracker_names(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of trackers, each of which is installed.
+
+    Raises:
+        ConfigError: one is unknown or not installed; the message says how to install it.
+    """
+    names = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    for name in names:
+        if name not in TRACKERS:
+            near = did_you_mean(str(name), TRACKERS) or f" It is one of: {', '.join(TRACKERS)}"
+            raise ConfigError(f"track={name!r:.60} is unknown.{near}", field="track")
+        require_installed(name, "track")
+    return names
+
+
+def check_report_to(given: Any) -> None:
+    """Refuses, in one line, integrations of the Trainer whose package is not installed.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []:
+        if name in TRACKERS:
+            require_installed(name, "report_to")
+
+
+def require_installed(name: str, field: str) -> None:
+    """Refuses a tracker that is not there.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX") is not None):
+        raise ConfigError(f"{field}={name!r} needs a package that is not installed: pip install {name}", field=field)
+
+
+class TrackCallback(TrainerCallback):
+    """Hands what a Trainer logs to trackers, which are opened before the first step; ``with callback:`` closes them.
+
+    Args:
+        names: of the trackers.
+        run: what is tracked; its folder, if it has one, takes the files that have no other place.
+        settings: as given.
+    """
+
+    def __init__(self, names: Sequence[str], run: Run, settings: Mapping[str, Any]) -> None:
+        self._names, self._run = names, run
+        self._settings = {name: value for name, value in without_secrets(settings)[0].items() if is_plain_value(value)}
+        self._open: dict[str, Tracker] = {}
+        self._closing = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens the trackers, in one of several processes.
+
+        Raises:
+            CheckpointError: in the folder of the run, which may be a stranger's, a link leads out of it.
+        """
+        if not state.is_world_process_zero:
+            return
+        run = self._run
+        folder = Path(run.folder or f"{PROJECT}_tracked/{run.adapter.replace(', ', '+')}-{run.run_id}")
+        for name in self._names:
+            folder.mkdir(parents=True, exist_ok=True)
+            inside.check_stays(folder, name)
+            with _quiet():
+                tracker = _OPENED[name](folder.name, folder, self._settings)
+            self._open[name] = tracker
+            self._closing.callback(self._close, name, tracker)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the numbers: ``train/loss``, ``eval/loss`` and others."""
+        renamed: dict[str, Any] = rewrite_logs(logs or {})  # type: ignore[no-untyped-call]
+        numbers = {name: value for name, value in renamed.items() if isinstance(value, int | float)}
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(numbers, state.global_step)
+            except Exception as error:  # a network that fails must not end a training
+                del self._open[name]
+                self._note(name, error)
+
+    def _close(self, name: str, tracker: Tracker) -> None:
+        try:
+            with _quiet():
+                tracker.close()
+        except Exception as error:  # what was learned has a result all the same
+            self._note(name, error)
+
+    def _note(self, name: str, error: Exception) -> None:
+        self._run.note(f"{name} takes no more numbers: {in_one_line(error):.200}", warning=True)
+
+    def __enter__(self) -> TrackCallback:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.clear()
+        self._closing.close()
+
+
+class _TensorBoard:
+    def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        home = "torch.utils.tensorboard" if find_spec("tensorboard") is not None else "tensorboardX"
+        chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        place = Path(chosen, run_name) if chosen else folder / "tensorboard"
+        self._writer: Any = importlib.import_module(home).SummaryWriter(str(place))
+        self._writer.add_text("settings", "\n".join(f"    {name} = {value}" for name, value in settings.items()))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        project = os.environ.get("WANDB_PROJECT") or PROJECT
+        self._run = wandb.init(
+            project=project,
+            name=run_name,
+            dir=str(folder),
+            mode=mode,
+            config=dict(settings),
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "train/global_step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    """Whether there is an account to send runs to; without one wandb would ask for it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "api.wandb.ai").rpartition("/")[2]
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+class _Trackio:
+    def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._trackio: Any = importlib.import_module("trackio")
+        project = os.environ.get("TRACKIO_PROJECT") or PROJECT
+        self._run = self._trackio.init(
+            project=project, name=run_name, config=dict(settings), resume="allow", embed=False
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+_OPENED: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+
+
+def _quiet() -> AbstractContextManager[object]:
+    """Without what a tracker prints; in a thread with it, because other cells print meanwhile, to the same stream."""
+    main = threading.current_thread() is threading.main_thread()
+    return contextlib.redirect_stdout(io.StringIO()) if main else nullcontext()

@@ -1,0 +1,41 @@
+"""Modules under the names that they had in 0.2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nbpeft._util import former_modules
+
+MODELS = Path(__file__).parents[1] / "former" / "models-0.2.pt"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pickled_models_of_then_answer_as_then() -> None:
+    """Adapted ``nn.Sequential`` models with the inputs and outputs they had, pickled by nbpeft 0.2.0."""
+    for name, (model, inputs, outputs) in torch.load(MODELS, weights_only=False).items():
+        torch.testing.assert_close(model(inputs), outputs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_former_name_leads_to_a_module() -> None:
+    for room, names in former_modules._ROOMS.items():
+        folder = room.rpartition(".")[0]
+        for name in names.split():
+            former = ".".join(filter(None, ("nbpeft", folder, name)))
+            assert importlib.util.find_spec(str(former_modules.new_name(former))) is not None, former
+
+
+def test_a_former_name_says_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "nbpeft.engine.layer", raising=False)
+    with pytest.warns(DeprecationWarning, match=r"nbpeft\.engine\.layer is nbpeft\.engine\.wrappers\.layer now"):
+        former = importlib.import_module("nbpeft.engine.layer")
+    assert former.AdaptedLayer is importlib.import_module("nbpeft.engine.wrappers.layer").AdaptedLayer
+
+
+def test_other_names_are_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"nbpeft\.engine\.layers"):
+        importlib.import_module("nbpeft.engine.layers")

@@ -1,0 +1,129 @@
+"""Switching: what a running call sees, and who waits for whom."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from nbpeft.engine.changes.active_state import _ENTERED_BY, NONE_ACTIVE, Active, ActiveState, Rows
+from nbpeft.errors import AdapterError, BusyError
+from nbpeft.model.handle.serving import blended
+from tests.tiny_models import adapted, tokens
+from tests.waiting import PATIENCE
+
+
+@contextmanager
+def exclusive(switch: ActiveState) -> Iterator[None]:
+    """What a command does: nobody else's calls run in the block."""
+    switch.close()
+    try:
+        yield
+    finally:
+        switch.open()
+
+
+def test_the_block_of_a_call_is_that_of_who_calls_the_model() -> None:
+    model = adapted()
+    files: list[str] = []
+
+    def look(*_: object) -> None:
+        blocks = [call._block for call in model.manager.active_state._calls]
+        files.extend(Path(block._frame.f_code.co_filename).name for block in blocks if block is not None)
+
+    model.get_base_model().register_forward_pre_hook(look)
+    model(input_ids=tokens())
+    model(input_ids=tokens(), adapter_names=["default", "__base__"])
+    with blended(model.manager, {"default": 0.5}):
+        look()
+    assert files == ["peft_model.py", "peft_model.py", Path(__file__).name]
+    assert importlib.util.find_spec(_ENTERED_BY) is not None
+
+
+def test_a_running_call_keeps_what_it_started_with() -> None:
+    switch = ActiveState()
+    switch.live = Active(("a",), (1.0,))
+    seen = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with switch.call():
+            seen.append(switch.current().names)
+            started.set()
+            go_on.wait(PATIENCE)
+            with switch.call():
+                seen.append(switch.current().names)
+        seen.append(switch.current().names)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    started.wait(PATIENCE)
+    switch.live = Active(("b",), (1.0,))
+    assert switch.current().names == ("b",)
+    go_on.set()
+    thread.join(PATIENCE)
+    assert seen == [("a",), ("a",), ("b",)]
+
+
+def test_changes_wait_for_calls_and_calls_for_changes() -> None:
+    switch = ActiveState()
+    order: list[str] = []
+    inside = threading.Event()
+
+    def call() -> None:
+        with switch.call():
+            inside.set()
+            time.sleep(0.05)
+            order.append("call")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait(PATIENCE)
+    with exclusive(switch):
+        order.append("change")
+        late = threading.Thread(target=lambda: [switch.call().__enter__(), order.append("late")])
+        late.start()
+        time.sleep(0.05)
+        order.append("changed")
+    late.join(PATIENCE)
+    thread.join(PATIENCE)
+    assert order == ["call", "change", "changed", "late"]
+
+
+def test_a_change_from_inside_a_call_is_refused() -> None:
+    switch = ActiveState()
+    with switch.call(), pytest.raises(BusyError, match="inside a call"), exclusive(switch):
+        pass
+
+
+def test_the_thread_that_changes_may_call() -> None:
+    switch = ActiveState()
+    with exclusive(switch), exclusive(switch), switch.call():
+        assert switch.current() is NONE_ACTIVE
+
+
+def test_copies_have_their_own_gate() -> None:
+    switch = ActiveState()
+    switch.live = Active(("a",), (1.0,))
+    for twin in (copy.deepcopy(switch), pickle.loads(pickle.dumps(switch))):
+        assert twin.live == switch.live
+        with exclusive(switch), twin.call():
+            assert twin.current().names == ("a",)
+
+
+def test_rows_are_repeated_for_beams_and_must_fit() -> None:
+    rows = Rows(("a", "b"), (0, -1, 1), (1.0, 1.0))
+    device = torch.device("cpu")
+    assert rows.expanded(6, device).tolist() == [0, 0, -1, -1, 1, 1]
+    assert rows.rows_of("b", 6, device).tolist() == [4, 5]
+    assert rows.expanded(6, device) is rows.expanded(6, device)
+    with pytest.raises(AdapterError, match="3 names for 4 rows"):
+        rows.expanded(4, device)

@@ -1,0 +1,18 @@
+"""Arithmetic in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nbpeft.engine.kernels.numerics import add_scaled_
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_factor_beyond_the_range_of_a_dtype_gives_infinite_numbers(dtype: torch.dtype) -> None:
+    weight = torch.zeros(2, dtype=dtype)
+    add_scaled_(weight, torch.tensor([0.25, -0.25], dtype=dtype), 3.0)
+    assert weight.tolist() == [0.75, -0.75]
+    beyond = min(float(torch.finfo(dtype).max) * 4, 1e308)
+    add_scaled_(weight, torch.tensor([8.0, -8.0], dtype=dtype), beyond)
+    assert weight.tolist() == [float("inf"), float("-inf")]
