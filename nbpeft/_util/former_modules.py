@@ -20,19 +20,17 @@ _ROOMS = {
         "model_adapter peft_types provider registry shared_state training_hooks weight_delta"
     ),
     "engine.config": "adapter_names config_checks layers_config module_paths patterns prompt_config targets",
-    "engine.changes": "active_state reached random_numbers spool trained transaction turns",
-    "engine.wrappers": (
-        "composite_layer factored_weight layer merge_checks merged_twin modules_to_save parameter_layer row_order"
-    ),
-    "engine.tree": "adapted_tree fused_layers model_tree parameter_targets tied_weights unadaptable",
-    "engine.injection": "biases build config_warnings custom_layers fast_paths plan replication",
-    "engine.runtime": "adapter_tensors kept layer_commands manager merging method_hooks renaming scopes",
+    "engine.changes": "active_state random_numbers trained transaction",
+    "engine.wrappers": ("composite_layer factored_weight layer merge_checks modules_to_save parameter_layer row_order"),
+    "engine.tree": "adapted_tree fused_layers model_tree parameter_targets tied_weights",
+    "engine.injection": "biases build config_warnings custom_layers plan replication",
+    "engine.runtime": "adapter_tensors layer_commands manager merging method_hooks renaming scopes",
     "engine.calls": (
         "cached_prefix first_pass inner_calls model_calls prepared_calls prompt_twins selective_recompute "
         "side_network task_ids token_prompt two_pass_cache"
     ),
     "engine.kernels": (
-        "four_bit grouped_heads live_parameters nearest_levels numerics quantized_matrices recomputed rounding storage"
+        "four_bit grouped_heads live_parameters numerics quantized_matrices recomputed rounding storage"
     ),
     "engine.peft_names": "peft_layer_api peft_modules",
     "engine.methods.products": "loha lokr hira gralora glora lily miss peanut delora poly c3a",
@@ -56,16 +54,30 @@ _ROOMS = {
     "model.from_data": "calibrated_merge cartridges data_inits eva eva_search loftq observing start_from_rows",
     "model.analysis": "inspection intruders kappa method_facts",
     "model.swapping": "device_cache host_cache hotswap pool",
-    "training.adapters": "adapted extra_loss learning_check method_state optimizer_steps snapshot",
+    "training.adapters": "extra_loss learning_check method_state optimizer_steps snapshot",
     "training.disk": "agreement checkpoint_damage checkpoints kept_arguments save_now sharded_trainer",
-    "training.monitor": "callback control failures keeping record result run tracebacks",
+    "training.monitor": "callback control failures record result run tracebacks",
     "training.transformers": "adapter_mixins argument_source arguments import_hook trainer trainer_patch",
     "training.watching": "divergence early_stop generation sampling trackers",
-    "training.loop": "fit grouping packing prepare rows",
+    "training.loop": "grouping packing prepare rows",
     "_util": "device_names hooks host_memory hub_access interrupts lazy logs optional subscribers",
 }
 """Package -> the modules in it that were next to it."""
-_ELSEWHERE = {"engine.projected_vectors": "engine.methods.projections.projected_vectors"}
+_ELSEWHERE = {
+    "engine.projected_vectors": "engine.methods.projections.projected_vectors",
+    "engine.kept": "engine.runtime.snapshots",
+    "engine.spool": "engine.changes.spill_file",
+    "engine.turns": "engine.changes.step_gate",
+    "engine.reached": "engine.changes.called_modules",
+    "engine.unadaptable": "engine.injection.injection_checks",
+    "engine.nearest_levels": "engine.kernels.nf4_rounding",
+    "engine.merged_twin": "engine.wrappers.fake_quant",
+    "engine.fast_paths": "engine.injection.encoder_fast_paths",
+    "training.keeping": "training.monitor.run_checkpointer",
+    "training.fit": "training.loop.train",
+    "training.adapted": "training.adapters.adapted_model",
+}
+"""Modules that have another name now, too."""
 
 
 def new_name(module: str) -> str | None:

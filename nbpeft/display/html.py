@@ -22,7 +22,7 @@ from nbpeft.display.charts import (
     loss_left,
     small_chart,
 )
-from nbpeft.display.memory import label, part_words
+from nbpeft.display.memory import label, part_message
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_chart, overlay_image, overlay_left, overlay_values
 from nbpeft.display.palette import background
@@ -207,7 +207,7 @@ def _(block: blocks.Bar) -> str:
     parts = [part for part in block.parts if part.byte_count]
     height, letters = ("6px", "11px") if block.thin else ("14px", "12px")
     pieces = "".join(
-        f'<div title="{escape(part_words(part))}" style="width:{100 * part.byte_count / block.whole:.2f}%;'
+        f'<div title="{escape(part_message(part))}" style="width:{100 * part.byte_count / block.whole:.2f}%;'
         f'height:{height};background:{palette.of_part(part.name)}"></div>'
         for part in parts
     )

@@ -16,7 +16,7 @@ def label(name: str) -> str:
     return _LABELS.get(name, name)
 
 
-def part_words(part: MemoryPart) -> str:
+def part_message(part: MemoryPart) -> str:
     """``optimizer 37.0 MB: two moments a parameter``."""
     return f"{label(part.name)} {size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
 
@@ -55,7 +55,7 @@ def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
         if elsewhere > total / 200:
             parts = (*parts, MemoryPart("elsewhere", elsewhere, "other programs and the system"))
     words = (
-        *map(part_words, others),
+        *map(part_message, others),
         f"peak {size(memory.peak)}" if memory.peak is not None else "",
         f"{free_words(memory) or 'memory'} on {memory.device}",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbpeft._util.optional import needs
 from nbpeft.display import blocks
-from nbpeft.display.memory import part_words
+from nbpeft.display.memory import part_message
 from nbpeft.display.numbers import NONE, percent, size
 
 with needs("rich", "A result as text"):
@@ -95,7 +95,7 @@ def _(block: blocks.Table) -> RenderableType:
 @renderable.register
 def _(block: blocks.Bar) -> RenderableType:
     end = [f"{block.end_label}: {size(block.end)}"] if block.end is not None else []
-    return _grid([(part_words(part),) for part in block.parts if part.byte_count] + [(*end, block.note)])
+    return _grid([(part_message(part),) for part in block.parts if part.byte_count] + [(*end, block.note)])
 
 
 @renderable.register

@@ -72,9 +72,9 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "", se
 
 def _pill(train: TrainState, seen: str) -> Pill:
     """The status; of a run that goes on also what is true once nobody follows it."""
-    status = "" if train.status in ("starting", "running") else f" ({status_words(train)})"
+    status = "" if train.status in ("starting", "running") else f" ({status_message(train)})"
     saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
-    return Pill(status_words(train), _status_tone(train), saved=saved)
+    return Pill(status_message(train), _status_tone(train), saved=saved)
 
 
 def _at(train: TrainState) -> str:
@@ -240,7 +240,7 @@ def _status_tone(train: TrainState) -> Tone:
     return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
 
 
-def status_words(train: TrainState) -> str:
+def status_message(train: TrainState) -> str:
     """The status for a person."""
     return _WORDS.get(train.status, train.status)
 
@@ -248,7 +248,7 @@ def status_words(train: TrainState) -> str:
 def training_text(train: TrainState, *, seen: str = "") -> str:
     """A run in one line of plain text; see ``training_card`` for ``seen``."""
     total = f"/{train.total_steps}" if train.total_steps else ""
-    status = f"last seen {seen}" if seen and train.status not in ENDED else status_words(train)
+    status = f"last seen {seen}" if seen and train.status not in ENDED else status_message(train)
     parts = [f"{status}: step {train.step}{total}"]
     if train.loss is not None:
         parts.append(f"loss {numbers.loss(train.loss)}")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, Rows
+from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, RowAssignment
 from nbpeft.engine.tree.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.losses.cross_entropy import Head
@@ -137,7 +137,7 @@ class _LazyForward:
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         elsewhere = self._ended or threading.get_ident() != self._thread
         state: Any = getattr(self._head, "active_state", None)
-        active = NONE_ACTIVE if state is None else state.current()
+        active = NO_ADAPTERS if state is None else state.current()
         if elsewhere or args or kwargs or hidden.dim() < 2 or active.context:
             return self._forward(hidden, *args, **kwargs)
         if active.rows is None:
@@ -145,15 +145,17 @@ class _LazyForward:
         whole, parts = self._as_served(state, active), self._parts(state, active.rows, len(hidden))
         return LazyLogits.of(hidden, whole, self._size, self._settings, parts)
 
-    def _parts(self, state: Any, rows: Rows, batch: int) -> dict[tuple[int, int], Head]:
+    def _parts(self, state: Any, rows: RowAssignment, batch: int) -> dict[tuple[int, int], Head]:
         """The head as it computes for rows of a mixed batch that one adapter serves: their first and last but one."""
         scales = dict(zip(rows.names, rows.scales, strict=True))
         return {
-            (part.start, part.stop): self._as_served(state, Active((name,), (scales[name],)) if name else NONE_ACTIVE)
+            (part.start, part.stop): self._as_served(
+                state, ActiveAdapters((name,), (scales[name],)) if name else NO_ADAPTERS
+            )
             for name, part in rows.runs(batch)
         }
 
-    def _as_served(self, state: Any, active: Active) -> Head:
+    def _as_served(self, state: Any, active: ActiveAdapters) -> Head:
         def compute(hidden: Tensor) -> Tensor:
             with state.call(active):
                 logits: Tensor = self._forward(hidden)

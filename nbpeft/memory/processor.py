@@ -92,7 +92,7 @@ def slow_here(dtype: torch.dtype) -> bool:
     return dtype in _ASKS and has_instructions(dtype) is False
 
 
-def slow_words(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
+def slow_dtype_message(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
     """A sentence that warns of slow dtypes and says what to do instead."""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"

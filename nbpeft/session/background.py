@@ -24,7 +24,7 @@ from nbpeft.session.results.base import Result
 from nbpeft.training.monitor.control import RunControl
 
 if TYPE_CHECKING:
-    from nbpeft.engine.changes.turns import Turns
+    from nbpeft.engine.changes.step_gate import StepGate
     from nbpeft.state import TrainState
     from nbpeft.training import Run, TrainResult
 
@@ -37,13 +37,13 @@ _AT_EXIT = 10.0
 class TurnTakingControl(RunControl):
     """Stop and Pause of a run in the background; others take their turns where these are looked at."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, gate: StepGate) -> None:
         super().__init__()
-        self._turns = turns
+        self._gate = gate
 
     def _deliver(self) -> None:
         super()._deliver()
-        while self._turns.between_steps(lambda: self.stop_requested) and self.paused:
+        while self._gate.yield_between_steps(lambda: self.stop_requested) and self.paused:
             super()._deliver()  # no step waits for those who come meanwhile
 
 
@@ -58,13 +58,13 @@ class BackgroundTraining:
         traceback: of the error, as text.
     """
 
-    def __init__(self, description: str, turns: Turns) -> None:
+    def __init__(self, description: str, gate: StepGate) -> None:
         self.description = description
-        self.control = TurnTakingControl(turns)
+        self.control = TurnTakingControl(gate)
         self.result: TrainResult | None = None
         self.error: BaseException | None = None
         self.traceback = ""
-        self._turns = turns
+        self._gate = gate
         self._condition = threading.Condition()
         self._run: Run | None = None
         self._started = self._shown = self._ended = False
@@ -132,7 +132,7 @@ class BackgroundTraining:
         from nbpeft.training.monitor.tracebacks import release_frames
 
         _live.add(self)
-        self._turns.claim()
+        self._gate.acquire()
         try:
             self.result = work(self)
         except BaseException as error:  # shown in the card, and raised for whoever asks for the result
@@ -144,7 +144,7 @@ class BackgroundTraining:
             self._end()
 
     def _end(self) -> None:
-        self._turns.end()
+        self._gate.end()
         with self._condition:
             self._ended = True
             self._condition.notify_all()

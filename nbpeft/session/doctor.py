@@ -101,7 +101,7 @@ def _accelerator() -> Check:
 
 def _slow_dtypes() -> str:
     """What the processor is slow at, and what to do about it. Torch is imported."""
-    from nbpeft.memory.processor import HALF, slow_here, slow_words
+    from nbpeft.memory.processor import HALF, slow_dtype_message, slow_here
 
     slow = [dtype for dtype in HALF if slow_here(dtype)]
-    return slow_words(*slow) if slow else ""
+    return slow_dtype_message(*slow) if slow else ""

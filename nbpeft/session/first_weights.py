@@ -59,10 +59,10 @@ def weights_kept_unless(
         names: those whose weights the block replaces.
         learned: whether a step was done.
     """
-    from nbpeft.engine.runtime.kept import keep, put_back
+    from nbpeft.engine.runtime.snapshots import restore, snapshot
 
     manager = tracked.manager
-    before, past = [keep(manager, name) for name in names], ctx.history.of(manager)
+    before, past = [snapshot(manager, name) for name in names], ctx.history.of(manager)
     known = (dict(tracked.requested), dict(tracked.first_random), dict(tracked.trained_steps))
     try:
         yield
@@ -70,7 +70,7 @@ def weights_kept_unless(
         if not learned() and before:
             with HeldInterrupts(to_the_end=True), manager.transaction() as change:
                 for kept in before:
-                    put_back(manager, kept)
+                    restore(manager, kept)
                 ctx.history.take_back(manager, past, change)
             tracked.requested, tracked.first_random, tracked.trained_steps = known
         raise

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from nbpeft.engine.changes.transaction import Transaction
     from nbpeft.engine.contract.adapter import AdapterConfig
-    from nbpeft.engine.runtime.kept import KeptAdapter
     from nbpeft.engine.runtime.manager import AdapterManager
+    from nbpeft.engine.runtime.snapshots import AdapterSnapshot
 
 MOST_KEPT = 10
 """Adapters that are kept for each model."""
@@ -36,7 +36,7 @@ class PastAdapter:
         in_place: whether its tensors were overwritten.
     """
 
-    kept: KeptAdapter
+    kept: AdapterSnapshot
     did: str
     successor: AdapterConfig | None
     requested: tuple[AdapterConfig, dict[str, Any]] | None
@@ -59,7 +59,7 @@ class PastModel:
 
     name: str
     variable: str
-    adapters: tuple[KeptAdapter, ...]
+    adapters: tuple[AdapterSnapshot, ...]
     fingerprint: Mapping[str, str]
     runs: Mapping[str, str]
     remembered: Mapping[str, Mapping[str, Any]]

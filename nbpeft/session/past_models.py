@@ -15,7 +15,7 @@ from nbpeft.session.results import BroughtBack, ModelRef
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.runtime.kept import KeptAdapter
+    from nbpeft.engine.runtime.snapshots import AdapterSnapshot
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
 
@@ -109,10 +109,10 @@ def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def _put_onto(base: nn.Module, adapters: Sequence[KeptAdapter]) -> Iterator[Any]:
+def _put_onto(base: nn.Module, adapters: Sequence[AdapterSnapshot]) -> Iterator[Any]:
     """Puts adapters onto a base model, and yields its handle; they are off again where something fails."""
-    from nbpeft.engine.runtime.kept import put_back
     from nbpeft.engine.runtime.manager import AdapterManager
+    from nbpeft.engine.runtime.snapshots import put_back
     from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.model import PeftModel
 

@@ -16,8 +16,8 @@ from nbpeft.state import MemberState, MemoryState, ModelState, TrainState
 
 if TYPE_CHECKING:
     from nbpeft.engine.contract.adapter import AdapterConfig
-    from nbpeft.engine.runtime.kept import Keeper
     from nbpeft.engine.runtime.manager import AdapterManager
+    from nbpeft.engine.runtime.snapshots import Keeper
     from nbpeft.memory import Meter
     from nbpeft.model import PeftModel
     from nbpeft.session.trained import TrainingCall
@@ -215,7 +215,7 @@ class Watcher(Protocol):
     def look(self) -> None:
         """Finds out what the variables hold now."""
 
-    def gone(self, tracked: TrackedModel) -> None:
+    def on_removed(self, tracked: TrackedModel) -> None:
         """Called when a model turns out to be gone."""
 
     def note(self, words: str) -> None:
@@ -257,7 +257,7 @@ class ModelRegistry:
             if not tracked.alive:
                 self.remove(tracked)
                 if tracked.is_gone and self.watcher is not None:
-                    self.watcher.gone(tracked)
+                    self.watcher.on_removed(tracked)
         return tuple(self._models.values())
 
     def deciding(self) -> ExitStack:
@@ -423,7 +423,7 @@ _ON_THE_BASE = ("merge", "unload")
 
 
 def _keeper(manager: AdapterManager, name: str) -> Keeper:
-    from nbpeft.engine.runtime.kept import Keeper
+    from nbpeft.engine.runtime.snapshots import Keeper
 
     return Keeper(manager, name)
 

@@ -30,10 +30,10 @@ class Undoable:
     def __init__(
         self, ctx: SessionContext, tracked: TrackedModel, name: str, did: str, *, in_place: bool = False
     ) -> None:
-        from nbpeft.engine.runtime.kept import keep
+        from nbpeft.engine.runtime.snapshots import snapshot
 
         self._ctx, self._tracked, self._did, self._in_place = ctx, tracked, did, in_place
-        self.kept = keep(tracked.manager, name)
+        self.kept = snapshot(tracked.manager, name)
 
     @contextmanager
     def change(self) -> Iterator[None]:
@@ -48,9 +48,9 @@ class Undoable:
             if manager.configs[self.kept.name] is not self.kept.config:
                 raise BusyError(f"another thread changed {self.kept.name!r} meanwhile: try again")
             yield
-            self.gone(change)
+            self.on_removed(change)
 
-    def gone(self, change: Transaction) -> None:
+    def on_removed(self, change: Transaction) -> None:
         """Notes, inside the transaction in which it went, what was there."""
         ctx, tracked, name = self._ctx, self._tracked, self.kept.name
         change.keep_attributes(tracked, "requested")

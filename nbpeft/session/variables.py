@@ -125,7 +125,7 @@ class Variables:
         for tracked, alias in moved.items():
             if not tracked.alive:
                 registry.remove(tracked)
-                self.gone(tracked)
+                self.on_removed(tracked)
                 continue
             registry.release_current(tracked.name)
             names[tracked] = alias or self._free(f"{tracked.variable} (before)", names.values())
@@ -165,7 +165,7 @@ class Variables:
 
     # Models that are gone
 
-    def gone(self, tracked: TrackedModel) -> None:
+    def on_removed(self, tracked: TrackedModel) -> None:
         """Called when a model turns out to be gone: keeps what was trained on it and is not saved."""
         variables = {} if self._mapping is None else self._mapping
         if _holders(tracked, variables):  # its base model carries the adapters still

@@ -66,7 +66,9 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
 
     def write(folder: Path) -> None:
         embeddings = False if one_rank else "auto"
-        files.save(manager, folder, names=[facts.name], embeddings=embeddings, rewrite=rewrite, flat=True, stays=False)
+        files.save(
+            manager, folder, names=[facts.name], embeddings=embeddings, rewrite=rewrite, flat=True, mark_saved=False
+        )
 
     return Package((("adapter_model.safetensors", _folder_bytes(facts, rewrites)),), write)
 

@@ -93,7 +93,7 @@ def ship(
         CheckpointError: the folder cannot be written, or is there already; then nothing is written.
     """
     manager = _manager(model)
-    with manager.active_state.turn():  # a training in the background writes into what is read here
+    with manager.active_state.hold():  # a training in the background writes into what is read here
         planned, package = _plan(
             manager, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
         )

@@ -9,8 +9,8 @@ from .data import is_plain as is_plain
 from .data import open_data as open_data
 from .data import prepare_data as prepare_data
 from .data import summarize as summarize
-from .loop.fit import train as train
 from .loop.prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .loop.train import train as train
 from .monitor.callback import RunCallback as RunCallback
 from .monitor.control import RunControl as RunControl
 from .monitor.result import TrainResult as TrainResult

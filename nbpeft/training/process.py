@@ -28,13 +28,13 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import TrainingInterrupted, in_one_line
 from nbpeft.memory import Meter
 from nbpeft.state import TrainState
-from nbpeft.training.adapters.adapted import base_of, trained_names
+from nbpeft.training.adapters.adapted_model import base_of, trained_names
 from nbpeft.training.adapters.method_state import save_in_training, write_method_state
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure
 from nbpeft.training.launch.shared_control import SharedControl
 from nbpeft.training.launch.transport import load_whole
-from nbpeft.training.loop.fit import train
+from nbpeft.training.loop.train import train
 from nbpeft.training.monitor.failures import explain_failure
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run

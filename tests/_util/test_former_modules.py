@@ -18,15 +18,15 @@ MODELS = Path(__file__).parents[1] / "former" / "models-0.2.pt"
 def test_pickled_models_of_then_answer_as_then() -> None:
     """Adapted ``nn.Sequential`` models with the inputs and outputs they had, pickled by nbpeft 0.2.0."""
     for name, (model, inputs, outputs) in torch.load(MODELS, weights_only=False).items():
-        torch.testing.assert_close(model(inputs), outputs, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(model(inputs), outputs, msg=name)
 
 
 def test_every_former_name_leads_to_a_module() -> None:
-    for room, names in former_modules._ROOMS.items():
-        folder = room.rpartition(".")[0]
-        for name in names.split():
-            former = ".".join(filter(None, ("nbpeft", folder, name)))
-            assert importlib.util.find_spec(str(former_modules.new_name(former))) is not None, former
+    moved = [(room.rpartition(".")[0], name) for room, names in former_modules._ROOMS.items() for name in names.split()]
+    places = [".".join(filter(None, place)) for place in moved] + list(former_modules._ELSEWHERE)
+    assert len(places) == len(set(places))
+    for place in places:
+        assert importlib.util.find_spec(str(former_modules.new_name(f"nbpeft.{place}"))) is not None, place
 
 
 def test_a_former_name_says_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nbpeft.engine.changes.active_state import Rows
+from nbpeft.engine.changes.active_state import RowAssignment
 from nbpeft.model.handle.serving import serving_rows
 from tests.tiny_models import adapted, logits, tokens
 
@@ -19,7 +19,7 @@ def test_all_train_and_the_first_acts() -> None:
     model, _ = two()
     first = logits(model)
     model.set_adapter("b")
-    with model.manager.use(["a", "b"], apart=True):
+    with model.manager.use(["a", "b"], independent=True):
         assert model.active_adapters == ["a", "b"]
         assert all(part.requires_grad for name in "ab" for part in model.manager.parameters(name))
         assert torch.equal(logits(model), first)
@@ -28,7 +28,7 @@ def test_all_train_and_the_first_acts() -> None:
 
 
 def test_runs_of_rows_follow_beams() -> None:
-    rows = Rows(("a", "b"), (0, 0, -1, 1, 0), (1.0, 1.0))
+    rows = RowAssignment(("a", "b"), (0, 0, -1, 1, 0), (1.0, 1.0))
     assert rows.runs(10) == [("a", slice(0, 4)), ("", slice(4, 6)), ("b", slice(6, 8)), ("a", slice(8, 10))]
 
 
@@ -37,7 +37,7 @@ def test_a_mixed_batch_gives_each_adapter_its_gradient() -> None:
     model, batch = two()
     names = ["a", "b", "__base__", "a"]
     model.train()
-    with model.manager.use(["a", "b"], apart=True):
+    with model.manager.use(["a", "b"], independent=True):
         with serving_rows(model.manager, names, (), {"input_ids": batch}):
             mixed = model(input_ids=batch).logits
             mixed.square().sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.engine.hotswap import swap
-from nbpeft.engine.runtime.kept import keep, put_back
+from nbpeft.engine.runtime.snapshots import restore, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:merging into", "ignore:adapters are merged", "ignore:MatMul8bitLt")
 
@@ -77,16 +77,16 @@ def _combine(model: PeftModel) -> None:
 
 
 def _undo_a_deletion(model: PeftModel) -> None:
-    kept = keep(model.manager, "a")
+    kept = snapshot(model.manager, "a")
     _train(model)
     model.manager.remove("a")
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
 
 
 def _undo_a_change(model: PeftModel) -> None:
-    kept = keep(model.manager, "a")
+    kept = snapshot(model.manager, "a")
     model.manager.add("a", CONFIG.copy(r=4), replace=True)
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     _train(model)
 
 

@@ -351,7 +351,7 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
 
 def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr("nbpeft.training.loop.fit.train_apart", lambda *args: given.append(args[-1]) or {})
+    monkeypatch.setattr("nbpeft.training.loop.train.train_in_subprocesses", lambda *args: given.append(args[-1]) or {})
     ready.do("%lora_train model --data rows --processes 2 --hosts 10.0.0.1 10.0.0.2 max_steps=1 fsdp=True")
     assert (given[0]["processes"], given[0]["machines"]) == (2, ["10.0.0.1", "10.0.0.2"])
     assert given[0]["fsdp"] is True and given[0]["max_steps"] == 1

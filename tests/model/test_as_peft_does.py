@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import nbpeft
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.runtime.adapter_tensors import is_training
 from nbpeft.model import (
@@ -315,10 +315,10 @@ def test_running_a_model_to_see_what_its_layers_get_leaves_every_mode() -> None:
     model = adapted(llama().eval())
     model.get_base_model().train(False)
     model.manager.layers["model.layers.0.self_attn.q_proj"].adapters.train()
-    before = [(module, module.training) for module in reached_modules(model)]
+    before = [(module, module.training) for module in called_modules(model)]
     with evaluated(model):
-        assert not any(module.training for module in reached_modules(model))
-    assert before == [(module, module.training) for module in reached_modules(model)]
+        assert not any(module.training for module in called_modules(model))
+    assert before == [(module, module.training) for module in called_modules(model)]
     assert {mode for _, mode in before} == {True, False}
 
 

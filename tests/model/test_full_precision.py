@@ -127,7 +127,7 @@ def test_a_small_delta_is_lost_when_it_is_quantized_again() -> None:
     assert told.of_delta(told.requantized) > 0.8 > 1e-2 > told.of_delta(told.full_precision)
     one = told.requantized / told.of_delta(told.requantized)
     words = {0.0712: "7.1 %", 0.25: "25 %", 0.99: "99 %", 0.996: "100 %", 1.13: "113 %", 25.0: "2,500 %"}
-    assert {share: told.delta_words(share * one) for share in words} == words
+    assert {share: told.delta_message(share * one) for share in words} == words
 
 
 def test_requantizing_is_no_worse_than_peft() -> None:

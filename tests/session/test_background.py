@@ -101,7 +101,7 @@ def test_it_learns_what_it_learns_in_the_cell(session: Session, model: Any) -> N
     def use_it() -> None:
         with torch.enable_grad():
             output = again(input_ids=ids).logits
-        with again.manager.active_state.turn():  # between two steps, and not two times between two of them
+        with again.manager.active_state.hold():  # between two steps, and not two times between two of them
             same = torch.equal(again(input_ids=ids).logits, again(input_ids=ids).logits)
         modes.append((output.requires_grad, same))
         again.generate(input_ids=ids, do_sample=True, max_new_tokens=4)
@@ -268,7 +268,7 @@ def test_it_is_stopped_by_word_and_has_a_result(session: Session, model: Any) ->
     assert (result.status, result.steps) == ("stopped", 1)
     assert run.result is result is session.result(model)
     assert not run.running and str(run) == str(result)
-    assert model.manager.active_state.turns is None
+    assert model.manager.active_state.gate is None
     again, gate = begin(session, model)
     gate.open()
     assert again.wait(60).steps == STEPS
@@ -283,7 +283,7 @@ def test_what_fails_before_the_first_step_fails_in_the_cell(session: Session, mo
     ):
         with pytest.raises(NbpeftError, match=words):
             session.train(model, data, background=True, **fields)
-        assert model.manager.active_state.turns is None
+        assert model.manager.active_state.gate is None
     assert all(map(torch.equal, before, weights(model)))
     session.use("sql")
 
@@ -304,7 +304,7 @@ def test_one_that_cannot_begin_keeps_nothing_busy(
             patch.setattr(session.context.run_subscribers, "notify", fails)
         with pytest.raises(KeyboardInterrupt):
             session.train(model, ROWS, background=True, **FIELDS)
-    assert model.manager.active_state.turns is None
+    assert model.manager.active_state.gate is None
     session.use("sql")
     session.context.refuse_another_training()
 

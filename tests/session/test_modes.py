@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
@@ -21,7 +21,7 @@ NOTE = "lora_dropout = 0.5 acts in your own calls of the model until model.eval(
 
 
 def modes(model: Any) -> list[bool]:
-    return [module.training for module in reached_modules(model)]
+    return [module.training for module in called_modules(model)]
 
 
 def drops(model: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbpeft.display import charts
-from nbpeft.display.training import status_words, training_text
+from nbpeft.display.training import status_message, training_text
 from nbpeft.widgets import environment, run_buttons, show_run, training_panel
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.training_panel import RunView
@@ -95,7 +95,7 @@ def test_a_change_of_status_is_drawn_at_once(session: Any, outputs: list[Output]
     view.start()
     for status in ("running", "pausing", "paused", "stopping"):
         view.draw(train_state(1, status=status))
-        assert f">{status_words(train_state(1, status=status))}</span>" in outputs[0].last["text/html"]
+        assert f">{status_message(train_state(1, status=status))}</span>" in outputs[0].last["text/html"]
     view.close()
 
 
@@ -142,7 +142,7 @@ class TestASavedCard:
         assert '"nbpeft-saved"><span' in html and f">last seen 2026-11-28 21:52, step 23 of 120{more}</span>" in html
         current = html.partition("nbpeft-current")[2].partition("nbpeft-saved")[0]
         assert current.startswith('" style="display:none"'), "which is seen where a live style sheet says so"
-        assert f">{status_words(train_state(23, status=status))}</span>" in current
+        assert f">{status_message(train_state(23, status=status))}</span>" in current
         assert "running" not in html.replace(current, "") and "running" not in text
 
     def test_of_a_run_that_has_ended_says_so(self, session: Any, outputs: list[Output]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.registry import register_backend
 from nbpeft.engine.kernels.four_bit import NESTED_BLOCK, fitted, in_blocks
-from nbpeft.engine.kernels.nearest_levels import round_blocks
+from nbpeft.engine.kernels.nf4_rounding import round_blocks
 from nbpeft.engine.kernels.rounding import Grid
 from nbpeft.engine.kernels.storage import StoredWeight, keep_parameter_classes, loaded, plain
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
 from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
-from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
@@ -49,7 +49,7 @@ class NeedsFirstPass(ABC):
 class _FirstPass(BeforeCall):
     """A hook that makes the first pass before each call of a model; it has the first adapted layer of an adapter."""
 
-    def computing(self, active: Active) -> dict[str, NeedsFirstPass]:
+    def computing(self, active: ActiveAdapters) -> dict[str, NeedsFirstPass]:
         """Adapter name -> what its layers share, of those active adapters that need the pass."""
         names = active.names if active.rows is None else active.rows.names
         found: dict[str, NeedsFirstPass] = {}
@@ -60,7 +60,7 @@ class _FirstPass(BeforeCall):
                 found[name] = state
         return found
 
-    def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
+    def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
         """Makes the pass, and what the adapters make of it; see ``BeforeCall``."""
         contexts: Any = active.context
         first = _first_call(module, call)

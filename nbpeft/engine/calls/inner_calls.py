@@ -45,7 +45,7 @@ class _InnerHook(LayerHook):
             if scale != 1.0:
                 added = added * scale
             if rows is not None:
-                served = rows.expanded(batch, added.device) == rows.names.index(name)
+                served = rows.repeat_to(batch, added.device) == rows.names.index(name)
                 added = torch.where(served.view(-1, *[1] * (added.ndim - 1)), added, 0.0)
             result = result + added.to(result)
         if result is first:

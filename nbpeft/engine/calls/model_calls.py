@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.active_state import Rows
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.active_state import RowAssignment
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.adapter_names import check_scale
 from nbpeft.engine.contract.base import BaseLayer
@@ -91,7 +91,7 @@ def part_with_cache(model: nn.Module) -> nn.Module | None:
 
 def checkpoints_gradients(model: nn.Module) -> bool:
     """Whether layers of a model run again in backward."""
-    return any(module.__dict__.get("gradient_checkpointing", False) for module in reached_modules(model))
+    return any(module.__dict__.get("gradient_checkpointing", False) for module in called_modules(model))
 
 
 # The hooks
@@ -279,7 +279,7 @@ def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
         assert isinstance(adapter, WeighsTokens)
         found, factors = adapter.learned(labels, prompts.start_of(name, counts), front, base)
         if prompts.rows is not None:
-            served = (prompts.rows.expanded(len(labels), labels.device) == prompts.rows.names.index(name)).unsqueeze(1)
+            served = (prompts.rows.repeat_to(len(labels), labels.device) == prompts.rows.names.index(name)).unsqueeze(1)
             found, factors = torch.where(served, found, labels), torch.where(served, factors, 1.0)
         labels, weights = found, weights * factors
     del call["labels"]
@@ -453,7 +453,7 @@ class _Prompts:
     """
 
     adapters: Mapping[str, tuple[ModelAdapter, BaseLayer]]
-    rows: Rows | None
+    rows: RowAssignment | None
 
     def with_arguments_of(self, call: dict[str, Any]) -> _Prompts:
         """The same with the arguments of a call that are for them alone, which are taken out of the call."""
@@ -475,7 +475,7 @@ class _Prompts:
         if self.rows is None or not counts:
             return _Front(sum(counts.values()), None)
         width = max(counts.values())
-        index = self.rows.expanded(batch, device)
+        index = self.rows.repeat_to(batch, device)
         per_name = torch.tensor([*(counts.get(name, 0) for name in self.rows.names), 0], device=device)
         missing = width - per_name[index]  # -1, the base alone, is the last entry
         return _Front(width, torch.arange(width, device=device).unsqueeze(0) >= missing.unsqueeze(1))
@@ -493,7 +493,7 @@ class _Prompts:
         parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}
         if self.rows is None:
             return torch.cat(list(parts.values()), 1)
-        width, index = max(counts.values()), self.rows.expanded(batch, device)
+        width, index = max(counts.values()), self.rows.repeat_to(batch, device)
         some = next(iter(parts.values()))
         joined = some.new_zeros(batch, width, *some.shape[2:])
         for name, part in parts.items():
@@ -533,7 +533,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
 
 
 def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device] | None:
-    """Rows, length and device of the input; None where a call has none."""
+    """RowAssignment, length and device of the input; None where a call has none."""
     for name in names or ("input_ids", "inputs_embeds"):
         given = call.get(name)
         if isinstance(given, Tensor):

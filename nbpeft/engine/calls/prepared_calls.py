@@ -1,6 +1,7 @@
 """Hooks on a model that compute something before each of its calls, for the adapters that act in it.
 
-What is computed is in ``Active.context`` under the name of the adapter while the call runs, whoever makes the call. As
+What is computed is in ``ActiveAdapters.context`` under the name of the adapter while the call runs, whoever makes the
+call. As
 the hooks of ``model_calls`` they read what is active as every layer does.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.calls.model_calls import LayerHook, parameters_of
-from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 
@@ -30,7 +31,7 @@ class BeforeCall(LayerHook):
 
     def __init__(self, layer: AdaptedLayer) -> None:
         super().__init__(layer)
-        self.unpinned: dict[int, tuple[int, Active, list[str]]] = {}
+        self.unpinned: dict[int, tuple[int, ActiveAdapters, list[str]]] = {}
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -53,11 +54,11 @@ class BeforeCall(LayerHook):
         self.prepare(module, call, active, found)
         return (), call
 
-    def computing(self, active: Active) -> dict[str, Any]:
+    def computing(self, active: ActiveAdapters) -> dict[str, Any]:
         """Adapter name -> what computes something, of those active adapters that need it."""
         raise NotImplementedError
 
-    def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
+    def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
         """Computes it, and puts it into ``active.context``.
 
         Args:

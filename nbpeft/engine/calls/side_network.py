@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients
 from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
-from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.loss_terms import share_of_batch
 from nbpeft.engine.contract.model_adapter import RunsBeside
@@ -77,11 +77,11 @@ class SideState:
 class _SideCall(BeforeCall):
     """A hook that computes the first state before each call of a model."""
 
-    def computing(self, active: Active) -> dict[str, RunsBeside]:
+    def computing(self, active: ActiveAdapters) -> dict[str, RunsBeside]:
         """Adapter name -> adapter, of those active ones that have a network; see ``BeforeCall``."""
         return _networks_in(self.layer, active.names if active.rows is None else active.rows.names)
 
-    def prepare(self, module: nn.Module, call: dict[str, Any], active: Active, found: dict[str, Any]) -> None:
+    def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
         """Runs the network.
 
         Raises:

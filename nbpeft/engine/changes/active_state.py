@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nbpeft._util.interrupts import HeldInterrupts, RunningBlock, wait_for
-from nbpeft.engine.changes.turns import Turns
+from nbpeft.engine.changes.step_gate import StepGate
 from nbpeft.errors import AdapterError, BusyError
 
 _MOST_PREPARED = 256
@@ -79,7 +79,7 @@ class CallShape:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowAssignment:
     """Which adapter serves which row of a mixed batch.
 
     Attributes:
@@ -101,7 +101,7 @@ class Rows:
         """Whether one adapter serves all rows."""
         return len(set(self.index)) < 2
 
-    def expanded(self, batch: int, device: torch.device) -> Tensor:
+    def repeat_to(self, batch: int, device: torch.device) -> Tensor:
         """``index`` as int64 (batch,), each row repeated where the batch holds beams or tokens.
 
         Raises:
@@ -120,7 +120,7 @@ class Rows:
             found = self.cache[key] = index
         return found
 
-    def spread(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """One row that serves the whole batch (positions) once for each row; anything else as it is."""
         count = self.call.batch or len(self.index)
         return values.expand(count, *values.shape[1:]) if values.shape[0] == 1 < count else values
@@ -145,13 +145,13 @@ class Rows:
         key = (name, batch, device)
         found = self.cache.get(key)
         if found is None:
-            found = (self.expanded(batch, device) == self.names.index(name)).nonzero().flatten()
+            found = (self.repeat_to(batch, device) == self.names.index(name)).nonzero().flatten()
             self.cache[key] = found
         return found
 
 
 @dataclass(frozen=True)
-class Active:
+class ActiveAdapters:
     """What acts in a forward.
 
     Attributes:
@@ -163,11 +163,11 @@ class Active:
 
     names: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
-    rows: Rows | None = None
+    rows: RowAssignment | None = None
     context: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
-NONE_ACTIVE = Active()
+NO_ADAPTERS = ActiveAdapters()
 
 
 @dataclass(eq=False)
@@ -189,7 +189,7 @@ class Scope:
     chooses: bool = True
     apart: bool = False
     outer: Scope | None = None
-    active: Active = NONE_ACTIVE
+    active: ActiveAdapters = NO_ADAPTERS
     closed: bool = False
 
     @property
@@ -212,7 +212,7 @@ class _Pin:
     """
 
     call: weakref.ref[Call]
-    active: Active
+    active: ActiveAdapters
     outer: Scope | _Pin | None
 
 
@@ -227,13 +227,13 @@ class ActiveState:
         live: what acts in the next call, outside of scopes.
         traced: the same for compiled code, whose guards cannot tell threads apart: what the scope that was
             opened last says, or ``live``.
-        turns: of a training in the background, while one runs: when the model may be called, and by whom.
+        gate: of a training in the background, while one runs: when the model may be called, and by whom.
         layer_commands: what layers ask for; see ``nbpeft.engine.runtime.layer_commands``.
         apart: layers that have a ``LayerState`` of their own.
     """
 
     def __init__(self) -> None:
-        self.live = self.traced = NONE_ACTIVE
+        self.live = self.traced = NO_ADAPTERS
         self._start()
 
     def _start(self) -> None:
@@ -243,10 +243,10 @@ class ActiveState:
         self._waiting = 0
         self._writer: int | None = None
         self._depth = 0
-        self.turns: Turns | None = None
+        self.gate: StepGate | None = None
         self.layer_commands: Any = None
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._prepared: deque[tuple[int, int, int, Active]] = deque(maxlen=_MOST_PREPARED)
+        self._prepared: deque[tuple[int, int, int, ActiveAdapters]] = deque(maxlen=_MOST_PREPARED)
 
     def gather(self) -> None:
         """Lets layers on which something else was active act with the others again; see ``LayerState``."""
@@ -260,8 +260,8 @@ class ActiveState:
         Args:
             inside: modules that enter it for somebody else.
         """
-        turns = self.turns  # the training may end, and take it away, at any moment
-        return nullcontext() if turns is None else turns.turn(*inside)
+        gate = self.gate  # the training may end, and take it away, at any moment
+        return nullcontext() if gate is None else gate.hold(*inside)
 
     def refuse_changes(self) -> None:
         """Refuses a change of the adapters while a training in the background has them.
@@ -269,11 +269,11 @@ class ActiveState:
         Raises:
             BusyError: one does.
         """
-        turns = self.turns
-        if turns is not None:
-            turns.refuse()
+        gate = self.gate
+        if gate is not None:
+            gate.refuse()
 
-    def current(self) -> Active:
+    def current(self) -> ActiveAdapters:
         """What acts for the calling thread or task."""
         if torch.compiler.is_compiling():
             return self.traced
@@ -288,7 +288,7 @@ class ActiveState:
             return self.traced
         return self.live
 
-    def remember(self, first: int, active: Active) -> None:
+    def remember(self, first: int, active: ActiveAdapters) -> None:
         """Keeps what was prepared for a call that ends now, for checkpointing, which computes its layers again.
 
         Args:
@@ -297,7 +297,7 @@ class ActiveState:
         """
         self._prepared.append((first, torch._C._autograd._get_sequence_nr(), threading.get_ident(), active))
 
-    def _recomputed(self) -> Active | None:
+    def _recomputed(self) -> ActiveAdapters | None:
         """What acted in the call whose layers autograd computes again: it recorded the node that runs now."""
         node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
         if node is None:
@@ -323,7 +323,7 @@ class ActiveState:
             here = here.outer
             _set_here(self, here)
 
-    def publish(self, live: Active) -> None:
+    def publish(self, live: ActiveAdapters) -> None:
         """Sets what acts outside of scopes."""
         self.live = live
         self.trace()
@@ -363,7 +363,7 @@ class ActiveState:
 
     # Calls
 
-    def call(self, active: Active | Callable[[], Active | None] | None = None) -> Call:
+    def call(self, active: ActiveAdapters | Callable[[], ActiveAdapters | None] | None = None) -> Call:
         """One call of the model, to be used as a context: pins what acts, for this thread, until it ends.
 
         Args:
@@ -454,13 +454,13 @@ class LayerState:
     """
 
     def __init__(
-        self, shared: ActiveState, names: Sequence[str], *, enabled: bool, active: Active | None = None
+        self, shared: ActiveState, names: Sequence[str], *, enabled: bool, active: ActiveAdapters | None = None
     ) -> None:
         self.shared, self.names, self.enabled = shared, tuple(names), enabled
-        alone = Active(self.names, (1.0,) * len(self.names)) if enabled and names else NONE_ACTIVE
+        alone = ActiveAdapters(self.names, (1.0,) * len(self.names)) if enabled and names else NO_ADAPTERS
         self._own = alone if active is None else active
 
-    def current(self) -> Active:
+    def current(self) -> ActiveAdapters:
         """What acts on the layer."""
         return self._own
 
@@ -471,7 +471,7 @@ class ReplicaState:
     def __init__(self, active_state: ActiveState | LayerState) -> None:
         self._active = active_state.current()
 
-    def current(self) -> Active:
+    def current(self) -> ActiveAdapters:
         """What acts in the replica."""
         return self._active
 
@@ -482,14 +482,16 @@ class Call:
     It counts as running while it exists and its block is on the stack of its thread.
     """
 
-    def __init__(self, active_state: ActiveState, active: Active | Callable[[], Active | None] | None) -> None:
+    def __init__(
+        self, active_state: ActiveState, active: ActiveAdapters | Callable[[], ActiveAdapters | None] | None
+    ) -> None:
         self._state = active_state
         self._asked = active
-        self._active: Active | None = None
+        self._active: ActiveAdapters | None = None
         self._outer: Scope | _Pin | None = None
         self._block: RunningBlock | None = None
         self._pinned = False
-        self._begun: tuple[int, Active] | None = None
+        self._begun: tuple[int, ActiveAdapters] | None = None
         self.thread = threading.get_ident()
 
     def runs(self) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from nbpeft._util.interrupts import HeldInterrupts, check_interrupt
 from nbpeft.engine.changes.active_state import ActiveState
-from nbpeft.engine.changes.reached import reached_modules
-from nbpeft.engine.changes.spool import Spool
+from nbpeft.engine.changes.called_modules import called_modules
+from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.errors import BusyError, NbpeftError
 
 CHANGED_MEANWHILE = "another thread changed the adapters meanwhile: try again"
@@ -39,7 +39,7 @@ class Transaction:
 
     Attributes:
         revision: grows with every change, before another thread can make the next one.
-        spool: keeps large tensors until the outermost block ends.
+        spill: keeps large tensors until the outermost block ends.
     """
 
     def __init__(self, active_state: ActiveState, done: Callable[[], None]) -> None:
@@ -52,7 +52,7 @@ class Transaction:
         self._marks: list[int] = []
         self._has_changes = False
         self._undo: list[Callable[[], None]] = []
-        self.spool = Spool()
+        self.spill = SpillFile()
 
     def block(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
         """A block of changes, to be used as a context that gives this transaction.
@@ -94,8 +94,8 @@ class Transaction:
                     self.revision, self._changed_by = self.revision + 1, self._owner
                 self._has_changes = False
                 self._undo.clear()
-                self.spool.close()
-                self.spool = Spool()
+                self.spill.close()
+                self.spill = SpillFile()
                 self._owner = None
                 self._lock.release()
         return outermost and not failed
@@ -201,7 +201,7 @@ class Transaction:
 
     def keep_modes(self, model: nn.Module) -> None:
         """Records which modules of a model are in training mode."""
-        modes = [(module, module.training) for module in reached_modules(model)]
+        modes = [(module, module.training) for module in called_modules(model)]
 
         def undo() -> None:
             for module, training in modes:
@@ -239,11 +239,9 @@ class Block:
         self._held = HeldInterrupts()
 
     def __enter__(self) -> Transaction:
-        turns = self._transaction.active_state.turns
-        if turns is not None and not (
-            self._quiet and self._gate is None
-        ):  # a scope of the thread's own disturbs nobody
-            turns.refuse()
+        gate = self._transaction.active_state.gate
+        if gate is not None and not (self._quiet and self._gate is None):  # a scope of the thread's own disturbs nobody
+            gate.refuse()
         self._held.__enter__()
         closed = False
         try:

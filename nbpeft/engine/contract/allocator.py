@@ -20,7 +20,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
         config: of the adapter.
     """
 
-    does_nothing: ClassVar[str]
+    effect_without_step: ClassVar[str]
     """What does not happen where nobody tells it of a step, as the start of a sentence."""
 
     def __init__(self, config: Any) -> None:
@@ -51,10 +51,10 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 
     def extra_loss(self) -> Tensor | None:
         """None; see ``LearnsWithHooks``."""
-        self.warn_untold()
+        self.warn_if_not_stepped()
         return None
 
-    def warn_untold(self) -> None:
+    def warn_if_not_stepped(self) -> None:
         """Warns in the second step of a training that nobody tells it of."""
         if self.__dict__["told"] or self.__dict__["warned"] or not torch.is_grad_enabled():
             return
@@ -65,7 +65,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
             return
         self.__dict__["warned"] = True
         warnings.warn(
-            f"{self.does_nothing} unless it is told of each step: call "
+            f"{self.effect_without_step} unless it is told of each step: call "
             "model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
             stacklevel=12,  # the caller of the model, or above
         )

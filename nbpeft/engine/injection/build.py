@@ -18,14 +18,14 @@ from nbpeft.engine.calls.inner_calls import put_inner_hooks
 from nbpeft.engine.calls.model_calls import put_hooks, take_hooks
 from nbpeft.engine.calls.side_network import put_side_network
 from nbpeft.engine.changes.active_state import ActiveState
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
 from nbpeft.engine.contract.base import BaseLayer, Composite, offloading
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
-from nbpeft.engine.injection.fast_paths import is_encoder_layer, settle_fast_paths
+from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh_fast_paths
 from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.kernels.storage import StoredWeight, loaded
@@ -354,7 +354,7 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
         if isinstance(adapter, ChangesBase):
             adapter.change_base(layer.base, change)
         for site in sites:
-            layer.hang(site.parent._modules, site.attribute, change)
+            layer.attach(site.parent._modules, site.attribute, change)
         hook_in(parts.model, layer, (adapter,), change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
@@ -362,7 +362,7 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
             change.set_item(site.parent._modules, site.attribute, module)
     hung = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
     if any(is_encoder_layer(parent) for parent in hung):
-        settle_fast_paths(parts.model, change)
+        refresh_fast_paths(parts.model, change)
     return parts
 
 
@@ -430,7 +430,7 @@ def replace_modules(
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
     if not replacements:
         return
-    parents = reached_modules(model)
+    parents = called_modules(model)
     take_hooks(parents, replacements, change)
     for parent in parents:
         for attribute, child in parent._modules.items():
@@ -439,7 +439,7 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Tr
                     child = replacements[id(child)]
                 change.set_item(parent._modules, attribute, child)
     if any(is_encoder_layer(parent) for parent in parents):
-        settle_fast_paths(model, change)
+        refresh_fast_paths(model, change)
 
 
 def prepare_storage(model: nn.Module, change: Transaction) -> None:
@@ -449,7 +449,7 @@ def prepare_storage(model: nn.Module, change: Transaction) -> None:
     """
     idle = StoredWeight.prepare
     willing = [backend for backend in backends() if getattr(type(backend), "prepare", idle) is not idle]
-    for module in reached_modules(model):
+    for module in called_modules(model):
         for backend in willing:
             if module._parameters and backend.matches(module):
                 change.keep(module.__dict__)
@@ -458,7 +458,7 @@ def prepare_storage(model: nn.Module, change: Transaction) -> None:
 
 
 def _release_storage(model: nn.Module, change: Transaction) -> None:
-    for module in reached_modules(model):
+    for module in called_modules(model):
         if _PREPARED in module.__dict__:
             change.keep(module.__dict__)
             backend_named(module.__dict__.pop(_PREPARED)).release(module)

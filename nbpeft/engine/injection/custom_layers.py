@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import ActiveState
-from nbpeft.engine.changes.spool import Spool
+from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.layers_config import LayerByLayer
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.kernels.storage import StoredWeight
-from nbpeft.engine.wrappers.layer import AdaptedLayer, Stored
+from nbpeft.engine.wrappers.layer import AdaptedLayer, WeightBackup
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -340,9 +340,9 @@ class CustomLayer(AdaptedLayer):
             raise NotSupportedError(f"a {self._get_name()} acts at its trained strength: set the scale to 1")
         return self.custom(*args, **kwargs)
 
-    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+    def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
         """Takes the place of the frozen layer among the modules of its parent, with its object."""
-        super().hang(modules, attribute, change)
+        super().attach(modules, attribute, change)
         self.show_adapters()
 
     # The object as the adapters are
@@ -380,7 +380,7 @@ class CustomLayer(AdaptedLayer):
         """The object's."""
         return (child for _, child in self.named_children())
 
-    def reached_children(self) -> Any:
+    def called_children(self) -> Any:
         """The object's children and the adapters, whose modules are among those."""
         return *(child for _, child in self.named_children()), self.adapters
 
@@ -473,12 +473,12 @@ class CustomLayer(AdaptedLayer):
         """As of ``AdaptedLayer``, by the adapters' own numbers."""
         return "" if self.are_finite(names) else "weights"
 
-    def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
+    def _stored(self, *, apart: bool, spill: SpillFile | None = None) -> WeightBackup:
         if apart:
             raise MergeError(f"a {self._get_name()} shares its weight with another layer and cannot be merged alone")
-        return Stored(None, _OPAQUE_WEIGHTS.snapshot(self.base_layer), None, self.merged_names, self._frozen)
+        return WeightBackup(None, _OPAQUE_WEIGHTS.snapshot(self.base_layer), None, self.merged_names, self._frozen)
 
-    def _put_back(self, stored: Stored) -> None:
+    def _put_back(self, stored: WeightBackup) -> None:
         _OPAQUE_WEIGHTS.restore(self.base_layer, stored.weight)
         self.merged_names, self._frozen = stored.merged, stored.frozen
         self.custom.merged_adapters[:] = stored.merged

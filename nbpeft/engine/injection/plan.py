@@ -48,6 +48,7 @@ from nbpeft.engine.injection.config_warnings import (
     warn_of_uncalled,
 )
 from nbpeft.engine.injection.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
+from nbpeft.engine.injection.injection_checks import bypassed, check_called, check_copy, check_shaped
 from nbpeft.engine.injection.replication import pending_replication, replicated
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.tree.fused_layers import fused_layers, with_parameters
@@ -62,7 +63,6 @@ from nbpeft.engine.tree.model_tree import (
     walk,
 )
 from nbpeft.engine.tree.parameter_targets import no_parameter, parameter_sites
-from nbpeft.engine.tree.unadaptable import bypassed, check_called, check_copy, check_shaped
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.reached import is_changed
+from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.registry import Method

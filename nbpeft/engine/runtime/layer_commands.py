@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nbpeft.engine.calls.model_calls import take_hooks
 from nbpeft.engine.changes.active_state import ActiveState, LayerState
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig
 from nbpeft.engine.contract.registry import companions, method_of
@@ -153,7 +153,7 @@ class LayerCommands:
         gone, come = before.without(tree), tree.without(before)
         self._let_go(gone.values(), change)
         if gone:
-            take_hooks(reached_modules(manager.model), gone, change)
+            take_hooks(called_modules(manager.model), gone, change)
         self._take_back(come.values(), change)
         return bool(gone or come)
 
@@ -355,14 +355,14 @@ class LayerCommands:
                 manager._keep_structure(change)
                 manager._forget([name], change)
 
-    def gather_now(self) -> None:
-        """Does what ``gather`` does, as a command of its own."""
+    def sync(self) -> None:
+        """Does what ``apply_pending`` does, as a command of its own."""
         manager = self.manager
         if manager.active_state.apart:
             with manager.transaction(during_calls=True, quiet=True) as change:
-                self.gather(change)
+                self.apply_pending(change)
 
-    def gather(self, change: Transaction) -> None:
+    def apply_pending(self, change: Transaction) -> None:
         """Ends what was said about the activity on single layers; where all say the same, that is what is active."""
         manager = self.manager
         if not manager.active_state.apart:

@@ -16,7 +16,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbpeft._util.subscribers import Subscribers
-from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, ActiveState
+from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, ActiveState
 from nbpeft.engine.changes.trained import watch
 from nbpeft.engine.changes.transaction import Block, Transaction
 from nbpeft.engine.config.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
@@ -42,7 +42,7 @@ from nbpeft.engine.runtime.merging import (
 )
 from nbpeft.engine.runtime.method_hooks import extra_loss, hooks_in_training
 from nbpeft.engine.runtime.renaming import copy_adapter, place_among, rename
-from nbpeft.engine.runtime.scopes import ScopedChoice
+from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.adapted_tree import AdaptedTree, read_tree
 from nbpeft.engine.tree.model_tree import MANAGER, manager_of
 from nbpeft.engine.tree.tied_weights import untie_embeddings_
@@ -205,7 +205,7 @@ class AdapterManager:
         """Name in the bare base model -> tensor there that an adapter brought or trains."""
         return self._biases.present(name)
 
-    def provided(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
+    def ensure_loaded(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Holds adapters on the model while the block runs; see ``AdapterProvider``. Without one it does nothing."""
         return nullcontext() if self.provider is None else self.provider.provide(names, switching=switching)
 
@@ -508,14 +508,14 @@ class AdapterManager:
             UnknownAdapterError: there is no such adapter.
         """
         chosen = names_in(names)
-        with self.provided(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
+        with self.ensure_loaded(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
             self._activate(chosen, trainable, change)
             if enable and not self.enabled:
                 self.enable()
 
     def _activate(self, chosen: tuple[str, ...], trainable: bool | None, change: Transaction) -> None:
         self.check_choice(chosen)
-        self.layer_commands.gather(change)
+        self.layer_commands.apply_pending(change)
         scope = self.active_state.scope
         if scope is None and self._merged and chosen != self._merged:
             warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
@@ -551,7 +551,7 @@ class AdapterManager:
     def _set_enabled(self, enabled: bool) -> None:
         with self.transaction(during_calls=not self._merged) as change:
             self.check_alive()
-            self.layer_commands.gather(change)
+            self.layer_commands.apply_pending(change)
             scope = self.active_state.scope
             if scope is None and not enabled and self._merged:
                 warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
@@ -563,22 +563,22 @@ class AdapterManager:
                 scope.enabled = enabled
             self.refresh(self.active, change)
 
-    def disabled(self) -> ScopedChoice:
+    def disabled(self) -> AdapterContext:
         """The base model alone inside the block, for this thread or asyncio task; others go on as they are."""
-        self.layer_commands.gather_now()
-        return ScopedChoice(self, None)
+        self.layer_commands.sync()
+        return AdapterContext(self, None)
 
-    def use(self, names: str | Sequence[str], *, apart: bool = False) -> ScopedChoice:
+    def use(self, names: str | Sequence[str], *, independent: bool = False) -> AdapterContext:
         """Other active adapters, or some that learn ``apart``, inside the block for this thread or asyncio task."""
-        self.layer_commands.gather_now()
-        return ScopedChoice(self, names_in(names), apart=apart)
+        self.layer_commands.sync()
+        return AdapterContext(self, names_in(names), independent=independent)
 
     def select_again(self, names: Sequence[str]) -> None:
         """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
         left = tuple(name for name in names if self.available(name))
         if not left or left == self._selected:
             return
-        with self.provided(left, switching=True), self.transaction(during_calls=not self._merged) as change:
+        with self.ensure_loaded(left, switching=True), self.transaction(during_calls=not self._merged) as change:
             if present := tuple(name for name in left if name in self.configs):
                 self._activate(present, None, change)
 
@@ -637,8 +637,8 @@ class AdapterManager:
         selected = self._selected if self._enabled else ()
         self.active_state.publish(self._acting(self._merged or self._parked or selected))
 
-    def _acting(self, names: tuple[str, ...]) -> Active:
-        return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NONE_ACTIVE
+    def _acting(self, names: tuple[str, ...]) -> ActiveAdapters:
+        return ActiveAdapters(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NO_ADAPTERS
 
     # Calls and training
 
@@ -677,7 +677,7 @@ class AdapterManager:
             BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
         """
         with self.transaction() as change:
-            self.layer_commands.gather(change)
+            self.layer_commands.apply_pending(change)
             chosen = self.active if names is None else names_in(names)
             self.require(*chosen)
             together = tuple(dict.fromkeys((*self._merged, *chosen)))
@@ -724,7 +724,7 @@ class AdapterManager:
         """
         with self.transaction() as change:
             self.check_alive()
-            self.layer_commands.gather(change)
+            self.layer_commands.apply_pending(change)
             chosen: tuple[str, ...] = ()
             if merge:
                 chosen = self.active if names is None else names_in(names)
@@ -763,7 +763,7 @@ class AdapterManager:
         self.alive = False
         self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
         self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
-        self.active_state.publish(NONE_ACTIVE)
+        self.active_state.publish(NO_ADAPTERS)
         for attribute in _ATTRIBUTES:
             self.model.__dict__.pop(attribute, None)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.contract.loss_terms import current_step, marked_sum, share_of_batch, terms_in
 from nbpeft.engine.contract.registry import method_of
@@ -74,8 +74,8 @@ def call_contexts(
 
 
 def in_call(
-    configs: Mapping[str, AdapterConfig], active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Active:
+    configs: Mapping[str, AdapterConfig], active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> ActiveAdapters:
     """What is active in one call of the model, with what the methods prepare for it.
 
     Args:
@@ -90,8 +90,8 @@ def in_call(
 
 
 def prepared(
-    configs: Mapping[str, AdapterConfig], active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Active | None:
+    configs: Mapping[str, AdapterConfig], active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> ActiveAdapters | None:
     """As ``in_call``; None where no method of what is active prepares anything."""
     prepares = any(prepares_calls(configs[name]) for name in active.names if name in configs)
     return in_call(configs, active, args, kwargs) if prepares else None

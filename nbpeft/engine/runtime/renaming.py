@@ -39,7 +39,7 @@ def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
         items = [(new if name == old else name, value) for name, value in held.items()]
         held.clear()
         held.update(items)
-    manager.layer_commands.gather(change)
+    manager.layer_commands.apply_pending(change)
     manager._biases.rename(old, new)
     manager._slots.pop(old, None)
     manager._scales = {new if name == old else name: scale for name, scale in manager._scales.items()}

@@ -39,7 +39,7 @@ class Manager(Protocol):
 
     def select_again(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
 
-    def provided(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
+    def ensure_loaded(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
         ...
 
     def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block: ...  # noqa: D102
@@ -49,7 +49,7 @@ class Manager(Protocol):
     def refresh(self, names: set[str], change: Transaction) -> None: ...  # noqa: D102
 
 
-class ScopedChoice(ContextDecorator):
+class AdapterContext(ContextDecorator):
     """A block with a choice of adapters of its own; afterwards everything is as it was.
 
     Blocks nest, and those of several threads or asyncio tasks may overlap. Where adapters are merged,
@@ -59,15 +59,15 @@ class ScopedChoice(ContextDecorator):
     Args:
         manager: of the model.
         names: the adapters that act; None for none, the base model alone.
-        apart: they learn side by side and need not go together; the first acts, unless a call names others.
+        independent: they learn side by side and need not go together; the first acts, unless a call names others.
     """
 
     _scope: Scope | None = None  # on the class: an interruption can come before __init__
 
-    def __init__(self, manager: Manager, names: tuple[str, ...] | None, *, apart: bool = False) -> None:
+    def __init__(self, manager: Manager, names: tuple[str, ...] | None, *, independent: bool = False) -> None:
         self._manager = manager
         self._names = names
-        self._apart = apart
+        self._independent = independent
         self._again: tuple[str, ...] = ()
         self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
         self._provided = ExitStack()
@@ -76,8 +76,8 @@ class ScopedChoice(ContextDecorator):
     def _aim(self) -> str:
         return "they are disabled" if self._names is None else "another is activated"
 
-    def _recreate_cm(self) -> ScopedChoice:
-        return ScopedChoice(self._manager, self._names, apart=self._apart)
+    def _recreate_cm(self) -> AdapterContext:
+        return AdapterContext(self._manager, self._names, independent=self._independent)
 
     def __enter__(self) -> None:
         manager = self._manager
@@ -89,7 +89,7 @@ class ScopedChoice(ContextDecorator):
                 self._bring(self._names)
             with manager.transaction(during_calls=not manager.merged, quiet=True) as change:
                 if self._names is not None:
-                    for chosen in [(name,) for name in self._names] if self._apart else [self._names]:
+                    for chosen in [(name,) for name in self._names] if self._independent else [self._names]:
                         manager.check_choice(chosen)
                 if manager.merged:
                     warnings.warn(f"adapters are merged: unmerging before {self._aim}", stacklevel=3)
@@ -102,8 +102,8 @@ class ScopedChoice(ContextDecorator):
     def _bring(self, names: tuple[str, ...]) -> None:
         """Has adapters on the model that come from elsewhere; the selected ones may have to go for them meanwhile."""
         before = self._manager.selected
-        with self._manager.provided(names, switching=True):
-            self._provided.enter_context(self._manager.provided(names))
+        with self._manager.ensure_loaded(names, switching=True):
+            self._provided.enter_context(self._manager.ensure_loaded(names))
         now = self._manager.selected
         if now != before:
             self._again = before  # once the lease on these has ended, which have to make room
@@ -112,7 +112,7 @@ class ScopedChoice(ContextDecorator):
         active_state = self._manager.active_state
         names = self._manager.active if self._names is None else self._names
         chooses = self._names is not None
-        scope = Scope(names, chooses, chooses, self._apart, active_state.scope)
+        scope = Scope(names, chooses, chooses, self._independent, active_state.scope)
 
         def undo() -> None:
             self._scope = None

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.tree.model_tree import TIED, bare_modules, base_model_of, embedding_of, sharing_embedding
@@ -36,7 +36,7 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
     merging = {path: adapters for path, adapters in acting.items() if adapters}
     wanted = {id(layers[path].weight_module._parameters["weight"]) for path in merging}
     users: dict[int, set[int]] = {}
-    for module in reached_modules(model):
+    for module in called_modules(model):
         kept = [module.shared_weight] if isinstance(module, AdaptedLayer) else []
         for parameter in (*module._parameters.values(), *kept):
             if id(parameter) in wanted:
@@ -107,7 +107,7 @@ def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
     if None in ends or ends[0] is ends[1]:
         return
     seen: set[int] = set()
-    for module in reached_modules(model):
+    for module in called_modules(model):
         weight = module._parameters.get("weight")
         if weight is None or not any(weight is end for end in ends):
             continue

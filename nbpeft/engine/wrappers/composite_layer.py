@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbpeft.engine.changes.active_state import Active
+from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.contract.base import Composite
 from nbpeft.engine.peft_names.peft_modules import use_shown
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -79,7 +79,7 @@ class CompositeReplica(AdaptedComposite):
         return super().forward(*args, **kwargs)
 
 
-def _with_adapters(layer: AdaptedLayer, active: Active) -> nn.Module:
+def _with_adapters(layer: AdaptedLayer, active: ActiveAdapters) -> nn.Module:
     """The frozen layer, or a twin of it with another weight."""
     base = layer._own_base()
     weight = factored_weight(layer, base, active)

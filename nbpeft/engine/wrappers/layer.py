@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
-from nbpeft.engine.changes.reached import is_plain
-from nbpeft.engine.changes.spool import Spool
+from nbpeft.engine.changes.active_state import ActiveAdapters, ActiveState, LayerState, ReplicaState, RowAssignment
+from nbpeft.engine.changes.called_modules import is_plain
+from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
@@ -29,14 +29,14 @@ from nbpeft.engine.peft_names.peft_modules import (
     shown_under,
     use_shown,
 )
+from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
-from nbpeft.engine.wrappers.merged_twin import MergedTwin
 from nbpeft.engine.wrappers.row_order import check_row_order
 from nbpeft.errors import AdapterError, MergeError
 
 
 @dataclass
-class Stored:
+class WeightBackup:
     """The weight of a layer as it was at some time.
 
     Attributes:
@@ -51,7 +51,7 @@ class Stored:
     weight: Any
     bias: Tensor | None
     merged: tuple[str, ...]
-    frozen: Stored | None
+    frozen: WeightBackup | None
 
 
 class AdaptedLayer(PeftLayerMixin):
@@ -94,8 +94,8 @@ class AdaptedLayer(PeftLayerMixin):
     base: BaseLayer
     active_state: ActiveState | LayerState
     merged_names: tuple[str, ...]
-    _frozen: Stored | None
-    _twin: MergedTwin | None
+    _frozen: WeightBackup | None
+    _twin: FakeQuantLayer | None
     _shown: dict[str, Any]
     listed_apart: bool
     """Whether a handle on the model lists adapters that act on calls, as its own."""
@@ -119,7 +119,7 @@ class AdaptedLayer(PeftLayerMixin):
         """Path of what is adapted where the frozen layer is at a place."""
         return place
 
-    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+    def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
         """Takes the place of the frozen layer among the modules of its parent."""
         change.set_item(modules, attribute, self)
 
@@ -161,7 +161,7 @@ class AdaptedLayer(PeftLayerMixin):
             return fused
         return self._with_deltas(x, output, active)
 
-    def _alone(self, active: Active) -> Any:
+    def _alone(self, active: ActiveAdapters) -> Any:
         """The adapter here that is active at its trained strength, where no other is active in the model."""
         if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
             return None
@@ -174,17 +174,17 @@ class AdaptedLayer(PeftLayerMixin):
         adapters: Any = self.adapters._modules
         return any(name in adapters and adapters[name].is_quantization_aware for name in names)
 
-    def _rounded(self, x: Tensor, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def _rounded(self, x: Tensor, active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if active.rows is not None:
             raise AdapterError("adapters that act on rounded weights cannot serve rows of one batch: activate one")
         twin = self._twin
         if twin is None:
-            twin = self.__dict__["_twin"] = MergedTwin()
+            twin = self.__dict__["_twin"] = FakeQuantLayer()
         chosen = [pair for pair in zip(active.names, active.scales, strict=True) if pair[0] in self.adapters._modules]
         bases = {name: self._base_in(active, name) for name, _ in chosen}
         return twin.output(self, x, chosen, bases, args, kwargs)
 
-    def _with_deltas(self, x: Tensor, output: Tensor, active: Active) -> Tensor:
+    def _with_deltas(self, x: Tensor, output: Tensor, active: ActiveAdapters) -> Tensor:
         total: Tensor | None = None
         adapters = self.adapters._modules
         for name, scale in zip(active.names, active.scales, strict=True):
@@ -201,7 +201,7 @@ class AdaptedLayer(PeftLayerMixin):
             total = total.to(output.device)
         return add_delta(output, total)
 
-    def _base_in(self, active: Active, name: str) -> BaseLayer:
+    def _base_in(self, active: ActiveAdapters, name: str) -> BaseLayer:
         """The layer as an adapter sees it in the call that runs."""
         base = self._own_base()
         return base.within(active.context[name]) if name in active.context else base
@@ -222,13 +222,13 @@ class AdaptedLayer(PeftLayerMixin):
         replica.__class__ = LayerReplica
         return replica
 
-    def _mixed(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
+    def _mixed(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
         """A batch whose rows are served by different adapters."""
         adapters = self.adapters._modules
         present = [name for name in rows.names if name in adapters]
         if not present:
             return output
-        x, output = rows.spread(x), rows.spread(output)
+        x, output = rows.broadcast(x), rows.broadcast(output)
         check_row_order(rows, x, self)
         batch = output.shape[0]
         if self.training:
@@ -240,7 +240,7 @@ class AdaptedLayer(PeftLayerMixin):
             found: list[Any] = [adapters.get(name) for name in rows.names]
             served = serving.mixed(found, rows.scales, self._own_base(), kept)
             if served is not None:
-                return add_delta(output, served(x, rows.expanded(batch, x.device)))
+                return add_delta(output, served(x, rows.repeat_to(batch, x.device)))
         result = output.clone()
         for name in present:
             chosen = rows.rows_of(name, batch, output.device)
@@ -251,7 +251,7 @@ class AdaptedLayer(PeftLayerMixin):
                 result[chosen] = add_delta(output[chosen], delta)
         return result
 
-    def _learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
+    def _learning(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
         """A mixed batch that is learned from: each adapter drops from its rows what it would drop alone."""
         runs = rows.runs(len(output))
         sizes = [run.stop - run.start for _, run in runs]
@@ -261,7 +261,9 @@ class AdaptedLayer(PeftLayerMixin):
             parts.append(self._rows_learning(own_x, own_output, active, rows, name, run))
         return torch.cat(parts)
 
-    def _rows_learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows, name: str, run: slice) -> Tensor:
+    def _rows_learning(
+        self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment, name: str, run: slice
+    ) -> Tensor:
         """Neighbouring rows of one adapter; views, of which backward keeps nothing that it would not of the batch."""
         adapter: Any = self.adapters._modules.get(name)
         if adapter is None:
@@ -333,7 +335,7 @@ class AdaptedLayer(PeftLayerMixin):
             return
         self.check_mergeable([name for name, _ in chosen])
         self.restore_base(change)
-        frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
+        frozen = self._stored(apart=apart, spill=None if keep_frozen else change.spill)
         change.on_undo(lambda: self._put_back(frozen))
         if apart:
             self._part_weight()
@@ -345,7 +347,7 @@ class AdaptedLayer(PeftLayerMixin):
     @torch.no_grad()
     def take_out(self, adapters: Sequence[Adapter], change: Transaction, *, apart: bool) -> None:
         """Subtracts the parts that adapters start in from the weight for good; see ``merge_into_base`` for the rest."""
-        before = self._stored(apart=apart, spool=change.spool)
+        before = self._stored(apart=apart, spill=change.spill)
         change.on_undo(lambda: self._put_back(before))
         if apart:
             self._part_weight()
@@ -425,20 +427,20 @@ class AdaptedLayer(PeftLayerMixin):
         found = ((self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen)
         return [(delta, scale) for delta, scale in found if delta is not None]
 
-    def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
+    def _stored(self, *, apart: bool, spill: SpillFile | None = None) -> WeightBackup:
         """All that merging changes, as it is now; tensors as copies on the CPU.
 
         Args:
             apart: the weight itself stays as it is, and another parameter takes its place.
-            spool: keeps the weight, where it is an ordinary one.
+            spill: keeps the weight, where it is an ordinary one.
         """
         bias: Tensor | None = self.base.bias
         weight: Any = None
-        if not apart and spool is not None and self.backend.name == "dense":
-            weight = spool.keep(self.backend.dequantize(self.weight_module))
+        if not apart and spill is not None and self.backend.name == "dense":
+            weight = spill.keep(self.backend.dequantize(self.weight_module))
         elif not apart:
             weight = self.backend.snapshot(self.weight_module)
-        return Stored(
+        return WeightBackup(
             self.weight_module._parameters["weight"] if apart else None,
             weight,
             None if bias is None else bias.detach().to("cpu", copy=True),
@@ -447,7 +449,7 @@ class AdaptedLayer(PeftLayerMixin):
         )
 
     @torch.no_grad()
-    def _put_back(self, stored: Stored) -> None:
+    def _put_back(self, stored: WeightBackup) -> None:
         if stored.parameter is not None:
             self.weight_module._parameters["weight"] = stored.parameter
         else:
@@ -538,14 +540,14 @@ class AdaptedLayer(PeftLayerMixin):
         self.show_adapters()
         return super().__repr__()
 
-    def reached_children(self) -> tuple[nn.Module, nn.Module]:
+    def called_children(self) -> tuple[nn.Module, nn.Module]:
         """The frozen layer and the adapters: what is called, moved and put into another mode."""
         return self.base_layer, self.adapters
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode."""
         self.training = mode
-        for child in self.reached_children():
+        for child in self.called_children():
             child.train(mode)
         return self
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.active_state import ActiveState, LayerState, ReplicaState, Rows
+from nbpeft.engine.changes.active_state import ActiveState, LayerState, ReplicaState, RowAssignment
 from nbpeft.engine.peft_names.peft_layer_api import ChoosesAlone, one_or_all, refuse_pickle_of_peft
 from nbpeft.engine.peft_names.peft_modules import AdapterDict
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -115,12 +115,12 @@ class ModulesToSaveWrapper(ChoosesAlone):
         replica.__dict__["active_state"] = ReplicaState(self.active_state)
         return replica
 
-    def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _mixed(self, rows: RowAssignment, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A batch whose rows are served by different copies; the first argument is the batch."""
         copies: Any = self.modules_to_save._modules
         present = [name for name in rows.names if name in copies]
         if present and isinstance(x, Tensor):
-            check_row_order(rows, rows.spread(x), self)
+            check_row_order(rows, rows.broadcast(x), self)
         if self.training and isinstance(x, Tensor) and len(x) % len(rows.index) == 0:
             runs = [(copies.get(name, self.original_module), run) for name, run in rows.runs(len(x))]
             return torch.cat([module(x[run], *args, **kwargs) for module, run in runs])
@@ -132,7 +132,7 @@ class ModulesToSaveWrapper(ChoosesAlone):
             )
         if not present:
             return result
-        x, result = rows.spread(x.to(result.device)), rows.spread(result).clone()
+        x, result = rows.broadcast(x.to(result.device)), rows.broadcast(result).clone()
         for name in present:
             chosen = rows.rows_of(name, x.shape[0], x.device)
             if len(chosen):

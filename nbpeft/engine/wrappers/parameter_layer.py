@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, ActiveState
+from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, ActiveState
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.layer_kinds.parameter import ParameterView
@@ -50,7 +50,7 @@ class AdaptedOwner(AdaptedLayer):
         """A module that has the parameter as its ``weight``."""
         return self.base.module
 
-    def with_adapters(self, active: Active) -> FactoredWeight | None:
+    def with_adapters(self, active: ActiveAdapters) -> FactoredWeight | None:
         """The parameter with the products of active adapters; None where there are none, or they are merged."""
         return factored_weight(self, self._own_base(), active)
 
@@ -84,12 +84,12 @@ class AdaptedParameter(AdaptedOwner):
         """Path of the parameter where the module is at a place."""
         return f"{place}.{self.parameter_name}"
 
-    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+    def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
         """Takes the place of the module, or of the wrappers for other parameters that are there, around those."""
         there = modules[attribute]
         if not any(wrapper is self for wrapper in wrappers_of(there)):
             self._modules["base_layer"] = there
-            super().hang(modules, attribute, change)
+            super().attach(modules, attribute, change)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the active adapters' deltas on its parameters."""
@@ -125,13 +125,13 @@ class ParameterReplica(AdaptedParameter):
     def show_adapters(self) -> None:
         """Changes nothing."""
 
-    def with_adapters(self, active: Active) -> FactoredWeight | None:
+    def with_adapters(self, active: ActiveAdapters) -> FactoredWeight | None:
         """The same on the replica's device."""
         use_shown(self.adapters._modules, self._modules)
         return super().with_adapters(active)
 
 
-def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: Active) -> FactoredWeight | None:
+def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: ActiveAdapters) -> FactoredWeight | None:
     """The weight of an adapted module with the products of active adapters.
 
     Args:
@@ -183,13 +183,13 @@ def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: 
     check_row_order(rows, args[0], layers[0])
     parts = []
     for name, run in rows.runs(tokens.pop()):  # experts take tokens one by one, those of a row after those of another
-        alone = Active((name,), (rows.scales[rows.names.index(name)],)) if name else NONE_ACTIVE
+        alone = ActiveAdapters((name,), (rows.scales[rows.names.index(name)],)) if name else NO_ADAPTERS
         parts.append(_called(layers, [alone] * len(layers), tuple(value[run] for value in args), {}))
     return torch.cat(parts)
 
 
 def _called(
-    layers: Sequence[AdaptedParameter], active: Sequence[Active], args: tuple[Any, ...], kwargs: dict[str, Any]
+    layers: Sequence[AdaptedParameter], active: Sequence[ActiveAdapters], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls the module inside some wrappers with other values of their parameters, which it keeps."""
     found = {layer.parameter_name: layer.with_adapters(one) for layer, one in zip(layers, active, strict=True)}

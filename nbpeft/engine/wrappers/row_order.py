@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.active_state import ActiveState, Rows
+from nbpeft.engine.changes.active_state import ActiveState, RowAssignment
 from nbpeft.errors import AdapterError
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -47,7 +47,7 @@ def _tokens(values: Tensor) -> tuple[int, ...]:
     return tuple(values.shape[:-1] if values.is_floating_point() else values.shape)
 
 
-def check_row_order(rows: Rows, x: Tensor, layer: Any) -> None:
+def check_row_order(rows: RowAssignment, x: Tensor, layer: Any) -> None:
     """Refuses an input whose shape shows that it is not in the order of the rows of a mixed batch.
 
     Rows that were reordered without another shape pass; see the module's docstring.

@@ -33,7 +33,7 @@ def inspect_adapter(manager: AdapterManager, name: str, *, intruders: bool = Fal
         MergeError: adapters are merged, so that the frozen weights cannot be seen.
     """
     manager.require_available(name)
-    with manager.provided([name]):
+    with manager.ensure_loaded([name]):
         manager.require(name)
         manager.refuse_merged("inspecting")
         found = (*_layers(manager, name), *_copies(manager, name))

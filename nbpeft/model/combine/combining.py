@@ -87,7 +87,7 @@ def combine_adapters(
     check_name(name)
     if name in manager.configs:
         raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
-    with manager.provided(adapters), manager.deciding():
+    with manager.ensure_loaded(adapters), manager.deciding():
         return _combined(manager, adapters, weights, name, settings)
 
 

@@ -75,7 +75,7 @@ def convert_to_lora(
         ConfigError: the rank is impossible.
     """
     manager = _manager_with(model, adapter_name, rank)
-    with manager.provided((adapter_name,)), manager.active_state.turn():
+    with manager.ensure_loaded((adapter_name,)), manager.active_state.hold():
         made = converted(manager, adapter_name, rank, progressbar=progressbar)
     config: Any = made.plan.config
     tensors = checkpoint.to_file(made.weights, peft_type=method_of(config).peft_type)
@@ -113,8 +113,8 @@ def save_as_lora(
         made = converted(manager, name, rank, progressbar=progressbar)
         return made.plan.config, AdapterWeights(made.weights.adapters, weights.copies, weights.base)
 
-    with manager.provided((adapter_name,)):
-        files.save(manager, path, names=[adapter_name], flat=True, rewrite=rewrite, stays=False)
+    with manager.ensure_loaded((adapter_name,)):
+        files.save(manager, path, names=[adapter_name], flat=True, rewrite=rewrite, mark_saved=False)
 
 
 def _manager_with(model: nn.Module, name: str, rank: int | float) -> AdapterManager:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.tree.model_tree import manager_of
 
 
@@ -25,7 +25,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module of a model back into the mode it was in."""
-    modes = [(module, module.training) for module in reached_modules(model)]
+    modes = [(module, module.training) for module in called_modules(model)]
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Rescales
 from nbpeft.errors import AdapterError, ConfigError, NbpeftError, did_you_mean
 from nbpeft.model.handle.peft_model import PeftModel
@@ -45,7 +45,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     # The adapters themselves: inside the block one may get another name, or be deleted.
-    adapters = [module for module in reached_modules(model) if isinstance(module, Rescales)]
+    adapters = [module for module in called_modules(model) if isinstance(module, Rescales)]
     if not adapters:
         raise AdapterError("scaling is only supported for models with `LoraLayer`s: none here has a scaling")
     with ExitStack() as stack:

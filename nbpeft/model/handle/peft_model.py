@@ -21,7 +21,7 @@ from nbpeft.engine.runtime.method_hooks import (
     prepares_calls,
     transforms_calls,
 )
-from nbpeft.engine.runtime.scopes import ScopedChoice
+from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model.handle import prompts
@@ -322,7 +322,7 @@ class PeftModel(nn.Module):
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
         with (
-            self.manager.active_state.turn(),
+            self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
             kwargs = of_the_model(self.manager, kwargs)
@@ -331,14 +331,14 @@ class PeftModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; while a training runs in the background, only that does."""
-        turns = self.manager.active_state.turns
+        turns = self.manager.active_state.gate
         return self if turns is not None and not turns.is_mine else super().train(mode)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Runs the base model's ``generate``; activating other adapters meanwhile takes effect in the next call."""
         self._check_live()
         with (
-            self.manager.active_state.turn(),
+            self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
             kwargs = {**generation_arguments(self.manager), **of_the_model(self.manager, kwargs)}
@@ -376,7 +376,7 @@ class PeftModel(nn.Module):
         self._check_live()
         remove_adapters(self.manager, adapter_name)
 
-    def disable_adapter(self) -> ScopedChoice:
+    def disable_adapter(self) -> AdapterContext:
         """Context manager: disables all adapters inside the block; afterwards everything is as before.
 
         This applies to the thread or asyncio task that runs the block only. Code compiled by ``torch.compile``
@@ -386,7 +386,7 @@ class PeftModel(nn.Module):
         warn_of_trained_biases(self.manager)
         return self.manager.disabled()
 
-    def use(self, adapter_names: str | Sequence[str]) -> ScopedChoice:
+    def use(self, adapter_names: str | Sequence[str]) -> AdapterContext:
         """Context manager: activates other adapters inside the block, for its thread or task as ``disable_adapter``."""
         self._check_live()
         return self.manager.use(adapter_names)

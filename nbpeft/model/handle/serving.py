@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.changes.active_state import NONE_ACTIVE, Active, Rows
+from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, RowAssignment
 from nbpeft.engine.config.adapter_names import BASE_NAME
 from nbpeft.engine.contract.combination import check_weights
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -84,7 +84,7 @@ def serving_rows(
         raise AdapterError(f"adapter_names must have one name for each row of the batch, not {strange!r}")
     # Rows are assigned inside the call, too.
     with (
-        manager.provided(names),
+        manager.ensure_loaded(names),
         manager.active_state.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
         note_calls(manager.model, manager.active_state),
     ):
@@ -98,7 +98,7 @@ def _assigned(
     kwargs: Mapping[str, Any],
     *,
     disabled_too: bool,
-) -> Active:
+) -> ActiveAdapters:
     """Returns what is active in a mixed batch; the first tensor among the arguments says how many rows it has."""
     if manager.merged:
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
@@ -110,10 +110,10 @@ def _assigned(
     names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
     manager.require(*names)
     if not manager.enabled and not disabled_too:
-        return NONE_ACTIVE
+        return NO_ADAPTERS
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)
-    active = Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
+    active = ActiveAdapters(rows=RowAssignment(names, index, tuple(manager.scale(name) for name in names)))
     return in_call(manager.configs, active, args, kwargs)
 
 
@@ -138,11 +138,11 @@ def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[N
     names = tuple(name for name, weight in weights.items() if weight)
     manager.require_available(*weights)
 
-    def chosen() -> Active:
+    def chosen() -> ActiveAdapters:
         manager.refuse_merged("blending")
         manager.require(*names)
         scales = tuple(weights[name] * manager.scale(name) for name in names)
-        return Active(names, scales) if names else NONE_ACTIVE
+        return ActiveAdapters(names, scales) if names else NO_ADAPTERS
 
-    with manager.provided(names), manager.active_state.call(chosen):
+    with manager.ensure_loaded(names), manager.active_state.call(chosen):
         yield

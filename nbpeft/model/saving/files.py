@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.trained import mark_saved
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.config.module_paths import wrapper_places
@@ -27,7 +27,7 @@ from nbpeft.engine.peft_names.peft_modules import shown_name
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import bare_modules, embedding_of, manager_of
-from nbpeft.engine.wrappers.merged_twin import is_prepared_quantization_aware
+from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 from nbpeft.model.saving.given_configs import take_given
 from nbpeft.model.saving.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
@@ -332,7 +332,7 @@ def _device(manager: AdapterManager, wanted: object) -> str:
     """Returns the device to read to: the one asked for, or the base model's if it is on one device only."""
     if wanted is not None:
         return str(wanted)
-    held = (module._parameters.values() for module in reached_modules(manager.model))
+    held = (module._parameters.values() for module in called_modules(manager.model))
     devices = {str(parameter.device) for own in held for parameter in own if parameter is not None}
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 
@@ -358,7 +358,7 @@ def save(
     flat: bool = False,
     initial: str | os.PathLike[str] | None = None,
     rewrite: Rewrite | None = None,
-    stays: bool = True,
+    mark_saved: bool = True,
     facts: checkpoint.CardFacts | None = None,
     pickled: bool = False,
     write: bool = True,
@@ -377,7 +377,7 @@ def save(
         initial: write adapters that started in a part of the base as plain LoRA for the whole of it; a folder of the
             adapter as it was at its start, which is read for one on a base without that part.
         rewrite: (name, config, tensors) -> what is written in their place.
-        stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
+        mark_saved: whether the folder is one that stays, so that the adapters are no longer unsaved.
         facts: what the card says besides the config.
         pickled: write the tensors as PEFT's old ``.bin``.
         write: whether this process writes.
@@ -392,7 +392,7 @@ def save(
     """
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
-    with manager.active_state.turn():  # a training in the background writes into what is read here
+    with manager.active_state.hold():  # a training in the background writes into what is read here
         print_ = _fingerprint(manager, take=write) if base is None else base
         places: dict[str, str] = {}
         notes: dict[str, Mapping[str, str]] = {}
@@ -434,7 +434,7 @@ def save(
     for name in chosen:
         if notes[places[name]]:
             mark_left(manager, name)
-    if stays:
+    if mark_saved:
         note_saved(manager, targets)
     else:  # something made of the adapters, or a copy that goes again
         note_written_over(targets.values())
@@ -461,7 +461,7 @@ def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str
     """
     home = Path(os.path.expanduser(folder))
     targets = {name: home if name == _ROOT_ADAPTER else home / name for name in manager.names}
-    with manager.active_state.turn():
+    with manager.active_state.hold():
         base = _fingerprint(manager) if any(target.is_dir() for target in targets.values()) else None
         for name, target in targets.items():
             if target.is_dir():
@@ -757,7 +757,7 @@ def push(
             if present:
                 (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
-        save(manager, folder, names=names, flat=name is not None, facts=facts, stays=False)
+        save(manager, folder, names=names, flat=name is not None, facts=facts, mark_saved=False)
         if not replace:
             own = (folder / checkpoint.CONFIG_NAME).read_text(encoding="utf-8")
             found = checkpoint.other_config(checkpoint.present_file(repo_id, checkpoint.CONFIG_NAME, **hub), own)

@@ -93,7 +93,7 @@ class MergeErrors:
         added = math.hypot(*(layer.delta_norm for layer in self.layers))
         return error * math.hypot(*(layer.norm for layer in self.layers)) / added if added else 0.0
 
-    def delta_words(self, error: float) -> str:
+    def delta_message(self, error: float) -> str:
         """Returns ``of_delta`` as text: ``7.1 %``, ``112 %``."""
         percent = 100 * self.of_delta(error)
         return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
@@ -105,7 +105,7 @@ class MergeErrors:
     def __str__(self) -> str:
         ways = [] if self.requantized is None else [("quantized again", self.requantized)]
         parts = [
-            f"{way} {error:.2g} ({self.delta_words(error)} of what the adapter adds)"
+            f"{way} {error:.2g} ({self.delta_message(error)} of what the adapter adds)"
             for way, error in [*ways, (f"in {self.dtype}", self.full_precision)]
         ]
         return f"relative error of the merged weights: {', '.join(parts)}"

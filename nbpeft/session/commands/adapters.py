@@ -168,7 +168,7 @@ def _reconfigured(
     trainable: bool,
 ) -> InjectionPlan:
     """Give an adapter another config; its weights stay where they mean the same under that."""
-    from nbpeft.engine.runtime.kept import fresh_copies, keeps_weights
+    from nbpeft.engine.runtime.snapshots import fresh_copies, keeps_weights
 
     manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
     steps = tracked.steps_of([name])
@@ -187,7 +187,7 @@ def _reconfigured(
                 manager.unsaved |= {name} if kept.unsaved else set()
     if stays:
         tracked.trained_steps[name] = (manager.configs[name], *steps)
-    notes.append(what_becomes_of_weights(stays=stays, unsaved=kept.unsaved))
+    notes.append(weights_message(stays=stays, unsaved=kept.unsaved))
     return planned
 
 
@@ -195,7 +195,7 @@ def _nothing(manager: AdapterManager, name: str) -> None:
     """Of an adapter that keeps its weights, nothing is left to do."""
 
 
-def what_becomes_of_weights(*, stays: bool, unsaved: bool, done: bool = True) -> str:
+def weights_message(*, stays: bool, unsaved: bool, done: bool = True) -> str:
     """What a note says of the weights of an adapter that is reconfigured.
 
     Args:
@@ -233,7 +233,7 @@ def preview(
         ConfigError: a field is unknown or impossible.
         TargetError: the targets do not match the model.
     """
-    from nbpeft.engine.runtime.kept import keeps_weights
+    from nbpeft.engine.runtime.snapshots import keeps_weights
 
     count = 1
     if isinstance(config, Mapping):
@@ -250,7 +250,7 @@ def preview(
         made = completed(made, tracked, base)
         if tracked is not None and replaces:
             stays = keeps_weights(tracked.manager, name, tracked.manager.plan(made, name))
-            notes.append(what_becomes_of_weights(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
+            notes.append(weights_message(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
         result = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
         return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
 

@@ -157,7 +157,7 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
 
     check_weights(tuple(weights), tuple(weights.values()))
     manager.require_available(*weights)
-    with manager.provided(tuple(weights)):
+    with manager.ensure_loaded(tuple(weights)):
         combine = combine_of(manager, tuple(weights))
     chosen = settings["combination_type"]
     if chosen not in combine.types:

@@ -53,7 +53,7 @@ def convert(
             f"{tracked.name} has an adapter {made_name!r} already{unsaved_words(manager, made_name)}; take another name"
             + ("" if made_name == name else ", or replace it (replace=…)")
         )
-    with ctx.command(f"converting {name!r}", slow=True) as notes, manager.provided((name,)):
+    with ctx.command(f"converting {name!r}", slow=True) as notes, manager.ensure_loaded((name,)):
         made = converted(manager, name, rank)
         config: Any = made.plan.config
         if isinstance(rank, float):  # each layer's is in the patterns; this one is what people read

@@ -290,7 +290,7 @@ class MemoryPlanner:
         self, setting: Setting, parts: tuple[MemoryPart, ...], suggestions: tuple[Suggestion, ...], room: Room
     ) -> PlanResult:
         from nbpeft.memory.estimate import weights_of
-        from nbpeft.memory.processor import slow_here, slow_words
+        from nbpeft.memory.processor import slow_dtype_message, slow_here
 
         settings, config = self._settings(setting), setting.adapter_config
         adapter = "" if config is None else _in_words(config)
@@ -299,7 +299,7 @@ class MemoryPlanner:
         found = (self._stored_note, experts, whole, _CUDA_NOTE if _is_graphics(room) else "")
         notes = tuple(note for note in found if note)
         if room.on_cpu and slow_here(setting.dtype):
-            notes = (*notes, slow_words(setting.dtype))
+            notes = (*notes, slow_dtype_message(setting.dtype))
         return PlanResult(self.name, self.class_name, adapter, settings, parts, room, suggestions, notes)
 
 

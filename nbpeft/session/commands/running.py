@@ -33,10 +33,10 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
         BusyError: something runs already.
         NbpeftError: it cannot begin.
     """
-    from nbpeft.engine.changes.turns import Turns
+    from nbpeft.engine.changes.step_gate import StepGate
 
     description, state = f"training {names}", tracked.manager.active_state
-    turns = Turns(tracked.model, description)
+    turns = StepGate(tracked.model, description)
     training = BackgroundTraining(description, turns)
 
     def working(running: BackgroundTraining) -> TrainResult:

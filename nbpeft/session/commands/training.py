@@ -189,7 +189,7 @@ def _trained(
 ) -> TrainResult:
     """Train, in the thread that runs this; adapters that learned nothing are as they were before."""
     from nbpeft.training import is_plain, open_data, train
-    from nbpeft.training.adapters.adapted import trained_names
+    from nbpeft.training.adapters.adapted_model import trained_names
 
     trained, manager = tracked.model, tracked.manager
     together = plan_sweep(tracked, arguments)
@@ -203,7 +203,7 @@ def _trained(
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
         run = _run(ctx, tracked, watched, total_steps, **options)
         if not arguments.get("resume_from_checkpoint"):
-            run.goes_on_from(*tracked.steps_of(names))
+            run.continue_from(*tracked.steps_of(names))
         made.append(run)
         return run
 

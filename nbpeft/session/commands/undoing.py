@@ -78,7 +78,7 @@ def _what_to_undo(
 
 def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     """Brings the last adapter back that is gone from a model."""
-    from nbpeft.engine.runtime.kept import put_back
+    from nbpeft.engine.runtime.snapshots import restore
 
     manager = tracked.manager
     refuse_in_training(ctx, tracked, "undone")
@@ -90,7 +90,7 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     with ctx.command(f"bringing back {name!r}") as notes:
         with manager.transaction() as change:
             _refuse_taken(tracked, past)
-            put_back(manager, kept, in_place=past.in_place and name in manager.configs)
+            restore(manager, kept, in_place=past.in_place and name in manager.configs)
             ctx.history.drop_last(manager, change)
             change.keep_attributes(tracked, "requested")
             change.keep(tracked.combinations)
@@ -144,7 +144,7 @@ def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
         AdapterError: what took the place was trained and is not saved.
         AdapterExistsError: the name was given to another adapter since.
     """
-    from nbpeft.engine.runtime.kept import has_weights
+    from nbpeft.engine.runtime.snapshots import has_weights
 
     name = past.kept.name
     present = tracked.manager.configs.get(name)

@@ -48,7 +48,7 @@ class MergedCopy(Result):
         return f"{self.dtype}, {size(self.byte_count)} in {plural(len(self.shard_bytes), 'file')}"
 
     def _both(self, error: float) -> tuple[str, str]:
-        return _figure(error), self.errors.delta_words(error)
+        return _figure(error), self.errors.delta_message(error)
 
     def view(self) -> Card:
         """The error of each way to merge, and the layers that lose most."""

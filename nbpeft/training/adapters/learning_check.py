@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nbpeft.engine.calls.model_calls import class_names
 from nbpeft.engine.tree.model_tree import embedding_of
-from nbpeft.training.adapters.adapted import base_of, is_adapted, module_path, trainable
+from nbpeft.training.adapters.adapted_model import base_of, is_adapted, module_path, trainable
 
 PATIENCE = 10
 """Steps after which the weights must have changed; a warm-up may spend the first at rate zero."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.errors import CorruptCheckpointError
-from nbpeft.training.adapters.adapted import trainable
+from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.adapters.method_state import method_state, read_state, set_method_state
 
 _METHOD = "method:"

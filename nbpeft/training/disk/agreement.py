@@ -14,7 +14,7 @@ from nbpeft.errors import CheckpointError, in_one_line
 from nbpeft.training.disk.checkpoints import write_errors
 
 
-def several_processes() -> bool:
+def is_distributed() -> bool:
     """Whether this process trains together with others."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
@@ -24,18 +24,18 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks for all."""
-    return not several_processes() or distributed.get_rank() == 0
+    return not is_distributed() or distributed.get_rank() == 0
 
 
-def of_the_first(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """What the first process has; every process must call it.
 
     Args:
         value: of this process; pickled where there are several.
     """
-    if not several_processes():
+    if not is_distributed():
         return value
     sent = [value]
     distributed.broadcast_object_list(sent, 0, group=_on_the_cpu())
@@ -54,7 +54,7 @@ def _on_the_cpu() -> Any:
     return _groups[world]
 
 
-def write_together(put: Callable[[Callable[[Path], object]], object], write: Callable[[Path], object]) -> None:
+def save_collectively(put: Callable[[Callable[[Path], object]], object], write: Callable[[Path], object]) -> None:
     """Writes a folder of which each process has a part; every process must call it.
 
     Args:
@@ -64,12 +64,12 @@ def write_together(put: Callable[[Callable[[Path], object]], object], write: Cal
     Raises:
         CheckpointError: it cannot be written. The first process raises it, the others go on.
     """
-    if not several_processes():
+    if not is_distributed():
         put(write)
-    elif is_first():
+    elif is_main_process():
         _put_for_all(put, write)
     else:
-        folder = of_the_first(None)
+        folder = broadcast_from_rank0(None)
         if folder is not None:
             _write_in_step(write, folder)
 
@@ -80,14 +80,14 @@ def _put_for_all(put: Callable[[Callable[[Path], object]], object], write: Calla
     def together(folder: Path) -> None:
         nonlocal announced
         announced = True
-        of_the_first(folder)
+        broadcast_from_rank0(folder)
         _write_in_step(write, folder)
 
     try:
         put(together)
     finally:
         if not announced:
-            of_the_first(None)
+            broadcast_from_rank0(None)
 
 
 def _write_in_step(write: Callable[[Path], object], folder: Path) -> None:
@@ -100,5 +100,5 @@ def _write_in_step(write: Callable[[Path], object], folder: Path) -> None:
         problem = in_one_line(error)
     told: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(told, problem, group=_on_the_cpu())
-    if is_first() and any(told):
+    if is_main_process() and any(told):
         raise CheckpointError(next(filter(None, told)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import TrainingError
-from nbpeft.training.adapters.adapted import trained_names
+from nbpeft.training.adapters.adapted_model import trained_names
 
 
 def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: bool) -> str:
@@ -32,9 +32,9 @@ def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: 
         raise TrainingError("the model carries no adapters")
     from nbpeft.model.saving import files  # tracking a loop imports no more than it needs
     from nbpeft.model.saving.sharded import is_sharded
-    from nbpeft.training.disk.agreement import several_processes
+    from nbpeft.training.disk.agreement import is_distributed
 
-    if not together and several_processes() and is_sharded(manager.model):  # it would wait for the others for ever
+    if not together and is_distributed() and is_sharded(manager.model):  # it would wait for the others for ever
         raise TrainingError("each process has a part of the model, and one alone was asked: use Trainer.save_model")
     names = trained_names(model)
     place = _free(Path(folder or "."), f"{names[0] if len(names) == 1 else 'adapters'}-step-{step}")

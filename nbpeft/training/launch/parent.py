@@ -23,7 +23,7 @@ from nbpeft.memory.formatting import size_text
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState, TrainStatus
-from nbpeft.training.adapters.adapted import base_of
+from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.method_state import read_method_state
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
 from nbpeft.training.launch.processes import Failure, Launch, Processes
@@ -37,7 +37,7 @@ _TO_END = 120.0
 """Seconds that processes have to end after the adapter was saved."""
 
 
-def train_apart(
+def train_in_subprocesses(
     model: nn.Module, run: Run, launch: Launch, rows: Any, eval_rows: Any, arguments: Mapping[str, Any]
 ) -> dict[str, float]:
     """Trains a copy of a model in other processes, and gives the model the adapters that come of it.

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from nbpeft.training.disk.agreement import is_first, of_the_first
+from nbpeft.training.disk.agreement import broadcast_from_rank0, is_main_process
 from nbpeft.training.monitor.control import RunControl
 
 _STOP, _PAUSE, _SAVE = range(3)
@@ -41,7 +41,7 @@ class SharedControl(RunControl):
     @property
     def writes(self) -> bool:  # type: ignore[override]  # a constant where there is one process
         """Whether this process writes what is saved."""
-        return is_first()
+        return is_main_process()
 
     def wait_for_stop(self, timeout: float) -> bool:
         """Waits until the run is to end after the step that it has just done, at most ``timeout`` seconds.
@@ -55,7 +55,7 @@ class SharedControl(RunControl):
     def _deliver(self) -> None:
         with self._guard:
             wanted, self._wanted[_SAVE] = list(self._wanted), False
-        stop, pause, save = of_the_first(wanted)
+        stop, pause, save = broadcast_from_rank0(wanted)
         if stop:
             self.request_stop(self._reason)
         if pause != self._paused:

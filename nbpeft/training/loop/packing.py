@@ -16,7 +16,7 @@ from nbpeft.engine.tree.model_tree import is_quantized, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
 from nbpeft.model.from_data.observing import evaluated
 from nbpeft.names import LOSS_WEIGHTS
-from nbpeft.training.adapters.adapted import base_of, main_dtype
+from nbpeft.training.adapters.adapted_model import base_of, main_dtype
 from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined, prepare_data
 from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.tree.model_tree import is_quantized, quantization_method
-from nbpeft.engine.wrappers.merged_twin import set_quantization_aware
+from nbpeft.engine.wrappers.fake_quant import set_quantization_aware
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.memory.checkpointing import enable_checkpointing
 

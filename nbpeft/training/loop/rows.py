@@ -18,7 +18,7 @@ from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
 from nbpeft.names import LOSS_WEIGHTS
-from nbpeft.training.adapters.adapted import base_of, call_columns
+from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import (
     Collator,
     ModelInputs,

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.training.disk.agreement import several_processes
+from nbpeft.training.disk.agreement import is_distributed
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run, StopRun
 
@@ -57,7 +57,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ends a run that is resumed after its last step: a Trainer would do one more."""
-        if 0 < state.max_steps <= state.global_step and self.run.entered and not several_processes():
+        if 0 < state.max_steps <= state.global_step and self.run.entered and not is_distributed():
             self.run.note(f"no step was left: it had finished at step {state.global_step:,}")
             raise StopRun(self.run, finished=True)
 
@@ -109,7 +109,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Carries out Pause during an evaluation, and Stop where the run can end it at once."""
-        if self.run.wait_or_stop() and self.run.entered and not several_processes():
+        if self.run.wait_or_stop() and self.run.entered and not is_distributed():
             raise StopRun(self.run)
 
     def on_epoch_end(
@@ -163,7 +163,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
     Processes that end at different steps would wait for each other for ever.
     """
-    if not several_processes():
+    if not is_distributed():
         return flag
     flags = torch.tensor([int(flag)], device=device)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)

@@ -24,10 +24,10 @@ from torch import nn
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
-from nbpeft.memory.processor import slow_dtype, slow_words
+from nbpeft.memory.processor import slow_dtype, slow_dtype_message
 from nbpeft.state import Curve, MemberState, MemoryState, Sample, TrainState, TrainStatus
 from nbpeft.sweeps import stem_of
-from nbpeft.training.adapters.adapted import trained_names
+from nbpeft.training.adapters.adapted_model import trained_names
 from nbpeft.training.adapters.learning_check import LearningCheck
 from nbpeft.training.adapters.optimizer_steps import watch_steps
 from nbpeft.training.disk.save_now import save_adapters
@@ -184,7 +184,7 @@ class Run:
                 weakref.finalize(self, self._end_watching)
                 self._warn(self._check.before())
                 slow = slow_dtype(model)
-                self.note(slow_words(slow) if slow is not None else "")
+                self.note(slow_dtype_message(slow) if slow is not None else "")
         self.publish(force=True)
 
     def step(
@@ -320,7 +320,7 @@ class Run:
                 self._check.close()
                 self._check = None
 
-    def goes_on_from(self, steps: int, run_name: str = "") -> None:
+    def continue_from(self, steps: int, run_name: str = "") -> None:
         """Says that the weights at its start are those of earlier runs.
 
         Args:

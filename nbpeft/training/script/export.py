@@ -22,7 +22,7 @@ from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
-from nbpeft.training.adapters.adapted import base_of, main_dtype, trained_names
+from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream, open_data
 from nbpeft.training.data.reading import reading
 from nbpeft.training.disk.kept_arguments import plain

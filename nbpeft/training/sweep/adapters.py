@@ -21,7 +21,7 @@ from nbpeft.engine.runtime.method_hooks import learns_with_hooks
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
-from nbpeft.training.adapters.adapted import trainable
+from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
@@ -104,7 +104,7 @@ def _members(model: Any, given: Mapping[str, Any]) -> Iterator[SideBySide]:
             group = SideBySide(model, found)
             manager.activate(group.names[0])  # what else was active would train along
             with group.opened:
-                group.opened.enter_context(manager.use(group.names, apart=True))
+                group.opened.enter_context(manager.use(group.names, independent=True))
                 _check_alone(model, group)
                 with held.released():
                     yield group

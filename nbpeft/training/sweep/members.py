@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.display import numbers
-from nbpeft.engine.changes.active_state import Active, Call
+from nbpeft.engine.changes.active_state import ActiveAdapters, Call
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.errors import AdapterError, ConfigError
@@ -188,7 +188,7 @@ class SideBySide:
 
     def alone(self, member: Member) -> Call:
         """A context for calls of the model in which one adapter serves all rows."""
-        return self._manager.active_state.call(Active((member.name,), (self._manager.scale(member.name),)))
+        return self._manager.active_state.call(ActiveAdapters((member.name,), (self._manager.scale(member.name),)))
 
     def stop(self, name: str, status: MemberStatus = "stopped") -> None:
         """Takes an adapter's rows out of the batch from the next step on; it keeps what it learned."""
@@ -231,7 +231,7 @@ class SideBySide:
             for field in changed:
                 member.settings.setdefault(field, setting_text(getattr(member.arguments, field)))
         self.members += (clone,)
-        self.opened.enter_context(self._manager.use(self.names, apart=True))
+        self.opened.enter_context(self._manager.use(self.names, independent=True))
         return clone
 
     def _free_name(self, source: Member, changed: Mapping[str, Any]) -> str:

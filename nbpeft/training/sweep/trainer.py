@@ -18,7 +18,7 @@ from transformers.training_args import TrainingArguments
 from nbpeft.engine.changes.random_numbers import random_state, set_random_state
 from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.model.handle.serving import serving_rows
-from nbpeft.training.adapters.adapted import base_of
+from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.extra_loss import loss_divisor
 from nbpeft.training.disk.kept_arguments import is_plain_value
 from nbpeft.training.monitor.control import CloneRequest

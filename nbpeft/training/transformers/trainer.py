@@ -28,7 +28,7 @@ from nbpeft.losses import (
 )
 from nbpeft.losses import without_logits as without_lazy_logits
 from nbpeft.names import LOSS_CHUNK_SIZE, LOSS_WEIGHTS
-from nbpeft.training.adapters.adapted import call_columns
+from nbpeft.training.adapters.adapted_model import call_columns
 from nbpeft.training.adapters.method_state import note
 from nbpeft.training.transformers.trainer_patch import patch_trainer
 

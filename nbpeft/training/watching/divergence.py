@@ -24,10 +24,10 @@ from transformers.training_args import TrainingArguments
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.changes.trained import mark_saved
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.training.adapters.adapted import trainable, trained_names
+from nbpeft.training.adapters.adapted_model import trainable, trained_names
 from nbpeft.training.adapters.learning_check import PATIENCE, TOO_HIGH, have_exploded
 from nbpeft.training.adapters.snapshot import Snapshot
-from nbpeft.training.disk.agreement import of_the_first
+from nbpeft.training.disk.agreement import broadcast_from_rank0
 from nbpeft.training.monitor.callback import any_process
 from nbpeft.training.monitor.run import Run
 
@@ -56,7 +56,7 @@ class Seldom:
     @property
     def due(self) -> bool:
         """Whether it is time; with several processes the first one says it for all."""
-        return bool(of_the_first(self._clock() >= self._next))
+        return bool(broadcast_from_rank0(self._clock() >= self._next))
 
     def __call__(self, act: Callable[[], object]) -> None:
         """Does it, and puts off the next time by what it took."""

@@ -252,7 +252,7 @@ def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
 
 def waits(model: PeftModel) -> bool:
     """Whether a training in the background lets this thread wait for the end of its step."""
-    turns = model.manager.active_state.turns
+    turns = model.manager.active_state.gate
     return turns is not None and not turns.is_mine
 
 
@@ -265,12 +265,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Args:
         model: adapted or bare.
     """
-    from nbpeft.engine.changes.reached import reached_modules
+    from nbpeft.engine.changes.called_modules import called_modules
     from nbpeft.engine.tree.model_tree import manager_of  # here, as they import torch
 
     held, manager = HeldInterrupts(), manager_of(model)
-    with nullcontext() if manager is None else manager.active_state.turn(__name__), held:
-        training = [module for module in reached_modules(model) if module.training]
+    with nullcontext() if manager is None else manager.active_state.hold(__name__), held:
+        training = [module for module in called_modules(model) if module.training]
         try:
             if training:
                 model.eval()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbpeft.engine.changes.active_state import _ENTERED_BY, NONE_ACTIVE, Active, ActiveState, Rows
+from nbpeft.engine.changes.active_state import _ENTERED_BY, NO_ADAPTERS, ActiveAdapters, ActiveState, RowAssignment
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.model.handle.serving import blended
 from tests.tiny_models import adapted, tokens
@@ -50,7 +50,7 @@ def test_the_block_of_a_call_is_that_of_who_calls_the_model() -> None:
 
 def test_a_running_call_keeps_what_it_started_with() -> None:
     switch = ActiveState()
-    switch.live = Active(("a",), (1.0,))
+    switch.live = ActiveAdapters(("a",), (1.0,))
     seen = []
     started, go_on = threading.Event(), threading.Event()
 
@@ -66,7 +66,7 @@ def test_a_running_call_keeps_what_it_started_with() -> None:
     thread = threading.Thread(target=call)
     thread.start()
     started.wait(PATIENCE)
-    switch.live = Active(("b",), (1.0,))
+    switch.live = ActiveAdapters(("b",), (1.0,))
     assert switch.current().names == ("b",)
     go_on.set()
     thread.join(PATIENCE)
@@ -107,12 +107,12 @@ def test_a_change_from_inside_a_call_is_refused() -> None:
 def test_the_thread_that_changes_may_call() -> None:
     switch = ActiveState()
     with exclusive(switch), exclusive(switch), switch.call():
-        assert switch.current() is NONE_ACTIVE
+        assert switch.current() is NO_ADAPTERS
 
 
 def test_copies_have_their_own_gate() -> None:
     switch = ActiveState()
-    switch.live = Active(("a",), (1.0,))
+    switch.live = ActiveAdapters(("a",), (1.0,))
     for twin in (copy.deepcopy(switch), pickle.loads(pickle.dumps(switch))):
         assert twin.live == switch.live
         with exclusive(switch), twin.call():
@@ -120,10 +120,10 @@ def test_copies_have_their_own_gate() -> None:
 
 
 def test_rows_are_repeated_for_beams_and_must_fit() -> None:
-    rows = Rows(("a", "b"), (0, -1, 1), (1.0, 1.0))
+    rows = RowAssignment(("a", "b"), (0, -1, 1), (1.0, 1.0))
     device = torch.device("cpu")
-    assert rows.expanded(6, device).tolist() == [0, 0, -1, -1, 1, 1]
+    assert rows.repeat_to(6, device).tolist() == [0, 0, -1, -1, 1, 1]
     assert rows.rows_of("b", 6, device).tolist() == [4, 5]
-    assert rows.expanded(6, device) is rows.expanded(6, device)
+    assert rows.repeat_to(6, device) is rows.repeat_to(6, device)
     with pytest.raises(AdapterError, match="3 names for 4 rows"):
-        rows.expanded(4, device)
+        rows.repeat_to(4, device)

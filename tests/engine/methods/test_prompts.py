@@ -36,7 +36,7 @@ from transformers import (
 import nbpeft
 from nbpeft.engine.config.prompt_config import PromptLearningConfig
 from nbpeft.engine.contract.registry import Method, methods
-from nbpeft.engine.runtime.kept import keep, put_back
+from nbpeft.engine.runtime.snapshots import restore, snapshot
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.model.handle.serving import blended
@@ -497,10 +497,10 @@ def test_copies_of_the_model_are_its_own(method: Method, fields: dict[str, Any])
         randomize(twin, seed=5)
         assert not torch.equal(twin(**inputs).logits, expected)
     assert torch.equal(model(**inputs).logits, expected)
-    kept = keep(model.manager, "default")
+    kept = snapshot(model.manager, "default")
     model.add_adapter("other", config())
     model.delete_adapter("default")
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     model.set_adapter("default")
     assert torch.equal(model(**inputs).logits, expected)
     model.manager.copy("default", "second")

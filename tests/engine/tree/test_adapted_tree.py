@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from nbpeft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
-from nbpeft.engine.runtime.kept import keep, put_back
 from nbpeft.engine.runtime.manager import require_manager
+from nbpeft.engine.runtime.snapshots import restore, snapshot
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 from nbpeft.model import get_peft_model_state_dict
@@ -314,8 +314,8 @@ def test_a_copy_and_what_comes_back_leave_a_layer_alone_that_was_taken_out() -> 
     model.manager.copy("default", "copied")
     model.set_adapter("copied")
     assert torch.equal(logits(model), wanted) and len(model.manager.layers) == count
-    kept = keep(model.manager, "default")
+    kept = snapshot(model.manager, "default")
     model.delete_adapter("default")
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     model.set_adapter("default")
     assert torch.equal(logits(model), wanted) and len(model.manager.layers) == count

@@ -173,7 +173,7 @@ def test_peft_backups_are_known_by_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "corda"])
 def test_copies_and_what_is_put_back_keep_their_start(init: str) -> None:
-    from nbpeft.engine.runtime.kept import keep, put_back
+    from nbpeft.engine.runtime.snapshots import restore, snapshot
 
     model = started(init)
     train(model)
@@ -182,9 +182,9 @@ def test_copies_and_what_is_put_back_keep_their_start(init: str) -> None:
     manager.copy("default", "twin")
     model.set_adapter("twin")
     assert same(logits(model), expected)
-    kept = keep(manager, "twin")
+    kept = snapshot(manager, "twin")
     manager.remove("twin")
-    put_back(manager, kept)
+    restore(manager, kept)
     model.set_adapter("twin")
     assert same(logits(model), expected)
 

@@ -13,7 +13,7 @@ from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.state import TrainState
 from nbpeft.training import track, train
 from nbpeft.training.adapters.learning_check import frozen_head, why_no_gradient
-from nbpeft.training.loop.fit import _error_to_raise
+from nbpeft.training.loop.train import _error_to_raise
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from nbpeft import AdaLoraConfig, AdamssConfig, CPTConfig, PeftModel, PveraConfig, get_peft_model
 from nbpeft.engine.contract.registry import methods
-from nbpeft.engine.runtime.kept import keep, put_back
+from nbpeft.engine.runtime.snapshots import restore, snapshot
 from nbpeft.errors import TrainingInterrupted
 from nbpeft.runs.store import RunPlace, RunStore
 from nbpeft.training import RunControl, train
@@ -224,11 +224,11 @@ def test_an_adapter_without_ranks_loses_more_of_them(tmp_path: Path) -> None:
 def test_an_adapter_that_is_put_back_has_the_ranks_it_had() -> None:
     model = made(ADALORA)
     train(model, token_rows(24), **SETTINGS | {"max_steps": 6})
-    kept = keep(model.manager, "sql")
+    kept = snapshot(model.manager, "sql")
     before, ranks = logits(model.eval()), copy.deepcopy(model.peft_config["sql"].rank_pattern)
     train(model.train(), token_rows(24), **SETTINGS)
     assert model.peft_config["sql"].rank_pattern != ranks
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     assert model.peft_config["sql"].rank_pattern == ranks
     assert torch.allclose(logits(model.eval()), before, atol=2e-2)
 

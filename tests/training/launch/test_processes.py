@@ -292,8 +292,8 @@ def test_a_group_lives_no_longer_than_its_world() -> None:
 
 def test_a_request_to_save_reaches_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a sharded model each of them has a part."""
-    monkeypatch.setattr(shared_control, "of_the_first", lambda wanted: [False, False, True])
-    monkeypatch.setattr(shared_control, "is_first", lambda: False)
+    monkeypatch.setattr(shared_control, "broadcast_from_rank0", lambda wanted: [False, False, True])
+    monkeypatch.setattr(shared_control, "is_main_process", lambda: False)
     control, saved = SharedControl(), []
     assert not control.writes and not control.wait_or_stop(on_save=lambda: saved.append(1)) and saved == [1]
 
@@ -302,7 +302,7 @@ def test_a_part_of_a_model_is_not_saved_alone(monkeypatch: pytest.MonkeyPatch, t
     model = trainable()
     run = Run(model, 2)
     run.output_dir = str(tmp_path)
-    monkeypatch.setattr(agreement, "several_processes", lambda: True)
+    monkeypatch.setattr(agreement, "is_distributed", lambda: True)
     monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
     run.control.request_save()
     assert not run.wait_or_stop()

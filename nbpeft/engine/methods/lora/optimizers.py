@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 
@@ -160,7 +160,7 @@ def create_lorafa_optimizer(
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
     """(A, B, scaling) of every adapter on every layer whose B is trained."""
-    for module in reached_modules(model):
+    for module in called_modules(model):
         own = dict(module.named_parameters(recurse=False))
         for first, second in _PAIRS:
             if first in own and second in own and own[second].requires_grad:
@@ -194,7 +194,7 @@ def create_loraplus_optimizer(
     }
     own_names = {
         id(parameter): name
-        for module in reached_modules(model)  # adapters come behind what shows their parameters
+        for module in called_modules(model)  # adapters come behind what shows their parameters
         for name, parameter in module.named_parameters(recurse=False)
     }
     for parameter in model.parameters():
@@ -270,7 +270,7 @@ class RiemannianPreconditioner:
 def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """A and B of every product of two matrices on the layers of a model, where both are trained; no embeddings."""
     first, second = _PAIRS[0]
-    held = (dict(module.named_parameters(recurse=False)) for module in reached_modules(model))
+    held = (dict(module.named_parameters(recurse=False)) for module in called_modules(model))
     pairs = ((own[first], own[second]) for own in held if first in own and second in own)
     return [pair for pair in pairs if all(factor.requires_grad and factor.ndim == 2 for factor in pair)]
 

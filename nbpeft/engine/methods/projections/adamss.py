@@ -181,7 +181,7 @@ class SubspaceAllocator(Allocator):
         adapters: path -> the adapter of a layer.
     """
 
-    does_nothing: ClassVar[str] = "AdaMSS with use_asa=True takes no subspace away"
+    effect_without_step: ClassVar[str] = "AdaMSS with use_asa=True takes no subspace away"
 
     adapters: dict[str, Adamss]
     config: AdamssConfig
@@ -189,7 +189,7 @@ class SubspaceAllocator(Allocator):
     def extra_loss(self) -> Tensor | None:
         """None; see ``Allocator``."""
         if self.config.use_asa:
-            self.warn_untold()
+            self.warn_if_not_stepped()
         return None
 
     @property

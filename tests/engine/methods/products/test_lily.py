@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nbpeft
-from nbpeft.engine.runtime.kept import keep, keeps_weights, put_back
+from nbpeft.engine.runtime.snapshots import keeps_weights, restore, snapshot
 from nbpeft.errors import CheckpointError, ConfigError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, PeftModel, get_peft_model
@@ -103,11 +103,11 @@ def reloaded(model: PeftModel, folder: Path, **options: Any) -> PeftModel:
 
 
 def renamed(model: PeftModel, folder: Path) -> PeftModel:
-    kept = keep(model.manager, "default")
+    kept = snapshot(model.manager, "default")
     model.add_adapter("other", nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.delete_adapter("default")
     model.manager.add("default", kept.config)
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     model.delete_adapter("other")
     model.set_adapter("default")
     return model
@@ -202,7 +202,9 @@ def test_one_copy_of_what_is_shared_is_enough(lacks: str, tmp_path: Path) -> Non
 
 def test_what_is_shared_is_kept_once() -> None:
     model = made()
-    assert keep(model.manager, "default").byte_count == sum(one.nbytes for one in model.manager.parameters("default"))
+    assert snapshot(model.manager, "default").byte_count == sum(
+        one.nbytes for one in model.manager.parameters("default")
+    )
 
 
 def test_the_start_and_the_scaling_are_those_of_the_config() -> None:

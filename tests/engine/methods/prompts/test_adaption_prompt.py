@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import nbpeft
-from nbpeft.engine.runtime.kept import keep, put_back
+from nbpeft.engine.runtime.snapshots import restore, snapshot
 from nbpeft.errors import ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.model.handle.serving import blended
@@ -207,10 +207,10 @@ def test_it_leaves_nothing_behind() -> None:
     twin = copy.deepcopy(model)
     randomize(twin, seed=5)
     assert not torch.equal(logits(twin), first) and torch.equal(logits(model), first)
-    kept = keep(model.manager, "default")
+    kept = snapshot(model.manager, "default")
     model.add_adapter("other", nbpeft.AdaptionPromptConfig(**fields(adapter_layers=1)))
     model.delete_adapter("default")
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
     with model.disable_adapter():

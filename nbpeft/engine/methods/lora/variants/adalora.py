@@ -207,7 +207,7 @@ class RankAllocator(Allocator):
         adapters: path -> the adapter of a layer.
     """
 
-    does_nothing: ClassVar[str] = "AdaLoRA takes no rank away"
+    effect_without_step: ClassVar[str] = "AdaLoRA takes no rank away"
 
     adapters: dict[str, AdaLora]
     config: AdaLoraConfig
@@ -218,7 +218,7 @@ class RankAllocator(Allocator):
 
     def extra_loss(self) -> Tensor | None:
         """The distance of A and B from orthogonal ones, on average, times ``orth_reg_weight``."""
-        self.warn_untold()
+        self.warn_if_not_stepped()
         distances = [_distance(matrix) for one in self.adapters.values() for matrix in one.orthogonal_rows]
         if not distances or not self.config.orth_reg_weight:
             return None

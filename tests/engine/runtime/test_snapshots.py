@@ -14,8 +14,8 @@ from torch import nn
 import nbpeft
 from nbpeft import LoraConfig, get_peft_model
 from nbpeft.engine.contract.registry import methods
-from nbpeft.engine.runtime.kept import Keeper, has_weights, keep, keeps_weights, put_back
 from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.runtime.snapshots import Keeper, has_weights, keeps_weights, restore, snapshot
 from nbpeft.errors import MergeError
 from tests.faults.commands import IDS, adapted, config, state_of, tiny
 from tests.state_machine_model import live_tensors
@@ -53,11 +53,11 @@ def test_every_method_comes_back_bit_by_bit(method: Any, fields: dict[str, Any])
         changed(model.eval(), "x")
         with torch.no_grad():
             before = model(IDS)
-        kept = keep(model.manager, "x")
+        kept = snapshot(model.manager, "x")
         model.manager.remove("x")
         with torch.no_grad():
             assert not torch.equal(model(IDS), before)
-        put_back(model.manager, kept)
+        restore(model.manager, kept)
         with torch.no_grad():
             assert torch.equal(model(IDS), before)
         assert model.manager.names == ("x", "y") and model.manager.active == ("x",)
@@ -66,7 +66,7 @@ def test_every_method_comes_back_bit_by_bit(method: Any, fields: dict[str, Any])
         gc.collect()
         assert weight() is None, "what keeps an adapter keeps its model"
         manager = AdapterManager(tiny("dense"))
-        put_back(manager, later())
+        restore(manager, later())
         with torch.no_grad():
             assert torch.equal(manager.model(IDS), before)
 
@@ -86,24 +86,24 @@ def test_everything_about_it_comes_back(name: str, gone: str) -> None:
             if name in layer.adapters:
                 layer.adapter(name).rescale(3.0)
     before, config_before = state_of(stage), manager.configs[name]
-    kept = keep(manager, name)
+    kept = snapshot(manager, name)
     if gone == "deleted":
         manager.remove(name)
     else:
         manager.add(name, config(7), replace=True)
         manager.activate("a" if name != "a" else "b")
     assert state_of(stage) != before
-    put_back(manager, kept)
+    restore(manager, kept)
     assert state_of(stage) == before
     assert manager.configs[name] is config_before and manager.unsaved == {name}
 
 
 def test_a_choice_that_was_made_since_stays() -> None:
     manager = adapted("dense").model.manager
-    kept = keep(manager, "b")
+    kept = snapshot(manager, "b")
     manager.remove("b")
     manager.activate("dora")
-    put_back(manager, kept)
+    restore(manager, kept)
     assert manager.active == ("dora",)
 
 
@@ -114,34 +114,34 @@ def test_in_place_it_comes_back_into_the_same_tensors() -> None:
     stage = adapted("dense")
     manager = stage.model.manager
     changed(stage.model, "b")
-    before, kept = state_of(stage), keep(manager, "b")
+    before, kept = state_of(stage), snapshot(manager, "b")
     held = [id(one) for one in manager.parameters("b")]
     hotswap_adapter(stage.model, saved()["b2"], "b")
     assert state_of(stage) != before
-    put_back(manager, kept, in_place=True)
+    restore(manager, kept, in_place=True)
     assert state_of(stage) == before and [id(one) for one in manager.parameters("b")] == held
 
 
 def test_what_is_kept_is_a_copy() -> None:
     model = adapted("dense").model
-    kept = keep(model.manager, "a")
+    kept = snapshot(model.manager, "a")
     assert has_weights(model.manager, "a", kept.weights) and not has_weights(model.manager, "b", kept.weights)
     changed(model, "a")
     assert not has_weights(model.manager, "a", kept.weights)
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     changed(model, "a")
-    put_back(model.manager, kept)
+    restore(model.manager, kept)
     assert has_weights(model.manager, "a", kept.weights), "it can come back again"
     assert kept.byte_count == sum(one.nbytes for one in model.manager.parameters("a"))
 
 
 def test_merged_weights_refuse_it() -> None:
     manager = adapted("dense").model.manager
-    kept = keep(manager, "b")
+    kept = snapshot(manager, "b")
     manager.remove("b")
     manager.merge(["a"])
     with pytest.raises(MergeError, match="'a' merged: unmerge before 'b' is put back"):
-        put_back(manager, kept)
+        restore(manager, kept)
     assert "b" not in manager.names and manager.merged == ("a",)
 
 
@@ -151,9 +151,9 @@ def test_half_precision_stays_so() -> None:
     model.add_adapter("y", config())
     assert {one.dtype for one in model.manager.parameters("x")} == {torch.bfloat16}
     for name in ("x", "y"):
-        kept, before = keep(model.manager, name), [one.detach().clone() for one in model.manager.parameters(name)]
+        kept, before = snapshot(model.manager, name), [one.detach().clone() for one in model.manager.parameters(name)]
         model.manager.remove(name)
-        put_back(model.manager, kept)
+        restore(model.manager, kept)
         after = list(model.manager.parameters(name))
         assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in zip(before, after, strict=True))
 
@@ -171,9 +171,9 @@ def test_copied_or_kept_what_layers_share_is_not_rounded(config_class: Any, half
     before = [one.detach().clone() for one in manager.parameters("x")]
     assert {one.dtype for one in before} == {torch.bfloat16 if half else torch.float32}
     manager.copy("x", "twin")
-    kept = keep(manager, "x")
+    kept = snapshot(manager, "x")
     manager.remove("x")
-    put_back(manager, kept)
+    restore(manager, kept)
     for name in ("x", "twin"):
         for found, expected in zip(manager.parameters(name), before, strict=True):
             assert found.dtype == expected.dtype and torch.equal(found, expected)
@@ -182,8 +182,8 @@ def test_copied_or_kept_what_layers_share_is_not_rounded(config_class: Any, half
 def test_nothing_lives_on_without_what_was_kept() -> None:
     stage = adapted("dense")
     before = live_tensors()
-    kept = keep(stage.model.manager, "a")
-    put_back(stage.model.manager, kept)
+    kept = snapshot(stage.model.manager, "a")
+    restore(stage.model.manager, kept)
     assert live_tensors()[0] > before[0]
     del kept
     assert live_tensors() == before
@@ -235,8 +235,8 @@ def test_a_part_of_the_base_that_is_trained_comes_back() -> None:
     own = head.base_layer.bias.detach().clone()  # type: ignore[union-attr, operator]
     changed(stage.model, "whole")
     trained = head.base_layer.bias.detach().clone()  # type: ignore[union-attr, operator]
-    kept = keep(stage.model.manager, "whole")
+    kept = snapshot(stage.model.manager, "whole")
     stage.model.manager.remove("whole")
     assert torch.equal(head.base_layer.bias, own)  # type: ignore[union-attr, arg-type]
-    put_back(stage.model.manager, kept)
+    restore(stage.model.manager, kept)
     assert torch.equal(head.base_layer.bias, trained)  # type: ignore[union-attr, arg-type]

@@ -21,11 +21,11 @@ def is_plain(module: nn.Module) -> bool:
     return not (any(_GLOBAL_HOOKS) or is_changed(module))
 
 
-def reached_modules(model: nn.Module) -> list[nn.Module]:
+def called_modules(model: nn.Module) -> list[nn.Module]:
     """Returns all modules that ``train()`` of a model reaches, each once, the model itself first.
 
     ``modules()`` of a model lists what PEFT's users know; adapters are not among that. A module whose
-    ``children()`` are others, too, has ``reached_children()``.
+    ``children()`` are others, too, has ``called_children()``.
     """
     found: dict[int, nn.Module] = {}
     waiting = [model]
@@ -35,6 +35,6 @@ def reached_modules(model: nn.Module) -> list[nn.Module]:
             continue
         found[id(module)] = module
         if module._modules:  # most have none
-            children = getattr(type(module), "reached_children", nn.Module.children)(module)
+            children = getattr(type(module), "called_children", nn.Module.children)(module)
             waiting.extend(reversed(list(children)))
     return list(found.values())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nbpeft.engine.wrappers.merged_twin import MergedTwin
+from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model import LoraConfig, get_peft_model, inject_adapter_in_model
 from nbpeft.model.quantization.quantize import quantize_model
@@ -222,7 +222,7 @@ def test_no_copy_and_no_file_has_the_twins(model: Any) -> None:
     keys = set(model.state_dict())
     model(tokens())
     layers = list(model.manager.layers.values())
-    assert all(isinstance(layer._twin, MergedTwin) for layer in layers) and set(model.state_dict()) == keys
+    assert all(isinstance(layer._twin, FakeQuantLayer) for layer in layers) and set(model.state_dict()) == keys
     twin = copy.deepcopy(model)
     assert all(layer._twin._module is None for layer in twin.manager.layers.values())
     assert torch.equal(twin(tokens()).logits, model(tokens()).logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbpeft.engine.kernels.nearest_levels import round_blocks
+from nbpeft.engine.kernels.nf4_rounding import round_blocks
 
 bnb = pytest.importorskip("bitsandbytes")
 

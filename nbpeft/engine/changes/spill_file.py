@@ -18,7 +18,7 @@ _PLENTY = 0.25
 """Share of the memory that has to be free for more to be kept there: the disk would be waited for."""
 
 
-class Spool:
+class SpillFile:
     """Keeps copies of tensors in one file without a name, which goes with it."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.engine.changes.reached import reached_modules
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -20,14 +20,14 @@ _PACKED = "_nbpeft_use_nested_tensor"
 """What an encoder said about that before."""
 
 
-def settle_fast_paths(model: nn.Module, change: Transaction) -> None:
+def refresh_fast_paths(model: nn.Module, change: Transaction) -> None:
     """Sees to it that encoder layers with adapters call the layers inside, and that others are as they were.
 
     Args:
         model: the base model.
         change: records what is changed.
     """
-    modules = reached_modules(model)
+    modules = called_modules(model)
     adapted = {id(module) for module in modules if is_encoder_layer(module) and _is_adapted(module)}
     for module in modules:
         if is_encoder_layer(module):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from torch import nn
 
-from nbpeft.engine.changes.turns import Turns
+from nbpeft.engine.changes.step_gate import StepGate
 from nbpeft.session.background import TurnTakingControl
 
 MOST = 60
@@ -24,8 +24,8 @@ class Callers:
         taken: who had a turn, in order.
     """
 
-    def __init__(self, turns: Turns, names: str) -> None:
-        self._turns, self.names = turns, names
+    def __init__(self, gate: StepGate, names: str) -> None:
+        self._gate, self.names = gate, names
         self.taken: list[str] = []
         self._threads = [threading.Thread(target=self._call, args=[name], daemon=True) for name in names]
 
@@ -37,42 +37,42 @@ class Callers:
     def wait(self, count: int | None = None) -> None:
         """Until so many of them wait, or all."""
         for _ in range(3000):
-            if len(self._turns._waiting) == (len(self.names) if count is None else count):
+            if len(self._gate._waiting) == (len(self.names) if count is None else count):
                 return
             time.sleep(0.001)
         raise AssertionError("they do not come")
 
     def end(self) -> None:
-        self._turns.end()
+        self._gate.end()
         for thread in self._threads:
             thread.join(30)
             assert not thread.is_alive()
 
     def _call(self, name: str) -> None:
         for _ in range(MOST):
-            with self._turns.turn():
-                if self._turns._ended:
+            with self._gate.hold():
+                if self._gate._ended:
                     return
                 self.taken.append(name)
 
 
 @pytest.fixture
-def turns() -> Iterator[Turns]:
+def gate() -> Iterator[StepGate]:
     model = nn.Linear(1, 1)
-    made = Turns(model, "training a")
-    made.claim()
+    made = StepGate(model, "training a")
+    made.acquire()
     made.model = model  # type: ignore[attr-defined]  # they hold it weakly
     yield made
 
 
-def test_each_who_waits_has_one_turn_for_each_step(turns: Turns) -> None:
+def test_each_who_waits_has_one_turn_for_each_step(gate: StepGate) -> None:
     """In the order in which they came: four threads and a training have a fifth each."""
-    callers = Callers(turns, "abcd")
+    callers = Callers(gate, "abcd")
     callers.start()
     for step in range(10):
         callers.wait()
-        waiting = [block.thread for block in turns._waiting]
-        assert turns.between_steps()
+        waiting = [block.thread for block in gate._waiting]
+        assert gate.yield_between_steps()
         had = callers.taken[4 * step :]
         assert sorted(had) == list("abcd")
         assert had == [
@@ -82,27 +82,27 @@ def test_each_who_waits_has_one_turn_for_each_step(turns: Turns) -> None:
     assert Counter(callers.taken) == dict.fromkeys("abcd", 10)
 
 
-def test_without_anybody_who_waits_no_time_is_lost(turns: Turns) -> None:
-    assert not turns.between_steps()
+def test_without_anybody_who_waits_no_time_is_lost(gate: StepGate) -> None:
+    assert not gate.yield_between_steps()
 
 
-def test_a_stop_lets_nobody_in_before_it(turns: Turns) -> None:
-    callers, control = Callers(turns, "ab"), TurnTakingControl(turns)
+def test_a_stop_lets_nobody_in_before_it(gate: StepGate) -> None:
+    callers, control = Callers(gate, "ab"), TurnTakingControl(gate)
     callers.start()
     control.request_stop()
     assert control.wait_or_stop() and not callers.taken
     callers.end()
 
 
-def test_a_stop_waits_for_the_turn_that_runs_alone(turns: Turns) -> None:
-    callers, control = Callers(turns, "abc"), TurnTakingControl(turns)
+def test_a_stop_waits_for_the_turn_that_runs_alone(gate: StepGate) -> None:
+    callers, control = Callers(gate, "abc"), TurnTakingControl(gate)
     took = callers.taken
 
     class Stops(list[str]):
         def append(self, name: str) -> None:
             took.append(name)
             control.request_stop()
-            while turns._admitted:  # the training has heard of it
+            while gate._admitted:  # the training has heard of it
                 time.sleep(0.001)
 
     callers.taken = Stops()
@@ -111,8 +111,8 @@ def test_a_stop_waits_for_the_turn_that_runs_alone(turns: Turns) -> None:
     callers.end()
 
 
-def test_while_it_is_paused_they_have_one_turn_after_the_other(turns: Turns) -> None:
-    callers, control = Callers(turns, "a"), TurnTakingControl(turns)
+def test_while_it_is_paused_they_have_one_turn_after_the_other(gate: StepGate) -> None:
+    callers, control = Callers(gate, "a"), TurnTakingControl(gate)
     callers.start()
     control.pause()
 

@@ -131,12 +131,12 @@ def test_how_often_follows_from_what_a_state_costs(place: Path, monkeypatch: pyt
         written.append((step, clock.now))
         clock.advance(cost[0])
 
-    class Keeper(keeping.RunKeeper):
+    class Keeper(keeping.RunCheckpointer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args, clock=clock)
 
     monkeypatch.setattr(keeping, "put_checkpoint", slowly)
-    monkeypatch.setattr("nbpeft.training.loop.fit.RunKeeper", Keeper)
+    monkeypatch.setattr("nbpeft.training.loop.train.RunCheckpointer", Keeper)
     steps = EachStep(lambda step: clock.advance(5.0))
     train(trainable(), token_rows(), run_dir=place, callbacks=[steps], **QUICK | {"max_steps": 30})
     times = [when for step, when in written[:-1]]  # the last is written when the run ends

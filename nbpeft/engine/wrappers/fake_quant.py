@@ -56,7 +56,7 @@ class Layer(Protocol):
     def write_merged(self, chosen: Chosen, module: nn.Module, bias: Tensor | None) -> None: ...  # noqa: D102
 
 
-class MergedTwin:
+class FakeQuantLayer:
     """A layer's twin with the adapters that act merged in, made again when they, or the frozen weight, have changed.
 
     It takes as many bytes as the frozen weight, is no part of the model's tree, and no file or copy has it.
@@ -69,11 +69,11 @@ class MergedTwin:
         self._made_of: tuple[Any, ...] = ()
         self._sums: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MergedTwin:
-        return MergedTwin()
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeQuantLayer:
+        return FakeQuantLayer()
 
-    def __reduce__(self) -> tuple[type[MergedTwin], tuple[()]]:
-        return MergedTwin, ()
+    def __reduce__(self) -> tuple[type[FakeQuantLayer], tuple[()]]:
+        return FakeQuantLayer, ()
 
     def output(
         self,

@@ -1,8 +1,8 @@
 """Turns of other threads between the steps of a training that runs in the background.
 
-    training thread   step ── between_steps() ── step ──          the model as in a training without any turn
+    training thread   step ── yield_between_steps() ── step ──          the model as in a training without any turn
                                  │        ▲
-    another thread          turn(): evaluation mode, no gradients; its random numbers are not the training's
+    another thread          hold(): evaluation mode, no gradients; its random numbers are not the training's
 
 Whoever calls the model waits for the end of the step; then each who waits has one turn, in the order in which they
 came, and those who come meanwhile wait for the next step: of n threads that never pause each has as many turns as the
@@ -21,15 +21,15 @@ import torch
 from torch import nn
 
 from nbpeft._util.interrupts import HeldInterrupts, RunningBlock, wait_for
+from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.random_numbers import random_state, set_random_state
-from nbpeft.engine.changes.reached import reached_modules
 from nbpeft.errors import BusyError
 
 _STEP = 0.05
 """Seconds after which the training looks whether a turn has ended without saying so."""
 
 
-class Turns:
+class StepGate:
     """Who may use a model that one thread trains.
 
     Args:
@@ -50,11 +50,11 @@ class Turns:
 
     # The thread that trains
 
-    def claim(self) -> None:
+    def acquire(self) -> None:
         """Makes the calling thread the one that trains. Until then nobody gets a turn."""
         self._owner = threading.get_ident()
 
-    def between_steps(self, hurried: Callable[[], bool] = lambda: False) -> bool:
+    def yield_between_steps(self, hurried: Callable[[], bool] = lambda: False) -> bool:
         """Lets each who waits now take one turn, and returns when they are done; without any it returns at once.
 
         Args:
@@ -66,7 +66,7 @@ class Turns:
         model = self._model()
         if not self._waiting or model is None or hurried():
             return False
-        training = [module for module in reached_modules(model) if module.training]
+        training = [module for module in called_modules(model) if module.training]
         mine = random_state()
         set_random_state(self._outside)
         for module in training:

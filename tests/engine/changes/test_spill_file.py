@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbpeft.engine.changes import spool
-from nbpeft.engine.changes.spool import Spool
+from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.errors import MergeError
 from tests.engine.runtime.test_scopes import adapted, output
 
@@ -23,7 +23,7 @@ def test_a_copy_is_the_same_wherever_it_is(
     dtype: torch.dtype, total: int, free: int, on_disk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory(monkeypatch, total, free)
-    kept = Spool()
+    kept = SpillFile()
     tensors = [torch.arange(12).to(dtype).view(3, 4), torch.ones(2, 2, dtype=dtype).T, torch.empty(0, 4, dtype=dtype)]
     copies = [kept.keep(tensor) for tensor in tensors]
     values = [tensor.clone() for tensor in tensors]
@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_it_in_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
     memory(monkeypatch, 10**9, 10**9)
     monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
-    assert torch.equal(Spool().keep(torch.ones(3))(), torch.ones(3))
+    assert torch.equal(SpillFile().keep(torch.ones(3))(), torch.ones(3))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -57,4 +57,4 @@ def test_a_merge_for_good_that_fails_at_its_end_comes_back(share: float, monkeyp
         model.merge_and_unload()
     assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
     assert torch.equal(output(model), before)
-    assert model.manager._transaction.spool._file is None
+    assert model.manager._transaction.spill._file is None

@@ -27,7 +27,7 @@ _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revi
 
 
 @dataclass(frozen=True)
-class KeptAdapter:
+class AdapterSnapshot:
     """One adapter as it was.
 
     Attributes:
@@ -66,7 +66,7 @@ class KeptAdapter:
         return sum({id(tensor): tensor.nbytes for tensor in _by_key(self.weights).values()}.values())
 
 
-def keep(manager: AdapterManager, name: str) -> KeptAdapter:
+def snapshot(manager: AdapterManager, name: str) -> AdapterSnapshot:
     """Copies an adapter of a model to host memory.
 
     Raises:
@@ -104,11 +104,11 @@ class Keeper:
         """Takes over what the adapter is besides its tensors."""
         self._of_base, self._settings = manager.values_in_base(self._name), _settings(manager, self._name)
 
-    def __call__(self) -> KeptAdapter:
+    def __call__(self) -> AdapterSnapshot:
         """The adapter, in host memory."""
         weights = copied_weights(self._tensors(), "cpu")
         weights.base = copied(self._of_base, "cpu")
-        return KeptAdapter(weights=weights, **self._settings)
+        return AdapterSnapshot(weights=weights, **self._settings)
 
     def _identity(self, manager: AdapterManager) -> tuple[int, ...]:
         """What changes when other modules take the place of the adapter's; they are held, so that no id comes again."""
@@ -134,7 +134,7 @@ def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
     )
 
 
-def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = False) -> None:
+def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = False) -> None:
     """Puts an adapter back under its name, in the place of the one that has it now.
 
     The choice of active adapters comes back, too, where this one was part of it or its replacement is.

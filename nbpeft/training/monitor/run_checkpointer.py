@@ -35,9 +35,9 @@ from nbpeft.model.saving import files
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.adapters.adapted import trained_names
+from nbpeft.training.adapters.adapted_model import trained_names
 from nbpeft.training.adapters.method_state import method_state, save_in_training, set_method_state
-from nbpeft.training.disk.agreement import is_first, of_the_first, several_processes, write_together
+from nbpeft.training.disk.agreement import broadcast_from_rank0, is_distributed, is_main_process, save_collectively
 from nbpeft.training.disk.checkpoints import drop_after, put_checkpoint
 from nbpeft.training.disk.kept_arguments import to_keep
 from nbpeft.training.disk.sharded_trainer import base_mark
@@ -66,7 +66,7 @@ _MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
-class RunKeeper(TrainerCallback):
+class RunCheckpointer(TrainerCallback):
     """Writes one run's folder while a Trainer trains; ``with keeper:`` around the block of the run.
 
     What cannot be written is noted once with the run, and training goes on without.
@@ -123,7 +123,7 @@ class RunKeeper(TrainerCallback):
         name, store = self._place.name, self._place.store
         if name is not None:
             self._saved_step = state.global_step
-        if not is_first():
+        if not is_main_process():
             return
         with self._noting():
             folder = store.create(self._run.label) if name is None else store.find(name)
@@ -145,7 +145,7 @@ class RunKeeper(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the state before the first step."""
-        if of_the_first(self.folder is not None and self._saved_step < 0):
+        if broadcast_from_rank0(self.folder is not None and self._saved_step < 0):
             self._save()
         elif self._next == float("inf"):
             self._next = self._clock() + SHORTEST
@@ -179,7 +179,7 @@ class RunKeeper(TrainerCallback):
             self._random, self._method = random_state(), method_state(self._model)
         saved = self._saved_step == self.trainer.state.global_step
         due = self._evaluated if saved else self._clock() >= self._next
-        if of_the_first(due and self.folder is not None):
+        if broadcast_from_rank0(due and self.folder is not None):
             self._save()
 
     # Around the run
@@ -191,9 +191,9 @@ class RunKeeper(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         folder, state = self.folder, self._run.state
-        alone = state.status == "failed" and several_processes()  # the others may be anywhere
+        alone = state.status == "failed" and is_distributed()  # the others may be anywhere
         try:
-            if folder is not None if alone else of_the_first(folder is not None):
+            if folder is not None if alone else broadcast_from_rank0(folder is not None):
                 with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
                     if folder is not None and self._run.steps_done == 0 and state.status == "failed":
                         self._undo(folder)
@@ -224,13 +224,13 @@ class RunKeeper(TrainerCallback):
 
     def keep_last(self) -> None:
         """Keeps the state of the last step of a run that ends early, if it is not kept yet."""
-        if of_the_first(self.folder is not None) and self._has_new_state(self._run.state.step):
+        if broadcast_from_rank0(self.folder is not None) and self._has_new_state(self._run.state.step):
             with HeldInterrupts(to_the_end=True), self._noting():
                 self._save_as_the_step_ended()
 
     def mark_saved(self, folder: str) -> None:
         """Notes with the run that its adapters were saved in a folder of the user's own."""
-        if self._run.folder and is_first():
+        if self._run.folder and is_main_process():
             for name in trained_names(self._model):
                 place = Path(folder, name)
                 place = place if place.is_dir() else Path(folder)
@@ -284,14 +284,14 @@ class RunKeeper(TrainerCallback):
             put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
 
         with self._noting():
-            write_together(put, self._write_state if whole else functools.partial(self._write_adapter, files.save))
+            save_collectively(put, self._write_state if whole else functools.partial(self._write_adapter, files.save))
             self._write_facts()
         self._saved_step, self._evaluated = step, False
         now = self._clock()
         self._next = now + max(SHORTEST, (now - begun) / SHARE)
 
     def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
-        names, write = trained_names(self._model), is_first()
+        names, write = trained_names(self._model), is_main_process()
         options = {"names": names, "embeddings": False, "stays": False, "write": write}
         save(manager_of(self._model), folder, **options, base=base_mark(self.trainer))
         if write:
@@ -303,7 +303,7 @@ class RunKeeper(TrainerCallback):
         trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))
         trainer._save_rng_state(str(folder))
-        if self.beside is not None and is_first():
+        if self.beside is not None and is_main_process():
             self.beside(folder)
 
     def _write_trainer_state(self, folder: Path) -> None:

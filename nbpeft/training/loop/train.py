@@ -24,15 +24,15 @@ from nbpeft.engine.changes.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
-from nbpeft.memory.processor import slow_here, slow_words
+from nbpeft.memory.processor import slow_dtype_message, slow_here
 from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.adapters.adapted import active_names, base_of, is_adapted, trainable, trained_names
+from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_amount, is_plain, is_stream, open_data
-from nbpeft.training.launch.parent import train_apart
+from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
 from nbpeft.training.loop.packing import PackingCheck, pack
@@ -40,9 +40,9 @@ from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
 from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
-from nbpeft.training.monitor.keeping import RunKeeper, check_rows_are_those, mark_of_rows
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
+from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -261,7 +261,7 @@ def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: 
     said += f" ({data_hint})" if data_hint and rows.notes else ""
     run.note(said)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
-        run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
+        run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
     return said
 
 
@@ -402,7 +402,7 @@ def _around(
     given: Mapping[str, Any],
     trackers: Sequence[str],
     rows: TrainingRows,
-) -> list[RunKeeper | TrackCallback]:
+) -> list[RunCheckpointer | TrackCallback]:
     """The callbacks that see the run end."""
     keeper = _keeper(place, run, model, given, mark_of_rows(rows.train, rows.evaluation))
     tracking = TrackCallback(trackers, run, given) if trackers else None
@@ -440,7 +440,7 @@ def _keeper(
     model: nn.Module,
     given: Mapping[str, Any],
     data: Mapping[str, Any],
-) -> RunKeeper | None:
+) -> RunCheckpointer | None:
     """What keeps the run on disk, if it is to be kept."""
     if place is None:
         return None
@@ -450,7 +450,7 @@ def _keeper(
     chosen = RunPlace.of(place)
     if chosen.name is not None:
         check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data") or {}, data)
-    return RunKeeper(chosen, run, model, given, data)
+    return RunCheckpointer(chosen, run, model, given, data)
 
 
 def _fit(
@@ -458,7 +458,7 @@ def _fit(
     model: nn.Module,
     run: Run,
     options: dict[str, Any],
-    around: Sequence[RunKeeper | TrackCallback],
+    around: Sequence[RunCheckpointer | TrackCallback],
     inside: Sequence[Any],
     fields: Mapping[str, Any],
 ) -> dict[str, float]:
@@ -497,7 +497,7 @@ def _fit(
                 metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
                 trainer.save_model()
-                for keeper in (part for part in around if isinstance(part, RunKeeper)):
+                for keeper in (part for part in around if isinstance(part, RunCheckpointer)):
                     keeper.mark_saved(str(fields["output_dir"]))
         return metrics
     finally:
@@ -514,14 +514,14 @@ def _fit(
             trainer.model_wrapped = None
 
 
-def _introduce(trainer: Any, around: Sequence[RunKeeper | TrackCallback], inside: Sequence[Any]) -> None:
+def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], inside: Sequence[Any]) -> None:
     """Makes the callbacks known to those that they work with."""
     stops = [item for item in inside if isinstance(item, EarlyStop)]
     for guard in inside:
         if isinstance(guard, DivergenceStop) and stops:
             guard.best = stops[0]
     for keeper in around:
-        if isinstance(keeper, RunKeeper):
+        if isinstance(keeper, RunCheckpointer):
             keeper.trainer = trainer
             for stop in stops:
                 stop.keep_last, keeper.beside = keeper.keep_last, stop.write
@@ -549,7 +549,7 @@ def _elsewhere(
     )
     run.mirrors = True
     with _interrupted_once(run), run:
-        metrics = train_apart(model, run, launch, train_rows, eval_rows, arguments)
+        metrics = train_in_subprocesses(model, run, launch, train_rows, eval_rows, arguments)
     manager = manager_of(model)
     if manager is not None and run.steps_done and "output_dir" not in arguments:
         mark_unsaved(manager, *trained_names(model))
