@@ -86,7 +86,7 @@ def interrupted(manager: AdapterManager, number: int) -> Iterator[None]:
 
     def visit(file: str, line: int) -> None:
         nonlocal left
-        if manager._transaction.is_mine and not file.endswith(("transaction.py", "spool.py", "interrupts.py")):
+        if manager._transaction.is_mine and not file.endswith(("transaction.py", "spill_file.py", "interrupts.py")):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGINT)

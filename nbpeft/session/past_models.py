@@ -112,7 +112,7 @@ def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
 def _put_onto(base: nn.Module, adapters: Sequence[AdapterSnapshot]) -> Iterator[Any]:
     """Puts adapters onto a base model, and yields its handle; they are off again where something fails."""
     from nbpeft.engine.runtime.manager import AdapterManager
-    from nbpeft.engine.runtime.snapshots import put_back
+    from nbpeft.engine.runtime.snapshots import restore
     from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.model import PeftModel
 
@@ -121,7 +121,7 @@ def _put_onto(base: nn.Module, adapters: Sequence[AdapterSnapshot]) -> Iterator[
     with HeldInterrupts(), manager.transaction():
         chosen = manager.selected
         for kept in adapters:
-            put_back(manager, kept)
+            restore(manager, kept)
         if chosen:
             manager.activate(chosen)
         owner = None if present is None else present.owner

@@ -33,7 +33,7 @@ QUICK = (
     *("mixed batch", "replace", "session delete", "session reset", "session keep weights", "undo delete"),
 )
 """Commands that the quick run tries."""
-_OF_THREADS = ("interrupts.py", "active_state.py", "transaction.py", "turns.py", "lock.py")
+_OF_THREADS = ("interrupts.py", "active_state.py", "transaction.py", "step_gate.py", "lock.py")
 """Files whose lines hold what the other thread would wait for."""
 
 Point = tuple[str, int]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbpeft.training.monitor import keeping
+from nbpeft.training.monitor import run_checkpointer
 from tests.char_tokenizer import CharTokenizer
 from tests.faults.killing import die, forked
 from tests.magics.notebook import Notebook
@@ -46,7 +46,7 @@ def killed(step: int, cell: str = CELL) -> None:
     """A kernel that is killed while the cell runs."""
 
     def act() -> None:
-        keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+        run_checkpointer.SHORTEST, run_checkpointer.SHARE = 0.0, 1e9
         notebook = prepare(Notebook())
         notebook.session.on_run(lambda run, name: when_noted(run, step, die))
         notebook.run(cell)
@@ -89,7 +89,7 @@ def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, p
     cell = CELL.replace("--data rows --eval held", "--data data['train'] --eval 0.25").replace("= batch", "= batch * 1")
 
     def act() -> None:
-        keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+        run_checkpointer.SHORTEST, run_checkpointer.SHARE = 0.0, 1e9
         notebook = prepare(Notebook())
         notebook["data"] = {"train": notebook["rows"]}
         notebook.session.on_run(lambda run, name: when_noted(run, 3, die))

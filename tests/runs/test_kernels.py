@@ -24,8 +24,8 @@ PREPARE = """\
 import torch
 from tests.tiny_models import llama
 from tests.training.support import token_rows
-from nbpeft.training import keeping
-keeping.SHORTEST = 0.5
+from nbpeft.training.monitor import run_checkpointer
+run_checkpointer.SHORTEST = 0.5
 model, rows = llama(), token_rows(24)
 """
 ADAPT = """\

@@ -24,7 +24,7 @@ from nbpeft.errors import (
     TrainingError,
 )
 from nbpeft.runs.store import RunStore
-from nbpeft.training.monitor import keeping
+from nbpeft.training.monitor import run_checkpointer
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
 from tests.tiny_models import gpt2, llama, same_state
@@ -32,12 +32,12 @@ from tests.training.support import token_rows, weights
 
 
 def often() -> None:
-    keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+    run_checkpointer.SHORTEST, run_checkpointer.SHARE = 0.0, 1e9
 
 
 def rarely() -> None:
     """Only the state before the first step."""
-    keeping.SHORTEST = 1e9
+    run_checkpointer.SHORTEST = 1e9
 
 
 @pytest.fixture(scope="module")

@@ -254,7 +254,7 @@ class ActiveState:
             layer.__dict__["active_state"] = self
         self.apart.clear()
 
-    def turn(self, *inside: str) -> AbstractContextManager[None]:
+    def hold(self, *inside: str) -> AbstractContextManager[None]:
         """Context manager for calls of the model: while a training runs in the background, between its steps.
 
         Args:

@@ -117,7 +117,7 @@ class StepGate:
             )
 
     @contextmanager
-    def turn(self, *inside: str) -> Iterator[None]:
+    def hold(self, *inside: str) -> Iterator[None]:
         """Context manager: the model is this thread's, in evaluation mode and without gradients, until the block ends.
 
         It waits for the end of the step that runs. In the thread that trains, inside another turn and after the

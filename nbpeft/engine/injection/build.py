@@ -30,7 +30,7 @@ from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.kernels.storage import StoredWeight, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, walk
-from nbpeft.engine.wrappers import merged_twin
+from nbpeft.engine.wrappers import fake_quant
 from nbpeft.engine.wrappers.composite_layer import AdaptedComposite
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -161,7 +161,7 @@ def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: 
     """Raises ConfigError where a new adapter cannot act on rounded weights; of a loaded one it warns."""
     paths = {id(layer): path for path, layer in layers.items()}
     try:
-        merged_twin.check((paths[id(layer)], layer, adapter) for _, layer, adapter in parts.adapters)
+        fake_quant.check((paths[id(layer)], layer, adapter) for _, layer, adapter in parts.adapters)
     except ConfigError as error:
         if is_new:
             raise

@@ -80,7 +80,7 @@ def swap(
         before = check.generate([name])
         started = time.perf_counter()
         going = Undoable(ctx, tracked, name, "swapped", in_place=True)
-        swapped = hotswap_adapter(target, place, name, validate=check if checks else None, done=going.gone)
+        swapped = hotswap_adapter(target, place, name, validate=check if checks else None, done=going.on_removed)
         seconds = time.perf_counter() - started - check.seconds
         ctx.changed = True
         state = tracked.state()

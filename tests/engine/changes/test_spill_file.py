@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.engine.changes import spool
+from nbpeft.engine.changes import spill_file
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.errors import MergeError
 from tests.engine.runtime.test_scopes import adapted, output
 
 
 def memory(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
-    monkeypatch.setattr(spool, "host_memory", lambda: (total, free))
+    monkeypatch.setattr(spill_file, "host_memory", lambda: (total, free))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -38,7 +38,7 @@ def test_a_full_disk_leaves_it_in_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(28, "No space left on device")
 
     memory(monkeypatch, 10**9, 10**9)
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(spill_file.tempfile, "TemporaryFile", full)
     assert torch.equal(SpillFile().keep(torch.ones(3))(), torch.ones(3))
 
 
@@ -51,7 +51,7 @@ def test_a_merge_for_good_that_fails_at_its_end_comes_back(share: float, monkeyp
     def fail(*_: object) -> None:
         raise MergeError("at the end")
 
-    monkeypatch.setattr(spool, "_CACHED", share)
+    monkeypatch.setattr(spill_file, "_CACHED", share)
     monkeypatch.setattr("nbpeft.engine.runtime.manager.untie_embeddings_", fail)
     with pytest.raises(MergeError, match="at the end"):
         model.merge_and_unload()

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from nbpeft.training import Trainer, train
 from nbpeft.training.disk.kept_arguments import is_plain_value, missing_for_losses, plain, to_keep, to_take_over
-from nbpeft.training.loop import fit
+from nbpeft.training.loop import train as training
 from tests.training.support import token_rows, trainable
 
 
@@ -47,10 +47,10 @@ GIVEN: dict[str, Any] = {
 
 def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
     keywords = set(inspect.signature(train).parameters)
-    assert keywords == set(GIVEN) | fit._NOT_KEPT
+    assert keywords == set(GIVEN) | training._NOT_KEPT
     usual = {name: item.default for name, item in inspect.signature(train).parameters.items()}
-    assert fit._kept_of_call(usual | {name: None for name in fit._NOT_KEPT}) == {}
-    assert fit._kept_of_call(usual | GIVEN) == GIVEN
+    assert training._kept_of_call(usual | {name: None for name in training._NOT_KEPT}) == {}
+    assert training._kept_of_call(usual | GIVEN) == GIVEN
 
 
 def test_a_run_keeps_them_as_plain_values(tmp_path: Path) -> None:

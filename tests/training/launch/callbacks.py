@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from nbpeft.training import Trainer
-from nbpeft.training.monitor import keeping
+from nbpeft.training.monitor import run_checkpointer
 
 
 class FailsInTheSecond(TrainerCallback):
@@ -62,7 +62,7 @@ class KeepsEachState(TrainerCallback):
         self.dies_after = dies_after
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+        run_checkpointer.SHORTEST, run_checkpointer.SHARE = 0.0, 1e9
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if os.environ["RANK"] == "1" and state.global_step == self.dies_after:

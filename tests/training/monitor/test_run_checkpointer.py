@@ -23,7 +23,7 @@ from nbpeft.runs.store import RunStore
 from nbpeft.state import Sample
 from nbpeft.training import Run, RunControl, train
 from nbpeft.training.disk.checkpoints import flaw_of
-from nbpeft.training.monitor import keeping
+from nbpeft.training.monitor import run_checkpointer
 from tests.faults.killing import after_call, die, drawn, forked
 from tests.tiny_models import llama
 from tests.training.support import Clock, token_rows, trainable, weights
@@ -59,8 +59,8 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps a state after every step."""
-    monkeypatch.setattr(keeping, "SHORTEST", 0.0)
-    monkeypatch.setattr(keeping, "SHARE", 1e9)
+    monkeypatch.setattr(run_checkpointer, "SHORTEST", 0.0)
+    monkeypatch.setattr(run_checkpointer, "SHARE", 1e9)
 
 
 def the_run(place: Path) -> Any:
@@ -124,18 +124,18 @@ def test_a_state_is_small_and_whole_and_there_are_two_at_most(place: Path, often
 def test_how_often_follows_from_what_a_state_costs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After ten seconds at first, and never more than two per cent of the time."""
     clock, cost, written = Clock(), [0.5], []
-    put = keeping.put_checkpoint
+    put = run_checkpointer.put_checkpoint
 
     def slowly(home: Path, step: int, *args: Any, **kwargs: Any) -> None:
         put(home, step, *args, **kwargs)
         written.append((step, clock.now))
         clock.advance(cost[0])
 
-    class Keeper(keeping.RunCheckpointer):
+    class Keeper(run_checkpointer.RunCheckpointer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args, clock=clock)
 
-    monkeypatch.setattr(keeping, "put_checkpoint", slowly)
+    monkeypatch.setattr(run_checkpointer, "put_checkpoint", slowly)
     monkeypatch.setattr("nbpeft.training.loop.train.RunCheckpointer", Keeper)
     steps = EachStep(lambda step: clock.advance(5.0))
     train(trainable(), token_rows(), run_dir=place, callbacks=[steps], **QUICK | {"max_steps": 30})
@@ -193,8 +193,8 @@ def test_a_second_interruption_waits_until_the_last_state_is_kept(place: Path, m
         interrupt(step)
         put(folder, step, *args, **options)
 
-    put = keeping.put_checkpoint
-    monkeypatch.setattr(keeping, "put_checkpoint", interrupted)
+    put = run_checkpointer.put_checkpoint
+    monkeypatch.setattr(run_checkpointer, "put_checkpoint", interrupted)
     with pytest.raises(TrainingInterrupted) as caught:
         train(trainable(), token_rows(), run_dir=place, callbacks=[EachStep(interrupt)], **QUICK)
     assert caught.value.result.steps == 3
@@ -243,14 +243,14 @@ def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, mo
 
 
 def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = keeping.put_checkpoint
+    put = run_checkpointer.put_checkpoint
 
     def full(home: Path, step: int, *args: Any, **kwargs: Any) -> None:
         if step >= 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         put(home, step, *args, **kwargs)
 
-    monkeypatch.setattr(keeping, "put_checkpoint", full)
+    monkeypatch.setattr(run_checkpointer, "put_checkpoint", full)
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
     assert (result.status, result.steps) == ("finished", 6) and "on disk from here on: " in result.message
     record = the_run(place)
@@ -302,7 +302,7 @@ def test_a_run_ends_as_it_ended_where_nothing_can_be_written_any_more(
 
     def fill() -> None:
         monkeypatch.setattr("nbpeft.runs.folder.replace_files", full)
-        monkeypatch.setattr(keeping, "put_checkpoint", full)
+        monkeypatch.setattr(run_checkpointer, "put_checkpoint", full)
         seen.append(RunStore(place).records()[0].status)
 
     seen: list[str] = []
@@ -363,15 +363,17 @@ def test_samples_and_values_over_time_are_readable(place: Path) -> None:
 
 def test_other_rows_are_told_from_those_of_then() -> None:
     rows: list[dict[str, Any]] = [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}]
-    mark = keeping.mark_of_rows(rows, rows[:1])
-    keeping.check_rows_are_those("sql-1", mark, keeping.mark_of_rows([dict(row) for row in rows], rows[:1]))
+    mark = run_checkpointer.mark_of_rows(rows, rows[:1])
+    run_checkpointer.check_rows_are_those(
+        "sql-1", mark, run_checkpointer.mark_of_rows([dict(row) for row in rows], rows[:1])
+    )
     for now, told in (
-        (keeping.mark_of_rows(rows * 2, rows[:1]), "was trained with 2 rows, and these are 4"),
-        (keeping.mark_of_rows(rows), "was trained with 1 rows to evaluate on, and these are none"),
-        (keeping.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first of these are not those"),
+        (run_checkpointer.mark_of_rows(rows * 2, rows[:1]), "was trained with 2 rows, and these are 4"),
+        (run_checkpointer.mark_of_rows(rows), "was trained with 1 rows to evaluate on, and these are none"),
+        (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first of these are not those"),
     ):
         with pytest.raises(TrainingError, match=told):
-            keeping.check_rows_are_those("sql-1", mark, now)
+            run_checkpointer.check_rows_are_those("sql-1", mark, now)
 
 
 def test_a_death_at_any_moment_leaves_a_state_to_go_on_from(place: Path, often: None) -> None:

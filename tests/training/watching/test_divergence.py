@@ -18,7 +18,7 @@ from nbpeft.engine.changes.trained import mark_saved
 from nbpeft.runs.store import RunPlace, RunStore
 from nbpeft.session import Session
 from nbpeft.training import Run, Trainer, train
-from nbpeft.training.monitor import keeping
+from nbpeft.training.monitor import run_checkpointer
 from nbpeft.training.watching import divergence
 from nbpeft.training.watching.divergence import DivergenceStop, Seldom
 from tests.tiny_models import llama, same_state
@@ -166,8 +166,8 @@ def test_neither_a_checkpoint_nor_an_evaluation_of_what_diverged(tmp_path: Path)
 
 def test_what_is_kept_of_the_run_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No state of later steps than the last good weights; with another loss it goes on from there."""
-    monkeypatch.setattr(keeping, "SHORTEST", 0.0)
-    monkeypatch.setattr(keeping, "SHARE", 1e9)
+    monkeypatch.setattr(run_checkpointer, "SHORTEST", 0.0)
+    monkeypatch.setattr(run_checkpointer, "SHARE", 1e9)
     trained(run_dir=tmp_path)
     (record,) = RunStore(tmp_path).records()
     assert (record.status, record.step, record.kept_steps) == ("stopped", 6, (4,))
