@@ -331,8 +331,8 @@ class PeftModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; while a training runs in the background, only that does."""
-        turns = self.manager.active_state.gate
-        return self if turns is not None and not turns.is_mine else super().train(mode)
+        gate = self.manager.active_state.gate
+        return self if gate is not None and not gate.is_mine else super().train(mode)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Runs the base model's ``generate``; activating other adapters meanwhile takes effect in the next call."""

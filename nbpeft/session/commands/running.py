@@ -36,23 +36,23 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
     from nbpeft.engine.changes.step_gate import StepGate
 
     description, state = f"training {names}", tracked.manager.active_state
-    turns = StepGate(tracked.model, description)
-    training = BackgroundTraining(description, turns)
+    gate = StepGate(tracked.model, description)
+    training = BackgroundTraining(description, gate)
 
     def working(running: BackgroundTraining) -> TrainResult:
         try:
             return work(running)
         finally:
-            state.turns = None
+            state.gate = None
 
     try:
         with ctx.command(description, gather=False):
             ctx.refuse_another_training()
-            ctx.background[tracked], state.turns = training, turns
+            ctx.background[tracked], state.gate = training, gate
         training.start(working, lambda run: ctx.notes.extend(ctx.run_subscribers.notify(run, tracked.name)))
     except BaseException:  # one that never began would keep all others out
         training.abandon()
-        state.turns = None if state.turns is turns else state.turns
+        state.gate = None if state.gate is gate else state.gate
         raise
     ctx.models.select(tracked)
     return BackgroundRun(tracked.name, f"{names} trains in the background while other cells run; {_WAYS}", training)

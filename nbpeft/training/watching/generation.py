@@ -252,8 +252,8 @@ def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
 
 def waits(model: PeftModel) -> bool:
     """Whether a training in the background lets this thread wait for the end of its step."""
-    turns = model.manager.active_state.gate
-    return turns is not None and not turns.is_mine
+    gate = model.manager.active_state.gate
+    return gate is not None and not gate.is_mine
 
 
 @contextmanager
