@@ -1,0 +1,276 @@
+"""The README and the guide: short pages, links that lead somewhere, and snippets that run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import nbpeft
+from nbpeft.magics.lora import CELLS, SUBCOMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+GUIDE = ROOT / "notebooks" / "guide"
+PAGES = [README, *sorted(GUIDE.glob("*.md"))]
+MOST_README_LINES = 200
+MOST_PAGE_LINES = 300
+
+FORMER_README = {
+    "nbpeft": "README.md#nbpeft",
+    "Two commands": "README.md#two-commands",
+    "Install": "install.md#install",
+    "Five lines": "README.md#in-a-notebook",
+    "Five lines: the table of commands": "commands.md#commands",
+    "Nothing is lost": "commands.md#nothing-is-lost",
+    "In a script": "training.md#in-python",
+    "In a script: loops of your own": "training.md#in-a-loop-of-your-own",
+    "In a script: several values of a field": "training.md#several-values-side-by-side",
+    "In a script: the loss in chunks": "training.md#what-a-training-keeps-in-memory",
+    "In a script: Trainers": "training.md#with-a-trainer",
+    "On another machine": "several-cards.md#export-a-training-as-a-script",
+    "On several cards": "several-cards.md#several-processes-from-a-notebook",
+    "By the name `peft`": "coming-from-peft.md#by-the-name-peft",
+    "Serving what you trained": "serving.md#serving-what-you-trained",
+    "What works on what": "methods.md#methods",
+    "Every field of LoraConfig": "methods.md#every-field-of-loraconfig",
+    "Layers": "methods.md#layers",
+    "Before or after, never between": "files-and-security.md#a-command-works-completely-or-not-at-all",
+    "Folders of strangers": "files-and-security.md#folders-of-strangers",
+    "What works on what: weights": "methods.md#kinds-of-weights",
+    "QLoRA as measured": "methods.md#quantized-models-qlora",
+    "What it costs": "costs.md#what-it-costs",
+    "A training as a whole": "costs.md#a-training-as-a-whole",
+    "The misses": "costs.md#the-targets-that-were-missed",
+    "How it grows with the number of adapters and of modules": "costs.md#growth-with-adapters-and-modules",
+    "Will it fit?": "memory.md#will-it-fit",
+    "Forecast against measurement": "costs.md#forecast-and-measurement",
+    "Where PEFT goes wrong": "coming-from-peft.md#where-peft-goes-wrong-without-an-error",
+    "Notebooks": "index.md#notebooks",
+    "Limits": "limits.md#limits",
+    "Limits: what differs from PEFT": "coming-from-peft.md#what-differs-from-peft",
+    "Changes": "changes.md#changes",
+    "How it is made": "how-it-is-made.md#how-it-is-made",
+    "A new method or quantization": "writing-a-method.md#writing-a-method",
+    "Tests": "how-it-is-made.md#tests",
+    "Licence": "README.md#licence",
+}
+"""Headings, and paragraphs with a title, of the README when it had everything -> where they are now."""
+
+NOT_RUN = "<!-- not run:"
+"""Begins the line above a snippet that is compiled only, and says why."""
+_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_CODE_SPAN = re.compile(r"`([^`\n]+)`")
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+@cache
+def text_of(page: Path) -> str:
+    if page.suffix == ".ipynb":
+        return "\n".join(cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown")
+    return page.read_text(encoding="utf-8")
+
+
+def prose_of(page: Path) -> str:
+    """A page without its snippets."""
+    return _FENCE.sub("", text_of(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and JupyterLab's converters make them, and those it sets itself."""
+    made = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in _HEADING.findall(prose_of(page))}
+    return made | set(re.findall(r'<a id="([^"]+)">', text_of(page)))
+
+
+def broken_links(page: Path, text: str) -> Iterator[str]:
+    """Relative links whose file or anchor is not there."""
+    for link in _LINK.findall(text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short(page: Path) -> None:
+    assert len(text_of(page).splitlines()) <= (MOST_README_LINES if page == README else MOST_PAGE_LINES)
+
+
+@pytest.mark.parametrize("heading", FORMER_README)
+def test_what_the_readme_had_has_a_place(heading: str) -> None:
+    page, _, anchor = FORMER_README[heading].partition("#")
+    assert anchor in anchors(README if page == README.name else GUIDE / page)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(GUIDE.parent.glob("*.ipynb"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert not list(broken_links(page, prose_of(page)))
+
+
+def test_a_broken_link_is_found() -> None:
+    links = "[a](no.md) [b](index.md#no) [c](#no) [d](index.md#guide) [e](https://no.example)"
+    assert list(broken_links(GUIDE / "index.md", links)) == ["no.md", "index.md#no", "#no"]
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = set(_LINK.findall(text_of(GUIDE / "index.md")))
+    assert {page.name for page in PAGES if page.parent == GUIDE} - {"index.md"} <= linked
+    assert {f"../{path.name}" for path in GUIDE.parent.glob("*.ipynb")} <= linked
+
+
+def test_the_readme_links_into_what_the_source_distribution_holds() -> None:
+    """It is the description of the package too, and is read there beside these files."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["readme"] == README.name
+    held = {*project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"], *project["project"]["license-files"]}
+    linked = {link.partition("/")[0] for link in _LINK.findall(text_of(README)) if "://" not in link}
+    assert linked <= held
+
+
+def wrong_names(text: str) -> Iterator[str]:
+    """What stands in backticks and is not there: files of the project, modules to run, public names, commands."""
+    for code in _CODE_SPAN.findall(text):
+        if re.fullmatch(r"(tests|notebooks|\.ci)/[\w./]+", code) and not (ROOT / code).exists():
+            yield code
+        if found := re.match(r"python -m (tests[\w.]*)", code):
+            spec = importlib.util.find_spec(found[1])
+            if spec is None:
+                yield code
+        if found := re.match(r"nbpeft\.(\w+)(?!\w*\.)", code):
+            if not hasattr(nbpeft, found[1]) and importlib.util.find_spec(f"nbpeft.{found[1]}") is None:
+                yield code
+        if found := re.match(r"%(%?)(q?lora\w*)(?: ([a-z]+)\b(?!=))?", code):
+            known = found[2] in {"lora", *CELLS}
+            if not known or (not found[1] and found[3] and found[3] not in {*SUBCOMMANDS, "help"}):
+                yield code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    assert not list(wrong_names(prose_of(page)))
+
+
+def test_a_wrong_name_is_found() -> None:
+    wrong = ["tests/no.py", "python -m tests.no", "nbpeft.no(x)", "%%lora_no model", "%lora no a"]
+    right = ["tests/run.py", "python -m tests.gpu", "nbpeft.train(model)", "%%lora_train model", "%lora use a", "%lora"]
+    assert list(wrong_names(" ".join(f"`{code}`" for code in [*right, *wrong]))) == wrong
+
+
+def test_every_method_is_in_the_readme_and_in_the_table() -> None:
+    from nbpeft.engine.contract.registry import methods
+
+    readme, table = text_of(README), text_of(GUIDE / "methods.md")
+    for method in methods():
+        names = {method.label, f"{method.label}s", method.peft_type.lower()}
+        assert any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", readme) for name in names), method.label
+        assert any(f"`{name}`" in table or f"| {name}" in table or f", {name}" in table for name in names), method.label
+    assert f"LoRA and {len(methods()) - 1} other" in readme
+
+
+def test_every_command_is_in_the_table() -> None:
+    table = text_of(GUIDE / "commands.md")
+    assert not [name for name in SUBCOMMANDS if f"%lora {name}" not in table]
+    assert not [name for name in CELLS if f"%%{name}" not in table]
+
+
+# --- Snippets ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Python, or a cell, of a page.
+
+    Attributes:
+        section: the heading it stands under.
+        code: what it says.
+        runs: whether it runs here.
+    """
+
+    section: str
+    code: str
+    runs: bool
+
+    @property
+    def is_cell(self) -> bool:
+        return self.code.startswith("%")
+
+
+def snippets(page: Path) -> list[Snippet]:
+    text = text_of(page)
+    found = []
+    for fence in _FENCE.finditer(text):
+        if fence[2] == "python":
+            before = text[: fence.start()].rstrip().rsplit("\n", 1)[-1]
+            section = _HEADING.findall(_FENCE.sub("", text[: fence.start()]))[-1]
+            found.append(Snippet(section, textwrap.dedent(fence[3]).strip(), not before.startswith(NOT_RUN)))
+    return found
+
+
+WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
+SECTIONS = [
+    pytest.param(page, section, marks=[pytest.mark.slice] if page == README else [])
+    for page in WITH_SNIPPETS
+    for section in dict.fromkeys(snippet.section for snippet in snippets(page))
+]
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
+def test_snippets_compile(page: Path) -> None:
+    for snippet in snippets(page):
+        magic, _, body = snippet.code.partition("\n") if snippet.is_cell else ("", "", snippet.code)
+        ast.parse(body)
+        assert not magic or re.match(r"%load_ext nbpeft|%%?q?lora", magic)
+
+
+def variables() -> dict[str, Any]:
+    """What the pages take for granted: names of nbpeft, a model, a tokenizer, rows and batches."""
+    from tests.char_tokenizer import CharTokenizer
+    from tests.tiny_models import llama, tokens
+
+    rows = [{"prompt": f"Order {number}. Code:", "completion": f" A{number}"} for number in range(8)]
+    return {
+        **{name: getattr(nbpeft, name) for name in ("LoraConfig", "PeftModel", "get_peft_model")},
+        "nbpeft": nbpeft,
+        "model": llama(max_position_embeddings=256),
+        "base": llama(max_position_embeddings=256),
+        "tokenizer": CharTokenizer(),
+        **dict.fromkeys(("train", "rows", "train_rows", "eval_rows"), rows),
+        "loader": [{"input_ids": tokens(), "labels": tokens()}] * 2,
+    }
+
+
+def made_cheap(code: str) -> str:
+    """A snippet with two steps of training, and prompts in the letters that the tiny model knows."""
+    return re.sub(r"(max_steps ?= ?)\d+", r"\g<1>2", code).replace(r"\n", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "section"), SECTIONS, ids=lambda value: getattr(value, "stem", value))
+def test_snippets_run(page: Path, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbpeft.engine.contract import registry
+    from tests.magics.notebook import Notebook
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_methods", [*registry.methods()])
+    notebook = Notebook()
+    for name, value in variables().items():
+        notebook[name] = value
+    try:
+        for snippet in snippets(page):
+            if snippet.section == section and snippet.runs:
+                notebook.do(made_cheap(snippet.code))
+    finally:
+        notebook.close()
