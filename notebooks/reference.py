@@ -1,4 +1,4 @@
-"""Writes ``reference.md`` from signatures and docstrings: ``python notebooks/reference.py``; ``--check`` only compares.
+"""Writes ``reference.md`` from signatures and docstrings: ``python notebooks/reference.py``.
 
 griffe reads the sources, nothing is imported; griffe2md renders each public name of ``nbpeft/__init__.pyi``.
 """
@@ -43,17 +43,11 @@ _SIGNATURE = re.compile(r"```python\n(\w+\(.*\).*)\n```")
 _MARK = "# next signature"
 
 
-def main() -> int:
-    """Writes the page, or tells whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
-    text = page()
-    if parser.parse_args().check:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        print("up to date" if current else f"{PAGE.name} is out of date: {COMMAND}")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+def main() -> None:
+    """Writes the page."""
+    parser = argparse.ArgumentParser(description="Writes all public names with their signatures and docstrings.")
+    parser.add_argument("--to", type=Path, default=PAGE, metavar="FILE", help=f"the page (default: {PAGE.name} here)")
+    parser.parse_args().to.write_text(page(), encoding="utf-8")
 
 
 def page() -> str:
@@ -110,4 +104,4 @@ def _with_signatures_in_lines(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

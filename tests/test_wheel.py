@@ -43,6 +43,13 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in held if "test" in name or name.endswith((".pyc", ".ipynb"))]
 
 
+def test_its_description_is_the_readme(wheel: Path) -> None:
+    described = metadata_of(wheel).metadata
+    assert described["Description-Content-Type"] == "text/markdown"
+    text = described.get_payload() or described["Description"]
+    assert str(text).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
 def test_it_asks_for_the_engine_s_packages_and_its_extras_for_the_rest(wheel: Path) -> None:
     metadata = metadata_of(wheel)
     assert metadata.version == nbpeft.__version__

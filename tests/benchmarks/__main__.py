@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads for torch (default 1: steadier)")
     parser.add_argument("--repeats", type=float, default=1.0, metavar="FACTOR", help="measure more or less often")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--readme", action="store_true", help="print the Markdown table of the README")
+    parser.add_argument("--markdown", action="store_true", help="print the Markdown table of the guide")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,7 +39,7 @@ def main() -> int:
         results.append(harness.measure(row, size))
     if arguments.json:
         print(json.dumps({"machine": table.machine(), "rows": [table.as_dict(result) for result in results]}, indent=1))
-    elif arguments.readme:
+    elif arguments.markdown:
         print(table.as_markdown(results))
     else:
         print(f"{table.as_text(results)}\n\n{table.machine()}")

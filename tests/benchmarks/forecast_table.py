@@ -1,4 +1,4 @@
-"""Tables of the memory forecast for the README: ``python -m tests.benchmarks.forecast_table``.
+"""Tables of the memory forecast for the guide: ``python -m tests.benchmarks.forecast_table``.
 
 The first two compare forecasts with what was measured here, on many small models with random
 weights and on SmolLM2-135M; the third stands beside figures that others published for models that

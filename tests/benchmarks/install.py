@@ -1,4 +1,4 @@
-"""What an installation costs, for the README: ``python -m tests.benchmarks.install``.
+"""What an installation costs, for the guide: ``python -m tests.benchmarks.install``.
 
 Builds the wheel, installs it into an environment that holds what it asks for and nothing else, and prints the wheel's
 size, how long a first import takes there, and what each extra brings, as versions that are installed here.

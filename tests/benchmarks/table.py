@@ -45,7 +45,7 @@ def as_text(results: Sequence[Result]) -> str:
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """A table for the README."""
+    """A table for the guide."""
     head = "| work | peft | nbpeft | ratio | target |\n|---|---:|---:|---:|---:|"
     lines = []
     for result in results:

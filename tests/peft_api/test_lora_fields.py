@@ -1,4 +1,4 @@
-"""Every field of PEFT's LoraConfig: the same here, more, or refused with what to use. README's table is made here.
+"""Every field of PEFT's LoraConfig: the same here, more, or refused with what to use. The guide's table is made here.
 
 ``python -m tests.peft_api.test_lora_fields`` prints the table.
 """
@@ -17,7 +17,7 @@ from peft.tuners.lora import config as peft_lora
 import nbpeft
 from nbpeft.errors import ConfigError
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "notebooks" / "guide" / "methods.md"
 COMMON = {field.name for field in dataclasses.fields(peft.PeftConfig)}
 """Fields of every method."""
 
@@ -133,7 +133,7 @@ def test_a_field_is_refused_in_one_line_that_says_what_to_do(name: str) -> None:
 
 
 def table() -> str:
-    """README's table of the fields."""
+    """The guide's table of the fields."""
     lines = ["| field | here |", "|---|---|"]
     lines.append(f"| {', '.join(f'`{name}`' for name in sorted(SAME))} | as in PEFT |")
     lines += [f"| `{name}` | as in PEFT, and: {text} |" for name, (_, text) in sorted(MORE.items())]
@@ -142,8 +142,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_has_the_table() -> None:
-    found = re.search(r"\| field \| here \|\n(\|.*\n)+", README.read_text(encoding="utf-8"))
+def test_the_guide_has_the_table() -> None:
+    found = re.search(r"\| field \| here \|\n(\|.*\n)+", PAGE.read_text(encoding="utf-8"))
     assert found is not None and found[0].strip() == table()
 
 
