@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import pydoc
 import re
 import textwrap
 import tomllib
@@ -18,6 +19,7 @@ import pytest
 
 import nbpeft
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
+from tests.benchmarks.harness import rows as benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -145,14 +147,14 @@ def wrong_names(text: str) -> Iterator[str]:
     for code in _CODE_SPAN.findall(text):
         if re.fullmatch(r"(tests|notebooks|\.ci)/[\w./]+", code) and not (ROOT / code).exists():
             yield code
-        if found := re.match(r"python -m (tests[\w.]*)", code):
-            spec = importlib.util.find_spec(found[1])
-            if spec is None:
+        elif found := re.match(r"python -m (tests[\w.]*)(?: --only ([\w -]+))?", code):
+            rows = (found[2] or "").split()
+            if importlib.util.find_spec(found[1]) is None or not all(benchmarks([row]) for row in rows):
                 yield code
-        if found := re.match(r"nbpeft\.(\w+)(?!\w*\.)", code):
-            if not hasattr(nbpeft, found[1]) and importlib.util.find_spec(f"nbpeft.{found[1]}") is None:
+        elif found := re.match(r"nbpeft(?:\.[a-zA-Z]\w*)+", code):
+            if pydoc.locate(found[0]) is None:
                 yield code
-        if found := re.match(r"%(%?)(q?lora\w*)(?: ([a-z]+)\b(?!=))?", code):
+        elif found := re.match(r"%(%?)(q?lora\w*)(?: ([a-z]+)\b(?!=))?", code):
             known = found[2] in {"lora", *CELLS}
             if not known or (not found[1] and found[3] and found[3] not in {*SUBCOMMANDS, "help"}):
                 yield code
@@ -164,7 +166,8 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 
 
 def test_a_wrong_name_is_found() -> None:
-    wrong = ["tests/no.py", "python -m tests.no", "nbpeft.no(x)", "%%lora_no model", "%lora no a"]
+    wrong = ["tests/no.py", "python -m tests.no", "python -m tests.benchmarks --only step no", "nbpeft.no(x)"]
+    wrong += ["nbpeft.session.no", "%%lora_no model", "%lora no a"]
     right = ["tests/run.py", "python -m tests.gpu", "nbpeft.train(model)", "%%lora_train model", "%lora use a", "%lora"]
     assert list(wrong_names(" ".join(f"`{code}`" for code in [*right, *wrong]))) == wrong
 
@@ -178,6 +181,11 @@ def test_every_method_is_in_the_readme_and_in_the_table() -> None:
         assert any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", readme) for name in names), method.label
         assert any(f"`{name}`" in table or f"| {name}" in table or f", {name}" in table for name in names), method.label
     assert f"LoRA and {len(methods()) - 1} other" in readme
+
+
+def test_every_package_is_in_the_table_of_layers() -> None:
+    packages = {path.parent.name for path in (ROOT / "nbpeft").glob("*/__init__.py")}
+    assert packages <= set(_CODE_SPAN.findall(text_of(GUIDE / "how-it-is-made.md")))
 
 
 def test_every_command_is_in_the_table() -> None:
