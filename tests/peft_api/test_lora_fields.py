@@ -23,44 +23,50 @@ COMMON = {field.name for field in dataclasses.fields(peft.PeftConfig)}
 
 MORE: dict[str, tuple[Any, str]] = {
     "alora_invocation_tokens": ([1, 2], "beam search works with it"),
-    "alpha_pattern": ({"q_proj": 3}, "hundreds of patterns cost one pass"),
+    "alpha_pattern": ({"q_proj": 3}, "hundreds of patterns take one pass over the model"),
     "arrow_config": (
         peft_lora.ArrowConfig(top_k=2),
-        "exact prototypes, made anew when weights change; adapters stay as they are; reads its own files",
+        "exact prototypes, computed again when weights change; adapters stay as they are; reads its own files",
     ),
-    "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
-    "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
-    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
-    "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; each loss has its terms once"),
+    "corda_config": (
+        peft_lora.CordaConfig(),
+        "batches of any size; the base model stays as it is; saved as plain LoRA",
+    ),
+    "eva_config": (peft_lora.EvaConfig(), "where layers share an input, the directions of each are whitened once"),
+    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA and LoRA-GA leave the base model as it is"),
+    "kasa_config": (peft_lora.KasaConfig(), "the base model stays as it is; each loss has its terms once"),
     "layer_replication": (
         [[0, 2], [1, 3]],
-        "merged, too; layers come back with `unload()`; several adapters share the replicas",
+        "can be merged; `unload()` restores the layers; several adapters share the replicas",
     ),
-    "layers_pattern": ("layers", "patterns that could run for ever are refused"),
-    "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
-    "lora_bias": (True, "merges in 4 and 8 bits"),
+    "layers_pattern": ("layers", "patterns that could run forever are refused"),
+    "loftq_config": (
+        peft_lora.LoftQConfig(),
+        "also 2 bits, embeddings and Conv1D; the scaling counts; needs no accelerator",
+    ),
+    "lora_bias": (True, "can be merged in 4 and 8 bits"),
     "lora_ga_config": (
         peft_lora.LoraGAConfig(),
-        "a start that can be had again; base and file as with CorDA",
+        "initial values that can be reproduced; base model and file as with CorDA",
     ),
-    "modules_to_save": (["score"], "whole path segments: `score` is not `underscore`"),
+    "modules_to_save": (["score"], "whole path segments: `score` does not match `underscore`"),
     "monteclora_config": (
         peft_lora.MontecloraConfig(num_samples=2),
-        "quantized layers; nothing is drawn ahead; the divergence is right, and each loss has it once",
+        "also on quantized layers; nothing is drawn in advance; a correct divergence, once in each loss",
     ),
-    "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
-    "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),
+    "rank_pattern": ({"q_proj": 2}, "hundreds of patterns take one pass over the model"),
+    "target_modules": (["q_proj"], "a name that matches nothing is reported, with similar names"),
     "use_bdlora": (
         peft_lora.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2),
-        "served as plain LoRA, combined and converted, too; quantized layers and Conv1D",
+        "can be served as plain LoRA, combined and converted; also on quantized layers and Conv1D",
     ),
-    "use_dora": (True, "norms from factors; several active in any order"),
+    "use_dora": (True, "norms computed from the factors; several can be active in any order"),
     "use_qalora": (
         True,
         "on every linear layer, where it merges; PEFT has it on GPTQ layers, and plain LoRA elsewhere",
     ),
-    "velora_config": (peft_lora.VeloraConfig(num_groups=32), "quantized layers; no input is put together again"),
-    "use_rslora": (True, "combined without scaling twice"),
+    "velora_config": (peft_lora.VeloraConfig(num_groups=32), "also on quantized layers; inputs are not reconstructed"),
+    "use_rslora": (True, "combining does not scale twice"),
 }
 """Field -> a value, and what is more than PEFT's."""
 SAME: dict[str, Any] = {
