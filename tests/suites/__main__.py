@@ -5,38 +5,37 @@
     python -m tests.suites --sdist peft-0.21.2 --most 300
 
 PEFT's source distribution carries its tests; it comes from the package index, models from ``hub.py``. Only what
-passes with PEFT counts. Names, reports and logs of what fails with nbpeft alone are in ``artifacts/suites``.
+passes with PEFT counts. What fails with nbpeft alone, with its messages, and logs are in ``artifacts/suites``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tests.clients.packages import DIFFUSERS, installed
 from tests.suites import hub
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "artifacts" / "suites"
+HUB = WORK / "hub"
 ELSEWHERE = ("common_gpu", "gpu_examples", "gptqmodel", "lora_megatron", "hub_features")
 """Files of tests that need a GPU, Megatron, or what only the hub has."""
 PARAMETERIZED = "parameterized==0.9.0"
 SCIPY = "scipy==1.17.1"
 """Which statistical tests of initial weights need."""
-PASSED, SKIPPED = "passed", "skipped"
-Results = dict[str, str]
-"""Test -> ``PASSED``, ``SKIPPED``, or the message of its failure."""
+PASSED = "passed"
 
 KINDS = {
     "wording": r"Regex pattern did not match|Input: |DID NOT WARN[^[]*Emitted warnings: \[[^]]",
@@ -48,7 +47,7 @@ KINDS = {
 """A kind of difference -> what the failure's message says."""
 
 PLUGIN = """\
-import hashlib, os, sys
+import hashlib, json, os, sys
 
 import pytest
 
@@ -56,45 +55,63 @@ class Everything(dict):
     def __contains__(self, name): return True
     def __missing__(self, name): return 1
 
+def note(path, **what):
+    with open(f'{os.environ["SUITES_RESULTS"]}/{os.path.basename(path)}.jsonl', "a") as file:
+        file.write(json.dumps(what) + chr(10))
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    order = sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).hexdigest())
-    most = int(os.environ["SUITES_MOST"])
-    dropped = set(order[most:])
-    items[:] = [item for item in items if item not in dropped]
-    config.hook.pytest_deselected(items=order[most:])
+def pytest_collection_modifyitems(items):
+    files = {}
+    for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).hexdigest()):
+        files.setdefault(item.path, []).append(item)
+    drawn = {item for found in files.values() for item in found[:int(os.environ["SUITES_MOST"])]}
+    for path, found in files.items():
+        note(path, tests=len(found))
+    items[:] = [item for item in items if item in drawn]
     helpers = sys.modules.get("tests.testing_utils")
     if helpers is not None:
         helpers._HUB_MODEL_ACCESSES = Everything()
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = crash.message if crash else str(report.longrepr)
+        note(report.nodeid.partition("::")[0], test=report.nodeid, ended=report.outcome if report.outcome != "failed" else said[:2000])
 """
-"""A plugin of pytest's: the same tests are drawn for both, and none of them asks the hub."""
+"""A plugin of pytest's: the same tests are drawn for both, none asks the hub, and the end of each is noted."""
 
 
 def main() -> int:
     """Runs the chosen files and prints the table."""
     arguments, rest = _parse()
     tests = _package_of(arguments.sdist or _download())
-    cache = WORK / "hub"
-    hub.fill(cache, tests)
+    hub.fill(HUB, tests)
     (WORK / "suites_plugin.py").write_text(PLUGIN)
     print("| file | tests | ran | pass with PEFT | with nbpeft | % | what differs |", flush=True)
     print("|---|---:|---:|---:|---:|---:|---|", flush=True)
     total = Counter[str]()
-    for file in [tests / f"{Path(name).stem}.py" for name in arguments.files] or _runnable(tests):
-        report = _report(file, alias=False)
-        if not (arguments.reuse and report.exists()):
-            run(file, cache, rest, arguments, alias=False)
-        run(file, cache, rest, arguments, alias=True)
-        theirs, ours = _results(report), _results(_report(file, alias=True))
-        wanted = [test for test, ended in theirs.items() if ended == PASSED]
-        missed = sorted(test for test in wanted if ours.get(test) != PASSED)
-        (WORK / f"{file.stem}.txt").write_text("\n".join([*missed, ""]))
-        count = {"ran": len(theirs), "tests": len(theirs) + _deselected(report), "passed": len(wanted)}
-        count["both"] = len(wanted) - len(missed)
-        total.update(count)
-        print(row(file.stem, count, kinds_of([ours.get(test, "") for test in missed])), flush=True)
+    files = [tests / f"{Path(name).stem}.py" for name in arguments.files] or _runnable(tests)
+    for first in range(0, len(files), arguments.together):
+        batch = files[first : first + arguments.together]
+        anew = [file for file in batch if not (arguments.reuse and _results(file, alias=False).exists())]
+        run(anew, rest, arguments, alias=False)
+        run(batch, rest, arguments, alias=True)
+        for file in batch:
+            counts, differing = compare(file)
+            total.update(counts)
+            print(row(file.stem, counts, differing), flush=True)
     print(row("all", total, ""))
     return 0 if total["both"] == total["passed"] else 1
+
+
+def compare(file: Path) -> tuple[dict[str, int], str]:
+    """What the columns of a file's row count, and the kinds of what fails with nbpeft alone."""
+    theirs, ours = read(_results(file, alias=False)), read(_results(file, alias=True))
+    wanted = [test for test, ended in theirs.items() if ended == PASSED]
+    missed = {test: ours.get(test, "did not run") for test in wanted if ours.get(test) != PASSED}
+    (WORK / f"{file.stem}.txt").write_text("".join(f"{test}\n    {said}\n" for test, said in missed.items()))
+    counts = {"ran": len(theirs), "passed": len(wanted), "both": len(wanted) - len(missed)}
+    return {"tests": collected(_results(file, alias=False)), **counts}, kinds_of(missed.values())
 
 
 def kinds_of(failures: Iterable[str]) -> str:
@@ -112,59 +129,58 @@ def row(title: str, count: Mapping[str, int], differing: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def run(file: Path, cache: Path, options: Sequence[str], limits: argparse.Namespace, *, alias: bool) -> None:
-    """Runs one file and leaves its report and its log.
+def run(files: Sequence[Path], options: Sequence[str], limits: argparse.Namespace, *, alias: bool) -> None:
+    """Runs files in one process, which leaves their results and a log.
 
     Args:
-        file: the file with tests.
-        cache: where tiny models are.
+        files: with tests, of one folder.
         options: for pytest.
-        limits: the most tests that run and for how many minutes.
+        limits: the most tests of a file that run, and for how many minutes.
         alias: with nbpeft by the name ``peft``.
     """
-    report = _report(file, alias=alias)
-    report.unlink(missing_ok=True)
-    settings = ["-q", "-p", "no:cacheprovider", "-p", "suites_plugin", "-c", os.devnull, f"--rootdir={file.parent}"]
-    pytest = ["-m", "pytest", *settings, f"--junitxml={report}", "--timeout=300", *options, str(file)]
+    if not files:
+        return
+    folder = files[0].parent
+    for file in files:
+        _results(file, alias=alias).unlink(missing_ok=True)
+    settings = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "suites_plugin", "-c", os.devnull]
+    pytest = ["-m", "pytest", *settings, f"--rootdir={folder}", "--timeout=120", *options, *map(str, files)]
     command = [sys.executable, *(["-m", "nbpeft.as_peft", *pytest] if alias else pytest)]
     packages = (installed(*DIFFUSERS), installed(PARAMETERIZED), installed(SCIPY))
-    paths = os.pathsep.join(map(str, (ROOT, WORK, file.parent.parent, *packages)))
-    quiet = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "SUITES_MOST": str(limits.most),
-    }
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    environment = {**os.environ, **quiet, **offline, "PYTHONPATH": paths}
+    paths = os.pathsep.join(map(str, (ROOT, WORK, folder.parent, *packages)))
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(HUB), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    results = _results(files[0], alias=alias).parent
+    results.mkdir(exist_ok=True)
+    own = {"SUITES_MOST": str(limits.most), "SUITES_RESULTS": str(results), "PYTHONPATH": paths}
     with (
-        report.with_suffix(".log").open("w") as log,
-        subprocess.Popen(command, cwd=file.parent, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
+        (results / f"{files[0].stem}.log").open("w") as log,
+        subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **quiet, **offline, **own}, stdout=log, stderr=subprocess.STDOUT
+        ) as process,
     ):
         try:
-            process.wait(60 * limits.minutes)
+            process.wait(60 * limits.minutes * len(files))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # pytest writes the report of what ran
+            process.kill()
 
 
-def _report(file: Path, *, alias: bool) -> Path:
-    return WORK / f"{file.stem}-{'nbpeft' if alias else 'peft'}.xml"
+def read(results: Path) -> dict[str, str]:
+    """Test -> ``PASSED``, ``skipped``, or the message of its failure."""
+    return {note["test"]: note["ended"] for note in _notes(results) if "test" in note}
 
 
-def _deselected(report: Path) -> int:
-    found = re.search(r"(\d+) deselected", report.with_suffix(".log").read_text()[-500:])
-    return int(found[1]) if found else 0
+def collected(results: Path) -> int:
+    """How many tests a file has."""
+    return sum(note.get("tests", 0) for note in _notes(results))
 
 
-def _results(report: Path) -> Results:
-    if not report.exists():
-        return {}
-    found: Results = {}
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        ends = {child.tag: child.get("message") or "failed" for child in case}
-        failed = ends.get("failure") or ends.get("error")
-        found[f"{case.get('classname')}::{case.get('name')}"] = failed or (SKIPPED if "skipped" in ends else PASSED)
-    return found
+def _notes(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def _results(file: Path, *, alias: bool) -> Path:
+    return WORK / ("nbpeft" if alias else "with-peft") / f"{file.name}.jsonl"
 
 
 def _download() -> Path:
@@ -196,7 +212,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("files", nargs="*", help="files of PEFT's tests")
     parser.add_argument("--sdist", type=Path, help="PEFT's source distribution, unpacked; else it is downloaded")
     parser.add_argument("--most", type=int, default=10**6, help="of a file with more tests, so many are drawn")
-    parser.add_argument("--minutes", type=float, default=60, help="after which a file is interrupted")
+    parser.add_argument("--minutes", type=float, default=60, help="per file, after which a process is stopped")
+    parser.add_argument("--together", type=int, default=8, help="files in one process")
     parser.add_argument("--reuse", action="store_true", help="PEFT's results of the last run, where they are")
     WORK.mkdir(parents=True, exist_ok=True)
     return parser.parse_known_args()

@@ -15,6 +15,7 @@ from torch import nn
 from nbpeft import checkpoint
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Rescales
+from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin
 from nbpeft.errors import AdapterError, ConfigError, NbpeftError, did_you_mean
 from nbpeft.model.handle.peft_model import PeftModel
 
@@ -34,6 +35,8 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Inside the block every adapter acts ``multiplier`` times as strongly; afterwards as before.
 
+    A ``layer.scaling`` that was read before, or in the block, keeps its values.
+
     Args:
         model: any model with adapted layers.
         multiplier: factor on the scaling of every adapter on every layer.
@@ -49,11 +52,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not adapters:
         raise AdapterError("scaling is only supported for models with `LoraLayer`s: none here has a scaling")
     with ExitStack() as stack:
+        _keep_scalings(model)
         for adapter in adapters:
             scaling = float(adapter.scaling)
             stack.callback(adapter.rescale, scaling)
             adapter.rescale(scaling * multiplier)
+        stack.callback(_keep_scalings, model)
         yield
+
+
+def _keep_scalings(model: nn.Module) -> None:
+    """Gives each layer a new ``scaling``; the one that was read before keeps its values, as PEFT's dictionary does."""
+    for layer in called_modules(model):
+        if isinstance(layer, PeftLayerMixin) and getattr(layer, "scaling", None):
+            layer.scaling = layer.scaling.copy()
 
 
 @contextmanager

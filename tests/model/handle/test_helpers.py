@@ -61,6 +61,19 @@ def test_scales_are_other_ones_inside_the_block_only(use_dora: bool) -> None:
             assert torch.equal(logits(model), base)
 
 
+def test_scalings_read_before_and_in_the_block_keep_their_values() -> None:
+    model = adapted()
+    layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before = layer.scaling
+    value = before["default"]
+    with rescale_adapter_scale(model, 0.5):
+        inside = layer.scaling
+        assert (before, inside) == ({"default": value}, {"default": value / 2})
+    assert (before, inside, layer.scaling) == ({"default": value}, {"default": value / 2}, {"default": value})
+    layer.scaling["default"] = 3.0
+    assert layer.scaling == {"default": 3.0} and before == {"default": value}
+
+
 def test_adapters_renamed_or_deleted_inside_get_their_scales_back() -> None:
     model = adapted()
     model.add_adapter("gone", config())
