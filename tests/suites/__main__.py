@@ -56,7 +56,7 @@ class Everything(dict):
     def __missing__(self, name): return 1
 
 def note(path, **what):
-    with open(f'{os.environ["SUITES_RESULTS"]}/{os.path.basename(path)}.jsonl', "a") as file:
+    with open(f'{os.environ["SUITES_RESULTS"]}/{os.path.basename(path)}.jsonl.part', "a") as file:
         file.write(json.dumps(what) + chr(10))
 
 @pytest.hookimpl(trylast=True)
@@ -76,7 +76,8 @@ def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         crash = getattr(report.longrepr, "reprcrash", None)
         said = crash.message if crash else str(report.longrepr)
-        note(report.nodeid.partition("::")[0], test=report.nodeid, ended=report.outcome if report.outcome != "failed" else said[:2000])
+        ended = said[:2000] if report.outcome == "failed" else report.outcome
+        note(report.nodeid.partition("::")[0], test=report.nodeid, ended=ended)
 """
 """A plugin of pytest's: the same tests are drawn for both, none asks the hub, and the end of each is noted."""
 
@@ -141,8 +142,9 @@ def run(files: Sequence[Path], options: Sequence[str], limits: argparse.Namespac
     if not files:
         return
     folder = files[0].parent
-    for file in files:
-        _results(file, alias=alias).unlink(missing_ok=True)
+    parts = {_results(file, alias=alias).with_suffix(".jsonl.part"): _results(file, alias=alias) for file in files}
+    for part in parts:
+        part.unlink(missing_ok=True)
     settings = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "suites_plugin", "-c", os.devnull]
     pytest = ["-m", "pytest", *settings, f"--rootdir={folder}", "--timeout=120", *options, *map(str, files)]
     command = [sys.executable, *(["-m", "nbpeft.as_peft", *pytest] if alias else pytest)]
@@ -163,6 +165,9 @@ def run(files: Sequence[Path], options: Sequence[str], limits: argparse.Namespac
             process.wait(60 * limits.minutes * len(files))
         except subprocess.TimeoutExpired:
             process.kill()
+    for part, whole in parts.items():
+        if part.exists():
+            part.replace(whole)
 
 
 def read(results: Path) -> dict[str, str]:

@@ -7,8 +7,11 @@ themselves (a stored output, a stored adapter) fail with PEFT as well, and are l
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+from tests.clients.packages import DIFFUSERS, installed
 
 REVISION = "0" * 40
 VOCABULARY = 1024
@@ -72,6 +75,8 @@ def _made(cache: Path, name: str) -> bool:
     import transformers
 
     own = name.partition("/")[2]
+    if own == "tiny-sd-pipe":
+        return _published(cache, name, _pipeline())
     found = _CLASS.search(own)
     kind = getattr(transformers, CLASSES.get(own) or (found[1] if found else ""), None)
     if kind is None or own.endswith("-lora"):
@@ -89,13 +94,49 @@ def _made(cache: Path, name: str) -> bool:
     except Exception as error:  # a class whose sizes must fit in another way
         print(f"{name}: no tiny model ({error})")
         return False
-    snapshot = _folder(cache, name) / "snapshots" / REVISION
-    model.save_pretrained(snapshot)
-    _tokenizer().save_pretrained(snapshot)
+    return _published(cache, name, model, _tokenizer())
+
+
+def _published(cache: Path, name: str, *parts: Any) -> bool:
+    """Saves what a repository holds under its name in the cache."""
+    for part in parts:
+        part.save_pretrained(_folder(cache, name) / "snapshots" / REVISION)
     reference = _folder(cache, name) / "refs" / "main"
     reference.parent.mkdir(parents=True, exist_ok=True)
     reference.write_text(REVISION)
     return True
+
+
+def _pipeline() -> Any:
+    """A Stable Diffusion pipeline."""
+    sys.path.append(str(installed(*DIFFUSERS)))
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    attended = {"cross_attention_dim": 32, "attention_head_dim": 4, "layers_per_block": 1, "sample_size": 16}
+    tokenizer = _tokenizer()
+    tokenizer.model_max_length = 77
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            **sizes,
+            **attended,
+        ),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **sizes
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **text)),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def _tokenizer() -> Any:
