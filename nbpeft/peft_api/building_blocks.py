@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 from nbpeft.checkpoint import CONFIG_NAME
 from nbpeft.engine.methods.lora.optimizers import RiemannianPreconditioner, trained_pairs
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
+from nbpeft.engine.methods.lora.variants.alora import invocation_starts
 from nbpeft.engine.methods.lora.variants.velora import normalised, pieces
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.model.handle.arrow import repository_of
@@ -29,6 +30,32 @@ _Result = TypeVar("_Result")
 _RiemannianPreconditioner = RiemannianPreconditioner
 _collect_lora_pairs = trained_pairs
 _normalize_projection = normalised
+
+
+def calculate_alora_offsets(
+    peft_config: Mapping[str, Any],
+    active_adapter: str,
+    input_ids: Tensor | None,
+    adapter_names: Sequence[str] | None = None,
+) -> list[int | None]:
+    """How many tokens before the end of each row its last invocation of an aLoRA adapter starts.
+
+    Args:
+        peft_config: adapter name -> config.
+        active_adapter: the adapter of every row without ``adapter_names``.
+        input_ids: (batch, tokens); None for no rows.
+        adapter_names: the adapter of each row.
+
+    Returns:
+        None for a row that has no invocation, or whose adapter is no aLoRA.
+    """
+    rows = [] if input_ids is None else list(input_ids)
+    found: list[int | None] = []
+    for row, name in zip(rows, adapter_names or [active_adapter] * len(rows), strict=True):
+        tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
+        start = int(invocation_starts(row, tokens)) if tokens else -1
+        found.append(len(row) - start if start >= 0 else None)
+    return found
 
 
 class BufferDict(nn.Module):

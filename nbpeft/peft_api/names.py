@@ -264,10 +264,10 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {
-        "building_blocks": "BlockDiagonalLinear",
+        "building_blocks": "BlockDiagonalLinear calculate_alora_offsets",
         "missing": "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant DoraConv1dVariant "
         "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant "
-        "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant calculate_alora_offsets "
+        "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant "
         "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     },
     "tuners.lora.velora": {

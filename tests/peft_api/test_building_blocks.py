@@ -36,6 +36,18 @@ def test_buffers_by_name() -> None:
         assert not list(buffers({"a": torch.ones(1)}).state_dict())
 
 
+def test_places_of_invocations() -> None:
+    rows = torch.tensor([[0, 1, 2, 3], [1, 2, 1, 2], [0, 4, 5, 6]])
+    configs = {
+        name: nbpeft.LoraConfig(alora_invocation_tokens=tokens) for name, tokens in {"a": [1, 2], "b": [4]}.items()
+    }
+    configs["plain"] = nbpeft.LoraConfig()
+    for (offsets,) in both("tuners.lora.variants", "calculate_alora_offsets"):
+        assert offsets(configs, "a", rows) == [3, 2, None] and offsets(configs, "plain", rows) == [None] * 3
+        assert offsets(configs, "a", rows, adapter_names=["a", "__base__", "b"]) == [3, None, 3]
+        assert offsets(configs, "a", None) == []
+
+
 def test_block_diagonal_layers() -> None:
     x, found = torch.randn(2, 3, 12), []
     for (linear,) in both("tuners.lora.variants", "BlockDiagonalLinear"):

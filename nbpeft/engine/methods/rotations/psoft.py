@@ -8,6 +8,7 @@ an adapter is loaded on. Whoever computes the singular vectors otherwise, with o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,6 +103,8 @@ class PsoftConfig(LayersConfig):
                 f"cayley_neumann_eps must be between 0 and 1, not {self.cayley_neumann_eps:g}",
                 field="cayley_neumann_eps",
             )
+        if self.cayley_neumann_eps is not None and not self.use_cayley_neumann:
+            warnings.warn("`cayley_neumann_eps` is only used when `use_cayley_neumann=True`.", stacklevel=3)
 
     @property
     def initialised_from_weight(self) -> bool:

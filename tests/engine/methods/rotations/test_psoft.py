@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,11 @@ def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> No
         nbpeft.PsoftConfig(**fields)
     with pytest.raises(ConfigError, match="r = 99 is more than the"):
         get_peft_model(llama(), nbpeft.PsoftConfig(r=99))
+
+
+def test_a_norm_that_nothing_reads_is_named() -> None:
+    with pytest.warns(UserWarning, match="only used when `use_cayley_neumann=True`"):
+        nbpeft.PsoftConfig(cayley_neumann_eps=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nbpeft.PsoftConfig(cayley_neumann_eps=0.5, use_cayley_neumann=True)
