@@ -97,6 +97,9 @@ class _Numbered(nn.Module):
         found: Any = self._parameters.get(number)
         return self.__dict__[number] if found is None else found  # type: ignore[no-any-return]
 
+    def __len__(self) -> int:
+        return len(self._parameters)
+
 
 class TinyVectors(SharedState):
     """The trained vectors, (u,) each, and which layers there are."""

@@ -40,6 +40,7 @@ def test_an_embedding_and_a_linear_layer_train_one_vector() -> None:
     model: Any = get_peft_model(llama(), nbpeft.TinyLoraConfig(**config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert [tuple(one.shape) for one in trained] == [(4,)] and model.tinylora_v["default"]["0"] is trained[0]
+    assert len(model.tinylora_v["default"]) == 1
     layer = model.base_model.model.model.layers[1].self_attn.q_proj
     assert layer.tinylora_v["default"]["0"] is trained[0] and layer.r["default"] == 2 and layer.u["default"] == 4
 
