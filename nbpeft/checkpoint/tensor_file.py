@@ -312,6 +312,12 @@ class UnreadTensors:
         twin._changes, twin.header = (*self._changes, change), change(self.header)
         return twin
 
+    def unchanged(self) -> Self:
+        """The same without any change: what the file holds."""
+        twin = copy.copy(self)
+        twin._changes, twin.header = (), {key: self._file.header[key] for key in self._keys}
+        return twin
+
     def read(self, leave: Iterable[str] = ()) -> Mapping[str, Tensor]:
         """Reads them; what the changes left out, or what is to be left, stays unread.
 

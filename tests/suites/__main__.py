@@ -30,7 +30,7 @@ from tests.suites import hub
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "artifacts" / "suites"
 HUB = WORK / "hub"
-ELSEWHERE = ("common_gpu", "gpu_examples", "gptqmodel", "lora_megatron", "hub_features")
+ELSEWHERE = ("common_gpu", "gpu_examples", "gptqmodel", "lora_megatron", "hub_features", "vision_models")
 """Files of tests that need a GPU, Megatron, or what only the hub has."""
 PARAMETERIZED = "parameterized==0.9.0"
 SCIPY = "scipy==1.17.1"
@@ -145,7 +145,17 @@ def run(files: Sequence[Path], options: Sequence[str], limits: argparse.Namespac
     parts = {_results(file, alias=alias).with_suffix(".jsonl.part"): _results(file, alias=alias) for file in files}
     for part in parts:
         part.unlink(missing_ok=True)
-    settings = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "suites_plugin", "-c", os.devnull]
+    settings = [
+        "-q",
+        "--tb=short",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "suites_plugin",
+        "-c",
+        os.devnull,
+    ]
     pytest = ["-m", "pytest", *settings, f"--rootdir={folder}", "--timeout=120", *options, *map(str, files)]
     command = [sys.executable, *(["-m", "nbpeft.as_peft", *pytest] if alias else pytest)]
     packages = (installed(*DIFFUSERS), installed(PARAMETERIZED), installed(SCIPY))

@@ -296,7 +296,8 @@ def load_peft_weights(
     """Reads the tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return checkpoint.remapped(checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors, key_mapping)
+    saved = checkpoint.read_checkpoint(str(model_id), device=device, **hub).unread.unchanged()
+    return checkpoint.remapped(saved.read(), key_mapping)
 
 
 def _biases(model: nn.Module) -> dict[str, Tensor]:

@@ -12,9 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import nbpeft.model as nbpeft
+from nbpeft import CartridgeConfig, VBLoRAConfig
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, UnknownAdapterError
 from nbpeft.model import (
@@ -263,6 +265,25 @@ def test_configs_and_weights_load_by_themselves(tmp_path: Path) -> None:
     assert len(load_peft_weights(tmp_path, device="cpu")) == 8
     read.save_pretrained(str(tmp_path / "config"))
     assert LoraConfig.from_pretrained(str(tmp_path / "config")).r == 6
+
+
+PACKED = {
+    "one tensor of two": CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_frozen_tokens=1),
+    "more tensors": config(task_type="CAUSAL_LM", monteclora_config={"num_samples": 2}),
+    "fewer tensors": VBLoRAConfig(r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"], topk=2),
+}
+
+
+@pytest.mark.parametrize("given", PACKED.values(), ids=PACKED)
+def test_weights_are_read_as_the_file_has_them(given: Any, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), given).eval()
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    found = load_peft_weights(tmp_path, device="cpu")
+    assert found.keys() == file.keys() and all(torch.equal(found[key], tensor) for key, tensor in file.items())
+    other = get_peft_model(llama(), given.copy()).eval()
+    assert not set_peft_model_state_dict(other, found).missing_keys
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_auto_model_loads_the_base_the_adapter_names(tmp_path: Path) -> None:
