@@ -596,27 +596,21 @@ def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
     return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
 
 
-def empty_mapping(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
-    """The mapping without entries under a name that layers of PEFT have whatever they hold; None for other names."""
-    for adapter in adapters.values():
-        if name in adapter.peft_mappings:
-            wrapped = name in adapter.wrapped_parameters or name in adapter.peft_modules
-            return AdapterDict() if wrapped else ParameterMapping({})
-    return None
-
-
-def emptied(method: Method, name: str) -> Any:
-    """What a layer has under a name of PEFT's after it lost its last adapter, which was of a method.
+def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
+    """What a layer has under a name that layers of a method have in PEFT, where none of its adapters fills it.
 
     Args:
         method: the method.
         name: of parameters, modules or settings by adapter name.
+        with_settings: for a layer that has no adapters, which have settings whatever they are.
 
     Returns:
         An empty mapping; None for other names.
     """
     parameters, settings = (names.split() for names in method.layer_names)
     own = method.adapter_class
+    if name not in parameters and not with_settings:
+        return None
     if name in own.wrapped_parameters or name in own.peft_modules:
         return AdapterDict()
     return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft_attributes) else None

@@ -23,10 +23,9 @@ from nbpeft.engine.peft_names.peft_modules import (
     AdapterDict,
     ParameterMapping,
     ShownParts,
-    emptied,
-    empty_mapping,
     show_adapters,
     shown_under,
+    unfilled,
     use_shown,
 )
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
@@ -591,9 +590,10 @@ class AdaptedLayer(PeftLayerMixin):
             self.show_adapters()
             found = shown_under(modules, name)
         if found is None:
-            found = self._shown_where_tied(name) or empty_mapping(adapters, name)
-        if found is None and not adapters:
-            found = next((emptied(method, name) for method in self._methods()), None)
+            found = self._shown_where_tied(name)
+        if found is None:
+            empty = (unfilled(method, name, with_settings=not adapters) for method in self._methods())
+            found = next((one for one in empty if one is not None), None)
         if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
             return super().__getattr__(name)
         if found is None and not hasattr(base_layer, name):

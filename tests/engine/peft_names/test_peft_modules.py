@@ -597,3 +597,24 @@ def test_buffers_of_adapters_are_listed_by_pefts_names() -> None:
     assert not layer.adapter("default")._buffers["delora_w_norm"].any()
     ours.delete_adapter("other")
     assert list(norms) == ["default"] and not any("other" in name for name in ours.state_dict())
+
+
+UNFILLED: dict[str, dict[str, Any]] = {
+    "DeftConfig": {"para": True},
+    "LoHaConfig": {},
+    "LoKrConfig": {},
+    "OFTConfig": {"oft_block_size": 3},
+    "HiraConfig": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("name", UNFILLED)
+def test_a_layer_has_all_names_of_its_method(name: str) -> None:
+    found: list[Any] = []
+    for library in (nbpeft, peft):
+        model = library.get_peft_model(Net(), getattr(library, name)(target_modules=["first"], **UNFILLED[name]))
+        found.append(model.base_model.model.first)
+    ours, theirs = found
+    names = {one for one in theirs.adapter_layer_names if not hasattr(getattr(theirs, one), "default")}
+    assert names and all(list(getattr(ours, one)) == [] for one in names)
+    assert not hasattr(ours, "lora_A")
