@@ -583,22 +583,27 @@ class AdaptedLayer(PeftLayerMixin):
         if name.startswith("__") or "base_layer" not in modules:
             return super().__getattr__(name)
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
-        found: Any = by_name(adapters, name)
+        self.show_adapters()
+        found: Any = shown_under(modules, name)  # first: what named_modules() names is here under its name
+        if found is None:
+            found = by_name(adapters, name)
         if found is None:
             found = function_by_name(self, name)
         if found is None:
-            self.show_adapters()
-            found = shown_under(modules, name)
-        if found is None:
             found = self._shown_where_tied(name)
-        if found is None:
-            empty = (unfilled(method, name, with_settings=not adapters) for method in self._methods())
-            found = next((one for one in empty if one is not None), None)
+        if found is None and not adapters:
+            found = self._unfilled(name)
         if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
             return super().__getattr__(name)
         if found is None and not hasattr(base_layer, name):
             found = attribute_by_name(adapters, name)
+            found = self._unfilled(name) if found is None else found
         return getattr(base_layer, name) if found is None else found
+
+    def _unfilled(self, name: str) -> Any:
+        """The empty mapping under a name that its methods know and its adapters do not fill; None for other names."""
+        empty = (unfilled(method, name, with_settings=not self._named()) for method in self._methods())
+        return next((one for one in empty if one is not None), None)
 
 
 class LayerReplica(AdaptedLayer):

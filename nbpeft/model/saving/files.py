@@ -169,7 +169,7 @@ def read(
             if starts:
                 mark_left(manager, name)
             if given is not None:
-                take_given(manager, name, given, change)
+                take_given(manager, name, given, change, loading=True)
             result = load_result(manager, name, loaded.missing, loaded.unexpected)
         if single is None and not hub and os.path.isdir(os.path.expanduser(source)):
             note_place(manager, name, source)

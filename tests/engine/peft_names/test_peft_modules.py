@@ -394,6 +394,23 @@ def test_a_config_given_for_loading_stays_the_models(tmp_path: Any) -> None:
     assert vars(config) == kept
 
 
+def test_a_config_of_a_model_that_is_given_for_loading_goes_over_to_the_loaded_one(tmp_path: Any) -> None:
+    config = LoraConfig(**{"r": 4, **CONFIGS["linear"]})
+    first = get_peft_model(Net(), config)
+    first.save_pretrained(tmp_path)
+    assert first.peft_config["default"] is config
+    with pytest.raises(ValueError, match="nowhere"):
+        PeftModel.from_pretrained(Net(), tmp_path / "nowhere", config=config)
+    assert first.peft_config["default"] is config and not config.inference_mode
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config and config.inference_mode
+    kept = first.peft_config["default"]
+    assert kept is not config and not kept.inference_mode and kept.target_modules == {"first"}
+    first.save_pretrained(tmp_path / "again")
+    other = get_peft_model(Net(), config)
+    assert other.peft_config["default"] is not config and loaded.peft_config["default"] is config
+
+
 @pytest.mark.parametrize("name", ["linear", "bias"])
 def test_hooks_on_factors_run_and_change_nothing(name: str) -> None:
     ours, theirs = pair(name)
@@ -597,6 +614,19 @@ def test_buffers_of_adapters_are_listed_by_pefts_names() -> None:
     assert not layer.adapter("default")._buffers["delora_w_norm"].any()
     ours.delete_adapter("other")
     assert list(norms) == ["default"] and not any("other" in name for name in ours.state_dict())
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    **{"ShiraConfig": {"r": 2}, "FrodConfig": {}, "OSFConfig": {}, "UniLoraConfig": {}, "AdamssConfig": {}},
+    **{"SupertuningConfig": {"sparsity": 0.5}, "TinyLoraConfig": {"r": 2, "u": 4}},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.filterwarnings("ignore")
+def test_every_path_of_a_module_leads_to_it(name: str) -> None:
+    model = get_peft_model(Net(), getattr(nbpeft, name)(target_modules=["first"], **NAMED[name]))
+    assert all(model.get_submodule(path) is module for path, module in model.named_modules())
 
 
 UNFILLED: dict[str, dict[str, Any]] = {
