@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from operator import attrgetter, itemgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -98,6 +98,24 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
     def copy(self) -> dict[str, Any]:
         """A dictionary of what it holds now."""
         return dict(self)
+
+    # What the base class dict has and Mapping has not would tell of the dictionary that it is for json.
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Any) -> Any:
+        return dict(other) | dict(self)
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self))
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)

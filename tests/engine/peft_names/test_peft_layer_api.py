@@ -260,3 +260,16 @@ def test_what_is_shown_by_adapter_is_written_as_a_dictionary() -> None:
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
     assert json.loads(json.dumps([layer.scaling, layer.r])) == [{"default": 4.0}, {"default": 2}]
     assert [dict(layer.r), {**layer.r}, copy.copy(layer.r), layer.r | {}] == [{"default": 2}] * 4
+
+
+@pytest.mark.parametrize("library", [nbpeft, peft])
+def test_attributes_by_adapter_are_compared_and_joined_as_dictionaries(library: Any) -> None:
+    config = library.LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
+    layer = library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0]
+    scaling = layer.scaling
+    differ = scaling != {"default": 2.0}
+    assert not differ and scaling != {"default": 1.0} and scaling != {}
+    assert scaling | {"a": 1.0} == {"default": 2.0, "a": 1.0} == {"a": 1.0} | scaling
+    assert list(reversed(scaling)) == ["default"]
+    scaling |= {"default": 3.0}
+    assert layer.scaling == {"default": 3.0}
