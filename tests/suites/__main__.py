@@ -30,21 +30,27 @@ from tests.suites import hub
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "artifacts" / "suites"
 HUB = WORK / "hub"
-ELSEWHERE = ("common_gpu", "gpu_examples", "gptqmodel", "lora_megatron", "hub_features", "vision_models")
-"""Files of tests that need a GPU, Megatron, or what only the hub has."""
+ELSEWHERE = (
+    *("common_gpu", "gpu_examples", "gptqmodel", "lora_megatron", "hub_features", "vision_models", "torch_compile"),
+)
+"""Files of tests that need a GPU, Megatron, or what only the hub has; that of compiling is off by default."""
 PARAMETERIZED = "parameterized==0.9.0"
 SCIPY = "scipy==1.17.1"
 """Which statistical tests of initial weights need."""
+SKLEARN = ("scikit-learn==1.9.1", "joblib==1.6.0", "threadpoolctl==3.8.0", "cloudpickle==3.1.3", "narwhals==2.29.0")
+"""Which PEFT's AdaMSS needs."""
 PASSED = "passed"
 
 KINDS = {
-    "wording": r"Regex pattern did not match|Input: |DID NOT WARN[^[]*Emitted warnings: \[[^]]",
-    "accepted, PEFT refuses": "DID NOT RAISE",
-    "no warning": "DID NOT WARN",
-    "PEFT's internals": r"has no attribute '_|does not have the attribute|is not available: nbpeft does not implement",
-    "time": "Timeout",
+    "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
+    "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
+    "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
+    "PEFT's internals": r"AttributeError|is not available: nbpeft does not implement|does not have the attribute"
+    r"|1 = len\(\{<class|tensor\([^=]*\) is tensor\(|data_ptr",
+    "refused here": r"\nnbpeft\.errors",
+    "did not run": r"\ndid not run|Timeout",
 }
-"""A kind of difference -> what the failure's message says."""
+"""A kind of difference -> what the test's name and the failure's message say; the first that fits."""
 
 PLUGIN = """\
 import hashlib, json, os, sys
@@ -112,11 +118,17 @@ def compare(file: Path) -> tuple[dict[str, int], str]:
     missed = {test: ours.get(test, "did not run") for test in wanted if ours.get(test) != PASSED}
     (WORK / f"{file.stem}.txt").write_text("".join(f"{test}\n    {said}\n" for test, said in missed.items()))
     counts = {"ran": len(theirs), "passed": len(wanted), "both": len(wanted) - len(missed)}
-    return {"tests": collected(_results(file, alias=False)), **counts}, kinds_of(missed.values())
+    return {"tests": collected(_results(file, alias=False)), **counts}, kinds_of(
+        f"{test}\n{said}" for test, said in missed.items()
+    )
 
 
 def kinds_of(failures: Iterable[str]) -> str:
-    """How many failures are of each kind, in words."""
+    """How many failures are of each kind, in words.
+
+    Args:
+        failures: name and message of each.
+    """
     found = Counter(
         next((kind for kind, said in KINDS.items() if re.search(said, message)), "other") for message in failures
     )
@@ -158,7 +170,7 @@ def run(files: Sequence[Path], options: Sequence[str], limits: argparse.Namespac
     ]
     pytest = ["-m", "pytest", *settings, f"--rootdir={folder}", "--timeout=120", *options, *map(str, files)]
     command = [sys.executable, *(["-m", "nbpeft.as_peft", *pytest] if alias else pytest)]
-    packages = (installed(*DIFFUSERS), installed(PARAMETERIZED), installed(SCIPY))
+    packages = (installed(*DIFFUSERS), installed(PARAMETERIZED), installed(SCIPY), installed(*SKLEARN))
     paths = os.pathsep.join(map(str, (ROOT, WORK, folder.parent, *packages)))
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(HUB), "HF_ENDPOINT": "http://127.0.0.1:9"}

@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
     **{"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
     **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "ffn_dim": 64, "word_embed_proj_dim": 32},
     **{"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    **{"rotary_dim": 8, "decoder_start_token_id": 0},
+    "rotary_dim": 8,
     **{"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "embedding_size": 8},
 }
 """Settings of every configuration that knows them."""
@@ -85,6 +85,8 @@ def _made(cache: Path, name: str) -> bool:
     try:
         defaults = kind.config_class()
         settings = type(defaults)(**{key: value for key, value in TINY.items() if hasattr(defaults, key)})
+        if settings.is_encoder_decoder:
+            settings.decoder_start_token_id = 0
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(settings).parameters())
         if size > _MOST:
