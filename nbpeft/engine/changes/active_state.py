@@ -451,18 +451,31 @@ class LayerState:
         names: adapters active on the layer.
         enabled: whether they act.
         active: what acts, with its scales; the adapters at their trained strength if None.
+        is_back: for a layer that was taken out of the model: whether it hangs in its old place again. Scopes then
+            hold for it at once, before a command finds it there.
     """
 
     def __init__(
-        self, shared: ActiveState, names: Sequence[str], *, enabled: bool, active: ActiveAdapters | None = None
+        self,
+        shared: ActiveState,
+        names: Sequence[str],
+        *,
+        enabled: bool,
+        active: ActiveAdapters | None = None,
+        is_back: Callable[[], bool] | None = None,
     ) -> None:
         self.shared, self.names, self.enabled = shared, tuple(names), enabled
         alone = ActiveAdapters(self.names, (1.0,) * len(self.names)) if enabled and names else NO_ADAPTERS
         self._own = alone if active is None else active
+        self._is_back = is_back
 
     def current(self) -> ActiveAdapters:
         """What acts on the layer."""
-        return self._own
+        in_scope = self._is_back is not None and self._is_back() and self.shared.scope is not None
+        return self.shared.current() if in_scope else self._own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_is_back": None}  # a copy is in no old place
 
 
 class ReplicaState:

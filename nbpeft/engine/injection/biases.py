@@ -25,6 +25,11 @@ class BaseBiases:
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._trained: dict[str, tuple[str, ...]] = {}
 
+    @property
+    def are_trained(self) -> bool:
+        """Whether an adapter trains some."""
+        return bool(self._trained)
+
     def check(self, adapter: str, names: Collection[str]) -> None:
         """Raises ConfigError if another adapter trains base biases already, or one has no data to train."""
         others = [other for other in self._trained if other != adapter]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,7 +151,7 @@ class LayerCommands:
         if before is None:
             return False
         gone, come = before.without(tree), tree.without(before)
-        self._let_go(gone.values(), change)
+        self._let_go(gone, before, change)
         if gone:
             take_hooks(called_modules(manager.model), gone, change)
         self._take_back(come.values(), change)
@@ -183,13 +183,15 @@ class LayerCommands:
         if choice is not None:  # nobody has chosen another one meanwhile
             manager._selected = tuple(name for name in choice.chosen if name in manager._configs)
 
-    def _let_go(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
+    def _let_go(self, wrappers: Mapping[int, Wrapper], before: AdaptedTree, change: Transaction) -> None:
         """Lets layers that were taken out of the model act as they do, wherever they are now."""
         shared: ActiveState = self.manager.active_state
-        for wrapper in wrappers:
+        are_back = before.returns(wrappers)
+        chosen, enabled = self.manager._selected, self.manager._enabled
+        for key, wrapper in wrappers.items():
             if wrapper.active_state is shared:
                 change.keep_attributes(wrapper, "active_state")
-                state = LayerState(shared, self.manager._selected, enabled=self.manager._enabled, active=shared.live)
+                state = LayerState(shared, chosen, enabled=enabled, active=shared.live, is_back=are_back.get(key))
                 wrapper.__dict__["active_state"] = state
 
     def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:

@@ -48,13 +48,7 @@ from nbpeft.engine.tree.model_tree import MANAGER, manager_of
 from nbpeft.engine.tree.tied_weights import untie_embeddings_
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
-from nbpeft.errors import (
-    AdapterError,
-    AdapterExistsError,
-    BusyError,
-    MergeError,
-    StaleModelError,
-)
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
 
 _ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
@@ -196,6 +190,11 @@ class AdapterManager:
     def base_biases(self, name: str) -> dict[str, Tensor]:
         """Name in the bare base model -> bias that an adapter trains along."""
         return dict(self._biases.of(name))
+
+    @property
+    def trains_base_biases(self) -> bool:
+        """Whether an adapter trains biases of the base."""
+        return self._biases.are_trained
 
     def replaced_in_base(self, name: str) -> dict[str, Tensor]:
         """Name in the bare base model -> what was there before an adapter brought or trained its own."""

@@ -147,11 +147,12 @@ class AdapterContext(ContextDecorator):
         manager = self._manager
         manager.active_state.leave(scope)
         if manager.alive:
-            with manager.transaction(during_calls=True, quiet=True) as change:
-                manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
-                flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]
-                for value in (True, False):
-                    change.set_requires_grad((parameter for parameter, trained in flags if trained is value), value)
+            if self._woken or manager.idle(scope.names):  # else none of them stops training here
+                with manager.transaction(during_calls=True, quiet=True) as change:
+                    manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
+                    flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]
+                    for value in (True, False):
+                        change.set_requires_grad((parameter for parameter, trained in flags if trained is value), value)
             self._merge_again()
 
     def _merge_again(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -14,6 +16,10 @@ from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter, wrappers_of
 
 Modules = dict[str, nn.Module | None]
 Wrapper = AdaptedLayer | ModulesToSaveWrapper
+
+
+def _hangs(modules: Modules, name: str, child: nn.Module) -> bool:
+    return modules.get(name) is child
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +62,15 @@ class AdaptedTree:
         known = other.wrappers()
         return {key: one for key, one in self.wrappers().items() if key not in known}
 
+    def returns(self, wrappers: Container[int]) -> dict[int, Callable[[], bool]]:
+        """Id of those that hung in a module -> whether it hangs there now."""
+        return {
+            id(child): partial(_hangs, modules, name, child)
+            for modules, children in zip(self.parents, self.read, strict=True)
+            for name, child in children.items()
+            if child is not None and id(child) in wrappers
+        }
+
 
 def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
     """Reads where the module tree of a model has adapters.
@@ -65,10 +80,10 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
         active_state: of its manager.
     """
     tree = AdaptedTree()
-    parents: dict[int, Modules] = {}
+    parents: dict[int, tuple[Modules, Modules]] = {}
     known: set[int] = set()
     for site in walk(model):
-        parents[id(site.parent)] = site.parent._modules
+        parents[id(site.parent)] = site.parent._modules, site.siblings
         wrapper = site.wrapper
         if wrapper is None or id(wrapper) in known:
             continue
@@ -83,6 +98,6 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
             tree.layers.update((layer.path_at(path), layer) for layer in reversed([*wrappers_of(wrapper)]))
         else:
             tree.layers[path] = wrapper
-    tree.parents.extend(parents.values())
-    tree.read.extend(dict(modules) for modules in tree.parents)
+    tree.parents.extend(modules for modules, _ in parents.values())
+    tree.read.extend(siblings for _, siblings in parents.values())  # another thread may have changed them since
     return tree

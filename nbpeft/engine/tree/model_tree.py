@@ -51,6 +51,8 @@ class Site(NamedTuple):
     module: nn.Module
     """The base module, also where a wrapper hangs there now."""
     wrapper: AdaptedLayer | ModulesToSaveWrapper | None
+    siblings: dict[str, nn.Module | None]
+    """All that hung in the parent when it was looked into."""
 
 
 def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
@@ -76,11 +78,12 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
 
 
 def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
-    for attribute, child in list(parent._modules.items()):
+    siblings = dict(parent._modules)
+    for attribute, child in siblings.items():
         if child is not None:
             wrapper = child if isinstance(child, _WRAPPERS) else None
             module = child if wrapper is None else frozen_module(child)
-            yield Site(parent, attribute, prefix + attribute, module, wrapper)
+            yield Site(parent, attribute, prefix + attribute, module, wrapper, siblings)
 
 
 def frozen_module(module: nn.Module) -> nn.Module:

@@ -472,6 +472,8 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:
     """Warns if a model with its adapters disabled differs from the base model, because they train its biases."""
+    if not manager.trains_base_biases:
+        return
     with manager.reading():
         configs = {name: manager.configs[name] for name in manager.active}
     for name, config in configs.items():

@@ -13,6 +13,9 @@ from torch import nn
 from nbpeft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.engine.runtime.snapshots import restore, snapshot
+from nbpeft.engine.tree import adapted_tree
+from nbpeft.engine.tree.adapted_tree import AdaptedTree
+from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 from nbpeft.model import get_peft_model_state_dict
@@ -319,3 +322,39 @@ def test_a_copy_and_what_comes_back_leave_a_layer_alone_that_was_taken_out() -> 
     restore(model.manager, kept)
     model.set_adapter("default")
     assert torch.equal(logits(model), wanted) and len(model.manager.layers) == count
+
+
+def test_a_layer_that_is_put_back_in_a_block_is_disabled_at_once() -> None:
+    base = llama()
+    expected = logits(base.eval())
+    model = get_peft_model(base, config(init_lora_weights=False)).eval()
+    wanted = logits(base)
+    attention = base.model.layers[0].self_attn
+    layer = attention.q_proj
+    attention.q_proj = layer.base_layer
+    with model.disable_adapter():
+        attention.q_proj = layer
+        assert torch.equal(logits(base), expected)
+    assert torch.equal(logits(base), wanted)
+
+
+def test_what_another_thread_puts_back_while_the_tree_is_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_net("x")
+    layer, modules = model["two"][0], model["two"]._modules
+    modules["0"] = layer.base_layer
+
+    def walk_and_put_back(root: nn.Module) -> Any:
+        yield from walk(root)
+        modules["0"] = layer
+
+    monkeypatch.setattr(adapted_tree, "walk", walk_and_put_back)
+    assert "two.0" not in require_manager(model).layers
+    assert "two.0" in require_manager(model).layers
+
+
+def test_a_block_asks_the_tree_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, times = adapted(), []
+    monkeypatch.setattr(AdaptedTree, "is_current", property(lambda tree: times.append(tree) or True))
+    with model.disable_adapter():
+        pass
+    assert len(times) == 1
