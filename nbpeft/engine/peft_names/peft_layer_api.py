@@ -423,10 +423,18 @@ class PeftLayerMixin(ChoosesAlone):
         """Features, channels or ids of the input."""
         return self.base.in_features
 
+    @in_features.setter
+    def in_features(self, count: int) -> None:
+        self.get_base_layer().in_features = count  # type: ignore[assignment]
+
     @property
     def out_features(self) -> int:
         """Features or channels of the output."""
         return self.base.out_features
+
+    @out_features.setter
+    def out_features(self, count: int) -> None:
+        self.get_base_layer().out_features = count  # type: ignore[assignment]
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer."""

@@ -212,6 +212,12 @@ class AdaptedLayer(PeftLayerMixin):
             return self.base
         return BaseLayer(layer, self.kind, self.backend, adapters=self.adapters._modules)
 
+    def replace_base_layer(self, module: nn.Module, change: Transaction) -> None:
+        """Takes another frozen layer of the same kind for the one that it has."""
+        change.set_item(self._modules, "base_layer", module)
+        change.keep_attributes(self, "base")
+        self.__dict__["base"] = self._own_base()
+
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         adapters: Any = AdapterDict()

@@ -257,6 +257,18 @@ class PeftModel(nn.Module):
         """Returns what the file of a prompt holds, (tokens, features), on the CPU."""
         return prompts.embedding_to_save(self.manager, adapter_name)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resizes the embeddings of the base model; see its method of that name for the arguments.
+
+        Returns:
+            The input embedding.
+
+        Raises:
+            AdapterError: an adapter on the embeddings has tensors of the size of the vocabulary.
+        """
+        self._check_live()
+        return prompts.resize_token_embeddings(self.manager, *args, **kwargs)
+
     def get_base_model(self) -> nn.Module:
         """Returns the base model, with the adapters' layers still in it."""
         held = self.base_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from nbpeft.engine.calls.model_calls import cache_of, prompt_of
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.model_adapter import ModelAdapter, learns_prompt
 from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.engine.tree.model_tree import embedding_of, frozen_module, walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError
 from nbpeft.model.saving.files import file_tensors
 
@@ -83,6 +85,54 @@ def word_embeddings(manager: AdapterManager) -> nn.Module:
     encoders(manager)
     found = _prompted(manager)[0]
     return found.base_layer if found.is_passed_over else found
+
+
+def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) -> Any:
+    """Resizes the embeddings of a model with its own method, which needs to find them bare; prompts stay on them.
+
+    Args:
+        manager: of the model.
+        *args: for the model's ``resize_token_embeddings``.
+        **kwargs: likewise.
+
+    Returns:
+        What that returns: the input embedding.
+
+    Raises:
+        AdapterError: an adapter has tensors of the size of the vocabulary.
+    """
+    model: Any = manager.model
+    with manager.transaction() as change:
+        ends = [embedding_of(model), embedding_of(model, output=True)]
+        if ends[0] is not None:  # which is resized before the head is found to have an adapter
+            bare = frozen_module(ends[0])
+            change.keep_data(bare.parameters())
+            change.keep_attributes(bare, "num_embeddings", "padding_idx")
+        adapted = {end for end in ends if isinstance(end, AdaptedLayer | ModulesToSaveWrapper)}
+        prompted = [(site.parent._modules, site.attribute, site.wrapper) for site in walk(model)]
+        prompted = [(modules, name, layer) for modules, name, layer in prompted if layer in adapted and _is_bare(layer)]
+        for modules, name, layer in prompted:
+            change.set_item(modules, name, layer.base_layer)
+        try:
+            resized = model.resize_token_embeddings(*args, **kwargs)
+        except TypeError as error:
+            if adapted.issubset(layer for _, _, layer in prompted):
+                raise
+            raise AdapterError(
+                "an adapter on the embeddings has tensors of the size of the vocabulary: resize_token_embeddings() "
+                "comes before the adapter"
+            ) from error
+        for modules, name, layer in prompted:
+            layer.replace_base_layer(modules[name], change)
+            change.set_item(modules, name, layer)
+    return resized
+
+
+def _is_bare(wrapper: nn.Module | None) -> TypeGuard[AdaptedLayer]:
+    """Whether all adapters on a layer act on calls of the model and leave the layer as it is."""
+    return isinstance(wrapper, AdaptedLayer) and all(
+        isinstance(adapter, ModelAdapter) for adapter in wrapper.adapters._modules.values()
+    )
 
 
 def embedding_to_save(manager: AdapterManager, name: str) -> Tensor:

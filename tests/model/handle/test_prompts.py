@@ -1,0 +1,105 @@
+"""A handle with a learned prompt does what one of PEFT does with the model's embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import nbpeft
+from nbpeft import LoraConfig, PeftModel, get_peft_model
+from nbpeft.errors import AdapterError
+from tests.tiny_models import VOCABULARY, adapted, llama, logits, randomize, state
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "PromptTuningConfig": {"num_virtual_tokens": 3},
+    "PromptEncoderConfig": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
+    "MultitaskPromptTuningConfig": {"num_virtual_tokens": 3, "num_tasks": 2},
+    "CPTConfig": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
+    "CartridgeConfig": {"num_virtual_tokens": 3},
+    "AdaptionPromptConfig": {"adapter_len": 3, "adapter_layers": 1},
+}
+IDS = torch.arange(8)[None]
+
+
+def output(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        tasks = {"task_ids": torch.tensor([1])} if model.peft_type == "MULTITASK_PROMPT_TUNING" else {}
+        found: torch.Tensor = model(input_ids=IDS, **tasks).logits
+    return found
+
+
+@pytest.mark.parametrize("size", [VOCABULARY + 4, VOCABULARY - 7])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_embeddings_under_a_prompt_are_resized_as_in_peft(name: str, size: int, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), getattr(nbpeft, name)(task_type="CAUSAL_LM", **PROMPTS[name]))
+    randomize(model)
+    before = output(model.eval())
+    model.save_pretrained(tmp_path)
+    oracle = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    for one in (model, oracle):
+        torch.manual_seed(1)
+        resized = one.resize_token_embeddings(size)
+        assert type(resized) is nn.Embedding and resized.num_embeddings == len(resized.weight) == size
+        assert one.get_base_model().config.vocab_size == size
+    after, kept = output(model), min(size, VOCABULARY)
+    assert torch.equal(after[..., :kept], before[..., :kept])
+    torch.testing.assert_close(after, output(oracle))
+    assert model.manager.names == ("default",) and not model.manager.layers["model.embed_tokens"].weight.requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_prompt_is_saved_and_read_again_after_its_embedding_was_resized(tied: bool, tmp_path: Path) -> None:
+    def base() -> Any:
+        return llama(tie_word_embeddings=tied)
+
+    model = get_peft_model(base(), nbpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    randomize(model)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(VOCABULARY + 4)
+    model.save_pretrained(tmp_path)
+    larger = base()
+    torch.manual_seed(1)
+    larger.resize_token_embeddings(VOCABULARY + 4)
+    again = PeftModel.from_pretrained(larger, tmp_path).eval()
+    assert torch.equal(output(again), output(model))
+    base_alone = model.unload()
+    assert torch.equal(logits(base_alone, IDS), logits(again.unload(), IDS))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+)
+def test_embeddings_with_adapters_of_their_own_are_not_resized(changes: dict[str, Any]) -> None:
+    model = adapted(**changes)
+    expected, before = logits(model), state(model)
+    with pytest.raises(AdapterError, match=r"size of the vocabulary: resize_token_embeddings\(\) comes before"):
+        model.resize_token_embeddings(VOCABULARY + 4)
+    assert torch.equal(logits(model), expected)
+    assert all(torch.equal(before[key], value) for key, value in state(model).items())
+    model.resize_token_embeddings(VOCABULARY)  # as they are
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_model_of_layers_alone_has_no_embeddings_to_resize() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'resize_token_embeddings'"):
+        model.resize_token_embeddings(8)
+
+
+def test_embeddings_without_adapters_are_resized_as_they_are() -> None:
+    model = adapted()
+    expected = logits(model)
+    model.resize_token_embeddings(VOCABULARY + 4)
+    assert torch.equal(logits(model)[..., :VOCABULARY], expected)
