@@ -58,7 +58,17 @@ def move(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("indices", [IDS, {"embed_tokens": IDS}, {"model.embed_tokens": [7], "lm_head": [7]}])
+@pytest.mark.parametrize(
+    "indices",
+    [
+        IDS,
+        {"embed_tokens": IDS},
+        {"model.embed_tokens": [7], "lm_head": [7]},
+        {"embed_tokens": [5, 7], "lm_head": [3, 5]},
+        {"lm_head": [5, 7, 3], "embed_tokens": [5, 7]},
+        {"lm_head": [5]},
+    ],
+)
 def test_files_go_both_ways_with_equal_outputs(tmp_path: Path, tied: bool, indices: Any) -> None:
     theirs: Any = peft.get_peft_model(
         llama(tie_word_embeddings=tied), peft.LoraConfig(**settings(trainable_token_indices=indices))
@@ -200,9 +210,60 @@ def test_what_cannot_be_trained_changes_nothing(changes: dict[str, Any], error: 
     with pytest.raises(error, match=message):
         get_peft_model(base, LoraConfig(**settings(**changes)))
     assert same_state(state(base), before)
-    with pytest.raises(ConfigError, match="share one weight: trainable_token_indices must name the same tokens"):
-        different = {"embed_tokens": [1], "lm_head": [2]}
-        get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**settings(trainable_token_indices=different)))
+
+
+def test_other_tokens_for_tied_modules_cannot_be_ensured_to_be_tied() -> None:
+    fields = settings(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}, ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="Cannot ensure weight tying when different token indices"):
+        peft.get_peft_model(llama(tie_word_embeddings=True), peft.LoraConfig(**fields))
+    message = "model.embed_tokens and lm_head share one weight and have other tokens: trainable_token_indices must name"
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**fields))
+
+
+@pytest.mark.parametrize("named", [{"embed_tokens": [5, 7], "lm_head": [3, 5]}, {"lm_head": [5]}])
+def test_rows_of_their_own_make_two_weights_of_a_tied_one(named: dict[str, list[int]], tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="share one weight .* they differ while it acts, and merging makes separate"):
+        model = get_peft_model(base, LoraConfig(**settings(trainable_token_indices=named))).eval()
+    move(model)
+    before, expected = state(model), logits(model, batch())
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert same_state(state(model), before) and base.lm_head.weight is base.model.embed_tokens.weight
+    merge_to_folder(model, None, tmp_path)
+    again = type(base).from_pretrained(tmp_path).eval()
+    with pytest.warns(UserWarning, match="are two weights now"):
+        merged = model.merge_and_unload()
+    for bare in (merged, again):
+        torch.testing.assert_close(logits(bare, batch()), expected, atol=1e-5, rtol=1e-4)
+        assert bare.lm_head.weight is not bare.model.embed_tokens.weight and not bare.config.tie_word_embeddings
+
+
+def test_a_head_alone_trains_rows_of_its_own_as_in_peft(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"token_indices": [1, 5], "target_modules": ["lm_head"]}
+    theirs: Any = peft.get_peft_model(llama(tie_word_embeddings=True), peft.TrainableTokensConfig(**fields)).eval()
+    move(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(logits(ours, batch()), logits(theirs, batch()), atol=1e-6, rtol=1e-5)
+
+
+def test_rows_that_are_tied_are_not_combined_with_others_of_the_same_tokens() -> None:
+    model = rows(tied=True)
+    for name, named in (("same", {"lm_head": IDS}), ("other", {"lm_head": [7]})):
+        model.add_adapter(name, LoraConfig(**settings(trainable_token_indices=named)))
+    move(model)
+    with pytest.raises(AdapterError, match="share one weight and would have other rows for the same tokens"):
+        model.add_weighted_adapter(["default", "same"], [1.0, 1.0], "sum", combination_type="exact")
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="exact")
+    named = {"model.embed_tokens": IDS, "lm_head": [*IDS, 7]}
+    assert model.peft_config["sum"].trainable_token_indices == named
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model, batch())
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, batch()), expected)
 
 
 def test_a_tied_head_shows_the_rows_of_the_embedding_as_in_peft() -> None:

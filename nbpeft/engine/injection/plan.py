@@ -351,7 +351,8 @@ def _warn_of_ties(
     if getattr(config, "ensure_weight_tying", False):
         warn_of_ensured(tied, changed | {part.path for part in parts})
     if not tied:
-        warn_of_tied(model, [(site.path, site.module) for site in sites], changed, config)
+        apart = {part.path for part in parts if not part.tied_to} - {part.tied_to for part in parts}
+        warn_of_tied(model, [(site.path, site.module) for site in sites], changed | apart, config)
 
 
 def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:

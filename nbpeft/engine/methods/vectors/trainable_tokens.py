@@ -4,7 +4,8 @@
 
 The trained rows are stored whole, not as differences, so they mean the same on a base whose rows
 of new tokens were drawn anew. They start as the base's rows. An output head that shares the
-embedding's weight follows it: it has the trained rows too, and no tensors of its own.
+embedding's weight follows it: it has the trained rows too, and no tensors of its own. Where a config names other
+tokens for it, or only the head, the head has rows of its own.
 
 It is a method of its own (``TrainableTokensConfig``), and a companion of others: their configs ask for it
 with ``trainable_token_indices``.
@@ -28,7 +29,7 @@ from nbpeft.engine.contract.combination import Member
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.registry import Part, register, resolve_backend, resolve_layer_kind
 from nbpeft.engine.tree.model_tree import embedding_of
-from nbpeft.errors import ConfigError, TargetError, shown
+from nbpeft.errors import AdapterError, ConfigError, TargetError, shown
 
 ROWS = "trainable_tokens_delta"
 _FIELD = "trainable_token_indices"
@@ -112,7 +113,7 @@ class _Companion:
             for path, module in matching:
                 if seen.setdefault(id(module), path) == path:
                     found[path] = TokenRows(_checked(path, module, indices, field), starts, not own)
-        return _with_tied(found, modules)
+        return _with_tied(model, config, found, modules)
 
     def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
         """Adds up the changes of each row that any of the adapters trains; see ``registry.Companion``."""
@@ -125,6 +126,7 @@ class _Companion:
                 continue  # a head that follows the embedding
             tokens[path] = list(dict.fromkeys(token for adapter, _ in rows for token in adapter.token_list))
             base = members[0][0].base
+            _check_combined(path, tokens, {other: parts[other][0][0].base.module for other in tokens})
             total = _table(base.weight(), base)[tokens[path]].to(rows[0][0].rows.dtype)
             for adapter, factor in rows:
                 places = [tokens[path].index(token) for token in adapter.token_list]
@@ -313,26 +315,48 @@ def _checked(path: str, module: nn.Module, indices: Any, field: str) -> tuple[in
     return tuple(indices)
 
 
-def _with_tied(found: dict[str, TokenRows], modules: Modules) -> dict[str, Part]:
-    """Adds modules that share the weight of one whose rows are trained."""
-    owners: dict[int, str] = {}
-    placed: set[int] = set()
-    result: dict[str, Part] = {}
+def _with_tied(model: nn.Module, config: Any, found: dict[str, TokenRows], modules: Modules) -> dict[str, Part]:
+    """Adds modules that share the weight of one whose rows are trained.
+
+    As in PEFT each has rows of its own where the config names other tokens for one of them, or not the embedding.
+    """
+    owners = {path: path for path in found}
+    leaders: dict[int, str] = {}
+    embedding = _input_embedding(model, modules)
+    shared = next((_weight_id(module) for path, module in modules if path == embedding), 0)
+    for weight in {_weight_id(module) for path, module in modules if path in found} - {0}:
+        named = [path for path, module in modules if path in found and _weight_id(module) == weight]
+        if len({found[path].indices for path in named}) > 1:
+            if getattr(config, "ensure_weight_tying", False):
+                raise ConfigError(
+                    f"{' and '.join(named)} share one weight and have other tokens: {_FIELD} must name the same "
+                    "ones for ensure_weight_tying=True",
+                    field=_FIELD,
+                )
+        elif embedding in named or weight != shared:
+            leaders[weight] = embedding if embedding in named else named[0]
+            owners.update(dict.fromkeys(named, leaders[weight]))
+    result = {path: _part(found[path], owners[path] if owners[path] != path else "") for path in found}
+    placed = {id(module) for path, module in modules if path in found}
     for path, module in modules:
-        weight = module._parameters.get("weight")
-        if path in found and weight is not None:
-            owner = owners.setdefault(id(weight), path)
-            if found[owner].indices != found[path].indices:
-                raise ConfigError(f"{owner} and {path} share one weight: {_FIELD} must name the same tokens for both")
-            result[path] = _part(found[path], owner if owner != path else "")
+        leader = leaders.get(_weight_id(module))
+        if leader is not None and id(module) not in placed and resolve_layer_kind(module) is not None:
             placed.add(id(module))
-    for path, module in modules:
-        weight = module._parameters.get("weight")
-        owner_path = owners.get(id(weight)) if weight is not None else None
-        if owner_path is not None and id(module) not in placed and resolve_layer_kind(module) is not None:
-            placed.add(id(module))
-            result[path] = _part(found[owner_path], owner_path)
+            result[path] = _part(found[leader], leader)
     return result
+
+
+def _check_combined(path: str, tokens: Mapping[str, list[int]], modules: Mapping[str, nn.Module]) -> None:
+    """Refuses other rows for the same tokens on a module that shares its weight: a file would tie them."""
+    for other in tokens:
+        shared = _weight_id(modules[other]) == _weight_id(modules[path])
+        if other != path and shared and tokens[other] == tokens[path]:
+            raise AdapterError(f"{other} and {path} share one weight and would have other rows for the same tokens")
+
+
+def _weight_id(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return 0 if weight is None else id(weight)
 
 
 def _part(rows: TokenRows, tied_to: str) -> Part:
