@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from nbpeft.errors import NbpeftError
 from nbpeft.names import PEFT_VERSION
-from nbpeft.peft_api.modules import PeftModules
+from nbpeft.peft_api.modules import FILE, PeftModules, children
 
 _CLIENTS = ("accelerate", "diffusers", "sentence_transformers", "transformers", "trl")
 """Packages that look whether PEFT is there when they are imported."""
@@ -63,6 +63,7 @@ def install_as_peft() -> ExitStack:
         _undo.callback(sys.modules.update, _take_modules())
         _finder = _PeftFinder(installed=_is_installed())
         sys.meta_path.insert(0, _finder)
+        sys.path_hooks.append(_Listing)
         with ExitStack() as until_end:
             until_end.callback(uninstall_as_peft)
             _clear_answers()
@@ -81,6 +82,9 @@ def uninstall_as_peft() -> None:
         if _finder is None:
             return
         sys.meta_path.remove(_finder)
+        sys.path_hooks.remove(_Listing)
+        for location in [one for one in sys.path_importer_cache if one.startswith(FILE)]:
+            del sys.path_importer_cache[location]
         _finder = None
         _take_modules()
         _undo.close()
@@ -103,10 +107,37 @@ class _PeftFinder(PeftModules):
         super().__init__("peft")
         self.installed = installed
 
+    def locations(self, place: str) -> list[str]:
+        """See ``PeftModules``: nothing that Python's own finder looks into, and that ``_Listing`` knows."""
+        return [os.path.join(FILE, *filter(None, place.split(".")))]
+
     def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
         """What is installed under the name that ``importlib.metadata`` looks for, or all of it."""
         if (context.name is None and not self.installed) or (context.name or "").lower() == "peft":
             yield _PeftDistribution()
+
+
+class _Listing:
+    """Lists the modules in ``peft.__path__`` and in those of its packages, for ``pkgutil``: a path hook.
+
+    Args:
+        location: an entry of a ``__path__``.
+
+    Raises:
+        ImportError: it is none of these.
+    """
+
+    def __init__(self, location: str) -> None:
+        if location != FILE and not location.startswith(FILE + os.sep):
+            raise ImportError(f"{location} has no modules of peft", path=location)
+        self.place = location.removeprefix(FILE).strip(os.sep).replace(os.sep, ".")
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> None:
+        """Nothing: ``_PeftFinder`` was asked before."""
+
+    def iter_modules(self, prefix: str = "") -> Iterator[tuple[str, bool]]:
+        """Yields the modules: name, and whether it is a package."""
+        yield from ((prefix + name, is_package) for name, is_package in children(self.place))
 
 
 class _PeftDistribution(Distribution):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nbpeft.names import PEFT_VERSION
 
 _PACKAGE = __name__.partition(".")[0]
+_FOLDER = os.path.dirname(os.path.dirname(__file__))
+FILE = os.path.join(_FOLDER, "as_peft.py")
+"""What the modules give as their file."""
 
 
 class PeftModules:
@@ -38,9 +42,26 @@ class PeftModules:
 
         if place not in MODULES:
             return None
-        inside = f"{place}.".lstrip(".")
-        is_package = any(other.startswith(inside) for other in MODULES)
-        return ModuleSpec(fullname, self, is_package=is_package)  # type: ignore[arg-type]
+        spec = ModuleSpec(fullname, self, origin=FILE)  # type: ignore[arg-type]
+        if any(children(place)):
+            spec.submodule_search_locations = self.locations(place)
+        return spec
+
+    def locations(self, place: str) -> list[str]:
+        """The ``__path__`` of a package.
+
+        Args:
+            place: the package below the root, as ``tuners.lora``.
+        """
+        return []
+
+    def get_data(self, path: str) -> bytes:
+        """What a file holds; ``pkgutil`` looks for it in the folder of ``FILE``."""
+        return Path(path).read_bytes()
+
+    def get_resource_reader(self, fullname: str) -> _Resources | None:
+        """What ``importlib.resources`` reads a package's files with; those of the root alone."""
+        return _Resources() if fullname == self.root else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Leaves it to Python to make the module."""
@@ -64,10 +85,32 @@ class PeftModules:
             return getattr(own, name) if own and name in own.__all__ else attribute(module.__name__, name)
 
         module.__doc__ = f"The names of PEFT's ``{'.'.join(filter(None, ('peft', place)))}``."
-        module.__file__ = os.path.join(os.path.dirname(os.path.dirname(__file__)), "as_peft.py")
+        module.__file__ = FILE
         module.__dict__.update(__getattr__=find, __dir__=lambda: sorted({*vars(module), *names()}))
         if own:
             module.__dict__["__version__"] = PEFT_VERSION
+
+
+class _Resources:
+    """The files of nbpeft, for ``importlib.resources``."""
+
+    def files(self) -> Path:
+        """The folder."""
+        return Path(_FOLDER)
+
+
+def children(place: str) -> Iterator[tuple[str, bool]]:
+    """Yields the modules in a package of PEFT: name, and whether it is a package itself.
+
+    Args:
+        place: the package below ``peft``, as ``tuners.lora``; empty for ``peft`` itself.
+    """
+    from nbpeft.peft_api.names import MODULES
+
+    inside = f"{place}.".lstrip(".")
+    below = [other.removeprefix(inside) for other in MODULES if other.startswith(inside) and other != place]
+    names = {name.partition(".")[0] for name in below}
+    yield from ((name, any(other.startswith(f"{name}.") for other in below)) for name in sorted(names))
 
 
 def attribute(module: str, name: str) -> Any:

@@ -197,3 +197,46 @@ assert not transformers.utils.is_peft_available() and not accelerate.utils.is_pe
 assert not hasattr(transformers.trainer, "PeftModel") and not hasattr(transformers.trainer_utils, "PeftMixedModel")
 """
     )
+
+
+def test_its_modules_are_listed_and_imported_as_those_of_peft() -> None:
+    run("""
+        import importlib, importlib.util, inspect, os, pkgutil, sys
+        import nbpeft
+        from pathlib import Path
+        folder = Path(importlib.util.find_spec("peft").origin).parent
+        theirs = {one.stem for one in folder.iterdir() if one.suffix == ".py" or (one / "__init__.py").exists()}
+        with nbpeft.install_as_peft():
+            import peft
+            assert {one.name for one in pkgutil.iter_modules(peft.__path__)} == theirs - {"__init__"}
+            packages = {one.name for one in pkgutil.iter_modules(peft.tuners.__path__, "peft.tuners.") if one.ispkg}
+            assert {"peft.tuners.lora", "peft.tuners.trainable_tokens"} <= packages
+            walked = [one.name for one in pkgutil.walk_packages(peft.__path__, prefix="peft.")]
+            assert "peft.tuners.lora.layer" in walked and len(walked) == len(set(walked))
+            for name in walked:  # as code does that patches a function in all of them
+                module = importlib.import_module(name)
+                assert module.__spec__ is not None and hasattr(module, "nothing") is False
+            assert os.path.exists(peft.__path__[0]) and importlib.util.find_spec("peft.tuners").origin
+            assert importlib.util.find_spec("peft.engine") is None  # what is nbpeft's own alone
+            assert "class LoraConfig" in inspect.getsource(peft.LoraConfig)
+            assert inspect.getsource(peft.tuners.lora.layer)
+            listed = peft.__path__
+            hooks = len(sys.path_hooks)
+        assert len(sys.path_hooks) == hooks - 1 and not [*pkgutil.iter_modules(listed)]
+        with nbpeft.install_as_peft():
+            assert [*pkgutil.iter_modules(listed)]
+    """)
+
+
+def test_its_files_are_those_of_nbpeft() -> None:
+    run("""
+        import importlib.resources, pkgutil
+        from pathlib import Path
+        import nbpeft
+        with nbpeft.install_as_peft():
+            import peft
+            folder = importlib.resources.files("peft")
+            assert folder.joinpath("py.typed").is_file() and folder == Path(nbpeft.__file__).parent
+            assert folder == Path(peft.__file__).parent
+            assert pkgutil.get_data("peft", "py.typed") == b""
+    """)
