@@ -153,3 +153,15 @@ def test_injecting_twice_under_one_name_replaces_with_a_warning() -> None:
         inject_adapter_in_model(config(r=3, init_lora_weights=True), model)
     assert {key.shape[0] for name, key in model.state_dict().items() if "lora_A" in name} == {3}
     assert torch.equal(logits(model.eval()), logits(llama()))
+
+
+@pytest.mark.parametrize("way", ["inject", "read"])
+def test_what_replaces_an_adapter_says_so_at_the_line_that_did_it(way: str, saved: Path) -> None:
+    base = llama()
+    adapted(base).manager.unsaved.add("default")
+    with pytest.warns(UserWarning, match="already carries an adapter 'default'.*, and what it had learned") as caught:
+        if way == "inject":
+            inject_adapter_in_model(config(), base)
+        else:
+            PeftModel.from_pretrained(base, saved)
+    assert [one.filename for one in caught if "takes its place" in str(one.message)] == [__file__]

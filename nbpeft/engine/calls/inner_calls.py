@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import LayerHook
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.model_adapter import AddsInside
+from nbpeft.engine.contract.model_adapter import AddsInside, RunsBeside
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
-class _InnerHook(LayerHook):
-    """A hook on a module inside the model that adds what the active adapters add there.
+class PlaceHook(LayerHook):
+    """A hook on a module inside the model.
 
     Args:
         layer: the adapted input embedding, where the model adapters hang.
@@ -29,6 +29,10 @@ class _InnerHook(LayerHook):
     def __init__(self, layer: AdaptedLayer, path: str) -> None:
         super().__init__(layer)
         self.path = path
+
+
+class _InnerHook(PlaceHook):
+    """Adds what the active adapters add to the output of a module."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output with what is added; None where nothing is. See ``nn.Module.register_forward_hook``."""
@@ -61,11 +65,37 @@ def put_inner_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) 
         layer: its input embedding.
         change: records the hooks of the modules.
     """
-    adapters = [one for one in layer.adapters._modules.values() if isinstance(one, AddsInside)]
+    put_at_places(model, layer, AddsInside, change, behind=_InnerHook)
+
+
+def put_at_places(
+    model: nn.Module,
+    layer: AdaptedLayer,
+    kind: type[AddsInside] | type[RunsBeside],
+    change: Transaction,
+    *,
+    behind: type[PlaceHook],
+    before: type[PlaceHook] | None = None,
+) -> None:
+    """Puts hooks on the modules at which adapters of an adapted embedding act; once on each module.
+
+    Args:
+        model: the base model.
+        layer: its input embedding.
+        kind: which of its adapters.
+        change: records the hooks of the modules.
+        behind: class of the hooks behind the modules.
+        before: class of those in front of them, if any.
+    """
+    adapters = [adapter for adapter in layer.adapters._modules.values() if isinstance(adapter, kind)]
     places = {path for adapter in adapters for path in adapter.places}
     for site in walk(model) if places else ():
-        hooks = site.module._forward_hooks
-        present = any(isinstance(hook, _InnerHook) and hook.layer is layer for hook in hooks.values())
-        if site.path in places and not present:
-            change.keep(hooks, site.module._forward_hooks_with_kwargs)
-            site.module.register_forward_hook(_InnerHook(layer, site.path), with_kwargs=True)
+        module = site.module
+        present = any(type(hook) is behind and hook.layer is layer for hook in module._forward_hooks.values())
+        if present or site.path not in places:
+            continue
+        change.keep(module._forward_hooks, module._forward_hooks_with_kwargs)
+        module.register_forward_hook(behind(layer, site.path), with_kwargs=True)
+        if before is not None:
+            change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            module.register_forward_pre_hook(before(layer, site.path), with_kwargs=True)

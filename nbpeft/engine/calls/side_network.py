@@ -13,13 +13,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.inner_calls import PlaceHook, put_at_places
 from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients
 from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.loss_terms import share_of_batch
 from nbpeft.engine.contract.model_adapter import RunsBeside
-from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 
@@ -134,17 +134,8 @@ class _OwnLoss(LayerHook):
         return output
 
 
-class _BlockHook(LayerHook):
-    """A hook in front of a block, or behind it.
-
-    Args:
-        layer: the adapted input embedding, where the adapters hang.
-        path: of the block in the base model.
-    """
-
-    def __init__(self, layer: AdaptedLayer, path: str) -> None:
-        super().__init__(layer)
-        self.path = path
+class _BlockHook(PlaceHook):
+    """A hook in front of a block, or behind it."""
 
     def found(self) -> tuple[Any, SideState, float] | None:
         """The adapter that acts on the block, the state of the call and the factor on what it adds.
@@ -228,18 +219,7 @@ def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction)
         layer: its input embedding.
         change: records the hooks of the modules.
     """
-    adapters = [one for one in layer.adapters._modules.values() if isinstance(one, RunsBeside)]
-    if not adapters:
+    if not any(isinstance(adapter, RunsBeside) for adapter in layer.adapters._modules.values()):
         return
     put_before_calls(model, _SideCall(layer), change, _OwnLoss(layer))
-    places = {path for adapter in adapters for path in adapter.places}
-    for site in walk(model):
-        before: Any = site.module._forward_pre_hooks
-        behind: Any = site.module._forward_hooks
-        present = any(isinstance(hook, _BlockHook) and hook.layer is layer for hook in before.values())
-        if present or site.path not in places:
-            continue
-        change.keep(before, site.module._forward_pre_hooks_with_kwargs)
-        change.keep(behind, site.module._forward_hooks_with_kwargs)
-        site.module.register_forward_pre_hook(_BeforeBlock(layer, site.path), with_kwargs=True)
-        site.module.register_forward_hook(_BehindBlock(layer, site.path), with_kwargs=True)
+    put_at_places(model, layer, RunsBeside, change, before=_BeforeBlock, behind=_BehindBlock)

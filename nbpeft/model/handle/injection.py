@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -39,27 +40,30 @@ def inject_adapter_in_model(
         TargetError: the config, or no key, fits the model, which is as it was.
     """
     manager = manager_of(model) or AdapterManager(unwrapped(model))
-    replace = adapter_name in manager.configs
-    was_unsaved = adapter_name in manager.unsaved
-    with manager.transaction() as change:
+    with replacing(manager, adapter_name, "a new one") as replace, manager.transaction() as change:
         config = as_given(peft_config)
         inject(manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=replace)
         take_given(manager, adapter_name, peft_config, change)
-    if replace:
-        warn_of_replaced(adapter_name, "a new one", unsaved=was_unsaved)
     return model
 
 
-def warn_of_replaced(name: str, new: str, *, unsaved: bool) -> None:
-    """Warns that an adapter of the same name was replaced, as PEFT does; for functions that users call.
+@contextmanager
+def replacing(manager: AdapterManager, name: str, new: str) -> Iterator[bool]:
+    """Context manager around the adding of an adapter: warns after it if one of its name was replaced, as PEFT does.
 
     Args:
+        manager: of the model.
         name: of the adapter.
-        new: what took its place.
-        unsaved: whether what the former one had learned was saved nowhere.
+        new: what takes the place of another one.
+
+    Yields:
+        Whether there is one.
     """
-    learned = ", and what it had learned since it was saved last is lost" if unsaved else ""
-    warnings.warn(f"the model already carries an adapter {name!r}: {new} takes its place{learned}", stacklevel=3)
+    replaced, unsaved = name in manager.configs, name in manager.unsaved
+    yield replaced
+    if replaced:
+        learned = ", and what it had learned since it was saved last is lost" if unsaved else ""
+        warnings.warn(f"the model already carries an adapter {name!r}: {new} takes its place{learned}", stacklevel=4)
 
 
 def inject(

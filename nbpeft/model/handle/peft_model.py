@@ -25,7 +25,7 @@ from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model.handle import prompts
-from nbpeft.model.handle.injection import put_active, warn_of_replaced
+from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.serving import of_the_model, serving
 from nbpeft.model.handle.state_dicts import drop_values
 from nbpeft.model.handle.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -456,8 +456,6 @@ class PeftModel(nn.Module):
         """
         model = _base_for(model, config or files.saved_config(model, model_id, kwargs))
         manager = manager_of(model) or AdapterManager(model)
-        replace = adapter_name in manager.configs  # loaded by transformers with its base, or by another handle
-        was_unsaved = adapter_name in manager.unsaved
         put = files.read(
             manager,
             model_id,
@@ -468,7 +466,8 @@ class PeftModel(nn.Module):
             key_mapping=key_mapping,
             options=kwargs,
         )
-        with manager.transaction() as change:
+        # Another of that name may have been loaded by transformers with its base, or by another handle.
+        with replacing(manager, adapter_name, "what was read"), manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
@@ -479,8 +478,6 @@ class PeftModel(nn.Module):
                 handle.training = handle._tuner.training = True
             else:
                 handle.eval()
-        if replace:
-            warn_of_replaced(adapter_name, "what was read", unsaved=was_unsaved)
         return handle
 
     def load_adapter(
