@@ -117,12 +117,24 @@ SAMPLES: dict[str, tuple[type[AdapterConfig], dict[str, Any]]] = {
     if not method.transforms_calls
 }
 
+WITHOUT_SAMPLES = {
+    "aLoRA": "acts behind tokens that each call has to contain (tests/engine/methods/lora/variants/test_alora.py)",
+    "Arrow": "routes over adapters that are on the model before (test_arrow.py)",
+    "X-LoRA": "weighs adapters that are read from files (test_xlora.py)",
+}
+"""Methods that no config alone makes, and why; each has tests of its own for what is asked of the others here."""
+
 labels = {f"{method.label}-{name}": method.label for method in methods() for name in method.sample_configs}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:merging into", "ignore:MatMul8bitLt", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* no bias in the base", "ignore:.* is taken there"),
 ]
+
+
+def test_every_method_is_tried_or_says_why_not() -> None:
+    own = [method for method in methods() if method.adapter_class.__module__.startswith("nbpeft.")]
+    assert {method.label for method in own if not method.sample_configs} == WITHOUT_SAMPLES.keys()
 
 
 def config_of(sample: str, **more: Any) -> AdapterConfig:

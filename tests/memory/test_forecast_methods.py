@@ -49,7 +49,8 @@ def two_layers() -> Any:
 )
 def test_every_method_on_a_quantized_base(label: str, checkpointing: bool) -> None:
     method = SAMPLES[label]
-    fields = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **next(iter(method.sample_configs.values()))}
+    targets = {} if method.transforms_calls else {"target_modules": "all-linear"}
+    fields = {**targets, "task_type": "CAUSAL_LM", **next(iter(method.sample_configs.values()))}
     known = method.config_class.__dataclass_fields__
     adapter = method.config_class(**{name: value for name, value in fields.items() if name in known})
     settings = {"quantization": "nf4", "dtype": torch.bfloat16, "gradient_checkpointing": checkpointing}

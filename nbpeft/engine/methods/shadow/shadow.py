@@ -134,6 +134,7 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
     when="a small model is wanted, too: it steers the large one, and can be taken out",
     paper="arXiv:2604.19254",
+    sample_configs={"one-layer": {"shadow_num_hidden_layers": 1, "shadow_alpha": 1.0}},
     model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
     model_attributes={
         **{name: _part(name) for name in _PARTS},
