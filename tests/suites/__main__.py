@@ -42,7 +42,8 @@ SKLEARN = ("scikit-learn==1.9.1", "joblib==1.6.0", "threadpoolctl==3.8.0", "clou
 PASSED = "passed"
 
 KINDS = {
-    "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
+    "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str"
+    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
     "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
     "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
     "PEFT's internals": r"AttributeError|is not available: nbpeft does not implement|does not have the attribute"
