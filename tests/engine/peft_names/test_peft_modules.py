@@ -394,7 +394,7 @@ def test_a_config_given_for_loading_stays_the_models(tmp_path: Any) -> None:
     assert vars(config) == kept
 
 
-def test_a_config_of_a_model_that_is_given_for_loading_goes_over_to_the_loaded_one(tmp_path: Any) -> None:
+def test_a_config_given_for_loading_leaves_another_model(tmp_path: Any) -> None:
     config = LoraConfig(**{"r": 4, **CONFIGS["linear"]})
     first = get_peft_model(Net(), config)
     first.save_pretrained(tmp_path)
