@@ -110,7 +110,7 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
     def __ror__(self, other: Any) -> Any:
         return dict(other) | dict(self)
 
-    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> Self:
         self.update(other)
         return self
 

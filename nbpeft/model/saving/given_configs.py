@@ -62,9 +62,9 @@ def take_given(
         known = _known(given)
         if known is None or not loading:
             return
-        owner = known.manager()
-        for other in [] if owner is None else [one for one, config in owner.configs.items() if config is given]:
-            _put(owner, other, given.copy(), change)
+        if (owner := known.manager()) is not None:
+            for other in [one for one, config in owner.configs.items() if config is given]:
+                _put(owner, other, given.copy(), change)
     key, before, made = id(given), as_given(given).copy(), manager.configs[name]
     change.keep(vars(given))
     filled = made.copy()
