@@ -590,11 +590,13 @@ class AdaptedLayer(PeftLayerMixin):
             return super().__getattr__(name)
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
         self.show_adapters()
-        found: Any = shown_under(modules, name)  # first: what named_modules() names is here under its name
+        found: Any = modules.get(name)  # first: what named_modules() names is here under its name
         if found is None:
             found = by_name(adapters, name)
         if found is None:
             found = function_by_name(self, name)
+        if found is None:
+            found = shown_under(modules, name)
         if found is None:
             found = self._shown_where_tied(name)
         if found is None and not adapters:

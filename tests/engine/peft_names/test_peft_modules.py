@@ -629,6 +629,12 @@ def test_every_path_of_a_module_leads_to_it(name: str) -> None:
     assert all(model.get_submodule(path) is module for path, module in model.named_modules())
 
 
+@pytest.mark.parametrize("library", [nbpeft, peft])
+def test_token_indices_are_a_list(library: Any) -> None:
+    config = library.LoraConfig(target_modules=["first"], trainable_token_indices={"table": [1, 3]})
+    assert library.get_peft_model(Net(), config).table.token_adapter.token_indices["default"] == [1, 3]
+
+
 UNFILLED: dict[str, dict[str, Any]] = {
     "DeftConfig": {"para": True},
     "LoHaConfig": {},
