@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tests.clients.packages import DIFFUSERS, installed
 from tests.suites import hub
+from tests.suites.differences import told
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "artifacts" / "suites"
@@ -40,18 +40,6 @@ SCIPY = "scipy==1.17.1"
 SKLEARN = ("scikit-learn==1.9.1", "joblib==1.6.0", "threadpoolctl==3.8.0", "cloudpickle==3.1.3", "narwhals==2.29.0")
 """Which PEFT's AdaMSS needs."""
 PASSED = "passed"
-
-KINDS = {
-    "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str"
-    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
-    "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
-    "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
-    "PEFT's internals": r"AttributeError|is not available: nbpeft does not implement|does not have the attribute"
-    r"|1 = len\(\{<class|tensor\([^=]*\) is tensor\(|data_ptr",
-    "refused here": r"\nnbpeft\.errors",
-    "did not run": r"\ndid not run|Timeout",
-}
-"""A kind of difference -> what the test's name and the failure's message say; the first that fits."""
 
 PLUGIN = """\
 import hashlib, json, os, sys
@@ -119,21 +107,8 @@ def compare(file: Path) -> tuple[dict[str, int], str]:
     missed = {test: ours.get(test, "did not run") for test in wanted if ours.get(test) != PASSED}
     (WORK / f"{file.stem}.txt").write_text("".join(f"{test}\n    {said}\n" for test, said in missed.items()))
     counts = {"ran": len(theirs), "passed": len(wanted), "both": len(wanted) - len(missed)}
-    return {"tests": collected(_results(file, alias=False)), **counts}, kinds_of(
-        f"{test}\n{said}" for test, said in missed.items()
-    )
-
-
-def kinds_of(failures: Iterable[str]) -> str:
-    """How many failures are of each kind, in words.
-
-    Args:
-        failures: name and message of each.
-    """
-    found = Counter(
-        next((kind for kind, said in KINDS.items() if re.search(said, message)), "other") for message in failures
-    )
-    return ", ".join(f"{number} {kind}" for kind, number in found.most_common())
+    why = told(file.stem.removeprefix("test_"), (f"{test}\n{said}" for test, said in missed.items()))
+    return {"tests": collected(_results(file, alias=False)), **counts}, why
 
 
 def row(title: str, count: Mapping[str, int], differing: str) -> str:

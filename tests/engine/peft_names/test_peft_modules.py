@@ -631,8 +631,10 @@ def test_every_path_of_a_module_leads_to_it(name: str) -> None:
 
 @pytest.mark.parametrize("library", [nbpeft, peft])
 def test_token_indices_are_a_list(library: Any) -> None:
-    config = library.LoraConfig(target_modules=["first"], trainable_token_indices={"table": [1, 3]})
-    assert library.get_peft_model(Net(), config).table.token_adapter.token_indices["default"] == [1, 3]
+    beside = library.LoraConfig(target_modules=["first"], trainable_token_indices={"table": [1, 3]})
+    alone = library.TrainableTokensConfig(target_modules=["table"], token_indices=[1, 3])
+    assert library.get_peft_model(Net(), beside).table.token_adapter.token_indices["default"] == [1, 3]
+    assert library.get_peft_model(Net(), alone).table.token_indices["default"] == [1, 3]
 
 
 UNFILLED: dict[str, dict[str, Any]] = {

@@ -164,7 +164,7 @@ class TrainableTokens(Adapter):
         "trainable_tokens_original": "frozen_rows",
     }
 
-    token_indices: Tensor
+    tokens: Tensor
     sorted_indices: Tensor
     order: Tensor
     _indices: tuple[int, ...]
@@ -175,7 +175,7 @@ class TrainableTokens(Adapter):
         self.__dict__.update(source=None, _indices=indices)
         rows = torch.tensor(indices, dtype=torch.long, device=None if device.type == "meta" else device)
         ordered, order = rows.sort()
-        for name, tensor in (("token_indices", rows), ("sorted_indices", ordered), ("order", order)):
+        for name, tensor in (("tokens", rows), ("sorted_indices", ordered), ("order", order)):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
@@ -209,18 +209,18 @@ class TrainableTokens(Adapter):
         """The trained rows, (tokens, features)."""
         rows = (self.__dict__["source"] or self).held[ROWS]
         assert isinstance(rows, Tensor)
-        return rows.to(self.token_indices.device)
+        return rows.to(self.tokens.device)
 
     @property
     def token_list(self) -> list[int]:
         """The tokens, in the order of the rows."""
-        return [int(token) for token in self.token_indices]
+        return [int(token) for token in self.tokens]
 
     @property
     def frozen_rows(self) -> Tensor:
         """The embedding's own rows of the tokens, (tokens, features), detached; while nothing is merged."""
         base: BaseLayer = self.__dict__["own_base"]
-        return _table(base.weight(), base)[self.token_indices].detach()
+        return _table(base.weight(), base)[self.tokens].detach()
 
     def swap_refusal(self) -> str:
         """Rows of other tokens do not fit in."""
@@ -240,16 +240,16 @@ class TrainableTokens(Adapter):
             fused: return the output with the change, in its dtype.
         """
         rows = self.rows
-        frozen = _table(base.weight(), base)[self.token_indices]
+        frozen = _table(base.weight(), base)[self.tokens]
         change = rows - frozen.to(rows.dtype)
         if base.kind.takes_ids:
             delta = self._looked_up(x, change, base)
             return (base_output + delta).to(base_output.dtype) if fused else delta
         columns = F.linear(x.to(change.dtype), change)
         if not fused:
-            return torch.zeros_like(base_output, dtype=columns.dtype).index_copy(-1, self.token_indices, columns)
-        total = base_output.index_select(-1, self.token_indices) + columns
-        return base_output.index_copy(-1, self.token_indices, total.to(base_output.dtype))
+            return torch.zeros_like(base_output, dtype=columns.dtype).index_copy(-1, self.tokens, columns)
+        total = base_output.index_select(-1, self.tokens) + columns
+        return base_output.index_copy(-1, self.tokens, total.to(base_output.dtype))
 
     def _looked_up(self, ids: Tensor, change: Tensor, base: BaseLayer) -> Tensor:
         place = torch.searchsorted(self.sorted_indices, ids).clamp_max(len(self.sorted_indices) - 1)
@@ -265,19 +265,19 @@ class TrainableTokens(Adapter):
         """Zero but for the trained rows."""
         delta = torch.zeros_like(weight)
         rows = self.rows.detach().to(weight.dtype)
-        _table(delta, base)[self.token_indices] = rows - _table(weight, base)[self.token_indices]
+        _table(delta, base)[self.tokens] = rows - _table(weight, base)[self.tokens]
         return delta
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
         """Writes the trained rows, or the share ``scale`` of their change."""
         table = _table(weight, base)
-        frozen = table[self.token_indices]
+        frozen = table[self.tokens]
         rows = self.rows.detach().to(weight.dtype)
-        table[self.token_indices] = rows if scale == 1.0 else frozen + (rows - frozen) * scale
+        table[self.tokens] = rows if scale == 1.0 else frozen + (rows - frozen) * scale
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
-        return f"tokens={len(self.token_indices)}"
+        return f"tokens={len(self.tokens)}"
 
 
 def _table(weight: Tensor, base: BaseLayer) -> Tensor:

@@ -1,0 +1,73 @@
+"""Why tests of PEFT's that pass with PEFT do not pass with nbpeft: the kinds, and what they are in each file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+KINDS = {
+    "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str"
+    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
+    "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
+    "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
+    "PEFT's internals": r"AttributeError|is not available: nbpeft does not implement|does not have the attribute"
+    r"|1 = len\(\{<class|tensor\([^=]*\) is tensor\(|data_ptr|KeyError|\nassert \[\]",
+    "refused here": r"\nnbpeft\.errors",
+    "did not run": r"\ndid not run|Timeout",
+}
+"""A kind of difference -> what the test's name and the failure's message say; the first that fits."""
+
+WHY = {
+    "adaption_prompt": "`_active_adapter` of the base model",
+    "arrow": "no layer type of its own; another class of exception",
+    "boft": "another class of exception",
+    "cartridge": "a patched function of `peft.peft_model`",
+    "config": "a patched `peft.config.__version__`; warnings of unknown fields",
+    "custom_models": "`disable_adapter()` leaves `requires_grad`; no sampler modules of MonteCLoRA",
+    "decoder_models": "two adapters with biases, prompts unloaded; AdaLoRA converts to LoRA",
+    "deft": "a cache of merging",
+    "encoder_decoder_models": "positional arguments of `generate`; two adapters with biases",
+    "feature_extraction_models": "prefix tuning of DeBERTa is refused at once",
+    "frod": "each adapter has its own tensors; a patched matrix product",
+    "helpers": "DoRA's caches and MonteCLoRA's samplers are no modules; mixed dtypes compute",
+    "initialization": "OLoRA, PiSSA and KaSA leave the base as it is, so nothing to warn of; several adapters of VeRA",
+    "integrations": "a patched `ParamWrapper.update_layer`",
+    "lora_conversion": "(IA)³, LoKr and KaSA convert; no progress bar",
+    "lora_variants": "variants are no classes on layers; beams with aLoRA work",
+    "lorafa": "entries of the optimizer's groups",
+    "low_level_api": "methods that share state are injected without a handle",
+    "mapping": "a handle takes another adapter without a warning",
+    "mixed": "layers of all methods have one class",
+    "multitask_prompt_tuning": "`generate` starts from other tasks' prompts",
+    "osf": "unmerging OSF",
+    "other": "norms alone of a quantized model become float32",
+    "pvera": "each adapter has its own projections, of any seed",
+    "randlora": "each adapter has its own bases, of any seed",
+    "seq_classifier": "AdaLoRA's regularization is in the training loss alone",
+    "shadow": "diffusion models",
+    "shira": "a patched warning",
+    "supertuning": "",
+    "target_parameters": "mixed batches and two adapters with biases; a private proxy class",
+    "trainable_tokens": "overlapping tokens are merged; tied layers need the same tokens",
+    "tuners_utils": "states put in by hand; status of prompts and mixed models",
+    "vblora": "training goes on from top-k weights",
+    "velora": "its projection is no settable attribute",
+    "vera": "each adapter has its own projections, of any seed",
+    "xlora": "a static method of its layer",
+}
+"""A file -> what differs in it."""
+
+
+def told(file: str, failures: Iterable[str]) -> str:
+    """How many failures of a file are of each kind, and what they are.
+
+    Args:
+        file: its name, ``test_`` left out.
+        failures: name and message of each.
+    """
+    found = Counter(
+        next((kind for kind, said in KINDS.items() if re.search(said, failure)), "other") for failure in failures
+    )
+    kinds = ", ".join(f"{number} {kind}" for kind, number in found.most_common())
+    return f"{kinds}: {WHY[file]}" if kinds and WHY.get(file) else kinds
