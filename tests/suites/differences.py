@@ -17,6 +17,9 @@ KINDS = {
     "did not run": r"\ndid not run|Timeout",
 }
 """A kind of difference -> what the test's name and the failure's message say; the first that fits."""
+OF_TESTS = ("wording", "works here, PEFT refuses", "PEFT's internals")
+"""Kinds that do not change what a program computes."""
+OTHER = "other"
 
 WHY = {
     "adaption_prompt": "`_active_adapter` of the base model",
@@ -39,7 +42,7 @@ WHY = {
     "low_level_api": "methods that share state are injected without a handle",
     "mapping": "a handle takes another adapter without a warning",
     "mixed": "layers of all methods have one class",
-    "multitask_prompt_tuning": "`generate` starts from other tasks' prompts",
+    "multitask_prompt_tuning": "one task needs no `task_ids`",
     "osf": "unmerging OSF",
     "other": "norms alone of a quantized model become float32",
     "pvera": "each adapter has its own projections, of any seed",
@@ -47,7 +50,6 @@ WHY = {
     "seq_classifier": "AdaLoRA's regularization is in the training loss alone",
     "shadow": "diffusion models",
     "shira": "a patched warning",
-    "supertuning": "",
     "target_parameters": "mixed batches and two adapters with biases; a private proxy class",
     "trainable_tokens": "overlapping tokens are merged; tied layers need the same tokens",
     "tuners_utils": "states put in by hand; status of prompts and mixed models",
@@ -59,15 +61,19 @@ WHY = {
 """A file -> what differs in it."""
 
 
-def told(file: str, failures: Iterable[str]) -> str:
+def kinds_of(failures: Iterable[str]) -> Counter[str]:
+    """How many failures, name and message of each, are of each kind."""
+    return Counter(
+        next((kind for kind, said in KINDS.items() if re.search(said, failure)), OTHER) for failure in failures
+    )
+
+
+def told(file: str, kinds: Counter[str]) -> str:
     """How many failures of a file are of each kind, and what they are.
 
     Args:
         file: its name, ``test_`` left out.
-        failures: name and message of each.
+        kinds: of its failures.
     """
-    found = Counter(
-        next((kind for kind, said in KINDS.items() if re.search(said, failure)), "other") for failure in failures
-    )
-    kinds = ", ".join(f"{number} {kind}" for kind, number in found.most_common())
-    return f"{kinds}: {WHY[file]}" if kinds and WHY.get(file) else kinds
+    counts = "; ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    return f"{counts} ({WHY[file]})" if counts and WHY.get(file) else counts
