@@ -11,14 +11,15 @@ KINDS = {
     r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
     "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
     "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
-    "PEFT's internals": r"AttributeError|is not available: nbpeft does not implement|does not have the attribute"
+    "missing": "is not available: nbpeft does not implement",
+    "PEFT's internals": r"AttributeError|does not have the attribute"
     r"|1 = len\(\{<class|tensor\([^=]*\) is tensor\(|data_ptr|KeyError|\nassert \[\]",
     "refused here": r"\nnbpeft\.errors",
     "did not run": r"\ndid not run|Timeout",
 }
 """A kind of difference -> what the test's name and the failure's message say; the first that fits."""
 OF_TESTS = ("wording", "works here, PEFT refuses", "PEFT's internals")
-"""Kinds that do not change what a program computes."""
+"""Kinds that are not about what a model computes. They are told by messages alone: read those in ``artifacts``."""
 OTHER = "other"
 
 WHY = {
