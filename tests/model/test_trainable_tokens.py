@@ -250,7 +250,7 @@ def test_a_head_alone_trains_rows_of_its_own_as_in_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(ours, batch()), logits(theirs, batch()), atol=1e-6, rtol=1e-5)
 
 
-def test_rows_that_are_tied_are_not_combined_with_others_of_the_same_tokens() -> None:
+def test_tied_rows_are_not_combined_with_others_of_the_same_tokens() -> None:
     model = rows(tied=True)
     for name, named in (("same", {"lm_head": IDS}), ("other", {"lm_head": [7]})):
         model.add_adapter(name, LoraConfig(**settings(trainable_token_indices=named)))

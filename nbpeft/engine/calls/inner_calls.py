@@ -11,24 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import LayerHook
+from nbpeft.engine.calls.prepared_calls import PlaceHook, put_at_places
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.model_adapter import AddsInside, RunsBeside
-from nbpeft.engine.tree.model_tree import walk
+from nbpeft.engine.contract.model_adapter import AddsInside
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-
-
-class PlaceHook(LayerHook):
-    """A hook on a module inside the model.
-
-    Args:
-        layer: the adapted input embedding, where the model adapters hang.
-        path: of the module, in the base model.
-    """
-
-    def __init__(self, layer: AdaptedLayer, path: str) -> None:
-        super().__init__(layer)
-        self.path = path
 
 
 class _InnerHook(PlaceHook):
@@ -66,36 +52,3 @@ def put_inner_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) 
         change: records the hooks of the modules.
     """
     put_at_places(model, layer, AddsInside, change, behind=_InnerHook)
-
-
-def put_at_places(
-    model: nn.Module,
-    layer: AdaptedLayer,
-    kind: type[AddsInside] | type[RunsBeside],
-    change: Transaction,
-    *,
-    behind: type[PlaceHook],
-    before: type[PlaceHook] | None = None,
-) -> None:
-    """Puts hooks on the modules at which adapters of an adapted embedding act; once on each module.
-
-    Args:
-        model: the base model.
-        layer: its input embedding.
-        kind: which of its adapters.
-        change: records the hooks of the modules.
-        behind: class of the hooks behind the modules.
-        before: class of those in front of them, if any.
-    """
-    adapters = [adapter for adapter in layer.adapters._modules.values() if isinstance(adapter, kind)]
-    places = {path for adapter in adapters for path in adapter.places}
-    for site in walk(model) if places else ():
-        module = site.module
-        present = any(type(hook) is behind and hook.layer is layer for hook in module._forward_hooks.values())
-        if present or site.path not in places:
-            continue
-        change.keep(module._forward_hooks, module._forward_hooks_with_kwargs)
-        module.register_forward_hook(behind(layer, site.path), with_kwargs=True)
-        if before is not None:
-            change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-            module.register_forward_pre_hook(before(layer, site.path), with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Hooks on a model that compute something before each of its calls, for the adapters that act in it.
+"""Hooks on a model that compute something before each of its calls, and hooks on modules inside it, for its adapters.
 
 What is computed is in ``ActiveAdapters.context`` under the name of the adapter while the call runs, whoever makes the
 call. As
@@ -17,6 +17,8 @@ from torch import nn
 from nbpeft.engine.calls.model_calls import LayerHook, parameters_of
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.contract.model_adapter import AddsInside, RunsBeside
+from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
@@ -116,3 +118,50 @@ def put_before_calls(model: nn.Module, hook: BeforeCall, change: Transaction, *o
     for other in behind:
         model.register_forward_hook(other, with_kwargs=True)
     model.register_forward_hook(AfterCall(hook), with_kwargs=True, always_call=True)
+
+
+class PlaceHook(LayerHook):
+    """A hook on a module inside the model.
+
+    Args:
+        layer: the adapted input embedding, where the model adapters hang.
+        path: of the module, in the base model.
+    """
+
+    def __init__(self, layer: AdaptedLayer, path: str) -> None:
+        super().__init__(layer)
+        self.path = path
+
+
+def put_at_places(
+    model: nn.Module,
+    layer: AdaptedLayer,
+    kind: type[AddsInside] | type[RunsBeside],
+    change: Transaction,
+    *,
+    behind: type[Any],
+    before: type[Any] | None = None,
+) -> None:
+    """Puts hooks on the modules at which adapters of an adapted embedding act; once on each module.
+
+    Args:
+        model: the base model.
+        layer: its input embedding.
+        kind: which of its adapters.
+        change: records the hooks of the modules.
+        behind: class of the hooks behind the modules, a ``PlaceHook``.
+        before: class of those in front of them, if any; likewise.
+    """
+    adapters: list[Any] = [adapter for adapter in layer.adapters._modules.values() if isinstance(adapter, kind)]
+    places = {path for adapter in adapters for path in adapter.places}
+    for site in walk(model) if places else ():
+        module = site.module
+        hooks: Any = module._forward_hooks
+        present = any(type(hook) is behind and hook.layer is layer for hook in hooks.values())
+        if present or site.path not in places:
+            continue
+        change.keep(hooks, module._forward_hooks_with_kwargs)
+        module.register_forward_hook(behind(layer, site.path), with_kwargs=True)
+        if before is not None:
+            change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            module.register_forward_pre_hook(before(layer, site.path), with_kwargs=True)

@@ -13,9 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.inner_calls import PlaceHook, put_at_places
 from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients
-from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
+from nbpeft.engine.calls.prepared_calls import BeforeCall, PlaceHook, put_at_places, put_before_calls
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.loss_terms import share_of_batch
