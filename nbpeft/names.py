@@ -14,6 +14,9 @@ PEFT_TYPES = (
 )
 """PEFT's values of ``peft_type``: code compares with them, also before a method is registered."""
 
+DEFAULT_SEED = 42
+"""The seed of a training, and of what is drawn for it, where none is given: that of ``TrainingArguments``."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating dtypes that models are loaded, computed and merged in."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
@@ -13,6 +14,7 @@ from nbpeft.sweeps import combinations, names_of, swept
 if TYPE_CHECKING:
     from nbpeft.session.context import SessionContext
     from nbpeft.session.registry import TrackedModel
+    from nbpeft.training.request import TrainRequest
 
 
 def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]]:
@@ -26,38 +28,43 @@ def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]
     return {name: {**config, **values} for name, values in zip(names_of(stem, combined), combined, strict=True)}
 
 
-def plan_sweep(tracked: TrackedModel, arguments: dict[str, Any]) -> tuple[str, ...]:
+def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str, ...], TrainRequest]:
     """The adapters that a training trains side by side; none where it is of one.
 
-    Completes the arguments: a cell that is run again starts from the same adapter as before, and not from the best of
+    Completes the request: a cell that is run again starts from the same adapter as before, and not from the best of
     its sweep; and adapters that a cell made for several values of a config are trained together.
 
     Args:
         tracked: the model.
-        arguments: of ``train``; changed in place.
+        request: of the training.
+
+    Returns:
+        The adapters, and the request to train them.
 
     Raises:
         ConfigError: a field of the training is swept and the adapters are already.
     """
-    manager, fields, adapter = tracked.manager, swept(arguments), arguments.get("adapter")
+    manager, fields, adapter = tracked.manager, swept(request.given), request.adapter
     active = manager.active
     group = tracked.sweep if set(active) <= set(tracked.sweep) <= set(manager.configs) else ()
-    if adapter is None and group and "members" not in arguments:
+    if adapter is None and group and request.members is None:
         if fields:
             name = next(iter(fields))
             raise ConfigError(
                 f"{', '.join(group)} are a sweep already: name one of them to start from, or sweep all fields here",
                 field=name,
             )
-        arguments["members"] = {name: {} for name in group}
+        request = replace(request, members={name: {} for name in group})
     if not fields:
-        return tuple(arguments.get("members") or ())
+        members: Any = request.members
+        return tuple(members or ()), request
     if adapter is None and len(active) == 1 and tracked.origins.get(active[0]) in manager.configs:
-        arguments["adapter"] = adapter = tracked.origins[active[0]]
+        adapter = tracked.origins[active[0]]
+        request = replace(request, adapter=adapter)
     stem = adapter or (active[0] if len(active) == 1 else "")
     names = names_of(stem, combinations(fields))
     tracked.origins |= {name: stem for name in names if stem}
-    return tuple(names)
+    return tuple(names), request
 
 
 @contextmanager

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.numbers import plural
+
+if TYPE_CHECKING:
+    from nbpeft.training.request import TrainRequest
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,16 @@ class TrainingCall:
     arguments: Mapping[str, Any] = field(repr=False, hash=False)
 
 
-def training_call(run_id: str, data: Any, eval_data: Any, arguments: Mapping[str, Any]) -> TrainingCall:
+def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
     """Describes a training; keeps neither rows nor anything that is not a plain value.
 
     Args:
         run_id: of the run.
-        data: as for ``train``.
-        eval_data: as for ``train``.
-        arguments: the fields that were given.
+        request: of the training, its data as given.
     """
-    plain = {name: value for name, value in arguments.items() if isinstance(value, str | int | float | bool)}
-    return TrainingCall(run_id, describe_data(data), describe_data(eval_data) if eval_data is not None else "", plain)
+    plain = {name: value for name, value in request.given.items() if isinstance(value, str | int | float | bool)}
+    evaluation = describe_data(request.eval_data) if request.eval_data is not None else ""
+    return TrainingCall(run_id, describe_data(request.data), evaluation, plain)
 
 
 def describe_data(data: Any) -> str:

@@ -16,8 +16,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -34,10 +35,11 @@ from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure
 from nbpeft.training.launch.shared_control import SharedControl
 from nbpeft.training.launch.transport import load_whole
-from nbpeft.training.loop.train import train
+from nbpeft.training.loop.train import run_training
 from nbpeft.training.monitor.failures import explain_failure
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
+from nbpeft.training.request import TrainRequest
 
 _PARENT_GONE = "the process that started it is gone"
 _STEP_ALONE, _END_ALONE = 10.0, 20.0
@@ -93,9 +95,9 @@ def main(folder: Path) -> int:
     channel.listen(control, lambda: _end_alone(control, folder))
     model = None
     try:
-        job = load_whole(folder / JOB, _device(folder, local_rank))
-        model = job.model
-        result = _train(job, model, control, channel if rank == 0 else None)
+        request: TrainRequest = load_whole(folder / JOB, _device(folder, local_rank))
+        model = request.model
+        result = _train(request, control, channel if rank == 0 else None)
         manager = manager_of(model)
         assert manager is not None
         options = {"names": trained_names(model), "embeddings": False, "stays": False, "write": rank == 0}
@@ -136,12 +138,12 @@ def _remove_job(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None) -> TrainResult:
-    base: Any = base_of(model)
+def _train(request: TrainRequest, control: SharedControl, channel: Channel | None) -> TrainResult:
+    model, base = request.model, cast(Any, base_of(request.model))
     if getattr(base, "hf_device_map", None):  # accelerate compares it with the card of the process
         base.hf_device_map = {"": next(base.parameters()).device}
     _stay_on_the_cpu()
-    if job.arguments.get("fsdp"):
+    if request.arguments.get("fsdp"):
         _shard_on_the_cpu()
     else:
         _share_frozen(model)
@@ -153,9 +155,7 @@ def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None
     meter = Meter(model)
     run_factory = functools.partial(Run, memory=meter.read)
     try:
-        return train(
-            model, job.rows, job.eval_rows, control=control, publish=publish, run_factory=run_factory, **job.arguments
-        )
+        return run_training(replace(request, control=control, publish=publish, run_factory=run_factory))
     except TrainingInterrupted as error:
         assert isinstance(error.result, TrainResult)
         return error.result

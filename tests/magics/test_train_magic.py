@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from nbpeft.magics.notebook_context import TrainingCell
 from nbpeft.state import SessionState
 from nbpeft.training import Run
+from nbpeft.training.request import TrainRequest
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
 
@@ -350,12 +351,14 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
 
 
 def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
-    monkeypatch.setattr("nbpeft.training.loop.train.train_in_subprocesses", lambda *args: given.append(args[-1]) or {})
+    given: list[TrainRequest] = []
+    monkeypatch.setattr(
+        "nbpeft.training.loop.train.train_in_subprocesses", lambda request, *others: given.append(request) or {}
+    )
     ready.do("%lora_train model --data rows --processes 2 --hosts 10.0.0.1 10.0.0.2 max_steps=1 fsdp=True")
-    assert (given[0]["processes"], given[0]["machines"]) == (2, ["10.0.0.1", "10.0.0.2"])
-    assert given[0]["fsdp"] is True and given[0]["max_steps"] == 1
-    assert given[0]["replace"] is True, "what output_dir holds is checked before the processes start"
+    assert (given[0].processes, given[0].machines) == (2, ["10.0.0.1", "10.0.0.2"])
+    assert given[0].arguments["fsdp"] is True and given[0].arguments["max_steps"] == 1
+    assert given[0].replace is True, "what output_dir holds is checked before the processes start"
     refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line
     assert refused == "fsdp shards a model over several processes: say how many, processes=…"
     assert ready.run("%lora_train model --data rows processes=2").line.endswith(

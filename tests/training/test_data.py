@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nbpeft.errors import TrainingError
 from nbpeft.training import Collator, is_plain, prepare_data, train
-from nbpeft.training.data import ModelInputs, columns_of
+from nbpeft.training.data import ModelInputs, columns_of, open_data
 from tests.tiny_models import llama
 from tests.training.support import trainable
 
@@ -204,7 +204,7 @@ def test_tables_and_missing_tokenizers():
         def to_dict(self, kind):
             return [{"text": "a"}] if kind == "records" else None
 
-    assert columns_of(Table()) == ("text",)
+    assert columns_of(open_data(Table())) == ("text",)
     with pytest.raises(TrainingError, match="Rows with text need a tokenizer"):
         prepare_data([{"text": "a"}])
 

@@ -13,6 +13,7 @@ from nbpeft.errors import AdapterError, TrainingError
 from nbpeft.training import prepare_data
 from nbpeft.training.data import ModelInputs
 from nbpeft.training.loop.rows import training_rows
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.script.export import export_script
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, randomize
@@ -48,7 +49,7 @@ def test_only_the_tasks_of_the_rows_are_learned(method: str, form: str, tmp_path
     own = [one for path, one in model.named_parameters() if OF_EACH_TASK[method] in path]
     before = [one.detach().clone() for one in own]
     settings: dict[str, Any] = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": "none"}
-    rows = list(training_rows(model, of_tasks(form), tokenizer=CharTokenizer()).train)
+    rows = list(training_rows(TrainRequest(model, of_tasks(form), tokenizer=CharTokenizer())).train)
     nbpeft.train(model, rows, rows, **settings)
     for parameter, old in zip(own, before, strict=True):
         assert ((parameter - old).flatten(1).abs().amax(1) > 0).tolist() == [True, False, True]
@@ -56,13 +57,13 @@ def test_only_the_tasks_of_the_rows_are_learned(method: str, form: str, tmp_path
 
 def test_what_is_no_task_names_the_row() -> None:
     tokenizer = CharTokenizer()
-    found = training_rows(adapted(), of_tasks("text"), tokenizer=tokenizer).train
+    found = training_rows(TrainRequest(adapted(), of_tasks("text"), tokenizer=tokenizer)).train
     assert [row["task_ids"] for row in found] == [0, 2, 0, 2] and "source" not in found[0]
     for wrong, words in (("two", "'task_ids' is a str"), (1.5, "'task_ids' is a float"), (None, "'task_ids' is None")):
         with pytest.raises(TrainingError, match=f"Row 1: {words}"):
-            training_rows(adapted(), of_tasks("text", (0, wrong, 0, 0)), tokenizer=tokenizer)
+            training_rows(TrainRequest(adapted(), of_tasks("text", (0, wrong, 0, 0)), tokenizer=tokenizer))
     plain = nbpeft.get_peft_model(llama(), nbpeft.LoraConfig(r=2))
-    assert "task_ids" not in training_rows(plain, of_tasks("text"), tokenizer=tokenizer).train[0]
+    assert "task_ids" not in training_rows(TrainRequest(plain, of_tasks("text"), tokenizer=tokenizer)).train[0]
     takes = ModelInputs(numbers=("task_ids",))
     assert prepare_data(FORMS["text"], tokenizer, inputs=takes)[0].keys() == {"input_ids", "labels"}
 

@@ -164,6 +164,7 @@ def resume(
     from nbpeft.runs.store import RunPlace
     from nbpeft.training.disk.checkpoints import last_whole
     from nbpeft.training.disk.kept_arguments import to_take_over
+    from nbpeft.training.request import TrainRequest
 
     record, facts = kept_run(ctx, run)
     kept, left_out = to_take_over(facts.get("arguments"))
@@ -192,18 +193,17 @@ def resume(
         tracked = ctx.models.get(back)
         result = None
         if not record.is_complete:
-            result = train_tracked(
-                ctx,
-                tracked,
+            request = TrainRequest.of(
+                tracked.model,
                 data,
                 eval_data,
-                replaced=present,
                 tokenizer=tokenizer,
                 adapter=names[0] if len(names) == 1 else None,
                 run_dir=RunPlace(_store(ctx), record.name, record.model),
                 resume_from_checkpoint=str(state),
                 **given,
             )
+            result = train_tracked(ctx, tracked, request, replaced=present)
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         notes = () if result is None else tuple(filter(None, [_not_taken(facts, left_out, arguments)]))

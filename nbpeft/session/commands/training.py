@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nbpeft.errors import AdapterError, TrainingInterrupted
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
     from nbpeft.session.registry import TrackedModel
     from nbpeft.state import MemoryState, TrainState
     from nbpeft.training import Run, RunControl, TrainResult
+    from nbpeft.training.request import TrainRequest
 
 _ENDED = ("finished", "stopped", "failed")
-_SEED = 42
-"""Of ``TrainingArguments``."""
 
 
 def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | None = None, **options: Any) -> Run:
@@ -122,47 +122,45 @@ def train(
         TrainingError: the run cannot start, e.g. because no adapter can train.
         TrainingInterrupted: an interruption ended the run.
     """
+    from nbpeft.training.request import TrainRequest
+
     ctx.refuse_another_training()
     tracked = ctx.find_adapted(model, command="train")
     if keep:
         arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
-    arguments |= {"tokenizer": tokenizer, "columns": columns, "adapter": adapter}
+    reading = {"tokenizer": tokenizer, "columns": columns}
+    request = TrainRequest.of(tracked.model, data, eval_data, **reading, adapter=adapter, **arguments)
     if not background:
-        return train_tracked(ctx, tracked, data, eval_data, restart=restart, **arguments)
+        return train_tracked(ctx, tracked, request, restart=restart)
 
     def work(running: BackgroundTraining) -> TrainResult:
-        given = arguments | {"control": running.control}
-        return _trained(ctx, tracked, data, eval_data, restart=restart, replaced=(), **given)
+        return _trained(ctx, tracked, replace(request, control=running.control), restart=restart, replaced=())
 
-    return start(ctx, tracked, _names(tracked, arguments), work)
+    return start(ctx, tracked, _names(tracked, request), work)
 
 
 def train_tracked(
     ctx: SessionContext,
     tracked: TrackedModel,
-    data: Any,
-    eval_data: Any,
+    request: TrainRequest,
     *,
     restart: bool = False,
     replaced: tuple[str, ...] = (),
-    **arguments: Any,
 ) -> TrainResult:
     """Train a model that is known, and remember how many steps its adapters were trained for.
 
     Args:
         ctx: of the session.
         tracked: the model.
-        data: rows to learn.
-        eval_data: rows to evaluate on.
+        request: of the training.
         restart: start from the weights that the adapters were made with.
         replaced: adapters whose weights the training replaces before its first step.
-        **arguments: of ``nbpeft.training.train``.
     """
     interrupted: TrainingInterrupted | None = None
-    with ctx.command(f"training {_names(tracked, arguments)}", slow=True, gather=False):
+    with ctx.command(f"training {_names(tracked, request)}", slow=True, gather=False):
         ctx.refuse_another_training()
         try:
-            result = _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
+            result = _trained(ctx, tracked, request, restart=restart, replaced=replaced)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
         ctx.background.pop(tracked, None)  # how one in the background ended is not the last any more
@@ -172,37 +170,31 @@ def train_tracked(
     return result
 
 
-def _names(tracked: TrackedModel, arguments: Mapping[str, Any]) -> str:
+def _names(tracked: TrackedModel, request: TrainRequest) -> str:
     """The adapters that are trained."""
-    return str(arguments.get("adapter") or ", ".join(tracked.manager.active))
+    return str(request.adapter or ", ".join(tracked.manager.active))
 
 
 def _trained(
-    ctx: SessionContext,
-    tracked: TrackedModel,
-    data: Any,
-    eval_data: Any,
-    *,
-    restart: bool,
-    replaced: tuple[str, ...],
-    **arguments: Any,
+    ctx: SessionContext, tracked: TrackedModel, request: TrainRequest, *, restart: bool, replaced: tuple[str, ...]
 ) -> TrainResult:
     """Train, in the thread that runs this; adapters that learned nothing are as they were before."""
-    from nbpeft.training import is_plain, open_data, train
     from nbpeft.training.adapters.adapted_model import trained_names
+    from nbpeft.training.loop.train import run_training
 
-    trained, manager = tracked.model, tracked.manager
-    together = plan_sweep(tracked, arguments)
-    adapter = arguments.get("adapter")
+    manager = tracked.manager
+    together, request = plan_sweep(tracked, request)
+    adapter = request.adapter
     if adapter is not None:
         manager.require_available(adapter)
-    started = tuple(name for name in ((adapter,) if adapter else trained_names(trained)) if name in manager.configs)
+    chosen = (adapter,) if adapter else trained_names(tracked.model)
+    started = tuple(name for name in chosen if name in manager.configs)
     names = together or started
     made: list[Run] = []
 
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
         run = _run(ctx, tracked, watched, total_steps, **options)
-        if not arguments.get("resume_from_checkpoint"):
+        if not request.arguments.get("resume_from_checkpoint"):
             run.continue_from(*tracked.steps_of(names))
         made.append(run)
         return run
@@ -210,16 +202,16 @@ def _trained(
     def learned() -> bool:
         return any(run.steps_done for run in made)
 
-    given, data = data, open_data(data)
+    opened = replace(request, run_factory=make_run).opened()
     again = tuple(name for name in dict.fromkeys((*started, *together)) if name in manager.configs)
     try:
         with weights_kept_unless(ctx, tracked, again if restart else replaced, learned):
             for name in again if restart else ():
-                if name in started or "members" in arguments:
-                    draw_anew(ctx, tracked, name, seed=int(arguments.get("seed", _SEED)))
+                if name in started or request.members is not None:
+                    draw_anew(ctx, tracked, name, seed=request.seed)
                 else:  # made again from the adapter that the sweep starts from
                     manager.remove(name)
-            result = train(trained, data, eval_data, **arguments, run_factory=make_run)
+            result = run_training(opened)
         ctx.keep_result(tracked, result)
     except TrainingInterrupted as error:
         ctx.keep_result(tracked, error.result)
@@ -229,8 +221,8 @@ def _trained(
             names = tracked.with_clones(names, made[-1].state.members)
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()
-            tracked.training_call = training_call(made[-1].run_id, given, eval_data, arguments)
-            plain = is_plain(data, arguments.get("tokenizer"), arguments.get("columns"))
+            tracked.training_call = training_call(made[-1].run_id, request)
+            plain = opened.is_plain()
             tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
     return result
 

@@ -351,19 +351,19 @@ class Reading:
 
 
 def reading(
-    data: Any,
+    rows: Any,
     tokenizer: Any = None,
     *,
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
 ) -> Reading:
-    """How data is read; see :func:`prepare_data`.
+    """How opened rows are read; see :func:`prepare_data`.
 
     Raises:
         TrainingError: the data has no form that can be read, or it needs a tokenizer.
     """
-    rows, inputs = open_data(data), inputs or ModelInputs()
+    inputs = inputs or ModelInputs()
     found = columns_of(rows)
     mapping = checked_columns(columns, found)
     form = form_of(found, columns or {}, labelled=inputs.classes is not None)
@@ -384,13 +384,12 @@ def default_length(tokenizer: Any) -> int:
     return min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
 
 
-def columns_of(data: Any) -> tuple[str, ...]:
-    """Names of the columns of data.
+def columns_of(rows: Any) -> tuple[str, ...]:
+    """Names of the columns of opened rows.
 
     Raises:
         TrainingError: it has no named columns, or it is empty.
     """
-    rows = open_data(data)
     names = getattr(rows, "column_names", None)
     return tuple(map(str, names)) if names is not None else keys_of(first_row(rows))
 
@@ -406,7 +405,11 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     Raises:
         TrainingError: the data has no form that can be trained on.
     """
-    rows = open_data(data)
+    return rows_are_plain(open_data(data), tokenizer, columns)
+
+
+def rows_are_plain(rows: Any, tokenizer: Any, columns: Mapping[str, str] | None) -> bool | None:
+    """As :func:`is_plain`, of opened rows."""
     found = columns_of(rows)
     how = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
     return None if how.form is None else not isinstance(how.example(first_row(rows), 0), Chat)

@@ -14,7 +14,7 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.training.data.encoding import IGNORED
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
-from nbpeft.training.data.sources import is_stream
+from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, named_rows
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
@@ -117,7 +117,7 @@ def summarize(
     Raises:
         TrainingError: as for ``prepare_data``, except that rows without anything to learn are reported.
     """
-    how = reading(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    how = reading(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs)
     if how.form is None:
         check_columns(how)
     streamed = is_stream(how.rows)

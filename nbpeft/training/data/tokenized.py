@@ -24,7 +24,7 @@ from nbpeft.training.data.reading import (
     renamed,
 )
 from nbpeft.training.data.row import WEIGHT
-from nbpeft.training.data.sources import is_stream
+from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
 _NAMED = 5
@@ -179,19 +179,19 @@ def prepare_data(
     Raises:
         TrainingError: the data has another form; the message names what was found.
     """
-    return prepared(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
+    return prepared(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
 
 
-def prepared(data: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
-    """As :func:`prepare_data`, with what a person should know of it."""
-    how = reading(data, tokenizer, **options)
+def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
+    """As :func:`prepare_data` of opened rows, with what a person should know of it."""
+    how = reading(rows, tokenizer, **options)
     if how.form is None:
         return _tokens(how)
     if is_stream(how.rows):
         streamed = StreamedRows(how.coded)
         return PreparedRows(streamed, streamed.notes)
-    rows = _in_memory(how)
-    return PreparedRows(rows, rows.notes)
+    tokenized = _in_memory(how)
+    return PreparedRows(tokenized, tokenized.notes)
 
 
 def _in_memory(how: Reading) -> TokenizedRows:

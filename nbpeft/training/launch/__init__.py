@@ -2,7 +2,7 @@
 
     notebook                                 process 0              process 1 …
     train(…, processes=2)
-      └ job.pt: model, rows, arguments ────> train(…)  <─DDP/FSDP2─> train(…)
+      └ job.pt: TrainRequest ──────────────> train(…)  <─DDP/FSDP2─> train(…)
       Run.mirror(state)       <── states ──   Run
       RunControl              ── requests ─>  SharedControl ──────── the same step
       load_adapters(result/)  <── adapter ──  end

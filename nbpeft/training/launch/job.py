@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import nn
+from dataclasses import dataclass
+from typing import Literal
 
 JOB, RESULT = "job.pt", "result"
-"""In the folder of a job: what is to be done, and the trained adapters."""
+"""In the folder of a job: the TrainRequest, and the trained adapters."""
 ON_THE_CPU = "on-the-cpu"
 """A file that says that weights are not to be moved to a card: they are sharded, which a Trainer does from there."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done.
-
-    Attributes:
-        model: with its adapters, those to train active.
-        rows: tokenized.
-        eval_rows: the same, or None.
-        arguments: further ones of ``nbpeft.training.train``.
-    """
-
-    model: nn.Module
-    rows: Any
-    eval_rows: Any
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

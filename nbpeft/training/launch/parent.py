@@ -7,11 +7,9 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from nbpeft import errors
 from nbpeft._util.interrupts import HeldInterrupts
@@ -25,10 +23,11 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState, TrainStatus
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.method_state import read_method_state
-from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
+from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure, Launch, Processes
 from nbpeft.training.launch.transport import save_whole
 from nbpeft.training.monitor.run import Run, StopRun
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.transformers.trainer_patch import load_adapters
 
 _TURN = 0.05
@@ -37,9 +36,7 @@ _TO_END = 120.0
 """Seconds that processes have to end after the adapter was saved."""
 
 
-def train_in_subprocesses(
-    model: nn.Module, run: Run, launch: Launch, rows: Any, eval_rows: Any, arguments: Mapping[str, Any]
-) -> dict[str, float]:
+def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> dict[str, float]:
     """Trains a copy of a model in other processes, and gives the model the adapters that come of it.
 
     Its adapters are as before until all processes have done their part, and then what was trained, in one change.
@@ -47,12 +44,10 @@ def train_in_subprocesses(
     the adapters stay as they were before: what was learned is then in the run's folder alone.
 
     Args:
-        model: with the adapters to train active; its weights reach the processes in a temporary file.
+        request: of tokenized rows; the adapters to train are active on its model, whose weights reach the processes in
+            a temporary file.
         run: shows how it goes; ``mirrors`` is set.
         launch: how many processes.
-        rows: tokenized.
-        eval_rows: the same, or None.
-        arguments: further ones of ``train``.
 
     Returns:
         What the Trainer reports.
@@ -60,14 +55,15 @@ def train_in_subprocesses(
     Raises:
         TrainingError: a process failed; the message is its error.
     """
+    model, place = request.model, request.run_dir
     if manager_of(model) is None:
         raise TrainingError(f"several processes train models that nbpeft adapted, and no {type(model).__name__}")
     spread = set((getattr(base_of(model), "hf_device_map", None) or {}).values())
     if len(spread) > 1:
         raise TrainingError(f"the model is spread over {len(spread)} devices: load it on one, device_map={{'': 0}}")
-    with _job_folder(launch, arguments.get("run_dir")) as folder:
-        size = save_whole(folder / JOB, Job(model, rows, eval_rows, dict(arguments)), model)
-        if arguments.get("fsdp") and not is_quantized(base_of(model)):
+    with _job_folder(launch, place) as folder:
+        size = save_whole(folder / JOB, request, model)
+        if request.arguments.get("fsdp") and not is_quantized(base_of(model)):
             (folder / ON_THE_CPU).touch()
         run.note(f"{launch.world} processes, which read the model from a file of {size_text(size)}")
         try:
@@ -79,11 +75,11 @@ def train_in_subprocesses(
                     run.brought_back(ended.token_count)
                 processes.wait(_TO_END)
         except NbpeftError as error:
-            _note_end(run, arguments.get("run_dir"), "failed", error.message)
+            _note_end(run, place, "failed", error.message)
             raise
         except KeyboardInterrupt:
             if not run.steps_done:
-                _note_loss(run, arguments.get("run_dir"))
+                _note_loss(run, place)
             raise
     if interrupted:
         raise KeyboardInterrupt

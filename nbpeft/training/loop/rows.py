@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -27,12 +27,14 @@ from nbpeft.training.data import (
     check_rows,
     hold_out,
     is_amount,
-    open_data,
     prepared,
 )
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 from nbpeft.training.data.row import listed
+
+if TYPE_CHECKING:
+    from nbpeft.training.request import TrainRequest
 
 _HEAD = re.compile(r"For([A-Z]\w*)$")
 """How transformers names a model with a head."""
@@ -59,55 +61,47 @@ class TrainingRows:
     held_out: str = ""
 
 
-def training_rows(
-    model: nn.Module,
-    data: Any,
-    eval_data: Any = None,
-    *,
-    tokenizer: Any = None,
-    max_length: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    seed: Any = None,
-    all_columns: bool = False,
-    unweighted: str = "",
-    loss: bool = True,
-) -> TrainingRows:
-    """Prepares data for a model.
+def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
+    """Prepares the rows of a training for its model.
 
     Args:
-        model: adapted or bare.
-        data: see :func:`prepare_data`.
-        eval_data: the same; or how many rows of ``data`` to hold out: a share (0.1) or a number (64).
-        tokenizer: see :func:`prepare_data`.
-        max_length: see :func:`prepare_data`.
-        columns: see :func:`prepare_data`; of ``eval_data``, too.
-        seed: of the training, by which held-out rows are drawn; by default that of a Trainer, 42.
-        all_columns: whether tokenised rows go to the model with all that they hold.
-        unweighted: why the loss cannot count more for one row than for another; empty if it can.
+        request: of the training; its model may be bare.
         loss: whether a loss is computed of them, so that they need the labels of the model's head.
 
     Raises:
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
-    inputs = model_inputs(model, all_columns=all_columns, unweighted=unweighted)
+    request = request.opened()
+    inputs = inputs_of(request)
     if loss:
-        _check_loss(base_of(model))
+        _check_loss(base_of(request.model))
     else:
         inputs = replace(inputs, tokens_only="")
-    prepare = partial(_prepared, model, tokenizer=tokenizer, max_length=max_length, columns=columns, inputs=inputs)
-    read = prepare(data)
-    rows, notes = read.rows, [read.notes] if read.notes else []
-    if not is_amount(eval_data):
-        measured = PreparedRows(None) if eval_data is None else prepare(eval_data)
+    read = _prepared(request, request.data, inputs)
+    rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
+    if not is_amount(amount):
+        measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
         notes += [f"of the rows to evaluate on: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
-    train, evaluation = hold_out(rows, eval_data, seed if isinstance(seed, int) else 42)
+    train, evaluation = hold_out(rows, amount, request.seed)
     if isinstance(rows, StreamedRows) and rows.notes:  # those that are held out were read meanwhile
         notes = [rows.notes]
     known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
     held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
     return TrainingRows(train, evaluation, tuple(notes), held)
+
+
+def inputs_of(request: TrainRequest) -> ModelInputs:
+    """What the model of a training takes of rows: of tokenised ones all columns, where none are to be removed."""
+    from nbpeft.training.transformers.trainer import why_unweighted  # here, as it imports transformers' Trainer
+
+    own_batches = request.arguments.get("data_collator") is not None
+    return model_inputs(
+        request.model,
+        all_columns=request.arguments.get("remove_unused_columns") is False,
+        unweighted=why_unweighted(request.trainer_class, own_batches=own_batches),
+    )
 
 
 def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:
@@ -218,7 +212,9 @@ def first_rows(
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
-    found = training_rows(model, open_data(data), tokenizer=tokenizer, loss=loss, **reading)
+    from nbpeft.training.request import TrainRequest  # here, as it imports transformers' Trainer
+
+    found = training_rows(TrainRequest(model, data, tokenizer=tokenizer, **reading), loss=loss)
     return FirstRows(list(itertools.islice(iter(found.train), rows)), collator_for(model, tokenizer), found.notes)
 
 
@@ -249,17 +245,10 @@ def check_reading(tokenizer: Any, max_length: Any) -> None:
         raise ConfigError(f"tokenizer must be a tokenizer, not {with_article(tokenizer)}{what}", field="tokenizer")
 
 
-def _prepared(
-    model: nn.Module,
-    data: Any,
-    *,
-    tokenizer: Any,
-    max_length: int | None,
-    columns: Mapping[str, str] | None,
-    inputs: ModelInputs,
-) -> PreparedRows:
+def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> PreparedRows:
+    model, tokenizer, max_length = request.model, request.tokenizer, request.max_length
     check_reading(tokenizer, max_length)
-    read = prepared(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    read = prepared(rows, tokenizer, max_length=max_length, columns=request.columns, inputs=inputs)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
-from nbpeft.training.data import StreamedRows, TokenizedRows, is_amount, is_plain, is_stream, open_data
+from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
@@ -43,25 +43,19 @@ from nbpeft.training.monitor.failures import explain_failure, free_memory, is_ou
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
 from nbpeft.training.transformers.arguments import build_arguments, check_options, reason_of, split_arguments
-from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings, why_unweighted
+from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
 from nbpeft.training.watching.divergence import DivergenceStop
 from nbpeft.training.watching.early_stop import EarlyStop, check_patience
 from nbpeft.training.watching.generation import PromptBatch
 from nbpeft.training.watching.sampling import SampleCallback, sample_batch
 from nbpeft.training.watching.trackers import TrackCallback, check_report_to, tracker_names
 
-_NOT_KEPT = {
-    *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir", "members"),
-    *("replace", "arguments"),
-}
-"""Keywords of ``train`` that a run does not keep: rows and tokenizer are given again, the others are of the call."""
 
-
-@side_by_side
 def train(
     model: nn.Module,
     data: Any,
@@ -151,54 +145,52 @@ def train(
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
         TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
     """
-    own = _kept_of_call(locals())  # before anything is taken for another thing
+    return run_training(TrainRequest(**locals()))
+
+
+@side_by_side
+def run_training(request: TrainRequest) -> TrainResult:
+    """As :func:`train`, which says what is raised.
+
+    Args:
+        request: its arguments.
+    """
     with needs("accelerate", "Training"):
         importlib.import_module("accelerate")
-    _can_train(model, adapter)
-    _takes_labels(model, trainer_class, arguments)
-    trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
-    arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
-    fields, options = split_arguments(arguments, trainer_class, arguments_class)
-    check_options(options)
-    check_report_to(fields.get("report_to"))
-    trackers = tracker_names(track)
-    launch = _launch(processes, machines, fields, members)
-    _refuse_other_adapters(model, {} if replace else fields)
-    data = open_data(data)
-    form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
-    form |= _row_options(fields, options, trainer_class)
-    rows = training_rows(model, data, eval_data, **form, seed=fields.get("seed"))
+    model, launch, fields, options = _checked(request)
+    request = request.opened()
+    rows = training_rows(request)
     _has_an_end(rows.train, fields)
-    check_patience(patience, fields, evaluates=rows.evaluation is not None)
-    batch = _sample_batch(model, sample, tokenizer, every, data, columns)
+    check_patience(request.patience, fields, evaluates=rows.evaluation is not None)
+    request = replace(request, sample=_sample_batch(request))
     given = _not_none(**options)
     learned = rows.train
-    collator: Any = collator_for(model, tokenizer)
-    if packing:
-        learned, collator = pack(model, learned, collator, max_length=max_length, tokenizer=tokenizer, given=given)
-    options = {"data_collator": collator, "processing_class": tokenizer} | given
+    collator: Any = collator_for(model, request.tokenizer)
+    if request.packing:
+        reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
+        learned, collator = pack(model, learned, collator, **reading, given=given)
+    options = {"data_collator": collator, "processing_class": request.tokenizer} | given
     with scratch_folder() as folder:
-        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
+        evaluates = rows.evaluation is not None
+        settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
         options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
         failures: list[Exception] = []
         try:
-            with _activated(model, adapter) as activation:
-                activation.run = run = run_factory(model, None, control=control, publish=publish)
+            with _activated(model, request.adapter) as activation:
+                activation.run = run = request.run_factory(
+                    model, None, control=request.control, publish=request.publish
+                )
                 run.output_dir = str(fields.get("output_dir", ""))
-                said = _note(run, rows, settings, data_hint)
-                kept = given | fields | own | kept_of(members)
+                said = _note(run, rows, settings, request.data_hint)
+                kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    apart = {name: value for name, value in own.items() if name not in ("columns", "eval_data")}
-                    apart |= _not_none(tokenizer=tokenizer, sample=batch, run_dir=_keeping(run_dir, kept))
-                    apart["replace"] = True  # what the folder holds was checked here
-                    metrics = _elsewhere(model, run, launch, rows, said, arguments | apart)
+                    metrics = _elsewhere(request, run, launch, rows, said, kept)
                 else:
                     # No variable has the callbacks: an error that is kept would keep their copies of weights.
-                    around = (run_dir, run, model, kept, trackers, rows)
-                    check = PackingCheck(run, learned, collator) if packing else None
-                    inside = (run, model, members, check, stop_on_divergence, patience, batch, every)
-                    metrics = _fit(trainer_class, model, run, options, _around(*around), _inside(*inside), fields)
+                    check = PackingCheck(run, learned, collator) if request.packing else None
+                    around = (request, run, kept, rows)
+                    metrics = _fit(request, run, options, _around(*around), _inside(request, run, check), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -210,22 +202,34 @@ def train(
     return _unless_interrupted(result, run)
 
 
+def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
+    """Refuses what cannot be trained, before rows are read.
+
+    Returns:
+        The model, how many processes train it, fields of the arguments class, and options of the Trainer.
+    """
+    model = request.model
+    _can_train(model, request.adapter)
+    _takes_labels(model, request.trainer_class, request.arguments)
+    trainer_class = adapter_trainer(_checked_class(request.trainer_class, transformers.Trainer, "trainer_class"))
+    arguments_class = _checked_class(request.arguments_class, TrainingArguments, "arguments_class")
+    fields, options = split_arguments(request.arguments, trainer_class, arguments_class)
+    check_options(options)
+    check_report_to(fields.get("report_to"))
+    tracker_names(request.track)
+    launch = launch_of(request.processes, request.machines, sharded=bool(fields.get("fsdp")))
+    if launch is not None and request.members is not None:
+        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
+    _refuse_other_adapters(model, {} if request.replace else fields)
+    return model, launch, fields, options
+
+
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
     """The result, or TrainingInterrupted with it."""
     if run.interrupted:
         left = run.lost or ("what it learned is kept" if run.steps_done else "the adapters are as before")
         raise TrainingInterrupted(f"{result} · {left}", result)
     return result
-
-
-def _launch(
-    processes: int | None, machines: Sequence[str] | None, fields: Mapping[str, Any], members: object
-) -> Launch | None:
-    """How many processes train; None for this one alone. A sweep trains in one."""
-    launch = launch_of(processes, machines, sharded=bool(fields.get("fsdp")))
-    if launch is not None and members is not None:
-        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
-    return launch
 
 
 def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
@@ -243,15 +247,6 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _row_options(fields: Mapping[str, Any], options: Mapping[str, Any], trainer_class: type[Any]) -> dict[str, Any]:
-    """How rows are read, by what is given besides: whether all columns are kept, and why none can be weighted."""
-    own_batches = options.get("data_collator") is not None
-    return {
-        "all_columns": fields.get("remove_unused_columns") is False,
-        "unweighted": why_unweighted(trainer_class, own_batches=own_batches),
-    }
-
-
 def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
     """Says what was done to the rows, what is not used of them, and what will be slow. Returns what it says of rows."""
     for part in (rows.train, rows.evaluation):
@@ -267,19 +262,6 @@ def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: 
 
 def _not_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _kept_of_call(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record of a run keeps of the keywords of ``train``: those that say something, and no rows."""
-    usual = inspect.signature(train).parameters
-    given = {name: value for name, value in keywords.items() if name not in _NOT_KEPT}
-    given["trainer_class"] = getattr(given["trainer_class"], "given_class", given["trainer_class"])  # of a sweep
-    kept = {name: value for name, value in given.items() if value is not usual[name].default}
-    if isinstance(kept.get("sample"), PromptBatch):
-        kept["sample"] = list(kept["sample"].prompts)
-    if not is_amount(kept.get("eval_data")):
-        kept.pop("eval_data", None)
-    return _not_none(**kept)
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:
@@ -372,15 +354,14 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
     return given
 
 
-def _sample_batch(
-    model: nn.Module, sample: Any, tokenizer: Any, every: Any, data: Any, columns: Mapping[str, str] | None
-) -> PromptBatch | None:
+def _sample_batch(request: TrainRequest) -> PromptBatch | None:
     """The prompts to sample, if there are any, in the form that the rows to learn have."""
-    if isinstance(sample, PromptBatch):  # of the process that launched this one
-        return sample
-    if sample is not None:
-        return sample_batch(model, sample, tokenizer, every, plain=is_plain(data, tokenizer, columns))
-    if every is not None:
+    if isinstance(request.sample, PromptBatch):  # of the process that launched this one
+        return request.sample
+    if request.sample is not None:
+        plain = request.is_plain()
+        return sample_batch(request.model, request.sample, request.tokenizer, request.every, plain=plain)
+    if request.every is not None:
         raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
     return None
 
@@ -396,66 +377,49 @@ def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _around(
-    place: RunPlace | str | os.PathLike[str] | None,
-    run: Run,
-    model: nn.Module,
-    given: Mapping[str, Any],
-    trackers: Sequence[str],
-    rows: TrainingRows,
+    request: TrainRequest, run: Run, kept: Mapping[str, Any], rows: TrainingRows
 ) -> list[RunCheckpointer | TrackCallback]:
     """The callbacks that see the run end."""
-    keeper = _keeper(place, run, model, given, mark_of_rows(rows.train, rows.evaluation))
-    tracking = TrackCallback(trackers, run, given) if trackers else None
+    keeper, trackers = (
+        _keeper(request, run, kept, mark_of_rows(rows.train, rows.evaluation)),
+        tracker_names(request.track),
+    )
+    tracking = TrackCallback(trackers, run, kept) if trackers else None
     return [part for part in (keeper, tracking) if part is not None]
 
 
-def _keeping(place: RunPlace | str | os.PathLike[str] | None, kept: Mapping[str, Any]) -> RunPlace | None:
-    """The place of a run whose arguments are those given here, and not those of the process that trains."""
-    return None if place is None else dataclasses.replace(RunPlace.of(place), arguments=kept)
-
-
-def _inside(
-    run: Run,
-    model: nn.Module,
-    members: Any,
-    check: PackingCheck | None,
-    guarded: bool,
-    patience: int | None,
-    batch: PromptBatch | None,
-    every: int | None,
-) -> list[TrainerCallback]:
+def _inside(request: TrainRequest, run: Run, check: PackingCheck | None) -> list[TrainerCallback]:
     """The callbacks that end before the run does.
 
-    Where it is ``guarded``, one ends a training that diverges, or takes the adapters of a sweep that do out of it.
+    One of them ends a training that diverges, or takes the adapters of a sweep that do out of it.
     """
+    model, guarded = request.model, request.stop_on_divergence
     found: list[TrainerCallback] = [] if check is None else [check]
-    found += callbacks_of(members, run, stop_on_divergence=guarded) or ([DivergenceStop(run, model)] if guarded else [])
-    found += [] if patience is None else [EarlyStop(run, model, patience)]
-    return found + ([] if batch is None else [SampleCallback(run, model, batch, every)])
+    found += callbacks_of(request.members, run, stop_on_divergence=guarded) or (
+        [DivergenceStop(run, model)] if guarded else []
+    )
+    found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
+    prompts = request.sample
+    return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, PromptBatch) else [])
 
 
 def _keeper(
-    place: RunPlace | str | os.PathLike[str] | None,
-    run: Run,
-    model: nn.Module,
-    given: Mapping[str, Any],
-    data: Mapping[str, Any],
+    request: TrainRequest, run: Run, kept: Mapping[str, Any], data: Mapping[str, Any]
 ) -> RunCheckpointer | None:
     """What keeps the run on disk, if it is to be kept."""
-    if place is None:
+    if request.run_dir is None:
         return None
-    if manager_of(model) is None:
+    if manager_of(request.model) is None:
         run.note("runs of models that another library adapted are not kept on disk")
         return None
-    chosen = RunPlace.of(place)
+    chosen = RunPlace.of(request.run_dir)
     if chosen.name is not None:
         check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data") or {}, data)
-    return RunCheckpointer(chosen, run, model, given, data)
+    return RunCheckpointer(chosen, run, request.model, kept, data)
 
 
 def _fit(
-    trainer_class: type[Any],
-    model: nn.Module,
+    request: TrainRequest,
     run: Run,
     options: dict[str, Any],
     around: Sequence[RunCheckpointer | TrackCallback],
@@ -465,14 +429,14 @@ def _fit(
     """Runs a Trainer, and takes everything of it off the model again.
 
     Args:
-        trainer_class: of the Trainer.
-        model: in training.
+        request: of the training.
         run: is told how it goes.
         options: of the Trainer.
         around: callbacks that see the run end.
         inside: callbacks that end before the run does.
         fields: of the arguments, as given; with ``output_dir`` the adapter is saved at the end.
     """
+    model = request.model
     trainer: Any = None
     metrics: dict[str, float] = {}
     keep = "output_dir" in fields
@@ -483,7 +447,7 @@ def _fit(
                 for part in around:
                     block.enter_context(part)
                 block.enter_context(run)
-                trainer = _make_trainer(trainer_class, model, options)
+                trainer = _make_trainer(request.trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 group_rows(trainer, wanted=wants_groups(fields))
                 callback = RunCallback(run)
@@ -528,31 +492,41 @@ def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], 
 
 
 def _elsewhere(
-    model: nn.Module, run: Run, launch: Launch, rows: TrainingRows, said: str, arguments: Mapping[str, Any]
+    request: TrainRequest, run: Run, launch: Launch, rows: TrainingRows, said: str, kept: Mapping[str, Any]
 ) -> dict[str, float]:
     """Runs a Trainer in each of several processes, as ``_fit`` runs one here.
 
     Args:
-        model: in training.
+        request: of the training.
         run: is told how it goes.
         launch: how many processes.
         rows: of the training.
         said: of the rows, which the processes say in their record of the run.
-        arguments: further ones of ``train``.
+        kept: arguments that the record keeps: those given here, and not those of the processes.
     """
     if is_stream(rows.train):
         raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
     metrics: dict[str, float] = {}
-    train_rows, eval_rows = (
-        part.noting(*notes) if isinstance(part, TokenizedRows) else part
-        for part, notes in ((rows.train, [said] if said else []), (rows.evaluation, []))
+    learned, place, fields = rows.train, request.run_dir, request.arguments
+    apart = replace(
+        request,
+        data=learned.noting(*([said] if said else [])) if isinstance(learned, TokenizedRows) else learned,
+        eval_data=rows.evaluation.noting() if isinstance(rows.evaluation, TokenizedRows) else rows.evaluation,
+        columns=None,
+        data_hint="",
+        adapter=None,
+        control=None,
+        publish=None,
+        run_factory=Run,
+        run_dir=None if place is None else replace(RunPlace.of(place), arguments=kept),
+        replace=True,  # what the folder holds was checked here
     )
     run.mirrors = True
     with _interrupted_once(run), run:
-        metrics = train_in_subprocesses(model, run, launch, train_rows, eval_rows, arguments)
-    manager = manager_of(model)
-    if manager is not None and run.steps_done and "output_dir" not in arguments:
-        mark_unsaved(manager, *trained_names(model))
+        metrics = train_in_subprocesses(apart, run, launch)
+    manager = manager_of(request.model)
+    if manager is not None and run.steps_done and "output_dir" not in fields:
+        mark_unsaved(manager, *trained_names(request.model))
     return metrics
 
 

@@ -23,10 +23,11 @@ from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_names
-from nbpeft.training.data import is_amount, is_stream, open_data
+from nbpeft.training.data import is_amount, is_stream
 from nbpeft.training.data.reading import reading
 from nbpeft.training.disk.kept_arguments import plain
-from nbpeft.training.loop.rows import model_inputs, training_rows
+from nbpeft.training.loop.rows import inputs_of, training_rows
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.script.python import call, is_literal, source_of
 from nbpeft.training.script.sources import (
     Source,
@@ -158,7 +159,8 @@ def export_script(
     names = trained_names(model)
     if len(names) != 1:
         raise TrainingError(f"one adapter must be active to be exported, not {len(names)}")
-    rows = _rows(model, target, data, eval_data, tokenizer, max_length, columns, arguments.get("seed"))
+    read = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
+    rows = _rows(target, TrainRequest.of(model, data, eval_data, **read, **arguments))
     plain_base: Any = base_of(model)
     source, place = source_of_base(plain_base, base, target.parent)
     config: Any = getattr(model, "peft_config", {})[names[0]]
@@ -215,36 +217,21 @@ class _Rows:
     notes: tuple[str, ...] = ()
 
 
-def _rows(
-    model: nn.Module,
-    target: Path,
-    data: Any,
-    eval_data: Any,
-    tokenizer: Any,
-    max_length: int | None,
-    columns: Mapping[str, str] | None,
-    seed: Any,
-) -> _Rows:
+def _rows(target: Path, request: TrainRequest) -> _Rows:
     """The rows as the script finds them.
 
     Raises:
         TrainingError: they cannot be read, or come from a stream.
     """
-    given = [part for part in (data, None if is_amount(eval_data) else eval_data) if part is not None]
-    opened = list(map(open_data, given))
-    if any(map(is_stream, opened)):
-        raise TrainingError("a stream cannot be written beside a script: give as many of its rows as are to be learned")
-    found = training_rows(
-        model,
-        opened[0],
-        opened[1] if len(opened) > 1 else eval_data,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        columns=columns,
-        seed=seed,
+    opened, tokenizer, amount = request.opened(), request.tokenizer, is_amount(request.eval_data)
+    given, rows = (
+        [part for part in (of.data, None if amount else of.eval_data) if part is not None] for of in (request, opened)
     )
-    inputs = model_inputs(model)
-    readings = [reading(part, tokenizer, max_length=max_length, columns=columns, inputs=inputs) for part in opened]
+    if any(map(is_stream, rows)):
+        raise TrainingError("a stream cannot be written beside a script: give as many of its rows as are to be learned")
+    found = training_rows(opened)
+    options: dict[str, Any] = {"max_length": request.max_length, "columns": request.columns}
+    readings = [reading(part, tokenizer, **options, inputs=inputs_of(request)) for part in rows]
     loaded = None
     texts = [how for how in readings if how.form is not None]
     if texts:
@@ -262,8 +249,8 @@ def _rows(
         else _written(target, kind, text_rows(how) if how.form is not None else json_lines(how.rows))
         for kind, part, how in zip(_KINDS, given, readings, strict=False)
     ]
-    counts = {source.text: len(part) for source, part in zip(sources, opened, strict=True) if source.files}
-    held = eval_data if is_amount(eval_data) else None
+    counts = {source.text: len(part) for source, part in zip(sources, rows, strict=True) if source.files}
+    held = request.eval_data if amount else None
     return _Rows(sources[0], sources[1] if len(sources) > 1 else held, loaded, counts, notes=found.notes)
 
 

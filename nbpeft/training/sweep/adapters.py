@@ -6,11 +6,10 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import transformers
 from torch import nn
-from transformers import TrainingArguments
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.changes.random_numbers import drawing_from
@@ -23,37 +22,30 @@ from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, Traini
 from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
 from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.monitor.result import TrainResult
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
 from nbpeft.training.sweep.trainer import trainer_for
 from nbpeft.training.transformers.arguments import build_arguments, split_arguments
-from nbpeft.training.transformers.trainer import Trainer
 
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
-_SEED = 42
-"""Of ``TrainingArguments``."""
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result", bound=TrainResult)
 
 
-def side_by_side(train: Callable[Parameters, TrainResult]) -> Callable[Parameters, TrainResult]:
-    """Lets ``train`` take a ``sweep(…)`` for a field, or ``members``: adapters with fields of their own.
+def side_by_side(train: Callable[[TrainRequest], TrainResult]) -> Callable[[TrainRequest], TrainResult]:
+    """Lets a training have a ``sweep(…)`` for a field, or ``members``: adapters with fields of their own.
 
     The decorated function is called with ``members`` as a :class:`SideBySide` while the adapters are there and learn.
     Afterwards the best is active; where no step was done the model is as it was.
     """
 
     @functools.wraps(train)
-    def with_sweeps(*args: Parameters.args, **kwargs: Parameters.kwargs) -> TrainResult:
-        if kwargs.get("members") is None and not swept(kwargs):
-            return train(*args, **kwargs)
-        model: Any = args[0] if args else kwargs["model"]
+    def with_sweeps(request: TrainRequest) -> TrainResult:
+        if request.members is None and not swept(request.given):
+            return train(request)
         interrupted: TrainingInterrupted | None = None
-        with _members(model, kwargs) as group:
+        with _members(request) as group:
             try:
-                own = {"members": group, "adapter": None, "trainer_class": _prepared(group, kwargs)}
-                result = train(*args, **{**_plain(kwargs), **own})
+                result = train(_of_group(request, group))
             except TrainingInterrupted as error:
                 interrupted, result = error, error.result
         found = SweepResult.of(result, group.fields())
@@ -64,43 +56,40 @@ def side_by_side(train: Callable[Parameters, TrainResult]) -> Callable[Parameter
     return with_sweeps
 
 
-def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that all members have in common."""
-    return {name: value for name, value in given.items() if not isinstance(value, Sweep)}
-
-
-def _prepared(group: SideBySide, given: Mapping[str, Any]) -> type[Any]:
-    """Gives each member its arguments. Returns the Trainer for all."""
-    trainer_class, kind = given.get("trainer_class", Trainer), given.get("arguments_class", TrainingArguments)
+def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
+    """The request of a training of all members at once, each of which is given its own arguments."""
+    common = {name: value for name, value in request.arguments.items() if not isinstance(value, Sweep)}
+    request = dataclasses.replace(request, members=group, adapter=None, arguments=common)
+    trainer_class, kind = request.trainer_class, request.arguments_class
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
-        return trainer_class  # type: ignore[no-any-return]  # which training refuses
+        return request  # which training refuses
     known = {field.name for field in dataclasses.fields(kind)}
-    fields = {name: value for name, value in _plain(given).items() if name in known}
-    evaluates = given.get("eval_data") is not None
-    chosen = trainer_for(trainer_class, group, given)
+    fields = {name: value for name, value in common.items() if name in known}
+    chosen = trainer_for(trainer_class, group, request.given)
     for member in group.members:
-        member.arguments = build_arguments({**fields, **member.fields}, kind, folder="", evaluates=evaluates)
+        own = {**fields, **member.fields}
+        member.arguments = build_arguments(own, kind, folder="", evaluates=request.eval_data is not None)
         if member.arguments.world_size > 1 or member.arguments.n_gpu > 1:
             raise ConfigError("a sweep trains on one device: start one process, and let it see one device")
-    return chosen
+    return dataclasses.replace(request, trainer_class=chosen)
 
 
 @contextmanager
-def _members(model: Any, given: Mapping[str, Any]) -> Iterator[SideBySide]:
+def _members(request: TrainRequest) -> Iterator[SideBySide]:
     """The adapters, which learn inside the block; afterwards the best is active, if they learned."""
+    model, members = request.model, request.members
     manager = manager_of(model)
     if manager is None:
         raise TrainingError(f"a sweep trains adapters of nbpeft, which a {type(model).__name__} does not have")
     manager.refuse_merged("a sweep")
-    members = given.get("members")
-    if members is not None and swept(given):
-        name = next(iter(swept(given)))
+    if members is not None and swept(request.given):
+        name = next(iter(swept(request.given)))
         raise ConfigError(f"{name} is a sweep, and members=… says already what each adapter has", field=name)
     with HeldInterrupts() as held:
         selected, enabled = manager.selected, manager.enabled
         group, made = None, list[str]()
         try:
-            found = _made(manager, given, made) if members is None else _given(manager, members)
+            found = _made(manager, request, made) if members is None else _given(manager, members)
             group = SideBySide(model, found)
             manager.activate(group.names[0])  # what else was active would train along
             with group.opened:
@@ -127,19 +116,19 @@ def _put_back(manager: AdapterManager, made: Sequence[str], selected: tuple[str,
         manager.disable()
 
 
-def _made(manager: AdapterManager, given: Mapping[str, Any], made: list[str]) -> list[Member]:
+def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> list[Member]:
     """Adapters for every combination of the values: copies of one, or new ones where its config varies.
 
     Args:
         manager: of the model.
-        given: arguments of the training.
+        request: of the training.
         made: gets the names of those that were not there, each before it is: an interruption can come at any moment.
     """
-    origin = _origin(manager, given.get("adapter"))
-    config, fields = manager.configs[origin], swept(given)
+    origin = _origin(manager, request.adapter)
+    config, fields = manager.configs[origin], swept(request.given)
     of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in _BOOKKEEPING]
     strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
-    split_arguments(strange, transformers.Trainer, given.get("arguments_class", TrainingArguments))
+    split_arguments(strange, transformers.Trainer, request.arguments_class)
     for name in strange:
         raise not_swept(name)
     combined = list(combinations(fields))
@@ -154,7 +143,7 @@ def _made(manager: AdapterManager, given: Mapping[str, Any], made: list[str]) ->
                 continue
             made.append(name)
             if changed:
-                with drawing_from(int(given.get("seed", _SEED))):
+                with drawing_from(request.seed):
                     manager.add(name, wanted, trainable=True, select=False)
             else:
                 manager.copy(origin, name)

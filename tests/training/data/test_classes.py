@@ -18,6 +18,7 @@ from nbpeft.training.data import ModelInputs
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.loop.packing import longest_sequence
 from nbpeft.training.loop.rows import first_rows, model_inputs, training_rows
+from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import LLAMA, VOCABULARY, classifier
 from tests.training.support import trainable, weights
@@ -74,27 +75,31 @@ def test_a_classifier_learns_the_labels_of_texts() -> None:
 )
 def test_labels_are_numbers_or_names_of_classes(labels: Any) -> None:
     rows = [{"text": row["text"], "label": label} for row, label in zip(ROWS, labels, strict=False)]
-    found = training_rows(named(), rows, tokenizer=CHARACTERS).train
-    assert list(found) == list(training_rows(named(), ROWS[:3], tokenizer=CHARACTERS).train)
+    found = training_rows(TrainRequest(named(), rows, tokenizer=CHARACTERS)).train
+    assert list(found) == list(training_rows(TrainRequest(named(), ROWS[:3], tokenizer=CHARACTERS)).train)
     assert [row["labels"] for row in found] == [0, 1, 2]
 
 
 def test_labels_come_in_tables_and_datasets_under_any_name() -> None:
-    expected = list(training_rows(named(), ROWS[:3], tokenizer=CHARACTERS).train)
+    expected = list(training_rows(TrainRequest(named(), ROWS[:3], tokenizer=CHARACTERS)).train)
     given = [{"review": row["text"], "stars": row["label"]} for row in ROWS[:3]]
     for data in (given, pandas.DataFrame(given), datasets.Dataset.from_list(given)):
         columns = {"text": "review", "label": "stars"}
-        assert list(training_rows(named(), data, tokenizer=CHARACTERS, columns=columns).train) == expected
+        assert list(training_rows(TrainRequest(named(), data, tokenizer=CHARACTERS, columns=columns)).train) == expected
 
 
 def test_numbers_of_named_classes_are_those_of_the_names() -> None:
     names = ["odd", "neg", "pos"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     data = datasets.Dataset.from_list([{"text": "a", "label": number} for number in range(3)], features=features)
-    found = training_rows(named(), data, tokenizer=CHARACTERS).train
+    found = training_rows(TrainRequest(named(), data, tokenizer=CHARACTERS)).train
     assert [row["labels"] for row in found] == [NAMES[name] for name in names]
     unnamed = trainable(classifier(), task_type="SEQ_CLS")
-    assert [row["labels"] for row in training_rows(unnamed, data, tokenizer=CHARACTERS).train] == [0, 1, 2]
+    assert [row["labels"] for row in training_rows(TrainRequest(unnamed, data, tokenizer=CHARACTERS)).train] == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -133,19 +138,19 @@ def test_rows_without_labels_are_refused_by_a_classifier(columns: str) -> None:
 
 def test_what_is_empty_is_left_out() -> None:
     rows = [*ROWS[:2], {"text": "", "label": 1}, {"text": "a", "label": None}, {"text": "a", "label": float("nan")}]
-    found = training_rows(named(), rows, tokenizer=CHARACTERS)
+    found = training_rows(TrainRequest(named(), rows, tokenizer=CHARACTERS))
     assert len(found.train) == 2
     assert found.notes == ("3 rows left out: row 2: the text is empty; rows 3, 4: the label is empty",)
 
 
 def test_a_second_text_is_marked_and_both_are_cut_by_the_tokenizer() -> None:
     rows = [{"text": "abcdef", "text_pair": "ghijkl", "label": 1}, {"text": "ab", "text_pair": "cd", "label": 0}]
-    found = training_rows(bert(), rows, tokenizer=Pairs(), max_length=8)
+    found = training_rows(TrainRequest(bert(), rows, tokenizer=Pairs(), max_length=8))
     end = CHARACTERS.eos_token_id
     cut = [*CHARACTERS("abc")["input_ids"], end, *CHARACTERS("ghi")["input_ids"], end]
     assert found.train[0] == {"input_ids": cut, "token_type_ids": [0] * 4 + [1] * 4, "labels": 1}
     assert found.notes == ("1 of 2 rows were cut to the maximal length",)
-    assert "token_type_ids" not in training_rows(named(), rows, tokenizer=Pairs()).train[0]
+    assert "token_type_ids" not in training_rows(TrainRequest(named(), rows, tokenizer=Pairs())).train[0]
     assert train(bert(), rows, tokenizer=Pairs(), max_steps=1).steps == 1
     assert longest_sequence(bert(), rows, tokenizer=Pairs()) == 14
 
@@ -161,7 +166,7 @@ def test_a_second_text_is_marked_and_both_are_cut_by_the_tokenizer() -> None:
 )
 def test_other_problems_have_labels_of_their_own(changes: Any, label: Any, expected: Any) -> None:
     model = trainable(classifier(**changes), task_type="SEQ_CLS")
-    [row] = training_rows(model, [{"text": "ab", "label": label}], tokenizer=CHARACTERS).train
+    [row] = training_rows(TrainRequest(model, [{"text": "ab", "label": label}], tokenizer=CHARACTERS)).train
     assert row["labels"] == expected and type(row["labels"]) is type(expected)
     assert train(model, [{"text": "ab", "label": label}] * 2, tokenizer=CHARACTERS, max_steps=1).steps == 1
     for wrong in ("a", [1], None if "problem_type" in changes else [1, 2]):
@@ -217,13 +222,13 @@ def of_class(kind: Any, *, loss_type: str | None = None) -> Any:
 def test_a_subclass_of_a_classifier_is_one_whatever_its_name() -> None:
     rows = [{"text": "bad", "label": 1}, {"text": "good", "label": 2}]
     model = of_class(OwnName, loss_type="ForSequenceClassification")
-    assert [row["labels"] for row in training_rows(model, rows, tokenizer=CHARACTERS).train] == [1, 2]
+    assert [row["labels"] for row in training_rows(TrainRequest(model, rows, tokenizer=CHARACTERS)).train] == [1, 2]
     assert train(model, rows, tokenizer=CHARACTERS, max_steps=1).message == ""
 
 
 def test_a_class_that_transformers_has_no_loss_for_is_refused() -> None:
     with pytest.raises(TrainingError, match="none for OwnName: set loss_type = 'ForSequenceClassification'"):
-        training_rows(of_class(OwnName), [{"text": "bad", "label": 1}], tokenizer=CHARACTERS)
+        training_rows(TrainRequest(of_class(OwnName), [{"text": "bad", "label": 1}], tokenizer=CHARACTERS))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +243,6 @@ def test_other_heads_take_tokenised_rows_alone(kind: Any, labels: dict[str, Any]
     needed = ", ".join(map(repr, ("input_ids", *labels)))
     for rows in ({"text": "bad", "label": 1}, {"text": "bad"}, ids, {**ids, "completion_mask": [0, 1, 1]}):
         with pytest.raises(TrainingError, match=f"takes tokenised rows with {needed}; found"):
-            training_rows(model, [rows], tokenizer=CHARACTERS)
+            training_rows(TrainRequest(model, [rows], tokenizer=CHARACTERS))
     assert len(first_rows(model, [{"text": "bad"}], rows=1, tokenizer=CHARACTERS, loss=False).rows) == 1
     assert train(model, [{**ids, **labels}] * 2, max_steps=1).message == ""

@@ -19,6 +19,7 @@ import nbpeft
 from nbpeft.errors import TrainingError
 from nbpeft.training import summarize, train
 from nbpeft.training.loop.rows import model_inputs, training_rows
+from nbpeft.training.request import TrainRequest
 from tests.tiny_models import classifier, llama
 from tests.training.support import trainable
 from tests.training.test_data import tokenizer as tokenizer
@@ -80,9 +81,9 @@ def outcome(tokenizer: Any, form: str, key: str, changed: Callable[[dict[str, An
     given = copy.deepcopy(plain)
     for row in given if "tokenised" in form else given[-1:]:
         changed(row)
-    before = training_rows(model(labelled), plain, tokenizer=tokenizer)
+    before = training_rows(TrainRequest(model(labelled), plain, tokenizer=tokenizer))
     try:
-        after = training_rows(model(labelled), given, tokenizer=tokenizer)
+        after = training_rows(TrainRequest(model(labelled), given, tokenizer=tokenizer))
     except TrainingError as error:
         with pytest.raises(TrainingError):
             summarize(given, tokenizer, inputs=model_inputs(model(labelled)))
@@ -213,7 +214,7 @@ EMPTY: dict[str, list[Any]] = {
 def test_what_is_empty_is_left_out_whatever_it_comes_in(
     tokenizer: Any, form: str, container: str, tmp_path: Path
 ) -> None:
-    given = training_rows(model(False), CONTAINERS[container](EMPTY[form], tmp_path), tokenizer=tokenizer)
+    given = training_rows(TrainRequest(model(False), CONTAINERS[container](EMPTY[form], tmp_path), tokenizer=tokenizer))
     assert len(list(given.train)) == 1
     if "stream" not in container:
         assert "3 rows left out: row" in given.notes[0]
@@ -225,7 +226,8 @@ def test_what_is_read_and_empty_is_named(tokenizer: Any) -> None:
     for form, column in (("prompt and completion", "prompt"), ("instruction", "instruction")):
         for nothing in (None, "", float("nan")):
             rows = [ROWS[form], {**ROWS[form], column: nothing}]
-            assert training_rows(model(False), rows, tokenizer=tokenizer).notes == (f"empty: '{column}' (1 of 2 rows)",)
+            found = training_rows(TrainRequest(model(False), rows, tokenizer=tokenizer))
+            assert found.notes == (f"empty: '{column}' (1 of 2 rows)",)
 
 
 def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from nbpeft import sweep
 from nbpeft.errors import TrainingError
 from nbpeft.training import prepare_data, train
 from nbpeft.training.loop.rows import first_rows, training_rows
+from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import classifier, llama
 from tests.training.support import trainable, weights
@@ -203,6 +204,6 @@ def test_rows_to_start_from_count_by_their_weights() -> None:
 
 
 def train_loss(model: Any, rows: Any) -> Any:
-    found = training_rows(model, rows, tokenizer=CHARACTERS).train
+    found = training_rows(TrainRequest(model, rows, tokenizer=CHARACTERS)).train
     [batch] = first_rows(model, list(found), rows=8).batches()
     return model(**batch).loss

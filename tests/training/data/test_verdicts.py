@@ -10,6 +10,7 @@ import pytest
 from nbpeft.errors import TrainingError
 from nbpeft.training import summarize
 from nbpeft.training.loop.rows import training_rows
+from nbpeft.training.request import TrainRequest
 from tests.training.data.test_conservation import model
 from tests.training.test_data import tokenizer as tokenizer
 
@@ -35,7 +36,10 @@ def labelled(*labels):
 )
 def test_a_completion_that_is_labelled_as_bad_is_refused(tokenizer, labels, told):
     for rows in (labelled(*labels), pandas.DataFrame(labelled(*labels))):
-        for read in (lambda rows: training_rows(model(False), rows, tokenizer=tokenizer), summaries(tokenizer)):
+        for read in (
+            lambda rows: training_rows(TrainRequest(model(False), rows, tokenizer=tokenizer)),
+            summaries(tokenizer),
+        ):
             with pytest.raises(TrainingError) as caught:
                 read(rows)
             line = str(caught.value)
@@ -62,7 +66,7 @@ def summaries(tokenizer):
     ],
 )
 def test_labels_of_classes_and_scores_are_named_alone(tokenizer, labels):
-    found = training_rows(model(False), labelled(*labels), tokenizer=tokenizer)
+    found = training_rows(TrainRequest(model(False), labelled(*labels), tokenizer=tokenizer))
     assert len(found.train) == len(labels)
     assert ("'label'" in "".join(found.notes)) == (labels != (None,))
 
@@ -75,17 +79,17 @@ def test_what_a_dataset_calls_its_numbers_counts(tokenizer, names, refused):
     )
     data = datasets.Dataset.from_list(labelled(1, 0), features=features)
     if not refused:
-        assert len(training_rows(model(False), data, tokenizer=tokenizer).train) == 2
+        assert len(training_rows(TrainRequest(model(False), data, tokenizer=tokenizer)).train) == 2
         return
     with pytest.raises(TrainingError, match=rf"Row 1: 'label' is 0 \({names[0]}\): "):
-        training_rows(model(False), data, tokenizer=tokenizer)
+        training_rows(TrainRequest(model(False), data, tokenizer=tokenizer))
 
 
 def test_a_stream_is_taken_at_its_word_and_another_column_by_its_name(tokenizer):
     stream = datasets.Dataset.from_list(labelled(1, 0, 2)).to_iterable_dataset()
     with pytest.raises(TrainingError, match="Row 1: 'label' is 0"):
-        list(training_rows(model(False), stream, tokenizer=tokenizer).train)
+        list(training_rows(TrainRequest(model(False), stream, tokenizer=tokenizer)).train)
     rows = [{"q": "a", "a": "b", "verdict": False}]
     columns = {"prompt": "q", "completion": "a", "label": "verdict"}
     with pytest.raises(TrainingError, match="Row 0: 'verdict' is False"):
-        training_rows(model(False), rows, tokenizer=tokenizer, columns=columns)
+        training_rows(TrainRequest(model(False), rows, tokenizer=tokenizer, columns=columns))

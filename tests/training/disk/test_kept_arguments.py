@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from nbpeft.training import Trainer, train
 from nbpeft.training.disk.kept_arguments import is_plain_value, missing_for_losses, plain, to_keep, to_take_over
-from nbpeft.training.loop import train as training
+from nbpeft.training.request import NOT_KEPT, TrainRequest
 from tests.training.support import token_rows, trainable
 
 
@@ -47,10 +48,17 @@ GIVEN: dict[str, Any] = {
 
 def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
     keywords = set(inspect.signature(train).parameters)
-    assert keywords == set(GIVEN) | training._NOT_KEPT
+    assert keywords == set(GIVEN) | NOT_KEPT - {"is_open"}
+    assert TrainRequest(trainable(), token_rows(), tokenizer=object(), adapter="a", replace=True).kept() == {}
+    assert TrainRequest(trainable(), token_rows(), **GIVEN).kept() == GIVEN
+
+
+def test_a_request_has_the_defaults_of_a_training() -> None:
     usual = {name: item.default for name, item in inspect.signature(train).parameters.items()}
-    assert training._kept_of_call(usual | {name: None for name in training._NOT_KEPT}) == {}
-    assert training._kept_of_call(usual | GIVEN) == GIVEN
+    made = {item.name: item.default for item in dataclasses.fields(TrainRequest)}
+    assert made.keys() == usual.keys() | {"is_open"}
+    optional = usual.keys() - {"model", "data", "arguments"}
+    assert {name: made[name] for name in optional} == {name: usual[name] for name in optional}
 
 
 def test_a_run_keeps_them_as_plain_values(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""What one training was asked for, as one value: from the session to the process that trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, Self
+
+from torch import nn
+from transformers import TrainingArguments
+
+from nbpeft.names import DEFAULT_SEED
+from nbpeft.runs.store import RunPlace
+from nbpeft.state import TrainState
+from nbpeft.training.data import is_amount, open_data, rows_are_plain
+from nbpeft.training.monitor.control import RunControl
+from nbpeft.training.monitor.run import Run
+from nbpeft.training.transformers.trainer import Trainer
+from nbpeft.training.watching.generation import PromptBatch
+
+_NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open")
+NOT_KEPT = frozenset(
+    {
+        *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir"),
+        *("members", "replace", "arguments", "is_open"),
+    }
+)
+"""What the record of a run does not keep: rows and tokenizer are given again, the others are of the call."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainRequest:
+    """The arguments of :func:`nbpeft.train`, where they are explained, as one value.
+
+    Attributes:
+        members: adapters to train side by side, as given; a :class:`SideBySide` while they learn.
+        sample: prompts to answer; tokenized for the processes that train.
+        arguments: fields of the arguments class and options of the Trainer.
+        is_open: whether ``data`` and ``eval_data`` are rows already, and not where they are.
+    """
+
+    model: nn.Module
+    data: Any
+    eval_data: Any = None
+    _: KW_ONLY
+    tokenizer: Any = None
+    max_length: int | None = None
+    columns: Mapping[str, str] | None = None
+    data_hint: str = ""
+    adapter: str | None = None
+    patience: int | None = None
+    sample: str | Sequence[str] | PromptBatch | None = None
+    every: int | None = None
+    packing: bool = False
+    control: RunControl | None = None
+    publish: Callable[[TrainState], None] | None = None
+    run_factory: Callable[..., Run] = Run
+    trainer_class: type[Any] = Trainer
+    arguments_class: type[TrainingArguments] = TrainingArguments
+    run_dir: RunPlace | str | os.PathLike[str] | None = None
+    track: str | Sequence[str] | None = None
+    members: Any = None
+    stop_on_divergence: bool = True
+    processes: int | None = None
+    machines: Sequence[str] | None = None
+    replace: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    is_open: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Any, eval_data: Any = None, **keywords: Any) -> Self:
+        """The request that ``train`` makes of these arguments.
+
+        Args:
+            model: of the training.
+            data: rows to learn, or where they are.
+            eval_data: rows to evaluate on, or where they are, or how many to hold out.
+            **keywords: of ``train``, those of the arguments class and of the Trainer among them.
+        """
+        own = {item.name for item in fields(cls)}.difference(_NO_KEYWORDS)
+        rest = {name: value for name, value in keywords.items() if name not in own}
+        known = {name: value for name, value in keywords.items() if name in own}
+        return cls(model, data, eval_data, **known, arguments=rest)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keywords that say something else than their defaults, and all of ``arguments``."""
+        own = {item.name: item.default for item in fields(self) if item.name not in _NO_KEYWORDS}
+        changed = {name: getattr(self, name) for name, usual in own.items() if getattr(self, name) is not usual}
+        return changed | dict(self.arguments)
+
+    @property
+    def seed(self) -> int:
+        """By which rows are held out and adapters are drawn; that of ``TrainingArguments`` where none is given."""
+        seed = self.arguments.get("seed")
+        return seed if isinstance(seed, int) else DEFAULT_SEED
+
+    def opened(self) -> Self:
+        """The request with its rows opened; itself where they are.
+
+        Raises:
+            TrainingError: data cannot be read, or has no rows.
+        """
+        if self.is_open:
+            return self
+        rows, measured = open_data(self.data), self.eval_data
+        if measured is not None and not is_amount(measured):
+            measured = open_data(measured)
+        return replace(self, data=rows, eval_data=measured, is_open=True)
+
+    def is_plain(self) -> bool | None:
+        """Whether the rows to learn are text that no chat template goes around; None for rows that are tokens."""
+        return rows_are_plain(self.opened().data, self.tokenizer, self.columns)
+
+    def kept(self) -> dict[str, Any]:
+        """What the record of a run keeps of it beside ``arguments``: keywords that say something, and no rows."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["trainer_class"] = getattr(self.trainer_class, "given_class", self.trainer_class)  # of a sweep
+        if isinstance(self.sample, PromptBatch):
+            values["sample"] = list(self.sample.prompts)
+        if not is_amount(self.eval_data):
+            values["eval_data"] = None
+        own = {item.name: item.default for item in fields(self) if item.name not in NOT_KEPT}
+        return {name: values[name] for name, usual in own.items() if values[name] is not usual}
