@@ -10,7 +10,7 @@ from nbpeft.session.results.preview import Preview, PreviewRow
 
 if TYPE_CHECKING:
     from nbpeft.engine.contract.adapter import AdapterConfig
-    from nbpeft.engine.injection.plan import Target
+    from nbpeft.engine.injection.plan import InjectionPlan, Target
 
 _ADAMW_BYTES = 2
 """Moments that AdamW keeps, each as large as the parameter."""
@@ -18,7 +18,7 @@ _ADAMW_BYTES = 2
 
 def preview_of(
     base: Any,
-    config: AdapterConfig,
+    wanted: AdapterConfig | InjectionPlan,
     *,
     name: str,
     model_name: str,
@@ -26,21 +26,21 @@ def preview_of(
     notes: list[str],
     stored: Mapping[str, str] | None = None,
 ) -> Preview:
-    """Plans a config on a model and counts; the model is not touched.
+    """Counts what an adapter on a model would be; the model is not touched.
 
     Args:
         base: the base model.
-        config: of the adapter to come.
+        wanted: config of the adapter to come, or a plan made of it.
         name: of the adapter to come.
         model_name: what the model is called.
         replaces: whether an adapter of that name is there.
         notes: put into the preview.
         stored: how targets will be stored by then, by path, where that is not how they are now.
     """
-    from nbpeft.engine.injection.plan import plan
+    from nbpeft.engine.injection.plan import InjectionPlan, plan
     from nbpeft.engine.tree.model_tree import parameter_counts
 
-    made = plan(base, config, allow_missing=True, replacing=name if replaces else None)
+    made = wanted if isinstance(wanted, InjectionPlan) else plan(base, wanted, replacing=name if replaces else None)
     return Preview(
         model_name=model_name,
         name=name,

@@ -29,7 +29,7 @@ from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh
 from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.kernels.storage import StoredWeight, loaded
-from nbpeft.engine.tree.model_tree import Site, says_untied, walk
+from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
 from nbpeft.engine.wrappers import fake_quant
 from nbpeft.engine.wrappers.composite_layer import AdaptedComposite
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -96,13 +96,11 @@ def build(
             return build(model, plan, active_state, weights, name, half=half, training=training)
 
         return Parts([], [], None, model, complete)
-    sites: dict[int, list[Site]] = {}
-    wanted = {target.module_path for target in plan.targets} | set(plan.copies)
-    by_path: dict[str, Site] = {}
-    for site in walk(model):
-        sites.setdefault(id(site.module), []).append(site)
-        if site.path in wanted:
-            by_path[site.path] = site
+    by_path = {path: site_at(model, path) for path in plan.module_paths}
+    sites = {
+        path: [site, *(site_at(model, other) for other in plan.other_paths.get(path, ()))]
+        for path, site in by_path.items()
+    }
     layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     bases = {path: layer.base for path, layer in layers.items()}
@@ -127,7 +125,7 @@ def build(
         adapter.train(_mode(layer, name) if training is None else training)
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
-        parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
+        parts.adapters.append((sites[target.module_path], layer, adapter))
     tie = getattr(plan.config, "ensure_weight_tying", False) and not says_untied(model)
     tied: dict[int, Any] | None = {} if tie else None
     if plan.config.is_quantization_aware:
@@ -136,7 +134,7 @@ def build(
         site = by_path[path]
         wrapper = _copies_wrapper(site, active_state, training=training)
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
-        parts.copies.append((sites[id(site.module)], wrapper, trained))
+        parts.copies.append((sites[path], wrapper, trained))
     return parts
 
 

@@ -169,6 +169,7 @@ class InjectionPlan:
         missing: targets that match nothing.
         shared: name -> shape of the tensors that the layers share, where the method has such.
         features: path -> (in, out) features of those layers, in model order.
+        other_paths: path of a module that gets a wrapper -> the other places where the same module hangs.
     """
 
     method: str
@@ -180,6 +181,12 @@ class InjectionPlan:
     missing: tuple[str, ...]
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
     features: dict[str, tuple[int, int]] = field(default_factory=dict)
+    other_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """Paths of the modules that get a wrapper, each once."""
+        return tuple(dict.fromkeys((*(target.module_path for target in self.targets), *self.copies)))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -280,8 +287,7 @@ def plan(
     """
     method = method_of(config)
     config = config.on_model(model, lambda other: plan(model, other, allow_missing=allow_missing, replacing=replacing))
-    layer_map = pending_replication(model, config)
-    model = model if layer_map is None else replicated(model, layer_map)
+    model = model if (layer_map := pending_replication(model, config)) is None else replicated(model, layer_map)
     sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
@@ -336,7 +342,8 @@ def plan(
     biases = _biases(model, resolved, adapted, tuple(copies))
     everywhere = (*targets, *parts)
     _check_has_tensors(resolved, everywhere, [*shared, *copies, *biases])
-    return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
+    made = InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
+    return replace(made, other_paths=_other_paths(made.module_paths, sites))
 
 
 def _warn_of_ties(
@@ -383,7 +390,19 @@ def _plan_for_calls(
     target = _target(site, config, method)
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
     _check_size(model, [target], {})
-    return InjectionPlan(method.label, config, (target,), copies, {}, (), ())
+    made = InjectionPlan(method.label, config, (target,), copies, {}, (), ())
+    return replace(made, other_paths=_other_paths(made.module_paths, sites))
+
+
+def _other_paths(paths: Sequence[str], sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
+    """Path -> where else the module at that path hangs; only of modules that hang in several places."""
+    places: dict[int, list[str]] = {}
+    modules: dict[str, int] = {}
+    for site in sites:
+        places.setdefault(id(site.module), []).append(site.path)
+        modules[site.path] = id(site.module)
+    shared = ((path, places[modules[path]]) for path in paths if len(places[modules[path]]) > 1)
+    return {path: tuple(other for other in found if other != path) for path, found in shared}
 
 
 def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:

@@ -77,13 +77,42 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
                 stack.append(_children(site.module, site.path + "."))
 
 
+def site_at(model: nn.Module, path: str) -> Site:
+    """Returns the site that ``walk`` yields for a path.
+
+    Args:
+        model: the base model, with or without adapters on it.
+        path: of a module below it.
+
+    Raises:
+        KeyError: there is no such module.
+    """
+    *parents, last = path.split(".")
+    parent = model
+    for attribute in parents:
+        parent = frozen_module(_child(parent, attribute))
+    return _site(parent, last, path, _child(parent, last), dict(parent._modules))
+
+
+def _child(parent: nn.Module, attribute: str) -> nn.Module:
+    child = parent._modules[attribute]
+    if child is None:
+        raise KeyError(attribute)
+    return child
+
+
+def _site(
+    parent: nn.Module, attribute: str, path: str, child: nn.Module, siblings: Mapping[str, nn.Module | None]
+) -> Site:
+    wrapper = child if isinstance(child, _WRAPPERS) else None
+    return Site(parent, attribute, path, child if wrapper is None else frozen_module(child), wrapper, siblings)
+
+
 def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
     siblings = dict(parent._modules)
     for attribute, child in siblings.items():
         if child is not None:
-            wrapper = child if isinstance(child, _WRAPPERS) else None
-            module = child if wrapper is None else frozen_module(child)
-            yield Site(parent, attribute, prefix + attribute, module, wrapper, siblings)
+            yield _site(parent, attribute, prefix + attribute, child, siblings)
 
 
 def frozen_module(module: nn.Module) -> nn.Module:

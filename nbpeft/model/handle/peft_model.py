@@ -13,6 +13,7 @@ from torch import nn
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.peft_names.peft_layer_api import refuse_pickle_of_peft
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import (
@@ -86,19 +87,42 @@ class PeftModel(nn.Module):
         super().__init__()
         model = _base_for(model, peft_config)
         manager = manager_of(model) or AdapterManager(model)
-        config = self.completed(peft_config, model)
-        put = manager.prepare(
-            adapter_name,
-            config,
-            trainable=not config.inference_mode,
-            half=not autocast_adapter_dtype,
-            replace=adapter_name in manager.configs,
-            training=True,
-        )
+        config, half = self.completed(peft_config, model), not autocast_adapter_dtype
+        self._start(manager, config, peft_config, adapter_name, half=half, empty=low_cpu_mem_usage)
+
+    @classmethod
+    def planned(cls, manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> Self:
+        """Makes a handle with its first adapter, of which there is a plan.
+
+        Args:
+            manager: of the base model, which it need not know yet.
+            plan: made by it, of the completed config.
+            given: the config as a person gave it.
+            adapter_name: of the adapter.
+        """
+        handle = cls.__new__(cls)
+        nn.Module.__init__(handle)
+        handle._start(manager, plan, given, adapter_name)
+        return handle
+
+    def _start(
+        self,
+        manager: AdapterManager,
+        wanted: AdapterConfig | InjectionPlan,
+        given: AdapterConfig,
+        name: str,
+        *,
+        half: bool = False,
+        empty: bool = False,
+    ) -> None:
+        """Puts an adapter on the base model, and becomes its handle."""
+        config = wanted.config if isinstance(wanted, InjectionPlan) else wanted
+        options: dict[str, Any] = {"trainable": not config.inference_mode, "replace": name in manager.configs}
+        put = manager.prepare(name, wanted, half=half, training=True, **options)
         with manager.transaction() as change:
-            put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
-            take_given(manager, adapter_name, peft_config, change)
-            self._take(model, manager)
+            put_active(manager, put, name, empty=empty)
+            take_given(manager, name, given, change)
+            self._take(manager.model, manager)
             self.training = self._tuner.training = True  # as the adapter, in whatever mode the base is
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:

@@ -78,8 +78,9 @@ def add(
         TrainingError: the rows cannot be read.
     """
     from nbpeft.engine.changes.random_numbers import random_state
-    from nbpeft.engine.injection.plan import plan
-    from nbpeft.model import get_peft_model
+    from nbpeft.engine.runtime.manager import AdapterManager
+    from nbpeft.engine.tree.model_tree import manager_of
+    from nbpeft.model import PeftModel
 
     adapter_name(name)
     rows = InitRows.of(init_data, init_rows, tokenizer, columns, max_length)
@@ -92,9 +93,10 @@ def add(
         tracked, first_random = ctx.find(model, variable, command="add"), random_state()
         if tracked is None:
             bare: Any = uncompiled(model)
-            planned = plan(bare, completed(made, None, bare), allow_missing=allow_missing)  # before it is touched
+            kind, manager = PeftModel.for_task(made), manager_of(bare) or AdapterManager(bare)
+            planned = manager.plan(kind.completed(made, bare), name, allow_missing=allow_missing)
             with starting_from(ctx, bare, made, rows, notes) as start, HeldInterrupts():
-                handle = get_peft_model(bare, made, adapter_name=name)
+                handle = kind.planned(manager, planned, made, name)
                 with _unloaded_on_failure(handle):
                     start(handle.manager, name)
                     if not trainable:
@@ -233,6 +235,7 @@ def preview(
         ConfigError: a field is unknown or impossible.
         TargetError: the targets do not match the model.
     """
+    from nbpeft.engine.injection.plan import plan
     from nbpeft.engine.runtime.snapshots import keeps_weights
 
     count = 1
@@ -248,10 +251,11 @@ def preview(
         title = tracked.name if tracked is not None else variable or "model"
         replaces = tracked is not None and name in tracked.manager.configs
         made = completed(made, tracked, base)
+        planned = plan(base, made, replacing=name if replaces else None)
         if tracked is not None and replaces:
-            stays = keeps_weights(tracked.manager, name, tracked.manager.plan(made, name))
+            stays = keeps_weights(tracked.manager, name, planned)
             notes.append(weights_message(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
-        result = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
+        result = preview_of(base, planned, name=name, model_name=title, replaces=replaces, notes=notes)
         return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
 
 
