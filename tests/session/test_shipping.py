@@ -79,4 +79,4 @@ def test_by_default_the_folder_is_named_after_both(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = session.ship(engine="llama.cpp")
-    assert result.folder == "sql-llama.cpp" and (tmp_path / "sql-llama.cpp" / "adapter.gguf").is_file()
+    assert str(result.folder) == "sql-llama.cpp" and (tmp_path / "sql-llama.cpp" / "adapter.gguf").is_file()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.tree.model_tree import manager_of
@@ -15,11 +16,42 @@ from nbpeft.model.handle.peft_model import PeftModel
 from nbpeft.model.saving.given_configs import as_given, take_given
 
 
+def _forward(*names: str) -> Callable[..., Any]:
+    """A forward of a handle that names the usual inputs, by which a Trainer knows the columns to keep.
+
+    Args:
+        *names: of what it takes by position, too; what is None is not handed on.
+    """
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        """Runs the base model's forward with the active adapters."""
+        if len(args) > len(names):
+            raise TypeError(f"forward() takes {len(names)} inputs by position, not {len(args)}")
+        for name, value in zip(names, args, strict=False):
+            if name in kwargs:
+                raise TypeError(f"forward() got multiple values for argument {name!r}")
+            kwargs[name] = value
+        given = {name: value for name, value in kwargs.items() if value is not None or name not in names}
+        return PeftModel.forward(self, **given)
+
+    kind = inspect.Parameter
+    inputs = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    ends = kind("self", kind.POSITIONAL_OR_KEYWORD), kind("kwargs", kind.VAR_KEYWORD)
+    signed: Any = forward
+    signed.__signature__ = inspect.Signature([ends[0], *inputs, ends[1]])
+    return forward
+
+
+_TEXT = ("input_ids", "attention_mask", "inputs_embeds")
+_OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+
+
 class _TaskModel(PeftModel):
-    """A handle whose forward names the usual inputs, so that a Trainer knows which columns to keep."""
+    """A handle for a task."""
 
     heads: ClassVar[tuple[str, ...]] = ()
     """Names of heads that start random and are therefore trained and saved too."""
+    forward = _forward(*_TEXT, "labels", *_OPTIONS)
 
     @classmethod
     def _complete(cls, config: AdapterConfig) -> AdapterConfig:
@@ -28,31 +60,8 @@ class _TaskModel(PeftModel):
         names = dict.fromkeys([*(config.modules_to_save or ()), *cls.heads])
         return config.copy(modules_to_save=list(names), task_type=config.task_type or cls.task)
 
-    def _run(self, named: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
-        given = {name: value for name, value in named.items() if value is not None}
-        return super().forward(**given, **kwargs)
 
-
-class _SingleStack(_TaskModel):
-    """A model of one stack of layers, with labels."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Runs the base model's forward with the active adapters."""
-        return self._run(_named(locals()), kwargs)
-
-
-class PeftModelForCausalLM(_SingleStack):
+class PeftModelForCausalLM(_TaskModel):
     """A causal language model with adapters."""
 
     task = TaskType.CAUSAL_LM
@@ -62,34 +71,19 @@ class PeftModelForSeq2SeqLM(_TaskModel):
     """A sequence-to-sequence language model with adapters."""
 
     task = TaskType.SEQ_2_SEQ_LM
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Runs the base model's forward with the active adapters."""
-        return self._run(_named(locals()), kwargs)
+    forward = _forward(
+        *_TEXT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels", *_OPTIONS
+    )
 
 
-class PeftModelForSequenceClassification(_SingleStack):
+class PeftModelForSequenceClassification(_TaskModel):
     """A sequence classifier with adapters; its head is trained and saved too."""
 
     task = TaskType.SEQ_CLS
     heads = TASK_HEADS[task]
 
 
-class PeftModelForTokenClassification(_SingleStack):
+class PeftModelForTokenClassification(_TaskModel):
     """A token classifier with adapters; its head is trained and saved too."""
 
     task = TaskType.TOKEN_CLS
@@ -101,48 +95,17 @@ class PeftModelForQuestionAnswering(_TaskModel):
 
     task = TaskType.QUESTION_ANS
     heads = TASK_HEADS[task]
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Runs the base model's forward with the active adapters."""
-        return self._run(_named(locals()), kwargs)
+    forward = _forward(
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions", *_OPTIONS),
+    )
 
 
 class PeftModelForFeatureExtraction(_TaskModel):
     """A feature extractor with adapters."""
 
     task = TaskType.FEATURE_EXTRACTION
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Runs the base model's forward with the active adapters."""
-        return self._run(_named(locals()), kwargs)
-
-
-def _named(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in ("self", "kwargs", "__class__")}
+    forward = _forward(*_TEXT, *_OPTIONS)
 
 
 def get_peft_model(

@@ -67,16 +67,4 @@ def ship(
             overwrite=overwrite,
             dry_run=dry_run,
         )
-        return ShipResult(
-            tracked.name,
-            done.adapter,
-            done.engine,
-            done.verdict.label,
-            done.merged,
-            done.stored_as,
-            str(done.folder),
-            done.files,
-            done.commands,
-            done.written,
-            (*done.notes, *notes),
-        )
+        return ShipResult(tracked.name, done, (*done.notes, *notes))
