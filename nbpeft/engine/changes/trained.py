@@ -8,29 +8,12 @@ not looked at until it is saved.
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-
-class Manager(Protocol):
-    """What marking needs of the adapters' manager."""
-
-    alive: bool
-    unsaved: set[str]
-
-    @property
-    def revision(self) -> int: ...  # noqa: D102
-
-    @property
-    def names(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def parameters(self, name: str) -> list[nn.Parameter]: ...  # noqa: D102
-
-    def changed(self) -> None: ...  # noqa: D102
-
+from nbpeft.engine.manager_protocol import Manager
 
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
 _held: weakref.WeakKeyDictionary[Optimizer, weakref.WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]]]

@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
 
 from nbpeft._util.interrupts import released_interrupts
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.hotswap.writes import Writes
-from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.manager_protocol import Manager
 from nbpeft.errors import HotSwapError, in_one_line
-
-
-class Configured(Protocol):
-    """What a config for a slot needs of the adapters' manager."""
-
-    @property
-    def configs(self) -> dict[str, AdapterConfig]: ...  # noqa: D102
-
-    @property
-    def layers(self) -> dict[str, AdaptedLayer]: ...  # noqa: D102
-
-
-class Manager(Configured, Protocol):
-    """What swapping needs of the adapters' manager."""
-
-    unsaved: set[str]
-
-    @property
-    def copies(self) -> dict[str, ModulesToSaveWrapper]: ...  # noqa: D102
-
-    @property
-    def merged(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def require(self, *names: str) -> None: ...  # noqa: D102
-
-    def base_biases(self, name: str) -> dict[str, Tensor]: ...  # noqa: D102
-
-    def use(self, names: str | Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
-
-    def transaction(self) -> AbstractContextManager[Transaction]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -124,7 +89,7 @@ def swap(
     return Swapped(name, len(weights.adapters), tuple(writes.zeroed), tuple(writes.reset))
 
 
-def config_for_slot(manager: Configured, name: str, config: AdapterConfig) -> AdapterConfig:
+def config_for_slot(manager: Manager, name: str, config: AdapterConfig) -> AdapterConfig:
     """A copy of the config of a new adapter with what a slot keeps: its targets, and what they make of the fields."""
     slot_config = manager.configs[name]
     fields = {key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
@@ -133,7 +98,7 @@ def config_for_slot(manager: Configured, name: str, config: AdapterConfig) -> Ad
     return filled
 
 
-def _features(manager: Configured, name: str) -> dict[str, tuple[int, int]]:
+def _features(manager: Manager, name: str) -> dict[str, tuple[int, int]]:
     """Path -> (in, out) features of the layers of an adapter."""
     return {
         path: (layer.base.in_features, layer.base.out_features)

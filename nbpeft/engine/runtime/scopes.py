@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+from contextlib import ContextDecorator, ExitStack
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.engine.changes.active_state import ActiveState, Scope
-from nbpeft.engine.changes.transaction import Block, Transaction
+from nbpeft.engine.changes.active_state import Scope
+from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.manager_protocol import Manager
 from nbpeft.engine.runtime.merging import partly_merged
 from nbpeft.errors import AdapterError, BusyError
-
-
-class Manager(Protocol):
-    """What a block needs of the adapters' manager."""
-
-    alive: bool
-    active_state: ActiveState
-
-    @property
-    def active(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def merged(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def parameters(self, name: str) -> list[nn.Parameter]: ...  # noqa: D102
-
-    def check_alive(self) -> None: ...  # noqa: D102
-
-    def check_choice(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
-
-    @property
-    def selected(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def select_again(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
-
-    def ensure_loaded(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
-        ...
-
-    def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block: ...  # noqa: D102
-
-    def idle(self, names: tuple[str, ...]) -> set[str]: ...  # noqa: D102
-
-    def refresh(self, names: set[str], change: Transaction) -> None: ...  # noqa: D102
 
 
 class AdapterContext(ContextDecorator):

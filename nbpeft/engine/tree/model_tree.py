@@ -102,7 +102,7 @@ def _child(parent: nn.Module, attribute: str) -> nn.Module:
 
 
 def _site(
-    parent: nn.Module, attribute: str, path: str, child: nn.Module, siblings: Mapping[str, nn.Module | None]
+    parent: nn.Module, attribute: str, path: str, child: nn.Module, siblings: dict[str, nn.Module | None]
 ) -> Site:
     wrapper = child if isinstance(child, _WRAPPERS) else None
     return Site(parent, attribute, path, child if wrapper is None else frozen_module(child), wrapper, siblings)

@@ -338,6 +338,7 @@ def low_rank_linear(
     dtype = compute_dtype(x, lora_A)
     probability = dropout.probability if dropout.is_active else 0.0
     if probability >= 1.0 or composes():
+        # What compilers and function transforms trace: the operations of ``LowRank.down`` and ``up``.
         dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
         delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
         return delta if onto is None else add_delta(onto, delta)

@@ -4,6 +4,17 @@
     s = alpha / r, with rsLoRA (arXiv:2312.03732) alpha / sqrt(r)
 
 W and b stay frozen; A starts random and B at zero, so training starts at the base model.
+
+``B A x`` is computed in three forms, each for a reason, and the tests hold that they agree:
+
+    one function      ``autograd._LowRank.forward``, which keeps x alone for backward. ``LoRA.output`` calls it on an
+                      ordinary linear layer, W x included: a breakpoint for the usual call goes there. On every other
+                      layer, and where W is in half precision, ``LowRank.forward`` calls it for the product alone.
+    plain operations  ``LowRank.down`` and ``up``: what ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
+                      ``lora_B`` have to see, and convolutions.
+    a matrix          ``LowRank.product``: a change of the weight, for merging and for DoRA's norms.
+
+Rows of one batch that several adapters serve take stacked factors (``multi_adapter.factor_rows``).
 """
 
 from __future__ import annotations
@@ -60,7 +71,10 @@ class LoRA(LowRankProduct, ReplacesCall):
     """A LoRA adapter on one layer."""
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """What an ordinary linear layer and the product give, in one function; see ``ReplacesCall``."""
+        """What an ordinary linear layer and the product give, in one function; see ``ReplacesCall``.
+
+        A breakpoint stops here in each usual call of a layer; ``LowRank.forward`` is not reached then.
+        """
         layer = base.module
         if composes():  # and the compiler finds nothing here to guard
             return None
