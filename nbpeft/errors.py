@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 from nbpeft.confidential import masked
 
 _LONGEST_MESSAGE = 500
-_LONGEST_NAME = 200
+_LONGEST_NAME, _LONGEST_NAMED = 200, 120
 _MOST_CHOICES = 2_000
 """As many names are compared with one that was not found."""
 
@@ -210,14 +210,30 @@ def shown(value: object, limit: int = 60) -> str:
         text = repr(value)
     except Exception:
         text = f"<{type(value).__name__}>"  # such as a number with more digits than Python writes
+    return cut(text, limit)
+
+
+def cut(text: str, limit: int) -> str:
+    """A text without its end where it is longer than that."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def few(names: Iterable[object], count: int = 5) -> str:
-    """The first of some names for a person, and how many more there are: ``'a', 'b' and 3 more``."""
+def few(names: Iterable[object], count: int = 5, *, quoted: bool = True) -> str:
+    """The first of some names for a person, and how many more there are: ``'a', 'b' and 3 more``.
+
+    Args:
+        names: or other things, with a text each.
+        count: how many are named.
+        quoted: whether each stands in quotes, cut at its end where it is long; else its middle is left out.
+    """
     given = list(names)
     more = f" and {len(given) - count} more" if len(given) > count else ""
-    return ", ".join(shown(name) for name in given[:count]) + more
+    text = shown if quoted else _unquoted
+    return ", ".join(text(name) for name in given[:count]) + more
+
+
+def _unquoted(name: object) -> str:
+    return shortened(in_one_line(name), _LONGEST_NAMED)
 
 
 def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:

@@ -14,6 +14,18 @@ PEFT_TYPES = (
 )
 """PEFT's values of ``peft_type``: code compares with them, also before a method is registered."""
 
+ORIGIN_FIELDS = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+"""Fields of a config that say where it comes from, and not what it does."""
+
+BOOKKEEPING_FIELDS = (*ORIGIN_FIELDS, "task_type")
+"""Fields of a config that change no tensor of its adapter: the task adds heads before the config is planned."""
+
+DEFAULT_ADAPTER = "default"
+"""The name of an adapter that nobody has named. Its files are in the root of a folder, other ones' in subfolders."""
+
+IGNORED_LABEL = -100
+"""The label of tokens of which no loss is taken, as PyTorch's cross entropy and transformers have it."""
+
 DEFAULT_SEED = 42
 """The seed of a training, and of what is drawn for it, where none is given: that of ``TrainingArguments``."""
 

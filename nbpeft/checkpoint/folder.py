@@ -36,7 +36,7 @@ from nbpeft.checkpoint.tensor_file import (
 from nbpeft.checkpoint.weights_format import Expected, from_file
 from nbpeft.engine.contract.adapter import AdapterConfig, ReadsTensors
 from nbpeft.engine.contract.registry import method_of
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, few, in_one_line, shortened
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, few
 
 CARD_NAME = "README.md"
 _READS = 3
@@ -427,6 +427,5 @@ def _warn_of_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
     """Warns of fields that are left out, unless they say nothing (None, False, empty)."""
     speaking = sorted(name for name, value in unknown.items() if value)
     if speaking:
-        names = ", ".join(in_one_line(shortened(name, 60)) for name in speaking[:10])
-        more = f" and {len(speaking) - 10} more" if len(speaking) > 10 else ""
-        warnings.warn(f"{path}: left out the fields {names}{more}, which this version does not know", stacklevel=3)
+        names = few(speaking, 10, quoted=False)
+        warnings.warn(f"{path}: left out the fields {names}, which this version does not know", stacklevel=3)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.injection.replication import before_replication
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.tree.model_tree import bare_modules
-from nbpeft.errors import BaseMismatchError
+from nbpeft.errors import BaseMismatchError, few
 
 _PREFIX = "nbpeft.base."
 _SAMPLES = 8
@@ -137,8 +137,7 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
         )
         return (
             f"the adapter was trained on {_described(then)}, this is {_described(now)}: "
-            f"they differ in the weights of {', '.join(changed[:3])}"
-            + (f" and {len(changed) - 3} more sizes" if len(changed) > 3 else "")
+            f"they differ in the weights of {few(changed, 3, quoted=False)}"
         )
     if _has_other_weights(then, now):
         return (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from nbpeft.display.blocks import Block, Card, Cell, Details, Line, Table, Text, bold, card, dim, line
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.numbers import count, plural, share, short_count, size
+from nbpeft.errors import few
 from nbpeft.state import AdapterState, ModelState
 
 ADAPTER_HEAD = ("Adapter", "Modules", "Parameters", "State")
@@ -29,7 +30,7 @@ def settings(adapter: AdapterState) -> str:
 def describe(adapter: AdapterState) -> str:
     """``LoRA r=16 α=32 on 210 modules (q_proj, v_proj), 4,884,480 parameters``."""
     what = " ".join(part for part in (adapter.method, settings(adapter)) if part)
-    where = ", ".join(adapter.targets[:8]) + (", …" if len(adapter.targets) > 8 else "")
+    where = few(adapter.targets, 8, quoted=False)
     return f"{what} on {plural(adapter.module_count, 'module')} ({where}), {count(adapter.parameter_count)} parameters"
 
 

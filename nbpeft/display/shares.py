@@ -13,6 +13,7 @@ from html import escape
 
 from nbpeft.display.blocks import BarChart, BarTable, Grid
 from nbpeft.display.numbers import percent
+from nbpeft.errors import cut
 
 _WIDTH = 640
 _BLUE, _GREY, _TRACK = "#2b88e0", "#808080", "rgba(128,128,128,.18)"
@@ -106,7 +107,7 @@ def describe_grid(grid: Grid) -> str:
 
 
 def _cut(label: str) -> str:
-    return label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…"
+    return cut(label, _LONGEST)
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = _GREY, weight: int = 400) -> str:

@@ -28,6 +28,7 @@ from nbpeft.display.blocks import (
 )
 from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
+from nbpeft.errors import cut
 from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
 
 _STATUS_TONES: dict[str, Tone] = {
@@ -182,7 +183,7 @@ def _beside_base(sample: Sample, adapter: str) -> Columns:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_ANSWER else f"{text[: _LONGEST_ANSWER - 1]}…"
+    return cut(text, _LONGEST_ANSWER)
 
 
 def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.names import LOSS_CHUNK_SIZE
+from nbpeft.names import IGNORED_LABEL, LOSS_CHUNK_SIZE
 
 _FREE_OUTPUTS = frozenset(("MmBackward0", "AddmmBackward0", "LinearBackward0"))
 """Operations whose backward does not read their output, so that it may be overwritten."""
@@ -28,7 +28,7 @@ def chunked_cross_entropy(
     *,
     weights: Tensor | None = None,
     chunk_size: int = LOSS_CHUNK_SIZE,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED_LABEL,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     divisor: Tensor | float | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nbpeft.errors import TrainingError
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
 
 _RESHAPING: frozenset[Any] = frozenset(
     [getattr(Tensor, name) for name in ("view", "reshape", "flatten", "contiguous", "clone", "__getitem__")]
@@ -104,7 +104,7 @@ def check_weights_used(labels: object, model: str) -> None:
         )
 
 
-def sum_of_weights(labels: Tensor, weights: Tensor, ignore_index: int = -100) -> Tensor:
+def sum_of_weights(labels: Tensor, weights: Tensor, ignore_index: int = IGNORED_LABEL) -> Tensor:
     """By what a sum over labels is divided: the weights of those that are learned."""
     return (weights * labels.ne(ignore_index)).sum()
 

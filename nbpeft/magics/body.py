@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.confidential import masked_assignment
-from nbpeft.errors import CellError, NbpeftError, did_you_mean, in_one_line
+from nbpeft.errors import CellError, NbpeftError, cut, did_you_mean, in_one_line
 from nbpeft.magics.tokenize import Word, own_names, reference
 from nbpeft.sweeps import sweep
 
@@ -177,7 +177,7 @@ def excerpt(source: str, error: CellError) -> str:
     column = min(max(error.column or 0, 0), len(text))
     if column > _WIDTH // 2:  # a long line is cut around the place
         text, column = f"…{text[column - _WIDTH // 2 :]}", _WIDTH // 2 + 1
-    text = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+    text = cut(text, _WIDTH)
     return f"    {text}\n    {' ' * column}^"
 
 

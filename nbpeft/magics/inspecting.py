@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nbpeft.errors import few
 from nbpeft.magics.complete import HELP, chosen_method
 from nbpeft.magics.help import argument_help, command_help
 from nbpeft.magics.parse import Subcommand
@@ -75,7 +76,7 @@ def field_text(field: Field) -> str:
     values = [repr(value) for value in field.choices]
     if field.modules:
         values.append("names of the model's layers")
-    some = ", ".join(values[:_SHOWN]) + (", …" if len(values) > _SHOWN else "")
+    some = few(values, _SHOWN, quoted=False)
     return "\n".join(filter(None, (f"{field.name}{kind}{default}", field.help, some and f"Values: {some}")))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import Argument, Subcommand, argument, pair, positive
+from nbpeft.names import DEFAULT_ADAPTER
 
 Run = Callable[[argparse.Namespace, NotebookContext], object]
 
@@ -29,9 +30,9 @@ MODEL = argument("target", metavar="MODEL", completes="model", help="variable th
 ADAPTER_NAME = argument(
     *("--name", "-n"),
     metavar="NAME",
-    default="default",
+    default=DEFAULT_ADAPTER,
     completes="adapter",
-    help="name of the adapter (default: default)",
+    help=f"name of the adapter (default: {DEFAULT_ADAPTER})",
 )
 ALLOW_MISSING = argument("--allow-missing", action="store_true", help="go on where a target matches nothing")
 METHOD = argument(

@@ -23,6 +23,7 @@ from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
 from nbpeft.model.handle.functional import set_adapter
+from nbpeft.names import IGNORED_LABEL
 
 
 def infer_device() -> str:
@@ -49,7 +50,7 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
         raise ConfigError("shift_tokens_right needs pad_token_id, as in the model's config; it is None")
     shifted = torch.roll(input_ids, 1, dims=1)
     shifted[:, 0] = decoder_start_token_id
-    return shifted.masked_fill(shifted == -100, pad_token_id)
+    return shifted.masked_fill(shifted == IGNORED_LABEL, pad_token_id)
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.names import ORIGIN_FIELDS
 
 if TYPE_CHECKING:
     from nbpeft.engine.contract.adapter import AdapterConfig
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 DEFAULT_METHOD = "LORA"
 """The ``peft_type`` of a config that does not name one."""
-
-BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
-"""Fields that say where a config comes from and not what it does."""
 
 _NAME_FIELDS = ("target_modules", "exclude_modules")
 _ONE_NAME = re.compile(r"[\w.]+")
@@ -105,8 +103,8 @@ def _elsewhere(name: str) -> str:
 
 
 def meaning(config: AdapterConfig) -> dict[str, Any]:
-    """What a config does, comparable: without bookkeeping fields, collections as sorted lists."""
-    return {name: _plain(value) for name, value in config.to_dict().items() if name not in BOOKKEEPING}
+    """What a config does, comparable: without where it comes from, collections as sorted lists."""
+    return {name: _plain(value) for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
 
 
 def label_of(config: AdapterConfig) -> str:

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, QUANT_TYPES
-from nbpeft.session.configs import BOOKKEEPING, DEFAULT_METHOD, config_class, method_names
+from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, ORIGIN_FIELDS, QUANT_TYPES
+from nbpeft.session.configs import DEFAULT_METHOD, config_class, method_names
 from nbpeft.session.handles import uncompiled
 from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
 
@@ -107,7 +107,7 @@ def _config(method: str) -> Iterator[Field]:
         return
     cls = config_class(method or DEFAULT_METHOD)
     texts = _attribute_docs(cls)
-    hidden = {*BOOKKEEPING, *cls.not_implemented, *cls.unused}
+    hidden = {*ORIGIN_FIELDS, *cls.not_implemented, *cls.unused}
     for item in dataclasses.fields(cls):
         if not item.init or item.name in hidden:
             continue

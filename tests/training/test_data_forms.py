@@ -145,7 +145,7 @@ def test_rows_without_anything_to_learn_are_named() -> None:
         "2 rows left out: row 1: the completion is empty; row 3: nothing to learn within 6 tokens"
     )
     many = prepare_data([GOOD, *[{"prompt": "a", "completion": ""}] * 9], CHARACTERS)
-    assert many.notes == "9 rows left out: rows 1, 2, 3, 4, 5, … (9 in all): the completion is empty"
+    assert many.notes == "9 rows left out: rows 1, 2, 3, 4, 5 and 4 more: the completion is empty"
 
 
 def test_a_model_in_the_place_of_a_tokenizer_is_what_is_blamed() -> None:

@@ -26,8 +26,8 @@ from nbpeft.engine.contract.loss_terms import share_of_batch
 from nbpeft.engine.contract.model_adapter import ModelAdapter, WeighsTokens, learns_prompt
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
+from nbpeft.names import IGNORED_LABEL
 
-_IGNORED_LABEL = -100
 _CACHES = ("cache", "past_key_values")
 """What models call the argument; newer versions of transformers first."""
 
@@ -274,7 +274,7 @@ def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
     alone = prompts.front(counts, len(labels), labels.device).mask
     if alone is not None:  # nothing predicts the first token of a row that has none in front
         labels = labels.clone()
-        labels[:, front].masked_fill_(~alone[:, -1], _IGNORED_LABEL)
+        labels[:, front].masked_fill_(~alone[:, -1], IGNORED_LABEL)
     for name, (adapter, base) in weighing.items():
         assert isinstance(adapter, WeighsTokens)
         found, factors = adapter.learned(labels, prompts.start_of(name, counts), front, base)
@@ -291,9 +291,9 @@ def _weighted_mean(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """The weighted cross entropy of the tokens that follow, over the number of those that are learned; float32."""
     labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
     losses = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED_LABEL, reduction="none"
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
     )
-    return (losses * weights.flatten()).sum() / (labels != _IGNORED_LABEL).sum()
+    return (losses * weights.flatten()).sum() / (labels != IGNORED_LABEL).sum()
 
 
 class _CacheHook(_CallHook):
@@ -625,7 +625,7 @@ def _extend_labels(module: nn.Module, call: dict[str, Any], length: int, width: 
 
 
 def _with_ignored(labels: Tensor, width: int) -> Tensor:
-    return torch.cat([labels.new_full((len(labels), width), _IGNORED_LABEL), labels], 1)
+    return torch.cat([labels.new_full((len(labels), width), IGNORED_LABEL), labels], 1)
 
 
 def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> Any:

@@ -262,8 +262,7 @@ def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
 
 
 def _has(last_names: Sequence[str]) -> str:
-    have = ", ".join(last_names[:12]) + (", …" if len(last_names) > 12 else "")
-    return f"The model has: {have or 'no layer that can be adapted'}"
+    return f"The model has: {few(last_names, 12, quoted=False) or 'no layer that can be adapted'}"
 
 
 def _hints(hints: dict[str, list[str]]) -> str:

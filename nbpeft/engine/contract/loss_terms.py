@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.kernels.numerics import composes, summed
+from nbpeft.names import IGNORED_LABEL
 
 Key = tuple[Any, str]
 """Which term it is: the manager and the name of the adapter."""
-_IGNORED_LABEL = -100
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
 """Functions that losses and terms are put together by, to be summed then."""
@@ -81,7 +81,7 @@ def share_of_batch(labels: Any, items: Any, *, shifts: bool) -> Tensor | float:
     """
     if items is None or not isinstance(labels, Tensor) or labels.ndim < 2:
         return 1.0
-    share: Tensor = (labels[..., int(shifts) :] != _IGNORED_LABEL).sum() / items
+    share: Tensor = (labels[..., int(shifts) :] != IGNORED_LABEL).sum() / items
     return share
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from nbpeft.engine.contract.adapter import Adapter, Pads
 from nbpeft.engine.hotswap.padding import put_larger
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
-from nbpeft.errors import ConfigError, HotSwapError
+from nbpeft.errors import ConfigError, HotSwapError, few
 
 
 class Writes:
@@ -235,6 +235,5 @@ class Writes:
             adapter.reset_(layer.base)
 
 
-def _listed(names: Sequence[str] | Mapping[str, object], most: int = 4) -> str:
-    shown = list(names)
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+def _listed(names: Iterable[str]) -> str:
+    return few(names, 4, quoted=False)

@@ -10,7 +10,7 @@ from torch import nn
 from nbpeft.engine.contract.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import resolve_layer_kind
 from nbpeft.engine.tree.model_tree import Site, embedding_of, parameter_counts, reader_of
-from nbpeft.errors import PeftWarning, TargetError, shown
+from nbpeft.errors import PeftWarning, TargetError, few, shown
 
 
 def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
     if not stacked or any(map(taken, stacked)):
         return
     share = sum(stacked.values()) / parameter_counts(model)[1]
-    which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
+    which = few(stacked, 1, quoted=False)
     warnings.warn(
         f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "
         "are tensors of several weights and stay as they are unless target_parameters names them",

@@ -21,9 +21,9 @@ from nbpeft.engine.hotswap import swap
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.adapter_tensors import copied, copied_weights, is_half, is_training, weights_source
 from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.names import BOOKKEEPING_FIELDS
 
 _ABOUT_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
     old, new = manager.configs[name], plan.config
     if method_of(old) is not method_of(new) or old.initialised_from_weight or new.initialised_from_weight:
         return False
-    ignored = {*_BOOKKEEPING, *_ABOUT_TARGETS, *old.value_fields}
+    ignored = {*BOOKKEEPING_FIELDS, *_ABOUT_TARGETS, *old.value_fields}
     ignored -= {field for field in ignored if field.startswith("init_")}
     size = ("rank_pattern", "r")  # whether they change anything, the shapes say
     before, after = old.to_dict(), new.to_dict()

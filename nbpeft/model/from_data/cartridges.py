@@ -20,6 +20,7 @@ from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError
 from nbpeft.model.from_data.observing import base_alone, device_of, evaluated, moved
 from nbpeft.model.handle.state_dicts import set_peft_model_state_dict
+from nbpeft.names import DEFAULT_ADAPTER
 
 _SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 """Fields in which cartridges must agree that are put together."""
@@ -162,7 +163,7 @@ def _tokens_of(tokenizer: Any, text: str, *, chat: bool) -> Tensor:
 def _with_prefix(model: nn.Module, adapter_name: str | None) -> tuple[str, int]:
     """The name of an adapter that holds keys and values, and how many tokens it has."""
     manager = require_manager(model)
-    name = adapter_name if adapter_name is not None else next(iter(manager.active), "default")
+    name = adapter_name if adapter_name is not None else next(iter(manager.active), DEFAULT_ADAPTER)
     manager.require(name)
     config: Any = manager.configs[name]
     if not issubclass(method_of(config).adapter_class, CachedPrefix):

@@ -33,10 +33,10 @@ from nbpeft.model.saving.given_configs import take_given
 from nbpeft.model.saving.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_place, note_saved, note_written_over, owner_of
 from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint
+from nbpeft.names import DEFAULT_ADAPTER
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
-_ROOT_ADAPTER = "default"
 _WRAPPED = ("", ".base_layer")
 """What stands in a key between the path of an embedding and its weight."""
 
@@ -398,7 +398,7 @@ def save(
         notes: dict[str, Mapping[str, str]] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
         for name in chosen:
-            places[name] = "" if name == _ROOT_ADAPTER or flat else name
+            places[name] = "" if name == DEFAULT_ADAPTER or flat else name
             with manager.reading():
                 paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
                 weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
@@ -460,7 +460,7 @@ def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str
         AdapterExistsError: the folder, or the one in it that an adapter goes into, holds another adapter.
     """
     home = Path(os.path.expanduser(folder))
-    targets = {name: home if name == _ROOT_ADAPTER else home / name for name in manager.names}
+    targets = {name: home if name == DEFAULT_ADAPTER else home / name for name in manager.names}
     with manager.active_state.hold():
         base = _fingerprint(manager) if any(target.is_dir() for target in targets.values()) else None
         for name, target in targets.items():

@@ -22,7 +22,7 @@ from nbpeft.engine.hotswap import swap
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.adapter_tensors import copied_weights
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, few
 from nbpeft.model.swapping.host_cache import HostAdapter, HostCache, ShapeSignature
 
 MB = 10**6
@@ -169,10 +169,10 @@ class DeviceCache:
         others = [
             f"{name!r} ({reason})" for name in self._entries if name not in names and (reason := self._why_kept(name))
         ]
-        beside = f" beside {', '.join(others[:4])}{' …' if len(others) > 4 else ''}" if others else ""
-        shown = f"{', '.join(map(repr, names[:4]))}{' …' if len(names) > 4 else ''}"
+        beside = f" beside {few(others, 4, quoted=False)}" if others else ""
         return kind(
-            f"{shown} take {wanted / MB:.3f} MB and do not fit into the pool's {self.limit / MB:.3f} MB{beside}",
+            f"{few(names, 4)} take {wanted / MB:.3f} MB and do not fit into the pool's "
+            f"{self.limit / MB:.3f} MB{beside}",
             wanted=wanted,
             limit=self.limit,
         )

@@ -24,13 +24,10 @@ from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import walk
-from nbpeft.errors import AdapterError, CheckpointError
+from nbpeft.errors import AdapterError, CheckpointError, few
 from nbpeft.model.saving.files import drop_unchanged, embedding_weights, expected
+from nbpeft.names import BOOKKEEPING_FIELDS
 
-_NO_EFFECT_ON_SHAPES = (
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-)
-"""Config fields that do not change which tensors an adapter has."""
 _MAX_LAYOUTS = 64
 """How many layouts are remembered: each holds the shapes of all layers."""
 
@@ -143,8 +140,9 @@ class AdapterReader:
         )
         for what, keys in (("lacks", loaded.missing), ("has what the model has no place for:", loaded.unexpected)):
             if keys:
-                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-                raise CheckpointError(f"adapter {name!r} in {source.source} {what} {keys[0]}{more}", keys=keys)
+                raise CheckpointError(
+                    f"adapter {name!r} in {source.source} {what} {few(keys, 1, quoted=False)}", keys=keys
+                )
         self._drop_unchanged_embeddings(name, loaded.weights)
         layout.plan.share_in(loaded.weights)
         weights = layout.arrange(loaded.weights)
@@ -154,9 +152,7 @@ class AdapterReader:
 
     def _layout(self, name: str, config: AdapterConfig) -> _Layout:
         fields = {
-            key: value
-            for key, value in vars(config).items()
-            if key not in (*_NO_EFFECT_ON_SHAPES, *config.value_fields)
+            key: value for key, value in vars(config).items() if key not in (*BOOKKEEPING_FIELDS, *config.value_fields)
         }
         key = json.dumps(fields, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
         with HeldInterrupts(), self._lock:

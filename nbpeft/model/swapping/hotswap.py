@@ -22,7 +22,7 @@ from nbpeft.engine.runtime.adapter_tensors import parameter_paths
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few, shortened
+from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few
 from nbpeft.model.saving.files import HUB_OPTIONS, embedding_weights, not_floating
 from nbpeft.model.saving.saved_places import note_place
 
@@ -200,10 +200,8 @@ def _swap(
         conversion=checkpoint.key_conversion_of(manager.model),
     )
     if loaded.unexpected:
-        shown = ", ".join(shortened(key, 120) for key in loaded.unexpected[:3])
-        more = f" and {len(loaded.unexpected) - 3} more" if len(loaded.unexpected) > 3 else ""
         raise HotSwapError(
-            f"unexpected keys found: the slot {name!r} has no place for {shown}{more}; "
+            f"unexpected keys found: the slot {name!r} has no place for {few(loaded.unexpected, 3, quoted=False)}; "
             "load the adapter under another name",
             unexpected=tuple(loaded.unexpected),
         )

@@ -19,6 +19,7 @@ from nbpeft.errors import (
     few,
     shortened,
 )
+from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.commands.adapters import load
 from nbpeft.session.commands.training import run_place, train_tracked
 from nbpeft.session.handles import is_module, rehandle, uncompiled
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 _SAME = ("peft_type", "r", "lora_alpha")
 """Settings that decide at once whether an adapter is the one of a run."""
-_ROOT_ADAPTER = "default"
 
 
 def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult | RunsComparison:
@@ -181,7 +181,7 @@ def resume(
     members = _kept_members(state)
     names = tuple(members or record.adapters)
     given |= {"members": members} if members else {}
-    places = {name: state if name == _ROOT_ADAPTER else state / name for name in names}
+    places = {name: state if name == DEFAULT_ADAPTER else state / name for name in names}
     missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
     if missing:
         raise CheckpointNotFoundError(f"the last state of run {record.name} holds no adapter {few(missing)}")

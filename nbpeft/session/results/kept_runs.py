@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.numbers import clock, loss, plural
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import ConfigError, cut, did_you_mean, few
 from nbpeft.runs.record import UNREADABLE, RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.state import Curve
@@ -239,8 +239,7 @@ def _best(record: RunRecord) -> str:
 
 def _settings_words(settings: Mapping[str, tuple[Any, ...]], place: int) -> Text:
     words = [f"{name} {_value_words(values[place])}" for name, values in settings.items() if values[place] is not None]
-    shown = ", ".join(words[:_MOST_SETTINGS]) + (", …" if len(words) > _MOST_SETTINGS else "")
-    return Text(shown, "dim", tooltip=", ".join(words))
+    return Text(few(words, _MOST_SETTINGS, quoted=False), "dim", tooltip=", ".join(words))
 
 
 def _value_words(value: Any) -> str:
@@ -253,7 +252,7 @@ def _value_words(value: Any) -> str:
         if isinstance(value, float)
         else str(value)
     )
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+    return cut(text, _LONGEST_VALUE)
 
 
 def _flat(cell: Any) -> str:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nbpeft.engine.calls.model_calls import class_names
 from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.errors import few
 from nbpeft.training.adapters.adapted_model import base_of, is_adapted, module_path, trainable
 
 PATIENCE = 10
@@ -143,7 +144,7 @@ class LearningCheck:
             )
             who = f"none of the {len(modules)}" if not reached else f"{len(missed)} of {len(modules)}"
             verb = "was" if not reached else "were not"
-            where = f" ({', '.join(missed[:3])}{', …' if len(missed) > 3 else ''})"
+            where = f" ({few(missed, 3, quoted=False)})"
             return f"Of {self._subject}, {who} trained modules {verb} reached by a gradient{where}: {why}."
         largest = self._all_largest()
         if bool(largest.isnan().any()) or bool(largest.isinf().any()):

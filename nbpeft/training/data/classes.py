@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbpeft.errors import did_you_mean
+from nbpeft.errors import did_you_mean, few
 from nbpeft.training.data.row import is_empty_cell
 
 SINGLE_LABEL = "single_label_classification"
@@ -69,10 +69,10 @@ class Classes:
             number = math.nan
         if number == number and number.is_integer() and 0 <= number < self.count:
             return int(number)
-        listed = ", ".join(list(self.names)[:8]) + (", …" if len(self.names) > 8 else "")
         hint = did_you_mean(value, self.names) if isinstance(value, str) else ""
+        known = few(self.names, 8, quoted=False)
         raise ValueError(
-            f"the model knows 0 to {self.count - 1} ({listed}).{hint} Load it with the labels of these rows: "
+            f"the model knows 0 to {self.count - 1} ({known}).{hint} Load it with the labels of these rows: "
             "num_labels=…, label2id={…}"
         )
 

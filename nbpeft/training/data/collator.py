@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.errors import TrainingError
-from nbpeft.names import LOSS_WEIGHTS
-from nbpeft.training.data.encoding import IGNORED
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
 from nbpeft.training.data.reading import LABELS
 
 
@@ -51,7 +50,7 @@ class Collator:
             length = max(len(value) for value in values)
             if self.pad_to_multiple_of and values[0].ndim == 1:
                 length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-            filler = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(key, 0)
+            filler = {"input_ids": self.pad_token_id, "labels": IGNORED_LABEL}.get(key, 0)
             batch[key] = torch.stack([_padded(value, length, filler) for value in values])
         return batch
 
@@ -63,7 +62,7 @@ class Collator:
             row["attention_mask"] = [1] * len(row["input_ids"])
         if self.copy_labels and "labels" not in row:
             mask = zip(row["input_ids"], row["attention_mask"], strict=True)
-            row["labels"] = [int(token) if seen else IGNORED for token, seen in mask]
+            row["labels"] = [int(token) if seen else IGNORED_LABEL for token, seen in mask]
         return row
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-IGNORED = -100
-"""The label that no loss is taken on."""
+from nbpeft.names import IGNORED_LABEL
+
 _FAR = sys.maxsize
 """Behind the end of every text."""
 
@@ -33,7 +33,7 @@ class Encoded:
 
     Attributes:
         input_ids: of the tokens that are read.
-        labels: of a decoder one for each token, ``IGNORED`` where nothing is learned.
+        labels: of a decoder one for each token, ``IGNORED_LABEL`` where nothing is learned.
         weights: how much the loss on each label counts; None where all count alike.
     """
 
@@ -78,7 +78,7 @@ def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = 
             weights[-1] = 1.0
         else:
             ids, weights = [*ids, end], [*weights, 1.0]
-    labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
+    labels = [token if weight else IGNORED_LABEL for token, weight in zip(ids, weights, strict=True)]
     return Encoded(ids, labels, None if {0.0, 1.0}.issuperset(weights) else weights)
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nbpeft.display.numbers import count
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
 from nbpeft.training.data.collator import Collator, all_weighted
-from nbpeft.training.data.encoding import IGNORED
 from nbpeft.training.data.lengths import lengths_of
 
 
@@ -88,7 +87,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         row = self._complete(dict(self._rows[number]))
         parts = zip(row["input_ids"], row["labels"], row["attention_mask"], strict=True)
         seen = [(int(token), int(label)) for token, label, mask in parts if mask]
-        labels = [label if place else IGNORED for place, (_, label) in enumerate(seen)]
+        labels = [label if place else IGNORED_LABEL for place, (_, label) in enumerate(seen)]
         weights = zip(row.get(LOSS_WEIGHTS, ()), row["attention_mask"], strict=False)
         weighted = {LOSS_WEIGHTS: [float(weight) for weight, mask in weights if mask]} if LOSS_WEIGHTS in row else {}
         ids = [token for token, _ in seen]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
-from nbpeft.training.data.encoding import IGNORED, Encoded, Span, encode
+from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
     TEXT,
@@ -295,7 +295,7 @@ class Reading:
             reason = reason or ("the label is empty" if label is None else "")
             return CodedRow(row.number, Encoded(ids, []), len(ids), False, reason, label, more, weight, unused)
         seen = _listed(values.get("attention_mask", [1] * len(ids)))
-        copied = [token if seen else IGNORED for token, seen in zip(ids, seen, strict=False)]
+        copied = [token if seen else IGNORED_LABEL for token, seen in zip(ids, seen, strict=False)]
         labels = copied if given is None else _listed(given)
         labels, weights = self._masked(row, values, labels)
         whole = Encoded(ids, labels, weights).weighted(weight or 1.0)
@@ -317,7 +317,7 @@ class Reading:
                 raise row.error(f"{name!r} has {len(factors)} numbers for {len(labels)} labels.")
             if any(not 0 <= factor < float("inf") for factor in factors):
                 raise row.error(f"{name!r} holds a number that is negative or not finite.")
-            labels = [label if factor else IGNORED for label, factor in zip(labels, factors, strict=True)]
+            labels = [label if factor else IGNORED_LABEL for label, factor in zip(labels, factors, strict=True)]
             weights = [float(factor) for factor in factors] if name == LOSS_WEIGHTS else weights
         return labels, weights
 
@@ -417,7 +417,7 @@ def rows_are_plain(rows: Any, tokenizer: Any, columns: Mapping[str, str] | None)
 
 def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
     """How many tokens a loss is taken on: a decoder does not predict the first one."""
-    return sum(label != IGNORED for label in (labels if encoder_decoder else labels[1:]))
+    return sum(label != IGNORED_LABEL for label in (labels if encoder_decoder else labels[1:]))
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

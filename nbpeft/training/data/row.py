@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbpeft.errors import TrainingError, did_you_mean, in_one_line, with_article
+from nbpeft.errors import TrainingError, did_you_mean, few, in_one_line, with_article
 
 WEIGHT = "weight"
 """How much the loss on a row, or on a turn of the assistant, counts; 0 for what is not learned."""
@@ -262,8 +262,7 @@ def is_nothing(value: Any) -> bool:
 
 def listed(names: Iterable[Any]) -> str:
     """Names for a person."""
-    names = [str(name) for name in names]
-    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") if names else "no columns"
+    return few(map(str, names), 8) or "no columns"
 
 
 def nearest_role(role: str, known: Sequence[str] | Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from nbpeft.errors import TrainingError, with_article
+from nbpeft.errors import TrainingError, few, with_article
 from nbpeft.training.data.files import SUFFIXES, read_file, suffix_of
 from nbpeft.training.data.hub import DatasetName, load_named, slice_of
 
@@ -101,5 +101,4 @@ def _dictionary(data: Mapping[Any, Any]) -> TrainingError:
     names = [str(name) for name in data]
     if any(hasattr(part, "column_names") for part in data.values()):
         return TrainingError(f"This is a dictionary of datasets; pass one of them: {', '.join(names)}.", splits=names)
-    listed = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") if names else "no keys"
-    return TrainingError(f"Expected {SOURCES}, found a dictionary with {listed}.")
+    return TrainingError(f"Expected {SOURCES}, found a dictionary with {few(names, 8) or 'no keys'}.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
-from nbpeft.training.data.encoding import IGNORED
+from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, named_rows
@@ -210,7 +210,7 @@ def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
 
 def _summary(row: CodedRow, how: Reading, shown: int) -> RowSummary:
     tokenizer, classes = how.tokenizer, how.inputs.classes
-    learned = [label != IGNORED and not row.missing for label in row.whole.labels]
+    learned = [label != IGNORED_LABEL and not row.missing for label in row.whole.labels]
     if row.encoder_decoder:
         spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit, shown)
         target = _spans_of(tokenizer, row.whole.labels, learned, row.limit, shown)

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 
 from nbpeft.display.numbers import plural
-from nbpeft.errors import TrainingError
+from nbpeft.errors import TrainingError, few
 from nbpeft.names import LOSS_WEIGHTS
 from nbpeft.training.data.forms import row_of
 from nbpeft.training.data.reading import (
@@ -273,8 +273,7 @@ def named_rows(left_out: Sequence[tuple[int, str]]) -> str:
     parts = []
     for reason, count in Counter(reason for _, reason in left_out).items():
         numbers = [str(number) for number, why in left_out if why == reason]
-        more = f", … ({count} in all)" if count > _NAMED else ""
-        parts.append(f"{'row' if count == 1 else 'rows'} {', '.join(numbers[:_NAMED])}{more}: {reason}")
+        parts.append(f"{'row' if count == 1 else 'rows'} {few(numbers, _NAMED, quoted=False)}: {reason}")
     return "; ".join(parts)
 
 

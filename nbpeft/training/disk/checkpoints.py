@@ -25,7 +25,7 @@ from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
 from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.confidential import is_secret
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, few
 from nbpeft.training.disk.checkpoint_damage import STATE, archive_damage, state_damage
 
 _PREFIX = "checkpoint"
@@ -272,8 +272,7 @@ def _checkpoints(home: Path) -> list[Path]:
 
 
 def _listed(flaws: dict[str, str]) -> str:
-    first = ", ".join(f"{name} ({flaw})" for name, flaw in list(flaws.items())[:3])
-    return first if len(flaws) <= 3 else f"{first} and {len(flaws) - 3} more"
+    return few((f"{name} ({flaw})" for name, flaw in flaws.items()), 3, quoted=False)
 
 
 def in_checkpoint(trainer: Any) -> bool:

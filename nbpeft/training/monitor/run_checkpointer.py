@@ -32,6 +32,7 @@ from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, TrainingError, in_one_line
 from nbpeft.model.saving import files
+from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
@@ -63,7 +64,6 @@ _SHOWN_FIELDS = (
 )
 """Fields of ``TrainingArguments`` that are settings of every run, whether they are given or not."""
 _MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
-_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 class RunCheckpointer(TrainerCallback):
@@ -361,7 +361,7 @@ class RunCheckpointer(TrainerCallback):
         return {
             name: value
             for name, value in fields.items()
-            if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in _BOOKKEEPING)
+            if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in BOOKKEEPING_FIELDS)
         }
 
     def _write_facts(self) -> None:

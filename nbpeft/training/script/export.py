@@ -21,7 +21,7 @@ from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.quantization.weight_storage import stored_parts
-from nbpeft.names import QUANTIZATIONS
+from nbpeft.names import DEFAULT_SEED, ORIGIN_FIELDS, QUANTIZATIONS
 from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream
 from nbpeft.training.data.reading import reading
@@ -38,9 +38,6 @@ from nbpeft.training.script.sources import (
     source_of_tokenizer,
     text_rows,
 )
-
-_OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
-"""Fields of a config that say where it comes from, not what to make."""
 
 _DIGEST_LENGTH = 12
 _MARK = "# Exported by nbpeft, and unchanged as long as this is its digest: "
@@ -285,7 +282,7 @@ def _body(constants: Mapping[str, Any], config_class: str, load: str, rows: _Row
     return "\n".join(
         [
             *lines,
-            '    transformers.set_seed(ARGUMENTS.get("seed", 42))',
+            f'    transformers.set_seed(ARGUMENTS.get("seed", {DEFAULT_SEED}))',
             f"    model = {call('nbpeft.get_peft_model', model, 4)}",
             "    model.train()",
             f"    result = {call('nbpeft.train', ['model', *data, *options], 4)}",
@@ -400,7 +397,9 @@ def _gguf_file(folder: Path) -> str | None:
 def _changed(config: Any) -> dict[str, Any]:
     """Fields of a config that are not as by default."""
     usual = type(config)().to_dict()
-    fields = {name: plain(value) for name, value in config.to_dict().items() if name not in _OWN}
+    fields = {
+        name: plain(value) for name, value in config.to_dict().items() if name not in ("peft_type", *ORIGIN_FIELDS)
+    }
     return {name: value for name, value in fields.items() if value != plain(usual.get(name))}
 
 

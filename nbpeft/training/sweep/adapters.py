@@ -19,6 +19,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import learns_with_hooks
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
+from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
 from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.monitor.result import TrainResult
@@ -27,8 +28,6 @@ from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
 from nbpeft.training.sweep.trainer import trainer_for
 from nbpeft.training.transformers.arguments import build_arguments, split_arguments
-
-_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 def side_by_side(train: Callable[[TrainRequest], TrainResult]) -> Callable[[TrainRequest], TrainResult]:
@@ -126,7 +125,7 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
     """
     origin = _origin(manager, request.adapter)
     config, fields = manager.configs[origin], swept(request.given)
-    of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in _BOOKKEEPING]
+    of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in BOOKKEEPING_FIELDS]
     strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
     split_arguments(strange, transformers.Trainer, request.arguments_class)
     for name in strange:
@@ -185,7 +184,7 @@ def _given(manager: AdapterManager, members: Any) -> list[Member]:
 def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> None:
     """Refuses to go on with an adapter that is another than the sweep would make."""
     present, planned = manager.configs[name].to_dict(), manager.plan(wanted, name).config.to_dict()
-    other = next((key for key in present if key not in _BOOKKEEPING and planned.get(key) != present[key]), "")
+    other = next((key for key in present if key not in BOOKKEEPING_FIELDS and planned.get(key) != present[key]), "")
     if other:
         raise AdapterExistsError(
             f"{name!r} is there already with {other}={present[other]!r:.60}: rename or delete that one first", name=name

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from nbpeft.errors import ConfigError, did_you_mean, in_one_line
+from nbpeft.errors import ConfigError, cut, did_you_mean, few, in_one_line
 from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
 
 _GIVEN_BY_TRAIN = {"self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "kwargs"}
@@ -165,7 +165,7 @@ def reason_of(error: Exception) -> str:
     text = in_one_line(error)
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
+    return cut(text, _LONGEST_REASON)
 
 
 def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
@@ -176,8 +176,9 @@ def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
         return ConfigError(f"These training arguments are not possible: {reason}")
     value = str(fields[name])
     choices = _choices(unknown[2])
-    some = ", ".join(choices[:_SHOWN_CHOICES]) + (", …" if len(choices) > _SHOWN_CHOICES else "")
-    expected = did_you_mean(value, choices) or (f" It is one of: {some}" if choices else "")
+    expected = did_you_mean(value, choices) or (
+        f" It is one of: {few(choices, _SHOWN_CHOICES, quoted=False)}" if choices else ""
+    )
     return ConfigError(f"{name} {value!r:.60} is unknown.{expected}", field=name, value=value)
 
 

@@ -47,6 +47,7 @@ from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from nbpeft.model.saving import files
+from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.training.adapters.extra_loss import with_extra_loss
 from nbpeft.training.adapters.method_state import (
     keeps_method_state,
@@ -68,7 +69,6 @@ _ACCELERATE, _FSDP, _TRANSFORMERS, _MODELS, _DIFFUSERS = (
     "transformers.integrations.peft",
     "diffusers.loaders.peft",
 )
-_DEFAULT_NAME = "default"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _ABSENT = object()
 _originals: dict[str, FunctionType] = {}
@@ -287,7 +287,7 @@ def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
-    places = [folder if name == _DEFAULT_NAME else folder / name]
+    places = [folder if name == DEFAULT_ADAPTER else folder / name]
     if len(names) == 1:
         places.append(folder)
     return next((place for place in places if any((place / file).is_file() for file in _WEIGHT_FILES)), None)
