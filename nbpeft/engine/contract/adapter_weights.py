@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[str, Mapping[str, Tensor]]]
@@ -54,6 +55,58 @@ class AdapterWeights:
     shared: dict[str, Tensor] = field(default_factory=dict)
     parameters: Collection[str] = ()
     starts: dict[str, TakenOver] = field(default_factory=dict)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def copied(self, device: str | None = None) -> AdapterWeights:
+        """Returns copies of all tensors, without history, that nothing else writes to.
+
+        A tensor that stands in several places of ``adapters`` stays one.
+
+        Args:
+            device: where to; None: each stays where it is.
+        """
+        copies = {id(value): _copied(value, device) for named in self.adapters.values() for value in named.values()}
+        return AdapterWeights(
+            {path: {key: copies[id(value)] for key, value in named.items()} for path, named in self.adapters.items()},
+            {path: _all_copied(named, device) for path, named in self.copies.items()},
+            base=_all_copied(self.base, device),
+            shared=_all_copied(self.shared, device),
+            parameters=self.parameters,
+            starts={
+                path: replace(start, down=_copied(start.down, device), neg_up=_copied(start.neg_up, device))
+                for path, start in self.starts.items()
+            },
+        )
+
+    @property
+    def tensors(self) -> dict[tuple[str, str, str], Tensor]:
+        """All tensors but those of the starts: (group, path, name) -> tensor."""
+        groups = {"adapters": self.adapters, "copies": self.copies, "": {"base": self.base, "shared": self.shared}}
+        return {
+            (group, path, key): tensor
+            for group, paths in groups.items()
+            for path, named in paths.items()
+            for key, tensor in named.items()
+        }
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the tensors, each counted once."""
+        return sum({id(tensor): tensor.nbytes for tensor in self.tensors.values()}.values())
+
+    def equals(self, other: AdapterWeights) -> bool:
+        """Whether both have the same tensors, bit for bit, wherever they are."""
+        found, wanted = self.tensors, other.tensors
+        return found.keys() == wanted.keys() and all(torch.equal(found[key].cpu(), wanted[key].cpu()) for key in wanted)
+
+
+def _all_copied(tensors: Mapping[str, Tensor], device: str | None) -> dict[str, Tensor]:
+    return {key: _copied(value, device) for key, value in tensors.items()}
+
+
+def _copied(tensor: Tensor, device: str | None) -> Tensor:
+    return tensor.detach().to(device or tensor.device, copy=True)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -120,39 +119,3 @@ def shared_state_of(layers: Layers, name: str) -> SharedState | None:
         if isinstance(held, SharedState):
             return held
     return None
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def copied_weights(weights: AdapterWeights, device: str | None = None) -> AdapterWeights:
-    """Returns copies of tensors, without history; those of the base are left out, and what layers share stays one.
-
-    Args:
-        weights: of an adapter.
-        device: where to; None: each stays where it is.
-    """
-    return AdapterWeights(
-        _copied_once(weights.adapters, device),
-        {path: copied(named, device) for path, named in weights.copies.items()},
-        shared=copied(weights.shared, device),
-        parameters=weights.parameters,
-        starts={
-            path: replace(start, down=_copied(start.down, device), neg_up=_copied(start.neg_up, device))
-            for path, start in weights.starts.items()
-        },
-    )
-
-
-def _copied_once(adapters: Mapping[str, Mapping[str, Tensor]], device: str | None) -> dict[str, dict[str, Tensor]]:
-    tensors = {id(value): value for named in adapters.values() for value in named.values()}
-    copies = {key: _copied(value, device) for key, value in tensors.items()}
-    return {path: {key: copies[id(value)] for key, value in named.items()} for path, named in adapters.items()}
-
-
-def copied(tensors: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
-    """Returns copies of tensors; see ``copied_weights``."""
-    return {key: _copied(value, device) for key, value in tensors.items()}
-
-
-def _copied(tensor: Tensor, device: str | None) -> Tensor:
-    return tensor.detach().to(device or tensor.device, copy=True)

@@ -7,7 +7,7 @@ from typing import Any
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.contract.adapter import Rescales
-from nbpeft.engine.runtime.adapter_tensors import copied_weights, is_half
+from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.errors import AdapterError, AdapterExistsError
 
 
@@ -80,7 +80,7 @@ def copy_adapter(manager: Any, name: str, new: str) -> None:
     weights = manager.weights(name)
     if weights.base:
         raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-    twin, half = copied_weights(weights), is_half(manager.layers, name)
+    twin, half = weights.copied(), is_half(manager.layers, name)
     there = {path for path, layer in manager.layers.items() if name in layer.adapters}
     made = manager.plan(manager.configs[name]).on_layers(there)  # somebody may have taken it off a layer
     manager.add(new, made, twin, trainable=name not in manager.frozen, half=half)

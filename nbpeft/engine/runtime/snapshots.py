@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Rescales
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.injection.plan import InjectionPlan
-from nbpeft.engine.runtime.adapter_tensors import copied, copied_weights, is_half, is_training, weights_source
+from nbpeft.engine.runtime.adapter_tensors import is_half, is_training, weights_source
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.names import BOOKKEEPING_FIELDS
 
@@ -63,7 +60,7 @@ class AdapterSnapshot:
     @property
     def byte_count(self) -> int:
         """Bytes that it takes in host memory."""
-        return sum({id(tensor): tensor.nbytes for tensor in _by_key(self.weights).values()}.values())
+        return self.weights.byte_count
 
 
 def snapshot(manager: AdapterManager, name: str) -> AdapterSnapshot:
@@ -106,9 +103,9 @@ class Keeper:
 
     def __call__(self) -> AdapterSnapshot:
         """The adapter, in host memory."""
-        weights = copied_weights(self._tensors(), "cpu")
-        weights.base = copied(self._of_base, "cpu")
-        return AdapterSnapshot(weights=weights, **self._settings)
+        weights = self._tensors()
+        weights.base = self._of_base
+        return AdapterSnapshot(weights=weights.copied("cpu"), **self._settings)
 
     def _identity(self, manager: AdapterManager) -> tuple[int, ...]:
         """What changes when other modules take the place of the adapter's; they are held, so that no id comes again."""
@@ -159,7 +156,7 @@ def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = 
         else:
             modes: dict[str, Any] = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
             made = manager.plan(kept.config, name).on_layers(kept.paths)
-            manager.add(name, made, fresh_copies(kept.weights), replace=True, select=False, **modes)
+            manager.add(name, made, kept.weights.copied(), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)
         manager.configs[name] = kept.config
@@ -180,13 +177,6 @@ def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = 
 
 def _patterns(config: AdapterConfig) -> dict[str, Any]:
     return {name: copy.deepcopy(value) for name, value in vars(config).items() if type(value) is dict}
-
-
-def fresh_copies(weights: AdapterWeights) -> AdapterWeights:
-    """Returns copies that nothing else writes to, those for the base model too."""
-    twin = copied_weights(weights)
-    twin.base = copied(weights.base)
-    return twin
 
 
 def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bool:
@@ -226,19 +216,7 @@ def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> 
     """Whether an adapter has just these tensors now, bit for bit."""
     present = manager.weights(name)
     present.base = manager.values_in_base(name)
-    found, wanted = _by_key(present), _by_key(weights)
-    return found.keys() == wanted.keys() and all(torch.equal(found[key].cpu(), wanted[key]) for key in wanted)
-
-
-def _by_key(weights: AdapterWeights) -> dict[tuple[str, str, str], Tensor]:
-    """All tensors: (group, path, name) -> tensor."""
-    groups = {"adapters": weights.adapters, "copies": weights.copies, "": {"base": weights.base, "sh": weights.shared}}
-    return {
-        (group, path, key): tensor
-        for group, paths in groups.items()
-        for path, named in paths.items()
-        for key, tensor in named.items()
-    }
+    return present.equals(weights)
 
 
 def _scalings(manager: AdapterManager, name: str) -> dict[str, tuple[float, float]]:

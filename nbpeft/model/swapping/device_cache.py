@@ -20,7 +20,6 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.injection.plan import InjectionPlan
-from nbpeft.engine.runtime.adapter_tensors import copied_weights
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, few
 from nbpeft.model.swapping.host_cache import HostAdapter, HostCache, ShapeSignature
@@ -254,9 +253,7 @@ class DeviceCache:
         self._scales[name] = self._manager.scale(name)
         if entry.byte_count > self._host.limit:
             return None
-        return HostAdapter(
-            entry.config, copied_weights(self._manager.weights(name), "cpu"), entry.signature, entry.byte_count
-        )
+        return HostAdapter(entry.config, self._manager.weights(name).copied("cpu"), entry.signature)
 
     def _overwrite(self, old: str, new: str, adapter: HostAdapter) -> None:
         self._manager.rename(old, new)
@@ -268,7 +265,7 @@ class DeviceCache:
 
     def _add(self, name: str, plan: InjectionPlan, adapter: HostAdapter) -> None:
         # A copy: what is on the model will be overwritten, and others may hold what was read.
-        weights = copied_weights(adapter.weights, "cpu")
+        weights = adapter.weights.copied("cpu")
         self._manager.add(name, plan, weights, trainable=False, half=self._half, select=False)
         self._record(name, adapter)
 

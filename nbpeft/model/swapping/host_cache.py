@@ -5,6 +5,7 @@ Used by :class:`~nbpeft.model.swapping.pool.AdapterPool`.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import OrderedDict
@@ -70,15 +71,18 @@ class HostAdapter:
         config: its config.
         weights: its tensors, in the dtypes they will have on the model.
         signature: of its tensors.
-        byte_count: bytes of the tensors.
         note: what to warn of about its base model, or None.
     """
 
     config: AdapterConfig
     weights: AdapterWeights
     signature: ShapeSignature
-    byte_count: int
     note: str | None = None
+
+    @functools.cached_property
+    def byte_count(self) -> int:
+        """Bytes of the tensors."""
+        return self.weights.byte_count
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,7 @@ class AdapterReader:
         self._drop_unchanged_embeddings(name, loaded.weights)
         layout.plan.share_in(loaded.weights)
         weights = layout.arrange(loaded.weights)
-        groups = (*weights.adapters.values(), *weights.copies.values(), weights.shared)
-        byte_count = sum(tensor.nbytes for named in groups for tensor in named.values())
-        return HostAdapter(config, weights, layout.signature, byte_count, self._note(saved.metadata))
+        return HostAdapter(config, weights, layout.signature, self._note(saved.metadata))
 
     def _layout(self, name: str, config: AdapterConfig) -> _Layout:
         fields = {

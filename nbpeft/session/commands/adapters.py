@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError
+from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config, meaning
@@ -170,12 +171,12 @@ def _reconfigured(
     trainable: bool,
 ) -> InjectionPlan:
     """Give an adapter another config; its weights stay where they mean the same under that."""
-    from nbpeft.engine.runtime.snapshots import fresh_copies, keeps_weights
+    from nbpeft.engine.runtime.snapshots import keeps_weights
 
     manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
     steps = tracked.steps_of([name])
     kept, stays = going.kept, rows is None and keeps_weights(manager, name, planned)
-    weights = fresh_copies(kept.weights) if stays else None
+    weights = kept.weights.copied() if stays else None
     options = {"trainable": trainable, "training": trainable, "half": stays and kept.half, "replace": True}
     beginning = nullcontext(_nothing) if stays else starting_from(ctx, manager.model, planned.config, rows, notes)
     with beginning as start:
@@ -536,7 +537,7 @@ def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
 def _name_from(source: str) -> str:
     """A name for the adapter in a folder, file or hub repository: its last part, dots as ``_``."""
     last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1].removesuffix(".safetensors")
-    return re.sub(r"[^\w-]+", "_", last).strip("_") or "default"
+    return re.sub(r"[^\w-]+", "_", last).strip("_") or DEFAULT_ADAPTER
 
 
 @contextmanager
