@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbpeft._util.subscribers import Subscribers
+
 
 @dataclass(frozen=True)
 class CloneRequest:
@@ -50,7 +52,7 @@ class RunControl:
         self.deliver_clicks: Callable[[], None] | None = None
         self.reason = ""
         self._changed = threading.Condition()
-        self._listeners: list[Callable[[], object]] = []
+        self._subscribers = Subscribers()
         self._stop = False
         self._paused = False
         self._waiting = False
@@ -92,15 +94,10 @@ class RunControl:
         """Calls back after each request, in the thread that made it, until the returned function is called.
 
         Args:
-            callback: must return at once, and may be called in the thread that receives the kernel's messages.
+            callback: must return at once, and may be called in the thread that receives the kernel's messages. A bound
+                method is held weakly.
         """
-        self._listeners.append(callback)
-
-        def remove() -> None:
-            if callback in self._listeners:
-                self._listeners.remove(callback)
-
-        return remove
+        return self._subscribers.add(callback)
 
     def request_stop(self, reason: str = "") -> None:
         """Asks the run to end after the step it is in; ends a pause too."""
@@ -200,8 +197,8 @@ class RunControl:
         self._report()
 
     def _report(self) -> None:
-        for callback in list(self._listeners):
-            callback()
+        for failure in self._subscribers.notify():
+            warnings.warn(failure, stacklevel=3)
 
     def _save_if_requested(self, save: Callable[[], None] | None) -> None:
         if self._save:

@@ -112,3 +112,15 @@ def test_saving_happens_between_steps_and_in_a_pause():
     count = len(reports)
     control.request_stop()
     assert len(reports) == count
+
+
+def test_a_subscriber_that_fails_stops_no_request():
+    def fails():
+        raise ValueError("no")
+
+    control, reports = RunControl(), []
+    control.on_request(fails)
+    control.on_request(lambda: reports.append(control.stop_requested))
+    with pytest.warns(UserWarning, match="a subscriber failed: .*fails: ValueError: no"):
+        control.request_stop()
+    assert reports == [True]
