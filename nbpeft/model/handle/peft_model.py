@@ -90,21 +90,6 @@ class PeftModel(nn.Module):
         config, half = self.completed(peft_config, model), not autocast_adapter_dtype
         self._start(manager, config, peft_config, adapter_name, half=half, empty=low_cpu_mem_usage)
 
-    @classmethod
-    def planned(cls, manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> Self:
-        """Makes a handle with its first adapter, of which there is a plan.
-
-        Args:
-            manager: of the base model, which it need not know yet.
-            plan: made by it, of the completed config.
-            given: the config as a person gave it.
-            adapter_name: of the adapter.
-        """
-        handle = cls.__new__(cls)
-        nn.Module.__init__(handle)
-        handle._start(manager, plan, given, adapter_name)
-        return handle
-
     def _start(
         self,
         manager: AdapterManager,
@@ -625,6 +610,22 @@ class PeftModel(nn.Module):
         with contextlib.suppress(AttributeError):
             return getattr(self.base_model, name)
         return getattr(self._tuner, name)
+
+
+def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> PeftModel:
+    """Puts a planned adapter on a base model and returns the handle, as ``get_peft_model`` does without a plan.
+
+    Args:
+        manager: of the base model, which it need not know yet.
+        plan: made by it, of the completed config.
+        given: the config as a person gave it.
+        adapter_name: of the adapter.
+    """
+    kind = PeftModel.for_task(given)
+    handle = kind.__new__(kind)
+    nn.Module.__init__(handle)
+    handle._start(manager, plan, given, adapter_name)
+    return handle
 
 
 def _base_for(model: nn.Module, config: object) -> nn.Module:

@@ -81,7 +81,7 @@ def add(
     from nbpeft.engine.changes.random_numbers import random_state
     from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.engine.tree.model_tree import manager_of
-    from nbpeft.model import PeftModel
+    from nbpeft.model.handle.peft_model import handle_of_plan
 
     adapter_name(name)
     rows = InitRows.of(init_data, init_rows, tokenizer, columns, max_length)
@@ -94,10 +94,10 @@ def add(
         tracked, first_random = ctx.find(model, variable, command="add"), random_state()
         if tracked is None:
             bare: Any = uncompiled(model)
-            kind, manager = PeftModel.for_task(made), manager_of(bare) or AdapterManager(bare)
-            planned = manager.plan(kind.completed(made, bare), name, allow_missing=allow_missing)
+            manager = manager_of(bare) or AdapterManager(bare)
+            planned = manager.plan(completed(made, None, bare), name, allow_missing=allow_missing)
             with starting_from(ctx, bare, made, rows, notes) as start, HeldInterrupts():
-                handle = kind.planned(manager, planned, made, name)
+                handle = handle_of_plan(manager, planned, made, name)
                 with _unloaded_on_failure(handle):
                     start(handle.manager, name)
                     if not trainable:
