@@ -15,8 +15,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
+from zlib import crc32
 
 import pytest
+
+from tests.effort import drawn
 
 _ended = itertools.count(1)
 
@@ -37,7 +40,9 @@ def pytest_configure() -> None:
     """Lets interruptions through where a shell started the tests in the background, which ignores them.
 
     ``NBPEFT_REPACKING`` is 1 or 0: whether bitsandbytes re-packs 4-bit weights, whatever the processor.
+    Garbage is not collected until all is imported: nothing of it is garbage, and each pass goes over everything.
     """
+    gc.disable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     repacks = os.environ.get("NBPEFT_REPACKING")
@@ -49,6 +54,7 @@ def pytest_collection_finish() -> None:
     """Spares collections what was imported by now, which stays: going over it takes half a second each time."""
     if "peft" in sys.modules and importlib.util.find_spec("sklearn") is None:
         import_module("tests.kmeans_for_peft").install()
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -63,6 +69,21 @@ def pytest_runtest_teardown() -> None:
     ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
     if next(_ended) % 200 == 0:
         pytest_collection_finish()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves to the quick run as many cases of a test as ``@pytest.mark.drawn(number)`` says."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("drawn"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, here in cases.items():
+        (number,) = here[0].get_closest_marker("drawn").args  # type: ignore[union-attr]
+        left_out |= set(here) - set(drawn(here, quick=number, seed=crc32(name.encode())))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.fixture(autouse=True)

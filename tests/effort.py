@@ -9,8 +9,12 @@
 A test over more points than the quick run has time for asks here how many to try, and is then part
 of every tier::
 
-    @pytest.mark.parametrize("point", drawn(POINTS, quick=40))  # 40 of them, all of them in --all
+    @pytest.mark.drawn(40)  # 40 of its cases, all of them in --all
+    @pytest.mark.parametrize("point", POINTS)
     def test_each(point): ...
+
+    def test_all():
+        for point in drawn(POINTS, quick=40): ...
 
     def test_fuzz():
         for number in range(effort(quick=200, full=2_000, long=10_000)):
