@@ -10,6 +10,12 @@ from typing import Any
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PROMPTED, ADAPTED = ("base model", "three examples", "ten examples"), ("adapter", "loaded", "merged")
+"""What notebook 01 compares."""
+TASKS = ("records", "filters", "dates")
+"""What the adapters of notebook 04 are for."""
+PARAMETERS = {"LoRA": 4_884_480, "MiSS": 2_488_320, "OFT": 2_321_280, "(IA)³": 57_600, "VeRA": 209_280}
+"""How many parameters each method of notebook 09 trains."""
 
 
 def execute(notebook: Any, folder: Path, **environment: str) -> Any:
@@ -46,6 +52,11 @@ def summary(notebook: Any) -> dict[str, str]:
 
 def percent(value: str) -> float:
     return float(value.rstrip("%"))
+
+
+def number(value: str) -> float:
+    """What ``1,234 MB`` begins with."""
+    return float(value.split()[0].replace(",", ""))
 
 
 def share(value: str) -> float:

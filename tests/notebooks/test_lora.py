@@ -7,12 +7,10 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.notebooks.support import NOTEBOOKS, execute, share, shortened, summary
+from tests.notebooks.support import ADAPTED, NOTEBOOKS, PROMPTED, execute, share, shortened, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 NOTEBOOK = NOTEBOOKS / "01_lora_finetuning.ipynb"
-PROMPTED = ("base model", "three examples", "ten examples")
-ADAPTED = ("adapter", "loaded", "merged")
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +31,3 @@ def test_01_ends_with_both_answers_side_by_side(executed: Any) -> None:
     assert codes[-1].source.startswith("%lora compare") and codes[-1].source.endswith("--panel")
     page = "".join(output.data.get("text/html", "") for output in codes[-2].outputs)
     assert "base" in page and "codes" in page
-
-
-@pytest.mark.slice
-def test_01_ships_the_results_of_a_full_run() -> None:
-    notebook = nbformat.read(NOTEBOOK, 4)
-    found = summary(notebook)
-    assert max(share(found[f"score {name}"]) for name in PROMPTED) < 0.4
-    assert min(share(found[f"score {name}"]) for name in ADAPTED) > 0.9
-    codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    first = next(place for place, source in enumerate(codes) if source.startswith(("%lora", "%%lora")))
-    assert sum(len(source.splitlines()) for source in codes[:first]) <= 20, "the first command comes early"

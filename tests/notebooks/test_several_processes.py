@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.notebooks.support import NOTEBOOKS, execute, percent, summary
+from tests.notebooks.support import NOTEBOOKS, execute, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
@@ -24,12 +24,3 @@ def test_07_trains_in_two_processes_and_has_what_they_learned(tmp_path: Path) ->
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "2 processes, which read the model from a file" in shown
     assert (tmp_path / "train.py").is_file()
-
-
-@pytest.mark.slice
-def test_07_ships_the_results_of_a_full_run() -> None:
-    found = summary(nbformat.read(NOTEBOOKS / "07_several_processes.ipynb", 4))
-    base, notebook, processes = (
-        percent(found[f"score {name}"]) for name in ("base model", "notebook", "two processes")
-    )
-    assert notebook > base + 20 and processes > base + 20

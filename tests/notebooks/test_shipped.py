@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import nbformat
 import pytest
 
-from tests.notebooks.support import NOTEBOOKS
+from tests.notebooks.support import ADAPTED, NOTEBOOKS, PARAMETERS, PROMPTED, TASKS, number, percent, share, summary
 
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 
@@ -21,3 +22,79 @@ def test_shipped_notebooks_hold_results_and_no_widget_state(name: str) -> None:
     assert not any(output.output_type == "error" for output in outputs)
     text = nbformat.writes(notebook)
     assert not re.search(r"/(root|work|tmp|home)/", text)
+
+
+def committed(name: str) -> Any:
+    return nbformat.read(NOTEBOOKS / name, 4)
+
+
+def test_01_ships_the_results_of_a_full_run() -> None:
+    notebook = committed("01_lora_finetuning.ipynb")
+    found = summary(notebook)
+    assert max(share(found[f"score {name}"]) for name in PROMPTED) < 0.4
+    assert min(share(found[f"score {name}"]) for name in ADAPTED) > 0.9
+    codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    first = next(place for place, source in enumerate(codes) if source.startswith(("%lora", "%%lora")))
+    assert sum(len(source.splitlines()) for source in codes[:first]) <= 20, "the first command comes early"
+
+
+def test_02_ships_the_results_of_a_full_run() -> None:
+    notebook = committed("02_qlora_training.ipynb")
+    found = summary(notebook)
+    assert found["trained"].endswith(" s for 70 steps")
+    assert all(value.endswith(" of 48") for name, value in found.items() if name.startswith("score "))
+    assert share(found["score 4-bit base"]) < 0.2
+    for way in ("4-bit base + adapter", "merged into a copy", "4 bits, calibrated"):
+        assert share(found[f"score {way}"]) >= 0.9
+    assert share(found["score full precision + adapter"]) >= 0.8
+    assert share(found["score merged into 4 bits"]) < 0.2
+    plans = [
+        output.data["text/plain"]
+        for cell in notebook.cells
+        if "--device T4" in cell.source and cell.cell_type == "code"
+        for output in cell.outputs
+    ]
+    assert "does not fit" in plans[0] and "fits" in plans[1] and "does not fit" not in plans[1]
+
+
+def test_03_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("03_adapter_inference.ipynb"))
+    assert share(found["score base model"]) < 0.2
+    assert share(found["score adapter"]) >= 0.9
+    assert found["score merged"] == found["score adapter"]
+    assert found["same answers merged"] == "48 of 48"
+    speed = {name: float(found[f"speed {name}"].split()[0]) for name in ("with adapter", "merged")}
+    assert speed["with adapter"] < speed["merged"]
+
+
+def test_04_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("04_many_adapters.ipynb"))
+    for task in TASKS:
+        alone = percent(found[f"score {task}, {task}"])
+        assert alone > 60 and alone > percent(found[f"score base model, {task}"]) + 30
+        assert abs(percent(found[f"score mixed batch, {task}"]) - alone) < 10
+
+
+def test_06_uses_public_names_and_ships_a_full_run() -> None:
+    notebook = committed("06_your_own_method.ipynb")
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert "nbpeft.engine" not in source and "nbpeft.session" not in source
+    found = summary(notebook)
+    assert found["score MoRA"] == found["score MoRA loaded"] == found["score MoRA merged"]
+    assert share(found["score LoRA"]) > 0 and share(found["score MoRA"]) > 0
+
+
+def test_07_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("07_several_processes.ipynb"))
+    base, notebook, processes = (
+        percent(found[f"score {name}"]) for name in ("base model", "notebook", "two processes")
+    )
+    assert notebook > base + 20 and processes > base + 20
+
+
+def test_09_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("09_choosing_a_method.ipynb"))
+    for title in (*PARAMETERS, "OFT as LoRA"):
+        assert share(found[f"score {title}"]) > 0.85, title
+    memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}
+    assert min(memory, key=memory.__getitem__) == "MiSS" and max(memory, key=memory.__getitem__) == "VeRA"
