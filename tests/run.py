@@ -92,7 +92,20 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--no-browser", action="store_true", help="leave out the tests that drive a browser")
     parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match it, as in pytest")
     arguments, rest = parser.parse_known_args()
+    absent = [path for path in rest if looks_like_a_path(path) and not path_of(path).exists()]
+    if absent:
+        parser.error(f"there is no {absent[0]}")
     return arguments, [*(["-k", arguments.k] if arguments.k else []), *rest]
+
+
+def looks_like_a_path(argument: str) -> bool:
+    """Whether an argument for pytest names a file, a folder or a test, and is no option and no value of one."""
+    return not argument.startswith("-") and ("/" in argument or "::" in argument or argument.endswith(".py"))
+
+
+def path_of(argument: str) -> Path:
+    """The file or folder of an argument for pytest, which may name a test in it."""
+    return environment.ROOT / argument.partition("::")[0]
 
 
 def chosen_parts(arguments: argparse.Namespace, pytest_arguments: list[str], browser: str | None) -> list[Part]:
@@ -149,6 +162,7 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
                 *("-m", "pytest", "-m", marks, "--durations=10", "--no-loadscope-reorder"),
                 *workers(slow_workers, "loadfile"),
                 *pytest_arguments,
+                *(files_with_slices() if "and slice" in marks else ()),
             ],
             f"python3 tests/run.py {tier}--only slow --lf runs only those that failed",
             environment.ARTIFACTS / "tests-slow.xml",
@@ -159,12 +173,22 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
 
 def slow_marks(arguments: argparse.Namespace, pytest_arguments: list[str]) -> str:
     """Which slow tests run, as pytest's ``-m`` has it: those that are asked for by name are not sliced."""
-    paths = (argument.partition("::")[0] for argument in pytest_arguments if not argument.startswith("-"))
-    named = arguments.k is not None or any((environment.ROOT / path).exists() for path in paths)
+    paths = [path_of(argument) for argument in pytest_arguments if not argument.startswith("-")]
+    named = arguments.k is not None or any(path.exists() for path in paths)
     marks = f"({SLOW})" if arguments.tier == "long" else "(slow or browser) and not long"
     if arguments.tier == "quick" and not named:
         marks += " and slice"
     return f"{marks} and not browser" if arguments.no_browser else marks
+
+
+def files_with_slices() -> list[str]:
+    """Files of slow tests that every run has: going through all others for them takes half a minute."""
+    files = sorted((environment.ROOT / "tests").rglob("test_*.py"))
+    return [
+        path.relative_to(environment.ROOT).as_posix()
+        for path in files
+        if "pytest.mark.slice" in path.read_text(encoding="utf-8")
+    ]
 
 
 def workers(number: int, distribution: str) -> list[str]:

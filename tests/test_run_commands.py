@@ -79,6 +79,7 @@ def installer(monkeypatch: pytest.MonkeyPatch) -> FakeInstaller:
     return fake
 
 
+@pytest.mark.slow
 def test_the_environment_is_made_once_and_found_again(installer: FakeInstaller, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     python = environment.ensure("tutorials", venv)
@@ -92,6 +93,7 @@ def test_the_environment_is_made_once_and_found_again(installer: FakeInstaller, 
     assert len(installer.installed) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_setup_is_taken_up_again(installer: FakeInstaller, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     environment.ensure("test", venv)
@@ -252,9 +254,37 @@ def test_slow_tests_run_in_slices_until_all_are_asked_for(monkeypatch: pytest.Mo
     assert slow_marks("tests/test_gpu.py::test_on_a_gpu", monkeypatch=monkeypatch) == (every, "quick")
 
 
+def test_slices_are_looked_for_in_the_files_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def files(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        part = tests_run.test_parts(*tests_run.parse(), None)[1]
+        return [argument for argument in part.command if argument.endswith(".py")]
+
+    assert "tests/browser/test_panels.py" in files() and "tests/test_matrix.py" not in files()
+    assert files("--all") == files("-k", "panel") == []
+    assert files("tests/test_gpu.py") == ["tests/test_gpu.py"]
+
+
+@pytest.mark.parametrize("path", ["tests/modle", "tests/model/test_none.py", "test_none.py::test_x"])
+def test_a_path_that_is_not_there_is_an_error(
+    path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "-x", "tests/model", path])
+    with pytest.raises(SystemExit) as ended:
+        tests_run.parse()
+    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(f"there is no {path}")
+
+
+def test_paths_and_values_of_options_go_to_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["-n", "0", "tests/test_gpu.py::test_on_a_gpu", "--durations", "5"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *given])
+    assert tests_run.parse()[1] == given
+
+
 @pytest.mark.slow
 def test_every_kind_of_slow_tests_has_a_slice() -> None:
     options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "(slow or browser) and slice"]
+    options += tests_run.files_with_slices()
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
     chosen = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert chosen >= {
@@ -262,8 +292,7 @@ def test_every_kind_of_slow_tests_has_a_slice() -> None:
         "tests/browser/test_panels.py",
         "tests/model/swapping/test_hotswap_compiled.py",
         "tests/model/test_real_model.py",
-        "tests/notebooks/test_twice.py",
-        "tests/training/test_two_processes.py",
+        "tests/training/launch/test_launch.py",
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.browser.kernels import COLAB, ROOT, Stack, interpreter_of, running_kernel
 from tests.browser.test_kernel_matrix import VERSIONS, Notebook
 
-pytestmark = [pytest.mark.slow, pytest.mark.slice]
+pytestmark = pytest.mark.slow
 
 SET_UP = """\
 import sys

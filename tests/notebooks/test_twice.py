@@ -10,7 +10,7 @@ import pytest
 
 from tests.notebooks.support import NOTEBOOKS, execute, printed, shortened
 
-pytestmark = [pytest.mark.slow, pytest.mark.slice, pytest.mark.real_model]
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 MEASURE = """
 import gc as _gc

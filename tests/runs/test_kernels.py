@@ -100,7 +100,6 @@ def losses(store: RunStore, name: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.slice
 def test_a_kernel_that_is_killed_again_and_again_goes_on_each_time(tmp_path: Path) -> None:
     """It loses what came after the last state, and the numbers are those of a run that nothing broke off."""
     (tmp_path / "broken").mkdir(), (tmp_path / "whole").mkdir()

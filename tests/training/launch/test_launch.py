@@ -73,7 +73,6 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.slice
 @pytest.mark.filterwarnings("ignore:Training stopped")
 def test_a_loss_that_one_process_loses_ends_all(tmp_path: Path) -> None:
     """The same ones in both; what comes back to the one that waits are those."""

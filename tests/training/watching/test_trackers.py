@@ -87,7 +87,6 @@ def test_tensorboard(tracked: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slice
 def test_wandb_offline(tracked: Any) -> None:
     from wandb.proto import wandb_internal_pb2
 
