@@ -109,11 +109,12 @@ def test_counts_follow_switching(session: Session, model: Any) -> None:
 
 def test_a_change_made_in_python_is_published(session: Session, model: Any) -> None:
     session.add(model, FIELDS, name="chat")
-    seen: list[SessionState] = []
+    before, seen = session.state, list[SessionState]()
     session.subscribe(seen.append)
     model.set_adapter("sql")
-    assert seen[-1].models[0].active == ("sql",)
-    assert seen[-1].revision > seen[0].revision or len(seen) == 1
+    assert before.models[0].active == ("chat",)
+    assert [state.models[0].active for state in seen] == [("sql",)]
+    assert seen[-1].revision > before.revision
 
 
 def test_a_command_publishes_what_it_did_last(session: Session, model: Any) -> None:

@@ -57,7 +57,10 @@ def test_another_type_is_refused_with_its_field(name: str, value: Any, expected:
     ],
 )
 def test_what_users_write_passes(fields: dict[str, Any]) -> None:
-    LoraConfig(**fields)
+    made = LoraConfig(**fields)
+    assert fields.keys() <= made.to_dict().keys()
+    for name in fields.keys() & {"alpha_pattern", "trainable_token_indices", "init_lora_weights"}:
+        assert getattr(made, name) == (fields[name] or {})
 
 
 def test_numbers_of_numpy_become_pythons() -> None:

@@ -90,7 +90,10 @@ def test_a_base_that_calls_itself_quantized_is_accepted(tmp_path: Path) -> None:
     base = llama()
     base.is_quantized = True
     base.hf_quantizer = type("Quantizer", (), {"is_trainable": True, "is_qat_trainable": False})()
-    trainer_of(transformers.Trainer, trainable(base), tmp_path, save_strategy="no").train()
+    model = trainable(base)
+    before = weights(model)
+    trainer_of(transformers.Trainer, model, tmp_path, save_strategy="no").train()
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
 # What a derived Trainer overrides
@@ -342,6 +345,7 @@ print(json.dumps([imported, configured, patched, same(before, state()), Trainer.
 """
 
 
+@pytest.mark.slow
 def test_importing_patches_nothing_and_unpatching_restores_all(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", RESTORED], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True] * 5
