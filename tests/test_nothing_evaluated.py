@@ -139,6 +139,7 @@ def notebook() -> Iterator[Notebook]:
     made.close()
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "where", ["line", "cell", "data", "eval_data", "tokenizer", "trainer", "objects", "arguments", "model", "settings"]
 )

@@ -91,6 +91,7 @@ def test_type_checkers_know_every_error() -> None:
     assert sorted(line for line in lines if line not in stub) == [], "add them to nbpeft/__init__.pyi"
 
 
+@pytest.mark.slow
 def test_a_config_of_the_stub_can_be_saved_at_once(tmp_path: Path) -> None:
     code = f"import nbpeft; nbpeft.IA3Config().save_pretrained({str(tmp_path)!r}); print(nbpeft.IA3Config.__module__)"
     assert python(code) == "nbpeft.engine.methods.vectors.ia3"

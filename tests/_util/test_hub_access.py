@@ -63,6 +63,7 @@ def test_nobody_is_asked_where_the_hub_is_not_wanted(monkeypatch: pytest.MonkeyP
         assert hub.asked == []
 
 
+@pytest.mark.drawn(1)
 def test_an_unknown_id_is_one_line(
     unreachable: str,
     monkeypatch: pytest.MonkeyPatch,

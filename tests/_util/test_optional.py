@@ -27,6 +27,7 @@ OF_EXTRAS = (
 )
 
 
+@pytest.mark.slow
 def test_the_engine_needs_none_of_what_notebooks_and_trainings_need() -> None:
     script = [sys.executable, engine_alone.__file__, *OF_EXTRAS]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
@@ -51,6 +52,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_in_one_line_with_the_extra() -> None:
     done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines() == [

@@ -10,6 +10,7 @@ from tests.benchmarks.curves import COUNTS, CURVES, Curve, as_markdown, points
 from tests.benchmarks.harness import TOY
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("curve", [pytest.param(curve, id=f"{curve.name}-{curve.axis}") for curve in CURVES])
 def test_every_curve_runs_on_both_sides(curve: Curve) -> None:
     results = points(curve, (1, 3), repeats=0, fixed=TOY)

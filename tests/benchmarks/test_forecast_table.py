@@ -23,6 +23,7 @@ def test_errors_are_grouped() -> None:
     assert "| step: inference | 1 | 0.20 % | 0.20 % |" in lines
 
 
+@pytest.mark.slow
 def test_a_row_tells_settings_figure_and_source() -> None:
     row = next(row for row in PUBLISHED if row.model == "LLaMA 65B")
     assert words(row.settings, row.adapter) == (

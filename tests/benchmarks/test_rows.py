@@ -21,6 +21,7 @@ def named(row: Row) -> object:
     return pytest.param(row, id=row.name, marks=marks)
 
 
+@pytest.mark.drawn(25)
 @pytest.mark.parametrize("row", [named(row) for row in ROWS])
 def test_every_row_runs_on_both_sides(row: Row) -> None:
     result = measure(row, TOY)
@@ -32,6 +33,7 @@ def test_every_row_runs_on_both_sides(row: Row) -> None:
     assert table.as_dict(result)["name"] == row.name
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("row", [named(row) for row in ROWS if row.name.startswith("saved-")])
 def test_bytes_are_within_their_target(row: Row) -> None:
     result = measure(row, dataclasses.replace(FULL, repeats=0))

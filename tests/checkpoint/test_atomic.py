@@ -175,6 +175,7 @@ def test_a_death_at_any_step_leaves_the_old_pair_or_the_new_one(tmp_path: Path) 
     assert torn, "the moment between two moves was among them"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_death_in_a_new_folder_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     for number in range(1, number_of_steps(tmp_path)):

@@ -192,6 +192,7 @@ def test_push_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_environments_endpoint_and_cache(hub: Hub, tmp_path: Path) -> None:
     """In an interpreter of its own, which imports the hub's client only once it is needed."""
     hub.files["me/sql"] = saved(tmp_path / "adapter", rank=6)

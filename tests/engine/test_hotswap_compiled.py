@@ -29,6 +29,7 @@ def no_recompiles() -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("variant", ["lora", "rank-pattern", "dora", "lora-bias", "modules-to-save"])
 def test_compiled_models_do_not_compile_again(variant: str, no_recompiles: Callable[[], int]) -> None:
     options = VARIANTS[variant]

@@ -143,6 +143,7 @@ def fresh(base: nn.Module, model: PeftModel) -> PeftModel:
     return twin  # type: ignore[no-any-return]
 
 
+@pytest.mark.drawn(40)
 @pytest.mark.parametrize("block", ["use", "disable"])
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_what_is_merged_after_a_block_is_what_the_adapters_are_then(base: nn.Module, command: str, block: str) -> None:

@@ -21,7 +21,7 @@ import pytest
 from tests.effort import drawn as effort_drawn
 from tests.effort import effort
 
-KILLS = effort(quick=6, full=20, long=200)
+KILLS = effort(quick=3, full=20, long=200)
 """Deaths of each writer at random moments."""
 CHILD_SECONDS = 120
 """How long a forked process may take."""
@@ -45,8 +45,8 @@ PATHS = (
 
 
 def drawn(count: int, seed: int = 0, *, full: int | None = None) -> list[int]:
-    """Which of ``count`` points to try, counted from 1: 6 of them in the quick run, otherwise all, or ``full``."""
-    return effort_drawn(range(1, count + 1), quick=6, full=full, seed=seed)
+    """Which of ``count`` points to try, counted from 1: 4 of them in the quick run, otherwise all, or ``full``."""
+    return effort_drawn(range(1, count + 1), quick=4, full=full, seed=seed)
 
 
 def forked(act: Callable[[], object], *, kill_after: float | None = None) -> bool:

@@ -23,8 +23,8 @@ from tests.fuzz.entry_points import Ways
 from tests.fuzz.mutations import mutated
 from tests.fuzz.starts import KINDS, METHODS, write_method_starts, write_starts
 
-COUNT = effort(quick=500, full=1_000, long=10_000)
-OF_A_METHOD = effort(quick=3, full=6, long=200)
+COUNT = effort(quick=200, full=1_000, long=10_000)
+OF_A_METHOD = effort(quick=1, full=6, long=200)
 NOT_ALONE: tuple[str, ...] = ()
 """Methods that no folder of an adapter is of."""
 FIRST = int(os.environ.get("NBPEFT_FUZZ_FROM", "0"))

@@ -23,7 +23,7 @@ from tests.effort import effort
 from tests.magics.notebook import Notebook, Outcome
 from tests.tiny_models import llama
 
-COUNT = effort(quick=300, full=1_000, long=20_000)
+COUNT = effort(quick=125, full=1_000, long=20_000)
 SEED = int(os.environ.get("NBPEFT_SEED", "7"))
 LONGEST = 500
 """Characters of a message's first line."""

@@ -112,6 +112,7 @@ def check(store: RunStore, count: int = 1) -> dict[str, str]:
     return statuses
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("name", FACTS)
 def test_no_value_of_a_field_keeps_the_others_from_being_shown(name: str, store: RunStore) -> None:
     for number, value in enumerate(VALUES):

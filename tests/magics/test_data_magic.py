@@ -27,6 +27,7 @@ def ready(adapted: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return adapted
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "data", ["rows", "sums.jsonl", "'sums.jsonl'", "asked --columns prompt=question completion=answer", "rows[:]"]
 )
@@ -92,6 +93,7 @@ def test_data_shows_what_a_cell_would_read(ready: Notebook) -> None:
     )
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("rows", [3, 30])
 def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook, rows: int) -> None:
     ready["rows"] = [{"prompt": "<script>alert(1)</script> & ", "completion": "word " * 600}] * 30

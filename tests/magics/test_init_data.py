@@ -170,6 +170,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, text: str, m
     assert not any("eigens" in module.__dict__ for module in ready["model"].modules())
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_interrupt_leaves_all_as_it_was(ready: Notebook, init: str, call: int) -> None:

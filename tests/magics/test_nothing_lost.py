@@ -70,6 +70,7 @@ def revisions(notebook: Notebook) -> list[tuple[Any, ...]]:
     return [(one.names, one.active, one.enabled, one.merged, one.revision, one.alive) for one in managers]
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_asks_which_of_several_models(two: Notebook, verb: str, tmp_path: Path) -> None:
     two.do(f"%lora save {tmp_path}/sql --name sql --model other")

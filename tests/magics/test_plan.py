@@ -42,6 +42,7 @@ def test_a_folder_with_a_config_is_enough(bare: Notebook, folder: str) -> None:
     assert "no room for" in page and "background:#4c78a8" in page and escape(plan.changes[0].change) in page
 
 
+@pytest.mark.slow
 def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> None:
     plan = bare.do(
         f"%lora plan {folder} --batch 3 --seq 256 --device 24GiB --quant nf4 --checkpointing --dtype bf16 "
@@ -59,6 +60,7 @@ def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> N
     assert plan.verdict.endswith("left") and not plan.exceeding
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_trainer_of_another_library_or_other_chunks(adapted: Notebook) -> None:
     adapted["Other"] = Trainer
     by_class = adapted.do("%lora plan model --seq 64 --trainer Other")
@@ -77,6 +79,7 @@ def test_a_variable_is_planned_with_its_adapter_on_this_machine(adapted: Noteboo
     assert "KV cache" in str(adapted.do("%lora plan --seq 32 --inference"))
 
 
+@pytest.mark.slow
 def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
     bare_model = notebook.do("%lora plan model --seq 32 --batch 1")
     notebook["config"] = notebook["model"].config
@@ -85,6 +88,7 @@ def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
     assert "not a model" in notebook.run("%lora plan rows").line
 
 
+@pytest.mark.slow
 def test_fields_change_the_active_adapter(adapted: Notebook) -> None:
     plan = adapted.do("%lora plan model --seq 32 --targets q_proj,k_proj,v_proj")
     assert (plan.settings.rank, plan.adapter) == (4, "LoRA r=4")
@@ -96,6 +100,7 @@ def test_fields_change_the_active_adapter(adapted: Notebook) -> None:
     panel.close()
 
 
+@pytest.mark.slow
 def test_another_method_is_planned_with_its_own_fields(adapted: Notebook) -> None:
     plan = adapted.do("%lora plan model --seq 32 peft_type=ia3")
     assert (plan.adapter, plan.settings.rank) == ("(IA)³", None)
@@ -211,6 +216,7 @@ def test_completion(notebook: Notebook) -> None:
     assert "plan" in notebook.complete("%lora panel ")
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("typed", "name", "gib"),
     [
@@ -236,6 +242,7 @@ def test_a_device_that_is_not_known(notebook: Notebook) -> None:
     assert notebook.do("%lora plan model --seq 32 --device this-machine").room.name == "this machine (CPU)"
 
 
+@pytest.mark.slow
 def test_rows_that_are_given_say_how_long_sequences_are(adapted: Notebook) -> None:
     adapted["rows"] = [{"input_ids": [1] * length} for length in (9, 4, 12, 7)]
     assert adapted.do("%lora plan model --data rows --batch 2").settings.sequence_length == 12
@@ -243,6 +250,7 @@ def test_rows_that_are_given_say_how_long_sequences_are(adapted: Notebook) -> No
     assert (packed.settings.sequence_length, packed.settings.packing) == (16, True)
 
 
+@pytest.mark.slow
 def test_a_plan_for_one_of_several_processes(bare: Notebook, folder: str) -> None:
     alone = bare.do(f"%lora plan {folder} --batch 1 --seq 64")
     one = bare.do(f"%lora plan {folder} --batch 1 --seq 64 --processes 4 --sharded")

@@ -35,6 +35,7 @@ def outputs(client: Any, code: str) -> list[tuple[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_peak_first_then_the_suggestions_in_its_place_and_tooltips(client: Any) -> None:
     outputs(client, "%load_ext nbpeft")
     sent = outputs(client, "plan = %lora plan ./base --seq 256 --device 3MB\nplan")

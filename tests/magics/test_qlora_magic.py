@@ -198,6 +198,7 @@ DRY_RUNS = [
 ]
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("body", [*DRY_RUNS, "bits = 8\n", "bits = 8\ndtype = 'bfloat16'\n"])
 def test_a_dry_run_of_a_folder_foretells_what_is_then_done(bare: Notebook, folder: Path, body: str) -> None:
     text = cell(str(folder), "--name sql{}", body)
@@ -284,6 +285,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize("dry", ["", " --dry-run"])
 @pytest.mark.parametrize(("text", "message"), MISTAKES)
 def test_a_mistake_is_one_line_and_changes_nothing(notebook: Notebook, text: str, message: str, dry: str) -> None:

@@ -58,6 +58,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_it_once(trained: Notebook, command: str) -> None:
     trained["model"] = llama()

@@ -66,6 +66,7 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
     assert "sql-1" in str(fresh.do("%lora runs"))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -76,6 +76,7 @@ def test_a_bare_model_takes_a_sweep(notebook: Notebook) -> None:
     assert notebook["model"].manager.names == ("codes-r2", "codes-r4")
 
 
+@pytest.mark.slow
 def test_a_dry_run_and_a_plan_count_all(ready: Notebook) -> None:
     preview = ready.do("%%lora model --name codes --dry-run --batch 2 --seq 16\nr = sweep(2, 4)")
     assert "2 adapters, to be trained side by side" in str(preview)
@@ -144,6 +145,7 @@ def test_a_script_is_written_with_the_best(ready: Notebook, tmp_path: Any) -> No
     assert re.search(rf"learning_rate\W+{rate}\W", (tmp_path / "train.py").read_text())
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize(
     ("cell", "words"),
     [

@@ -107,6 +107,7 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
     assert "enough" in result.message
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
@@ -142,6 +143,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, cell: str, m
     assert ready.session.state.models == state
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "body",
     ["max_steps = 'x'", "adam_beta1 = 5", "learning_rat = 1", "max_steps = 1 /", "optim = 'adamm'", "deepspeed = 'x'"],
@@ -270,6 +272,7 @@ def test_an_interruption_of_the_session_is_one_line_too(ready: Notebook) -> None
     assert "after" not in ready.shell.user_ns
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     ("cell", "words"),
     [

@@ -302,6 +302,7 @@ class TestWhichModel:
         assert two["q4"].manager.merged == ("q",)
         two.do("%lora unmerge")
 
+    @pytest.mark.drawn(3)
     @pytest.mark.parametrize("verb", ["off", "delete q", "use q", "save {}", "memory", "inspect", "panel", "plan"])
     def test_after_an_unload_the_only_one_left_is_meant_and_named(
         self, two: Notebook, verb: str, tmp_path: Path

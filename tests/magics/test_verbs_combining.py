@@ -79,6 +79,7 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
     assert made.rank is None and all(layer.rank is None for layer in made.layers)
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -91,6 +91,7 @@ def test_parts_add_up():
         assert all(part.byte_count >= 0 for part in found.parts)
 
 
+@pytest.mark.slow
 def test_less_is_needed_for_a_loss_in_chunks():
     settings = {"batch_size": 4, "sequence_length": 64, "gradient_checkpointing": True}
     config = copy.deepcopy(CONFIG)
@@ -106,6 +107,7 @@ def test_less_is_needed_for_a_loss_in_chunks():
         forecast(CONFIG, lora(), loss_chunk_size=-1)
 
 
+@pytest.mark.slow
 def test_few_layers_tell_what_many_take():
     for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
         found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
@@ -114,6 +116,7 @@ def test_few_layers_tell_what_many_take():
         assert step - parts(found).get("optimizer", 0) == whole.total
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
@@ -132,6 +135,7 @@ def test_what_is_freed_before_backward_or_kept_beyond_it_counts(config, changes)
     assert step == run_step(found.setting).total
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("layers", [[0, 5], [1, 3, 5], [0, 1, 2]])
 def test_an_adapter_on_some_layers_is_counted_on_those(layers):
     adapter = lora(target_modules=["q_proj", "down_proj"], layers_to_transform=layers, lora_dropout=0.1)
@@ -141,6 +145,7 @@ def test_an_adapter_on_some_layers_is_counted_on_those(layers):
     assert step == whole.total
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("layers", [2, 6])
 def test_prompts_in_the_last_layers_are_counted_there(layers):
     adapter = AdaptionPromptConfig(adapter_len=4, adapter_layers=layers, task_type="CAUSAL_LM")
@@ -149,6 +154,7 @@ def test_prompts_in_the_last_layers_are_counted_there(layers):
     assert step == run_step(found.setting).total
 
 
+@pytest.mark.slow
 def test_the_end_of_backward_can_be_the_peak():
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = 12
@@ -182,6 +188,7 @@ def test_other_heads_and_encoder_decoders():
     assert parts(found)["activations"] > 0
 
 
+@pytest.mark.slow
 def test_directions():
     plain = forecast(CONFIG, lora(), batch_size=4, sequence_length=128)
     same: dict[str, Any] = {"batch_size": 4, "sequence_length": 128}
@@ -205,6 +212,7 @@ def test_a_model_far_larger_than_this_machine():
     assert weights < found.peak_bytes < 1.3 * weights
 
 
+@pytest.mark.slow
 def test_suggestions_make_it_fit():
     found = forecast(CONFIG, lora(), batch_size=8, sequence_length=128, device="20MB")
     assert found.fits is False
@@ -374,6 +382,7 @@ def test_modules_to_save_are_copied_without_the_fake_tensor_mode():
     assert all(parameter.requires_grad for parameter in manager.parameters("a"))
 
 
+@pytest.mark.slow
 def test_suggestions_for_a_model_with_few_positions():
     config = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=64)
     adapter = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
@@ -381,6 +390,7 @@ def test_suggestions_for_a_model_with_few_positions():
     assert [one for one in found.suggestions if one.change == "batch_size 8 -> 4"]
 
 
+@pytest.mark.slow
 def test_a_model_without_gradient_checkpointing():
     config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)
     adapter = lora(target_modules=["c_attn"])
@@ -391,6 +401,7 @@ def test_a_model_without_gradient_checkpointing():
     assert not any("gradient_checkpointing" in one.change for one in found.suggestions)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}, {"bits": 8}])
 def test_a_quantized_model_and_its_config_are_foreseen_as_they_are_stored(settings):
     model = quantize_model(LlamaForCausalLM(CONFIG), **settings)
@@ -409,6 +420,7 @@ def test_a_transposed_layer_is_counted_as_it_is_quantized():
     assert wanted == stored
 
 
+@pytest.mark.slow
 def test_beside_the_main_thread_nothing_that_all_threads_share_changes():
     config = LlamaConfig(**(CONFIG.to_dict() | {"intermediate_size": 320}))
     adapter = lora(lora_dropout=0.1)

@@ -71,6 +71,7 @@ def errors_of(cases: list[dict[str, Any]]) -> list[float]:
     return [abs(foreseen - measured) / measured for foreseen, measured in map(compare, cases)]
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "case", combinations(40, seed=1)[::7], ids=lambda case: f"{case['shape']}-{case['quantization']}"
 )
@@ -78,6 +79,7 @@ def test_a_few(case):
     assert errors_of([case])[0] < 0.1
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("shape", "checkpointing"), [("llama", False), ("gpt2", True)])
 def test_packed_rows_take_a_mask_more(shape, checkpointing):
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -93,6 +95,7 @@ def test_packed_rows_take_a_mask_more(shape, checkpointing):
     assert abs(foreseen - measured) < 0.01 * measured and foreseen > plain
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("batch_size", [4, 3])
 def test_what_a_cpu_copies_of_the_head_is_counted_on_a_cpu_alone(batch_size):
     # Without oneDNN torch multiplies as on a processor without instructions for bfloat16: it copies nothing.

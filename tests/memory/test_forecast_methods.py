@@ -22,7 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 ALONE = ("LLaMA-Adapter", "LN tuning", "trainable tokens", "multitask prompt tuning")
 """Those that choose their layers by themselves, take none that are quantized, or want something in each call."""
-QUICK = ("VeRA", "OFT", "GLoRA", "SHiRA", "(IA)³", "Cartridge")
 SAMPLES = {
     method.label: method for method in methods() if method.label not in ALONE and method.sample_configs
 }  # fmt: skip
@@ -43,10 +42,9 @@ def two_layers() -> Any:
     return config
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    "label", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLES]
-)
+@pytest.mark.parametrize("label", SAMPLES)
 def test_every_method_on_a_quantized_base(label: str, checkpointing: bool) -> None:
     method = SAMPLES[label]
     targets = {} if method.transforms_calls else {"target_modules": "all-linear"}
@@ -70,6 +68,7 @@ def test_a_model_that_sums_gradients_of_its_activation() -> None:
         assert abs(error_of(config, adapter, optimizer="rmsprop", **settings)) < 0.01
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_over_positions_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

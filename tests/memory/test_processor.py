@@ -48,6 +48,7 @@ def test_a_model_is_slow_in_the_dtype_of_most_of_it(monkeypatch: pytest.MonkeyPa
     assert processor.slow_dtype(nn.Linear(8, 8, dtype=torch.float16)) is None
 
 
+@pytest.mark.slow
 def test_what_onednn_is_told_to_pass_over_is_not_there() -> None:
     code = "import torch; from nbpeft.memory.processor import has_instructions; print(has_instructions(torch.bfloat16))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}

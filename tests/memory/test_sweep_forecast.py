@@ -35,6 +35,7 @@ class SecondStep(TrainerCallback):
             self.peak = peak_of(self._profiler)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     ("rows", "tokens", "adapters"), [(1, 32, 4), (2, 32, 4), (1, 64, 3), (4, 64, 2)], ids=["one", "two", "odd", "apart"]
 )

@@ -81,6 +81,7 @@ def products(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.drawn(30)
 @every_sample
 def test_nothing_of_that_rank_is_closer(method: Method, fields: dict[str, Any]) -> None:
     model = random_model(method, fields)
@@ -104,6 +105,7 @@ def test_nothing_of_that_rank_is_closer(method: Method, fields: dict[str, Any]) 
                 assert size == 1 or best(delta, size - 1) > allowed * (1 - 1e-6)
 
 
+@pytest.mark.drawn(30)
 @every_sample
 def test_it_is_no_further_than_that_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     if not hasattr(peft.PeftType, method.peft_type):

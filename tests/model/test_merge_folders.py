@@ -28,6 +28,7 @@ def moved(folder: Path) -> Any:
     return model
 
 
+@pytest.mark.drawn(12)
 @pytest.mark.parametrize("label", METHODS)
 @pytest.mark.filterwarnings("ignore")
 def test_every_method_is_merged_from_folder_to_folder(label: str, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ LEARNING = [
 ]
 
 
+@pytest.mark.drawn(12)
 @pytest.mark.parametrize("method", LEARNING, ids=lambda method: method.label)
 def test_losses_of_every_method_are_those_of_peft(method: Method) -> None:
     targets = {} if method.transforms_calls else NORMS if method.layer_kinds else LINEAR

@@ -75,6 +75,7 @@ def both_ways(base: nn.Module, tmp_path: Path, changes: dict[str, Any], *, train
     assert torch.allclose(logits(back), logits(theirs), atol=1e-6, rtol=0)
 
 
+@pytest.mark.drawn(9)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folders_load_both_ways(variant: str, tmp_path: Path) -> None:
     both_ways(llama(), tmp_path, VARIANTS[variant])
@@ -89,6 +90,7 @@ def test_a_classifier_with_its_head(tmp_path: Path) -> None:
     both_ways(classifier(), tmp_path, {"task_type": "SEQ_CLS"})
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize(
     "variant", ["lora", "dora", "rslora", "head", "embedding", "lora-bias", "bias-all", "olora", "pissa", "pissa-dora"]
 )
@@ -129,6 +131,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     return make
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_quantized_twenty_steps_and_outputs(quantized: Any, variant: str, tmp_path: Path) -> None:
     torch.manual_seed(4)

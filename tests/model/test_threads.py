@@ -121,6 +121,7 @@ def switching_and_swapping(root: Path, seconds: float) -> None:
     run_against(work, generate, seconds, times=50, turns=12, enough=lambda: len(seen) >= 4)
 
 
+@pytest.mark.slow
 def test_every_generation_is_one_adapter(tmp_path: Path) -> None:
     switching_and_swapping(tmp_path, 3)
 

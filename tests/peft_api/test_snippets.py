@@ -22,6 +22,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.drawn(25)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in snippets.SNIPPETS if name not in ONLY_AS_PEFT])
 def test_it_runs_with_the_word_replaced(name: str, saved: Path) -> None:

@@ -28,6 +28,7 @@ def test_each_has_few_words_and_a_config_of_its_own(method: Method) -> None:
     assert method.applies(config)
 
 
+@pytest.mark.drawn(10)
 @every_method
 def test_what_it_costs_is_what_it_trains(method: Method) -> None:
     fields: dict[str, Any] = {"block_size": 8, "n_frequency": 20, "feedforward_modules": [], "vector_length": 8}

@@ -162,6 +162,7 @@ def test_a_quantized_model_is_planned_as_it_is() -> None:
     assert found.settings.quantization == "nf4"
 
 
+@pytest.mark.slow
 def test_a_planner_answers_for_other_settings() -> None:
     config = LlamaConfig(**(CONFIG.to_dict() | {"intermediate_size": 144}))
     planner = Session().memory_planner(config, FIELDS, batch_size=2, sequence_length=48, device="20MB")
@@ -173,6 +174,7 @@ def test_a_planner_answers_for_other_settings() -> None:
     assert found.notes == ("a CUDA context and fragmentation take about 0.5 to 1 GB more",)
 
 
+@pytest.mark.slow
 def test_looking_for_changes_can_be_stopped() -> None:
     planner = Session().memory_planner(CONFIG, FIELDS, batch_size=2, sequence_length=48, device="1MB")
     asked: list[int] = []

@@ -51,6 +51,7 @@ def check(base: Any, config: Any, *, onto: Mapping[str, Any] | None = None) -> N
     assert found.training_bytes == 3 * found.byte_count
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("kind", CASES)
 def test_counts_of_every_sample_are_those_after_adding(kind: str) -> None:
     for sample in [sample for where, sample in PAIRS if where == kind]:

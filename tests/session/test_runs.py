@@ -59,6 +59,7 @@ def resumed(place: Path, base: Any | None = None, **more: Any) -> Any:
     return session_in(place).resume(**options | {"eval_data": token_rows(4, seed=5)} | more)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("step", "prepare", "first"), [(3, rarely, 0), (6, often, 5), (11, often, 10)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     step: int, prepare: Any, first: int, straight: Any, tmp_path: Path
@@ -229,6 +230,7 @@ def test_objects_of_the_run_have_to_be_given_again(tmp_path: Path) -> None:
     assert resumed(tmp_path, eval_data=None, callbacks=[Mine()]).training.steps == 14
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_resumed_run_ends_with_the_best_state_as_the_unbroken_one(step: int, tmp_path: Path) -> None:
     """Patience and what is held out are the run's; neither has to be given again."""
@@ -308,6 +310,7 @@ def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     assert "goes on" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "fields", [{}, {"use_dora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "pissa"}]
 )

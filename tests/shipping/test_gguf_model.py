@@ -86,6 +86,7 @@ def test_an_embedding_is_looked_up_by_row(tmp_path: Path) -> None:
     assert torch.allclose(8 / 4 * down @ up.T, merged_weight(model, "model.embed_tokens"), atol=1e-5)
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("stored_as", "atol"), [("f32", 1e-4), ("f16", 2e-2)])
 def test_transformers_loads_a_merged_file(family: str, stored_as: str, atol: float, tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_interrupted_anywhere_the_folder_is_the_old_or_the_new_one(tmp_path: Pat
         ship(models[1], engine="vllm", to=place, overwrite=True)
     lines = [spot for spot in visits if spot[0].endswith(("shipment.py", "formats.py", "atomic.py", "staging.py"))]
     assert len(lines) > 100
-    for spot in drawn(sorted(lines), quick=25):
+    for spot in drawn(sorted(lines), quick=8):
         ship(models[0], engine="vllm", to=place, overwrite=True)
         with contextlib.suppress(KeyboardInterrupt), interrupted_at((*spot, 1)):
             ship(models[1], engine="vllm", to=place, overwrite=True)

@@ -79,6 +79,7 @@ def test_one_line_then_the_next_setting_runs(model: Any) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
+@pytest.mark.slow
 def test_what_is_promised_is_true(model: Any) -> None:
     """The bytes that a change saves are what the allocator sees."""
     with Allocations(needed(model, 16) // 2), pytest.raises(TrainingError) as caught:
@@ -92,6 +93,7 @@ def test_what_is_promised_is_true(model: Any) -> None:
     assert peaks["now"] - peaks["half"] == pytest.approx(promised["batch_size 16 -> 8"], rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "own"),
     [
@@ -110,6 +112,7 @@ def test_the_report_counts_what_the_run_computes(model: Any, given: dict[str, An
     assert told.parts != forecast(model, model.peft_config["default"], **sizes).parts
 
 
+@pytest.mark.slow
 def test_a_quantized_model_and_checkpointing(model: Any) -> None:
     pytest.importorskip("bitsandbytes")
     quantized = trainable(quantize_model(llama(num_hidden_layers=6, hidden_size=64)), target_modules="all-linear", r=4)
@@ -131,6 +134,7 @@ class HungryOptimizer(torch.optim.AdamW):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.slow
 def test_the_optimizer_can_be_what_grew(model: Any) -> None:
     hungry = HungryOptimizer([p for p in model.parameters() if p.requires_grad])
     hungry.step.__func__.__code__ = hungry.step.__func__.__code__.replace(co_filename="/x/torch/optim/adamw.py")

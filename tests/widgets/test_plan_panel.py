@@ -97,6 +97,7 @@ def test_a_switch_counts(panel: PlanPanel) -> None:
     assert answered(panel, gradient_checkpointing=False) and panel.result.parts == before.parts
 
 
+@pytest.mark.slow
 def test_what_could_be_changed_follows(panel: PlanPanel) -> None:
     parts(panel, ipywidgets.SelectionSlider)[1].value = 1024
     assert panel.wait(PATIENCE)
@@ -104,6 +105,7 @@ def test_what_could_be_changed_follows(panel: PlanPanel) -> None:
     assert "still too much" in text(panel) or "fits" in text(panel)
 
 
+@pytest.mark.slow
 def test_a_move_stops_what_is_computed_for_an_older_one(panel: PlanPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     running, let_go, seen = threading.Event(), threading.Event(), []
     real = MemoryPlanner.plan

@@ -77,6 +77,7 @@ def check_alike(make: Callable[[], Any], config: str, fields: dict[str, Any], **
     assert torch.equal(state, state_of_peft)
 
 
+@pytest.mark.drawn(50)
 @pytest.mark.parametrize(("config", "fields"), samples())
 def test_every_method_starts_as_in_peft(config: str, fields: dict[str, Any]) -> None:
     check_alike(llama, config, {"task_type": "CAUSAL_LM", **fields})

@@ -274,6 +274,7 @@ def test_half_base(kind: str) -> None:
     torch.testing.assert_close(found.float(), expected, rtol=5e-2, atol=2e-1)
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_compiles_whole(kind: str) -> None:
     torch._dynamo.reset()

@@ -170,6 +170,7 @@ def counted(make: Callable[[], Any]) -> Any:
     return {name: shape for name, shape in shapes.items() if not name.endswith(REPEATED) or name.count(".") == 1}
 
 
+@pytest.mark.drawn(80)
 @pytest.mark.parametrize("name", MODELS)
 @every_method_alike
 def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: str) -> None:
@@ -317,6 +318,7 @@ def trained(model: Any, steps: int = 8) -> list[float]:
     return losses
 
 
+@pytest.mark.drawn(40)
 @every_sample
 def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = pair(method, TRAINED.get(method.peft_type, {}) | fields, tmp_path)
@@ -324,6 +326,7 @@ def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[
     torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.drawn(30)
 @every_sample
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_in_half_precision_it_runs_trains_and_merges(method: Method, fields: dict[str, Any], dtype: Any) -> None:
@@ -364,6 +367,7 @@ def saved_bytes(model: Any) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.drawn(20)
 @every_sample
 def test_a_step_keeps_no_more_than_that_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = pair(method, fields, tmp_path)
@@ -415,6 +419,7 @@ def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch
     assert 20 <= check_mutated_folders(method, range(200), tmp_path, monkeypatch) < 200
 
 
+@pytest.mark.drawn(10)
 @every_method
 def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method) -> None:
     values: tuple[Any, ...] = (None, -1, "no", 1.5, float("nan"), True, [], {}, [1], "\n")
@@ -427,6 +432,7 @@ def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method
                 assert "\n" not in str(error) and len(str(error)) <= 520, (name, value, str(error))
 
 
+@pytest.mark.drawn(12)
 @every_sample
 def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     config = method.config_class(**targets(method) | fields)

@@ -65,7 +65,10 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("kind", BASES)
+# Quanto's first four bits compile a kernel.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "quanto int4")) for kind in BASES]
+)
 def test_merging_changes_no_bit(kind: str) -> None:
     model, ids = rounded(BASES[kind]()).train(), tokens()
     for seed in (7, 8):

@@ -46,6 +46,7 @@ def both(tmp_path: Path, base: str, ranks: dict[str, int], **options: Any) -> tu
     return model, oracle.eval()
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", PEFT_TYPES)
 def test_equals_peft_under_the_same_seed(kind: str, base: str, tmp_path: Path) -> None:

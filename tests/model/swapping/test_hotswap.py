@@ -194,6 +194,7 @@ def test_wrong_arguments_are_told_in_one_line_before_anything_happens(tmp_path: 
     assert same_state(before, state(model)) and model.peft_config["default"] is own
 
 
+@pytest.mark.slow
 def test_compiled_models_need_room_and_then_never_compile_again(tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = adapted(r=2)

@@ -133,6 +133,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
 QUICK: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "data_collator": Collator(copy_labels=True)}
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize(("batches", "rows"), [(1, 4), (4, 1), (4, 3)])
 @pytest.mark.parametrize("case", TRAINERS)
 def test_it_is_in_the_loss_of_a_trainer_once(case: str, batches: int, rows: int, probe: Tensor) -> None:
@@ -301,6 +302,7 @@ def test_it_is_in_the_loss_of_a_loop_once(case: str, probe: Tensor) -> None:
     assert float(probe.grad) == pytest.approx(1)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("called", ["a tuner alone", "a handle", "the tuner of a handle", "a compiled tuner"])
 def test_it_is_in_the_loss_once_whoever_is_called(called: str, probe: Tensor) -> None:
     model: Any = kasa()

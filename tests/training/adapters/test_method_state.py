@@ -105,6 +105,7 @@ def unbroken() -> Iterator[Any]:
     yield of
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("case", "step"), [("AdaLoRA", 3), *((case, 11) for case in CASES)])
 def test_a_resumed_training_ends_as_if_nothing_had_happened(
     case: str, step: int, unbroken: Any, tmp_path: Path
@@ -125,6 +126,7 @@ def test_a_resumed_training_ends_as_if_nothing_had_happened(
     assert result.state.history == losses and same_state(tensors(model), expected)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_that_ended_inside_a_step_resumes_at_its_start(case: str, unbroken: Any, tmp_path: Path) -> None:
     losses, expected, _ = unbroken(case)
@@ -133,6 +135,7 @@ def test_a_training_that_ended_inside_a_step_resumes_at_its_start(case: str, unb
     assert result.state.history == losses and same_state(tensors(model), expected)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("case", ["AdaLoRA", "AdaMSS"])
 def test_a_checkpoint_of_a_trainer_resumes_as_well(case: str, unbroken: Any, tmp_path: Path) -> None:
     _, expected, _ = unbroken(case)
@@ -153,6 +156,7 @@ def test_a_layer_without_a_rank_trains(tmp_path: Path) -> None:
     assert train(small, token_rows(24), **SETTINGS | {"max_steps": 2}).steps == 2
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("where", ["a new process", "on the model"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_state_of_an_earlier_version_is_resumed_and_the_run_says_so(case: str, where: str, tmp_path: Path) -> None:
@@ -184,6 +188,7 @@ class Losses:
         return {"accuracy": float(self.calls == self.best)}
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("how", ["patience", "load_best_model_at_end"])
 @pytest.mark.parametrize("case", ["AdaLoRA", "AdaMSS"])
 def test_the_best_state_has_the_ranks_of_its_step(case: str, how: str, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def check(found: dict[Any, str]) -> None:
     }
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("form", ROWS)
 def test_columns_are_conserved(tokenizer: Any, template: str, form: str) -> None:
     columns = {name: value for name, value in COLUMNS.items() if name not in ROWS[form]}

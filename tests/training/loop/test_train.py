@@ -271,6 +271,7 @@ def test_other_errors_pass_through_and_the_model_stays_usable():
     assert train(model, token_rows(), **QUICK).status == "finished"
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     "error",
     [

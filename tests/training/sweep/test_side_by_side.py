@@ -49,6 +49,7 @@ def convolutional() -> Any:
     return trainable(base, "a", target_modules=["c_attn"])
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize(
     "config",
     [
@@ -90,6 +91,7 @@ def test_the_usual_trainer_serves_all_in_one_pass_with_losses_in_chunks(config: 
     assert rows[0] == rows[1]
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -106,6 +108,7 @@ def test_arguments_of_all_act_on_each(arguments: dict[str, Any]) -> None:
     assert swept_and_alone(make, token_rows(12), **FAST | arguments) < 1e-5
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("tokens", [1, 10_000], ids=["apart", "in one pass"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_layers_are_computed_again_for_their_rows_in_threads_of_autograd(
@@ -365,6 +368,7 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
         assert difference(model, name, alone, "a") < 1e-5
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     ("source", "name", "fields", "words"),
     [

@@ -10,7 +10,7 @@ import torch
 from tests.effort import SEED, effort
 from tests.engine.methods.lora.drawn_configs import ARCHITECTURES, CHUNK, Case, compare, each
 
-DRAWS = effort(quick=60, full=150, long=2_000) or 0
+DRAWS = effort(quick=25, full=150, long=2_000) or 0
 
 
 @pytest.mark.parametrize("chunk", range(-(-DRAWS // CHUNK)))
