@@ -14,10 +14,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
 
@@ -39,6 +42,7 @@ class Part:
         remedy: what to do when it fails.
         report: where pytest writes its counts, for the parts that are tests.
         variables: what it needs in its environment.
+        aside: whether it runs beside the others, on a core, and shows what it prints when those are through.
         seconds: how long it took.
         status: its exit status.
         counts: how many tests passed, failed and were skipped.
@@ -50,6 +54,7 @@ class Part:
     remedy: str
     report: Path | None = None
     variables: dict[str, str] = field(default_factory=dict)
+    aside: bool = False
     seconds: float = 0.0
     status: int = 0
     counts: dict[str, int] = field(default_factory=dict)
@@ -73,8 +78,7 @@ def main() -> int:
         return 1
     environment.ARTIFACTS.mkdir(exist_ok=True)
     parts = chosen_parts(arguments, pytest_arguments, browser)
-    for part in parts:
-        run(part, python)
+    run_all(parts, python)
     return conclude(parts)
 
 
@@ -125,11 +129,12 @@ def lint_parts() -> list[Part]:
     return [
         Part("ruff check", ["-m", "ruff", "check", "."], f"{python} -m ruff check --fix . repairs most of it"),
         Part("ruff format", ["-m", "ruff", "format", "--check", "."], f"{python} -m ruff format . rewrites the files"),
-        Part("mypy", ["-m", "mypy"], "each line above names the file, the line and what is wrong"),
+        Part("mypy", ["-m", "mypy"], "each line above names the file, the line and what is wrong", aside=True),
         Part(
             "import contracts",
             ["-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"],
             "a broken contract names the import; the layers are in pyproject.toml under tool.importlinter",
+            aside=True,
         ),
     ]
 
@@ -201,16 +206,32 @@ def threads(number: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number)}
 
 
-def run(part: Part, python: Path) -> None:
-    """Runs one part in this terminal and notes its status, time and counts."""
+def run_all(parts: list[Part], python: Path) -> None:
+    """Runs the parts one after another, and beside them those that leave the terminal to the others."""
+    with ThreadPoolExecutor(1) as other, tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        ends = [other.submit(run, part, python, printed) for part in parts if part.aside]
+        for part in parts:
+            if not part.aside:
+                run(part, python)
+        for end in ends:
+            end.result()
+        printed.seek(0)
+        print(printed.read(), end="", flush=True)
+
+
+def run(part: Part, python: Path, terminal: TextIO | None = None) -> None:
+    """Runs one part, in this terminal or into a file, and notes its status, time and counts."""
     arguments = list(part.command)
     if part.report:
         part.report.unlink(missing_ok=True)
         arguments.append(f"--junitxml={part.report}")
-    print(f"\n› {part.title}: python {subprocess.list2cmdline(arguments)}", flush=True)
+    print(f"\n› {part.title}: python {subprocess.list2cmdline(arguments)}", file=terminal, flush=True)
     start = time.monotonic()
     variables = environment.child_environment(**part.variables)
-    part.status = subprocess.run([str(python), *arguments], cwd=environment.ROOT, env=variables).returncode
+    done = subprocess.run(
+        [str(python), *arguments], cwd=environment.ROOT, env=variables, stdout=terminal, stderr=terminal
+    )
+    part.status = done.returncode
     part.seconds = time.monotonic() - start
     if part.report and part.report.exists():
         part.counts, part.files = read_counts(part.report), read_files(part.report)

@@ -48,7 +48,13 @@ def test_an_old_python_can_parse_what_tells_it_that_it_is_old(path: str) -> None
         for node in tree.body
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert top_imports <= {*sys.stdlib_module_names, "environment", "collections.abc", "xml.etree.ElementTree"}
+    assert top_imports <= {
+        *sys.stdlib_module_names,
+        "environment",
+        "collections.abc",
+        "concurrent.futures",
+        "xml.etree.ElementTree",
+    }
 
 
 def test_an_old_python_is_told_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,3 +391,12 @@ def test_the_ci_script_runs_the_tests_and_hides_nothing() -> None:
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
     assert lines[-1] == 'python3 tests/run.py --all "$@"'
+
+
+def test_what_runs_aside_is_shown_when_the_others_are_through(capfd: pytest.CaptureFixture[str]) -> None:
+    types = tests_run.Part("types", ["-c", "print('a type'); raise SystemExit(3)"], "mend it", aside=True)
+    tests = tests_run.Part("tests", ["-c", "print('a test')"], "mend them")
+    tests_run.run_all([types, tests], Path(sys.executable))
+    assert (types.status, tests.status) == (3, 0) and types.seconds > 0
+    printed = capfd.readouterr().out
+    assert printed.index("› tests") < printed.index("a test") < printed.index("› types") < printed.index("a type")
