@@ -72,6 +72,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_saves_we_load_and_back(case: str, tmp_path: Path) -> None:
     build, fields = CASES[case]

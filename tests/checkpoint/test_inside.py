@@ -159,6 +159,7 @@ def take_back(folder: Path) -> None:
     sweep(folder, finish=False)
 
 
+@pytest.mark.drawn(25)
 @pytest.mark.parametrize(("whose", "write"), [("stranger's", save), ("own", save), ("own", take_back), ("own", ship)])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_write_into_a_folder_touches_anything_outside(

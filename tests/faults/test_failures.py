@@ -38,6 +38,7 @@ def points_of(harness: Harness) -> list[Operation]:
     return counting.points
 
 
+@pytest.mark.drawn(46)
 @pytest.mark.parametrize(("name", "storage"), CASES)
 def test_a_command_that_runs_out_of_memory_leaves_the_model_before_or_after(name: str, storage: str) -> None:
     harness = Harness(name, storage)

@@ -50,6 +50,7 @@ def interrupted_at(point: Point) -> Iterator[None]:
         yield
 
 
+@pytest.mark.drawn(46)
 @pytest.mark.parametrize(("name", "storage"), CASES)
 def test_an_interrupted_command_leaves_the_model_before_or_after(name: str, storage: str) -> None:
     harness = Harness(name, storage)

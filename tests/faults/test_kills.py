@@ -61,6 +61,7 @@ def check_what_is_left(writer: Writer, folder: Path, scratch: Path) -> set[int]:
     return before
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("name", WRITERS)
 def test_kills_at_random_moments(name: str, models: Models, tmp_path: Path, scratch: Path) -> None:
     writer, draw = writers(models)[name], random.Random(name)
@@ -76,6 +77,7 @@ def test_kills_at_random_moments(name: str, models: Models, tmp_path: Path, scra
         check_what_is_left(writer, folder, scratch)
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("name", WRITERS)
 def test_kills_after_each_call(name: str, models: Models, tmp_path: Path, scratch: Path) -> None:
     writer = writers(models)[name]
@@ -102,6 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_call_that_fails_changes_nothing(name: str, models: Models, tmp_path: Path, scratch: Path) -> None:
     writer = writers(models)[name]

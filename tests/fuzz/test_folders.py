@@ -90,6 +90,7 @@ def outcome(way: Callable[[Path], None], folder: Path) -> str:
     return problem or (f"a warning of {len(long[0])} letters: {long[0][:200]!r}" if long else "")
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_a_folder_is_refused_in_one_line_or_can_be_taken_back(
     ways: Ways, stopped_when_it_hangs: None, tmp_path: Path, block: int
@@ -98,6 +99,7 @@ def test_a_folder_is_refused_in_one_line_or_can_be_taken_back(
     try_folders(ways, [ways.starts / kind for kind in (*KINDS, "legacy")], seeds, tmp_path)
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("label", METHODS)
 def test_a_folder_of_any_method_is_refused_or_can_be_taken_back(
     ways: Ways, stopped_when_it_hangs: None, tmp_path: Path, label: str

@@ -287,6 +287,7 @@ def bare() -> Iterator[Notebook]:
     notebook.close()
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("two", [False, True])
 def test_a_line_without_a_mistake_is_carried_out(bench: Bench, two: bool) -> None:

@@ -120,6 +120,7 @@ def test_no_value_of_a_field_keeps_the_others_from_being_shown(name: str, store:
     check(store, len(VALUES))
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("status", ["running", "finished"])
 @pytest.mark.parametrize("name", ["step", "loss", "seconds", "eval_loss", "x"])
 def test_no_line_of_a_curve_does(name: str, status: str, store: RunStore) -> None:
@@ -158,6 +159,7 @@ def second_name(path: Path) -> None:
     os.link(path.parent.parent.parent / "victim" / "thesis.tex", path)
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("kind", [pipe, endless, folder, link, loop, huge, second_name])
 @pytest.mark.parametrize("name", LARGEST)
 @pytest.mark.parametrize("status", ["running", "finished"])

@@ -56,6 +56,7 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
     assert ready.do(line.replace("--columns", "num_train_epochs=1 --columns")).steps == 1
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -137,6 +137,7 @@ def test_values_of_a_sweep_each_start_from_the_rows(ready: Notebook) -> None:
                 assert torch.allclose(value @ value.T, torch.eye(len(value)), atol=1e-4), key
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -37,6 +37,7 @@ def asked(kernel: Any, cell: str) -> str:
     return str(reply["data"]["text/plain"]) if reply["found"] else ""
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize(
     ("cell", "words"),
     [

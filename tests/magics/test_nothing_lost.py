@@ -80,6 +80,7 @@ def test_a_verb_asks_which_of_several_models(two: Notebook, verb: str, tmp_path:
     assert revisions(two) == before and sorted(tmp_path.rglob("*")) == files
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("typed", POSITIONAL)
 def test_a_panel_and_a_plan_are_for_a_named_model(two: Notebook, typed: str) -> None:
     would_do = POSITIONAL[typed]

@@ -220,6 +220,7 @@ def test_a_dry_run_of_a_folder_foretells_what_is_then_done(bare: Notebook, folde
         )
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("body", DRY_RUNS[1:])
 def test_a_dry_run_of_a_model_in_memory_touches_nothing(notebook: Notebook, body: str) -> None:
     base, body = notebook["model"], body.replace("dtype = 'bfloat16'\n", "")

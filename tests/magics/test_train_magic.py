@@ -203,6 +203,7 @@ def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready:
     assert token not in shown + repr(TrainingCell("rows", None, None, {"hub_token": token}, ()))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("said", ["--max-length 4\nmax_steps = 1", "\nmax_length = 4\nmax_steps = 1"])
 def test_what_rows_are_cut_to_is_exported_wherever_it_was_said(ready: Notebook, tmp_path: Path, said: str) -> None:
     from tests.char_tokenizer import CharTokenizer

@@ -219,6 +219,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         assert result._repr_html_().startswith("<div")
 
 
+@pytest.mark.drawn(12)
 @pytest.mark.parametrize(
     ("line", "message"),
     [

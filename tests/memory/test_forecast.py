@@ -64,6 +64,7 @@ def parts(found):
     return {part.name: part.byte_count for part in found.parts}
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "options",
     [

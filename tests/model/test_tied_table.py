@@ -102,6 +102,7 @@ def test_a_row_of_the_table_holds(name: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(again), expected, atol=1e-4)
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("name", TABLE)
 def test_peft_reads_the_files_and_merges_what_it_can(name: str, tmp_path: Path) -> None:
     row = TABLE[name]

@@ -31,6 +31,7 @@ def test_trainable_parameters_of_mixtures_are_those_of_peft(
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.filterwarnings("ignore:target_modules='all-linear' reaches linear layers only")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_a_plan_says_what_share_the_experts_add(model_type: str) -> None:

@@ -134,6 +134,7 @@ def test_an_adapter_that_was_never_trained(hub: Hub, session: Session, two_adapt
     assert hub.files["me/orders"].keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("repo", ["", "me/not a name!", "a/b/c", "https://me:secret@hub/x", 3])
 def test_what_is_no_repository(hub: Hub, session: Session, trained: Any, repo: Any) -> None:
     with pytest.raises(AdapterError, match="push needs a repository as user/name"):

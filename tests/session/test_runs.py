@@ -498,6 +498,7 @@ def test_a_broken_run_is_named_beside_the_others(broken: Path) -> None:
     assert resumed(broken).run == "sql-1", "the newest that can be read"
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a large file", "a linked state"])
 def test_a_state_with_something_else_in_it_is_passed_over(kind: str, broken: Path, tmp_path: Path) -> None:
     newest = broken / "sql-1" / "checkpoint-7"

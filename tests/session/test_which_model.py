@@ -65,6 +65,7 @@ def state_of(*models: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.drawn(12)
 @pytest.mark.parametrize("what", COMMANDS)
 def test_every_command_asks_which_of_several(session: Session, two: tuple[Any, Any], tmp_path: Path, what: str) -> None:
     session.save(tmp_path / "x", name="x", model="first")

@@ -108,6 +108,7 @@ def own_forwards(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_the_same_and_keeps_less(name: str) -> None:
     targets = ["q_proj", "v_proj"] if name in ("mixtral", "qwen2_moe") else "all-linear"

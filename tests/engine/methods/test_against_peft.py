@@ -255,6 +255,7 @@ def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Pa
         assert getattr(found, "__name__", found) == getattr(wanted, "__name__", wanted)
 
 
+@pytest.mark.drawn(45)
 @every_sample
 def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = pair(method, fields, tmp_path / "ours")

@@ -173,6 +173,7 @@ def test_11_a_combination_with_rank_patterns_loads_again(kind: str, tmp_path: Pa
     torch.testing.assert_close(logits(restored), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("kind", ["linear", "svd", "cat", "exact"])
 @pytest.mark.parametrize("fields", ["use_dora", "lora_bias", "use_rslora use_dora", "use_rslora lora_bias"])
 def test_22_one_adapter_at_full_weight_stays_itself(fields: str, kind: str, tmp_path: Path) -> None:

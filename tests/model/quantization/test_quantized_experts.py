@@ -54,6 +54,7 @@ def trained(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return output.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize(("model_type", "bits"), [*((name, 4) for name in MIXTURES), ("mixtral", 8), ("gpt_oss", 8)])
 def test_experts_are_quantized_as_they_are_read(
     model_type: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

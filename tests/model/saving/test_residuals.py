@@ -92,6 +92,7 @@ def test_preprocessing_gives_the_residual_and_the_adapter_of_peft(init: str, tmp
         assert all(torch.allclose(own[key], given[key], atol=1e-4) for key in given)
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_backup_loaded_over_its_adapter_does_not_move_the_model(init: str, pickled: bool, tmp_path: Path) -> None:
@@ -242,6 +243,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.drawn(9)
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("hand", [False, True])
 @pytest.mark.filterwarnings("ignore:.*init_lora_weights", "ignore:lora with eva", "ignore:the embedding and the output")

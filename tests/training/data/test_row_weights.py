@@ -32,6 +32,7 @@ def learned(model: Any, rows: Any, **arguments: Any) -> tuple[Any, dict[str, tor
     return train(model, rows, **usual | {"optim": "sgd"} | arguments), weights(model)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -229,6 +229,7 @@ def waited_for_end(processes: Processes) -> None:
         process.wait(30)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("ends", [";", "; raise SystemExit(3)"], ids=["well", "in an error"])
 def test_an_answer_that_is_still_being_read_counts(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sends = SENDS.format(pickle.dumps(ReadSlowly())) + ends

@@ -137,6 +137,7 @@ def test_batches_are_padded_without_a_mask_and_count_their_tokens() -> None:
     assert int(count_tokens(batch) or 0) == 13
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_row_learns_what_it_learns_alone(name: str, attention: str) -> None:

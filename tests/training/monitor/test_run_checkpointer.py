@@ -278,6 +278,7 @@ def train_in_files_of(limit: int, place: Path) -> None:
     assert not list(place.glob("**/.nbpeft-*"))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.6, 0.98])
 def test_a_disk_that_is_full_is_a_note(share: float, place: Path, often: None) -> None:
     train(trainable(), token_rows(), run_dir=place / "whole", **QUICK | {"max_steps": 3})

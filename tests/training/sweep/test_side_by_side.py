@@ -333,6 +333,7 @@ def cloned(model: Any, source: str, name: str | None, fields: dict[str, Any], **
     return train(model, token_rows(12), control=control, callbacks=[act], **given)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("tokens", [1, 10_000], ids=["apart", "in one pass"])
 def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypatch: Any) -> None:
     """As if its adapter had trained alone and gone on with the clone's settings from that step."""

@@ -101,6 +101,7 @@ def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.Monke
     assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("how", ["Stop", "an interruption"])
 def test_a_resumed_run_counts_on_and_has_the_best_state(tmp_path: Path, how: str):
     """The state it goes on from is that of its last step, though the model had the best one put back."""

@@ -36,6 +36,7 @@ def biased() -> Any:
     return model
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("forms", [forms for forms in FORMS if forms != ("none", "none", "none")])
 def test_every_form_is_that_of_peft(forms: tuple[str, str, str], tmp_path: Path) -> None:
     names = dict(zip(("config_A_B", "config_C", "config_D_E"), forms, strict=True))
