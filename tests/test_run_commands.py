@@ -296,7 +296,6 @@ def test_every_kind_of_slow_tests_has_a_slice() -> None:
     assert chosen >= {
         "tests/browser/test_kernel_matrix.py",
         "tests/browser/test_panels.py",
-        "tests/model/swapping/test_hotswap_compiled.py",
         "tests/model/test_real_model.py",
         "tests/training/launch/test_launch.py",
     }

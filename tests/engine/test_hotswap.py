@@ -95,6 +95,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("rank", [2, 4, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -311,6 +312,7 @@ def fails() -> bool:
     raise ValueError("the answers are worse")
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("verdict", [lambda: False, lambda: torch.tensor(False), fails])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", [2, 16])

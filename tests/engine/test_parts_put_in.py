@@ -261,6 +261,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_what_is_written_acts_with_every_method_or_is_refused(sample: str) -> None:
     made: tuple[type[AdapterConfig], Any] = SAMPLES[sample]

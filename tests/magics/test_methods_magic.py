@@ -50,6 +50,7 @@ def test_a_cell_of_a_method_completes_the_fields_of_that_method_alone(notebook: 
     assert any(word.startswith("vera_dropout") for word in notebook.complete("%%lora model --method vera\nvera_"))
 
 
+@pytest.mark.slow
 def test_a_network_beside_the_model_is_made_in_a_cell(adapted: Notebook) -> None:
     assert "ShadowPEFT" in str(adapted.do("%lora methods"))
     cell = "%%lora model --method shadow --name side{}\nr = 3\nshadow_num_hidden_layers = 2"
@@ -61,6 +62,7 @@ def test_a_network_beside_the_model_is_made_in_a_cell(adapted: Notebook) -> None
     assert "what it adds to the input of a block depends on the text" in adapted.run("%lora merge").line
 
 
+@pytest.mark.slow
 def test_a_mixture_of_saved_adapters_is_made_in_a_cell(adapted: Notebook, tmp_path: Path) -> None:
     for name in ("sql", "chat"):
         adapted.do(f"%lora save {tmp_path / name} --name {name}")

@@ -67,6 +67,7 @@ def test_every_command_says_it_once(trained: Notebook, command: str) -> None:
     assert "holds another model" not in trained.run("%lora").everything
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("command", ["%lora", "%lora methods", "%lora memory"])
 def test_nothing_is_said_while_the_variable_stays(trained: Notebook, command: str) -> None:
     trained.do("again = model\nbase = model.get_base_model()")
@@ -238,6 +239,7 @@ class TestAModelThatStaysAlive:
         said = trained.run("%lora").everything
         assert "the model with 'sql' is 'model (before)'; 'sql' on it is not saved" in said and "%lora undo" not in said
 
+    @pytest.mark.drawn(2)
     @pytest.mark.parametrize("holder", ["kept = [model]", "kept = {'a': model}", "model", "class Pipe: model = model"])
     def test_one_without_a_variable_is_called_before(self, trained: Notebook, holder: str, tmp_path: Path) -> None:
         trained.do(holder)

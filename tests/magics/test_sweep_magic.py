@@ -115,6 +115,7 @@ def test_an_adapter_is_cloned_while_a_sweep_runs_in_the_background(ready: Notebo
     assert [member.name for member in ready.do("%lora result").members] == ["sql-lr1e-2", "sql-lr5e-2", "slow"]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_broken_off_goes_on(ready: Notebook, tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path))
     ready["held"] = ready["model"].manager

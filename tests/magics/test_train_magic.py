@@ -52,6 +52,7 @@ def test_rows_are_packed_where_the_line_says_so(ready: Notebook) -> None:
     assert result.token_count == 2 * 8 * 6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*exploded", "ignore:.*NaN", "ignore:Training stopped")
 def test_a_cell_says_whether_a_training_that_diverges_goes_on(ready: Notebook) -> None:
     body = "max_steps = 4\nlearning_rate = 1e38\nmax_grad_norm = 0\nlr_scheduler_type = 'constant'"
@@ -342,6 +343,7 @@ def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     assert told.startswith("patience needs data to evaluate on: pass eval_data")
 
 
+@pytest.mark.slow
 def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Path) -> None:
     from tests.char_tokenizer import CharTokenizer
 

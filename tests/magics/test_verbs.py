@@ -355,6 +355,7 @@ def test_a_line_that_is_not_python_is_carried_out_without_a_traceback(
     assert (outcome.value is None) == line.endswith(";")
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize(
     "cell",
     [

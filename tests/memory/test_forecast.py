@@ -201,6 +201,7 @@ def test_directions():
     assert forecast(CONFIG, None, **same).peak_bytes > plain.peak_bytes
 
 
+@pytest.mark.slow
 def test_a_model_far_larger_than_this_machine():
     config = LlamaConfig(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
@@ -455,6 +456,7 @@ def test_an_adapter_that_names_every_layer_is_forecast_from_a_few(monkeypatch: p
     assert found.parts == expected.parts
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("init", INIT_CONFIGS)
 def test_inits_that_need_data_or_a_quantizer_are_estimated_without(init: str) -> None:
     field, settings = INIT_CONFIGS[init]

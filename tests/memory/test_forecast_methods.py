@@ -60,6 +60,7 @@ def test_every_method_on_a_quantized_base(label: str, checkpointing: bool) -> No
     assert abs(error) < 0.05
 
 
+@pytest.mark.slow
 def test_a_model_that_sums_gradients_of_its_activation() -> None:
     config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=2)
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -187,6 +187,7 @@ def test_what_is_made_of_much_that_the_model_lacks_is_not_read(tmp_path: Path) -
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pickled_file_is_mapped_until_it_is_known_to_fit(folder: Path) -> None:
     tensors = dict(read_checkpoint(folder).tensors)
     (folder / WEIGHTS).unlink()

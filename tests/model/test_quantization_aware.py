@@ -51,6 +51,7 @@ def learned(aware: bool, steps: int = 60, rate: float = 1e-3) -> tuple[float, fl
     return before - trained, before - loss_of(model, ids)
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_left_after_merging_into_four_bits() -> None:
     gain, left = learned(aware=False)
     assert left < gain, "rounding takes some of it away"

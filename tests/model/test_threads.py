@@ -166,6 +166,7 @@ def test_rows_of_a_mixed_batch_keep_their_adapters(tmp_path: Path) -> None:
     run_against(work, generate, 2)
 
 
+@pytest.mark.slow
 def test_merging_while_generating(tmp_path: Path) -> None:
     ids = tokens(rows=1, length=4)
     folders = {name: save(tmp_path / name, seed) for seed, name in enumerate(NAMES)}

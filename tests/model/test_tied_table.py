@@ -78,6 +78,7 @@ def adapted(row: Row) -> tuple[Any, list[str]]:
     return ours, [str(one.message) for one in caught if "share one weight" in str(one.message)]
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("name", TABLE)
 def test_a_row_of_the_table_holds(name: str, tmp_path: Path) -> None:
     row = TABLE[name]

@@ -59,6 +59,7 @@ def layer_of(method: Method) -> nn.Module:
     return nn.LayerNorm(64) if method.label == "LN tuning" else nn.Linear(64, 64)
 
 
+@pytest.mark.drawn(20)
 @every_method
 def test_what_it_can_do_is_what_is_listed(method: Method, tmp_path: Any) -> None:
     facts = facts_of_method(method)
@@ -112,6 +113,7 @@ def test_without_a_model_there_are_no_costs(session: Session) -> None:
     assert "Parameters" not in str(result) and "give a model to see what each costs on it" in str(result)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_step_is_forecast_where_sizes_are_given(session: Session, monkeypatch: Any) -> None:
     only = [method for method in methods() if method.label == "LoRA"]
     monkeypatch.setattr("nbpeft.model.analysis.method_facts.methods", lambda: only)

@@ -76,6 +76,7 @@ def test_one_that_is_loaded_to_be_trained_says_so(session: Session, model: Any, 
     assert not session.add(llama().train(), FIELDS, variable="other").notes, "all of it trains"
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize("method", [method for method in methods() if method.sample_configs])
 def test_a_method_that_draws_in_training_says_so(session: Session, method: Method) -> None:
     """What is random in training and is no dropout is declared by the method; of all others outputs stay."""

@@ -53,6 +53,7 @@ def test_what_the_model_holds_on_a_gpu_however_it_is_named(
     assert (room.total, room.free, room.held) == (1000, 550, held)
 
 
+@pytest.mark.slow
 def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "this CPU has no instructions for bfloat16 and is many times faster in float32"
     pretend_cpu(monkeypatch)
@@ -131,6 +132,7 @@ def test_plans_of_a_session(tmp_path: Any) -> None:
         session.plan_memory(model, FIELDS, batch_size=0)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_the_trainer_computes() -> None:
     session, model = Session(), LlamaForCausalLM(CONFIG)
     sizes: dict[str, Any] = {"sequence_length": 64, "batch_size": 8}
@@ -188,6 +190,7 @@ def test_a_rank_is_varied_where_one_holds_for_all_of_the_adapter() -> None:
     assert planner.plan(planner.settings, suggest=False).parts == planner.plan(suggest=False).parts
 
 
+@pytest.mark.slow
 def test_rows_say_how_long_sequences_are(session: Session) -> None:
     rows = [{"input_ids": [1] * length} for length in (30, 40, 20, 50)]
 

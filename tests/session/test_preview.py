@@ -58,6 +58,7 @@ def test_counts_of_every_sample_are_those_after_adding(kind: str) -> None:
         check(make(CASES[kind]), config_of(sample))
 
 
+@pytest.mark.slow
 def test_counts_of_methods_on_a_whole_model_in_half_precision() -> None:
     for method in methods():
         if not method.sample_configs:  # Arrow routes over adapters that are there

@@ -104,6 +104,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_belong_to_the_run_is_one_line_and_changes_nothing(case: str, broken_off: Path) -> None:
     given, error, told = WRONG[case]
@@ -129,6 +130,7 @@ def test_an_adapter_that_is_configured_otherwise_is_refused(broken_off: Path) ->
     assert same_state(everything(model), before)
 
 
+@pytest.mark.slow
 def test_a_packed_run_goes_on_with_its_sequences(tmp_path: Path) -> None:
     packing: dict[str, Any] = {"packing": True, "max_length": 25, "per_device_train_batch_size": 2}
     through, expected = unbroken(tmp_path / "whole", **packing)

@@ -66,6 +66,7 @@ TAKING: dict[str, tuple[str, Callable[[Session, Path], object]]] = {
 }
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("what", TAKING)
 def test_undo_brings_everything_back(session: Session, model: Any, saved: Path, what: str) -> None:
     session.set_scale("sql", 0.5)

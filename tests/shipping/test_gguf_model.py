@@ -33,6 +33,7 @@ def halves(value: torch.Tensor, heads: int) -> torch.Tensor:
     return torch.cat([part for head in value.split(size) for part in (head[0::2], head[1::2])])
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "fields", [{}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}, "use_rslora": True}]

@@ -144,6 +144,7 @@ def test_the_optimizer_can_be_what_grew(model: Any) -> None:
     assert "per_device_train_batch_size" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_evaluation(model: Any) -> None:
     class Hungry(transformers.Trainer):
         def prediction_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -88,6 +88,7 @@ def test_the_optimizer_counts(panel: PlanPanel) -> None:
     assert answered(panel, optimizer="sgd") and panel.result.peak_bytes < before
 
 
+@pytest.mark.slow
 def test_a_switch_counts(panel: PlanPanel) -> None:
     (again,) = parts(panel, ipywidgets.Checkbox)
     before = panel.result
@@ -129,6 +130,7 @@ def test_a_move_stops_what_is_computed_for_an_older_one(panel: PlanPanel, monkey
     assert "computing …" not in text(panel)
 
 
+@pytest.mark.slow
 def test_what_is_moved_meanwhile_counts(panel: PlanPanel) -> None:
     kind, dtype = parts(panel, ipywidgets.Dropdown)[2], parts(panel, ipywidgets.Dropdown)[1]
     kind.value = "int8"

@@ -210,6 +210,7 @@ def test_store_is_at_least_as_near_as_the_library(double, quant_type, dtype):
     assert error(backend.dequantize(layer), new) < error(theirs, new)
 
 
+@pytest.mark.drawn(20)
 @pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
 @pytest.mark.parametrize("forward_before", [False, True])
 @pytest.mark.parametrize("forward_between", [False, True])

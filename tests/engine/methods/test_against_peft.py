@@ -236,6 +236,7 @@ def of_the_first_task(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, "task_ids": torch.zeros(len(kwargs["input_ids"]), dtype=torch.long)}
 
 
+@pytest.mark.drawn(18)
 @every_method_alike
 def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Path) -> None:
     fields = next(iter(method.sample_configs.values()))

@@ -131,6 +131,7 @@ GENERATE: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_
 # Equal to peft
 
 
+@pytest.mark.drawn(12)
 @every_sample
 @pytest.mark.parametrize("base", [llama, gpt2], ids=["llama", "gpt2"])
 def test_forward_counts_and_files_are_those_of_peft(
@@ -179,6 +180,7 @@ def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[
     assert all(p.grad is None for p in ours.get_base_model().parameters() if not p.requires_grad)
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize(("method", "fields"), [sample for sample in FIRST if sample.values[0].peft_type != "CPT"])
 @pytest.mark.parametrize("base", [t5, bart], ids=["t5", "bart"])
 def test_encoder_decoder_models_are_as_in_peft(method: Method, fields: dict[str, Any], base: Any) -> None:
@@ -226,6 +228,7 @@ OTHER_TASKS = {
 }
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("task", OTHER_TASKS)
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
 def test_other_tasks_are_as_in_peft(task: str, kind: str, tmp_path: Path) -> None:
@@ -287,6 +290,7 @@ def test_a_prefix_of_other_models(base: Callable[[], Any], projected: bool, tmp_
 # In generate
 
 
+@pytest.mark.drawn(6)
 @every_method
 @pytest.mark.parametrize("base", [lively, lively_gpt2], ids=["llama", "gpt2"])
 @torch.no_grad()

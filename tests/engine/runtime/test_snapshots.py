@@ -42,6 +42,7 @@ def changed(model: Any, name: str, seed: int = 5) -> None:
             one.add_(0.1 * torch.randn(one.shape, generator=generator))
 
 
+@pytest.mark.drawn(45)
 @pytest.mark.parametrize(("method", "fields"), SAMPLES)
 def test_every_method_comes_back_bit_by_bit(method: Any, fields: dict[str, Any]) -> None:
     place = ["first"] if method.companion is None else ["embed"]

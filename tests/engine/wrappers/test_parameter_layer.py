@@ -57,6 +57,7 @@ def test_names_shapes_and_starting_values_are_those_of_peft(model_type: str) -> 
     assert same_state(state(ours), state(theirs))
 
 
+@pytest.mark.drawn(10)
 @pytest.mark.parametrize(("model_type", "way"), EVERYWHERE)
 def test_outputs_and_gradients_are_those_of_peft(model_type: str, way: str) -> None:
     theirs, ours = both(model_type, way)

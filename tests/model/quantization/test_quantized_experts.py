@@ -128,6 +128,7 @@ def test_merging_rounds_again_and_unmerging_gives_every_bit_back(model_type: str
     assert all(0 < (layer.requantized or 0) < 0.2 for layer in done.errors.layers)
 
 
+@pytest.mark.slow
 def test_counts_and_forecasts_are_the_bytes_that_are_stored() -> None:
     config = LoraConfig(**fields("qwen3_moe"))
     for settings in ({"bits": 4}, {"double_quant": False}, {"bits": 8}):

@@ -113,7 +113,6 @@ def test_marked_dynamic_dimensions(tmp_path: Path) -> None:
     assert compiled_since() == 0
 
 
-@pytest.mark.slice
 def test_other_adapters_and_refused_swaps_leave_the_graph_alone(tmp_path: Path) -> None:
     """A swap of an adapter that rests, one that validation refuses, and one with fewer layers."""
     first, second = save(tmp_path / "1", 1, r=8), save(tmp_path / "2", 2, r=2, lora_alpha=9)

@@ -365,6 +365,7 @@ def test_the_ends_of_a_pool(folders: dict[str, Path], alone: dict[str, Tensor]) 
         again.load("b")
 
 
+@pytest.mark.slow
 def test_a_thousand_adapters(tmp_path: Path) -> None:
     """A thousand folders, room for twenty: requests with favourites, each answered as alone."""
     donor = adapted()

@@ -121,6 +121,7 @@ def test_a_state_is_small_and_whole_and_there_are_two_at_most(place: Path, often
     assert seen[0] == ["checkpoint-0"] and seen[1:] == [[f"checkpoint-{n - 1}", f"checkpoint-{n}"] for n in range(1, 6)]
 
 
+@pytest.mark.slow
 def test_how_often_follows_from_what_a_state_costs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After ten seconds at first, and never more than two per cent of the time."""
     clock, cost, written = Clock(), [0.5], []

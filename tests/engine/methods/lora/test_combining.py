@@ -114,6 +114,7 @@ def assert_same(ours: CombinedFactors, model: Any, name: str, *, factorwise: boo
         torch.testing.assert_close(product(layer.lora_A, layer.lora_B), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.drawn(16)
 @pytest.mark.parametrize("weights", [[0.7, 0.3, 0.5], [1.2, -0.8, 0.25], [-1.0, -0.5, 2.0]])
 @pytest.mark.parametrize("kind", PEFT_TYPES)
 def test_equals_peft_under_the_same_seed(kind: str, weights: list[float]) -> None:
