@@ -81,6 +81,7 @@ class Notebook:
 
     def close(self) -> None:
         self.run("%unload_ext nbpeft")
+        self.shell.displayhook.do_full_cache = False  # or reset collects garbage, which takes longer than most tests
         self.shell.reset(new_session=False)
         atexit.unregister(self.shell.atexit_operations)  # or all shells of a run are kept, and reset again at its end
         InteractiveShell.clear_instance()
