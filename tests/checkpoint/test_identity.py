@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaModel
 
-from nbpeft.checkpoint import Fingerprint, compare, fingerprint
+from nbpeft.checkpoint import Fingerprint, compare, fingerprint, is_same_base
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import BaseMismatchError
@@ -28,6 +28,14 @@ def test_adapters_do_not_change_it() -> None:
     assert fingerprint(model) != bare
     manager.unmerge()
     assert fingerprint(model) == bare
+
+
+def test_only_the_same_weights_are_the_same_base() -> None:
+    metadata = fingerprint(llama()).to_metadata()
+    assert is_same_base(metadata, llama())
+    assert not is_same_base(metadata, llama(seed=1))
+    unknown = {key: value for key, value in metadata.items() if "weights" not in key}
+    assert not is_same_base(unknown, llama()) and not is_same_base({}, llama())
 
 
 def test_metadata_and_back() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.errors import AdapterError, TargetError, UnknownAdapterError
+from nbpeft.errors import AdapterError, AdapterExistsError, TargetError, UnknownAdapterError
 from tests.tiny_models import llama, same_state, state
 
 INPUTS = torch.linspace(-1, 1, 12).view(3, 4)
@@ -57,6 +57,17 @@ def test_adapters_renamed_or_deleted_inside_a_block() -> None:
     with manager.use("b"):
         manager.remove("c")
     assert (manager.active, manager.enabled) == (("z",), False)
+
+
+def test_a_name_that_another_adapter_has_is_refused() -> None:
+    manager = adapted("a", "b")
+    kept = {name: manager.weights(name) for name in manager.names}
+    for name in ("b", "a"):
+        with pytest.raises(AdapterExistsError, match=f"name '{name}' already exists"):
+            manager.rename("a", name)
+    assert manager.names == ("a", "b")
+    for name, weights in kept.items():
+        assert same_state(weights.adapters, manager.weights(name).adapters)
 
 
 def test_a_config_of_no_adapter_is_asked_for_in_one_line() -> None:

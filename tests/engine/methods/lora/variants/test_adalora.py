@@ -161,6 +161,7 @@ def test_a_run_and_a_trainer_call_it_themselves(tmp_path: Path) -> None:
     [
         ({"total_step": None}, "total_step must be a positive whole number"),
         ({"tinit": 12}, "leave no step of total_step = 16"),
+        ({"orth_reg_weight": float("nan")}, "orth_reg_weight must be"),
         ({"beta1": 1.0}, "beta1 must be above 0 and below 1"),
         ({"use_dora": True}, "use_dora is not implemented"),
         ({"orth_reg_weight": -1.0}, "orth_reg_weight must not be negative"),
