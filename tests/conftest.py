@@ -62,16 +62,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown() -> Iterator[None]:
+def pytest_runtest_teardown() -> None:
     """Forgets an exception that Python takes for one that is still handled.
 
     CPython leaves it behind where a signal ends an ``except`` clause at its ``return``, as the tests of
     interruptions do; the errors of all later tests in the process would have it as their context.
-    Modules that tests import on the way are spared from collections now and then, too.
     """
-    yield
     ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
+
+
+def pytest_runtest_logfinish() -> None:
+    """Spares collections, now and then, modules that tests import on the way."""
     if next(_ended) % 25 == 0:
         pytest_collection_finish()
 
