@@ -6,25 +6,39 @@ everything else work with them::
 
     @dataclass
     class ScaleConfig(MethodConfig):
-        strength: float = 1.0
+        start: float = 0.0
+        dropout: float = 0.0
 
-    @register(ScaleConfig, peft_type="SCALE", label="Scale")
+    @register(ScaleConfig, peft_type="SCALE", label="Scale", sample_configs={"plain": {"start": 0.1}})
     class Scale(Adapter):
-        @classmethod
-        def parameter_shapes(cls, config, path, module, kind): ...
-        @classmethod
-        def create(cls, config, site, tensors): ...
-        def forward(self, x, base_output, base): ...
-        def delta_weight(self, weight, base): ...
+        from_config = {"dropout": "dropout"}
 
-``Adapter`` says what each of the four has to do, and what a method may do better than by default. A package makes its
-methods known by an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
+        @classmethod
+        def parameter_shapes(cls, config, path, module, kind):
+            return {"scale_s": (kind.features(module)[1],)}
+
+        @classmethod
+        def initial_tensors(cls, config, site):
+            return {"scale_s": site.new(site.shapes["scale_s"]).fill_(config.start)}
+
+        def forward(self, x, base_output, base):
+            return F.dropout(base_output, self.dropout, self.training) * self.scale_s
+
+        def delta_weight(self, weight, base):
+            return weight * self.scale_s.detach()[:, None]
+
+That is all that a plain method needs; without ``initial_tensors`` its parameters start at zeros. ``Adapter`` says what
+else a method can override. A package makes its methods known by an entry point in the group ``nbpeft.methods``, which
+names a module whose import registers them.
 
     MethodConfig, Adapter, register     what every method needs
     AdapterSite, BaseLayer, LayerKind   what it is told about a layer
-    SharedState                         tensors that all layers of one adapter share
     TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do besides
     LearnsWithHooks, HasTrainingState   taking part in training beside the gradient, and remembering it
+    SharedTensors, SharedState          tensors that layers of one adapter share
+    CallInputs                          what adapters take from calls of the model
+    FileFormat                          files that differ from the parameters
+    PeftNames                           what users of PEFT find under names of PEFT's
 """
 
 from __future__ import annotations
@@ -47,6 +61,8 @@ from nbpeft.engine.contract.adapter import (
     TransformsOutput,
 )
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import method_of, register
 from nbpeft.engine.contract.training_hooks import HasTrainingState, LearnsWithHooks
 
@@ -54,14 +70,18 @@ __all__ = [
     "Adapter",
     "AdapterSite",
     "BaseLayer",
+    "CallInputs",
+    "FileFormat",
     "HasTrainingState",
     "LayerKind",
     "LearnsWithHooks",
     "MethodConfig",
     "Pads",
+    "PeftNames",
     "Rescales",
     "ServesRows",
     "SharedState",
+    "SharedTensors",
     "TransformsInput",
     "TransformsOutput",
     "register",

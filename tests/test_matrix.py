@@ -293,7 +293,7 @@ every_pair = pytest.mark.parametrize(("kind", "sample"), PAIRS)
 def test_every_method_has_samples_and_works_somewhere() -> None:
     for method in methods():
         # These say nothing on layers, which are called without a model's inputs, or without adapters beside.
-        if method.call_context is not None or method.transforms_calls or not method.adapter_class.has_tensors:
+        if method.calls.context is not None or method.transforms_calls or not method.files.has_tensors:
             continue
         names = [f"{method.label}-{name}" for name in method.sample_configs]
         assert names, method.label

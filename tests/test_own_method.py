@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
 
 import nbpeft
 from nbpeft.engine.contract import registry
 from nbpeft.errors import ConfigError, UnknownMethodError
-from nbpeft.methods import Adapter, MethodConfig, register
+from nbpeft.methods import Adapter, MethodConfig, SharedState, SharedTensors, register
 from tests.tiny_models import llama, logits, tokens
 
 
@@ -25,16 +26,15 @@ class ShiftConfig(MethodConfig):
 class Shift(Adapter):
     """Adds to each output a multiple of it."""
 
+    from_config: ClassVar[Mapping[str, str]] = {"start": "start"}
+
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: Any, kind: Any) -> dict[str, tuple[int, ...]]:
         return {"shift_s": (1,)}
 
     @classmethod
-    def create(cls, config: Any, site: Any, tensors: Any) -> Shift:
-        made = cls()
-        start = torch.full((1,), config.start, device=site.base.device, dtype=site.dtype)
-        made.shift_s = nn.Parameter(tensors["shift_s"] if tensors else start)
-        return made
+    def initial_tensors(cls, config: Any, site: Any) -> dict[str, torch.Tensor]:
+        return {"shift_s": site.new((1,)).fill_(config.start)}
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, base: Any) -> torch.Tensor:
         return base_output * self.shift_s
@@ -78,3 +78,51 @@ def test_its_targets_are_checked_as_those_of_other_methods() -> None:
     with pytest.raises(ConfigError, match="start"):
         ShiftConfig(start="much")  # type: ignore[arg-type]
     assert ShiftConfig(target_modules=["q_proj"]).target_modules == {"q_proj"}
+
+
+FORMER = {
+    "peft_attributes": {"r": "rank"},
+    "wrapped_parameters": ("shift_s",),
+}
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_an_attribute_of_the_former_contract_is_refused(name: str) -> None:
+    former = type("Former", (Shift,), {name: FORMER[name]})
+    with pytest.raises(ConfigError, match=rf"Former\.{name} is no longer read.*peft = PeftNames\("):
+        register(ShiftConfig, peft_type="FORMER", label="Former")(former)
+    assert all(method.label != "Former" for method in registry.methods())
+
+
+@pytest.mark.parametrize(
+    ("field", "instead"), [("pack", "FileFormat(pack"), ("shared", "SharedTensors(state"), ("labl", "register() takes")]
+)
+def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(instead)):
+        register(ShiftConfig, peft_type="FORMER", label="Former", **{field: None})
+
+
+def test_a_shared_state_of_the_former_contract_is_refused() -> None:
+    class Former(SharedState):
+        @classmethod
+        def create(cls, config: Any, shapes: Any, tensors: Any, device: Any, dtype: Any) -> Any:  # type: ignore[override]
+            return cls()
+
+    with pytest.raises(ConfigError, match=r"Former.create now takes \(config, site, tensors\)"):
+        register(ShiftConfig, peft_type="FORMER", label="Former", shares=SharedTensors(Former))(Shift)
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_it_takes_from_its_config_is_set_swapped_and_shown() -> None:
+    model = nbpeft.get_peft_model(llama(), ShiftConfig(start=0.1))
+    layer = next(iter(model.manager.layers.values()))
+    adapter: Any = layer.adapter("default")
+    assert adapter.start == 0.1 and adapter.extra_repr() == "shift_s=(1,), start=0.1"
+    with pytest.raises(RuntimeError), model.manager.transaction() as change:
+        adapter.keep_settings(change)
+        adapter.configure(ShiftConfig(start=0.5), "")
+        assert adapter.start == 0.5
+        raise RuntimeError
+    assert adapter.start == 0.1
+    adapter.reset_(layer.base)
+    assert adapter.shift_s.item() == 0.0

@@ -17,10 +17,10 @@ _PACKAGE = __name__.partition(".")[0]
 _ROOMS = {
     "engine.contract": (
         "adapter adapter_site adapter_weights allocator base combination field_types initial_draws loss_terms "
-        "model_adapter peft_types provider registry shared_state training_hooks weight_delta"
+        "model_adapter peft_types provider registry shared_state trained training_hooks weight_delta"
     ),
     "engine.config": "adapter_names config_checks layers_config module_paths patterns prompt_config targets",
-    "engine.changes": "active_state random_numbers trained transaction",
+    "engine.changes": "active_state random_numbers transaction",
     "engine.wrappers": ("composite_layer factored_weight layer merge_checks modules_to_save parameter_layer row_order"),
     "engine.tree": "adapted_tree fused_layers model_tree parameter_targets tied_weights",
     "engine.injection": "biases build config_warnings custom_layers plan replication",
@@ -79,6 +79,16 @@ _ELSEWHERE = {
 }
 """Modules that have another name now, too."""
 
+_CLASSES = {
+    "Active": "ActiveAdapters",
+    "KeptAdapter": "AdapterSnapshot",
+    "MergedTwin": "FakeQuantLayer",
+    "NONE_ACTIVE": "NO_ADAPTERS",
+    "Rows": "RowAssignment",
+    "Stored": "WeightBackup",
+}
+"""What models refer to, or copies of their adapters, that has another name now."""
+
 
 def new_name(module: str) -> str | None:
     """Where a module is now.
@@ -124,7 +134,7 @@ class FormerModules:
         def find(name: str) -> Any:
             if name.startswith("__"):  # inspect asks every module
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-            return getattr(moved, name)
+            return getattr(moved, _CLASSES.get(name, name))
 
         module.__doc__ = f"``{successor}`` under its former name."
         module.__dict__.update(__getattr__=find, __dir__=lambda: dir(moved))

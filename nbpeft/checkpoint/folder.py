@@ -156,7 +156,7 @@ def read_checkpoint(
             break
     config, unknown = parse_config(text, str(path))
     _warn_of_unknown(unknown, path)
-    unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).unpack, config))
+    unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).files.unpack, config))
     return Checkpoint(config, unread, file.metadata, file.path.parent, tuple(sorted(unknown)))
 
 
@@ -228,7 +228,7 @@ def write_checkpoints(
     with disk_errors(target):
         sweep(target)  # before looking what is there
         for subfolder, (config, tensors) in adapters.items():
-            if not tensors and method_of(config).adapter_class.has_tensors:
+            if not tensors and method_of(config).files.has_tensors:
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
             text, ready = config_text(config, inference_mode=True), storable(tensors)
             metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}

@@ -31,7 +31,7 @@ class KeyConversion:
 
     def joined(self, tensors: Mapping[str, Tensor], peft_type: str) -> Mapping[str, Tensor]:
         """See ``Conversion``."""
-        join = next((method.fuse for method in methods_of_type(peft_type) if method.fuse is not None), None)
+        join = next((method.files.fuse for method in methods_of_type(peft_type) if method.files.fuse is not None), None)
         return join(tensors, self.fused) if join is not None and self.fused else tensors
 
 

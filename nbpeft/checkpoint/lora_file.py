@@ -188,7 +188,7 @@ def _written_fields(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def _peft_endings() -> tuple[str, str]:
-    down, up, *_ = methods_of_type(_METHOD)[0].file_keys.values()
+    down, up, *_ = methods_of_type(_METHOD)[0].files.keys.values()
     return f".{down}", f".{up}"
 
 

@@ -44,7 +44,7 @@ def _file_key(key: str, name: str, peft_type: str) -> str | None:
         before, here, behind = parts[position - 1], parts[position], parts[position + 1 :]
         if here != name:
             continue
-        if before in (_ADAPTERS, ModelAdapter.parts_shown_as) and behind:
+        if before in (_ADAPTERS, ModelAdapter.peft.shown_as) and behind:
             parameter = ".".join(behind)
             place = parts[: position - 1] if before == _ADAPTERS else []  # a prompt has none
             return ".".join([*place, spelling.get(parameter, parameter)])

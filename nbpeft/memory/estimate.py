@@ -391,10 +391,10 @@ def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any
     """What the model gives for a batch, and numbers for what the method of the adapter takes from each call."""
     manager = manager_of(model)
     method = None if setting.adapter_config is None else method_of(setting.adapter_config)
-    if manager is None or method is None or not method.call_arguments:
+    if manager is None or method is None or not method.calls.arguments:
         return model(**batch)
     shape = (setting.batch_size, setting.sequence_length)
-    shapes = {name: shape if name in method.token_arguments else shape[:1] for name in method.call_arguments}
+    shapes = {name: shape if name in method.calls.token_arguments else shape[:1] for name in method.calls.arguments}
     given = {name: torch.zeros(size, dtype=torch.long) for name, size in shapes.items()}
     with manager.active_state.call(lambda: prepared(manager.configs, manager.active_state.current(), (), given)):
         return model(**batch)

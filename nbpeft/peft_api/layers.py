@@ -33,10 +33,10 @@ AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 def _names_in_layers(peft_type: str) -> dict[str, tuple[str, ...]]:
     """Where PEFT's layers keep what adapters of a method have, which libraries read from the classes of layers."""
     method = next(iter(methods_of_type(peft_type)), None)
-    attributes = ("adapter_layer_names", "other_param_names")
-    return (
-        {} if method is None else dict(zip(attributes, (tuple(one.split()) for one in method.layer_names), strict=True))
-    )
+    if method is None:
+        return {}
+    parameters, others = method.peft.parameters.split(), method.peft.others.split()
+    return {"adapter_layer_names": tuple(parameters), "other_param_names": tuple(others)}
 
 
 @cache
@@ -92,6 +92,6 @@ def of_method(package: str, name: str) -> Any:
         return _layer_type(method.peft_type, name)
     if name.isupper():
         return usual_targets_of(method.peft_type)
-    own = name.removeprefix(title).removeprefix(method.layer_prefix)
+    own = name.removeprefix(title).removeprefix(method.peft.layer_prefix)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
-    return layer_class(f"{package}.{method.layer_prefix}{own}") if own in known else None
+    return layer_class(f"{package}.{method.peft.layer_prefix}{own}") if own in known else None

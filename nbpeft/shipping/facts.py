@@ -124,7 +124,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
             method = next((method for method in methods() if isinstance(adapter, method.adapter_class)), None)
             label = method.label if method else title
             label = "target_parameters" if isinstance(adapter, AdaptsParameters) else label
-            rows = rows or bool(method and method.companion)
+            rows = rows or bool(method and method.shares.companion)
             others[label] = others.get(label, 0) + 1
     weights = manager.weights(name)
     kept = _bytes([*weights.copies.values(), weights.base])

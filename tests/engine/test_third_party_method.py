@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nbpeft.methods import Adapter, LearnsWithHooks, MethodConfig, SharedState, register
+from nbpeft.methods import Adapter, CallInputs, LearnsWithHooks, MethodConfig, SharedState, SharedTensors, register
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Projections(SharedState, LearnsWithHooks):
         return {"strange_A": (config.size, max(inputs)), "strange_B": (max(outputs), config.size)}
 
     @classmethod
-    def create(cls, config, shapes, tensors, device, dtype):
+    def create(cls, config, site, tensors):
         generator = torch.Generator().manual_seed(3)
-        drawn = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
-        return cls(tensors or drawn)
+        drawn = {name: torch.randn(shape, generator=generator) for name, shape in site.shapes.items()}
+        return cls({name: tensor.to(site.device, site.dtype) for name, tensor in (tensors or drawn).items()})
 
     def after_backward(self, step):
         self.steps.append(step)
@@ -59,8 +59,8 @@ class Projections(SharedState, LearnsWithHooks):
     default_targets=lambda model_type: ["q_proj", "down_proj"] if model_type == "llama" else None,
     summary=lambda config: {"size": str(config.size)},
     sample_configs={"small": {"size": 3}},
-    shared=Projections,
-    call_context=lambda config, args, kwargs: kwargs["input_ids"].float().mean(1),
+    shares=SharedTensors(Projections),
+    calls=CallInputs(lambda config, args, kwargs: kwargs["input_ids"].float().mean(1)),
 )
 class Strange(Adapter):
     @classmethod
@@ -68,17 +68,14 @@ class Strange(Adapter):
         return {"strange_d": (config.size,), "strange_b": (kind.features(module)[1],)}
 
     @classmethod
-    def create(cls, config, site, tensors):
-        options = {"device": site.base.device, "dtype": site.dtype}
-        start = {"strange_d": torch.ones, "strange_b": torch.zeros}
-        made = cls()
-        made.__dict__["projections"] = site.shared
-        for name, shape in site.shapes.items():
-            made._parameters[name] = nn.Parameter(tensors[name] if tensors else start[name](shape, **options))
-        return made
+    def initial_tensors(cls, config, site):
+        return {"strange_d": site.new(site.shapes["strange_d"]) + 1, "strange_b": site.new(site.shapes["strange_b"])}
+
+    def prepare(self, config, site, tensors):
+        self.bind(projections=site.shared)
 
     def parts(self, base):
-        shared = self.__dict__["projections"]
+        shared = self.projections
         return shared.strange_A[:, : base.in_features], shared.strange_B[: base.out_features]
 
     def forward(self, x, base_output, base):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.engine.changes.trained import mark_unsaved
+from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.session import history
 from nbpeft.session.handles import is_module
 from tests.magics.notebook import Notebook

@@ -29,7 +29,7 @@ SAMPLES = [
     )
     for method in methods()
     for name, fields in method.sample_configs.items()
-    if method.companion is None and not method.transforms_calls and not method.layer_kinds
+    if method.shares.companion is None and not method.transforms_calls and not method.kinds.only
 ]
 
 

@@ -70,9 +70,9 @@ LEARNING = [
 @pytest.mark.drawn(12)
 @pytest.mark.parametrize("method", LEARNING, ids=lambda method: method.label)
 def test_losses_of_every_method_are_those_of_peft(method: Method) -> None:
-    targets = {} if method.transforms_calls else NORMS if method.layer_kinds else LINEAR
+    targets = {} if method.transforms_calls else NORMS if method.kinds.only else LINEAR
     fields = next(iter(method.sample_configs.values()))
-    task = {"task_ids": torch.zeros(2, dtype=torch.long)} if method.call_arguments else {}
+    task = {"task_ids": torch.zeros(2, dtype=torch.long)} if method.calls.arguments else {}
     check_alike(
         method.config_class.__name__, {"task_type": "CAUSAL_LM", **targets, **fields, **dropouts(method)}, **task
     )

@@ -35,7 +35,7 @@ def test_it_is_shown_and_reconfigured(method: Any, fields: dict[str, Any]) -> No
     added, model = result.adapter, session.model()
     assert added.method == method.label and added.summary["tokens"] == str(model.peft_config["p"].num_virtual_tokens)
     randomize(model, "p")
-    ids = {"task_ids": torch.tensor([0, 1])} if "task_ids" in method.call_arguments else {}
+    ids = {"task_ids": torch.tensor([0, 1])} if "task_ids" in method.calls.arguments else {}
     before = model(input_ids=torch.ones(2, 5, dtype=torch.long), **ids).logits
     longer: dict[str, Any] = {"num_virtual_tokens": 9}
     if "cpt_token_ids" in fields:

@@ -80,7 +80,7 @@ def test_one_that_is_loaded_to_be_trained_says_so(session: Session, model: Any, 
 @pytest.mark.parametrize("method", [method for method in methods() if method.sample_configs])
 def test_a_method_that_draws_in_training_says_so(session: Session, method: Method) -> None:
     """What is random in training and is no dropout is declared by the method; of all others outputs stay."""
-    if method.transforms_calls or method.companion is not None or method.layer_kinds:
+    if method.transforms_calls or method.shares.companion is not None or method.kinds.only:
         return
     fields = dict(next(iter(method.sample_configs.values())))
     fields["target_modules"] = ["q_proj", "down_proj"]

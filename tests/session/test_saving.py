@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nbpeft
-from nbpeft.engine.changes.trained import mark_unsaved
+from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.errors import AdapterExistsError, CheckpointError
 from nbpeft.model.saving import saved_places
 from nbpeft.model.saving.saved_places import owner_of

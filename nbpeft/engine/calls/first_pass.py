@@ -29,7 +29,7 @@ _ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_ke
 class NeedsFirstPass(ABC):
     """Computes what its adapters do in a call from what the model makes of the input; a ``SharedState``.
 
-    Its method declares ``call_context``, which gives None: what is found takes that place while the call runs.
+    Its method declares a ``context`` of None (``CallInputs``): what is found takes that place while the call runs.
     """
 
     @property

@@ -25,7 +25,7 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 class BeforeCall(LayerHook):
     """A hook that prepares each call of a model; of several of a class the first does it for all of them.
 
-    The method of its adapters declares ``call_context``, which gives None: what is computed takes that place.
+    The method of its adapters declares a ``context`` of None (``CallInputs``): what is computed takes that place.
 
     Args:
         layer: an adapted layer that has the adapters.

@@ -4,18 +4,7 @@
     SharedState    what the layers of one adapter share, where a method needs that (a common projection)
 
 An adapter knows no name, no activation and no quantization: M methods, K kinds of layers and N ways to
-store a weight (``base.py``) are M + K + N files. What only some methods can do is a capability, a class to
-derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`` and never for a method:
-
-    TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
-    ReplacesCall                        compute what a layer gives without the base call
-    Rescales                            have a factor that can be changed while loaded
-    ChangesBase                         change the layer itself when they are put on it
-    Pads                                fit into larger tensors, so that a compiled model need not compile again
-    ServesRows                          serve a mixed batch in one pass
-    ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
-    IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
-    LearnsWithHooks                     take part in training beside the gradient (``training_hooks.py``)
+store a weight (``base.py``) are M + K + N files. What only some methods can do is a capability (``capabilities.py``).
 """
 
 from __future__ import annotations
@@ -24,10 +13,9 @@ import copy
 import dataclasses
 import json
 import os
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -41,17 +29,32 @@ from nbpeft.engine.contract.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.contract.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.contract.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.bindable import Bindable
+from nbpeft.engine.contract.capabilities import ChangesBase as ChangesBase
+from nbpeft.engine.contract.capabilities import ConvertsToLora as ConvertsToLora
+from nbpeft.engine.contract.capabilities import HasFixedTensors as HasFixedTensors
+from nbpeft.engine.contract.capabilities import IsLowRank as IsLowRank
+from nbpeft.engine.contract.capabilities import Pads as Pads
+from nbpeft.engine.contract.capabilities import ReplacesCall as ReplacesCall
+from nbpeft.engine.contract.capabilities import Rescales as Rescales
+from nbpeft.engine.contract.capabilities import ServesRows as ServesRows
+from nbpeft.engine.contract.capabilities import Shape as Shape
+from nbpeft.engine.contract.capabilities import ShowsModules as ShowsModules
+from nbpeft.engine.contract.capabilities import StartsInWeight as StartsInWeight
+from nbpeft.engine.contract.capabilities import TransformsInput as TransformsInput
+from nbpeft.engine.contract.capabilities import TransformsOutput as TransformsOutput
+from nbpeft.engine.contract.capabilities import UsesAnother as UsesAnother
 from nbpeft.engine.contract.field_types import check_types
+from nbpeft.engine.contract.peft_names import ADAPTER_PARTS as ADAPTER_PARTS
+from nbpeft.engine.contract.peft_names import PeftNames as PeftNames
 from nbpeft.engine.contract.peft_types import TASK_HEADS as TASK_HEADS
 from nbpeft.engine.contract.peft_types import PeftType as PeftType
 from nbpeft.engine.contract.peft_types import TaskType as TaskType
+from nbpeft.engine.contract.shared_state import SharedSite as SharedSite
 from nbpeft.engine.contract.shared_state import SharedState as SharedState
 from nbpeft.engine.kernels.numerics import add_scaled_
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_VERSION
-
-ADAPTER_PARTS = "adapter_parts"
-"""Where the submodules of adapters are shown, for which PEFT has no name."""
 
 
 class ConfigStore(Protocol):
@@ -350,16 +353,23 @@ def store_of(cls: type[AdapterConfig]) -> ConfigStore:
     return cls.store
 
 
-Shape = tuple[int, ...]
-
-
-class Adapter(nn.Module):
+class Adapter(Bindable):
     """One method, for one name, on one layer. Subclass it in ``methods/``.
 
-    A subclass gives ``parameter_shapes``, ``create``, ``forward`` and ``delta_weight``. All its tensors to
-    train are direct parameters, named as in the papers; ``parameter_shapes`` gives their names and shapes
-    before anything is allocated.
+    A subclass gives ``parameter_shapes``, ``initial_tensors``, ``forward`` and ``delta_weight``, and declares in
+    ``from_config`` what it takes from its config. All its tensors to train are direct parameters, named as in the
+    papers; ``parameter_shapes`` gives their names and shapes before anything is allocated.
     """
+
+    from_config: ClassVar[Mapping[str, str]] = {}
+    """Attribute -> field or property of the config, or its function of the layer's path, that it is the value of.
+
+    They are set when the adapter is made, replaced and restored when another one is swapped in, and shown by ``repr``.
+    One named ``scaling`` is the factor that ``Rescales`` changes.
+    """
+
+    identity: ClassVar[Mapping[str, float]] = {}
+    """Parameter -> the value with which the adapter changes nothing, whatever the others are; empty: all at zero."""
 
     reads_weight: ClassVar[bool] = False
     """Whether ``delta_weight`` depends on the weight it is given, so that several adapters need the frozen one."""
@@ -370,56 +380,14 @@ class Adapter(nn.Module):
     is_quantization_aware: bool = False
     """Whether its layers act as they will once it is merged into quantized weights (``merged_twin``)."""
 
-    loses_start: bool = False
-    """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
-
-    leaves_start: bool = False
-    """Whether it was saved for a base without the part of the weight that it starts in (``take_out_``)."""
-
     is_tied: ClassVar[bool] = False
     """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
 
-    frozen_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters that are never trained."""
-
-    constant_parameters: ClassVar[tuple[str, ...]] = ()
-    """Those of them that no file holds and nothing reads: PEFT's users count them."""
-
-    has_tensors: ClassVar[bool] = True
-    """Whether there is anything in it that a file would hold."""
-
-    takes_quantized: ClassVar[bool] = True
-    """Whether it goes on a layer whose weight is stored quantized."""
-
-    wrapped_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
-
-    names_in_modules: ClassVar[Mapping[str, str]] = {}
-    """Such a parameter -> its name there, where that is another one."""
-
-    parameter_lists: ClassVar[tuple[str, ...]] = ()
-    """What PEFT keeps in a list, ``layer.core["default"][0]``: its parameters ``core.0``, ``core.1``, …"""
-
-    optional_tensors: ClassVar[tuple[str, ...]] = ()
-    """Those of ``fixed_tensors`` that a file may lack; ``create`` finds them."""
-
-    peft_modules: ClassVar[tuple[str, ...]] = ()
-    """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
-
-    parts_shown_as: ClassVar[str] = ADAPTER_PARTS
-    """Where the submodules of adapters are shown on a layer."""
+    peft: ClassVar[PeftNames] = PeftNames()
+    """PEFT's names of what it has."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""
-
-    peft_mappings: ClassVar[tuple[str, ...]] = ()
-    """Mappings that every layer of PEFT's has, also where this method has no entry for them."""
-
-    peft_attributes: ClassVar[Mapping[str, str]] = {}
-    """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
-
-    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """PEFT's name of a method of an adapted layer -> a function of the layer and arguments."""
 
     # What every method gives
 
@@ -433,15 +401,46 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def initial_tensors(cls, config: Any, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Makes the tensors of a new adapter, by name; zeros unless a method says otherwise.
+
+        Args:
+            config: the method's own config.
+            site: the layer; ``site.new`` makes tensors where and as they are needed.
+        """
+        return {name: site.new(shape) for name, shape in site.shapes.items()}
+
+    def prepare(self, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """Sets buffers and attributes that follow neither from ``from_config`` nor from the parameters.
+
+        Args:
+            config: the method's own config.
+            site: the layer, with the state that it shares with others.
+            tensors: loaded or initial ones, those of ``fixed_tensors`` among them if they are there.
+        """
+
+    _names: tuple[str, ...] = ()
+
+    @classmethod
+    def class_at(cls, config: Any, site: AdapterSite) -> type[Self]:
+        """The class of the adapter of a layer, where a method has several."""
+        return cls
+
+    @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Builds the adapter of one layer.
+        """Builds the adapter of one layer; rarely overridden.
 
         Args:
             config: the method's own config.
             site: the layer.
             tensors: loaded parameters to bind as they are, or None to initialise.
         """
-        raise NotImplementedError
+        made = cls.class_at(config, site)()
+        given = cls.initial_tensors(config, site) if tensors is None else tensors
+        names = tuple(site.shapes)
+        made.bind({name: given[name] for name in names}, _names=names, **made._config_values(config, site.path))
+        made.prepare(config, site, given)
+        return made
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """Computes what to ADD to the layer's output.
@@ -507,43 +506,7 @@ class Adapter(nn.Module):
             shapes: returns what ``parameter_shapes`` gives for its config.
         """
         own = self._parameters.items()
-        return {key: value for key, value in own if value is not None and key not in self.constant_parameters}
-
-    @classmethod
-    def fixed_tensors(
-        cls, config: Any, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """What a file holds of it that is not trained: name of a buffer -> its shape and dtype.
-
-        Args:
-            config: the method's own config.
-            shapes: what ``parameter_shapes`` gave.
-            module: the layer.
-            kind: of the layer.
-        """
-        return {}
-
-    @property
-    def taken_over(self) -> TakenOver | None:
-        """The part of the weight that it starts in, and subtracts from the layer; None where there is none."""
-        return None
-
-    def take_out_(self, weight: Tensor) -> None:
-        """Subtracts that part from a canonical weight in place, as the adapter does not do in a file without it."""
-        raise NotImplementedError
-
-    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its tensors in a file; only where it ``loses_start``."""
-        raise NotImplementedError
-
-    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
-        """Takes the start over that tensors of a file hold, and returns those of its parameters.
-
-        Args:
-            tensors: parameter name -> tensor, as ``shapes_with_start`` says; only where it ``loses_start``.
-            change: records what is written.
-        """
-        raise NotImplementedError
+        return {key: value for key, value in own if value is not None and key not in self.peft.constants}
 
     def swap_refusal(self) -> str:
         """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
@@ -551,15 +514,40 @@ class Adapter(nn.Module):
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters so that it adds nothing."""
-        for parameter in self._parameters.values():
+        for name, value in (self.identity or dict.fromkeys(self._parameters, 0.0)).items():
+            parameter = self._parameters.get(name)
             if parameter is not None:
-                parameter.detach().zero_()
+                parameter.detach().fill_(value)
+
+    @classmethod
+    def _config_values(cls, config: Any, path: str) -> dict[str, Any]:
+        """The values of ``from_config`` on a layer."""
+        values = {}
+        for name, field_name in cls.from_config.items():
+            value = getattr(config, field_name)
+            values[name] = value(path) if type(value) is MethodType else value
+        if "scaling" in values:
+            values["scaling"] = float(values["scaling"])
+        return values
 
     def configure(self, config: Any, path: str) -> None:
-        """Takes the settings of another config over that are no tensors; after its tensors were replaced."""
+        """Takes the values of another config over; after its tensors were replaced."""
+        values = self._config_values(config, path)
+        if isinstance(self, Rescales) and "scaling" in values:
+            self.rescale(values.pop("scaling"), trained=True)
+        self.bind(**values)
 
     def keep_settings(self, change: Transaction) -> None:
         """Records what ``configure`` changes."""
+        if isinstance(self, Rescales):
+            self.keep_scaling(change)
+        change.keep_attributes(self, *self.from_config)
+
+    def extra_repr(self) -> str:
+        """The shapes of its parameters, and what it takes from its config."""
+        shapes = {name: tuple(one.shape) for name, one in self._parameters.items() if one is not None}
+        shown = {**shapes, **{name: getattr(self, name) for name in self.from_config}}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -567,53 +555,9 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def unsaved_elements(cls, config: Any, module: nn.Module, kind: LayerKind) -> int:
-        """Number of values it keeps on a layer that no file holds, where a config can ask for any number of them."""
-        return 0
-
-    @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
         """What a person should know about a config on these layers (path, layer, kind) before it is used."""
         return ()
-
-    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """Makes the module that users of PEFT know under a name of ``wrapped_parameters`` or ``peft_modules``.
-
-        The parameter becomes its ``weight``. One of ``peft_modules`` has this adapter as its ``adapter``.
-
-        Args:
-            name: one of them.
-            base: the layer.
-
-        Returns:
-            A new module; None for one that only holds the parameter.
-        """
-        return None
-
-    def ds_external_parameters(self) -> tuple[()]:
-        """What DeepSpeed's ZeRO-3 asks each module with hooks for: parameters of other modules that it uses; none."""
-        return ()
-
-    @property
-    def computes_by_parts(self) -> bool:
-        """Whether a call can be computed by the modules that ``peft_module`` made, one after the other."""
-        return False
-
-    def forget_observed(self, name: str) -> None:
-        """Computes without the module of a name again, which is as ``peft_module`` makes it."""
-
-    def observe(self, module: nn.Module, name: str = "") -> None:
-        """Called when somebody puts a hook on a module that ``peft_module`` made, or another module in its place.
-
-        Args:
-            module: the module, which a layer does not call by itself.
-            name: of what it takes the place of, as for ``peft_module``.
-        """
-        warnings.warn(
-            f"a {type(module).__name__} of an adapter computes only where it is called itself: this hook will not run "
-            "in calls of the model; put it on the layer",
-            stacklevel=3,
-        )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Sets whether gradients reach its parameters, but for those that are never trained."""
@@ -621,171 +565,10 @@ class Adapter(nn.Module):
             parameter.requires_grad_(requires_grad and name not in self.frozen_parameters)
         return self
 
-    def layer_names(self) -> tuple[str, ...]:
-        """Names under which PEFT's layers keep parameters of the method."""
-        own = dict.fromkeys(name.partition(".")[0] for name in self._parameters)
-        return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(own)
-
-    # Layers that share a weight
-    source: Adapter | None = None  # the adapter of another layer whose tensors this one uses
-
-    def tie_to(self, source: Adapter) -> None:
-        """Makes this adapter use the tensors of another one, for layers that share one weight."""
-        raise NotImplementedError
-
-    @classmethod
-    def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a file holds of an adapter with some parameters that uses these of another one: views of them."""
-        return {}
-
-    @classmethod
-    def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
-        """Whether loaded tensors of an adapter that uses those of another one differ from what is given of these."""
-        tied = cls.tied_tensors(own, source)
-        return any(name in tied and not torch.equal(tensor, tied[name]) for name, tensor in own.items())
+    source: Adapter | None = None
+    """The adapter of another layer whose tensors this one uses (``UsesAnother``)."""
 
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
         """Adapters that it consists of, submodules of it, by the names under which PEFT's layers have their parts."""
         return {}
-
-    @property
-    def held(self) -> Mapping[str, Any]:
-        """Its parameters by name; nn.DataParallel's replicas have plain attributes instead."""
-        return self._parameters or self.__dict__
-
-    def held_buffer(self, name: str) -> Tensor:
-        """One of its buffers; nn.DataParallel's replicas have it as a plain attribute."""
-        found: Any = self._buffers.get(name)
-        return self.__dict__[name] if found is None else found  # type: ignore[no-any-return]
-
-
-class TransformsInput(ABC):
-    """Alone on a layer, changes the input of the base call instead of adding to its output."""
-
-    @abstractmethod
-    def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
-        """The input (…, in) to call the frozen layer with, in the dtype of ``x``."""
-
-
-class ReplacesCall(ABC):
-    """Alone on a layer without hooks, computes what the layer gives in place of the base call."""
-
-    @abstractmethod
-    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """What the layer gives for ``x``, bias included, in its own dtype; None where the base has to be called."""
-
-
-class TransformsOutput(ABC):
-    """Alone on a layer, changes the output of the base call; beside ``TransformsInput``, of that call."""
-
-    @abstractmethod
-    def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
-        """What the layer gives instead of ``output`` (…, out), in the dtype of that."""
-
-
-class Rescales:
-    """Has a factor on what it adds, ``scaling``, which can be changed while the adapter is loaded.
-
-    Attributes:
-        scaling: the factor; a 0-d tensor once the model is prepared for compiled hot-swapping.
-    """
-
-    scaling: float | Tensor
-    _trained_scaling: float | None = None
-
-    @property
-    def trained_scaling(self) -> float:
-        """The factor its config asks for, whatever was written since."""
-        return float(self.scaling) if self._trained_scaling is None else self._trained_scaling
-
-    def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
-        """Sets the factor, in place where it is held as a tensor.
-
-        Args:
-            scaling: the new factor.
-            trained: take it for the trained one from now on.
-        """
-        self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
-        if isinstance(self.scaling, Tensor):
-            self.scaling.fill_(float(scaling))
-        else:
-            self.__dict__["scaling"] = float(scaling)
-
-    def keep_scaling(self, change: Transaction) -> None:
-        """Records the factor."""
-        change.keep_attributes(self, "scaling", "_trained_scaling")
-        if isinstance(self.scaling, Tensor):
-            change.keep_values([self.scaling])
-
-    def hold_scaling_as_tensor(self, device: torch.device) -> None:
-        """Lets the factor change without recompiling."""
-        if not isinstance(self.scaling, Tensor):
-            self.__dict__["scaling"] = torch.tensor(float(self.scaling), device=device)
-
-
-class ChangesBase(ABC):
-    """Changes the layer it is put on, beside what it adds."""
-
-    @abstractmethod
-    def change_base(self, base: BaseLayer, change: Transaction) -> None:
-        """Changes the layer, once, as the adapter is put on it; what it changes is recorded."""
-
-
-class Pads(ABC):
-    """Can have more room in its tensors than it uses, so that adapters of another size fit in."""
-
-    @property
-    @abstractmethod
-    def room(self) -> int:
-        """The largest size (rank) that fits into its tensors now."""
-
-    @abstractmethod
-    def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Views of the part of a parameter that an adapter of some shape uses, and of the rest."""
-
-    @abstractmethod
-    def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The parameters that grow to a size, and their values padded with zeros."""
-
-    @abstractmethod
-    def mark_padded(self) -> None:
-        """Remembers that its tensors have more room than it uses."""
-
-
-class ServesRows(ABC):
-    """Can serve a batch, whose rows are served by several adapters of the class, in one pass."""
-
-    @classmethod
-    @abstractmethod
-    def mixed(
-        cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
-    ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """One pass for a batch whose rows are served by several adapters of this method.
-
-        Args:
-            adapters: what may serve a row; None where the layer lacks the adapter.
-            scales: factor on each one's delta.
-            base: the layer.
-            kept: a place for what is prepared once for many calls.
-
-        Returns:
-            A function of the input (batch, …) and an index (batch,) into ``adapters`` (-1: none)
-            that gives the delta to add, or None where rows have to be served adapter by adapter.
-        """
-
-
-class ConvertsToLora(ABC):
-    """What it adds to a weight is exactly the product of two thin matrices."""
-
-    @abstractmethod
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The two matrices, detached, without rows that are only padding; None where there are none on the layer."""
-
-
-class IsLowRank(ConvertsToLora):
-    """Its parameters are those two matrices, on every layer."""
-
-    @abstractmethod
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """The two matrices; see ``ConvertsToLora``."""

@@ -23,9 +23,10 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
     effect_without_step: ClassVar[str]
     """What does not happen where nobody tells it of a step, as the start of a sentence."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.__dict__.update(sums=None, seen=(None, 0), told=False, warned=False)
+    sums: list[Tensor] | None = None
+    seen: tuple[Tensor | None, int] = (None, 0)
+    reported: bool = False
+    warned: bool = False
 
     @abstractmethod
     def allocate(self, step: int) -> None:
@@ -40,14 +41,14 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 
         A second call after one optimizer step, as of a callback beside a Trainer that calls it anyway, does nothing.
         """
-        self.__dict__["told"] = True
+        self.bind(reported=True)
         gradient, version = self._gradient()
-        seen, seen_version = self.__dict__["seen"]
+        seen, seen_version = self.seen
         if gradient is None or (gradient is seen and version == seen_version):
             return
         with torch.no_grad():
             self.allocate(step)
-        self.__dict__["seen"] = self._gradient()
+        self.bind(seen=self._gradient())
 
     def extra_loss(self) -> Tensor | None:
         """None; see ``LearnsWithHooks``."""
@@ -56,14 +57,14 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 
     def warn_if_not_stepped(self) -> None:
         """Warns in the second step of a training that nobody tells it of."""
-        if self.__dict__["told"] or self.__dict__["warned"] or not torch.is_grad_enabled():
+        if self.reported or self.warned or not torch.is_grad_enabled():
             return
-        before = self.__dict__["sums"]
+        before = self.sums
         sums = [parameter.detach().sum() for adapter in self.adapters.values() for parameter in adapter.parameters()]
-        self.__dict__["sums"] = sums
+        self.bind(sums=sums)
         if before is None or all(torch.equal(*pair) for pair in zip(before, sums, strict=True)):
             return
-        self.__dict__["warned"] = True
+        self.bind(warned=True)
         warnings.warn(
             f"{self.effect_without_step} unless it is told of each step: call "
             "model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",

@@ -136,7 +136,7 @@ class Composite(ABC):
     """A ``LayerKind`` of modules that compute with several weights, some of layers inside them that they never call.
 
     Each of the weights gets an adapter: the module's own parameter one at the path of the module, those of the
-    layers one at theirs. A method names the class of such adapters (``Method.kind_classes``).
+    layers one at theirs. A method names the class of such adapters (``OwnKinds.classes``).
     """
 
     parameter: ClassVar[str]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ class ModelAdapter(Adapter, TransformsOutput):
     """
 
     is_tied: ClassVar[bool] = True  # it leaves the embedding's weight as it is, whoever shares that
-    parts_shown_as: ClassVar[str] = "prompt_encoder"
+    peft: ClassVar[PeftNames] = PeftNames(shown_as="prompt_encoder")
     call_argument: ClassVar[str] = ""
     token_count: int = 0
     decoder_token_count: int = 0
@@ -211,7 +212,7 @@ class AddsInside(ABC):
 class RunsBeside(ABC):
     """Has a network that runs beside the model, whose state goes through some blocks of it; a ``ModelAdapter``.
 
-    Its method declares ``call_context``, which gives None: the state takes that place while the call runs.
+    Its method declares a ``context`` of None (``CallInputs``): the state takes that place while the call runs.
 
     Attributes:
         title: of its method, for messages.

@@ -7,6 +7,7 @@ each entry point names a module whose import registers.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import threading
 import warnings
@@ -15,65 +16,23 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, PeftType
 from nbpeft.engine.contract.base import Backend, Composite, LayerKind
-from nbpeft.engine.contract.combination import Combine, Member
+from nbpeft.engine.contract.combination import Combine
+from nbpeft.engine.contract.former_contract import check_classes, check_fields
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, OwnKinds, SharedTensors
+from nbpeft.engine.contract.method_records import Companion as Companion
+from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 
 Targets = Collection[str] | str | None
-
-
-@dataclass(frozen=True)
-class Part:
-    """An adapter that a config of another method asks for on some layer.
-
-    Attributes:
-        config: what ``create`` of the method takes.
-        tied_to: path of the layer whose adapter it shares the tensors of; else empty.
-    """
-
-    config: Any
-    tied_to: str = ""
-
-
-class Companion(Protocol):
-    """How configs of other methods ask for adapters of a method, with a field of theirs."""
-
-    field: str
-    """The field; empty or None asks for nothing."""
-    file_keys: Mapping[str, str]
-    """Parameter name -> what follows the module path in the files of the other methods."""
-
-    def __call__(self, model: nn.Module, config: Any, modules: Sequence[tuple[str, nn.Module]]) -> Mapping[str, Part]:
-        """Path -> adapter that the field asks for.
-
-        Args:
-            model: the base model.
-            config: any config, with the field or without.
-            modules: path and module of everything in the model; a module may come several times.
-
-        Raises:
-            TargetError: a module is not there, or cannot have such an adapter.
-            ConfigError: the value is impossible.
-        """
-        ...
-
-    def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-        """Combines what configs asked for.
-
-        Args:
-            parts: path -> adapters there, each with the weight of its change.
-
-        Returns:
-            The field's value for the combination, and path -> parameter name -> tensor.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,93 +45,51 @@ class Method:
         config_class: class of its configs.
         adapter_class: class of its adapters.
         applies: whether a config of that class means this method (several may share a class).
-        prefix: starts the names of its parameters.
-        file_keys: parameter name -> what follows the module path in PEFT's files, where that is not the name itself.
         default_targets: model type -> usual targets, names, a pattern or "all-linear"; None if unknown.
         variant: config -> a name more exact than the label, or empty: ``rsLoRA``.
         summary: config -> what panels, cards and previews show of it: ``{"r": "16", "α": "32"}``.
         smaller: config -> one with fewer parameters, for forecasts that do not fit; None where there is none.
         sample_configs: name -> fields of a config, without targets; the tests try the method with each.
-        shared: class of what all its layers share, if anything.
-        tied: (config, path -> (in, out) features of its layers, in model order) -> path -> parameter -> path of the
-            earlier layer whose parameter it is, where some layers share one. A file holds it for each of them. The
-            names of the config's targets are condensed before, where they are many.
-        call_context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context``
-            while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
-        call_arguments: names of arguments of a call that are for that alone, and not for the model.
-        token_arguments: those of them that are one number for each token of the input, (rows, length); the others are
-            one for each row.
-        derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
-        combine: how adapters of it are combined; methods that can be combined with each other have the same.
-        companion: lets configs of other methods ask for it.
-        draws_in_training: whether its adapters compute with random numbers in training mode, besides dropout.
-        layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
-        layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
-        layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
-        layer_names: names under which PEFT's layers keep its parameters, and those of what they keep besides, each
-            separated by spaces.
-        pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
-        unpack: (config, key -> tensor of a file) -> the tensors of an adapter. Called with tensors on the meta device
-            first, whose shapes are checked before the file is read.
-        fuse: (key -> tensor of a file, parameter of experts -> layers that it was) -> the same, with the tensors of
-            those layers joined to the parameter's; for files from before transformers 5.
-        model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
-            model's manager and the arguments.
-        model_attributes: PEFT's name of an attribute of such a model's ``base_model`` -> a function of that.
-        parts: (manager, adapter name) -> folder beside its file -> config, and path -> parameter -> tensor, of other
-            adapters that it consists of.
-        with_parts: (config of a file, folder of such an adapter -> its place or None, keywords of loading) -> the same
-            config with their places.
-        generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.
-        without_weight: rewrites an adapter that is initialised from the weight as one that is not.
-        kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
-            bare parameters (``target_parameters``) and for each ``Composite`` kind, or goes on none.
-        tied_class: (config, paths of layers that share one weight) -> class of the adapters that use the tensors of the
-            one on the first of them, for ``ensure_weight_tying``; None where there is none.
+        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
         when: when to choose it, in a few words.
         paper: where it is described: ``arXiv:2106.09685``, or an address.
-        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
+        draws_in_training: whether its adapters compute with random numbers in training mode, besides dropout.
+        combine: how adapters of it are combined; methods that can be combined with each other have the same.
+        shares: tensors that its layers share with each other.
+        calls: what it takes from calls of the model.
+        files: how its files differ from its parameters.
+        kinds: kinds of layers that it treats in its own way.
     """
 
     label: str
     peft_type: str
     config_class: type[AdapterConfig]
     adapter_class: type[Adapter]
-    prefix: str
     applies: Callable[[Any], bool] = lambda config: True
-    file_keys: Mapping[str, str] = field(default_factory=dict)
     default_targets: Callable[[str | None], Targets] = lambda model_type: None
     variant: Callable[[Any], str] = lambda config: ""
     summary: Callable[[Any], Mapping[str, str]] = lambda config: {}
     smaller: Callable[[Any], Any] = lambda config: None
     sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    shared: type[SharedState] | None = None
-    tied: Callable[[Any, Mapping[str, tuple[int, int]]], Mapping[str, Mapping[str, str]]] | None = None
-    call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
-    call_arguments: tuple[str, ...] = ()
-    token_arguments: tuple[str, ...] = ()
-    derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
-    combine: Combine | None = None
-    companion: Companion | None = None
-    draws_in_training: bool = False
-    layer_kinds: tuple[LayerKind, ...] = ()
-    layer_prefix: str = ""
-    layer_name: str = ""
-    layer_names: tuple[str, str] = ("", "")
-    pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
-    unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
-    fuse: Callable[[Mapping[str, Tensor], Mapping[str, tuple[str, ...]]], Mapping[str, Tensor]] | None = None
-    model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    model_attributes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
-    parts: Callable[[Any, str], Mapping[str, tuple[AdapterConfig, dict[str, dict[str, Tensor]]]]] = lambda _, name: {}
-    with_parts: Callable[[Any, Callable[[str], str | None], Mapping[str, Any]], Any] = lambda config, *_: config
-    generation: Callable[[Any, nn.Module], Mapping[str, Any]] = lambda config, model: {}
-    without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
-    kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)
-    tied_class: Callable[[Any, Sequence[str]], type[Adapter]] | None = None
+    listed_with: Mapping[str, Any] = field(default_factory=dict)
     when: str = ""
     paper: str = ""
-    listed_with: Mapping[str, Any] = field(default_factory=dict)
+    draws_in_training: bool = False
+    combine: Combine | None = None
+    shares: SharedTensors = field(default_factory=SharedTensors)
+    calls: CallInputs = field(default_factory=CallInputs)
+    files: FileFormat = field(default_factory=FileFormat)
+    kinds: OwnKinds = field(default_factory=OwnKinds)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its parameters start with."""
+        return self.files.prefix or f"{self.peft_type.lower()}_"
+
+    @property
+    def peft(self) -> PeftNames:
+        """PEFT's names of what its adapters have."""
+        return self.adapter_class.peft
 
     @property
     def transforms_calls(self) -> bool:
@@ -182,6 +99,9 @@ class Method:
     def title(self, config: AdapterConfig) -> str:
         """Its name for people, for one config."""
         return self.variant(config) or self.label
+
+
+_FIELDS = tuple(one.name for one in dataclasses.fields(Method))[4:]
 
 
 class _Ranked(Protocol):
@@ -210,13 +130,17 @@ def register(
         config_class: class of its configs.
         peft_type: the ``peft_type`` in config files.
         label: its name for people.
-        **fields: the other attributes of ``Method``; ``prefix`` is the ``peft_type`` in small letters by default.
+        **fields: the other attributes of ``Method``.
 
     Raises:
         UnknownMethodError: another class has the label.
+        ConfigError: ``Method`` has no such attribute, or the class is written for the contract of nbpeft 0.2.
     """
+    check_fields(label, fields, _FIELDS)
 
     def decorate(cls: AdapterClass) -> AdapterClass:
+        method = Method(label, peft_type, config_class, cls, **fields)
+        check_classes(label, cls, method.shares.state)
         clash = next((m for m in _methods if m.label == label and m.adapter_class is not cls), None)
         if clash is not None and clash.adapter_class.__qualname__ != cls.__qualname__:
             raise UnknownMethodError(
@@ -225,8 +149,7 @@ def register(
         if clash is not None:
             _methods.remove(clash)
         PeftType.add(peft_type)
-        prefix = fields.pop("prefix", f"{peft_type.lower()}_")
-        _methods.append(Method(label, peft_type, config_class, cls, prefix, **fields))
+        _methods.append(method)
         return cls
 
     return decorate
@@ -282,7 +205,7 @@ def method_of_adapter(adapter: Adapter) -> Method | None:
     """The method that an adapter is made by, that of the nearest registered class; None if there is none."""
     for cls in type(adapter).__mro__:
         for method in _methods:
-            if cls in (method.adapter_class, *method.kind_classes.values()):
+            if cls in (method.adapter_class, *method.kinds.classes.values()):
                 return method
     return None
 
@@ -299,7 +222,7 @@ def transforms_calls(peft_type: str) -> bool:
 
 def companions() -> tuple[Method, ...]:
     """The methods that configs of other methods can ask for."""
-    return tuple(method for method in methods() if method.companion is not None)
+    return tuple(method for method in methods() if method.shares.companion is not None)
 
 
 def file_keys(peft_type: str) -> dict[str, str]:
@@ -310,12 +233,12 @@ def file_keys(peft_type: str) -> dict[str, str]:
     """
     keys: dict[str, str] = {}
     for method in methods():
-        if method.companion is not None:
-            keys.update(method.companion.file_keys)
+        if method.shares.companion is not None:
+            keys.update(method.shares.companion.file_keys)
     for method in methods_of_type(peft_type):
-        if method.companion is not None:
-            keys = {key: value for key, value in keys.items() if key not in method.companion.file_keys}
-        keys.update(method.file_keys)
+        if method.shares.companion is not None:
+            keys = {key: value for key, value in keys.items() if key not in method.shares.companion.file_keys}
+        keys.update(method.files.keys)
     return keys
 
 
@@ -343,7 +266,7 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
 
 def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> LayerKind | None:
     """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
-    kinds = _layer_kinds if method is None or not method.layer_kinds else method.layer_kinds
+    kinds = _layer_kinds if method is None or not method.kinds.only else method.kinds.only
     return _first_match(kinds, module)
 
 
@@ -366,7 +289,7 @@ def _first_match(ranked: Sequence[Matching], module: nn.Module) -> Matching | No
 
 def layer_kind_named(name: str) -> LayerKind:
     """The kind of a name that ``resolve_layer_kind`` gave."""
-    own = (kind for method in _methods for kind in method.layer_kinds)
+    own = (kind for method in _methods for kind in method.kinds.only)
     return next(kind for kind in chain(_layer_kinds, own) if kind.name == name)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,9 +11,32 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.bindable import Bindable
+from nbpeft.engine.contract.initial_draws import Fill, drawn
 
 
-class SharedState(nn.Module):
+@dataclass(frozen=True)
+class SharedSite:
+    """Where a shared state is built.
+
+    Attributes:
+        shapes: what ``tensor_shapes`` gave.
+        device: where the first layer is.
+        dtype: dtype of new tensors.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    device: torch.device
+    dtype: torch.dtype
+
+    def new(self, shape: Sequence[int], fill: Fill | None = None) -> Tensor:
+        """A new tensor; see ``AdapterSite.new``."""
+        if fill is None:
+            return torch.zeros(shape, device=self.device, dtype=self.dtype)
+        return drawn(shape, fill, self.device, self.dtype)
+
+
+class SharedState(Bindable):
     """What all layers of one adapter share; one for each adapter name. Derive from it where a method needs one.
 
     It hangs in the first adapted layer, so it moves and trains with the model.
@@ -41,24 +65,28 @@ class SharedState(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def create(
-        cls,
-        config: Any,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Builds the state, before the adapters of the layers.
+    def initial_tensors(cls, config: Any, site: SharedSite) -> Mapping[str, Tensor]:
+        """Makes the tensors of a new state, by name; zeros unless a method says otherwise.
 
         Args:
             config: the method's own config.
-            shapes: what ``tensor_shapes`` gave.
-            tensors: loaded tensors by name, or None to initialise.
-            device: where the first layer is.
-            dtype: dtype of new tensors.
+            site: shapes, device and dtype; ``site.new`` makes tensors.
         """
-        raise NotImplementedError
+        return {name: site.new(shape) for name, shape in site.shapes.items()}
+
+    @classmethod
+    def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Builds the state, before the adapters of the layers; by default all its tensors are parameters.
+
+        Args:
+            config: the method's own config.
+            site: shapes, device and dtype.
+            tensors: loaded tensors by name, or None to initialise.
+        """
+        given = cls.initial_tensors(config, site) if tensors is None else tensors
+        made = cls()
+        made.bind({name: given[name].to(site.device, site.dtype) for name in site.shapes})
+        return made
 
     @classmethod
     def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
@@ -85,11 +113,6 @@ class SharedState(nn.Module):
             layers: path -> adapter and layer.
             change: records what is written.
         """
-
-    def held(self, name: str) -> Tensor:
-        """One of its parameters; nn.DataParallel's replicas have it as a plain attribute."""
-        found = self._parameters.get(name)
-        return self.__dict__[name] if found is None else found
 
     @classmethod
     def is_saved(cls, config: Any) -> bool:
@@ -130,18 +153,12 @@ class DrawnTensors(SharedState):
         raise NotImplementedError
 
     @classmethod
-    def create(
-        cls,
-        config: Any,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
+    def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors or draws them from the config's seed."""
         if tensors is None:
-            tensors = cls.drawn(config, shapes, torch.Generator().manual_seed(config.projection_prng_key))
-        return cls({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, saved=config.save_projection)
+            tensors = cls.drawn(config, site.shapes, torch.Generator().manual_seed(config.projection_prng_key))
+        placed = {name: tensor.to(site.device, site.dtype) for name, tensor in tensors.items()}
+        return cls(placed, saved=config.save_projection)
 
     @classmethod
     def is_saved(cls, config: Any) -> bool:
@@ -165,7 +182,7 @@ class Together(SharedState):
     def __init__(self, config: Any) -> None:
         super().__init__()
         # Each adapter is a module of its layer.
-        self.__dict__.update(config=config, adapters={})
+        self.bind(config=config, adapters={})
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
@@ -173,14 +190,7 @@ class Together(SharedState):
         return {}
 
     @classmethod
-    def create(
-        cls,
-        config: Any,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
+    def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Starts without any adapter."""
         return cls(config)
 

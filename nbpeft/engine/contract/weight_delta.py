@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, IsLowRank, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import composes, compute_dtype, without_autocast
 
 Compute = Callable[..., Tensor]
@@ -29,21 +29,11 @@ class WeightDelta(Adapter):
     """An adapter that adds ``delta(*parameters)`` to the weight, a differentiable function of its parameters.
 
     Subclasses give ``delta`` and, where they drop something in training, ``delta_in_training``.
-
-    Args:
-        tensors: parameter name -> tensor, in the order in which ``delta`` takes them.
     """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
-        self.__dict__["_names"] = tuple(tensors)
-
-    _names: tuple[str, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its parameters, in their order."""
+        """Its parameters, in the order of ``parameter_shapes``."""
         return tuple(self.held[name] for name in self._names)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
@@ -70,11 +60,6 @@ class WeightDelta(Adapter):
 class ScaledDelta(WeightDelta, Rescales):
     """A delta times a scaling, alpha / r; in training the whole of it may be dropped, or rows of it.
 
-    Args:
-        tensors: parameter name -> tensor, in the order in which ``delta`` takes them.
-        config: has ``rank_at``, ``alpha_at``, ``scaling_at``, ``module_dropout`` and ``rank_dropout``.
-        path: of the layer.
-
     Attributes:
         rank: what the config asks for on the layer.
         alpha: likewise.
@@ -83,38 +68,22 @@ class ScaledDelta(WeightDelta, Rescales):
         rescales_rows: whether the rows that are left are made larger by the share of those that are not.
     """
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        name: name for name in ("r", "alpha", "rank_dropout", "module_dropout")
-    } | {"r": "rank"}
+    from_config: ClassVar[Mapping[str, str]] = {
+        "scaling": "scaling_at",
+        "rank": "rank_at",
+        "alpha": "alpha_at",
+        "module_dropout": "module_dropout",
+        "rank_dropout": "rank_dropout",
+    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        attributes={name: name for name in ("r", "alpha", "rank_dropout", "module_dropout")} | {"r": "rank"}
+    )
 
     rank: int
     alpha: float
     module_dropout: float
     rank_dropout: float
-    rescales_rows: bool
-
-    def __init__(self, tensors: Mapping[str, Tensor], config: Any, path: str) -> None:
-        super().__init__(tensors)
-        self.__dict__.update(scaling=config.scaling_at(path), **self._settings(config, path))
-
-    def _settings(self, config: Any, path: str) -> dict[str, Any]:
-        return {
-            "rank": config.rank_at(path),
-            "alpha": config.alpha_at(path),
-            "module_dropout": config.module_dropout,
-            "rank_dropout": config.rank_dropout,
-            "rescales_rows": getattr(config, "rank_dropout_scale", True),
-        }
-
-    def configure(self, config: Any, path: str) -> None:
-        """Takes scaling and dropouts of a config over."""
-        self.rescale(config.scaling_at(path), trained=True)
-        self.__dict__.update(self._settings(config, path))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records scaling and dropouts."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "rank", "alpha", "module_dropout", "rank_dropout", "rescales_rows")
+    rescales_rows: bool = True
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """Computes the delta without its scaling, shaped like the canonical weight."""
@@ -142,10 +111,6 @@ class ScaledDelta(WeightDelta, Rescales):
             kept = kept / kept.mean().clamp_min(1 / shape[0])
         rows = kept.view(-1, *[1] * (len(shape) - 1))
         return lambda *parameters: self.delta(base, *parameters) * rows
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, alpha={self.alpha:g}"
 
 
 class ComputedFactors(Adapter, IsLowRank):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from nbpeft._util.interrupts import released_interrupts
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.manager_protocol import Manager
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.hotswap.writes import Writes
-from nbpeft.engine.manager_protocol import Manager
 from nbpeft.errors import HotSwapError, in_one_line
 
 
@@ -124,11 +124,11 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
 def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: AdapterWeights) -> None:
     """Raises HotSwapError if what the layers share, which stays the slot's, is not that of the new adapter."""
     method, slot_config = method_of(config), manager.configs[name]
-    if method.shared is None:
+    if method.shares.state is None:
         return
-    if weights.shared or method.shared.is_saved(config):
+    if weights.shared or method.shares.state.is_saved(config):
         raise HotSwapError(f"the new adapter is {method.label} with its own of what layers share: load it instead")
-    for field in method.shared.made_from:
+    for field in method.shares.state.made_from:
         old, new = getattr(slot_config, field), getattr(config, field)
         if old != new:
             raise HotSwapError(
@@ -138,7 +138,7 @@ def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: A
             )
     features = _features(manager, name)
     own = {path: features[path] for path in weights.adapters if path in features}
-    wide, narrow = (method.shared.tensor_shapes(config, layers) for layers in (features, own))
+    wide, narrow = (method.shares.state.tensor_shapes(config, layers) for layers in (features, own))
     if wide != narrow:
         raise HotSwapError(
             f"the new adapter is not on the largest layers of {name!r}, so that its layers share tensors of other "
@@ -154,7 +154,7 @@ def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig)
         if getattr(owner, "initialised_from_weight", False):  # a config of another library is reported further on
             raise HotSwapError(f"{which} starts in a part of the base weights: load one beside the other")
         for method in companions():
-            field = "" if method.companion is None else method.companion.field
+            field = "" if method.shares.companion is None else method.shares.companion.field
             if getattr(owner, field, None):
                 raise HotSwapError(f"{which} has {method.label} ({field}): load one beside the other")
 

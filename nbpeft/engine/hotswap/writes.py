@@ -84,7 +84,7 @@ class Writes:
 
     def _check_form(self, path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
         """Raises HotSwapError if the new adapter has other parameters than the slot, or others than it can take."""
-        read = adapter._parameters.keys() - set(adapter.constant_parameters)
+        read = adapter._parameters.keys() - set(adapter.peft.constants)
         own = {key: tuple(held.shape) for key, held in adapter._parameters.items() if held is not None and key in read}
         if own.keys() == shapes.keys() and (isinstance(adapter, Pads) or own == shapes):
             return

@@ -20,7 +20,7 @@ from nbpeft.engine.calls.side_network import put_side_network
 from nbpeft.engine.changes.active_state import ActiveState
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, Composite, offloading
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
@@ -214,12 +214,12 @@ def shared_state(
         device: of its tensors.
         dtype: of new tensors.
     """
-    shared = method_of(plan.config).shared
+    shared = method_of(plan.config).shares.state
     if shared is None:
         return None
     given = {} if weights is None else weights.shared
     whole = weights is not None and plan.shared.keys() <= given.keys()
-    made = shared.create(plan.config, plan.shared, given if whole else None, device, dtype)
+    made = shared.create(plan.config, SharedSite(plan.shared, device, dtype), given if whole else None)
     made.place({path: layers[path] for path in plan.features})
     if not whole:
         _copy_in(made, {name: tensor for name, tensor in given.items() if name in plan.shared})

@@ -27,7 +27,15 @@ from nbpeft.engine.config.targets import (
     nothing_matches,
     with_target,
 )
-from nbpeft.engine.contract.adapter import TASK_HEADS, Adapter, AdapterConfig, AdapterWeights, TaskType
+from nbpeft.engine.contract.adapter import (
+    TASK_HEADS,
+    Adapter,
+    AdapterConfig,
+    AdapterWeights,
+    HasFixedTensors,
+    TaskType,
+    UsesAnother,
+)
 from nbpeft.engine.contract.base import Backend, LayerKind
 from nbpeft.engine.contract.registry import (
     Method,
@@ -205,7 +213,7 @@ class InjectionPlan:
     @property
     def saved_shared(self) -> dict[str, tuple[int, ...]]:
         """Those of the shared tensors that a file holds."""
-        state = method_of(self.config).shared
+        state = method_of(self.config).shares.state
         return self.shared if state is not None and state.is_saved(self.config) else {}
 
     @property
@@ -221,7 +229,7 @@ class InjectionPlan:
     @property
     def _added_count(self) -> int:
         """Parameters that train and are new."""
-        state = method_of(self.config).shared
+        state = method_of(self.config).shares.state
         trained = self.shared.values() if state is not None and state.is_trained else ()
         return sum(target.parameter_count for target in self.targets) + sum(map(math.prod, trained))
 
@@ -232,6 +240,7 @@ class InjectionPlan:
             target
             for target in self.targets
             if target.tied_to
+            and issubclass(target.adapter_class, UsesAnother)
             and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
         ]
 
@@ -261,7 +270,7 @@ class InjectionPlan:
     @property
     def frozen_byte_count(self) -> int:
         """Bytes of what the layers share and nobody trains, such as drawn projections."""
-        state = method_of(self.config).shared
+        state = method_of(self.config).shares.state
         if state is None or state.is_trained:
             return 0
         others = state.other_dtypes(self.shared)
@@ -298,7 +307,7 @@ def plan(
     tied = _ensured(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
-        () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
+        () if method.shares.companion is not None else getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
         getattr(resolved, "layers_to_transform", None),
         getattr(resolved, "layers_pattern", None),
@@ -308,8 +317,8 @@ def plan(
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     if resolved.fill_in_layers(features):
         targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
-    if method.tied is not None:
-        ties = method.tied(resolved, features)
+    if method.shares.tied is not None:
+        ties = method.shares.tied(resolved, features)
         targets = [replace(target, tied=ties.get(target.path, {})) for target in targets]
     adapted = {target.path for target in targets}
     named = Matcher(getattr(resolved, "target_parameters", None) or ())
@@ -336,7 +345,7 @@ def plan(
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
     if bare and is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
         warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
-    shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
+    shared = {} if method.shares.state is None else method.shares.state.tensor_shapes(resolved, features)
     _check_size(model, (*targets, *parts), shared)
     _warn_of_ties(model, config, sites, tied, adapted | copies.keys(), parts)
     biases = _biases(model, resolved, adapted, tuple(copies))
@@ -426,7 +435,7 @@ def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str
 def _check_has_tensors(config: AdapterConfig, targets: Sequence[Target], others: Sequence[str]) -> None:
     """Refuses an adapter that has no tensors, on its targets or among ``others``, where its method has such."""
     method = method_of(config)
-    if not targets or others or any(target.saved_shapes for target in targets) or not method.adapter_class.has_tensors:
+    if not targets or others or any(target.saved_shapes for target in targets) or not method.files.has_tensors:
         return
     more = f" and {len(targets) - 1} more layers" if len(targets) > 1 else ""
     raise ConfigError(
@@ -439,7 +448,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
-    if targets is None and method.companion is None and not method.transforms_calls:
+    if targets is None and method.shares.companion is None and not method.transforms_calls:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = method.default_targets(model_type)
         if targets is None and getattr(config, "target_parameters", None):
@@ -456,7 +465,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
     with_parameters(model, config, resolved, method, sites)
     chosen = config.condenses_targets and getattr(config, "layers_to_transform", None) is not None
-    if chosen or method.tied is not None:  # which layers that means goes by the names
+    if chosen or method.shares.tied is not None:  # which layers that means goes by the names
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
@@ -531,13 +540,13 @@ def _with_tied(
         return targets
     source, *others = [next(site for site in sites if site.path == path) for path in tied]
     method, refusal = method_of(config), _tie_refusal([source, *others], matcher, config)
-    if refusal or method.tied_class is None:
+    if refusal or method.shares.tied_class is None:
         raise ConfigError(
             f"ensure_weight_tying: {' and '.join(tied)} share one weight, and {refusal}; leave all of them out of the "
             "targets",
             field="ensure_weight_tying",
         )
-    tied_class = method.tied_class(config, list(tied))
+    tied_class = method.shares.tied_class(config, list(tied))
     for path in tied:
         if not matcher.matches(path):  # PEFT ties what has one of its names for embeddings and heads
             config.target_modules = with_target(config.target_modules, path)  # type: ignore[attr-defined]
@@ -557,7 +566,7 @@ def _tie_refusal(sites: Sequence[Site], matcher: Matcher, config: AdapterConfig)
         if custom_part(site.module, site.wrapper, config, site.path) is not None:
             return f"{site.path} has a layer of a registered class"
     method = method_of(config)
-    return "" if method.tied_class is not None else f"{method.title(config)} on them cannot share its tensors"
+    return "" if method.shares.tied_class is not None else f"{method.title(config)} on them cannot share its tensors"
 
 
 def _match(
@@ -592,8 +601,8 @@ def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site
     """Modules that get an adapter of a method that the config asks for beside its own; those tied to others last."""
     targets: list[Target] = []
     for method in companions():
-        assert method.companion is not None
-        parts = method.companion(model, config, [(site.path, site.module) for site in sites])
+        assert method.shares.companion is not None
+        parts = method.shares.companion(model, config, [(site.path, site.module) for site in sites])
         for site in sites:
             part = parts.get(site.path)
             if part is None:
@@ -601,7 +610,7 @@ def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site
             if site.path in taken or isinstance(site.wrapper, ModulesToSaveWrapper):
                 raise LayerKindError(
                     f"{site.path} is adapted or trained as a whole already; it cannot have an adapter of "
-                    f"{method.companion.field} too"
+                    f"{method.shares.companion.field} too"
                 )
             targets.append(_target(site, part.config, method, tied_to=part.tied_to))
     return sorted(targets, key=lambda target: bool(target.tied_to))
@@ -620,7 +629,7 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
         made[target.path] = target, adapter
         for name, owner in target.tied.items():
             adapter._parameters[name] = made[owner][1]._parameters[name]
-        if target.tied_to:
+        if target.tied_to and isinstance(adapter, UsesAnother):
             adapter.tie_to(made[target.tied_to][1])
     return list(made.values())
 
@@ -638,8 +647,11 @@ def _target(
         kind, backend = resolve_parts(site, method)
         shapes = made_by.parameter_shapes(config, site.path, site.module, kind)
     taken, given = kind.features(site.module)
-    fixed = {} if tied_to else made_by.fixed_tensors(config, shapes, site.module, kind)
-    unsaved = 0 if tied_to else made_by.unsaved_elements(config, site.module, kind)
+    fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    unsaved = 0
+    if not tied_to and issubclass(made_by, HasFixedTensors):
+        fixed = made_by.fixed_tensors(config, shapes, site.module, kind)
+        unsaved = made_by.unsaved_elements(config, site.module, kind)
     return Target(
         *(site.path, kind.name, backend.name, taken, given, shapes, made_by, config, tied_to),
         fixed=fixed,
@@ -649,7 +661,7 @@ def _target(
 
 def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, method: Method) -> list[Target]:
     """The targets of a composite module: its own weight, and the layers inside it whose weights it reads."""
-    adapter_class, view = method.kind_classes.get(kind.name), ParameterView(site.module, kind.parameter)
+    adapter_class, view = method.kinds.classes.get(kind.name), ParameterView(site.module, kind.parameter)
     refusal = kind.refusal(site.module)
     if adapter_class is None:
         refusal = f"{method.title(config)} does not work there (target module is not supported)"
@@ -671,7 +683,7 @@ def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, me
 
 
 def _parameter_target(site: Site, config: Any, method: Method) -> Target:
-    adapter_class = method.kind_classes.get("parameter")
+    adapter_class = method.kinds.classes.get("parameter")
     if adapter_class is None:
         raise ConfigError(
             f"target_parameters does not work with {method.title(config)}; use plain LoRA", field="target_parameters"
@@ -693,10 +705,10 @@ def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend
     if kind is None or backend is None:
-        what = "name other modules" if method.layer_kinds else "name its linear layers"
+        what = "name other modules" if method.kinds.only else "name its linear layers"
         raise TargetError(
             f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
-            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            f"{' by ' + method.label if method.kinds.only else ''} (target module is not supported); {what} or "
             "exclude it",
             path=site.path,
             kind=type(site.module).__name__,

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import ActiveState, LayerState
-from nbpeft.engine.contract.adapter import Rescales
+from nbpeft.engine.contract.adapter import Adapter, Rescales
 from nbpeft.engine.contract.base import Backend, BaseLayer
 from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
 from nbpeft.errors import CheckpointError, UnknownAdapterError, did_you_mean
@@ -290,7 +290,7 @@ class PeftLayerMixin(ChoosesAlone):
         """Names under which the layer keeps parameters of adapters."""
         if not self._named():
             return self._names_when_empty(0)
-        return tuple(dict.fromkeys(name for adapter in self._named().values() for name in adapter.layer_names()))
+        return tuple(dict.fromkeys(name for adapter in self._named().values() for name in _mapping_names(adapter)))
 
     @_OfInstances
     def other_param_names(self) -> tuple[str, ...]:
@@ -299,12 +299,13 @@ class PeftLayerMixin(ChoosesAlone):
             return self._names_when_empty(1)
         found: dict[str, None] = {}
         for adapter in self._named().values():
-            found.update(dict.fromkeys((*adapter.peft_attributes, *adapter.peft_modules)))
+            found.update(dict.fromkeys((*adapter.peft.attributes, *adapter.peft.modules)))
             found.update({"scaling": None} if isinstance(adapter, Rescales) else {})
         return tuple(found)
 
     def _names_when_empty(self, kind: int) -> tuple[str, ...]:
-        return tuple(name for method in self._methods() for name in method.layer_names[kind].split())
+        names = ((method.peft.parameters, method.peft.others)[kind] for method in self._methods())
+        return tuple(name for several in names for name in several.split())
 
     def _all_available_adapter_names(self) -> list[str]:
         """Names of all adapters on the layer, sorted; PEFT's libraries call it."""
@@ -410,10 +411,10 @@ class PeftLayerMixin(ChoosesAlone):
     def adapted_as(self) -> str:
         """What PEFT calls such a layer, as ``lora.Linear`` or ``lora.Linear4bit``."""
         methods = self._methods()
-        own = sorted({method.peft_type.lower() for method in methods if not method.layer_name})
+        own = sorted({method.peft_type.lower() for method in methods if not method.peft.layer})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
-        prefix = methods[0].layer_prefix if len(own) == 1 else ""
-        return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].layer_name
+        prefix = methods[0].peft.layer_prefix if len(own) == 1 else ""
+        return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].peft.layer
 
     def _get_name(self) -> str:
         return self.adapted_as
@@ -462,10 +463,10 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
 
     Args:
         adapters: adapter name -> adapter.
-        name: one of ``Adapter.peft_attributes``.
+        name: one of the ``attributes`` of ``PeftNames``.
     """
     for adapter in adapters.values():
-        own = adapter.peft_attributes.get(name)
+        own = adapter.peft.attributes.get(name)
         if own is not None:
             return PerAdapterView(adapters, own, attrgetter(own))
     return None
@@ -476,10 +477,10 @@ def function_by_name(layer: PeftLayerMixin, name: str) -> Callable[..., Any] | N
 
     Args:
         layer: the layer.
-        name: one of ``Adapter.peft_functions``.
+        name: one of the ``functions`` of ``PeftNames``.
     """
     adapters = layer._named().values()
-    found = (adapter.peft_functions[name] for adapter in adapters if name in adapter.peft_functions)
+    found = (adapter.peft.functions[name] for adapter in adapters if name in adapter.peft.functions)
     return next((partial(function, layer) for function in found), None)
 
 
@@ -566,3 +567,14 @@ def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:
         f"a {type(module).__name__} in this file was pickled by PEFT, and its modules do not run here: load the file "
         "with PEFT, save the adapter with save_pretrained(), and load that folder"
     )
+
+
+def _mapping_names(adapter: Adapter) -> tuple[str, ...]:
+    """Returns the names under which a layer keeps the parameters of an adapter, as PEFT's layers do."""
+    peft = adapter.peft
+    if adapter.source is not None and peft.mappings:
+        return _mapping_names(adapter.source)
+    if peft.single_mapping:
+        return (peft.single_mapping,)
+    own = dict.fromkeys(name.partition(".")[0] for name in adapter._parameters)
+    return tuple(name for name in peft.mappings if name not in peft.modules) or tuple(own)

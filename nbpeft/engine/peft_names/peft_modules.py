@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.capabilities import ShowsModules, warn_not_called
 from nbpeft.engine.contract.registry import Method
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_names.peft_layer_api import by_name
@@ -178,15 +179,15 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         name: the adapter's name.
     """
     listed, _, number = own.partition(".")
-    if listed in adapter.parameter_lists:
+    if listed in adapter.peft.lists:
         return f"{listed}.{name}.{number}"
     if listed in adapter.inner_adapters:
         return shown_name(adapter.inner_adapters[listed], number, listed)
     if "." in own:  # of a module inside the adapter
-        return f"{adapter.parts_shown_as}.{name}.{own}"
+        return f"{adapter.peft.shown_as}.{name}.{own}"
     for wrapped in (own, own.removesuffix("_bias")):
-        if wrapped in adapter.wrapped_parameters:
-            return f"{wrapped}.{name}.{adapter.names_in_modules.get(own, 'weight') if wrapped == own else 'bias'}"
+        if wrapped in adapter.peft.wrapped:
+            return f"{wrapped}.{name}.{adapter.peft.names_in_modules.get(own, 'weight') if wrapped == own else 'bias'}"
     return ".".join(filter(None, (adapter.peft_container, own, name)))
 
 
@@ -200,27 +201,27 @@ class Observed(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":  # accelerate's and diffusers' hooks put one of theirs there
-            self.adapter.observe(self)
+            _observe(self.adapter, self)
         super().__setattr__(name, value)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``nn.Module``."""
-        self.adapter.observe(self)
+        _observe(self.adapter, self)
         return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``nn.Module``."""
-        self.adapter.observe(self)
+        _observe(self.adapter, self)
         return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``nn.Module``."""
-        self.adapter.observe(self)
+        _observe(self.adapter, self)
         return super().register_full_backward_hook(*args, **kwargs)
 
     def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``nn.Module``."""
-        self.adapter.observe(self)
+        _observe(self.adapter, self)
         return super().register_full_backward_pre_hook(*args, **kwargs)
 
 
@@ -252,7 +253,7 @@ class ParameterModule(Observed, _Shows):
 
 def show_parameter(module: nn.Module, adapter: Adapter, name: str) -> None:
     """Makes a parameter of an adapter the ``weight`` of a module, or what it is there, and ``<name>_bias`` the bias."""
-    slots: dict[str, Slot] = {adapter.names_in_modules.get(name, "weight"): (adapter, name)}
+    slots: dict[str, Slot] = {adapter.peft.names_in_modules.get(name, "weight"): (adapter, name)}
     if f"{name}_bias" in adapter._parameters:
         slots["bias"] = (adapter, f"{name}_bias")
     else:
@@ -421,8 +422,8 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
             slots.setdefault(own, {})[name] = (adapter, own)
         for own in list(adapter._parameters):
-            listed = own.partition(".")[0] in adapter.parameter_lists
-            if not listed and own.removesuffix("_bias") not in adapter.wrapped_parameters:
+            listed = own.partition(".")[0] in adapter.peft.lists
+            if not listed and own.removesuffix("_bias") not in adapter.peft.wrapped:
                 parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
     used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
@@ -457,15 +458,15 @@ def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
 
 def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yields the names of the modules that show parts of an adapter, and what makes each."""
-    for own in adapter.peft_modules:
-        yield own, partial(adapter.peft_module, own, base)
-    for own in adapter.parameter_lists:
+    for own in adapter.peft.modules:
+        yield own, partial(_made, adapter, own, base)
+    for own in adapter.peft.lists:
         yield own, partial(ParameterListing, adapter, own)
     for own in list(adapter._parameters):
-        if own in adapter.wrapped_parameters:
+        if own in adapter.peft.wrapped:
             yield own, partial(_leaf, adapter, own, base)
     if adapter._modules.keys() - adapter.inner_adapters.keys():
-        yield adapter.parts_shown_as, partial(Remainder, adapter)
+        yield adapter.peft.shown_as, partial(Remainder, adapter)
 
 
 def _container(place: dict[str, Any], name: str, kind: type[ShownParts | ParameterMapping | BufferMapping]) -> Any:
@@ -518,7 +519,7 @@ def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: Ba
         ValueError: its weight has another shape.
     """
     if not isinstance(shown, Observed | Remainder | ParameterListing):  # somebody's
-        made = _leaf(adapter, own, base) if own in adapter._parameters else adapter.peft_module(own, base)
+        made = _leaf(adapter, own, base) if own in adapter._parameters else _made(adapter, own, base)
         shown = shown if made is None else made
     if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
         raise AdapterError(f"{own} of an adapter cannot be a {type(module).__name__}: write its tensors in place")
@@ -526,7 +527,7 @@ def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: Ba
     given = {name: value for name, value in dict(module._parameters).items() if value is not None and name in slots}
     _check_parameters(adapter, own, module, slots, given)
     of_another, plain = isinstance(module, Observed), _is_plain_part(module, shown)
-    if not (of_another or plain or adapter.computes_by_parts):
+    if not (of_another or plain or (isinstance(adapter, ShowsModules) and adapter.computes_by_parts)):
         raise AdapterError(
             f"{own} of this adapter cannot be a {type(module).__name__}, which would not be called: write its weight, "
             f"or put a torch.nn.{_torch_class(shown).__name__} there"
@@ -541,9 +542,10 @@ def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: Ba
     if given:
         show_parameter(module, adapter, own)
     if not plain:
-        adapter.observe(module, own)
+        _observe(adapter, module, own)
         return module
-    adapter.forget_observed(own)
+    if isinstance(adapter, ShowsModules):
+        adapter.forget_observed(own)
     if not slots:
         for name in ("p", "training"):
             module.__dict__.pop(name, None)
@@ -584,8 +586,19 @@ def _is_plain_part(module: nn.Module, shown: nn.Module) -> bool:
     return type(module) in kinds and kinds[0] is not nn.Module and alike and not is_changed(module)
 
 
+def _observe(adapter: Adapter, module: nn.Module, name: str = "") -> None:
+    if isinstance(adapter, ShowsModules):
+        adapter.observe(module, name)
+    else:
+        warn_not_called(module, stacklevel=4)
+
+
+def _made(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module | None:
+    return adapter.peft_module(name, base) if isinstance(adapter, ShowsModules) else None
+
+
 def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
-    leaf = adapter.peft_module(name, base) or ParameterModule()
+    leaf = _made(adapter, name, base) or ParameterModule()
     show_parameter(leaf, adapter, name)
     return leaf
 
@@ -607,13 +620,13 @@ def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
     Returns:
         An empty mapping; None for other names.
     """
-    parameters, settings = (names.split() for names in method.layer_names)
+    parameters, settings = method.peft.parameters.split(), method.peft.others.split()
     own = method.adapter_class
     if name not in parameters and not with_settings:
         return None
-    if name in own.wrapped_parameters or name in own.peft_modules:
+    if name in own.peft.wrapped or name in own.peft.modules:
         return AdapterDict()
-    return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft_attributes) else None
+    return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft.attributes) else None
 
 
 def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
@@ -637,7 +650,7 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
                 if isinstance(leaf, Remainder):
                     adapters[name].__dict__["_modules"] = leaf._modules
                 elif isinstance(leaf, ParameterModule):
-                    own_name = adapters[name].names_in_modules.get(shown_as, "weight")
+                    own_name = adapters[name].peft.names_in_modules.get(shown_as, "weight")
                     held = {own_name: shown_as, "bias": f"{shown_as}_bias"}
                     given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
                     adapters[name].__dict__.update(given)

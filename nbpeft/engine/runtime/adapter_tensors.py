@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState, StartsInWeight
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
@@ -92,7 +92,11 @@ def _weights(
             {path: dict(module.state_dict(keep_vars=True)) for path, module in copied.items()},
             shared={} if shared is None else shared.saved_tensors(),
             parameters=parameters,
-            starts={path: start for path, adapter in adapters.items() if (start := adapter.taken_over) is not None},
+            starts={
+                path: start
+                for path, adapter in adapters.items()
+                if isinstance(adapter, StartsInWeight) and (start := adapter.taken_over) is not None
+            },
         )
 
     return weights

@@ -29,7 +29,7 @@ from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeErr
 def _at(config: AdapterConfig, path: str) -> AdapterConfig:
     """A config for one layer alone."""
     fields = {"target_modules": re.escape(path), "bias": "none"}
-    asked = [method.companion.field for method in companions() if method.companion is not None]
+    asked = [method.shares.companion.field for method in companions() if method.shares.companion is not None]
     cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *asked)
     return config.copy(**fields, **dict.fromkeys(cleared))
 

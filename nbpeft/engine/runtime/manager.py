@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from nbpeft._util.subscribers import Subscribers
 from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, ActiveState
-from nbpeft.engine.changes.trained import watch
 from nbpeft.engine.changes.transaction import Block, Transaction
 from nbpeft.engine.config.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, SharedState, note_use
 from nbpeft.engine.contract.loss_terms import LossTerm
 from nbpeft.engine.contract.provider import AdapterProvider
+from nbpeft.engine.contract.trained import watch
 from nbpeft.engine.injection.biases import BaseBiases
 from nbpeft.engine.injection.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.injection.plan import InjectionPlan, plan

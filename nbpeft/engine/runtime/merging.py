@@ -9,7 +9,7 @@ from torch import nn
 
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig
+from nbpeft.engine.contract.adapter import AdapterConfig, StartsInWeight
 from nbpeft.engine.contract.model_adapter import RunsBeside
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.tree.tied_weights import layers_to_untie
@@ -213,11 +213,12 @@ def leave_starts(
     Raises:
         MergeError: a weight cannot be written.
     """
-    leaving: dict[str, dict[str, Adapter]] = {}
+    leaving: dict[str, dict[str, StartsInWeight]] = {}
     for path, layer in layers.items():
         others = {name: layer.adapter(name) for name in layer.adapters if name not in merged}
-        starting = {name: adapter for name, adapter in others.items() if adapter.taken_over is not None}
-        for name, adapter in starting.items():
+        for name, adapter in others.items():
+            if not isinstance(adapter, StartsInWeight) or adapter.taken_over is None:
+                continue
             if adapter.leaves_start or not configs[name].initialised_from_weight:
                 leaving.setdefault(path, {})[name] = adapter
     for path, adapters in leaving.items():

@@ -18,7 +18,7 @@ from nbpeft.engine.runtime.adapter_tensors import Layers, shared_state_of
 
 def prepares_calls(config: AdapterConfig) -> bool:
     """Whether a method prepares something for each call of the model."""
-    return method_of(config).call_context is not None
+    return method_of(config).calls.context is not None
 
 
 def transforms_calls(config: AdapterConfig) -> bool:
@@ -34,12 +34,12 @@ def learns_with_hooks(config: AdapterConfig) -> bool:
 def takes_part(config: AdapterConfig, how: type) -> bool:
     """Whether the adapters of a method, or what they share, are of a class."""
     method = method_of(config)
-    return any(issubclass(kind, how) for kind in (method.adapter_class, method.shared or object))
+    return any(issubclass(kind, how) for kind in (method.adapter_class, method.shares.state or object))
 
 
 def call_arguments(configs: Iterable[AdapterConfig]) -> set[str]:
     """Names of the arguments of a call that are for methods alone, and not for the model."""
-    return {name for config in configs for name in method_of(config).call_arguments}
+    return {name for config in configs for name in method_of(config).calls.arguments}
 
 
 def generation_arguments(manager: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def generation_arguments(manager: Any) -> dict[str, Any]:
         manager: of the model.
     """
     configs = [manager.configs[name] for name in manager.active if name in manager.configs] if manager.enabled else []
-    return {key: value for one in configs for key, value in method_of(one).generation(one, manager.model).items()}
+    return {key: value for one in configs for key, value in method_of(one).calls.generation(one, manager.model).items()}
 
 
 def call_contexts(
@@ -67,7 +67,7 @@ def call_contexts(
     """
     contexts = {}
     for name, config in configs.items():
-        prepare = method_of(config).call_context
+        prepare = method_of(config).calls.context
         if prepare is not None:
             contexts[name] = prepare(config, args, kwargs)
     return contexts

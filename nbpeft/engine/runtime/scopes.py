@@ -12,7 +12,7 @@ from torch import Tensor
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.changes.active_state import Scope
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.manager_protocol import Manager
+from nbpeft.engine.contract.manager_protocol import Manager
 from nbpeft.engine.runtime.merging import partly_merged
 from nbpeft.errors import AdapterError, BusyError
 

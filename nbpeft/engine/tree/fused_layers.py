@@ -209,7 +209,7 @@ def _adaptable(
 ) -> list[FusedLayers]:
     """Those of the parameters that are not excluded and on which the config works; says why others are left out."""
     modules = {site.path: site.module for site in sites}
-    adapter_class = method.kind_classes.get("parameter")
+    adapter_class = method.kinds.classes.get("parameter")
     matcher = Matcher(".*", config.exclude_modules)
     taken: list[FusedLayers] = []
     problems: dict[str, ConfigError] = {}

@@ -13,7 +13,14 @@ from nbpeft.engine.changes.active_state import ActiveAdapters, ActiveState, Laye
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.contract.adapter import (
+    Adapter,
+    ReplacesCall,
+    ServesRows,
+    StartsInWeight,
+    TransformsInput,
+    TransformsOutput,
+)
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
@@ -350,7 +357,7 @@ class AdaptedLayer(PeftLayerMixin):
         self._frozen = frozen if keep_frozen else None
 
     @torch.no_grad()
-    def take_out(self, adapters: Sequence[Adapter], change: Transaction, *, apart: bool) -> None:
+    def take_out(self, adapters: Sequence[StartsInWeight], change: Transaction, *, apart: bool) -> None:
         """Subtracts the parts that adapters start in from the weight for good; see ``merge_into_base`` for the rest."""
         before = self._stored(apart=apart, spill=change.spill)
         change.on_undo(lambda: self._put_back(before))

@@ -72,7 +72,7 @@ def facts_of_method(method: Method) -> MethodFacts | None:
         and not adapter.swap_refusal()
         and not config.initialised_from_weight
         and not (shared and shared.is_saved(config)),
-        quantized=adapter.takes_quantized,
+        quantized=method.kinds.quantized,
         dequantizes=adapter.reads_weight and not acts_beside,
         serves_rows=isinstance(adapter, ServesRows),
     )

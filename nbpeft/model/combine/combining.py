@@ -224,7 +224,7 @@ def _combined_companions(
     fields: dict[str, Any] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
     for method in companions():
-        assert method.companion is not None
+        assert method.shares.companion is not None
         parts = {}
         for path, members in list(layers.items()):
             own = [name for name, member in members.items() if isinstance(member.adapter, method.adapter_class)]
@@ -240,7 +240,7 @@ def _combined_companions(
                 parts[path] = [(members[one], w) for one, w in zip(adapters, weights, strict=True) if one in members]
         if parts:
             manager.refuse_merged(f"adapters with {method.label} are combined")
-            fields[method.companion.field], found = method.companion.combine(parts)
+            fields[method.shares.companion.field], found = method.shares.companion.combine(parts)
             tensors |= found
     return fields, tensors
 

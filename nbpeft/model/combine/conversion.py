@@ -187,7 +187,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
             continue
         adapter = layer.adapter(name)
         method = method_of_adapter(adapter)
-        if method is not None and method.companion is not None and method is not method_of(config):
+        if method is not None and method.shares.companion is not None and method is not method_of(config):
             continue  # a LoRA config asks for such a one, too
         reason = adapter.unconvertible_reason(layer.base)
         if reason:

@@ -214,7 +214,7 @@ def compose_cartridge_adapters(
                 f"{adapter_paths[0]}, {getattr(config, name)} at {path}",
                 field=name,
             )
-        rows.append(method_of(config).pack(config, saved.tensors).get(PROMPT_KEY))
+        rows.append(method_of(config).files.pack(config, saved.tensors).get(PROMPT_KEY))
     found = [one for one in rows if one is not None and one.ndim == 2]
     if first is None or len(found) < len(rows) or len({one.shape[1] for one in found}) > 1:
         raise CheckpointError(f"the files at {', '.join(map(str, adapter_paths))} hold no {PROMPT_KEY} of one width")

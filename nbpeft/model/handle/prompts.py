@@ -17,7 +17,7 @@ from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError
 from nbpeft.model.saving.files import file_tensors
 
-LISTED = ModelAdapter.parts_shown_as
+LISTED = ModelAdapter.peft.shown_as
 """Name under which a handle lists learned prompts."""
 
 
@@ -109,8 +109,11 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
             change.keep_data(bare.parameters())
             change.keep_attributes(bare, "num_embeddings", "padding_idx")
         adapted = {end for end in ends if isinstance(end, AdaptedLayer | ModulesToSaveWrapper)}
-        prompted = [(site.parent._modules, site.attribute, site.wrapper) for site in walk(model)]
-        prompted = [(modules, name, layer) for modules, name, layer in prompted if layer in adapted and _is_bare(layer)]
+        prompted = [
+            (site.parent._modules, site.attribute, site.wrapper)
+            for site in walk(model)
+            if site.wrapper is not None and site.wrapper in adapted and _is_bare(site.wrapper)
+        ]
         for modules, name, layer in prompted:
             change.set_item(modules, name, layer.base_layer)
         try:
@@ -123,7 +126,9 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
                 "comes before the adapter"
             ) from error
         for modules, name, layer in prompted:
-            layer.replace_base_layer(modules[name], change)
+            base_layer = modules[name]
+            assert isinstance(layer, AdaptedLayer) and base_layer is not None
+            layer.replace_base_layer(base_layer, change)
             change.set_item(modules, name, layer)
     return resized
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -114,8 +114,8 @@ def set_peft_model_state_dict(
     )
     config = manager.configs[adapter_name]
     packed = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
-    tensors = method_of(config).unpack(config, packed)
-    started: Mapping[str, Adapter] = {}
+    tensors = method_of(config).files.unpack(config, packed)
+    started: Mapping[str, StartsInWeight] = {}
     options: dict[str, Any] = {"peft_type": peft_type, "ignore_mismatched": ignore_mismatched_sizes}
     options["conversion"] = checkpoint.key_conversion_of(manager.model)
     try:
@@ -157,17 +157,17 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
     paths = {id(adapter): path for path, adapter in adapters.items()}
     for path, adapter in adapters.items():
         source = paths.get(id(adapter.source)) if adapter.source is not None else None
-        if source is not None and adapter.differs(given[path], given[source]):
+        if source is not None and isinstance(adapter, UsesAnother) and adapter.differs(given[path], given[source]):
             raise CheckpointError(
                 f"the state dict has other tensors for {path} than for {source}, which share one pair in adapter "
                 f"{name!r} (ensure_weight_tying)"
             )
 
 
-def _lost_starts(manager: AdapterManager, name: str) -> dict[str, Adapter]:
-    """Path -> adapter whose start a file holds beside its factors; see ``Adapter.loses_start``."""
-    found = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
-    return {path: one for path, one in found.items() if isinstance(one, Adapter) and one.loses_start}
+def _lost_starts(manager: AdapterManager, name: str) -> dict[str, StartsInWeight]:
+    """Path -> adapter whose start a file holds beside its factors; see ``StartsInWeight.loses_start``."""
+    found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    return {path: one for path, one in found.items() if isinstance(one, StartsInWeight) and one.loses_start}
 
 
 def _write(
@@ -229,7 +229,7 @@ def _replace_data(
     for layer in manager.layers.values():
         adapter: Any = layer.adapters._modules.get(name)
         for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
-            if parameter is None or key in adapter.constant_parameters:
+            if parameter is None or key in adapter.peft.constants:
                 continue
             if id(parameter) not in made and (values := data(parameter, layer)) is not None:
                 made[id(parameter)] = nn.Parameter(values, parameter.requires_grad)

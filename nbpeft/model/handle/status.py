@@ -94,7 +94,7 @@ def _trained(manager: AdapterManager, name: str, adapter: Adapter) -> list[nn.Pa
     shared = None if adapter._parameters else manager.shared(name)
     if shared is not None:
         return list(shared.parameters())
-    return [parameter for key, parameter in adapter.named_parameters() if key not in adapter.constant_parameters]
+    return [parameter for key, parameter in adapter.named_parameters() if key not in adapter.peft.constants]
 
 
 def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:

@@ -358,20 +358,20 @@ def tuner_class(method: Method) -> type[BaseTuner]:
     name = _class_name(method)
     if name not in _classes:
         alike = [one for one in methods_of_type(method.peft_type) if one.config_class is method.config_class]
-        functions = {name: function for one in alike for name, function in one.model_functions.items()}
+        functions = {name: function for one in alike for name, function in one.peft.model_functions.items()}
         own: dict[str, Any] = {
             "prefix": method.prefix,
-            "uses_shared_state": method.shared is not None and not issubclass(method.shared, Together),
+            "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
             "target_module_mapping": {
                 model_type: targets
                 for model_type in usual_model_types()
                 if (targets := method.default_targets(model_type)) is not None
             },
-            "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
+            "tuner_layer_cls": layer_type(method.peft_type, method.peft.layer or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
             **{name: _model_function(function) for name, function in functions.items()},
-            **{name: _model_attribute(read) for one in alike for name, read in one.model_attributes.items()},
+            **{name: _model_attribute(read) for one in alike for name, read in one.peft.model_attributes.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
     return _classes[name]

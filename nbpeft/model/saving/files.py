@@ -15,13 +15,21 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.changes.called_modules import called_modules
-from nbpeft.engine.changes.trained import mark_saved
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.config.module_paths import wrapper_places
 from nbpeft.engine.config.targets import with_target
-from nbpeft.engine.contract.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights, TakenOver
+from nbpeft.engine.contract.adapter import (
+    ADAPTER_PARTS,
+    AdapterConfig,
+    AdapterWeights,
+    HasFixedTensors,
+    StartsInWeight,
+    TakenOver,
+    UsesAnother,
+)
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.peft_names.peft_modules import shown_name
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -143,7 +151,7 @@ def read(
     given = config
     if config is None:
         find = functools.partial(_part_in, saved.folder)
-        config = method_of(saved.config).with_parts(saved.config, find, options)
+        config = method_of(saved.config).files.with_parts(saved.config, find, options)
     config, tensors = saved.beside(config.copy(inference_mode=not trainable))
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
@@ -248,13 +256,18 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
         parameters=[target.path for target in plan.targets if target.is_bare],
-        found_anew={f"{one.path}.{name}" for one in plan.targets for name in one.adapter_class.optional_tensors},
+        found_anew={
+            f"{one.path}.{name}"
+            for one in plan.targets
+            if issubclass(one.adapter_class, HasFixedTensors)
+            for name in one.adapter_class.optional_tensors
+        },
     )
 
 
 def fixed_dtypes(plan: InjectionPlan) -> dict[str, torch.dtype]:
     """Returns name -> dtype of what a file holds of an adapter that is neither trained nor floating-point."""
-    shared = method_of(plan.config).shared
+    shared = method_of(plan.config).shares.state
     found = {} if shared is None else shared.other_dtypes(plan.saved_shared)
     return {
         **{f"{checkpoint.SHARED_PREFIX}{name}": dtype for name, dtype in found.items()},
@@ -449,7 +462,7 @@ def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[Ad
                 checkpoint.config_to_save(config, manager.model),
                 _under_keys(config, AdapterWeights(tensors)),
             )
-            for part, (config, tensors) in method_of(manager.configs[name]).parts(manager, name).items()
+            for part, (config, tensors) in method_of(manager.configs[name]).files.parts(manager, name).items()
         }
 
 
@@ -513,7 +526,7 @@ def _loses_start(manager: AdapterManager, name: str) -> bool:
     if not manager.configs[name].initialised_from_weight:
         return False  # it is for a base without that
     adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
-    return any(adapter is not None and adapter.loses_start for adapter in adapters)
+    return any(isinstance(adapter, StartsInWeight) and adapter.loses_start for adapter in adapters)
 
 
 def _without_weight(
@@ -521,7 +534,7 @@ def _without_weight(
 ) -> tuple[AdapterConfig, AdapterWeights]:
     """The config and tensors of an adapter as those of one that is not initialised from the weight."""
     config = manager.configs[name]
-    rewrite = method_of(config).without_weight
+    rewrite = method_of(config).files.without_weight
     if rewrite is not None and initial is not None and not (weights.starts or config.initialised_from_weight):
         weights.starts = _starts_in(initial, manager, name)
     if rewrite is None or not (weights.starts or config.initialised_from_weight):
@@ -591,11 +604,11 @@ def file_tensors(
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=method_of(config).peft_type)
-    derived = method_of(config).derived
+    derived = method_of(config).files.derived
     for named in weights.adapters.values() if derived is not None else ():
         tensors.update(derived(config, named))  # type: ignore[misc]
     whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
-    return dict(method_of(config).pack(config, {key: whole[key] for key in tensors}))
+    return dict(method_of(config).files.pack(config, {key: whole[key] for key in tensors}))
 
 
 def _saved_weights(
@@ -654,7 +667,7 @@ def _picked(
     own = {
         id(adapter): {
             k: find(
-                f"{adapter.parts_shown_as}.{name}.{own_names[path].get(k, k)}"
+                f"{adapter.peft.shown_as}.{name}.{own_names[path].get(k, k)}"
                 if manager.layers[path].is_passed_over
                 else f"{places.get(path, path)}.{shown_name(adapter, own_names[path].get(k, k), name)}"
             )
@@ -666,7 +679,7 @@ def _picked(
     return AdapterWeights(
         {
             path: own[id(adapter)]
-            if adapter.source is None
+            if not isinstance(adapter, UsesAnother) or adapter.source is None
             else adapter.tied_tensors(weights.adapters[path], own[id(adapter.source)])
             for path, adapter in adapters.items()
         },

@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterWeights, TakenOver
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, StartsInWeight, TakenOver
 from nbpeft.engine.runtime.manager import AdapterManager
 
 START = "nbpeft.start"
 """Where a file says which init its adapter started from."""
 
 
-def starting(manager: AdapterManager, name: str) -> list[Adapter]:
+def starting(manager: AdapterManager, name: str) -> list[StartsInWeight]:
     """Returns what an adapter has on the layers on which it starts in a part of the weight."""
     here = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters]
-    return [adapter for adapter in here if adapter.taken_over is not None]
+    return [one for one in here if isinstance(one, StartsInWeight) and one.taken_over is not None]
 
 
 def left_start(manager: AdapterManager, name: str) -> dict[str, str]:
@@ -46,9 +46,10 @@ def take_out_of_saved(manager: AdapterManager, name: str, weights: AdapterWeight
     """Subtracts what an adapter starts in from the weights of the base that its file holds, as embeddings."""
     for path in weights.starts:
         layer, key = manager.layers[path], f"{path}.weight"
-        if key in weights.base:
+        adapter = layer.adapter(name)
+        if key in weights.base and isinstance(adapter, StartsInWeight):
             weights.base[key] = weights.base[key].detach().clone()
-            layer.adapter(name).take_out_(layer.kind.canonical(layer.weight_module, weights.base[key]))
+            adapter.take_out_(layer.kind.canonical(layer.weight_module, weights.base[key]))
 
 
 def mark_left(manager: AdapterManager, name: str) -> None:

@@ -58,7 +58,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def module_path(parameter_name: str) -> str:
     """The module of the base model that a trained parameter belongs to, without wrappers."""
     path = parameter_name.removeprefix("base_model.model.")
-    parts = dict.fromkeys(f".{method.adapter_class.parts_shown_as}." for method in methods())
+    parts = dict.fromkeys(f".{method.adapter_class.peft.shown_as}." for method in methods())
     for mark in (*parts, ".modules_to_save.", *(f".{method.prefix}" for method in methods())):
         if mark in path:
             return path.split(mark)[0]

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.optional import needs
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.changes.trained import mark_unsaved
+from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing

@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.engine.changes.trained import mark_saved
+from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.training.adapters.adapted_model import trainable, trained_names
 from nbpeft.training.adapters.learning_check import PATIENCE, TOO_HIGH, have_exploded

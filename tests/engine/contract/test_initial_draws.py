@@ -42,7 +42,7 @@ def samples() -> list[Any]:
         for name, fields in method.sample_configs.items():
             label = f"{method.peft_type.lower()}-{name}"
             label += f"-{method.label.lower().replace('-', '')}" if method.peft_type == "LORA" else ""
-            targets = {} if method.transforms_calls else NORMS if method.layer_kinds else LINEAR
+            targets = {} if method.transforms_calls else NORMS if method.kinds.only else LINEAR
             own = {**targets, **fields} | ({"feedforward_modules": []} if method.peft_type == "IA3" else {})
             init = next((one for one in INITS if one in names), "")
             values: list[dict[str, Any]] = [own]

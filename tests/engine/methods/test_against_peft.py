@@ -111,7 +111,7 @@ OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
 ALL_METHODS = [
     method
     for method in {method.peft_type: method for method in reversed(methods()) if method.sample_configs}.values()
-    if hasattr(peft.PeftType, method.peft_type) and method.companion is None and not method.transforms_calls
+    if hasattr(peft.PeftType, method.peft_type) and method.shares.companion is None and not method.transforms_calls
 ]
 METHODS = [method for method in ALL_METHODS if method.peft_type not in OLDER]
 SAMPLES = [
@@ -124,7 +124,7 @@ NORMS = {"target_modules": ["input_layernorm", "norm"]}
 
 
 def targets(method: Method) -> dict[str, Any]:
-    return NORMS if method.layer_kinds else TARGETS
+    return NORMS if method.kinds.only else TARGETS
 
 
 # On one layer no gradient passes through another adapter.
@@ -227,7 +227,7 @@ def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftMode
     randomize(ours, scale=0.1)
     ours.save_pretrained(folder)
     theirs = peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
-    if method.call_arguments:  # which peft wants with one task, too
+    if method.calls.arguments:  # which peft wants with one task, too
         theirs.register_forward_pre_hook(of_the_first_task, with_kwargs=True)
     return ours.eval(), theirs
 
@@ -273,7 +273,7 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
         return
     expected = logits(ours)
     merged = logits(ours.merge_and_unload())
-    if method.call_arguments:  # which peft does not merge
+    if method.calls.arguments:  # which peft does not merge
         torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-3)
         return
     torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
@@ -443,7 +443,7 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
     shared = model.manager.shared("default")
     adapters = [layer.adapter("default") for layer in model.manager.layers.values()]
     fixed_tensors = [one for adapter in adapters for one in adapter.buffers()]
-    fixed_tensors += [adapter.get_parameter(name) for adapter in adapters for name in adapter.constant_parameters]
+    fixed_tensors += [adapter.get_parameter(name) for adapter in adapters for name in adapter.peft.constants]
     tensors = [*model.manager.parameters("default"), *fixed_tensors]
     size = sum(tensor.nbytes for tensor in tensors)
     # A rank that follows from the values of a weight has its largest in a forecast.

@@ -105,7 +105,7 @@ def pair(method: Method, fields: dict[str, Any], base: Callable[[], Any] = llama
 
 
 def tasks(method: Method, rows: int = 2) -> dict[str, Tensor]:
-    return {"task_ids": torch.arange(rows) % 2} if "task_ids" in method.call_arguments else {}
+    return {"task_ids": torch.arange(rows) % 2} if "task_ids" in method.calls.arguments else {}
 
 
 def prompted(name: str = "default", base: Any = None, **fields: Any) -> PeftModel:

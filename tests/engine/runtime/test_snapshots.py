@@ -25,7 +25,7 @@ SAMPLES = [
     pytest.param(method, fields, id=f"{method.label}-{name}")
     for method in methods()
     for name, fields in method.sample_configs.items()
-    if not method.transforms_calls and not method.layer_kinds  # which have tests of their own
+    if not method.transforms_calls and not method.kinds.only  # which have tests of their own
 ]
 SHARED: dict[Any, Any] = {
     nbpeft.UniLoraConfig: {"theta_d_length": 20},
@@ -45,7 +45,7 @@ def changed(model: Any, name: str, seed: int = 5) -> None:
 @pytest.mark.drawn(45)
 @pytest.mark.parametrize(("method", "fields"), SAMPLES)
 def test_every_method_comes_back_bit_by_bit(method: Any, fields: dict[str, Any]) -> None:
-    place = ["first"] if method.companion is None else ["embed"]
+    place = ["first"] if method.shares.companion is None else ["embed"]
     fields = {"target_modules": place} | {key: place if value == ["target"] else value for key, value in fields.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

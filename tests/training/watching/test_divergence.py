@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from nbpeft import AdaLoraConfig, get_peft_model, sweep
 from nbpeft.display.html import to_html
 from nbpeft.display.training import training_card
-from nbpeft.engine.changes.trained import mark_saved
+from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.runs.store import RunPlace, RunStore
 from nbpeft.session import Session
 from nbpeft.training import Run, Trainer, train

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawn_places
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count, check_frequencies, check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
@@ -23,6 +22,7 @@ from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
 from nbpeft.engine.kernels.numerics import composes
@@ -76,9 +76,7 @@ class FourierFTConfig(LayersConfig):
 @register(
     FourierFTConfig,
     peft_type="FOURIERFT",
-    layer_names=("fourierft_spectrum", "fourierft_n_frequency fourierft_scaling fourierft_random_loc_seed indices"),
     label="FourierFT",
-    layer_prefix="FourierFT",
     when="very small files: some numbers a layer, whatever its size",
     paper="arXiv:2405.03003",
     default_targets=usual_unfused_targets,
@@ -89,11 +87,17 @@ class FourierFTConfig(LayersConfig):
 class FourierFT(WeightDelta, Rescales):
     """The numbers of one layer, (n,)."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "fourierft_n_frequency": "count",
-        "fourierft_scaling": "scaling",
-        "fourierft_random_loc_seed": "seed",
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "fourierft_spectrum",
+        "fourierft_n_frequency fourierft_scaling fourierft_random_loc_seed indices",
+        layer_prefix="FourierFT",
+        attributes={
+            "fourierft_n_frequency": "count",
+            "fourierft_scaling": "scaling",
+            "fourierft_random_loc_seed": "seed",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "seed": "random_loc_seed"}
 
     seed: int
 
@@ -108,14 +112,10 @@ class FourierFT(WeightDelta, Rescales):
         return {SPECTRUM: (count,)}
 
     @classmethod
-    def create(cls, config: FourierFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded numbers or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            spectrum = site.new(site.shapes[SPECTRUM], normal_)
-            tensors = {SPECTRUM: spectrum.zero_() if config.init_weights else spectrum}
-        made = cls(tensors)
-        made.__dict__.update(scaling=float(config.scaling), seed=config.random_loc_seed)
-        return made
+    def initial_tensors(cls, config: FourierFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random numbers, or zeros; see ``Adapter``."""
+        spectrum = site.new(site.shapes[SPECTRUM], normal_)
+        return {SPECTRUM: spectrum.zero_() if config.init_weights else spectrum}
 
     @property
     def count(self) -> int:
@@ -132,20 +132,6 @@ class FourierFT(WeightDelta, Rescales):
         dense = dense.index_put((places,), spectrum.to(wide)).view(shape)
         made = _real_inverse(dense) if composes() else _RealInverse.apply(dense)  # type: ignore[no-untyped-call]
         return (made * self.scaling).to(spectrum.dtype)
-
-    def configure(self, config: FourierFTConfig, path: str) -> None:
-        """Takes the scaling and the seed of a config over."""
-        self.rescale(float(config.scaling), trained=True)
-        self.__dict__["seed"] = config.random_loc_seed
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records scaling and seed."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "seed")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"frequencies={self.count}"
 
 
 def _real_inverse(dense: Tensor) -> Tensor:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import AdapterSite, ReplacesCall, Rescales, Shape
+from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, in_one_product, with_entries
 from nbpeft.errors import ConfigError
@@ -60,6 +60,11 @@ class ShiraConfig(LayersConfig):
             check_seed("random_seed", self.random_seed)
         self.mask_fn: MaskFunction | None = random_mask if self.mask_type == "random" else None
 
+    @property
+    def scaling(self) -> float:
+        """1: entries have no factor of their own."""
+        return 1.0
+
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
     """A mask of zeros and r (in + out) ones, shaped like the weight, drawn as PEFT draws it.
@@ -91,7 +96,6 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
 @register(
     ShiraConfig,
     peft_type="SHIRA",
-    layer_names=("shira_weight", "r scaling shira_indices"),
     label="SHiRA",
     when="few entries of each weight: adapters that hardly touch each other",
     paper="arXiv:2406.13175",
@@ -100,10 +104,13 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r2": {"r": 2}, "seeded": {"r": 3, "random_seed": 7}},
 )
-class Shira(WeightDelta, Rescales, ReplacesCall):
+class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     """The entries of one layer, (n,), and their places, (2, n): rows and columns."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", INDICES: "held_indices"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "shira_weight", "r scaling shira_indices", attributes={"r": "rank", INDICES: "held_indices"}
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "rank": "r"}
 
     rank: int
 
@@ -131,17 +138,14 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
         return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
 
     @classmethod
-    def create(cls, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded entries or makes new ones; see ``Adapter``."""
-        shape = site.shapes[WEIGHT]
-        if tensors is None:
-            tensors = {WEIGHT: site.new(shape, None if config.init_weights else normal_)}
-        indices = tensors.get(INDICES)
-        made = cls({WEIGHT: tensors[WEIGHT]})
-        places = _new_places(config, site) if indices is None else _checked(indices, site)
-        made.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
-        made.__dict__.update(scaling=1.0, rank=config.r)
-        return made
+    def initial_tensors(cls, config: ShiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Entries at zeros, or random ones; see ``Adapter``."""
+        return {WEIGHT: site.new(site.shapes[WEIGHT], None if config.init_weights else normal_)}
+
+    def prepare(self, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """The places of the entries, which may be loaded; see ``Adapter``."""
+        places = _checked(tensors[INDICES], site) if INDICES in tensors else _new_places(config, site)
+        self.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """Zeros, and the entries at their places; see ``WeightDelta``."""
@@ -155,7 +159,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
     @property
     def held_indices(self) -> Tensor:
         """Rows and columns of the entries, (2, n)."""
-        return self.held_buffer(INDICES)
+        return self.tensor(INDICES)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
@@ -164,20 +168,6 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The entries and their places; see ``Adapter``."""
         return super().saved_tensors(shapes) | {INDICES: self.held_indices}
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the scaling and the places."""
-        self.keep_scaling(change)
-        change.keep_values([self.held_indices])
-
-    def configure(self, config: ShiraConfig, path: str) -> None:
-        """Takes the rank of a config over; entries have no factor of their own."""
-        self.rescale(1.0, trained=True)
-        self.__dict__["rank"] = config.r
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"entries={self.tensors[0].shape[0]}"
 
 
 def _new_places(config: ShiraConfig, site: AdapterSite) -> Tensor:

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import AdapterSite, ReplacesCall, Rescales, Shape
+from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, apply_delta, in_one_product, with_entries
 from nbpeft.engine.kernels.numerics import FLOATS, compute_dtype
@@ -78,14 +79,20 @@ class SupertuningConfig(LayersConfig):
         """Whether the places have to be found in the weights again."""
         return not self.save_precomputed_indices
 
+    @property
+    def scaling(self) -> float:
+        """1: entries have no factor of their own."""
+        return 1.0
+
+    @property
+    def alpha(self) -> float:
+        """That of the factors; 0 without."""
+        return float(self.lora_alpha or 0.0)
+
 
 @register(
     SupertuningConfig,
     peft_type="SUPERTUNING",
-    layer_names=(
-        "supertuning_values supertuning_lora_A supertuning_lora_B",
-        "supertuning_indices supertuning_rank supertuning_lora_alpha supertuning_lora_dropout",
-    ),
     label="Super-Tuning",
     when="as SHiRA, with the entries that matter most; beside them a LoRA if need be",
     paper="arXiv:2607.09287",
@@ -95,22 +102,32 @@ class SupertuningConfig(LayersConfig):
         {"trained": f"{1 - config.sparsity:.3g}"} | ({} if config.r is None else {"r": str(config.r)})
     ),
     smaller=lambda config: config.copy(sparsity=(1 + config.sparsity) / 2) if config.sparsity < 0.999 else None,
-    file_keys={FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight"},
     sample_configs={
         "super": {"sparsity": 0.9},
         "supra": {"sparsity": 0.95, "r": 2, "lora_alpha": 3.0},
         "smallest": {"sparsity": 0.9, "select_top": False, "save_precomputed_indices": False},
     },
+    files=FileFormat(keys={FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight"}),
 )
-class SuperTuning(WeightDelta, Rescales, ReplacesCall):
+class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     """The trained entries of one layer, (n,), their places in the flat weight, (n,), and A and B, if any."""
 
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (FACTOR_A, FACTOR_B)
-    peft_mappings: ClassVar[tuple[str, ...]] = (VALUES, FACTOR_A, FACTOR_B)
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "supertuning_rank": "rank",
-        "supertuning_lora_alpha": "alpha",
-        INDICES: "places",
+    peft: ClassVar[PeftNames] = PeftNames(
+        "supertuning_values supertuning_lora_A supertuning_lora_B",
+        "supertuning_indices supertuning_rank supertuning_lora_alpha supertuning_lora_dropout",
+        wrapped=(FACTOR_A, FACTOR_B),
+        mappings=(VALUES, FACTOR_A, FACTOR_B),
+        attributes={
+            "supertuning_rank": "rank",
+            "supertuning_lora_alpha": "alpha",
+            INDICES: "places",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {
+        "scaling": "scaling",
+        "alpha": "alpha",
+        "dropout": "lora_dropout",
+        "saves_places": "save_precomputed_indices",
     }
 
     alpha: float
@@ -142,20 +159,19 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall):
         return {INDICES: (shapes[VALUES], torch.int32)} if config.save_precomputed_indices else {}
 
     @classmethod
-    def create(cls, config: SupertuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        given = _new(config, site) if tensors is None else tensors
-        made = cls({name: given[name] for name in site.shapes})
-        places = _checked(given[INDICES], site) if INDICES in given else _places(config, site)
-        made.register_buffer(INDICES, places.to(given[VALUES].device, torch.int32))
-        made.__dict__.update(scaling=1.0, saves_places=config.save_precomputed_indices)
-        made._configure(config)
-        return made
+    def initial_tensors(cls, config: SupertuningConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """New entries and factors; see ``Adapter``."""
+        return _new(config, site)
+
+    def prepare(self, config: SupertuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """The places of the entries, which may be loaded; see ``Adapter``."""
+        places = _checked(tensors[INDICES], site) if INDICES in tensors else _places(config, site)
+        self.register_buffer(INDICES, places.to(tensors[VALUES].device, torch.int32))
 
     @property
     def places(self) -> Tensor:
         """Where the entries are in the flat weight, (n,), int32."""
-        return self.held_buffer(INDICES)
+        return self.tensor(INDICES)
 
     @property
     def rank(self) -> int:
@@ -200,24 +216,6 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall):
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """Its parameters and, where the config asks for it, the places; see ``Adapter``."""
         return super().saved_tensors(shapes) | ({INDICES: self.places} if self.saves_places else {})
-
-    def _configure(self, config: SupertuningConfig) -> None:
-        self.__dict__.update(alpha=float(config.lora_alpha or 0.0), dropout=config.lora_dropout)
-
-    def configure(self, config: SupertuningConfig, path: str) -> None:
-        """Takes alpha and dropout of a config over; the entries have no factor of their own."""
-        self.rescale(1.0, trained=True)
-        self._configure(config)
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the scaling, alpha, the dropout and the places."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "alpha", "dropout")
-        change.keep_values([self.places])
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"entries={self.tensors[0].shape[0]}" + (f", r={self.rank}" if self.rank else "")
 
 
 def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:

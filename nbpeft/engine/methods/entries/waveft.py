@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawn_places
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count, check_frequencies, check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
@@ -35,6 +34,7 @@ from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
 from nbpeft.errors import ConfigError, shown
@@ -116,14 +116,19 @@ class WaveFTConfig(LayersConfig):
             return False
         sizes = {path: taken * given for path, (taken, given) in features.items()}
         whole, budget = sum(sizes.values()), self.n_frequency * len(sizes)
-        self.__dict__["_shares"] = {path: max(1, round(size / whole * budget)) for path, size in sizes.items()}
+        vars(self)["_shares"] = {path: max(1, round(size / whole * budget)) for path, size in sizes.items()}
         return True
 
     def frequencies_at(self, path: str) -> int:
         """The number of coefficients at a module path; 1 before they are shared out, where they are."""
         if self.proportional_parameters:
-            return int(self.__dict__.get("_shares", {}).get(path, 1))
+            return int(vars(self).get("_shares", {}).get(path, 1))
         return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
+
+    @property
+    def taps(self) -> tuple[float, ...]:
+        """The filter of the wavelet."""
+        return scaling_filter(self.wavelet_family)
 
 
 def _parts_of(name: str) -> tuple[str, int]:
@@ -218,12 +223,7 @@ def _coiflet(order: int) -> NDArray[np.float64]:
 @register(
     WaveFTConfig,
     peft_type="WAVEFT",
-    layer_names=(
-        "waveft_spectrum",
-        "waveft_n_frequency waveft_scaling waveft_random_loc_seed waveft_wavelet_family waveft_indices waveft_use_idwt",
-    ),
     label="WaveFT",
-    layer_prefix="WaveFT",
     when="as FourierFT, with changes that stay local: pictures of one subject",
     paper="arXiv:2505.12532",
     default_targets=usual_unfused_targets,
@@ -238,12 +238,24 @@ def _coiflet(order: int) -> NDArray[np.float64]:
 class WaveFT(WeightDelta, Rescales):
     """The coefficients of one layer, (n,)."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "waveft_n_frequency": "count",
-        "waveft_scaling": "scaling",
-        "waveft_random_loc_seed": "seed",
-        "waveft_wavelet_family": "family",
-        "waveft_use_idwt": "is_transformed",
+    peft: ClassVar[PeftNames] = PeftNames(
+        "waveft_spectrum",
+        "waveft_n_frequency waveft_scaling waveft_random_loc_seed waveft_wavelet_family waveft_indices waveft_use_idwt",
+        layer_prefix="WaveFT",
+        attributes={
+            "waveft_n_frequency": "count",
+            "waveft_scaling": "scaling",
+            "waveft_random_loc_seed": "seed",
+            "waveft_wavelet_family": "family",
+            "waveft_use_idwt": "is_transformed",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {
+        "scaling": "scaling",
+        "seed": "random_loc_seed",
+        "family": "wavelet_family",
+        "is_transformed": "use_idwt",
+        "taps": "taps",
     }
 
     seed: int
@@ -262,14 +274,10 @@ class WaveFT(WeightDelta, Rescales):
         return {SPECTRUM: (count,)}
 
     @classmethod
-    def create(cls, config: WaveFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded coefficients or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
-            tensors = {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
-        made = cls(tensors)
-        made.__dict__.update(scaling=float(config.scaling), **_settings(config))
-        return made
+    def initial_tensors(cls, config: WaveFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Coefficients at zeros, or random; see ``Adapter``."""
+        normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
+        return {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
 
     @classmethod
     def config_warnings(
@@ -310,29 +318,6 @@ class WaveFT(WeightDelta, Rescales):
         second = _synthesis(vertical.T, diagonal.T, low, high)
         whole = _synthesis(first.T, second.T, low, high)
         return whole[:rows, :columns].to(spectrum.dtype)
-
-    def configure(self, config: WaveFTConfig, path: str) -> None:
-        """Takes scaling, seed and filter of a config over."""
-        self.rescale(float(config.scaling), trained=True)
-        self.__dict__.update(_settings(config))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records scaling, seed and filter."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "seed", "family", "is_transformed", "taps")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"coefficients={self.count}, wavelet={self.family}"
-
-
-def _settings(config: WaveFTConfig) -> dict[str, Any]:
-    return {
-        "seed": config.random_loc_seed,
-        "family": config.wavelet_family,
-        "is_transformed": config.use_idwt,
-        "taps": scaling_filter(config.wavelet_family),
-    }
 
 
 def _synthesis_filters(taps: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales, TakenOver
+from nbpeft.engine.contract.adapter import (
+    Adapter,
+    AdapterSite,
+    ChangesBase,
+    Pads,
+    Rescales,
+    ShowsModules,
+    StartsInWeight,
+    TakenOver,
+)
 from nbpeft.engine.contract.base import BaseLayer, Composite, LayerKind
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.custom_layers import LoraLayer
 from nbpeft.engine.methods.lora.initialization.decompositions import nearest_product
 from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, Shapes, low_rank_of
@@ -84,7 +95,7 @@ def update_layer(
     adapted._commands().remake(adapted, adapter_name, here)
 
 
-class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
+class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsInWeight):
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
     Args:
@@ -110,22 +121,32 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
     use_rslora: bool
     padded: bool
     started_as: str
+    _remembered: tuple[Any, str]
 
-    wrapped_parameters: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
-    peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
-    peft_mappings: ClassVar[tuple[str, ...]] = (
-        *("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE),
+    peft: ClassVar[PeftNames] = PeftNames(
+        " ".join(LoraLayer.adapter_layer_names),
+        " ".join(LoraLayer.other_param_names),
+        wrapped=("lora_A", "lora_B", MAGNITUDE),
+        modules=("lora_dropout",),
+        mappings=(*("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE),),
+        attributes={
+            "r": "rank",
+            "lora_alpha": "alpha",
+            "use_dora": "reads_weight",
+            "use_rslora": "use_rslora",
+            "lora_bias": "has_bias",
+        },
+        functions={
+            "reset_lora_parameters": reset_factors,
+            "update_layer": update_layer,
+        },
     )
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "r": "rank",
-        "lora_alpha": "alpha",
-        "use_dora": "reads_weight",
+    from_config: ClassVar[Mapping[str, str]] = {
+        "scaling": "scaling_at",
+        "dropout": "dropout",
+        "alpha": "alpha_at",
         "use_rslora": "use_rslora",
-        "lora_bias": "has_bias",
-    }
-    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {
-        "reset_lora_parameters": reset_factors,
-        "update_layer": update_layer,
+        "is_quantization_aware": "is_quantization_aware",
     }
 
     def __init__(
@@ -137,33 +158,28 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         start: Start = RANDOM,
     ) -> None:
         super().__init__()
-        self._parameters.update(tensors)
-        # nn.Module's way to set an attribute would be a tenth of what it costs to add an adapter.
-        self.__dict__.update(
+        self.bind(
+            tensors,
             low_rank=low_rank_of(kind),
-            scaling=config.scaling_at(path),
-            dropout=float(config.lora_dropout),
-            alpha=config.alpha_at(path),
-            use_rslora=config.use_rslora,
             padded=False,
-            is_quantization_aware=config.is_quantization_aware,
             loses_start=start.is_from_data,
             started_as=start.init,
+            **self._config_values(config, path),
         )
         if start.remembered is not None:
-            self.__dict__["_remembered"] = (start.remembered, path)
+            self.bind(_remembered=(start.remembered, path))
         if start.quantized is not None or start.found:
-            self.__dict__["_start"] = start
+            self.bind(_start=start)
         if start.is_subtracted and start.factors is not None:
             for name, tensor in zip(_INITIAL, (start.factors[0], -start.factors[1]), strict=True):
                 self.register_buffer(name, tensor, persistent=False)
 
     def change_base(self, base: BaseLayer, change: Transaction) -> None:
         """Puts the quantized weight of LoftQ in, and takes what data gave off the layer; see ``ChangesBase``."""
-        start: Start = self.__dict__.pop("_start", RANDOM)
+        start: Start = vars(self).pop("_start", RANDOM)
         if start.found:
             change.keep_attributes(base.module, start.found)
-            base.module.__dict__.pop(start.found, None)
+            vars(base.module).pop(start.found, None)
         if start.quantized is not None:
             snapshot = base.backend.snapshot(base.module)
             change.on_undo(lambda: base.backend.restore(base.module, snapshot))
@@ -239,7 +255,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """A factor or the dropout; see ``Adapter``."""
-        if name in self.peft_modules:
+        if name in self.peft.modules:
             return AdapterDropout(self)
         if name not in self.factor_names:
             return None
@@ -279,7 +295,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         whole_A, whole_B = tensors[name_A], tensors[name_B]
         start = whole_A[rank:].to(init_A), whole_B[:, rank:].to(neg_init_B)
         self._buffers.update(zip(_INITIAL, start, strict=True))
-        remembered, path = self.__dict__["_remembered"]
+        remembered, path = self._remembered
         change.keep(remembered)
         remembered[path] = (start[0], -start[1])
         return {**tensors, name_A: whole_A[:rank], name_B: whole_B[:, :rank]}
@@ -392,21 +408,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         """Why other factors cannot take the place of these."""
         return "" if self.initial is None else "started in a part of the base weights"
 
-    def configure(self, config: Any, path: str) -> None:
-        """Takes the scaling and the dropout of a config over."""
-        self.rescale(config.scaling_at(path), trained=True)
-        self.dropout = float(config.lora_dropout)
-        self.__dict__.update(
-            alpha=config.alpha_at(path),
-            use_rslora=config.use_rslora,
-            is_quantization_aware=config.is_quantization_aware,
-        )
-
     def keep_settings(self, change: Transaction) -> None:
-        """Records scaling, dropout and padding."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "padded", "alpha", "use_rslora", "is_quantization_aware")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"rank={self.rank}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"
+        """Records padding, too; see ``Adapter``."""
+        super().keep_settings(change)
+        change.keep_attributes(self, "padded")

@@ -427,6 +427,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         offload = self.runtime_config.ephemeral_gpu_offload
         return layer_class(module, name, config=self, ephemeral_gpu_offload=offload, **given)
 
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs that are dropped in training."""
+        return float(self.lora_dropout)
+
 
 def _check_init_name(init: object) -> None:
     name = init.lower() if isinstance(init, str) else ""

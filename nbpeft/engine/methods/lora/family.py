@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.methods.lora.combining import combine_low_rank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import as_plain_lora
-from nbpeft.engine.methods.lora.custom_layers import LoraLayer
 from nbpeft.engine.methods.lora.fused import fuse
 
 _LEAST_RANK = 4
@@ -31,14 +31,16 @@ def _smaller(config: LoraConfig) -> LoraConfig | None:
     return config.resized(max(config.size // 4, _LEAST_RANK))
 
 
+FILES = FileFormat(
+    keys={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"},
+    fuse=fuse,
+    without_weight=as_plain_lora,
+)
 FAMILY: dict[str, Any] = {
     "peft_type": "LORA",
-    "layer_names": (" ".join(LoraLayer.adapter_layer_names), " ".join(LoraLayer.other_param_names)),
-    "file_keys": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"},
     "default_targets": usual_targets,
     "summary": _summary,
     "smaller": _smaller,
     "combine": combine_low_rank,
-    "fuse": fuse,
-    "without_weight": as_plain_lora,
+    "files": FILES,
 }

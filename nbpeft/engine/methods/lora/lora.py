@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.method_records import OwnKinds, SharedTensors
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import composes
 from nbpeft.engine.methods.lora.attention import AttentionLoRA
@@ -63,8 +64,8 @@ def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
         "olora": {"r": 4, "init_lora_weights": "olora"},
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
     },
-    kind_classes={"parameter": ParameterLoRA, "attention": AttentionLoRA},
-    tied_class=_tied_class,
+    kinds=OwnKinds(classes={"parameter": ParameterLoRA, "attention": AttentionLoRA}),
+    shares=SharedTensors(tied_class=_tied_class),
     **FAMILY,
 )
 class LoRA(LowRankProduct, ReplacesCall):

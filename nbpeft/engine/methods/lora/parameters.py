@@ -68,7 +68,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
         adapter = cls(parameters, site.base.kind, config, site.path)
         view: Any = site.base.module
-        adapter.__dict__["count"] = view.count
+        adapter.bind(count=view.count)
         return adapter
 
     @property

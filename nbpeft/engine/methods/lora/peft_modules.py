@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.bindable import set_plain
 from nbpeft.engine.peft_names.peft_modules import Observed, ParameterModule
 
 
@@ -51,9 +52,12 @@ class TiedFactor(LinearFactor):
         name: its name there.
     """
 
+    _adapter: Any
+    _name: str
+
     def __init__(self, adapter: Any, name: str) -> None:
         super().__init__()
-        self.__dict__.update(_adapter=adapter, _name=name, bias=None)
+        set_plain(self, _adapter=adapter, _name=name, bias=None)
 
     def _showing(self) -> tuple[nn.Module]:
         return (self.adapter,)
@@ -61,12 +65,12 @@ class TiedFactor(LinearFactor):
     @property
     def adapter(self) -> Any:
         """The adapter."""
-        return self.__dict__["_adapter"]
+        return self._adapter
 
     @property
     def shown_parameter(self) -> str:
         """Name of the factor."""
-        return str(self.__dict__["_name"])
+        return self._name
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -100,12 +104,9 @@ class BlockDiagonalFactor(ParameterModule):
 
     def __init__(self, nblocks: int) -> None:
         nn.Module.__init__(self)
-        self.__dict__["nblocks"] = nblocks
+        set_plain(self, nblocks=nblocks)
 
-    @property
-    def nblocks(self) -> int:
-        """How many blocks there are."""
-        return int(self.__dict__["nblocks"])
+    nblocks: int
 
     @property
     def in_features(self) -> int:
@@ -142,7 +143,8 @@ class _ConvolutionFactor(ParameterModule):
         nn.Module.__init__(self)
         ones, zeros = (1,) * (len(shape) - 2), (0,) * (len(shape) - 2)
         groups = 1 if is_first else layer.groups
-        self.__dict__.update(
+        set_plain(
+            self,
             in_channels=shape[1] * groups,
             out_channels=shape[0],
             kernel_size=shape[2:],
@@ -201,14 +203,16 @@ class AdapterDropout(Observed, nn.Dropout):
         adapter: the adapter.
     """
 
+    _adapter: Any
+
     def __init__(self, adapter: Any) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(inplace=False, _adapter=adapter)
+        set_plain(self, inplace=False, _adapter=adapter)
 
     @property
     def adapter(self) -> Any:
         """The adapter."""
-        return self.__dict__["_adapter"]
+        return self._adapter
 
     @property
     def training(self) -> bool:
@@ -217,7 +221,7 @@ class AdapterDropout(Observed, nn.Dropout):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "_adapter" in self.__dict__:  # torch's constructor sets it, too
+        if hasattr(self, "_adapter"):  # torch's constructor sets it, too
             self.adapter.training = mode
 
     @property

@@ -108,13 +108,13 @@ class PlainLowRank(LowRankAdapter):
         if not self.computes_by_parts:
             super().observe(module)
             return
-        shown = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
-        self.__dict__["observed"] = {**(self.observed or {}), name or shown: module}
+        shown = module.shown_parameter if isinstance(module, ParameterModule) else self.peft.modules[0]
+        self.bind(observed={**(self.observed or {}), name or shown: module})
 
     def forget_observed(self, name: str) -> None:
         """Computes that step by itself again; see ``Adapter``."""
         others = {other: module for other, module in (self.observed or {}).items() if other != name}
-        self.__dict__["observed"] = others or None
+        self.bind(observed=others or None)
 
     def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
         """The product, each step that somebody observes computed by its module."""
@@ -124,7 +124,7 @@ class PlainLowRank(LowRankAdapter):
             x = x.to(compute_dtype(x, lora_A))
         delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
         steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-            (self.peft_modules[0], lambda value: F.dropout(value, self.dropout, self.training)),
+            (self.peft.modules[0], lambda value: F.dropout(value, self.dropout, self.training)),
             (name_A, lambda value: self.low_rank.down(module, value, lora_A.to(value.dtype))),
             (name_B, lambda value: self.low_rank.up(module, value, lora_B.to(value.dtype), self.output_bias)),
         ]

@@ -10,13 +10,15 @@ the embedding's adapter, learns from all uses.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, UsesAnother
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.inits import fill_of, skip_built
 from nbpeft.engine.methods.lora.low_rank import LowRank, LowRankLookup
@@ -55,7 +57,7 @@ def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
         )
 
 
-class TiedProduct(LowRankProduct):
+class TiedProduct(LowRankProduct, UsesAnother):
     """A product whose factors are those of the adapter on another layer, transposed where the layers are transposed.
 
     Attributes:
@@ -66,8 +68,7 @@ class TiedProduct(LowRankProduct):
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Makes an adapter that waits for its source, with any of the tensors; a new one draws what a head's would."""
         made = cls({}, site.base.kind, config, site.path)
-        made.__dict__["_drawn"] = _drawn(config, site) if tensors is None else {}
-        made.__dict__["_loaded"] = dict(tensors or {})
+        made.bind(_drawn=_drawn(config, site) if tensors is None else {}, _loaded=dict(tensors or {}))
         return made
 
     @torch.no_grad()
@@ -76,8 +77,8 @@ class TiedProduct(LowRankProduct):
 
         Loaded ones are written there: a file may hold them for this layer alone.
         """
-        self.__dict__["source"] = source
-        drawn, loaded = self.__dict__.pop("_drawn", {}), self.__dict__.pop("_loaded", {})
+        self.bind(source=source)
+        drawn, loaded = vars(self).pop("_drawn", {}), vars(self).pop("_loaded", {})
         for name, value in (loaded if self._is_alike else drawn | loaded).items():
             self.held[name].copy_(value)
 
@@ -104,17 +105,14 @@ class TiedProduct(LowRankProduct):
         return False
 
     @property
-    def peft_modules(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The dropout, and the factors where another layer has others."""
-        return (*LowRankProduct.peft_modules, *(() if self._is_alike else self.factor_names))
+    def peft(self) -> PeftNames:  # type: ignore[override]
+        """As of a product; where another layer has other factors, these are modules."""
+        names = LowRankProduct.peft
+        return names if self._is_alike else replace(names, modules=(*names.modules, *self.factor_names))
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """A factor or the dropout; see ``Adapter``."""
         return TiedFactor(self, name) if name in self.factor_names else super().peft_module(name, base)
-
-    def layer_names(self) -> tuple[str, ...]:
-        """As of its source."""
-        return super().layer_names() if self.source is None else self.source.layer_names()
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The views; see ``Adapter``."""

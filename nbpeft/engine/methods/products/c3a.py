@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
 from nbpeft.errors import ConfigError
@@ -62,9 +63,7 @@ class C3AConfig(LayersConfig):
 @register(
     C3AConfig,
     peft_type="C3A",
-    layer_names=("c3a_kernel", "block_size"),
     label="C3A",
-    layer_prefix="C3A",
     when="a high rank from few parameters, where blocks divide the layers",
     paper="arXiv:2407.19342",
     default_targets=usual_unfused_targets,
@@ -74,7 +73,9 @@ class C3AConfig(LayersConfig):
 class C3A(WeightDelta):
     """The first rows of the blocks of one layer, (out / b, in / b, b), in float32."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"block_size": "size"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "c3a_kernel", "block_size", layer_prefix="C3A", attributes={"block_size": "size"}
+    )
 
     @classmethod
     def parameter_shapes(
@@ -92,14 +93,12 @@ class C3A(WeightDelta):
         return {KERNEL: (out_features // size, in_features // size, size)}
 
     @classmethod
-    def create(cls, config: C3AConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded rows or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            inputs, outputs, init = site.base.in_features, site.base.out_features, config.init_weights
-            bound = math.sqrt(1 / inputs if init == "kaiming_uniform" else 6 / (inputs + outputs))
-            fill = normal_ if init == "gaussian" else lambda kernel: kernel.uniform_(-bound, bound)
-            tensors = {KERNEL: site.new(site.shapes[KERNEL], None if init is True else fill)}
-        return cls({KERNEL: tensors[KERNEL]})
+    def initial_tensors(cls, config: C3AConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """First rows at zeros, or random ones; see ``Adapter``."""
+        inputs, outputs, init = site.base.in_features, site.base.out_features, config.init_weights
+        bound = math.sqrt(1 / inputs if init == "kaiming_uniform" else 6 / (inputs + outputs))
+        fill = normal_ if init == "gaussian" else lambda kernel: kernel.uniform_(-bound, bound)
+        return {KERNEL: site.new(site.shapes[KERNEL], None if init is True else fill)}
 
     @property
     def size(self) -> int:
@@ -117,10 +116,6 @@ class C3A(WeightDelta):
         step = torch.arange(size, device=kernel.device)
         blocks = kernel[:, :, (step - step[:, None]) % size]  # (rows, columns, b, b)
         return blocks.permute(0, 2, 1, 3).reshape(rows * size, columns * size) / (columns * size)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"block_size={self.size}"
 
 
 def _convolved(x: Tensor, kernel: Tensor) -> Tensor:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import AdapterSite, Shape
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape
+from nbpeft.engine.contract.base import LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors, keeping_inputs
 
@@ -78,20 +78,25 @@ class DeloraConfig(LayersConfig):
 @register(
     DeloraConfig,
     peft_type="DELORA",
-    layer_names=("delora_A delora_B delora_lambda", "r delora_dropout delora_w_norm"),
     label="DeLoRA",
     when="as LoRA, with a bound on how far each layer may move",
     paper="arXiv:2503.18225",
-    layer_prefix="Delora",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r4": {"r": 4, "delora_lambda": 2}},
 )
-class Delora(ComputedFactors):
+class Delora(ComputedFactors, HasFixedTensors):
     """Two factors and the bound of one layer, and the norms of the weight's columns, (in,), which are not trained."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "delora_A delora_B delora_lambda",
+        "r delora_dropout delora_w_norm",
+        layer_prefix="Delora",
+        attributes={"r": "rank"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "module_dropout"}
+    identity: ClassVar[Mapping[str, float]] = {FACTOR_B: 0.0}
 
     @classmethod
     def parameter_shapes(
@@ -110,24 +115,19 @@ class Delora(ComputedFactors):
         return {NORMS: ((shapes[FACTOR_A][1],), torch.float32)}
 
     @classmethod
-    def create(cls, config: DeloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            shape_B = site.shapes[FACTOR_B]
-            tensors = {
-                FACTOR_A: site.new(site.shapes[FACTOR_A], linear_),
-                FACTOR_B: torch.zeros(shape_B, **options) if config.init_weights else site.new(shape_B, linear_),
-                BOUND: torch.full((1,), config.lambda_at(site.path), **options),
-            }
+    def initial_tensors(cls, config: DeloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """A random, B at zeros or random, and the bound of the config; see ``Adapter``."""
+        return {
+            FACTOR_A: site.new(site.shapes[FACTOR_A], linear_),
+            FACTOR_B: site.new(site.shapes[FACTOR_B], None if config.init_weights else linear_),
+            BOUND: site.new((1,)).fill_(config.lambda_at(site.path)),
+        }
+
+    def prepare(self, config: DeloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """The norms of the weight's columns, which may be loaded; see ``Adapter``."""
         norms = tensors.get(NORMS)
-        if norms is None:
-            norms = site.base.weight().float().norm(dim=0)
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        made.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
-        made.__dict__["dropout"] = config.module_dropout
-        return made
+        norms = site.base.weight().float().norm(dim=0) if norms is None else norms
+        self.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
 
     @property
     def rank(self) -> int:
@@ -137,7 +137,7 @@ class Delora(ComputedFactors):
     @property
     def norms(self) -> Tensor:
         """‖w_j‖, (in,)."""
-        return self.held_buffer(NORMS)
+        return self.tensor(NORMS)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""
@@ -154,19 +154,3 @@ class Delora(ComputedFactors):
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """Its parameters and the norms; see ``Adapter``."""
         return super().saved_tensors(shapes) | {NORMS: self.norms}
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites B with zeros."""
-        self.get_parameter(FACTOR_B).detach().zero_()
-
-    def configure(self, config: DeloraConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.module_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, in_one_product, keeping_inputs
 
@@ -80,14 +82,10 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
 @register(
     GloraConfig,
     peft_type="GLORA",
-    layer_names=("glora_A glora_B glora_C glora_D glora_E", "r"),
     label="GLoRA",
-    layer_prefix="Glora",
     when="as LoRA, where weights should be scaled and biases learn too",
     paper="arXiv:2306.07967",
-    file_keys=_KEYS,
     default_targets=usual_targets,
-    unpack=_without_zeros,
     summary=lambda config: {"r": str(config.r), "AB": config.config_A_B, "C": config.config_C, "DE": config.config_D_E},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
@@ -95,12 +93,16 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
         "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
         "numbers": {"config_A_B": "constant", "config_C": "none"},
     },
+    files=FileFormat(keys=_KEYS, unpack=_without_zeros),
 )
 class Glora(Adapter, ReplacesCall):
     """What changes the weight and the bias of one layer."""
 
     reads_weight: ClassVar[bool] = True
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "glora_A glora_B glora_C glora_D glora_E", "r", layer_prefix="Glora", attributes={"r": "rank"}
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"rank": "r"}
 
     rank: int
 
@@ -121,16 +123,10 @@ class Glora(Adapter, ReplacesCall):
         return found
 
     @classmethod
-    def create(cls, config: GloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            tensors = {}
-            for name in sorted(site.shapes, key=lambda one: (one[:7], one[-1] == "d")):  # in the order of PEFT's draws
-                tensors[name] = _start(name, config, site)
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        made.__dict__["rank"] = config.r
-        return made
+    def initial_tensors(cls, config: GloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """New tensors in the order of PEFT's draws; see ``Adapter``."""
+        order = sorted(site.shapes, key=lambda one: (one[:7], one[-1] == "d"))
+        return {name: _start(name, config, site) for name in order}
 
     def _path(self, path: str) -> tuple[Tensor, ...]:
         """The parameters of one of A to E; empty for nothing."""
@@ -184,17 +180,9 @@ class Glora(Adapter, ReplacesCall):
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites what is multiplied last with zeros."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None and not name.endswith("Xu"):
+        for name, parameter in self.named_parameters():
+            if not name.endswith("Xu"):
                 parameter.detach().zero_()
-
-    def configure(self, config: GloraConfig, path: str) -> None:
-        """Takes the rank of a config over."""
-        self.__dict__["rank"] = config.r
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"
 
 
 def _value(parameters: tuple[Tensor, ...]) -> Tensor:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -84,26 +85,25 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
 @register(
     GraloraConfig,
     peft_type="GRALORA",
-    layer_names=(
-        "gralora_A gralora_B gralora_A_general gralora_B_general",
-        "r hybrid_r alpha scaling gralora_dropout gralora_k",
-    ),
     label="GraLoRA",
     when="as LoRA with a high rank, for the parameters of a lower one",
     paper="arXiv:2505.20355",
-    file_keys={name: f"{name}.weight" for name in (WHOLE_A, WHOLE_B)},
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "k": str(config.gralora_k), "α": f"{config.alpha:g}"},
     smaller=_smaller,
     sample_configs={"k2": {"r": 4}, "hybrid": {"r": 4, "gralora_k": 4, "hybrid_r": 2, "alpha": 8}},
+    files=FileFormat(keys={name: f"{name}.weight" for name in (WHOLE_A, WHOLE_B)}),
 )
 class Gralora(WeightDelta, Rescales):
     """The factors of one layer: A, (k, in / k, r), B, (k, r, out / k), and those of the whole weight, if any."""
 
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (WHOLE_A, WHOLE_B)
-    peft_attributes: ClassVar[Mapping[str, str]] = {name: name for name in ("r", "hybrid_r", "alpha", "gralora_k")} | {
-        "r": "rank"
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "gralora_A gralora_B gralora_A_general gralora_B_general",
+        "r hybrid_r alpha scaling gralora_dropout gralora_k",
+        wrapped=(WHOLE_A, WHOLE_B),
+        attributes={name: name for name in ("r", "hybrid_r", "alpha", "gralora_k")} | {"r": "rank"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "alpha": "alpha", "dropout": "gralora_dropout"}
 
     alpha: float
     dropout: float
@@ -127,24 +127,9 @@ class Gralora(WeightDelta, Rescales):
         return shapes | (whole if config.hybrid_r else {})
 
     @classmethod
-    def create(cls, config: GraloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            tensors = _drawn(config, site)
-        made = cls({name: tensors[name] for name in site.shapes})
-        made.__dict__["scaling"] = config.scaling
-        made.configure(config, site.path)
-        return made
-
-    def configure(self, config: GraloraConfig, path: str) -> None:
-        """Takes scaling and dropout of a config over."""
-        self.rescale(config.scaling, trained=True)
-        self.__dict__.update(alpha=config.alpha, dropout=config.gralora_dropout)
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records scaling and dropout."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "alpha", "dropout")
+    def initial_tensors(cls, config: GraloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """New factors; see ``Adapter``."""
+        return _drawn(config, site)
 
     @property
     def rank(self) -> int:
@@ -191,10 +176,6 @@ class Gralora(WeightDelta, Rescales):
         """Overwrites what is multiplied last with zeros."""
         for tensor in self.tensors[1::2]:  # B, and that of the whole weight
             tensor.detach().zero_()
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, k={self.gralora_k}, hybrid_r={self.hybrid_r}, alpha={self.alpha:g}"
 
 
 def _drawn(config: GraloraConfig, site: AdapterSite) -> dict[str, Tensor]:

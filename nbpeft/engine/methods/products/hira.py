@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
@@ -22,6 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
 from nbpeft.errors import ConfigError
@@ -62,7 +62,6 @@ class HiraConfig(LayersConfig):
 @register(
     HiraConfig,
     peft_type="HIRA",
-    layer_names=("hira_A hira_B hira_embedding_A hira_embedding_B", "r hira_dropout"),
     label="HiRA",
     paper="https://openreview.net/forum?id=TwJrTz9cRS",
     when="much to learn: a high rank for LoRA's parameters",
@@ -75,7 +74,10 @@ class Hira(WeightDelta):
     """The two factors of one layer."""
 
     reads_weight: ClassVar[bool] = True
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "hira_A hira_B hira_embedding_A hira_embedding_B", "r hira_dropout", attributes={"r": "rank"}
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "hira_dropout"}
 
     dropout: float
 
@@ -91,21 +93,17 @@ class Hira(WeightDelta):
         return dict(zip(names, ((rank, columns, *kernel), (rows, rank, *[1] * len(kernel))), strict=True))
 
     @classmethod
-    def create(cls, config: HiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
-            name_A, name_B = site.shapes
-            if config.init_weights:
-                drawn[name_A if name_A in _EMBEDDING_FACTORS else name_B].zero_()
-            if config.init_weights == "gaussian" and name_A in _FACTORS:
-                drawn[name_A].div_(config.rank_at(site.path))
-            elif config.init_weights and name_A in _FACTORS:
-                drawn[name_A] = site.new(site.shapes[name_A], linear_)
-            tensors = drawn
-        made = cls({name: tensors[name] for name in site.shapes})
-        made.__dict__["dropout"] = config.hira_dropout
-        return made
+    def initial_tensors(cls, config: HiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random factors, but for B, or the A of an embedding, at zeros; see ``Adapter``."""
+        drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
+        name_A, name_B = site.shapes
+        if config.init_weights:
+            drawn[name_A if name_A in _EMBEDDING_FACTORS else name_B].zero_()
+        if config.init_weights == "gaussian" and name_A in _FACTORS:
+            drawn[name_A].div_(config.rank_at(site.path))
+        elif config.init_weights and name_A in _FACTORS:
+            drawn[name_A] = site.new(site.shapes[name_A], linear_)
+        return drawn
 
     @property
     def rank(self) -> int:
@@ -131,18 +129,6 @@ class Hira(WeightDelta):
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites B, or the A of an embedding, with zeros."""
         self.tensors[0 if base.kind.takes_ids else 1].detach().zero_()
-
-    def configure(self, config: HiraConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.hira_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"
 
 
 def _product(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:

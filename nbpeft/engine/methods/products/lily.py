@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import suffixes
@@ -31,6 +30,8 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -72,7 +73,7 @@ class LilyConfig(LayersConfig):
 
 
 def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
-    """Which earlier layer of its group each layer shares A and the experts with; see ``Method.tied``."""
+    """Which earlier layer of its group each layer shares A and the experts with; see ``SharedTensors.tied``."""
     groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
     ties: dict[str, dict[str, str]] = {}
     for path, size in features.items():
@@ -90,22 +91,27 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
 @register(
     LilyConfig,
     peft_type="LILY",
-    layer_names=("lily_A lily_B lily_router", "r scaling stride_A num_B"),
     label="Lily",
     when="many layers that learn alike: they share factors of a higher rank",
     paper="arXiv:2407.09946",
-    file_keys={name: f"{name}.weight" for name in (A, B, ROUTER)},
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"own": {"r": 4}, "shared": {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 2.0}},
-    tied=_tied,
+    files=FileFormat(keys={name: f"{name}.weight" for name in (A, B, ROUTER)}),
+    shares=SharedTensors(tied=_tied),
 )
 class Lily(Adapter, Rescales):
     """A, (r, in), the experts, (num_B · r, out), and the router, (num_B, r), that one layer uses."""
 
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (A, B, ROUTER)
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "stride_A": "stride", "num_B": "expert_count"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "lily_A lily_B lily_router",
+        "r scaling stride_A num_B",
+        wrapped=(A, B, ROUTER),
+        attributes={"r": "rank", "stride_A": "stride", "num_B": "expert_count"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "stride": "stride_A"}
+    identity: ClassVar[Mapping[str, float]] = {B: 0.0}
 
     stride: int
 
@@ -119,30 +125,13 @@ class Lily(Adapter, Rescales):
         return {A: (rank, inputs), B: (count * rank, outputs), ROUTER: (count, rank)}
 
     @classmethod
-    def create(cls, config: LilyConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            skip_linear(site.device, *site.shapes.values())
-            order = (A, ROUTER, B)
-            tensors = {
-                name: site.new(site.shapes[name], None if name == B and config.init_weights else linear_)
-                for name in order
-            }
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        made.__dict__["scaling"] = config.scaling
-        made.configure(config, site.path)
-        return made
-
-    def configure(self, config: LilyConfig, path: str) -> None:
-        """Takes the scaling of a config over."""
-        self.rescale(config.scaling, trained=True)
-        self.__dict__["stride"] = config.stride_A
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the scaling."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "stride")
+    def initial_tensors(cls, config: LilyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """A, the router and the experts, in the order of PEFT's draws; see ``Adapter``."""
+        skip_linear(site.device, *site.shapes.values())
+        return {
+            name: site.new(site.shapes[name], None if name == B and config.init_weights else linear_)
+            for name in (A, ROUTER, B)
+        }
 
     @property
     def rank(self) -> int:
@@ -180,14 +169,6 @@ class Lily(Adapter, Rescales):
     def swap_refusal(self) -> str:
         """Why nothing takes its place: the layers of another one may share other tensors."""
         return "shares tensors between its layers"
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the experts with zeros."""
-        self.held[B].detach().zero_()
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, stride_A={self.stride}, num_B={self.expert_count}"
 
 
 def _mixed(x: Tensor, first: Tensor, experts: Tensor, router: Tensor) -> Tensor:

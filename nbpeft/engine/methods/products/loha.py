@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta
 from nbpeft.errors import ConfigError
@@ -55,21 +57,24 @@ class LoHaConfig(RankedConfig):
 @register(
     LoHaConfig,
     peft_type="LOHA",
-    layer_names=(
-        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2",
-        "r alpha scaling rank_dropout rank_dropout_scale module_dropout",
-    ),
     label="LoHa",
     when="a high rank from few parameters; images",
     paper="arXiv:2108.06098",
-    prefix="hada_",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r3": {"r": 3, "alpha": 4}, "cores": {"r": 2, "use_effective_conv2d": True}},
+    files=FileFormat(prefix="hada_"),
 )
 class LoHa(ScaledDelta, ConvertsToLora):
     """Four factors on one layer, and two cores where a convolution is taken apart."""
+
+    identity: ClassVar[Mapping[str, float]] = {"hada_w2_b": 0.0}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2",
+        "r alpha scaling rank_dropout rank_dropout_scale module_dropout",
+        attributes=ScaledDelta.peft.attributes,
+    )
 
     @classmethod
     def parameter_shapes(
@@ -88,12 +93,10 @@ class LoHa(ScaledDelta, ConvertsToLora):
         return dict(zip(_MATRICES, [(rows, rank), (rank, columns * math.prod(kernel))] * 2, strict=True))
 
     @classmethod
-    def create(cls, config: LoHaConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or starts with the second B at zeros; see ``Adapter``."""
-        if tensors is None:
-            zero = "hada_w2_b" if config.init_weights else ""
-            tensors = {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
-        return cls({name: tensors[name] for name in site.shapes}, config, site.path)
+    def initial_tensors(cls, config: LoHaConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random factors, but for the second B at zeros; see ``Adapter``."""
+        zero = "hada_w2_b" if config.init_weights else ""
+        return {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """The Hadamard product; see ``ScaledDelta``."""
@@ -121,7 +124,3 @@ class LoHa(ScaledDelta, ConvertsToLora):
     def delta_rank(self) -> int | None:
         """The product of the ranks."""
         return self.rank**2
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the second B with zeros."""
-        self.get_parameter("hada_w2_b").detach().zero_()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta, keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -90,10 +91,6 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
 @register(
     LoKrConfig,
     peft_type="LOKR",
-    layer_names=(
-        "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2",
-        "r alpha scaling rank_dropout rank_dropout_scale module_dropout",
-    ),
     label="LoKr",
     when="very small files; images",
     paper="arXiv:2212.10650",
@@ -108,6 +105,14 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
 )
 class LoKr(ScaledDelta, ConvertsToLora):
     """The two matrices, each whole or as factors, on one layer."""
+
+    from_config: ClassVar[Mapping[str, str]] = {**ScaledDelta.from_config, "rescales_rows": "rank_dropout_scale"}
+    identity: ClassVar[Mapping[str, float]] = {W1: 0.0, W1_A: 0.0}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2",
+        "r alpha scaling rank_dropout rank_dropout_scale module_dropout",
+        attributes=ScaledDelta.peft.attributes,
+    )
 
     @classmethod
     def parameter_shapes(
@@ -131,13 +136,12 @@ class LoKr(ScaledDelta, ConvertsToLora):
         return {**shapes, W2_A: (k, rank), W2_B: (rank, n * math.prod(kernel))}
 
     @classmethod
-    def create(cls, config: LoKrConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded matrices or starts with one of them at zeros; see ``Adapter``."""
-        if tensors is None:
-            lycoris = config.init_weights == "lycoris"
-            zero = _zeros_at_start(site.shapes, lycoris=lycoris) if config.init_weights else ""
-            tensors = {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
-        return cls({name: tensors[name] for name in site.shapes}, config, site.path)
+    def initial_tensors(cls, config: LoKrConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random matrices, but for one of them at zeros; see ``Adapter``."""
+        first, second = (W1, W1_A), (W2, W2_B)
+        zeros = () if not config.init_weights else second if config.init_weights == "lycoris" else first
+        zero = next((name for name in zeros if name in site.shapes), "")
+        return {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``scaling (W1 ⊗ W2) x``; see ``Adapter``."""
@@ -182,10 +186,6 @@ class LoKr(ScaledDelta, ConvertsToLora):
             outer, inner = held[W1_A], held[W1_B]
         return LowRankDelta(_kron(inner, held[W2_B]), _kron(outer, held[W2_A]), float(self.scaling))
 
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the first matrix, or its first factor, with zeros."""
-        self.get_parameter(_zeros_at_start(self._parameters, lycoris=False)).detach().zero_()
-
 
 def _kron(first: Tensor, second: Tensor) -> Tensor:
     """The Kronecker product of two matrices; torch.kron fails on some strides of dimensions of size 1."""
@@ -195,10 +195,3 @@ def _kron(first: Tensor, second: Tensor) -> Tensor:
 def _first(held: Mapping[str, Tensor]) -> Tensor:
     """W1, (l, m)."""
     return held[W1] if W1 in held else held[W1_A] @ held[W1_B]
-
-
-def _zeros_at_start(names: Any, *, lycoris: bool) -> str:
-    """The parameter that is zero at the start."""
-    if lycoris:
-        return W2 if W2 in names else W2_B
-    return W1 if W1 in names else W1_A

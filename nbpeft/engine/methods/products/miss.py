@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -62,9 +62,7 @@ class MissConfig(LayersConfig):
 @register(
     MissConfig,
     peft_type="MISS",
-    layer_names=("miss_block", "miss_r miss_dropout miss_mini_r"),
     label="MiSS",
-    layer_prefix="Miss",
     when="LoRA's memory, for about half of its parameters at the same rank",
     paper="arXiv:2409.15371",
     default_targets=usual_targets,
@@ -81,7 +79,10 @@ class MissConfig(LayersConfig):
 class Miss(WeightDelta, ConvertsToLora):
     """The block of one layer."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"miss_r": "rank"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "miss_block", "miss_r miss_dropout miss_mini_r", layer_prefix="Miss", attributes={"miss_r": "rank"}
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "miss_dropout"}
 
     dropout: float
 
@@ -112,18 +113,14 @@ class Miss(WeightDelta, ConvertsToLora):
         return {BLOCK: (rank, out_features)}
 
     @classmethod
-    def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds a loaded block, or starts with zeros; see ``Adapter``."""
-        shape = site.shapes[BLOCK]
-        if tensors is not None:
-            block = tensors[BLOCK]
-        elif config.init_weights:
-            block = torch.zeros(shape, device=site.base.device, dtype=site.dtype)
-        else:
-            block = site.new(shape, linear_)
-        made = (Bat if config.init_weights == "bat" else Miss)({BLOCK: block})
-        made.__dict__["dropout"] = config.miss_dropout
-        return made  # type: ignore[return-value]
+    def class_at(cls, config: MissConfig, site: AdapterSite) -> type[Miss]:
+        """Bat where the config asks for it; see ``Adapter``."""
+        return Bat if config.init_weights == "bat" else Miss
+
+    @classmethod
+    def initial_tensors(cls, config: MissConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """A block of zeros, or a random one; see ``Adapter``."""
+        return {BLOCK: site.new(site.shapes[BLOCK], None if config.init_weights else linear_)}
 
     @property
     def rank(self) -> int:
@@ -162,18 +159,6 @@ class Miss(WeightDelta, ConvertsToLora):
         groups = -(-base.in_features // self.rank)
         sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, groups)[:, : base.in_features]
         return LowRankDelta(sums, block.T, 1.0)
-
-    def configure(self, config: MissConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.miss_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"
 
 
 class Bat(Miss):

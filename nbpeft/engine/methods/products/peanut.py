@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -76,6 +77,12 @@ class PeanutConfig(LayersConfig):
                 f"act_fn must be an activation without parameters, as 'relu', not {self.act_fn!r}", field="act_fn"
             )
 
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The function that ``act_fn`` names."""
+        found: Callable[[Tensor], Tensor] = _activations()[self.act_fn]
+        return found
+
 
 def _activations() -> Any:
     """transformers' activations by name."""
@@ -87,11 +94,9 @@ def _activations() -> Any:
 @register(
     PeanutConfig,
     peft_type="PEANUT",
-    layer_names=("peanut_A peanut_B peanut_encoders peanut_decoders", "r depth scaling act_fn res_num"),
     label="PEANuT",
     when="changes that follow from the weights themselves",
     paper="arXiv:2410.01870",
-    file_keys={FIRST: f"{FIRST}.weight", LAST: f"{LAST}.weight", **_HIDDEN},
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
@@ -99,13 +104,20 @@ def _activations() -> Any:
         "flat": {"r": 4},
         "deep": {"r": 3, "depth": 2, "act_fn": "silu", "scaling": 0.5},
     },
+    files=FileFormat(keys={FIRST: f"{FIRST}.weight", LAST: f"{LAST}.weight", **_HIDDEN}),
 )
 class Peanut(Adapter, ConvertsToLora, Rescales):
     """The network of one layer."""
 
     reads_weight: ClassVar[bool] = True
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (FIRST, LAST)
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "depth": "depth", "act_fn": "activation"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "peanut_A peanut_B peanut_encoders peanut_decoders",
+        "r depth scaling act_fn res_num",
+        wrapped=(FIRST, LAST),
+        attributes={"r": "rank", "depth": "depth", "act_fn": "activation"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "activation": "act_fn", "function": "activation"}
+    identity: ClassVar[Mapping[str, float]] = {LAST: 0.0}
 
     activation: str
     function: Callable[[Tensor], Tensor]
@@ -122,19 +134,13 @@ class Peanut(Adapter, ConvertsToLora, Rescales):
         return {**shapes, **dict.fromkeys(hidden, (rank, rank))}
 
     @classmethod
-    def create(cls, config: PeanutConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            skip_linear(site.device, *site.shapes.values())
-            order = sorted(site.shapes, key=lambda name: name == LAST)
-            tensors = {
-                name: site.new(site.shapes[name], None if name == LAST and config.init_weights else linear_)
-                for name in order
-            }
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        made.__dict__.update(scaling=float(config.scaling), **_settings(config))
-        return made
+    def initial_tensors(cls, config: PeanutConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """B at zeros, or random, and drawn last; see ``Adapter``."""
+        skip_linear(site.device, *site.shapes.values())
+        return {
+            name: site.new(site.shapes[name], None if name == LAST and config.init_weights else linear_)
+            for name in sorted(site.shapes, key=lambda name: name == LAST)
+        }
 
     @property
     def rank(self) -> int:
@@ -195,25 +201,3 @@ class Peanut(Adapter, ConvertsToLora, Rescales):
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """The width of the network."""
         return shapes[LAST][1]
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites B with zeros."""
-        self.get_parameter(LAST).detach().zero_()
-
-    def configure(self, config: PeanutConfig, path: str) -> None:
-        """Takes scaling and activation of a config over."""
-        self.rescale(float(config.scaling), trained=True)
-        self.__dict__.update(_settings(config))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records both."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "activation", "function")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, depth={self.depth}, {self.activation}"
-
-
-def _settings(config: PeanutConfig) -> dict[str, Any]:
-    return {"activation": config.act_fn, "function": _activations()[config.act_fn]}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, ShowsModules
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -78,12 +80,10 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
 @register(
     PolyConfig,
     peft_type="POLY",
-    layer_names=("poly_lora_A poly_lora_B poly_router", "r n_tasks n_skills n_splits poly_type"),
     draws_in_training=True,
     label="Polytropon",
     when="several tasks that need some of the same skills; a new task learns which",
     paper="arXiv:2202.13914",
-    file_keys={ROUTER: f"{ROUTER}.{LOGITS}"},
     default_targets=usual_targets,
     summary=lambda config: {
         "r": str(config.r),
@@ -92,10 +92,10 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
     },
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"one-task": {"r": 4}, "split": {"r": 2, "n_skills": 3, "n_splits": 4}},
-    call_context=_tasks_of_rows,
-    call_arguments=(TASK_IDS,),
+    files=FileFormat(keys={ROUTER: f"{ROUTER}.{LOGITS}"}),
+    calls=CallInputs(context=_tasks_of_rows, arguments=(TASK_IDS,)),
 )
-class Polytropon(Adapter, ConvertsToLora):
+class Polytropon(Adapter, ConvertsToLora, ShowsModules):
     """The skills of one layer, A and B, and which of them each task uses.
 
     Attributes:
@@ -104,13 +104,18 @@ class Polytropon(Adapter, ConvertsToLora):
         poly_router: (tasks, splits · skills), logits.
     """
 
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (ROUTER,)
-    names_in_modules: ClassVar[Mapping[str, str]] = {ROUTER: LOGITS}
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        **{"r": "rank", "n_tasks": "task_count", "n_skills": "skill_count", "n_splits": "split_count"},
-        "poly_type": "poly_type",
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "poly_lora_A poly_lora_B poly_router",
+        "r n_tasks n_skills n_splits poly_type",
+        wrapped=(ROUTER,),
+        names_in_modules={ROUTER: LOGITS},
+        attributes={
+            **{"r": "rank", "n_tasks": "task_count", "n_skills": "skill_count", "n_splits": "split_count"},
+            "poly_type": "poly_type",
+        },
+    )
     poly_type: ClassVar[str] = "poly"
+    identity: ClassVar[Mapping[str, float]] = {B: 0.0}
 
     @classmethod
     def parameter_shapes(
@@ -124,24 +129,18 @@ class Polytropon(Adapter, ConvertsToLora):
                 f"{path}: n_splits = {splits} must divide its {inputs} inputs and {outputs} outputs", path=path
             )
         return {
+            ROUTER: (config.n_tasks, splits * skills),
             A: (splits, skills, inputs // splits, config.r),
             B: (splits, skills, config.r, outputs // splits),
-            ROUTER: (config.n_tasks, splits * skills),
         }
 
     @classmethod
-    def create(cls, config: PolyConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            tensors = {A: _skills(site.shapes[A], site)}
-            tensors[B] = torch.zeros(site.shapes[B], device=site.base.device, dtype=site.dtype)
-            if not config.init_weights:
-                tensors[B] = _skills(site.shapes[B], site)
-            logits = torch.empty(site.shapes[ROUTER], device=site.base.device, dtype=site.dtype)
-            tensors[ROUTER] = logits.uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in (ROUTER, A, B)})  # PEFT's order
-        return made
+    def initial_tensors(cls, config: PolyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random skills, with B at zeros, and a random router; see ``Adapter``."""
+        first = _skills(site.shapes[A], site)
+        second = site.new(site.shapes[B]) if config.init_weights else _skills(site.shapes[B], site)
+        router = site.new(site.shapes[ROUTER]).uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        return {A: first, B: second, ROUTER: router}
 
     @property
     def rank(self) -> int:
@@ -237,18 +236,9 @@ class Polytropon(Adapter, ConvertsToLora):
         """Why it is not a weight, where there are several tasks."""
         return _UNMERGEABLE if self.task_count > 1 else ""
 
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites B with zeros."""
-        self.held[B].detach().zero_()
-
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """The router; see ``Adapter``."""
         return PolyRouter()
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        counts = f"n_tasks={self.task_count}, n_skills={self.skill_count}, n_splits={self.split_count}"
-        return f"r={self.rank}, {counts}"
 
 
 class PolyRouter(ParameterModule):

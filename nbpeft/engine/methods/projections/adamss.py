@@ -4,7 +4,7 @@
 
 The rows of U are clustered by k-means. V, (r, in + 1), is frozen and saved; without a bias of the layer it is (r, in).
 Where training shares subspaces out (``use_asa``), the importance of each is measured after every step, by weight times
-gradient, and every so manieth step the least important ones of the whole model are no longer trained.
+gradient, and every ``mask_interval`` steps the least important ones of the whole model are no longer trained.
 
 A file of PEFT does not say which outputs are in which cluster: they are found again in the weight, and the file is
 refused where the clusters there have other sizes. A file from here says it in one tensor more, which PEFT does not
@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -29,10 +30,12 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Shape
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HasFixedTensors, LowRankDelta, Shape
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register, resolve_backend
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -146,21 +149,8 @@ class AdamssConfig(LayersConfig):
             named = _KEY.fullmatch(key)
             if named is not None and tensor.ndim == 2:
                 found.setdefault(named[1], {})[named[2], int(named[3])] = tensor
-        twin = self.copy()
-        twin.__dict__["sizes"] = {path: sizes for path, given in found.items() if (sizes := self._sizes_of(given))}
-        return twin, tensors
-
-    def _sizes_of(self, given: Mapping[tuple[str, int], Tensor]) -> Sizes:
-        """Those of a complete set of matrices that the config allows; else none."""
-        count = len(given) // 2
-        if count > self.num_subspaces or given.keys() != {(name, k) for name in (A, B) for k in range(count)}:
-            return ()
-        sizes = tuple((int(given[B, k].shape[0]), int(given[B, k].shape[1])) for k in range(count))
-        return sizes if all(self._may_have(*size) for size in sizes) else ()
-
-    def _may_have(self, outputs: int, rank: int) -> bool:
-        largest = min(outputs, self.subspace_rank)
-        return 0 < rank <= largest if self.use_dynamic_rank else 0 < rank == largest
+        sizes = {path: sizes for path, given in found.items() if (sizes := _sizes_of(self, given))}
+        return self.copy(sizes=sizes), tensors
 
     def sizes_at(self, path: str, module: nn.Module, kind: LayerKind) -> Sizes:
         """Sizes of the subspaces on a layer: those in its file, else those in its weight."""
@@ -170,8 +160,34 @@ class AdamssConfig(LayersConfig):
         backend = resolve_backend(module)
         assert backend is not None
         found = _subspaces(self, BaseLayer(module, kind, backend))
-        self.__dict__.setdefault("parted", _Parted())[path] = found
+        vars(self).setdefault("parted", _Parted())[path] = found
         return found.sizes
+
+
+def _update_importance(
+    layer: Any, adapter_name: str, importance_beta: float = 0.85, uncertainty_beta: float = 0.85
+) -> None:
+    """PEFT's function of a layer: measures the importance of the subspaces of one adapter on it."""
+    layer.adapters[adapter_name].measure(importance_beta, uncertainty_beta)
+
+
+def _reset_importance(layer: Any, adapter_name: str) -> None:
+    """PEFT's function of a layer: forgets it."""
+    layer.adapters[adapter_name].importance.clear()
+
+
+_PEFT_NAMES = PeftNames(
+    "adamss_A adamss_B",
+    "num_subspaces train_subspace_index seg_result scatter_index exp_avg_ipt_A exp_avg_ipt_B exp_avg_unc_A "
+    "exp_avg_unc_B adamss_newB",
+    lists=(A, B),
+    attributes={
+        **{DIRECTIONS: DIRECTIONS, "num_subspaces": "count"},
+        **{f"exp_avg_{what}": f"averages.{what}" for what in ("ipt_A", "ipt_B", "unc_A", "unc_B")},
+    },
+    functions={"update_importance": _update_importance, "reset_importance": _reset_importance},
+    model_functions={"update_and_allocate": update_and_allocate},
+)
 
 
 class SubspaceAllocator(Allocator):
@@ -248,26 +264,9 @@ class SubspaceAllocator(Allocator):
             adapter.keep_gone_()
 
 
-def _update_importance(
-    layer: Any, adapter_name: str, importance_beta: float = 0.85, uncertainty_beta: float = 0.85
-) -> None:
-    """PEFT's function of a layer: measures the importance of the subspaces of one adapter on it."""
-    layer.adapters[adapter_name].measure(importance_beta, uncertainty_beta)
-
-
-def _reset_importance(layer: Any, adapter_name: str) -> None:
-    """PEFT's function of a layer: forgets it."""
-    layer.adapters[adapter_name].importance.clear()
-
-
 @register(
     AdamssConfig,
     peft_type="ADAMSS",
-    layer_names=(
-        "adamss_A adamss_B",
-        "num_subspaces train_subspace_index seg_result scatter_index exp_avg_ipt_A exp_avg_ipt_B exp_avg_unc_A "
-        "exp_avg_unc_B adamss_newB",
-    ),
     label="AdaMSS",
     when="few numbers in each part of a weight; may train fewer and fewer of them",
     paper="https://openreview.net/forum?id=8ZdWmpYxT0",
@@ -278,10 +277,9 @@ def _reset_importance(layer: Any, adapter_name: str) -> None:
         "k3": {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
         "dynamic": {"r": 8, "num_subspaces": 2, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.5},
     },
-    shared=SubspaceAllocator,
-    model_functions={"update_and_allocate": update_and_allocate},
+    shares=SharedTensors(state=SubspaceAllocator),
 )
-class Adamss(Adapter, ConvertsToLora):
+class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
     """The subspaces of one layer.
 
     Attributes:
@@ -289,16 +287,8 @@ class Adamss(Adapter, ConvertsToLora):
         gone: numbers of the subspaces that are no longer trained.
     """
 
-    parameter_lists: ClassVar[tuple[str, ...]] = (A, B)
+    peft: ClassVar[PeftNames] = _PEFT_NAMES
     optional_tensors: ClassVar[tuple[str, ...]] = (CLUSTERS,)
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        **{DIRECTIONS: DIRECTIONS, "num_subspaces": "count"},
-        **{f"exp_avg_{what}_{of}": f"exp_avg_{what}_{of}" for what in ("ipt", "unc") for of in "AB"},
-    }
-    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {
-        "update_importance": _update_importance,
-        "reset_importance": _reset_importance,
-    }
 
     importance: dict[str, tuple[Tensor, Tensor]]
     gone: set[int]
@@ -338,10 +328,10 @@ class Adamss(Adapter, ConvertsToLora):
             given = {DIRECTIONS: found.directions, CLUSTERS: found.clusters.to(torch.int16), **given}
         assert isinstance(site.shared, SubspaceAllocator)
         made, device = cls(), given[f"{A}.0"].device  # that of the layer, unless only the file is there
-        made._parameters.update({name: nn.Parameter(given[name]) for name in given if _KEY.fullmatch(f"x.{name}")})
+        made.bind({name: given[name] for name in given if _KEY.fullmatch(f"x.{name}")})
         made.register_buffer(DIRECTIONS, given[DIRECTIONS].to(device, torch.float32))
         made.register_buffer(CLUSTERS, given[CLUSTERS].to(device))
-        made.__dict__.update(importance={}, gone=set(), count=len(made._parameters) // 2, allocator=site.shared)
+        made.bind(importance={}, gone=set(), count=len(made.held) // 2, allocator=site.shared)
         site.shared.adapters[site.path] = made
         return made
 
@@ -352,16 +342,16 @@ class Adamss(Adapter, ConvertsToLora):
     def delta_rank(self) -> int | None:
         """The ranks of all subspaces together, or the rank of V."""
         ranks = sum(matrix.shape[0] for matrix in self._matrices(A))
-        return min(ranks, int(self.held_buffer(DIRECTIONS).shape[0]))
+        return min(ranks, int(self.tensor(DIRECTIONS).shape[0]))
 
     def _up(self, *given: Tensor) -> Tensor:
         """All B, each in its rows and columns, (out, ranks)."""
         blocks: Tensor = torch.block_diag(*given)  # type: ignore[no-untyped-call]
-        return torch.zeros_like(blocks).index_copy(0, self.held_buffer(CLUSTERS).argsort(stable=True), blocks)
+        return torch.zeros_like(blocks).index_copy(0, self.tensor(CLUSTERS).argsort(stable=True), blocks)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``B_k A_k V [x, 1]`` in the outputs of each cluster; see ``Adapter``."""
-        down, directions = torch.cat(self._matrices(A)), self.held_buffer(DIRECTIONS)
+        down, directions = torch.cat(self._matrices(A)), self.tensor(DIRECTIONS)
         dtype, inputs = compute_dtype(x, down), base.in_features
         constant = directions[:, inputs].to(dtype) if directions.shape[1] > inputs else None
         hidden = F.linear(x.to(dtype), directions[:, :inputs].to(dtype), constant)
@@ -374,7 +364,7 @@ class Adamss(Adapter, ConvertsToLora):
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """All A times V and all B, and the change of the bias; see ``ConvertsToLora``."""
         up, inputs = self._up(*self._matrices(B)), base.in_features
-        down = torch.cat(self._matrices(A)) @ self.held_buffer(DIRECTIONS).to(up.dtype)
+        down = torch.cat(self._matrices(A)) @ self.tensor(DIRECTIONS).to(up.dtype)
         bias = None if down.shape[1] == inputs else up @ down[:, inputs]
         return LowRankDelta(down[:, :inputs].contiguous(), up, 1.0, bias)
 
@@ -389,8 +379,8 @@ class Adamss(Adapter, ConvertsToLora):
 
     def measure(self, importance_beta: float, uncertainty_beta: float) -> None:
         """Brings the moving averages of its parameters up to date; nothing without a gradient."""
-        for name, parameter in self._parameters.items():
-            if parameter is None or parameter.grad is None:
+        for name, parameter in self.held.items():
+            if parameter.grad is None:
                 continue
             now = (parameter.detach() * parameter.grad).abs()
             mean, spread = self.importance.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
@@ -409,38 +399,23 @@ class Adamss(Adapter, ConvertsToLora):
     def keep_gone_(self) -> None:
         """Stops the training of the subspaces that are gone."""
         for name in (f"{matrix}.{k}" for k in self.gone for matrix in (A, B)):
-            parameter = self._parameters[name]
-            assert parameter is not None
+            parameter = self.tensor(name)
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _averages(self, name: str, which: int) -> list[Tensor | None]:
-        found = [self.importance.get(f"{name}.{k}") for k in range(self.count)]
-        return [None if one is None else one[which] for one in found]
-
     @property
-    def exp_avg_ipt_A(self) -> list[Tensor | None]:
-        """PEFT's name of the importance of each A; None where it has not been measured."""
-        return self._averages(A, 0)
-
-    @property
-    def exp_avg_ipt_B(self) -> list[Tensor | None]:
-        """PEFT's name of that of each B."""
-        return self._averages(B, 0)
-
-    @property
-    def exp_avg_unc_A(self) -> list[Tensor | None]:
-        """PEFT's name of the uncertainty of each A's importance."""
-        return self._averages(A, 1)
-
-    @property
-    def exp_avg_unc_B(self) -> list[Tensor | None]:
-        """PEFT's name of that of each B's."""
-        return self._averages(B, 1)
+    def averages(self) -> SimpleNamespace:
+        """Importance (ipt) and its uncertainty (unc) of each A and B, by PEFT's names; None where not yet measured."""
+        found = {}
+        for place, what in enumerate(("ipt", "unc")):
+            for of, name in (("A", A), ("B", B)):
+                pairs = (self.importance.get(f"{name}.{k}") for k in range(self.count))
+                found[f"{what}_{of}"] = [None if pair is None else pair[place] for pair in pairs]
+        return SimpleNamespace(**found)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """Its parameters, V and the clusters; see ``Adapter``."""
-        return super().saved_tensors(shapes) | {name: self.held_buffer(name) for name in (DIRECTIONS, CLUSTERS)}
+        return super().saved_tensors(shapes) | {name: self.tensor(name) for name in (DIRECTIONS, CLUSTERS)}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites all B with zeros."""
@@ -449,16 +424,11 @@ class Adamss(Adapter, ConvertsToLora):
 
     def configure(self, config: AdamssConfig, path: str) -> None:
         """Takes the schedule of a config over."""
-        self.allocator.__dict__["config"] = config
+        self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the schedule and the frozen tensors."""
+        """Records the schedule."""
         change.keep_attributes(self.allocator, "config")
-        change.keep_values([self.held_buffer(DIRECTIONS), self.held_buffer(CLUSTERS)])
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.held_buffer(DIRECTIONS).shape[0]}, subspaces={self.count}"
 
 
 @dataclass(frozen=True)
@@ -658,3 +628,17 @@ def _check_sizes(found: Subspaces, site: AdapterSite) -> None:
         "on the kind of device it was trained on",
         path=site.path,
     )
+
+
+def _sizes_of(config: AdamssConfig, given: Mapping[tuple[str, int], Tensor]) -> Sizes:
+    """Those of a complete set of matrices that the config allows; else none."""
+    count = len(given) // 2
+    if count > config.num_subspaces or given.keys() != {(name, k) for name in (A, B) for k in range(count)}:
+        return ()
+    sizes = tuple((int(given[B, k].shape[0]), int(given[B, k].shape[1])) for k in range(count))
+    return sizes if all(_may_have(config, *size) for size in sizes) else ()
+
+
+def _may_have(config: AdamssConfig, outputs: int, rank: int) -> bool:
+    largest = min(outputs, config.subspace_rank)
+    return 0 < rank <= largest if config.use_dynamic_rank else 0 < rank == largest

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
 
@@ -81,12 +82,7 @@ class DeftConfig(LayersConfig):
 @register(
     DeftConfig,
     peft_type="DEFT",
-    layer_names=(
-        "deft_P deft_R",
-        "deft_r deft_decomposition deft_init_scale deft_para deft_scaling deft_dropout _cached_merge_factor",
-    ),
     label="DEFT",
-    layer_prefix="Deft",
     when="new content in place of old: a subject, a style",
     paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
     default_targets=usual_targets,
@@ -102,12 +98,18 @@ class Deft(Adapter, ConvertsToLora):
     """The directions of one layer, and what is put into them."""
 
     reads_weight: ClassVar[bool] = True
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "deft_r": "rank",
-        "deft_decomposition": "decomposition",
-        "deft_para": "only_removes",
-        "deft_scaling": "factor",
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "deft_P deft_R",
+        "deft_r deft_decomposition deft_init_scale deft_para deft_scaling deft_dropout _cached_merge_factor",
+        layer_prefix="Deft",
+        attributes={
+            "deft_r": "rank",
+            "deft_decomposition": "decomposition",
+            "deft_para": "only_removes",
+            "deft_scaling": "factor",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"decomposition": "decomposition_method", "dropout": "deft_dropout"}
 
     decomposition: str
     factor: float
@@ -125,29 +127,17 @@ class Deft(Adapter, ConvertsToLora):
         return shapes if config.para else {**shapes, INJECTION: (rank, in_features)}
 
     @classmethod
-    def create(cls, config: DeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        made = cls()
-        made.__dict__.update(_settings(config, site.shapes[DIRECTIONS][1]))
-        if tensors is None:
-            tensors = made.start(config, site)
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        return made
-
-    def start(self, config: DeftConfig, site: AdapterSite) -> dict[str, Tensor]:
-        """New tensors: random directions, and an injection that undoes them, or a random one."""
+    def initial_tensors(cls, config: DeftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random directions, and an injection that undoes them, or a random one; see ``Adapter``."""
         normal = partial(normal_, std=_DEVIATION)
-        drawn = site.new(site.shapes[DIRECTIONS], normal)
+        directions = site.new(site.shapes[DIRECTIONS], normal)
         if config.para:
-            return {DIRECTIONS: drawn}
-        if config.init_weights:
-            _, reader = self.projection(drawn)
-            return {DIRECTIONS: drawn, INJECTION: self.taken_out(reader, site.base).to(site.dtype)}
-        return {DIRECTIONS: drawn, INJECTION: site.new(site.shapes[INJECTION], normal) * config.init_scale}
-
-    def taken_out(self, reader: Tensor, base: BaseLayer) -> Tensor:
-        """``Nᵀ W / s``, (r, in), in the dtype of N."""
-        return reader.T @ base.weight().to(reader.dtype) / self.factor
+            return {DIRECTIONS: directions}
+        if not config.init_weights:
+            return {DIRECTIONS: directions, INJECTION: site.new(site.shapes[INJECTION], normal) * config.init_scale}
+        _, reader = _projection(directions, config.decomposition_method)
+        factor = _factor(config.alpha, directions.shape[1])
+        return {DIRECTIONS: directions, INJECTION: _taken_out(reader, site.base, factor).to(site.dtype)}
 
     @property
     def rank(self) -> int:
@@ -164,17 +154,23 @@ class Deft(Adapter, ConvertsToLora):
         """As many as there are directions."""
         return self.rank
 
-    def projection(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Q and N, (out, r), in float32 at least."""
-        wide = widened(directions)
-        if self.decomposition == "relu":
-            return wide, wide.relu()
-        basis: Tensor = torch.linalg.qr(wide).Q
-        return basis, basis
+    def prepare(self, config: DeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """s; see ``Adapter``."""
+        self.bind(factor=_factor(config.alpha, self.rank))
+
+    def configure(self, config: DeftConfig, path: str) -> None:
+        """Takes s of a config over, too; see ``Adapter``."""
+        super().configure(config, path)
+        self.bind(factor=_factor(config.alpha, self.rank))
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records s, too; see ``Adapter``."""
+        super().keep_settings(change)
+        change.keep_attributes(self, "factor")
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``Q (s R dropout(x) - Nᵀ W x)``; see ``Adapter``."""
-        directions, reader = self.projection(self.held[DIRECTIONS])
+        directions, reader = _projection(self.held[DIRECTIONS], self.decomposition)
         dtype = compute_dtype(x, directions)
         product = base_output.to(dtype)
         product = product if base.bias is None else product - base.bias.to(product)
@@ -186,7 +182,7 @@ class Deft(Adapter, ConvertsToLora):
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What is put in less what is taken out, (r, in), and Q, (out, r), detached."""
-        directions, reader = self.projection(self.held[DIRECTIONS].detach())
+        directions, reader = _projection(self.held[DIRECTIONS].detach(), self.decomposition)
         rows = -(reader.T @ weight.to(directions.dtype))
         if not self.only_removes:
             rows = rows + self.held[INJECTION].detach().to(rows) * self.factor
@@ -217,25 +213,24 @@ class Deft(Adapter, ConvertsToLora):
         directions = self.get_parameter(DIRECTIONS)
         directions.zero_()
         if not self.only_removes:
-            _, reader = self.projection(directions)
-            self.get_parameter(INJECTION).copy_(self.taken_out(reader, base))
-
-    def configure(self, config: DeftConfig, path: str) -> None:
-        """Takes decomposition, factor and dropout of a config over."""
-        self.__dict__.update(_settings(config, self.rank))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records them."""
-        change.keep_attributes(self, "decomposition", "factor", "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, {self.decomposition}"
+            _, reader = _projection(directions, self.decomposition)
+            self.get_parameter(INJECTION).copy_(_taken_out(reader, base, self.factor))
 
 
-def _settings(config: DeftConfig, rank: int) -> dict[str, Any]:
-    return {
-        "decomposition": config.decomposition_method,
-        "factor": config.alpha / rank if config.alpha else 1.0,
-        "dropout": config.deft_dropout,
-    }
+def _projection(directions: Tensor, decomposition: str) -> tuple[Tensor, Tensor]:
+    """Q and N, (out, r), in float32 at least."""
+    wide = widened(directions)
+    if decomposition == "relu":
+        return wide, wide.relu()
+    basis: Tensor = torch.linalg.qr(wide).Q
+    return basis, basis
+
+
+def _factor(alpha: float | None, rank: int) -> float:
+    """s: α / r, or 1 without α."""
+    return alpha / rank if alpha else 1.0
+
+
+def _taken_out(reader: Tensor, base: BaseLayer, factor: float) -> Tensor:
+    """``Nᵀ W / s``, (r, in), in the dtype of N."""
+    return reader.T @ base.weight().to(reader.dtype) / factor

@@ -32,8 +32,10 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedState
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, with_entries
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
@@ -126,7 +128,7 @@ class _ByRole(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
         super().__init__()
-        self.__dict__["saved"] = saved
+        self.saved = saved
         for role, tensor in tensors.items():
             self.hold(role, tensor)
 
@@ -161,7 +163,7 @@ class FrodDirections(SharedState):
         for name in self.named_first:
             own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
             self._modules[name] = _ByRole(own, saved=config.save_projection)
-        self.__dict__["regularization"] = float(config.regularization_alpha)
+        self.bind(regularization=float(config.regularization_alpha))
 
     def of_role(self, name: str, role: str) -> Tensor:
         """One of its tensors."""
@@ -198,19 +200,13 @@ class FrodDirections(SharedState):
         return bool(config.save_projection)
 
     @classmethod
-    def create(
-        cls,
-        config: FrodConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
+    def create(cls, config: FrodConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors, or draws the places; V is found once the layers are known."""
         if tensors is None:
-            return cls({name: one.to(device) for name, one in _drawn(config, shapes).items()}, config)
-        _check(tensors, shapes)
-        return cls({name: tensors[name].to(device) for name in shapes}, config)
+            tensors = _drawn(config, site.shapes)
+            return cls({name: one.to(site.device) for name, one in tensors.items()}, config)
+        _check(tensors, site.shapes)
+        return cls({name: tensors[name].to(site.device) for name in site.shapes}, config)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Finds V in the weights, where it was not loaded; see ``SharedState``."""
@@ -230,7 +226,7 @@ class FrodDirections(SharedState):
         """Finds U and λ₀ again; see ``SharedState``."""
         for adapter, base in layers.values():
             assert isinstance(adapter, Frod)
-            own = adapter.held_buffer(OUTPUTS), adapter.held_buffer(START)
+            own = adapter.tensor(OUTPUTS), adapter.tensor(START)
             change.keep_values([*own])
             for tensor, found in zip(own, _outputs(self.of_role(DIRECTIONS, adapter.role), base), strict=True):
                 tensor.copy_(found)
@@ -319,10 +315,6 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
 @register(
     FrodConfig,
     peft_type="FROD",
-    layer_names=(
-        "frod_lambda_l frod_lambda_s_values",
-        "r frod_V frod_U frod_s_indices frod_s_size runtime_offload_base_weight frod_dropout",
-    ),
     label="FRoD",
     when="a full rank from few numbers: fast to converge, slow to put in",
     paper="https://doi.org/10.1609/aaai.v40i31.39813",
@@ -333,18 +325,23 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
         "entries": {"sparse_rate": 0.05},
         "found": {"sparse_rate": 0.02, "projection_prng_key": 3, "save_projection": False},
     },
-    shared=FrodDirections,
+    shares=SharedTensors(state=FrodDirections),
 )
 class Frod(Adapter, ReplacesCall):
     """λ, (in,), and the entries of S, (n,), of one layer."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "r": "rank",
-        DIRECTIONS: "directions",
-        PLACES: "places",
-        SIZES: "sizes",
-        OUTPUTS: "outputs",
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "frod_lambda_l frod_lambda_s_values",
+        "r frod_V frod_U frod_s_indices frod_s_size runtime_offload_base_weight frod_dropout",
+        attributes={
+            "r": "rank",
+            DIRECTIONS: "directions",
+            PLACES: "places",
+            SIZES: "sizes",
+            OUTPUTS: "outputs",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "frod_dropout"}
 
     projections: FrodDirections
     role: str
@@ -372,18 +369,16 @@ class Frod(Adapter, ReplacesCall):
                 entries.normal_(std=_DEVIATION)
                 scales += torch.randn_like(scales) * _DEVIATION
             tensors = {SCALES: scales, ENTRIES: entries}
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in (SCALES, ENTRIES)})
+        made = super().create(config, site, tensors)
         for name, found in ((OUTPUTS, outputs), (START, start)):
             made.register_buffer(name, found, persistent=False)
-        # The first layer holds what is shared as a module.
-        made.__dict__.update(projections=site.shared, role=role, dropout=config.frod_dropout)
+        made.bind(projections=site.shared, role=role)
         return made
 
     @property
     def outputs(self) -> Tensor:
         """U."""
-        return self.held_buffer(OUTPUTS)
+        return self.tensor(OUTPUTS)
 
     @property
     def directions(self) -> Tensor:
@@ -407,7 +402,7 @@ class Frod(Adapter, ReplacesCall):
 
     def change(self, scales: Tensor, entries: Tensor) -> Tensor:
         """``S + diag(λ - λ₀)``, (in, in), in the dtype of what is trained."""
-        return self.whole(scales - self.held_buffer(START).to(scales.dtype), entries)
+        return self.whole(scales - self.tensor(START).to(scales.dtype), entries)
 
     def whole(self, scales: Tensor, entries: Tensor) -> Tensor:
         """``S + diag(λ)``, (in, in)."""
@@ -442,23 +437,11 @@ class Frod(Adapter, ReplacesCall):
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites λ with that of the weight, and the entries with zeros."""
-        self.get_parameter(SCALES).copy_(self.held_buffer(START))
+        self.get_parameter(SCALES).copy_(self.tensor(START))
         self.get_parameter(ENTRIES).zero_()
-
-    def configure(self, config: FrodConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.frod_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
 
     @classmethod
     def config_warnings(cls, config: FrodConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
         """Says that weights stay where they are."""
         if config.runtime_offload_base_weight:
             yield "runtime_offload_base_weight does nothing: the base's weights are needed in each call, and stay"
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"entries={self.held[ENTRIES].shape[0]}"

@@ -26,6 +26,8 @@ from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
 from nbpeft.engine.config.targets import ALL_LINEAR
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import composes, compute_dtype, widened
 from nbpeft.errors import ConfigError, few
@@ -151,26 +153,27 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
 @register(
     OSFConfig,
     peft_type="OSF",
-    layer_names=(
-        "osf_svd_params",
-        "_osf_U_low_init _osf_S_low_init _osf_V_low_init _osf_U_high _osf_V_high effective_rank",
-    ),
     label="OSF",
     when="one task after another: what a weight does most is kept, the rest trained",
     paper="arXiv:2504.07097",
-    file_keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)},
     default_targets=_targets,
     summary=lambda config: {"kept": "half" if config.effective_rank is None else f"{config.effective_rank:g}"},
     sample_configs={"half": {}, "most": {"effective_rank": 0.8}},
+    files=FileFormat(keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)}),
 )
 class Osf(Adapter, ConvertsToLora):
     """s, U and V of one layer, and what they start as."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        _TRAINED: "trained",
-        "effective_rank": "kept",
-        **{name: name for name in (LEFT_START, VALUES_START, RIGHT_START, LEFT_KEPT, RIGHT_KEPT)},
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "osf_svd_params",
+        "_osf_U_low_init _osf_S_low_init _osf_V_low_init _osf_U_high _osf_V_high effective_rank",
+        single_mapping=_TRAINED,
+        attributes={
+            _TRAINED: "trained",
+            "effective_rank": "kept",
+            **{name: name for name in (LEFT_START, VALUES_START, RIGHT_START, LEFT_KEPT, RIGHT_KEPT)},
+        },
+    )
 
     kept: int
 
@@ -187,7 +190,6 @@ class Osf(Adapter, ConvertsToLora):
     @classmethod
     def create(cls, config: OSFConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors or makes new ones, and takes the weight apart; see ``Adapter``."""
-        made = cls()
         rank, (rows, columns) = site.shapes[VALUES][0], (site.shapes[LEFT][0], site.shapes[RIGHT][1])
         kept = min(rows, columns) - rank
         left, values, right = _parts(site)
@@ -196,7 +198,7 @@ class Osf(Adapter, ConvertsToLora):
             drawn = not config.init_weights
             # PEFT draws U first.
             tensors = {name: torch.randn_like(one) if drawn else one.clone() for name, one in start.items()}
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        made = super().create(config, site, tensors)
         buffers = {_FIRST.format(name[4]): one for name, one in start.items()}
         if rows > columns:
             buffers[LEFT_KEPT] = _own(left[:, :kept])
@@ -204,7 +206,7 @@ class Osf(Adapter, ConvertsToLora):
             buffers[RIGHT_KEPT] = _own(right[:kept])
         for name, one in buffers.items():
             made.register_buffer(name, one, persistent=False)
-        made.__dict__["kept"] = kept
+        made.bind(kept=kept)
         return made
 
     @property
@@ -219,7 +221,7 @@ class Osf(Adapter, ConvertsToLora):
 
     def _start(self) -> tuple[Tensor, Tensor, Tensor]:
         """U₀, s₀ and V₀."""
-        left, values, right = map(self.held_buffer, (LEFT_START, VALUES_START, RIGHT_START))
+        left, values, right = map(self.tensor, (LEFT_START, VALUES_START, RIGHT_START))
         return left, values, right
 
     def _now(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,8 +230,8 @@ class Osf(Adapter, ConvertsToLora):
         if not torch.is_grad_enabled():
             return left, values, right
         tall, wide = left.shape[0] > right.shape[1], right.shape[1] > left.shape[0]
-        left_basis = self.held_buffer(LEFT_KEPT if tall else LEFT_START)
-        right_basis = self.held_buffer(RIGHT_KEPT if wide else RIGHT_START)
+        left_basis = self.tensor(LEFT_KEPT if tall else LEFT_START)
+        right_basis = self.tensor(RIGHT_KEPT if wide else RIGHT_START)
         return _projected(left, left_basis, not tall), values, _projected(right.T, right_basis.T, not wide).T
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -259,14 +261,6 @@ class Osf(Adapter, ConvertsToLora):
         """Overwrites its parameters with what they start as."""
         for name, start in zip((LEFT, VALUES, RIGHT), self._start(), strict=True):
             self.get_parameter(name).copy_(start)
-
-    def layer_names(self) -> tuple[str, ...]:
-        """The one mapping in which PEFT's layers keep them."""
-        return (_TRAINED,)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"kept={self.kept}, r={self.held[VALUES].shape[0]}"
 
 
 def _own(part: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""Two trained vectors a layer around frozen random projections that all layers share.
-
-    y = W x + b ∘ B (d ∘ (A x))
+"""What VeRA and PVeRA share: the config, the frozen projections, and which tensors a layer has.
 
 The projections are as large as the largest layer needs; a smaller one takes their first columns and rows.
 """
@@ -10,21 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import DrawnTensors
-from nbpeft.engine.kernels.numerics import compute_dtype
 
 
 @dataclass
@@ -91,7 +86,7 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-class ProjectedVectors(Adapter, ConvertsToLora):
+class ProjectedVectors(Adapter):
     """The two vectors of one layer: b, over its outputs, and d, between the projections.
 
     A subclass gives ``names``, those of b and d, and ``between``, the class of the projections.
@@ -99,6 +94,7 @@ class ProjectedVectors(Adapter, ConvertsToLora):
 
     names: ClassVar[tuple[str, str]]
     between: ClassVar[type[Projections]]
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "dropout"}
 
     @classmethod
     def parameter_shapes(
@@ -110,26 +106,17 @@ class ProjectedVectors(Adapter, ConvertsToLora):
         return dict(zip(cls.names, shapes, strict=True))
 
     @classmethod
-    def create(cls, config: VectorsConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded vectors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            shape_b, shape_d = (site.shapes[name] for name in cls.names)
-            d = site.new(shape_d, normal_)
-            if config.init_weights:
-                new = torch.zeros(shape_b, **options), d.fill_(float(config.d_initial))
-            else:
-                new = torch.ones(shape_b, **options), d
-            tensors = dict(zip(cls.names, new, strict=True))
-        assert isinstance(site.shared, Projections)
-        made = cls(tensors, site.shared)
-        made.configure(config, site.path)
-        return made
+    def initial_tensors(cls, config: VectorsConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """b at zeros and d at ``d_initial``, or random; see ``Adapter``."""
+        name_b, name_d = cls.names
+        b, d = site.new(site.shapes[name_b]), site.new(site.shapes[name_d], normal_)
+        return (
+            {name_b: b, name_d: d.fill_(float(config.d_initial))} if config.init_weights else {name_b: b + 1, name_d: d}
+        )
 
-    def __init__(self, tensors: Mapping[str, Tensor], projections: Projections) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in self.names})
-        self.__dict__["projections"] = projections  # the first layer holds them as a module
+    def prepare(self, config: VectorsConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """Refers to the projections, which the first layer has as a module; see ``Adapter``."""
+        self.bind(projections=site.shared)
 
     projections: Projections
     dropout: float
@@ -145,26 +132,6 @@ class ProjectedVectors(Adapter, ConvertsToLora):
         (first, second), (b, d) = self.projections.matrices, self.vectors
         return first[:, : base.in_features].to(b.device), second[: base.out_features].to(b.device), d, b
 
-    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``b ∘ B (d ∘ (A dropout(x)))``; see ``Adapter``."""
-        first, second, d, b = self.parts(base)
-        dtype = compute_dtype(x, b)
-        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        hidden = F.linear(dropped, first.to(dtype)) * d.to(dtype)
-        return F.linear(hidden, second.to(dtype)) * b.to(dtype)
-
-    @torch.no_grad()
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``(b ∘ B) (d ∘ A)``; see ``Adapter``."""
-        first, second, d, b = self.parts(base)
-        return (second * b[:, None]) @ (first * d[:, None])
-
-    @torch.no_grad()
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``d ∘ A`` and ``b ∘ B``; see ``ConvertsToLora``."""
-        first, second, d, b = self.parts(base)
-        return LowRankDelta(first * d[:, None], second * b[:, None], 1.0)
-
     @property
     def delta_rank(self) -> int | None:
         """The rank of the projections."""
@@ -174,19 +141,3 @@ class ProjectedVectors(Adapter, ConvertsToLora):
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """The rank, as the vector between the projections tells it."""
         return shapes[cls.names[1]][0] // cls.between.rows_of_rank
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the vector over the output with zeros."""
-        self.vectors[0].detach().zero_()
-
-    def configure(self, config: VectorsConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.delta_rank}"

@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_seed
 from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.training_hooks import HasTrainingState
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -65,6 +67,10 @@ class PveraConfig(VectorsConfig):
     def dropout(self) -> float:
         """Share of the adapter's inputs that are dropped in training."""
         return self.pvera_dropout
+
+    def normals(self, path: str) -> Normals | None:
+        """What a layer draws from, if it is a generator of its own."""
+        return None if self.generator_seed is None else Normals(self.generator_seed)
 
 
 class Normals:
@@ -133,15 +139,10 @@ class WideProjections(Projections):
 @register(
     PveraConfig,
     peft_type="PVERA",
-    layer_names=(
-        "pvera_lambda_b pvera_lambda_d",
-        "pvera_A pvera_B pvera_dropout r sample_at_inference pvera_generator",
-    ),
     draws_in_training=True,
     label="PVeRA",
     when="as VeRA, where adapters shall not be too sure of few examples",
     paper="arXiv:2512.07703",
-    prefix="pvera_lambda_",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
@@ -149,38 +150,57 @@ class WideProjections(Projections):
         "r8": {"r": 8, "generator_seed": 3},
         "drawn": {"r": 5, "save_projection": False, "generator_seed": 0},
     },
-    shared=WideProjections,
+    files=FileFormat(prefix="pvera_lambda_"),
+    shares=SharedTensors(state=WideProjections),
 )
-class Pvera(ProjectedVectors, HasTrainingState):
+class Pvera(ProjectedVectors, ConvertsToLora, HasTrainingState):
     """The two vectors of one layer: b, over its outputs, and d, over the mean and the logarithm of the variance."""
 
     names: ClassVar[tuple[str, str]] = ("pvera_lambda_b", "pvera_lambda_d")
     between: ClassVar[type[Projections]] = WideProjections
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        **{name: f"projections.{name}" for name in WideProjections.names},
-        "r": "delta_rank",
-        "sample_at_inference": "samples",
+    peft: ClassVar[PeftNames] = PeftNames(
+        "pvera_lambda_b pvera_lambda_d",
+        "pvera_A pvera_B pvera_dropout r sample_at_inference pvera_generator",
+        attributes={
+            **{name: f"projections.{name}" for name in WideProjections.names},
+            "r": "delta_rank",
+            "sample_at_inference": "samples",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {
+        "dropout": "dropout",
+        "samples": "sample_at_inference",
+        "normals": "normals",
     }
+    identity: ClassVar[Mapping[str, float]] = {"pvera_lambda_b": 0.0}
 
     samples: bool
     normals: Normals | None
 
-    def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Those of the mean alone: A, B, d and b of this layer, where it is."""
-        first, second, d, b = super().parts(base)
-        rank = second.shape[1]
-        return first[:rank], second, d[:rank], b
-
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``b ∘ B z``; see ``Adapter``."""
-        if not (self.training or self.samples):
-            return super().forward(x, base_output, base)
-        first, second, d, b = super().parts(base)
+        A, B, d, b = self.parts(base)  # (2 r, in), (out, r), (2 r,), (out,)
         dtype = compute_dtype(x, b)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        mean, log_variance = (F.linear(dropped, first.to(dtype)) * d.to(dtype)).chunk(2, dim=-1)
-        drawn = mean + self._normals_like(mean) * (0.5 * log_variance).exp()
-        return F.linear(drawn, second.to(dtype)) * b.to(dtype)
+        if self.training or self.samples:
+            mean, log_variance = (F.linear(dropped, A.to(dtype)) * d.to(dtype)).chunk(2, dim=-1)
+            z = mean + self._normals_like(mean) * (0.5 * log_variance).exp()
+        else:
+            z = F.linear(dropped, A[: B.shape[1]].to(dtype)) * d[: B.shape[1]].to(dtype)
+        return F.linear(z, B.to(dtype)) * b.to(dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """That of the mean; see ``Adapter``."""
+        product = self.low_rank_delta(base)
+        return product.up @ product.down
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``d ∘ A`` of the mean and ``b ∘ B``; see ``ConvertsToLora``."""
+        A, B, d, b = self.parts(base)
+        rank = B.shape[1]
+        return LowRankDelta(A[:rank] * d[:rank, None], B * b[:, None], 1.0)
 
     def _normals_like(self, tensor: Tensor) -> Tensor:
         if self.normals is None:
@@ -204,15 +224,3 @@ class Pvera(ProjectedVectors, HasTrainingState):
         """Sets that; see ``HasTrainingState``."""
         if self.normals is not None:
             self.normals.continue_from(state.get(_GENERATOR, self.normals.first_state))
-
-    def configure(self, config: VectorsConfig, path: str) -> None:
-        """Takes over from a config what is dropped and how it draws, from its seed on."""
-        super().configure(config, path)
-        assert isinstance(config, PveraConfig)
-        seed = config.generator_seed
-        self.__dict__.update(samples=config.sample_at_inference, normals=None if seed is None else Normals(seed))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the same."""
-        super().keep_settings(change)
-        change.keep_attributes(self, "samples", "normals")

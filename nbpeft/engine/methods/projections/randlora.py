@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.shared_state import DrawnTensors
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -138,7 +139,6 @@ def _sparse_bases(
 @register(
     RandLoraConfig,
     peft_type="RANDLORA",
-    layer_names=("randlora_lambda randlora_gamma", "randlora_A randlora_B randlora_dropout r scaling"),
     label="RandLoRA",
     when="a full rank from few trained numbers",
     paper="arXiv:2502.00987",
@@ -149,14 +149,18 @@ def _sparse_bases(
         "r4": {"r": 4, "randlora_alpha": 8},
         "drawn": {"r": 5, "randlora_alpha": 5, "sparse": True, "save_projection": False},
     },
-    shared=Bases,
+    shares=SharedTensors(state=Bases),
 )
 class RandLora(Adapter, Rescales):
     """The scales of the bases on one layer."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"} | {
-        name: f"bases.{name}" for name in (BASIS_A, BASIS_B)
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "randlora_lambda randlora_gamma",
+        "randlora_A randlora_B randlora_dropout r scaling",
+        attributes={"r": "rank"} | {name: f"bases.{name}" for name in (BASIS_A, BASIS_B)},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "dropout": "randlora_dropout"}
+    identity: ClassVar[Mapping[str, float]] = {LAMBDA: 0.0}
 
     bases: Bases
     dropout: float
@@ -172,24 +176,18 @@ class RandLora(Adapter, Rescales):
         return {LAMBDA: (config.r, count), GAMMA: (count, small)}
 
     @classmethod
-    def create(cls, config: RandLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded scales or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            scales, shape = site.new(site.shapes[LAMBDA], normal_), site.shapes[GAMMA]
-            largest = max(shape) if config.init_weights else max(site.base.in_features, site.base.out_features)
-            tensors = {
-                LAMBDA: scales.zero_() if config.init_weights else scales,
-                GAMMA: torch.full(shape, 1 / largest, **options),
-            }
-        assert isinstance(site.shared, Bases)
-        return cls(tensors, site.shared, config)
+    def initial_tensors(cls, config: RandLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """λ at zeros, or random, and γ at one by the larger side; see ``Adapter``."""
+        scales, shape = site.new(site.shapes[LAMBDA], normal_), site.shapes[GAMMA]
+        largest = max(shape) if config.init_weights else max(site.base.in_features, site.base.out_features)
+        return {
+            LAMBDA: scales.zero_() if config.init_weights else scales,
+            GAMMA: site.new(shape).fill_(1 / largest),
+        }
 
-    def __init__(self, tensors: Mapping[str, Tensor], bases: Bases, config: RandLoraConfig) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (LAMBDA, GAMMA)})
-        # The first layer holds the bases as a module.
-        self.__dict__.update(bases=bases, dropout=config.randlora_dropout, scaling=config.scaling)
+    def prepare(self, config: RandLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """Refers to the bases, which the first layer has as a module; see ``Adapter``."""
+        self.bind(bases=site.shared)
 
     @property
     def rank(self) -> int:
@@ -222,21 +220,3 @@ class RandLora(Adapter, Rescales):
         """The sum of the scaled bases; see ``Adapter``."""
         first, second = self._factors(base)
         return second @ first * self.scaling
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the scales of the ranks with zeros."""
-        self.get_parameter(LAMBDA).detach().zero_()
-
-    def configure(self, config: RandLoraConfig, path: str) -> None:
-        """Takes scaling and dropout of a config over."""
-        self.rescale(config.scaling, trained=True)
-        self.__dict__["dropout"] = config.randlora_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records scaling and dropout."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import AdapterSite, Shape, SharedState
+from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.initial_draws import drawn
+from nbpeft.engine.contract.bindable import Bindable
+from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
@@ -86,16 +87,15 @@ class TinyLoraConfig(LayersConfig):
         return max(1, round(layers * (1.0 - self.weight_tying)))
 
 
-class _Numbered(nn.Module):
+class _Numbered(Bindable):
     """Parameters that have numbers for names."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self._parameters.update({str(number): nn.Parameter(tensor) for number, tensor in enumerate(tensors)})
+        self.bind({str(number): tensor for number, tensor in enumerate(tensors)})
 
     def __getitem__(self, number: str) -> Tensor:
-        found: Any = self._parameters.get(number)
-        return self.__dict__[number] if found is None else found  # type: ignore[no-any-return]
+        return self.tensor(number)
 
     def __len__(self) -> int:
         return len(self._parameters)
@@ -123,29 +123,25 @@ class TinyVectors(SharedState):
         return {f"{VECTORS}.{number}": (config.u,) for number in range(config.groups(len(features)))}
 
     @classmethod
-    def create(
-        cls,
-        config: TinyLoraConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Binds loaded vectors or makes new ones."""
-        if tensors is not None:
-            return cls([tensors[name].to(device, dtype) for name in shapes])
-        if config.init_weights is True:
-            return cls([torch.zeros(shape, device=device, dtype=dtype) for shape in shapes.values()])
+    def initial_tensors(cls, config: TinyLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
+        """Zeros, or random vectors; see ``SharedState``."""
         bound = config.init_v_bound
-        return cls([drawn(shape, lambda v: v.uniform_(-bound, bound), device, dtype) for shape in shapes.values()])
+        fill = None if config.init_weights is True else lambda v: v.uniform_(-bound, bound)
+        return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
+
+    @classmethod
+    def create(cls, config: TinyLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded vectors or makes new ones, by their numbers; see ``SharedState``."""
+        given = cls.initial_tensors(config, site) if tensors is None else tensors
+        return cls([given[name].to(site.device, site.dtype) for name in site.shapes])
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Numbers the layers; see ``SharedState``."""
-        self.__dict__["numbers"] = {path: number for number, path in enumerate(layers)}
+        self.bind(numbers={path: number for number, path in enumerate(layers)})
 
     def group_of(self, path: str) -> str:
         """The number of the vector of a layer."""
-        count = len(self.tinylora_v._parameters)
+        count = len(self.tinylora_v.held)
         size = max(1, len(self.numbers) // count)
         return str(min(self.numbers[path] // size, count - 1))
 
@@ -153,7 +149,6 @@ class TinyVectors(SharedState):
 @register(
     TinyLoraConfig,
     peft_type="TINYLORA",
-    layer_names=("tinylora_v", "tinylora_A tinylora_B tinylora_P"),
     label="TinyLoRA",
     when="a dozen trained numbers for a whole model, as reinforcement learning needs",
     paper="arXiv:2602.04118",
@@ -164,19 +159,24 @@ class TinyVectors(SharedState):
         "u8": {"r": 2, "u": 8, "weight_tying": 0.5},
         "drawn": {"r": 3, "u": 5, "save_projection": False},
     },
-    shared=TinyVectors,
+    shares=SharedTensors(state=TinyVectors),
 )
-class TinyLora(ComputedFactors):
+class TinyLora(ComputedFactors, HasFixedTensors):
     """The frozen tensors of one layer: B, (out, r), A, (r, in), and P, (u, r, r); of an embedding's table B A."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "r": "rank",
-        "u": "length",
-        VECTORS: "vectors.tinylora_v",
-        DOWN: "down",
-        UP: "up",
-        PROJECTION: "projection",
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "tinylora_v",
+        "tinylora_A tinylora_B tinylora_P",
+        attributes={
+            "r": "rank",
+            "u": "length",
+            VECTORS: "vectors.tinylora_v",
+            DOWN: "down",
+            UP: "up",
+            PROJECTION: "projection",
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "tinylora_dropout", "saves_projection": "save_projection"}
 
     vectors: TinyVectors
     group: str
@@ -214,11 +214,10 @@ class TinyLora(ComputedFactors):
         """The projections, where they are drawn; see ``Adapter``."""
         return 0 if config.save_projection else config.u * min(config.r, *kind.weight_shape(module)) ** 2
 
-    @classmethod
-    def create(cls, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes them from the weight and the seed; see ``Adapter``."""
+    def prepare(self, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """A, B and the projection, made from the weight and the seed where no file holds them; see ``Adapter``."""
         assert isinstance(site.shared, TinyVectors)
-        made, given = cls(), dict(tensors or {})
+        given = dict(tensors)
         if DOWN not in given or UP not in given:
             given[DOWN], given[UP] = _main_directions(config.r, site)
         if PROJECTION not in given:
@@ -227,30 +226,24 @@ class TinyLora(ComputedFactors):
             drawn = torch.normal(0.0, rank**-0.5, (config.u, rank, rank), generator=generator, dtype=torch.float32)
             given[PROJECTION] = drawn.to(given[DOWN].device)
         for name in (DOWN, UP, PROJECTION):
-            made.register_buffer(name, given[name])
-        made.__dict__.update(
-            vectors=site.shared,  # the first layer holds them as a module
-            group=site.shared.group_of(site.path),
-            takes_ids=site.base.kind.takes_ids,
-            saves_projection=config.save_projection,
-            dropout=config.tinylora_dropout,
-        )
-        return made
+            self.register_buffer(name, given[name])
+        group = site.shared.group_of(site.path)
+        self.bind(vectors=site.shared, group=group, takes_ids=site.base.kind.takes_ids)
 
     @property
     def down(self) -> Tensor:
         """A."""
-        return self.held_buffer(DOWN)
+        return self.tensor(DOWN)
 
     @property
     def up(self) -> Tensor:
         """B."""
-        return self.held_buffer(UP)
+        return self.tensor(UP)
 
     @property
     def projection(self) -> Tensor:
         """P."""
-        return self.held_buffer(PROJECTION)
+        return self.tensor(PROJECTION)
 
     @property
     def rank(self) -> int:
@@ -300,19 +293,6 @@ class TinyLora(ComputedFactors):
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites the vector, that of other layers too, with zeros."""
         self.vector.detach().zero_()
-
-    def configure(self, config: TinyLoraConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.tinylora_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout and the frozen tensors."""
-        change.keep_attributes(self, "dropout")
-        change.keep_values([self.down, self.up, self.projection])
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, u={self.length}"
 
 
 def _main_directions(rank: int, site: AdapterSite) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import AdapterSite, Shape, SharedState
+from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.initial_draws import drawn, normal_, skip
+from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
 from nbpeft.errors import ConfigError
@@ -88,15 +89,10 @@ class UniVector(SharedState):
     drawn: Tensor | None = None
     scales: Tensor | None = None
 
-    def __init__(self, theta: Tensor, config: UniLoraConfig) -> None:
-        super().__init__()
-        self._parameters[THETA] = nn.Parameter(theta)
-        self.__dict__["config"] = config
-
     @property
     def theta(self) -> Tensor:
         """The numbers."""
-        return self.held(THETA)
+        return self.tensor(THETA)
 
     @classmethod
     def tensor_shapes(
@@ -106,20 +102,18 @@ class UniVector(SharedState):
         return {THETA: (config.theta_d_length,)}
 
     @classmethod
-    def create(
-        cls,
-        config: UniLoraConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Binds loaded numbers or draws new ones."""
-        if tensors is not None:
-            return cls(tensors[THETA].to(device, dtype), config)
+    def initial_tensors(cls, config: UniLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
+        """Random numbers; see ``SharedState``."""
         bound = config.init_theta_d_bound
         fill = (lambda theta: theta.uniform_(-bound, bound)) if config.init_weights else normal_
-        return cls(drawn(shapes[THETA], fill, device, dtype), config)
+        return {THETA: site.new(site.shapes[THETA], fill)}
+
+    @classmethod
+    def create(cls, config: UniLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Knows the config besides; see ``SharedState``."""
+        made = super().create(config, site, tensors)
+        made.bind(config=config)
+        return made
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
         """Remembers where the entries of each layer begin among all; see ``SharedState``."""
@@ -127,26 +121,26 @@ class UniVector(SharedState):
         sizes = [sum(pair) * self.config.r for pair in features.values()]
         *starts, total = itertools.accumulate(sizes, initial=0)
         places = dict(zip(features, starts, strict=True))
-        self.__dict__.update(features=features, places=places, total=total, drawn=None, scales=None)
+        self.bind(features=features, places=places, total=total, drawn=None, scales=None)
 
     def indices_of(self, path: str) -> tuple[Tensor, Tensor]:
         """Which number each entry of A, (r, in), and of B, (out, r), of a layer is; int64, on the CPU."""
         if self.drawn is None:
             drawn = _balanced(self.total, self.config.theta_d_length, self.config.proj_seed)
-            self.__dict__["drawn"] = torch.as_tensor(drawn)
+            self.bind(drawn=torch.as_tensor(drawn))
         assert self.drawn is not None
         rank, start, (in_features, out_features) = self.config.r, self.places[path], self.features[path]
         end = start + rank * (in_features + out_features)
         own = self.drawn[start:end].clone()
         if end == self.total:
-            self.__dict__["drawn"] = None  # as large as all factors together
+            self.bind(drawn=None)  # as large as all factors together
         return own[: rank * in_features].view(rank, in_features), own[rank * in_features :].view(out_features, rank)
 
     def scales_of(self, indices: Tensor) -> Tensor:
         """What multiplies the numbers of entries: one by the root of how often each was drawn, in float32."""
         if self.scales is None:
             counts = torch.as_tensor(_draws(self.total, self.config.theta_d_length, self.config.proj_seed)[0])
-            self.__dict__["scales"] = counts.clamp_min(1).float().rsqrt()
+            self.bind(scales=counts.clamp_min(1).float().rsqrt())
         assert self.scales is not None
         return self.scales[indices]
 
@@ -175,10 +169,6 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
 @register(
     UniLoraConfig,
     peft_type="UNILORA",
-    layer_names=(
-        "unilora_theta_d",
-        "r unilora_indices_A unilora_indices_B unilora_scales_A unilora_scales_B unilora_dropout",
-    ),
     label="Uni-LoRA",
     when="a file of some hundred numbers for all low-rank factors of a model",
     paper="arXiv:2506.00799",
@@ -189,16 +179,21 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
         "d16": {"r": 3, "theta_d_length": 16, "init_theta_d_bound": 1e-4},
         "saved": {"r": 2, "theta_d_length": 20, "init_theta_d_bound": 1e-4, "save_indices": True},
     },
-    shared=UniVector,
+    shares=SharedTensors(state=UniVector),
 )
-class UniLora(ComputedFactors):
+class UniLora(ComputedFactors, HasFixedTensors):
     """Which numbers the entries of the factors of one layer are, and their scales: A is (r, in), B is (out, r)."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "r": "rank",
-        THETA: f"vector.{THETA}",
-        **{name: name for name in _BUFFERS},
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "unilora_theta_d",
+        "r unilora_indices_A unilora_indices_B unilora_scales_A unilora_scales_B unilora_dropout",
+        attributes={
+            "r": "rank",
+            THETA: f"vector.{THETA}",
+            **{name: name for name in _BUFFERS},
+        },
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "unilora_dropout", "saves_indices": "save_indices"}
 
     vector: UniVector
     saves_indices: bool
@@ -235,7 +230,7 @@ class UniLora(ComputedFactors):
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded indices and scales or draws them; see ``Adapter``."""
         assert isinstance(site.shared, UniVector)
-        made, given = cls(), dict(tensors or {})
+        given = dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
             indices = site.shared.indices_of(site.path)
             if tensors is None:  # other indices are drawn first, which these take the place of
@@ -250,41 +245,27 @@ class UniLora(ComputedFactors):
                 f"{site.path}: indices of the file are not those of {config.theta_d_length} numbers (theta_d_length)",
                 path=site.path,
             )
+        made = super().create(config, site, given)
         for name in _BUFFERS:
             made.register_buffer(name, given[name])
-        made.__dict__.update(  # the first layer holds the vector as a module
-            vector=site.shared, dropout=config.unilora_dropout, saves_indices=config.save_indices
-        )
+        made.bind(vector=site.shared)
         return made
 
     @property
     def rank(self) -> int:
         """The rank of the factors."""
-        return int(self.held_buffer(INDICES_A).shape[0])
+        return int(self.tensor(INDICES_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, (r, in), and B, (out, r), where the layer is."""
-        indices_A, indices_B, scales_A, scales_B = (self.held_buffer(name) for name in _BUFFERS)
+        indices_A, indices_B, scales_A, scales_B = (self.tensor(name) for name in _BUFFERS)
         theta = self.vector.theta.to(indices_A.device)
         return theta[indices_A] * scales_A.to(theta.dtype), theta[indices_B] * scales_B.to(theta.dtype)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The indices and scales, where the config asks for it; see ``Adapter``."""
-        return {name: self.held_buffer(name) for name in _BUFFERS} if self.saves_indices else {}
+        return {name: self.tensor(name) for name in _BUFFERS} if self.saves_indices else {}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites the numbers, those of other layers too, with zeros."""
         self.vector.theta.detach().zero_()
-
-    def configure(self, config: UniLoraConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.unilora_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout, the indices and the scales."""
-        change.keep_attributes(self, "dropout")
-        change.keep_values([self.held_buffer(name) for name in _BUFFERS])
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, d={self.vector.theta.shape[0]}"

@@ -16,13 +16,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_wide_targets
-from nbpeft.engine.contract.adapter import AdapterSite, SharedState
+from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import drawn, normal_
+from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors, keeping_inputs
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, shown
@@ -88,14 +89,10 @@ class VectorBank(SharedState):
 
     is_new: bool
 
-    def __init__(self, vectors: Tensor) -> None:
-        super().__init__()
-        self._parameters[BANK] = nn.Parameter(vectors)
-
     @property
     def vectors(self) -> Tensor:
         """The bank."""
-        return self.held(BANK)
+        return self.tensor(BANK)
 
     @classmethod
     def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
@@ -103,18 +100,10 @@ class VectorBank(SharedState):
         return {BANK: (config.num_vectors, config.vector_length)}
 
     @classmethod
-    def create(
-        cls,
-        config: VBLoRAConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Binds a loaded bank or makes a new one, which the layers draw."""
-        bank = torch.zeros(shapes[BANK], device=device, dtype=dtype) if tensors is None else tensors[BANK]
-        made = cls(bank.to(device, dtype))
-        made.__dict__["is_new"] = tensors is None
+    def create(cls, config: VBLoRAConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds a loaded bank, or zeros, where the layers draw a new one; see ``SharedState``."""
+        made = super().create(config, site, tensors)
+        made.bind(is_new=tensors is None)
         return made
 
     @torch.no_grad()
@@ -205,7 +194,6 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
 @register(
     VBLoRAConfig,
     peft_type="VBLORA",
-    layer_names=("vblora_logits_A vblora_logits_B vblora_vector_bank", "r topk vblora_dropout"),
     label="VB-LoRA",
     when="the smallest files of many adapters: vectors from one bank",
     paper="arXiv:2405.15179",
@@ -215,18 +203,22 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
     sample_configs={
         "k2": {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.0},
     },
-    shared=VectorBank,
-    pack=_packed,
-    unpack=_unpacked,
-    model_functions={
-        "get_nb_savable_parameters": savable_parameters,
-        "print_savable_parameters": print_savable_parameters,
-    },
+    shares=SharedTensors(state=VectorBank),
+    files=FileFormat(pack=_packed, unpack=_unpacked),
 )
 class VBLoRA(ComputedFactors):
     """The logits of the pieces of one layer."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "topk": "count", BANK: "bank.vectors"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "vblora_logits_A vblora_logits_B vblora_vector_bank",
+        "r topk vblora_dropout",
+        model_functions={
+            "get_nb_savable_parameters": savable_parameters,
+            "print_savable_parameters": print_savable_parameters,
+        },
+        attributes={"r": "rank", "topk": "count", BANK: "bank.vectors"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"count": "topk", "dropout": "vblora_dropout"}
 
     bank: VectorBank
     count: int
@@ -252,22 +244,22 @@ class VBLoRA(ComputedFactors):
 
     @classmethod
     def create(cls, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded logits or draws new ones; see ``Adapter``."""
-        assert isinstance(site.shared, VectorBank)
-        picked = tensors is not None and any(bool((tensor <= _LEFT_OUT).any()) for tensor in tensors.values())
-        if tensors is None:
-            site.shared.draw_(config)
-            normal = partial(normal_, std=config.init_logits_std)
-            tensors = {name: site.new(shape, normal) for name, shape in site.shapes.items()}
-        made = cls(tensors, site.shared)
-        made.__dict__["is_picked"] = picked
-        made.configure(config, site.path)
+        """Looks whether the logits of a file mix only some vectors; see ``Adapter``."""
+        made = super().create(config, site, tensors)
+        made.bind(is_picked=any(bool((one <= _LEFT_OUT).any()) for one in (tensors or {}).values()))
         return made
 
-    def __init__(self, tensors: Mapping[str, Tensor], bank: VectorBank) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (LOGITS_A, LOGITS_B)})
-        self.__dict__["bank"] = bank  # the first layer holds it as a module
+    @classmethod
+    def initial_tensors(cls, config: VBLoRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random logits; see ``Adapter``."""
+        assert isinstance(site.shared, VectorBank)
+        site.shared.draw_(config)
+        normal = partial(normal_, std=config.init_logits_std)
+        return {name: site.new(shape, normal) for name, shape in site.shapes.items()}
+
+    def prepare(self, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """Refers to the bank, which the first layer has as a module; see ``Adapter``."""
+        self.bind(bank=site.shared)
 
     @property
     def rank(self) -> int:
@@ -298,15 +290,3 @@ class VBLoRA(ComputedFactors):
                 "a VB-LoRA saved with save_only_topk_weights=True cannot be trained further: the other logits are gone"
             )
         return super().forward(x, base_output, base)
-
-    def configure(self, config: VBLoRAConfig, path: str) -> None:
-        """Takes the dropout and the number of mixed vectors of a config over."""
-        self.__dict__.update(count=config.topk, dropout=config.vblora_dropout)
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records both."""
-        change.keep_attributes(self, "count", "dropout", "is_picked")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}, topk={self.count}"

@@ -9,8 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from nbpeft.engine.config.targets import usual_targets
+from nbpeft.engine.contract.adapter import ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
+from nbpeft.engine.kernels.numerics import compute_dtype
 from nbpeft.engine.methods.projections.projected_vectors import ProjectedVectors, Projections, VectorsConfig
 
 
@@ -43,20 +52,44 @@ class VeraProjections(Projections):
 @register(
     VeraConfig,
     peft_type="VERA",
-    layer_names=("vera_lambda_b vera_lambda_d", "vera_A vera_B vera_dropout r"),
     label="VeRA",
     when="very many adapters of one model: two vectors a layer in each file",
     paper="arXiv:2310.11454",
-    prefix="vera_lambda_",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r8": {"r": 8}, "drawn": {"r": 5, "save_projection": False}},
-    shared=VeraProjections,
+    files=FileFormat(prefix="vera_lambda_"),
+    shares=SharedTensors(state=VeraProjections),
 )
-class Vera(ProjectedVectors):
+class Vera(ProjectedVectors, ConvertsToLora):
     """The two vectors of one layer: b, over its outputs, and d, between the projections."""
 
     names: ClassVar[tuple[str, str]] = ("vera_lambda_b", "vera_lambda_d")
     between: ClassVar[type[Projections]] = VeraProjections
-    peft_attributes: ClassVar[Mapping[str, str]] = {name: f"projections.{name}" for name in VeraProjections.names}
+    identity: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "vera_lambda_b vera_lambda_d",
+        "vera_A vera_B vera_dropout r",
+        attributes={name: f"projections.{name}" for name in VeraProjections.names},
+    )
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``b ∘ B (d ∘ (A dropout(x)))``; see ``Adapter``."""
+        A, B, d, b = self.parts(base)  # (r, in), (out, r), (r,), (out,)
+        dtype = compute_dtype(x, b)
+        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
+        hidden = F.linear(dropped, A.to(dtype)) * d.to(dtype)
+        return F.linear(hidden, B.to(dtype)) * b.to(dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``(b ∘ B) (d ∘ A)``; see ``Adapter``."""
+        A, B, d, b = self.parts(base)
+        return (B * b[:, None]) @ (A * d[:, None])
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``d ∘ A`` and ``b ∘ B``; see ``ConvertsToLora``."""
+        A, B, d, b = self.parts(base)
+        return LowRankDelta(A * d[:, None], B * b[:, None], 1.0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.config.prompt_config import PROMPT_KEY
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import ConfigError, shown
 
@@ -74,8 +75,6 @@ def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[st
     CartridgeConfig,
     peft_type="CARTRIDGE",
     label="Cartridge",
-    pack=_packed,
-    unpack=_unpacked,
     summary=lambda config: {"tokens": str(config.num_virtual_tokens), "frozen": str(config.num_frozen_tokens)},
     smaller=lambda config: config.copy(
         num_virtual_tokens=max(1, config.num_frozen_tokens, config.num_virtual_tokens // 2)
@@ -87,6 +86,7 @@ def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[st
         "sink": {"num_virtual_tokens": 4},
         "trained": {"num_virtual_tokens": 3, "num_frozen_tokens": 0},
     },
+    files=FileFormat(pack=_packed, unpack=_unpacked),
 )
 class CartridgeEncoder(CachedPrefix):
     """Keys and values of all layers, (tokens, layers * 2 * features): first those that are not trained.

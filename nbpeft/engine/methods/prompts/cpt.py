@@ -30,6 +30,7 @@ from nbpeft.engine.config.config_checks import check_number
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
 from nbpeft.engine.contract.model_adapter import WeighsTokens
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import AdapterError, ConfigError, shown
@@ -130,8 +131,6 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     CPTConfig,
     peft_type="CPT",
     label="CPT",
-    derived=_sum,
-    unpack=_both,
     summary=lambda config: {
         "tokens": str(config.num_virtual_tokens),
         "ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}",
@@ -148,9 +147,10 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "opt_projection_epsilon": 0.4,
         },
     },
-    call_context=lambda config, args, kwargs: kwargs.get(_TYPES),
-    call_arguments=(_TYPES,),
-    token_arguments=(_TYPES,),
+    files=FileFormat(derived=_sum, unpack=_both),
+    calls=CallInputs(
+        context=lambda config, args, kwargs: kwargs.get(_TYPES), arguments=(_TYPES,), token_arguments=(_TYPES,)
+    ),
 )
 class CPTEmbedding(TokenPrompt, WeighsTokens):
     """The embeddings of the examples and what is added to them.

@@ -20,6 +20,7 @@ from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import ConfigError
 
@@ -85,7 +86,6 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
     MultitaskPromptTuningConfig,
     peft_type="MULTITASK_PROMPT_TUNING",
     label="multitask prompt tuning",
-    file_keys={"embedding.weight": PROMPT_KEY},
     summary=lambda config: {
         "tokens": str(config.num_virtual_tokens),
         "tasks": str(config.num_tasks),
@@ -96,8 +96,8 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
     paper="arXiv:2303.02861",
     listed_with={"num_virtual_tokens": 20},
     sample_configs={"two-tasks": {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 2}},
-    call_context=_task_ids,
-    call_arguments=(TASK_IDS,),
+    files=FileFormat(keys={"embedding.weight": PROMPT_KEY}),
+    calls=CallInputs(context=_task_ids, arguments=(TASK_IDS,)),
 )
 class MultitaskPromptEmbedding(TokenPrompt):
     """The prompt, and two factors for each task.

@@ -19,6 +19,7 @@ from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with
 from nbpeft.engine.config.config_checks import check_count, check_share
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 _MLP_LAYERS = 2
@@ -78,9 +79,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     PromptEncoderConfig,
     peft_type="P_TUNING",
     label="P-tuning",
-    file_keys={"embedding.weight": PROMPT_KEY},
-    derived=derived_tokens,
-    unpack=with_rows,
     summary=lambda config: {
         "tokens": str(config.num_virtual_tokens),
         "encoder": str(
@@ -95,6 +93,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         "mlp": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
         "lstm": {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},
     },
+    files=FileFormat(keys={"embedding.weight": PROMPT_KEY}, derived=derived_tokens, unpack=with_rows),
 )
 class PromptEncoder(EncodedPrompt):
     """The inputs of a network, (tokens, features), and the network; or what it computed alone."""

@@ -18,6 +18,7 @@ from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
 from nbpeft.engine.config.prompt_config import PROMPT_KEY
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 
@@ -58,9 +59,6 @@ class PrefixTuningConfig(CachedPrefixConfig):
     PrefixTuningConfig,
     peft_type="PREFIX_TUNING",
     label="prefix tuning",
-    file_keys={"embedding.weight": PROMPT_KEY},
-    derived=derived_tokens,
-    unpack=with_rows,
     summary=lambda config: (
         {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
     ),
@@ -72,6 +70,7 @@ class PrefixTuningConfig(CachedPrefixConfig):
         "plain": {"num_virtual_tokens": 4},
         "projected": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},
     },
+    files=FileFormat(keys={"embedding.weight": PROMPT_KEY}, derived=derived_tokens, unpack=with_rows),
 )
 class PrefixEncoder(EncodedPrompt, CachedPrefix):
     """Keys and values of all layers, (tokens, layers * 2 * features), or the rows that an MLP computes them from."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 
@@ -37,7 +38,6 @@ class PromptTuningConfig(InitialisedPromptConfig):
     PromptTuningConfig,
     peft_type="PROMPT_TUNING",
     label="prompt tuning",
-    file_keys={"embedding.weight": PROMPT_KEY},
     summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
     when="large models and many tasks: a few tokens each, and no layer changes",
@@ -47,6 +47,7 @@ class PromptTuningConfig(InitialisedPromptConfig):
         "random": {"num_virtual_tokens": 4},
         "vocabulary": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"},
     },
+    files=FileFormat(keys={"embedding.weight": PROMPT_KEY}),
 )
 class PromptEmbedding(TokenPrompt):
     """The trained embeddings of one prompt."""

@@ -12,18 +12,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import cayley
@@ -101,7 +101,6 @@ _LARGEST_EXPONENT = 24
 @register(
     BOFTConfig,
     peft_type="BOFT",
-    layer_names=("boft_R boft_s", "boft_block_size boft_block_num boft_dropout"),
     label="BOFT",
     when="as OFT, with every input turned against every other",
     paper="arXiv:2311.06243",
@@ -125,7 +124,13 @@ class BOFT(Adapter):
     """
 
     reads_weight: ClassVar[bool] = True
-    peft_attributes: ClassVar[Mapping[str, str]] = {"boft_block_size": "size", "boft_block_num": "count"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "boft_R boft_s",
+        "boft_block_size boft_block_num boft_dropout",
+        attributes={"boft_block_size": "size", "boft_block_num": "count"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "boft_dropout"}
+    identity: ClassVar[Mapping[str, float]] = _MEANS
 
     dropout: float
 
@@ -146,20 +151,18 @@ class BOFT(Adapter):
         return {ROTATION: matrices, SCALE: (rows, 1) if kind.is_linear else (1, rows)}
 
     @classmethod
-    def create(cls, config: BOFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded matrices and scales or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            tensors = {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
-            if not config.init_weights:
-                normals = {name: partial(normal_, std=0.1, mean=mean) for name, mean in _MEANS.items()}
-                tensors = {name: site.new(site.shapes[name], normal) for name, normal in normals.items()}
-        made = BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
-        return made(tensors, config.boft_dropout)  # type: ignore[return-value]
+    def class_at(cls, config: BOFTConfig, site: AdapterSite) -> type[BOFT]:
+        """One for linear layers and one for convolutions; see ``Adapter``."""
+        return BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
 
-    def __init__(self, tensors: Mapping[str, Tensor], dropout: float) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (ROTATION, SCALE)})
-        self.__dict__["dropout"] = dropout
+    @classmethod
+    def initial_tensors(cls, config: BOFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Matrices at zeros and scales at ones, or random; see ``Adapter``."""
+        if config.init_weights:
+            return {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
+        return {
+            name: site.new(site.shapes[name], partial(normal_, std=0.1, mean=mean)) for name, mean in _MEANS.items()
+        }
 
     @property
     def matrices(self) -> Tensor:
@@ -196,23 +199,6 @@ class BOFT(Adapter):
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``s ∘ W M - W``, in the dtype of the matrices; see ``Adapter``."""
         return _change_of_weight(weight, self.matrices.detach(), self.scale.detach(), None)
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the matrices with zeros and the scales with ones."""
-        self.matrices.detach().zero_()
-        self.get_parameter(SCALE).detach().fill_(1)
-
-    def configure(self, config: BOFTConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.boft_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"factors={self.matrices.shape[0]}, blocks={self.count}, block_size={self.size}"
 
 
 class BOFTOnLinear(BOFT, TransformsInput, TransformsOutput):

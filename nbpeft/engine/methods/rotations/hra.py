@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import widened
@@ -53,9 +54,7 @@ class HRAConfig(LayersConfig):
 @register(
     HRAConfig,
     peft_type="HRA",
-    layer_names=("hra_u", "hra_r hra_apply_GS"),
     label="HRA",
-    layer_prefix="HRA",
     when="as OFT, for fewer parameters",
     paper="arXiv:2405.17484",
     default_targets=usual_targets,
@@ -67,7 +66,10 @@ class HRA(Adapter):
     """The vectors of one layer."""
 
     reads_weight: ClassVar[bool] = True
-    peft_attributes: ClassVar[Mapping[str, str]] = {"hra_r": "rank", "hra_apply_GS": "orthogonal"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "hra_u", "hra_r hra_apply_GS", layer_prefix="HRA", attributes={"hra_r": "rank", "hra_apply_GS": "orthogonal"}
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"orthogonal": "apply_GS"}
 
     orthogonal: bool
 
@@ -88,28 +90,22 @@ class HRA(Adapter):
         return {VECTORS: (features, config.r)}
 
     @classmethod
-    def create(cls, config: HRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded vectors or makes new ones; see ``Adapter``."""
-        if tensors is not None:
-            vectors = tensors[VECTORS]
-        elif config.init_weights and config.r % 2 == 0:
-            features, rank = site.shapes[VECTORS]
-            vectors = site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)
-        else:
-            vectors = site.new(site.shapes[VECTORS], linear_)
-        made = HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
-        return made(vectors, orthogonal=config.apply_GS)  # type: ignore[return-value]
+    def class_at(cls, config: HRAConfig, site: AdapterSite) -> type[HRA]:
+        """One for linear layers and one for convolutions; see ``Adapter``."""
+        return HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
 
-    def __init__(self, vectors: Tensor, *, orthogonal: bool) -> None:
-        super().__init__()
-        self._parameters[VECTORS] = nn.Parameter(vectors)
-        self.__dict__["orthogonal"] = orthogonal
+    @classmethod
+    def initial_tensors(cls, config: HRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Pairs of equal vectors, whose reflections undo each other, or random vectors; see ``Adapter``."""
+        features, rank = site.shapes[VECTORS]
+        if config.init_weights and rank % 2 == 0:
+            return {VECTORS: site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)}
+        return {VECTORS: site.new((features, rank), linear_)}
 
     @property
     def vectors(self) -> Tensor:
         """u, (in, r), of any length."""
-        held: Tensor = self.held[VECTORS]
-        return held
+        return self.tensor(VECTORS)
 
     @property
     def rank(self) -> int:
@@ -146,10 +142,6 @@ class HRA(Adapter):
         vectors = self.get_parameter(VECTORS).detach()
         vectors[:, 1::2] = vectors[:, : vectors.shape[1] // 2 * 2 : 2]
         vectors[:, vectors.shape[1] // 2 * 2 :] = 0
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"
 
     @classmethod
     def config_warnings(cls, config: HRAConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:

@@ -12,18 +12,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta
 from nbpeft.engine.kernels.numerics import cayley, composes, neumann_cayley, without_autocast
@@ -93,6 +94,16 @@ class OFTConfig(LayersConfig):
         size = nearest_divisor(features, self.oft_block_size)
         return features // size, size
 
+    @property
+    def terms(self) -> int | None:
+        """Terms of the series that stands for the inverse; None for the inverse itself."""
+        return self.num_cayley_neumann_terms if self.use_cayley_neumann else None
+
+    @property
+    def freedom(self) -> float | None:
+        """How far a rotation may be from none; None for any."""
+        return self.eps if self.coft else None
+
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of a number that is nearest to a wanted one, the smaller one of two; the number itself at most."""
@@ -104,11 +115,9 @@ def nearest_divisor(number: int, wanted: int) -> int:
 @register(
     OFTConfig,
     peft_type="OFT",
-    layer_names=("oft_R oft_embedding_R", "r oft_block_size oft_dropout"),
     label="OFT",
     when="keeping what the model knows: rotations leave the angles between outputs",
     paper="arXiv:2306.07280",
-    file_keys={ROTATION: f"{ROTATION}.weight", EMBEDDING_ROTATION: f"{EMBEDDING_ROTATION}.weight"},
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)} if config.r else {"block": str(config.oft_block_size)},
     smaller=lambda config: (
@@ -119,13 +128,19 @@ def nearest_divisor(number: int, wanted: int) -> int:
         "blocks": {"oft_block_size": 4},
         "shared": {"oft_block_size": 4, "block_share": True, "coft": True, "eps": 0.05},
     },
+    files=FileFormat(keys={ROTATION: f"{ROTATION}.weight", EMBEDDING_ROTATION: f"{EMBEDDING_ROTATION}.weight"}),
 )
 class OFT(Adapter):
     """The skew-symmetric matrices of one layer, as their upper triangles (blocks, b (b - 1) / 2)."""
 
     reads_weight: ClassVar[bool] = True
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (ROTATION, EMBEDDING_ROTATION)
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "count", "oft_block_size": "size"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "oft_R oft_embedding_R",
+        "r oft_block_size oft_dropout",
+        wrapped=(ROTATION, EMBEDDING_ROTATION),
+        attributes={"r": "count", "oft_block_size": "size"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"dropout": "module_dropout", "eps": "freedom", "terms": "terms"}
 
     @classmethod
     def parameter_shapes(
@@ -141,24 +156,21 @@ class OFT(Adapter):
         return {name: (1 if config.block_share else count, size * (size - 1) // 2)}
 
     @classmethod
-    def create(cls, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded triangles or starts with zeros; see ``Adapter``."""
-        base = site.base
-        (name, shape) = next(iter(site.shapes.items()))
-        if tensors is not None:
-            triangles = tensors[name]
-        else:
-            triangles = site.new(shape, None if config.init_weights else partial(normal_, std=0.1))
-        kind = base.kind
-        made = OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
-        return made(name, triangles, config, _rotated(base.module, kind))  # type: ignore[return-value]
+    def class_at(cls, config: OFTConfig, site: AdapterSite) -> type[OFT]:
+        """One for each kind of layer; see ``Adapter``."""
+        kind = site.base.kind
+        return OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
 
-    def __init__(self, name: str, triangles: Tensor, config: OFTConfig, features: int) -> None:
-        super().__init__()
-        self._parameters[name] = nn.Parameter(triangles)
-        count, size = config.blocks_of(features)
-        self.__dict__.update(parameter_name=name, count=count, size=size)
-        self.configure(config, "")
+    @classmethod
+    def initial_tensors(cls, config: OFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Triangles of zeros, or random ones; see ``Adapter``."""
+        fill = None if config.init_weights else partial(normal_, std=0.1)
+        return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
+
+    def prepare(self, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """Number and size of the blocks on the layer; see ``Adapter``."""
+        count, size = config.blocks_of(_rotated(site.base.module, site.base.kind))
+        self.bind(parameter_name=next(iter(site.shapes)), count=count, size=size)
 
     parameter_name: str
     count: int
@@ -166,18 +178,6 @@ class OFT(Adapter):
     dropout: float
     eps: float | None
     terms: int | None
-
-    def configure(self, config: OFTConfig, path: str) -> None:
-        """Takes over how rotations are made."""
-        self.__dict__.update(
-            dropout=config.module_dropout,
-            eps=config.eps if config.coft else None,
-            terms=config.num_cayley_neumann_terms if config.use_cayley_neumann else None,
-        )
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records how rotations are made."""
-        change.keep_attributes(self, "dropout", "eps", "terms")
 
     @property
     def triangles(self) -> Tensor:
@@ -235,10 +235,6 @@ class OFT(Adapter):
     def _change_of_weight(self, weight: Tensor, triangles: Tensor, kept: Tensor | None) -> Tensor:
         rows = weight.to(triangles.dtype).flatten(1)
         return (self.rotated(rows, kept, triangles, transposed=True) - rows).view(weight.shape)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"blocks={self.count}, block_size={self.size}"
 
     @classmethod
     def config_warnings(cls, config: OFTConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:

@@ -12,20 +12,21 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import cayley, compute_dtype, neumann_cayley, widened
@@ -116,19 +117,18 @@ class PsoftConfig(LayersConfig):
         """alpha / r."""
         return float(self.psoft_alpha) / self.r
 
+    @property
+    def terms(self) -> int | None:
+        """Terms of the series that stands for the inverse; None for the inverse itself."""
+        return self.num_cayley_neumann_terms if self.use_cayley_neumann else None
+
 
 @register(
     PsoftConfig,
     peft_type="PSOFT",
-    layer_names=(
-        "psoft_R",
-        "r psoft_alpha scaling psoft_dropout psoft_svd psoft_svd_lowrank_niter random_seed ab_svd_init "
-        "_psoft_A_cache _psoft_B_cache",
-    ),
     label="PSOFT",
     when="as OFT, in the directions that matter alone: few numbers",
     paper="https://openreview.net/forum?id=FSHrinMArK",
-    file_keys={CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"},
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
@@ -140,12 +140,25 @@ class PsoftConfig(LayersConfig):
         },
         "free": {"r": 3, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
     },
+    files=FileFormat(keys={CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"}),
 )
 class Psoft(Adapter, ConvertsToLora, Rescales):
     """What is trained between the directions of one layer."""
 
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (CORE,)
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "psoft_alpha": "alpha"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "psoft_R",
+        "r psoft_alpha scaling psoft_dropout psoft_svd psoft_svd_lowrank_niter random_seed ab_svd_init "
+        "_psoft_A_cache _psoft_B_cache",
+        wrapped=(CORE,),
+        attributes={"r": "rank", "psoft_alpha": "alpha"},
+    )
+    from_config: ClassVar[Mapping[str, str]] = {
+        "scaling": "scaling",
+        "alpha": "psoft_alpha",
+        "dropout": "psoft_dropout",
+        "terms": "terms",
+        "eps": "cayley_neumann_eps",
+    }
 
     alpha: float
     dropout: float
@@ -166,28 +179,27 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return {**shapes, **{name: (rank,) for name, is_wanted in wanted.items() if is_wanted}}
 
     @classmethod
-    def create(cls, config: PsoftConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, and finds the directions; see ``Adapter``."""
-        if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            tensors = {name: torch.ones(shape, **options) for name, shape in site.shapes.items()}
-            normal = None if config.init_weights else normal_
-            if config.psoft_orth:
-                tensors[CORE] = site.new(site.shapes[CORE], normal and partial(normal, std=_DEVIATION))
-            else:
-                core = site.new(site.shapes[CORE], normal) * _DEVIATION
-                tensors[CORE] = core + torch.eye(config.r, **options)
-        made = cls()
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+    def initial_tensors(cls, config: PsoftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """The identity, or random tensors around it; see ``Adapter``."""
+        options: Any = {"device": site.base.device, "dtype": site.dtype}
+        tensors = {name: torch.ones(shape, **options) for name, shape in site.shapes.items()}
+        normal = None if config.init_weights else normal_
+        if config.psoft_orth:
+            tensors[CORE] = site.new(site.shapes[CORE], normal and partial(normal, std=_DEVIATION))
+        else:
+            core = site.new(site.shapes[CORE], normal) * _DEVIATION
+            tensors[CORE] = core + torch.eye(config.r, **options)
+        return tensors
+
+    def prepare(self, config: PsoftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """Finds A and B in the weight; see ``Adapter``."""
         for name, found in zip((DOWN, UP), _directions(config, site.base), strict=True):
-            made.register_buffer(name, found, persistent=False)
-        made.__dict__.update(scaling=config.scaling, alpha=config.psoft_alpha, **_settings(config))
-        return made
+            self.register_buffer(name, found, persistent=False)
 
     @property
     def rank(self) -> int:
         """Number of directions."""
-        return int(self.held_buffer(DOWN).shape[0])
+        return int(self.tensor(DOWN).shape[0])
 
     @property
     def delta_rank(self) -> int | None:
@@ -226,13 +238,13 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         change = self.change()
         dtype = compute_dtype(x, change)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        hidden = F.linear(F.linear(dropped, self.held_buffer(DOWN).to(dtype)), change.to(dtype))
-        return F.linear(hidden * self.scaling, self.held_buffer(UP).to(dtype))
+        hidden = F.linear(F.linear(dropped, self.tensor(DOWN).to(dtype)), change.to(dtype))
+        return F.linear(hidden * self.scaling, self.tensor(UP).to(dtype))
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """A and ``B (diag(b) Q diag(a) - I)``; see ``ConvertsToLora``."""
-        down, up = self.held_buffer(DOWN), self.held_buffer(UP)
+        down, up = self.tensor(DOWN), self.tensor(UP)
         return LowRankDelta(down, up @ self.change().to(up.dtype), float(self.scaling))
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -242,8 +254,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters with those of the identity."""
-        for name, parameter in self._parameters.items():
-            assert parameter is not None
+        for name, parameter in self.named_parameters():
             held = parameter.detach()
             if name != CORE:
                 held.fill_(1)
@@ -251,27 +262,6 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
                 nn.init.eye_(held)
             else:
                 held.zero_()
-
-    def configure(self, config: PsoftConfig, path: str) -> None:
-        """Takes dropout and series of a config over."""
-        self.__dict__.update(_settings(config))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records them and the scaling."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "terms", "eps")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.rank}"
-
-
-def _settings(config: PsoftConfig) -> dict[str, Any]:
-    return {
-        "dropout": config.psoft_dropout,
-        "terms": config.num_cayley_neumann_terms if config.use_cayley_neumann else None,
-        "eps": config.cayley_neumann_eps,
-    }
 
 
 def _directions(config: PsoftConfig, base: BaseLayer) -> tuple[Tensor, Tensor]:

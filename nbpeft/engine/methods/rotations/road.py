@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.errors import ConfigError
@@ -62,7 +62,6 @@ class RoadConfig(LayersConfig):
 @register(
     RoadConfig,
     peft_type="ROAD",
-    layer_names=("road_theta road_alpha", "variant group_size"),
     label="RoAd",
     when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
     paper="arXiv:2409.00119",
@@ -78,7 +77,11 @@ class Road(Adapter, TransformsOutput):
     """The angles and the scales of one layer, (out / 2,), (out,) or (2 out,) each."""
 
     reads_weight: ClassVar[bool] = True
-    peft_attributes: ClassVar[Mapping[str, str]] = {"variant": "variant", "group_size": "size"}
+    peft: ClassVar[PeftNames] = PeftNames(
+        "road_theta road_alpha", "variant group_size", attributes={"variant": "variant", "group_size": "size"}
+    )
+    from_config: ClassVar[Mapping[str, str]] = {"variant": "variant", "size": "group_size"}
+    identity: ClassVar[Mapping[str, float]] = _MEANS
 
     variant: str
     size: int
@@ -96,27 +99,13 @@ class Road(Adapter, TransformsOutput):
         return {ANGLE: shape, SCALE: shape}
 
     @classmethod
-    def create(cls, config: RoadConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded angles and scales or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            tensors = {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
-            if not config.init_weights:
-                normals = {name: partial(normal_, std=0.5, mean=mean) for name, mean in _MEANS.items()}
-                tensors = {name: site.new(site.shapes[name], normal) for name, normal in normals.items()}
-        return cls(tensors, config)
-
-    def __init__(self, tensors: Mapping[str, Tensor], config: RoadConfig) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (ANGLE, SCALE)})
-        self.configure(config, "")
-
-    def configure(self, config: RoadConfig, path: str) -> None:
-        """Takes over how outputs are paired."""
-        self.__dict__.update(variant=config.variant, size=config.group_size)
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records how outputs are paired."""
-        change.keep_attributes(self, "variant", "size")
+    def initial_tensors(cls, config: RoadConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Angles at zeros and scales at ones, or random; see ``Adapter``."""
+        if config.init_weights:
+            return {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
+        return {
+            name: site.new(site.shapes[name], partial(normal_, std=0.5, mean=mean)) for name, mean in _MEANS.items()
+        }
 
     @property
     def delta_rank(self) -> int | None:
@@ -166,13 +155,3 @@ class Road(Adapter, TransformsOutput):
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         """``R b - b``."""
         return None if base.bias is None else self._changed(base.bias, *self._parts()).to(base.bias.dtype)
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the angles with zeros and the scales with ones."""
-        angle, scale = self._parts()
-        angle.detach().zero_()
-        scale.detach().fill_(1.0)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"variant={self.variant}, group_size={self.size}"

@@ -28,6 +28,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
     """
 
     main_input_name = "input_ids"
+    shared_embeddings: nn.Module | None = None
     base_model_prefix = "backbone"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -44,7 +45,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         self.shadow_hidden_projection = nn.Identity() if projection is None else projection
         self.head = head
         self.is_classification = is_classification
-        self.__dict__["shared_embeddings"] = input_embeddings
+        object.__setattr__(self, "shared_embeddings", input_embeddings)  # no submodule: they are the base model's
         self.generation_config = GenerationConfig.from_model_config(self.config)
 
     def can_generate(self) -> bool:  # type: ignore[override]
@@ -53,15 +54,15 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
 
     def get_input_embeddings(self) -> Any:
         """The embedding that it reads."""
-        shared = self.__dict__.get("shared_embeddings")
+        shared = self.shared_embeddings
         return embedding_of(self.backbone) if shared is None else shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Reads another one."""
-        if self.__dict__.get("shared_embeddings") is None:
+        if self.shared_embeddings is None:
             self.backbone.set_input_embeddings(value)
         else:
-            self.__dict__["shared_embeddings"] = value
+            object.__setattr__(self, "shared_embeddings", value)
 
     def get_output_embeddings(self) -> Any:
         """The head of a language model."""
@@ -80,7 +81,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
             AdapterError: there is no input.
         """
         options = {name: value for name, value in kwargs.items() if name not in _FOR_HEADS} | {"return_dict": True}
-        if self.__dict__.get("shared_embeddings") is not None and options.get("inputs_embeds") is None:
+        if self.shared_embeddings is not None and options.get("inputs_embeds") is None:
             if input_ids is None:
                 raise AdapterError("pass input_ids or inputs_embeds")
             embeds = self.get_input_embeddings()(input_ids)

@@ -140,7 +140,7 @@ class Recipe:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source_of_head": None}
+        return {**vars(self), "_source_of_head": None}
 
 
 def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
-from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
 from nbpeft.engine.contract.model_adapter import ModelAdapter, RunsBeside
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.shadow.config import ShadowConfig
 from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
@@ -40,7 +41,6 @@ _OF_BLOCK = "shadow_down|shadow_up|shadow_update_transform|shadow_update_gate"
 _BLOCK_HERE = re.compile(rf"(.+)\.({_OF_BLOCK})\.(.+)")
 _BLOCK_IN_PEFT = re.compile(rf"base_model\.model\.(.+)\.({_OF_BLOCK})(?:\.default)?(?:\.(.+))?")
 """A tensor of a block in a file; where its adapter is called ``default``, a state dict is read without that name."""
-_SETTINGS = ("alpha", "dropout", "loss_weight")
 
 
 def _packed(config: ShadowConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,20 +127,13 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     ShadowConfig,
     peft_type="SHADOW",
     label="ShadowPEFT",
-    call_context=lambda config, args, kwargs: None,
-    pack=_packed,
-    unpack=_unpacked,
     summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
     smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
     when="a small model is wanted, too: it steers the large one, and can be taken out",
     paper="arXiv:2604.19254",
     sample_configs={"one-layer": {"shadow_num_hidden_layers": 1, "shadow_alpha": 1.0}},
-    model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
-    model_attributes={
-        **{name: _part(name) for name in _PARTS},
-        "last_shadow_loss": _last_loss,
-        "_shadow_share_embeddings": _sharing,
-    },
+    calls=CallInputs(context=lambda config, args, kwargs: None),
+    files=FileFormat(pack=_packed, unpack=_unpacked),
 )
 class ShadowNetwork(ModelAdapter, RunsBeside):
     """The network, its projection and head, and for each block what it adds and how the state goes on.
@@ -148,15 +141,27 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
     What belongs to a block is below the path of that in the model.
     """
 
-    parts_shown_as: ClassVar[str] = "shadow_networks"
+    peft: ClassVar[PeftNames] = PeftNames(
+        model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
+        model_attributes={
+            **{name: _part(name) for name in _PARTS},
+            "last_shadow_loss": _last_loss,
+            "_shadow_share_embeddings": _sharing,
+        },
+        shown_as="shadow_networks",
+    )
+    from_config: ClassVar[Mapping[str, str]] = {
+        "alpha": "shadow_alpha",
+        "dropout": "shadow_dropout",
+        "loss_weight": "auxiliary_loss_weight",
+    }
     title: str = "ShadowPEFT"
 
     def __init__(self, config: ShadowConfig) -> None:
         super().__init__(config)
         recipe = config.recipe
         assert recipe is not None, "the config is not completed for a model"
-        self.__dict__.update(recipe=recipe, places=config.places)
-        self.configure(config, "")
+        self.bind(recipe=recipe, places=config.places, **self._config_values(config, ""))
         self._modules["shadow_backbone"] = network = recipe.network()
         self._modules["shadow_projection"] = recipe.projection()
         if recipe.head is not None:
@@ -171,7 +176,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
             tables = [one for one in map(embedding_of, (network,)) if one is not None]
             kept = {id(parameter) for table in tables for parameter in table.parameters()}
             frozen = tuple(name for name, parameter in self.named_parameters() if id(parameter) in kept)
-            self.__dict__["frozen_parameters"] = frozen
+            self.bind(frozen_parameters=frozen)
 
     recipe: Recipe
     alpha: float
@@ -194,7 +199,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
                 value = value.to(site.base.dtype)
             owner, _, own = name.rpartition(".")
             bound = nn.Parameter(value.to(site.device, site.dtype), name not in made.frozen_parameters)
-            made.get_submodule(owner)._parameters[own] = bound
+            setattr(made.get_submodule(owner), own, bound)
         for module in made.modules():
             for own, buffer in module._buffers.items():
                 module._buffers[own] = None if buffer is None else buffer.to(site.device)
@@ -283,15 +288,6 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         for path in self.places:
             block: Any = self.get_submodule(path)
             block.shadow_up.weight.detach().zero_()
-
-    def configure(self, config: Any, path: str) -> None:
-        """Takes the settings of a config over; see ``Adapter``."""
-        values = (config.shadow_alpha, config.shadow_dropout, config.auxiliary_loss_weight)
-        self.__dict__.update(zip(_SETTINGS, values, strict=True))
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records them; see ``Adapter``."""
-        change.keep_attributes(self, *_SETTINGS)
 
 
 class ShadowBlock(nn.Module):

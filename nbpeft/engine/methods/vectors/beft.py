@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
 
@@ -54,7 +55,6 @@ def _value_projections(model_type: str | None) -> list[str] | None:
 @register(
     BeftConfig,
     peft_type="BEFT",
-    layer_names=("beft_bias", ""),
     label="BEFT",
     when="few examples: one bias a layer, hardly any parameters, and a cheap step",
     paper="arXiv:2509.15974",
@@ -64,6 +64,8 @@ def _value_projections(model_type: str | None) -> list[str] | None:
 )
 class Beft(Adapter, TransformsOutput):
     """What is added to the bias of one layer, (1, out)."""
+
+    peft: ClassVar[PeftNames] = PeftNames("beft_bias")
 
     @classmethod
     def parameter_shapes(
@@ -82,20 +84,15 @@ class Beft(Adapter, TransformsOutput):
             yield f"{bare[0]}{more} has no bias in the base: the adapter cannot be merged there"
 
     @classmethod
-    def create(cls, config: BeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds a loaded bias or makes a new one; see ``Adapter``."""
-        if tensors is None:
-            bias = site.new(site.shapes[BIAS], normal_)
-            tensors = {BIAS: bias.zero_() if config.init_weights else bias}
-        made = cls()
-        made._parameters[BIAS] = nn.Parameter(tensors[BIAS])
-        return made
+    def initial_tensors(cls, config: BeftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """β at zeros, or random; see ``Adapter``."""
+        bias = site.new(site.shapes[BIAS], normal_)
+        return {BIAS: bias.zero_() if config.init_weights else bias}
 
     @property
     def bias(self) -> Tensor:
         """What is added, (out,)."""
-        bias: Tensor = self.held[BIAS]
-        return bias.flatten()
+        return self.tensor(BIAS).flatten()
 
     @property
     def delta_rank(self) -> int | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import AdapterError, ConfigError
 
@@ -189,7 +190,6 @@ def _vector_of(path: str, member: Member) -> Tensor:
 @register(
     IA3Config,
     peft_type="IA3",
-    layer_names=("ia3_l", ""),
     label="(IA)³",
     when="few rows to learn from, and very few parameters",
     paper="arXiv:2205.05638",
@@ -205,6 +205,8 @@ class IA3(Adapter):
     """A vector on one layer."""
 
     reads_weight: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, float]] = {VECTOR: 1.0}
+    peft: ClassVar[PeftNames] = PeftNames("ia3_l")
 
     @classmethod
     def parameter_shapes(
@@ -220,40 +222,28 @@ class IA3(Adapter):
         return {VECTOR: (1, features, *[1] * (len(kind.weight_shape(module)) - 2))}
 
     @classmethod
-    def create(cls, config: IA3Config, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds a loaded vector or starts at ones; see ``Adapter``."""
-        shape = site.shapes[VECTOR]
-        if tensors is not None:
-            vector = tensors[VECTOR]
-        elif config.init_ia3_weights:
-            skip(normal_, site.device, shape)
-            vector = torch.ones(shape, device=site.base.device, dtype=site.dtype)
-        else:
-            vector = site.new(shape, normal_)
-        return (IA3OnInput if config.scales_input(site.path) else IA3OnOutput)(vector)  # type: ignore[return-value]
+    def class_at(cls, config: IA3Config, site: AdapterSite) -> type[IA3]:
+        """What scales the input or the output; see ``Adapter``."""
+        return IA3OnInput if config.scales_input(site.path) else IA3OnOutput
 
-    def __init__(self, vector: Tensor) -> None:
-        super().__init__()
-        self._parameters[VECTOR] = nn.Parameter(vector)
+    @classmethod
+    def initial_tensors(cls, config: IA3Config, site: AdapterSite) -> Mapping[str, Tensor]:
+        """A vector of ones, or a random one; see ``Adapter``."""
+        shape = site.shapes[VECTOR]
+        if not config.init_ia3_weights:
+            return {VECTOR: site.new(shape, normal_)}
+        skip(normal_, site.device, shape)
+        return {VECTOR: torch.ones(shape, device=site.device, dtype=site.dtype)}
 
     @property
     def vector(self) -> Tensor:
         """l, (features,)."""
-        held: Tensor = self.held[VECTOR]
-        return held.flatten()
+        return self.tensor(VECTOR).flatten()
 
     @property
     def delta_rank(self) -> int | None:
         """The change of the weight has its full rank."""
         return None
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the vector with ones."""
-        self.get_parameter(VECTOR).detach().fill_(1.0)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"features={self.vector.numel()}"
 
 
 class IA3OnInput(IA3, TransformsInput):

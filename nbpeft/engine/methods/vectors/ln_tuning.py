@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.bindable import parameter_of, with_parameters
+from nbpeft.engine.contract.method_records import FileFormat, OwnKinds
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register, resolve_backend
 from nbpeft.engine.layer_kinds.conv1d import TransformersConv1D
 from nbpeft.engine.layer_kinds.convolution import Conv1d, Conv2d, Conv3d
@@ -62,7 +65,7 @@ class Norm:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it is called a norm and has such a weight; one over batches or groups of channels has not."""
-        weight = module._parameters.get(WEIGHT)
+        weight = parameter_of(module, WEIGHT)
         other = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
         return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and not other
 
@@ -73,9 +76,7 @@ class Norm:
 
     def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
         """(features,)."""
-        weight = module._parameters[WEIGHT]
-        assert weight is not None
-        return tuple(weight.shape)
+        return tuple(module.get_parameter(WEIGHT).shape)
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The same."""
@@ -83,7 +84,7 @@ class Norm:
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The norm with another weight and no bias."""
-        bias = None if module._parameters.get(BIAS) is None else torch.zeros_like(weight)
+        bias = None if parameter_of(module, BIAS) is None else torch.zeros_like(weight)
         return _computed(module, x, {WEIGHT: weight, BIAS: bias})
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
@@ -92,11 +93,8 @@ class Norm:
 
 
 def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
-    """What a layer gives with other parameters. The module itself is left alone: other threads may run it."""
-    shell = object.__new__(type(module))
-    shell.__dict__.update(module.__dict__)
-    shell.__dict__["_parameters"] = {**module._parameters, **parameters}
-    output: Tensor = type(module).forward(shell, x)
+    """What a layer gives with other parameters."""
+    output: Tensor = type(module).forward(with_parameters(module, parameters), x)
     return output
 
 
@@ -111,22 +109,20 @@ class LNTuningConfig(LayersConfig):
 @register(
     LNTuningConfig,
     peft_type="LN_TUNING",
-    layer_names=("ln_tuning_layers", ""),
     label="LN tuning",
     when="norms alone: very few parameters, and nothing added to the model",
     paper="arXiv:2312.11420",
-    layer_name="ln_tuning.LNTuningLayer",
-    file_keys={name: f"{COPIES}.{own}" for name, own in OWN.items()},
     default_targets=lambda model_type: _TARGETS.get(model_type or ""),
     summary=lambda config: {"trains": "norms"},
     sample_configs={"norms": {}},
-    layer_kinds=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear()),
+    files=FileFormat(keys={name: f"{COPIES}.{own}" for name, own in OWN.items()}),
+    kinds=OwnKinds(only=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear())),
 )
 class LNTuning(Adapter, ReplacesCall):
     """The copies of one layer's weight and bias, shaped as the layer stores them: (features,) for a norm."""
 
     reads_weight: ClassVar[bool] = True
-    wrapped_parameters: ClassVar[tuple[str, ...]] = (COPIES,)
+    peft: ClassVar[PeftNames] = PeftNames("ln_tuning_layers", layer="ln_tuning.LNTuningLayer", wrapped=(COPIES,))
 
     @classmethod
     def parameter_shapes(
@@ -144,18 +140,13 @@ class LNTuning(Adapter, ReplacesCall):
                 path=path,
                 kind=type(module).__name__,
             )
-        own = module._parameters
-        return {name: tuple(found.shape) for name, of in OWN.items() if (found := own.get(of)) is not None}
+        return {name: tuple(own.shape) for name, of in OWN.items() if (own := parameter_of(module, of)) is not None}
 
     @classmethod
-    def create(cls, config: LNTuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded copies or makes new ones; see ``Adapter``."""
-        made = cls()
-        if tensors is None:
-            own = _own(site.base)
-            tensors = {name: own[name].to(site.base.device, site.dtype, copy=True) for name in site.shapes}
-        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        return made
+    def initial_tensors(cls, config: LNTuningConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Copies of what the layer has; see ``Adapter``."""
+        own = _own(site.base)
+        return {name: own[name].to(site.base.device, site.dtype, copy=True) for name in site.shapes}
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor:
         """What the layer gives with the copies; see ``ReplacesCall``."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import checked_names
 from nbpeft.engine.config.targets import matches_segment_names, no_match
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterSite, PeftType
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterSite, PeftType, UsesAnother
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.bindable import parameter_of
 from nbpeft.engine.contract.combination import Member
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import FileFormat, OwnKinds, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import Part, register, resolve_backend, resolve_layer_kind
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import AdapterError, ConfigError, TargetError, shown
@@ -138,17 +141,16 @@ class _Companion:
 @register(
     TrainableTokensConfig,
     peft_type="TRAINABLE_TOKENS",
-    layer_names=("trainable_tokens_delta", "token_indices trainable_tokens_original"),
     label="trainable tokens",
     when="new tokens, and nothing else of the model",
     listed_with={"token_indices": [0]},
     summary=lambda config: {"tokens": str(len(config.token_indices))},
     sample_configs={"tokens": {"token_indices": [0, 2, 5]}},
-    companion=_Companion(),
-    prefix="trainable_tokens_",
-    layer_name="TrainableTokensLayer",
+    shares=SharedTensors(companion=_Companion()),
+    files=FileFormat(prefix="trainable_tokens_"),
+    kinds=OwnKinds(quantized=False),
 )
-class TrainableTokens(Adapter):
+class TrainableTokens(Adapter, UsesAnother):
     """Trained rows of one embedding or of the head that shares its weight.
 
     Attributes:
@@ -158,25 +160,21 @@ class TrainableTokens(Adapter):
     supports_fused_add: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     is_tied: ClassVar[bool] = True
-    takes_quantized: ClassVar[bool] = False
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        "token_indices": "token_list",
-        "trainable_tokens_original": "frozen_rows",
-    }
+    peft: ClassVar[PeftNames] = PeftNames(
+        "trainable_tokens_delta",
+        "token_indices trainable_tokens_original",
+        layer="TrainableTokensLayer",
+        attributes={
+            "token_indices": "token_list",
+            "trainable_tokens_original": "frozen_rows",
+        },
+    )
 
     tokens: Tensor
     sorted_indices: Tensor
     order: Tensor
     _indices: tuple[int, ...]
-
-    def __init__(self, indices: tuple[int, ...], tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
-        self.__dict__.update(source=None, _indices=indices)
-        rows = torch.tensor(indices, dtype=torch.long, device=None if device.type == "meta" else device)
-        ordered, order = rows.sort()
-        for name, tensor in (("tokens", rows), ("sorted_indices", ordered), ("order", order)):
-            self.register_buffer(name, tensor, persistent=False)
+    own_base: BaseLayer
 
     @classmethod
     def parameter_shapes(
@@ -187,29 +185,32 @@ class TrainableTokens(Adapter):
         return {} if config.tied else {ROWS: (len(config.indices), outside if kind.takes_ids else inside)}
 
     @classmethod
-    def create(cls, config: TokenRows, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded rows or copies the embedding's; see ``Adapter``."""
+    def initial_tensors(cls, config: TokenRows, site: AdapterSite) -> Mapping[str, Tensor]:
+        """The embedding's own rows, or random ones; see ``Adapter``."""
         base = site.base
-        if tensors is None and config.init_weights:
-            rows = torch.tensor(config.indices, dtype=torch.long, device=base.device)
-            tensors = {name: _table(base.weight(), base)[rows].to(site.dtype) for name in site.shapes}
-        elif tensors is None:
-            tensors = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
-        adapter = cls(config.indices, tensors, base.device)
-        adapter.__dict__["own_base"] = base
-        adapter.__dict__["peft_container"] = "token_adapter" if config.companion else ""
-        return adapter
+        if not config.init_weights:
+            return {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
+        rows = torch.tensor(config.indices, dtype=torch.long, device=base.device)
+        return {name: _table(base.weight(), base)[rows].to(site.dtype) for name in site.shapes}
+
+    def prepare(self, config: TokenRows, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """The tokens, also in their order; see ``Adapter``."""
+        device = None if site.base.device.type == "meta" else site.base.device
+        rows = torch.tensor(config.indices, dtype=torch.long, device=device)
+        ordered, order = rows.sort()
+        for name, tensor in (("tokens", rows), ("sorted_indices", ordered), ("order", order)):
+            self.register_buffer(name, tensor, persistent=False)
+        container = "token_adapter" if config.companion else ""
+        self.bind(source=None, _indices=config.indices, own_base=site.base, peft_container=container)
 
     def tie_to(self, source: Adapter) -> None:
         """Uses the rows of another adapter from now on."""
-        self.__dict__["source"] = source
+        self.bind(source=source)
 
     @property
     def rows(self) -> Tensor:
         """The trained rows, (tokens, features)."""
-        rows = (self.__dict__["source"] or self).held[ROWS]
-        assert isinstance(rows, Tensor)
-        return rows.to(self.tokens.device)
+        return (self.source or self).tensor(ROWS).to(self.tokens.device)
 
     @property
     def token_list(self) -> list[int]:
@@ -219,8 +220,7 @@ class TrainableTokens(Adapter):
     @property
     def frozen_rows(self) -> Tensor:
         """The embedding's own rows of the tokens, (tokens, features), detached; while nothing is merged."""
-        base: BaseLayer = self.__dict__["own_base"]
-        return _table(base.weight(), base)[self.tokens].detach()
+        return _table(self.own_base.weight(), self.own_base)[self.tokens].detach()
 
     def swap_refusal(self) -> str:
         """Rows of other tokens do not fit in."""
@@ -274,10 +274,6 @@ class TrainableTokens(Adapter):
         frozen = table[self.tokens]
         rows = self.rows.detach().to(weight.dtype)
         table[self.tokens] = rows if scale == 1.0 else frozen + (rows - frozen) * scale
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"tokens={len(self.tokens)}"
 
 
 def _table(weight: Tensor, base: BaseLayer) -> Tensor:
@@ -355,7 +351,7 @@ def _check_combined(path: str, tokens: Mapping[str, list[int]], modules: Mapping
 
 
 def _weight_id(module: nn.Module) -> int:
-    weight = module._parameters.get("weight")
+    weight = parameter_of(module, "weight")
     return 0 if weight is None else id(weight)
 
 

@@ -115,7 +115,7 @@ def remember_starts(config: LoraConfig, starts: Mapping[str, tuple[nn.Module, Fa
         config: of the adapter.
         starts: path -> the frozen layer, and A and B.
     """
-    config.__dict__[_STARTS] = kept = _Starts()
+    vars(config)[_STARTS] = kept = _Starts()
     for path, (module, factors) in starts.items():
         kept[path], kept.modules[path] = factors, module
 
@@ -270,7 +270,7 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     if site.start is not None:
         return _known_start(config, site, site.start)
     if config.init_name == "eva" and is_new:
-        seen: _Starts = config.__dict__.get(_STARTS) or _Starts()
+        seen: _Starts = vars(config).get(_STARTS) or _Starts()
         return Start(seen.again(config, site))
     if not config.initialised_from_weight and not (config.init_name == "mica" and is_new):
         return RANDOM
@@ -307,14 +307,14 @@ def _known_start(config: LoraConfig, site: AdapterSite, start: TakenOver) -> Sta
     """The start of an adapter that is made again, whatever its config has come to say."""
     more: dict[str, Any] = {}
     if config.initialised_from_data:
-        more = {"is_from_data": True, "remembered": config.__dict__.setdefault(_STARTS, _Starts())}
+        more = {"is_from_data": True, "remembered": vars(config).setdefault(_STARTS, _Starts())}
     return Start(_stored((start.down, -start.neg_up), site), is_subtracted=True, init=start.init, **more)
 
 
 def _has_values(module: nn.Module) -> bool:
     """Whether a layer's tensors hold numbers: not on the meta device, and not those of a forecast."""
     fake = loaded("torch._subclasses.fake_tensor", "FakeTensor")
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    own = list(module.parameters(recurse=False))
     return not any(isinstance(one, fake) or (one.is_meta and offloading(module) is None) for one in own)
 
 
@@ -334,9 +334,9 @@ def _stored(factors: Factors, site: AdapterSite) -> Factors:
 def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     if config.init_name == "lora_ga" and not site.base.kind.is_linear:
         return RANDOM
-    starts: _Starts = config.__dict__.setdefault(_STARTS, _Starts())
+    starts: _Starts = vars(config).setdefault(_STARTS, _Starts())
     attribute, function = _FOUND[config.init_name]
-    data = site.base.module.__dict__.get(attribute)
+    data = getattr(site.base.module, attribute, None)
     known = starts.get(site.path) if not is_new else starts.again(config, site)
     if known is not None and (not is_new or data is None):
         return _subtracted(_stored(known, site), config, is_from_data=True, remembered=starts)

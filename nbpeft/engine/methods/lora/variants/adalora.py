@@ -30,10 +30,13 @@ from nbpeft.engine.contract.adapter import (
     LowRankDelta,
     PeftType,
     Rescales,
+    ShowsModules,
 )
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -211,10 +214,11 @@ class RankAllocator(Allocator):
 
     adapters: dict[str, AdaLora]
     config: AdaLoraConfig
+    importance: dict[tuple[str, str], Any]
 
     def __init__(self, config: AdaLoraConfig) -> None:
         super().__init__(config)
-        self.__dict__["importance"] = {}
+        self.bind(importance={})
 
     def extra_loss(self) -> Tensor | None:
         """The distance of A and B from orthogonal ones, on average, times ``orth_reg_weight``."""
@@ -234,7 +238,7 @@ class RankAllocator(Allocator):
         if step == last or (config.tinit < step < last and step % config.deltaT == 0):
             self._allocate(config.budget_at(step, len(self.adapters)))
         if step == last:
-            self.__dict__["importance"].clear()
+            self.importance.clear()
         if step > last:
             self._keep_allocated()
 
@@ -242,7 +246,7 @@ class RankAllocator(Allocator):
         """The moving averages, and of each layer which of its ranks are left; see ``HasTrainingState``."""
         state = {
             f"{path}.{name}.{which}": tensor
-            for (path, name), pair in self.__dict__["importance"].items()
+            for (path, name), pair in self.importance.items()
             for which, tensor in zip(_AVERAGES, pair, strict=True)
         }
         for path in self.adapters:
@@ -253,7 +257,7 @@ class RankAllocator(Allocator):
 
     def set_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Sets both; see ``HasTrainingState``."""
-        importance, pattern = self.__dict__["importance"], self.config.rank_pattern
+        importance, pattern = self.importance, self.config.rank_pattern
         assert pattern is not None
         importance.clear()
         pattern.clear()
@@ -276,7 +280,7 @@ class RankAllocator(Allocator):
 
     def _measure(self) -> None:
         """Brings the moving averages of importance and of its uncertainty up to date; nothing without a gradient."""
-        importance, config = self.__dict__["importance"], self.config
+        importance, config = self.importance, self.config
         for path, adapter in self.adapters.items():
             for name, parameter in adapter.named_parameters(recurse=False):
                 if parameter.grad is None:
@@ -288,7 +292,7 @@ class RankAllocator(Allocator):
 
     def _scores(self, path: str) -> Tensor | None:
         """The importance of each rank of a layer, (r,); None where it has not been measured."""
-        measured = [self.__dict__["importance"].get((path, name)) for name in (_A, _B, _E)]
+        measured = [self.importance.get((path, name), ()) for name in (_A, _B, _E)]
         if not all(measured):
             return None
         of_A, of_B, of_E = (mean * spread for mean, spread in measured)
@@ -331,13 +335,10 @@ def _distance(matrix: Tensor) -> Tensor:
 @register(
     AdaLoraConfig,
     peft_type="ADALORA",
-    layer_names=("lora_A lora_B lora_E lora_embedding_A lora_embedding_B", "r lora_alpha scaling lora_dropout ranknum"),
     label="AdaLoRA",
     when="where ranks should differ by layer: it shares them out as it trains",
     paper="arXiv:2303.10512",
     listed_with={"total_step": 1000},
-    layer_prefix="SVD",
-    prefix="lora_",
     default_targets=lambda model_type: _ROBERTA if model_type == "roberta" else usual_wide_targets(model_type),
     summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},
     smaller=lambda config: config.resized(config.init_r // 2) if config.init_r > 1 else None,
@@ -345,10 +346,10 @@ def _distance(matrix: Tensor) -> Tensor:
         "r4": {"init_r": 4, "target_r": 2, "total_step": 10},
         "pruned": {"init_r": 6, "target_r": 2, "total_step": 20, "tinit": 2, "tfinal": 5, "lora_alpha": 16},
     },
-    shared=RankAllocator,
-    model_functions={"update_and_allocate": update_and_allocate},
+    files=FileFormat(prefix="lora_"),
+    shares=SharedTensors(state=RankAllocator),
 )
-class AdaLora(Adapter, Rescales, IsLowRank):
+class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
     """The three factors of one layer.
 
     Attributes:
@@ -358,11 +359,19 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         flags_of_places: of each of the first ranks whether it has it: a file lacks those that went before.
     """
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha"}
-    peft_mappings: ClassVar[tuple[str, ...]] = (_A, _B, _E, "lora_embedding_A", "lora_embedding_B")
-    peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    peft: ClassVar[PeftNames] = PeftNames(
+        "lora_A lora_B lora_E lora_embedding_A lora_embedding_B",
+        "r lora_alpha scaling lora_dropout ranknum",
+        layer_prefix="SVD",
+        constants=(_RANK,),
+        model_functions={"update_and_allocate": update_and_allocate},
+        attributes={"r": "rank", "lora_alpha": "alpha"},
+        mappings=(_A, _B, _E, "lora_embedding_A", "lora_embedding_B"),
+        modules=("lora_dropout",),
+    )
     frozen_parameters: ClassVar[tuple[str, ...]] = (_RANK,)
-    constant_parameters: ClassVar[tuple[str, ...]] = (_RANK,)
+    from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling_at", "dropout": "dropout", "alpha": "alpha_at"}
+    identity: ClassVar[Mapping[str, float]] = {_E: 0.0}
 
     flags_of_places: list[bool]
     path: str
@@ -388,34 +397,26 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         return {_A: (rank, columns), _B: (rows, rank), _E: (rank, 1)}
 
     @classmethod
-    def create(cls, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
-            skip(normal_, site.device, (1,))  # a number for the rank
-            if config.init_lora_weights:
-                made[_E].zero_()
-                made |= {name: site.new(site.shapes[name], partial(normal_, std=_DEVIATION)) for name in (_A, _B)}
-            tensors = made
-        assert isinstance(site.shared, RankAllocator)
-        return cls(tensors, config, site.path, site.shared)
+    def initial_tensors(cls, config: AdaLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
+        """Random A and B, and E at zeros or random, in the order of PEFT's draws; see ``Adapter``."""
+        made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
+        skip(normal_, site.device, (1,))  # a number for the rank
+        if config.init_lora_weights:
+            made[_E].zero_()
+            made |= {name: site.new(site.shapes[name], partial(normal_, std=_DEVIATION)) for name in (_A, _B)}
+        return made
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], config: AdaLoraConfig, path: str, allocator: RankAllocator
-    ) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (_A, _B, _E)})
-        rank = tensors[_E].new_full((1,), float(config.init_r))
-        self._parameters[_RANK] = nn.Parameter(rank, requires_grad=False)
-        # The first layer holds the allocator as a module.
-        self.__dict__.update(path=path, allocator=allocator, scaling=config.scaling_at(path))
-        self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
-        self.__dict__["flags_of_places"] = _places(config, path, self.rank) or [True] * self.rank
-        allocator.adapters[path] = self
+    def prepare(self, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """The rank as a parameter, and the allocator, which the first layer has as a module; see ``Adapter``."""
+        assert isinstance(site.shared, RankAllocator)
+        flags = _places(config, site.path, self.rank) or [True] * self.rank
+        self.bind({_RANK: tensors[_E].new_full((1,), float(config.init_r))}, path=site.path, flags_of_places=flags)
+        self.bind(allocator=site.shared)
+        site.shared.adapters[site.path] = self
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """The dropout; see ``Adapter``."""
-        return AdapterDropout(self) if name in self.peft_modules else None
+        return AdapterDropout(self) if name in self.peft.modules else None
 
     @property
     def rank(self) -> int:
@@ -498,21 +499,16 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         kept = torch.tensor(left, device=tensors[_E].device)
         return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
 
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites E with zeros."""
-        self.get_parameter(_E).detach().zero_()
-
     def configure(self, config: AdaLoraConfig, path: str) -> None:
-        """Takes scaling, dropout and schedule of a config over."""
-        self.rescale(config.scaling_at(path), trained=True)
-        self.__dict__["flags_of_places"] = _places(config, path, self.rank) or self.flags_of_places
-        self.__dict__.update(dropout=float(config.lora_dropout), alpha=config.alpha_at(path))
-        self.allocator.__dict__["config"] = config
+        """Takes ranks and schedule of a config over, too; see ``Adapter``."""
+        super().configure(config, path)
+        self.bind(flags_of_places=_places(config, path, self.rank) or self.flags_of_places)
+        self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records scaling, dropout and schedule."""
-        self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "alpha", "flags_of_places")
+        """Records ranks and schedule, too; see ``Adapter``."""
+        super().keep_settings(change)
+        change.keep_attributes(self, "flags_of_places")
         change.keep_attributes(self.allocator, "config")
 
     @classmethod
@@ -527,7 +523,3 @@ class AdaLora(Adapter, Rescales, IsLowRank):
         """Warns of an r, which says nothing here."""
         if config.r != LoraConfig.r:
             yield f"r = {config.r} says nothing for AdaLoRA: init_r = {config.init_r} is the rank at the start"
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"rank={self.rank}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from nbpeft.engine.contract.adapter import AdapterWeights, TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.combination import Combination, Member
+from nbpeft.engine.contract.method_records import CallInputs
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta
 from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, FILES
 from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.errors import AdapterError
@@ -103,8 +105,8 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
     paper="arXiv:2504.12397",
     listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
     applies=lambda config: config.variant == "alora_invocation_tokens",
-    call_context=_invoked,
-    **{**FAMILY, "combine": _CombineInvoked(), "without_weight": _no_plain_lora},
+    calls=CallInputs(context=_invoked),
+    **{**FAMILY, "combine": _CombineInvoked(), "files": replace(FILES, without_weight=_no_plain_lora)},
 )
 class ALoRA(PlainLowRank):
     """An aLoRA adapter on one layer."""

@@ -19,21 +19,23 @@ on its layer in each call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.trained import optimizer_steps
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, IsLowRank
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
+from nbpeft.engine.contract.trained import optimizer_steps
 from nbpeft.engine.kernels.numerics import compute_dtype, stamp
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, FILES
 from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.variant_configs import ArrowConfig
 from nbpeft.errors import AdapterError, ConfigError, MergeError, few
@@ -56,6 +58,11 @@ def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return found
 
 
+def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file but those of LoRA, which Arrow has none of."""
+    return {key: value for key, value in tensors.items() if ".lora_" not in key}
+
+
 @register(
     LoraConfig,
     label="Arrow",
@@ -64,9 +71,9 @@ def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     listed_with={"arrow_config": {}},
     applies=lambda config: config.variant == "arrow_config",
     variant=lambda config: "Arrow + GenKnowSub" if config.arrow_config.use_gks else "",
-    unpack=lambda config, tensors: {key: value for key, value in tensors.items() if ".lora_" not in key},
     **{
         **FAMILY,
+        "files": replace(FILES, unpack=_without_factors, has_tensors=False),
         "summary": lambda config: {"top k": str(config.arrow_config.top_k)},
         "smaller": lambda config: None,
         "combine": None,
@@ -80,7 +87,8 @@ class Arrow(Adapter):
         dropout: probability on what it adds, as in PEFT.
     """
 
-    has_tensors: ClassVar[bool] = False
+    peft: ClassVar[PeftNames] = PeftNames(LowRankAdapter.peft.parameters, LowRankAdapter.peft.others)
+    from_config: ClassVar[Mapping[str, str]] = {"settings": "arrow_config", "dropout": "dropout"}
 
     settings: ArrowConfig
     dropout: float
@@ -97,17 +105,12 @@ class Arrow(Adapter):
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Looks whether there is something to route over; see ``Adapter``."""
-        assert config.arrow_config is not None
-        made = cls(config.arrow_config, config.lora_dropout)
+        made = super().create(config, site, tensors)
         try:
             made._products(site.base)
         except AdapterError as error:
             raise ConfigError(f"{site.path}: {error}", path=site.path, field="arrow_config") from None
         return made
-
-    def __init__(self, settings: ArrowConfig, dropout: float) -> None:
-        super().__init__()
-        self.__dict__.update(settings=settings, dropout=float(dropout))
 
     def _products(self, base: BaseLayer) -> tuple[list[LowRankAdapter], list[LowRankAdapter]]:
         """The adapters on the layer that tokens go to, and the general ones, if those are to be subtracted.
@@ -137,7 +140,7 @@ class Arrow(Adapter):
         now = (optimizer_steps(), len(routed), *stamps)
         if self._kept is None or self._kept[0] != now or None in stamps:
             with torch.no_grad():
-                self.__dict__["_kept"] = (now, *_prototypes_and_means(routed, general))
+                self.bind(_kept=(now, *_prototypes_and_means(routed, general)))
         assert self._kept is not None
         return self._kept[1:]
 
@@ -195,19 +198,17 @@ class Arrow(Adapter):
         return "routes over other adapters and has no tensors of its own"
 
     def configure(self, config: LoraConfig, path: str) -> None:
-        """Takes the settings of a config over."""
-        self.__dict__.update(settings=config.arrow_config, dropout=float(config.lora_dropout), _kept=None)
+        """Prepares anew, too; see ``Adapter``."""
+        super().configure(config, path)
+        self.bind(_kept=None)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the settings."""
-        change.keep_attributes(self, "settings", "dropout", "_kept")
+        """Records what is prepared, too; see ``Adapter``."""
+        super().keep_settings(change)
+        change.keep_attributes(self, "_kept")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"top_k={self.settings.top_k}, router_temperature={self.settings.router_temperature:g}"
+        return {**vars(self), "_kept": None}
 
 
 def _of_lora(here: Mapping[str, Any], names: Sequence[str]) -> Iterator[LowRankAdapter]:

@@ -60,7 +60,7 @@ class BDLoRA(LowRankProduct):
         self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
     ) -> None:
         super().__init__(tensors, kind, config, path, start)
-        self.__dict__["blocks"] = config.use_bdlora.blocks_at(path)
+        self.bind(blocks=config.use_bdlora.blocks_at(path))
 
     @classmethod
     def parameter_shapes(

@@ -81,7 +81,7 @@ class DoRA(LowRankAdapter):
             else:
                 weight = site.base.kind.canonical(site.base.module, start.quantized.dequantize())
                 norm = adapter._exact_norm(weight, site.base, torch.float32)
-            adapter._parameters[MAGNITUDE] = nn.Parameter(norm.to(site.dtype).view(site.shapes[MAGNITUDE]))
+            adapter.bind({MAGNITUDE: norm.to(site.dtype).view(site.shapes[MAGNITUDE])})
         return adapter
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class DoRA(LowRankAdapter):
         magnitude.copy_((norm if row_scale is None else norm * row_scale).view(magnitude.shape))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight_square": None, "_norm": None}
+        return {**vars(self), "_weight_square": None, "_norm": None}
 
 
 def _weight_stamp(base: BaseLayer) -> Any:

@@ -14,6 +14,7 @@ PEFT puts W' in the place of W for good. Here W stays and the adapter subtracts 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +25,7 @@ from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.loss_terms import requested_loss
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.training_hooks import LearnsWithHooks
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -61,7 +63,6 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
     applies=lambda config: config.variant == "kasa_config",
     variant=lambda config: "rsKaSA" if config.use_rslora else "",
     sample_configs={"kasa": {"r": 4, "lora_alpha": 8, "kasa_config": {"beta": 1e-2, "gamma": 1e-2}}},
-    model_functions={"_get_kasa_loss": kasa_loss},
     **FAMILY,
 )
 class KaSA(LowRankProduct, LearnsWithHooks):
@@ -72,6 +73,7 @@ class KaSA(LowRankProduct, LearnsWithHooks):
     """
 
     observable: ClassVar[bool] = False
+    peft: ClassVar[PeftNames] = replace(LowRankProduct.peft, model_functions={"_get_kasa_loss": kasa_loss})
 
     weights: tuple[float, float]
 
@@ -79,7 +81,7 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
     ) -> None:
         super().__init__(tensors, kind, config, path, start)
-        self.__dict__.update(weights=(config.kasa_config.beta, config.kasa_config.gamma))
+        self.bind(weights=(config.kasa_config.beta, config.kasa_config.gamma))
 
     @classmethod
     def parameter_shapes(

@@ -16,7 +16,8 @@ layer. PEFT's divergence of the Dirichlet has one of its terms with the wrong si
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,15 @@ from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.loss_terms import requested_loss
+from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.shared_state import Together
 from nbpeft.engine.contract.training_hooks import LearnsWithHooks
 from nbpeft.engine.kernels.numerics import composes, without_autocast
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, FILES
 from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
@@ -157,17 +160,15 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
         "plain": {"r": 4, "lora_alpha": 8, "monteclora_config": {"num_samples": 3}},
         "entropy": {"r": 4, "monteclora_config": {"num_samples": 2, "use_entropy": True, "sample_scaler": 1e-3}},
     },
-    shared=Divergence,
-    model_functions={"_get_monteclora_loss": monteclora_loss},
-    pack=_with_samplers,
-    unpack=_without_samplers,
+    shares=SharedTensors(state=Divergence),
     **{
         **FAMILY,
-        "file_keys": {
-            **FAMILY["file_keys"],
-            STD: f"{_PLACE}std_prior",
-            PRIOR: f"{_PLACE}expert_weights_prior",
-        },
+        "files": replace(
+            FILES,
+            keys={**FILES.keys, STD: f"{_PLACE}std_prior", PRIOR: f"{_PLACE}expert_weights_prior"},
+            pack=_with_samplers,
+            unpack=_without_samplers,
+        ),
     },
 )
 class MonteCLoRA(LowRankProduct):
@@ -177,6 +178,8 @@ class MonteCLoRA(LowRankProduct):
         settings: how much is drawn, and what it costs.
         drawn: of the last call in training: the diagonal of the Wishart draw, (r,), and the normals, (num_samples,).
     """
+
+    peft: ClassVar[PeftNames] = replace(LowRankProduct.peft, model_functions={"_get_monteclora_loss": monteclora_loss})
 
     settings: MontecloraConfig
     drawn: tuple[Tensor, Tensor] | None
@@ -200,7 +203,7 @@ class MonteCLoRA(LowRankProduct):
                 made.get_parameter(name).detach().copy_(site.new(site.shapes[name], Tensor.uniform_))
         assert isinstance(site.shared, Divergence)
         site.shared.adapters[site.path] = made
-        made.__dict__.update(settings=config.monteclora_config, drawn=None)
+        made.bind(settings=config.monteclora_config, drawn=None)
         return made
 
     @property
@@ -213,7 +216,7 @@ class MonteCLoRA(LowRankProduct):
         """N, (r, in), in the dtype of A; zeros in rows that are only padding."""
         std: Tensor = self.held[STD]
         prior: Tensor = self.held[PRIOR]
-        self.__dict__["drawn"] = _draws(draw_seed(), len(std), len(prior), lora_A.device)
+        self.bind(drawn=_draws(draw_seed(), len(std), len(prior), lora_A.device))
         with without_autocast(lora_A.device.type):
             variances, weights = self._posterior()
             shape = len(std), lora_A.shape[1]

@@ -11,6 +11,7 @@ is a product of two thin matrices like LoRA's, with the columns of A repeated, s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
@@ -50,10 +52,9 @@ class QALoRA(LowRankProduct):
     """
 
     observable: ClassVar[bool] = False
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        **LowRankAdapter.peft_attributes,
-        "qalora_group_size": "group_size",
-    }
+    peft: ClassVar[PeftNames] = replace(
+        LowRankAdapter.peft, attributes={**LowRankAdapter.peft.attributes, "qalora_group_size": "group_size"}
+    )
 
     group_size: int
 
@@ -61,7 +62,7 @@ class QALoRA(LowRankProduct):
         self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
     ) -> None:
         super().__init__(tensors, kind, config, path, start)
-        self.__dict__["group_size"] = config.qalora_group_size
+        self.bind(group_size=config.qalora_group_size)
 
     @classmethod
     def parameter_shapes(

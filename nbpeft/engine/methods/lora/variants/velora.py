@@ -14,14 +14,16 @@ are exact. v is the mean piece of the batch, of the first batch, or random. Merg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
@@ -65,7 +67,7 @@ def normalised(direction: Tensor) -> Tensor:
     },
     **FAMILY,
 )
-class VeLoRA(LowRankProduct):
+class VeLoRA(LowRankProduct, HasFixedTensors):
     """A VeLoRA adapter on one linear layer.
 
     Attributes:
@@ -74,7 +76,9 @@ class VeLoRA(LowRankProduct):
 
     settings: VeloraConfig
     is_found: ClassVar[bool] = False
-    peft_attributes: ClassVar[Mapping[str, str]] = {**LowRankProduct.peft_attributes, DIRECTION: DIRECTION}
+    peft: ClassVar[PeftNames] = replace(
+        LowRankProduct.peft, attributes={**LowRankProduct.peft.attributes, DIRECTION: DIRECTION}
+    )
 
     @classmethod
     def parameter_shapes(
@@ -107,7 +111,7 @@ class VeLoRA(LowRankProduct):
             direction = normalised(direction) if settings.init_type == "random" else direction
         made.register_buffer(DIRECTION, direction)
         found = settings.init_type == "random" or (not direction.is_meta and bool(direction.any()))
-        made.__dict__.update(settings=settings, is_found=found)
+        made.bind(settings=settings, is_found=found)
         return made
 
     @torch.no_grad()
@@ -116,7 +120,7 @@ class VeLoRA(LowRankProduct):
         if self.settings.init_type == "batch_average" or not self.is_found:
             mean = pieces(x, self.settings.num_groups).flatten(0, -2).mean(0)
             self._buffers[DIRECTION] = normalised(mean)
-            self.__dict__["is_found"] = True
+            self.bind(is_found=True)
         direction = self._buffers[DIRECTION]
         assert direction is not None
         return direction.to(x.dtype)

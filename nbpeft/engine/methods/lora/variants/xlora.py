@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, SharedState
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, SharedTensors
+from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
 from nbpeft.engine.kernels.storage import loaded
@@ -59,7 +61,7 @@ class XLoraState(SharedState, NeedsFirstPass):
     def __init__(self, config: XLoraConfig, classifier: XLoraClassifier, *, is_new: bool) -> None:
         super().__init__()
         self._modules[CLASSIFIER] = classifier
-        self.__dict__.update(config=config, start={}, numbers={}, is_new=is_new)
+        self.bind(config=config, start={}, numbers={}, is_new=is_new)
 
     config: XLoraConfig
     is_new: bool
@@ -77,26 +79,19 @@ class XLoraState(SharedState, NeedsFirstPass):
         return {f"{CLASSIFIER}.{name}": tuple(one.shape) for name, one in made.named_parameters()}
 
     @classmethod
-    def create(
-        cls,
-        config: XLoraConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
+    def create(cls, config: XLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds a loaded classifier; a new one is drawn after the adapters, as in PEFT."""
-        layers = list(shapes.values())[-1][0] // len(config.experts)
+        layers = list(site.shapes.values())[-1][0] // len(config.experts)
         with torch.device("meta"):
             classifier = XLoraClassifier(config, len(config.experts), layers)
         for name, parameter in classifier.named_parameters():
             given = (
-                torch.empty(parameter.shape, device=device, dtype=dtype)
+                torch.empty(parameter.shape, device=site.device, dtype=site.dtype)
                 if tensors is None
-                else tensors[f"{CLASSIFIER}.{name}"].to(device, dtype)
+                else tensors[f"{CLASSIFIER}.{name}"].to(site.device, site.dtype)
             )
             owner, _, own = name.rpartition(".")
-            classifier.get_submodule(owner)._parameters[own] = nn.Parameter(given)
+            setattr(classifier.get_submodule(owner), own, nn.Parameter(given))
         return cls(config, classifier, is_new=tensors is None)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
@@ -109,7 +104,7 @@ class XLoraState(SharedState, NeedsFirstPass):
             for path, shapes in expert.shapes.items():
                 site = AdapterSite(path, layers[path], shapes, dtype)
                 made = LoRA.create(expert.config, site, None)
-                for name, parameter in made._parameters.items():
+                for name, parameter in made.held.items():
                     _fill(parameter, tensors[path][name])
                 self.start.setdefault(path, {})[str(number)] = made
         if self.is_new:
@@ -271,20 +266,9 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
         "adapters": str(len(config.adapters)),
         **({"top k": str(config.top_k_lora)} if config.top_k_lora else {}),
     },
-    shared=XLoraState,
-    call_context=lambda config, args, kwargs: None,
-    pack=_packed,
-    unpack=_unpacked,
-    model_functions={function.__name__: function for function in _FUNCTIONS},
-    model_attributes={
-        CLASSIFIER: lambda tuner: _state(tuner.manager).classifier,
-        "internal_xlora_scalings": lambda tuner: get_latest_scalings(tuner.manager),
-        "lora_model": lambda tuner: tuner,
-        "xlora_config": lambda tuner: _state(tuner.manager).config,
-    },
-    generation=_without_cache,
-    parts=_parts,
-    with_parts=with_parts,
+    shares=SharedTensors(state=XLoraState),
+    calls=CallInputs(context=lambda config, args, kwargs: None, generation=_without_cache),
+    files=FileFormat(has_tensors=False, pack=_packed, unpack=_unpacked, parts=_parts, with_parts=with_parts),
 )
 class XLoraLayer(Adapter):
     """The adapters of one layer, by number.
@@ -294,7 +278,15 @@ class XLoraLayer(Adapter):
         number: of the layer.
     """
 
-    has_tensors: ClassVar[bool] = False
+    peft: ClassVar[PeftNames] = PeftNames(
+        model_functions={function.__name__: function for function in _FUNCTIONS},
+        model_attributes={
+            CLASSIFIER: lambda tuner: _state(tuner.manager).classifier,
+            "internal_xlora_scalings": lambda tuner: get_latest_scalings(tuner.manager),
+            "lora_model": lambda tuner: tuner,
+            "xlora_config": lambda tuner: _state(tuner.manager).config,
+        },
+    )
     state: XLoraState
     number: int
 
@@ -318,16 +310,16 @@ class XLoraLayer(Adapter):
         made = cls(site.shared, site.path)
         for name, tensor in (tensors or {}).items():
             number, _, own = name.partition(".")
-            made._modules[number]._parameters[own] = nn.Parameter(tensor)  # type: ignore[union-attr]
+            made.inner_adapters[number].bind({own: tensor})
         if not config.use_trainable_adapters:
             frozen = tuple(name for name, _ in made.named_parameters())
-            made.__dict__["frozen_parameters"] = frozen
+            made.bind(frozen_parameters=frozen)
             made.requires_grad_(False)
         return made
 
     def __init__(self, state: XLoraState, path: str) -> None:
         super().__init__()
-        self.__dict__.update(state=state, number=state.numbers[path])
+        self.bind(state=state, number=state.numbers[path])
         self._modules.update(state.start.pop(path))
 
     @property
@@ -395,16 +387,13 @@ class XLoraLayer(Adapter):
 
     def configure(self, config: XLoraConfig, path: str) -> None:
         """Takes the settings of a config over."""
-        self.state.__dict__["config"] = self.state.classifier.config = config
+        self.state.bind(config=config)
+        self.state.classifier.config = config
 
     def keep_settings(self, change: Transaction) -> None:
         """Records them."""
         change.keep_attributes(self.state, "config")
         change.keep_attributes(self.state.classifier, "config")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"adapters={len(self.inner_adapters)}"
 
 
 def _check_recomputed() -> None:

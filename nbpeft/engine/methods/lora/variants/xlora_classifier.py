@@ -67,7 +67,7 @@ class XLoraClassifier(nn.Module):
         return scalings
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "latest": None}
+        return {**vars(self), "latest": None}
 
     def chosen(self, scalings: Tensor) -> Tensor:
         """The weights with those of the adapters that a token is not given set to zero; shaped like them."""

@@ -49,7 +49,7 @@ class Expert:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "reads": None}
+        return {**vars(self), "reads": None}
 
 
 @dataclass
@@ -138,7 +138,7 @@ class XLoraConfig(AdapterConfig):
         made = self.copy(hidden_size=self._width(model))
         experts = tuple(self._read(name, source, model, planned) for name, source in self.adapters.items())
         paths = dict.fromkeys(path for expert in experts for path in expert.shapes)
-        made.__dict__.update(experts=experts, target_modules=set(paths))
+        vars(made).update(experts=experts, target_modules=set(paths))
         return made
 
     def check_top_k(self, value: int | None) -> None:

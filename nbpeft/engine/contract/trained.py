@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from nbpeft.engine.manager_protocol import Manager
+from nbpeft.engine.contract.manager_protocol import Manager
 
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
 _held: weakref.WeakKeyDictionary[Optimizer, weakref.WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]]]

@@ -12,7 +12,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 
 from nbpeft import LoraConfig, get_peft_model, hotswap_adapter
-from nbpeft.engine.changes.trained import mark_saved, mark_unsaved
+from nbpeft.engine.contract.trained import mark_saved, mark_unsaved
 from nbpeft.errors import CheckpointError
 from nbpeft.model import set_peft_model_state_dict
 from tests.tiny_models import llama

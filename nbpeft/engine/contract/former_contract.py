@@ -1,0 +1,88 @@
+"""Refuses methods that are written for the contract of nbpeft 0.2, and says what has taken the place of what."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nbpeft.errors import ConfigError, did_you_mean
+
+_FIELDS = {
+    **{name: f"files=FileFormat({name}=…)" for name in ("prefix", "pack", "unpack", "derived", "fuse", "parts")},
+    **{name: f"files=FileFormat({name}=…)" for name in ("with_parts", "without_weight")},
+    "file_keys": "files=FileFormat(keys=…)",
+    "shared": "shares=SharedTensors(state=…)",
+    **{name: f"shares=SharedTensors({name}=…)" for name in ("tied", "tied_class", "companion")},
+    "call_context": "calls=CallInputs(context=…)",
+    "call_arguments": "calls=CallInputs(arguments=…)",
+    **{name: f"calls=CallInputs({name}=…)" for name in ("token_arguments", "generation")},
+    "layer_kinds": "kinds=OwnKinds(only=…)",
+    "kind_classes": "kinds=OwnKinds(classes=…)",
+    "layer_names": "peft = PeftNames(parameters, others) in the adapter's class",
+    "layer_name": "peft = PeftNames(layer=…) in the adapter's class",
+    **{
+        name: f"peft = PeftNames({name}=…) in the adapter's class"
+        for name in ("layer_prefix", "model_functions", "model_attributes")
+    },
+}
+"""Former keyword of ``register`` -> what is written instead."""
+
+_MEMBERS = {
+    "wrapped_parameters": "peft = PeftNames(wrapped=…)",
+    "names_in_modules": "peft = PeftNames(names_in_modules=…)",
+    "parameter_lists": "peft = PeftNames(lists=…)",
+    "peft_modules": "peft = PeftNames(modules=…)",
+    "parts_shown_as": "peft = PeftNames(shown_as=…)",
+    "peft_mappings": "peft = PeftNames(mappings=…)",
+    "peft_attributes": "peft = PeftNames(attributes=…)",
+    "peft_functions": "peft = PeftNames(functions=…)",
+    "layer_names": "peft = PeftNames(mappings=…)",
+}
+"""Former attribute of an adapter's class -> what is written instead."""
+
+
+def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses keywords that ``register`` does not take.
+
+    Args:
+        label: of the method.
+        given: keywords.
+        known: those that it takes.
+
+    Raises:
+        ConfigError: there is one; names what is written instead.
+    """
+    known = list(known)
+    for name in given:
+        if name in _FIELDS:
+            raise ConfigError(f"{label}: register() no longer takes {name}: write {_FIELDS[name]}", field=name)
+        if name not in known:
+            raise ConfigError(f"{label}: register() takes no {name}.{did_you_mean(name, known)}", field=name)
+
+
+def check_classes(label: str, adapter_class: type[Any], state_class: type[Any] | None) -> None:
+    """Refuses classes of an adapter and of what its layers share that are written for the former contract.
+
+    Args:
+        label: of the method.
+        adapter_class: class of its adapters.
+        state_class: class of what they share, if anything.
+
+    Raises:
+        ConfigError: one is; names what is written instead.
+    """
+    for cls in adapter_class.__mro__:
+        name = next((name for name in _MEMBERS if name in vars(cls)), None)
+        if name is not None:
+            raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer read: write {_MEMBERS[name]}", field=name)
+    if state_class is not None and "device" in _parameters(state_class.create):
+        raise ConfigError(
+            f"{label}: {state_class.__name__}.create now takes (config, site, tensors); site has shapes, "
+            "device and dtype",
+            field="create",
+        )
+
+
+def _parameters(function: Any) -> Mapping[str, Any]:
+    return inspect.signature(function).parameters
