@@ -192,12 +192,12 @@ class CellError(NbpeftError, ValueError):
 
 
 def in_one_line(message: object) -> str:
-    """A message without line breaks and repeated spaces."""
+    """Returns a message without line breaks and repeated spaces."""
     return " ".join(str(message).split())
 
 
 def shortened(text: str, limit: int = _LONGEST_MESSAGE) -> str:
-    """A text without its middle where it is longer than that."""
+    """Returns a text without its middle where it is longer than that."""
     if len(text) <= limit:
         return text
     tail = limit // 3
@@ -205,7 +205,7 @@ def shortened(text: str, limit: int = _LONGEST_MESSAGE) -> str:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value for a message: its repr, cut where it is long."""
+    """Returns a value for a message: its repr, cut where it is long."""
     try:
         text = repr(value)
     except Exception:
@@ -214,14 +214,14 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def few(names: Iterable[object], count: int = 5) -> str:
-    """The first of some names for a person, and how many more there are: ``'a', 'b' and 3 more``."""
+    """Returns the first of some names for a person, and how many more there are: ``'a', 'b' and 3 more``."""
     given = list(names)
     more = f" and {len(given) - count} more" if len(given) > count else ""
     return ", ".join(shown(name) for name in given[:count]) + more
 
 
 def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:
-    """The choices most like ``word``, best first; none for a word that is too long to be a name."""
+    """Returns the choices most like ``word``, best first; none for a word that is too long to be a name."""
     if len(word) > _LONGEST_NAME:
         return []
     return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=cutoff)
@@ -234,7 +234,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def with_article(value: object) -> str:
-    """What a value is: ``an int``, ``a Llama``, ``None``."""
+    """Returns what a value is: ``an int``, ``a Llama``, ``None``."""
     kind = type(value).__name__
     return "None" if value is None else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 

@@ -275,6 +275,6 @@ class SessionState:
     """Models that are gone, and of which adapters can be brought back; the last one last."""
 
     def model(self, name: str | None = None) -> ModelState | None:
-        """The model of that name, the one used last for None, or None if it is not there."""
+        """Returns the model of that name, the one used last for None, or None if it is not there."""
         wanted = self.current if name is None else name
         return next((model for model in self.models if model.name == wanted), None)

@@ -84,12 +84,12 @@ def sweep(*values: Any) -> Sweep:
 
 
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:
-    """The fields that have several values."""
+    """Returns the fields that have several values."""
     return {name: value for name, value in fields.items() if isinstance(value, Sweep)}
 
 
 def not_swept(name: str) -> ConfigError:
-    """The error for a field that adapters which learn side by side have in common."""
+    """Returns the error for a field that adapters which learn side by side have in common."""
     return ConfigError(
         f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
         f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
@@ -109,7 +109,7 @@ def check_own(fields: Iterable[str]) -> None:
 
 
 def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values, the last field changing fastest.
+    """Yields every combination of the values, the last field changing fastest.
 
     Raises:
         ConfigError: there are more than ``MOST``.
@@ -126,7 +126,7 @@ def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:
 
 
 def largest_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """The fields with one value each, the largest where they are numbers and else the first, and how many there are."""
+    """Returns the fields with one value each, the largest where they are numbers and else the first, and how many there are."""
     found = dict(fields)
     for name, values in swept(fields).items():
         numbers = all(isinstance(value, int | float) for value in values.values)
@@ -135,7 +135,7 @@ def largest_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def members_together(count: int, tokens: int, *, on_cpu: bool) -> int:
-    """How many of ``count`` adapters one pass over the model serves, as evenly as can be.
+    """Returns how many of ``count`` adapters one pass over the model serves, as evenly as can be.
 
     Args:
         count: adapters that learn.
@@ -147,13 +147,13 @@ def members_together(count: int, tokens: int, *, on_cpu: bool) -> int:
 
 
 def names_of(stem: str, combined: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the adapters of a sweep are called: ``codes-lr1e-4``; those that would be called the same are numbered."""
+    """Returns what the adapters of a sweep are called: ``codes-lr1e-4``; those that would be called the same are numbered."""
     labels = ["-".join([stem, *(_label(*item) for item in values.items())]) for values in combined]
     return [label if labels.count(label) == 1 else f"{label}-{number}" for number, label in enumerate(labels, 1)]
 
 
 def stem_of(names: Iterable[str]) -> str:
-    """What the names of a sweep begin with: ``codes`` of ``codes-lr1e-4`` and ``codes-lr3e-4``."""
+    """Returns what the names of a sweep begin with: ``codes`` of ``codes-lr1e-4`` and ``codes-lr3e-4``."""
     first, *others = names
     while first and not all(name.startswith(f"{first}-") for name in others):
         first = first.rpartition("-")[0]
@@ -173,7 +173,7 @@ def _label(name: str, value: Any) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number without a dot, which names may not have: ``1e-4``, ``25e-5``, ``8``, ``5e-2``."""
+    """Returns a number without a dot, which names may not have: ``1e-4``, ``25e-5``, ``8``, ``5e-2``."""
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6 if math.isfinite(value) else False):
         return str(int(value))
     mantissa, _, exponent = f"{value:.12e}".partition("e")

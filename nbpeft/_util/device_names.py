@@ -39,13 +39,13 @@ DEVICES: Mapping[str, int] = {
 
 
 def named(text: str) -> str | None:
-    """The name in ``DEVICES`` that a text means (``rtx 4090``, ``NVIDIA A100 80GB``, ``M2 16GB``), or None."""
+    """Returns the name in ``DEVICES`` that a text means (``rtx 4090``, ``NVIDIA A100 80GB``, ``M2 16GB``), or None."""
     wanted = _key(text)
     return next((name for name in DEVICES if _key(name) in (wanted, f"rtx{wanted}")), None)
 
 
 def is_apple(name: str) -> bool:
-    """Whether a name in ``DEVICES`` is one of Apple's."""
+    """Returns whether a name in ``DEVICES`` is one of Apple's."""
     return name.partition("-")[0] in _APPLE
 
 

@@ -81,7 +81,7 @@ _ELSEWHERE = {
 
 
 def new_name(module: str) -> str | None:
-    """Where a module is now.
+    """Returns where a module is now.
 
     Args:
         module: its former full name, as ``nbpeft.engine.layer``.
@@ -108,7 +108,7 @@ class FormerModules:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module that moved; None for any other."""
+        """Returns the spec of a module that moved; None for any other."""
         return ModuleSpec(fullname, self) if new_name(fullname) else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -20,7 +20,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def _container_limit() -> tuple[int | None, int]:
-    """The control group's limit, if it has one, and what is taken of it (file cache left out)."""
+    """Returns the control group's limit, if it has one, and what is taken of it (file cache left out)."""
     for limit, current, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

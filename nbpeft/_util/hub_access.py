@@ -36,7 +36,7 @@ def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None
 
 
 def hub_answers(endpoint: str | None = None) -> bool:
-    """Whether a hub, by default the one that is set up, may be asked and answers anything but that it fails."""
+    """Return whether a hub, by default the one that is set up, may be asked and answers anything but that it fails."""
     if endpoint is None:
         return not _is_offline() and hub_answers(_endpoint())
     known = _known.get(endpoint)

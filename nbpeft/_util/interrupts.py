@@ -157,11 +157,11 @@ class RunningBlock:
         self._frame = frame
 
     def ended_before(self, other: RunningBlock) -> bool:
-        """Whether it has ended, now that another one begins: also where that one runs in the same frame."""
+        """Returns whether it has ended, now that another one begins: also where that one runs in the same frame."""
         return (self.thread == other.thread and self._frame is other._frame) or not self.runs()
 
     def runs(self) -> bool:
-        """Whether its frame runs. A generator's may come back, and counts as running.
+        """Returns whether its frame runs. A generator's may come back, and counts as running.
 
         The stack of another thread is never walked: that crashes CPython 3.11 while a frame of it is being cleared.
         Its own frame can be asked: one that runs refuses to be cleared, and of one that has ended nobody needs the

@@ -55,7 +55,7 @@ class RepeatFilter(logging.Filter):
         self._since = clock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a handler shows a record now."""
+        """Returns whether a handler shows a record now."""
         if record.levelno != logging.WARNING or hasattr(record, _SHOWN):
             return True
         if record.name.partition(".")[0] not in self._libraries:

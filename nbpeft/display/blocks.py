@@ -81,12 +81,12 @@ class Line:
 
 
 def line(*spans: Span) -> Line:
-    """A line of text."""
+    """Returns a line of text."""
     return Line(spans)
 
 
 def notes(items: Iterable[str]) -> tuple[Line, ...]:
-    """What a person should know, one a line."""
+    """Returns what a person should know, one a line."""
     return tuple(line(Text(f"note: {item}", "warning")) for item in items)
 
 
@@ -195,7 +195,7 @@ class BarChart:
     values: tuple[str, ...] = ()
 
     def value(self, number: int) -> str:
-        """What stands behind a bar."""
+        """Returns what stands behind a bar."""
         return self.values[number] if self.values else percent(self.bars[number][1])
 
 
@@ -416,5 +416,5 @@ Block = (
 
 
 def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str | tuple[Span, ...] = "") -> Card:
-    """A frame around blocks; None is left out."""
+    """Returns a frame around blocks; None is left out."""
     return Card(title, blocks, aside)

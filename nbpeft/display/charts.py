@@ -119,7 +119,7 @@ class Picture:
     height: int = HEIGHT
 
     def svg(self, style: ChartStyle, *, fluid: bool = True) -> str:
-        """The chart as an ``<svg>`` element.
+        """Returns the chart as an ``<svg>`` element.
 
         Args:
             style: Colours and fonts.
@@ -143,7 +143,7 @@ class Picture:
         )
 
     def image(self, style: ChartStyle) -> str:
-        """The chart as an ``<img>`` that carries its picture in itself."""
+        """Returns the chart as an ``<img>`` that carries its picture in itself."""
         return (
             f'<img src="{_data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
             f'alt="{escape(self.label)}" style="display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;'
@@ -157,12 +157,12 @@ def left_of(labels: Iterable[str]) -> float:
 
 
 def across(x: float) -> str:
-    """A place in pixels of ``WIDTH`` as percent."""
+    """Returns a place in pixels of ``WIDTH`` as percent."""
     return f"{100 * x / WIDTH:.2f}%"
 
 
 def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = True) -> str:
-    """The loss curve of a run as an ``<svg>`` element.
+    """Returns the loss curve of a run as an ``<svg>`` element.
 
     Args:
         train: The run; pairs whose loss is not finite are left out.
@@ -173,7 +173,7 @@ def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = Tr
 
 
 def loss_image(train: TrainState) -> str:
-    """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
+    """Returns the loss curve of a run as an ``<img>`` that carries its picture in itself."""
     return _loss_picture(train, NEUTRAL).image(NEUTRAL)
 
 
@@ -207,13 +207,13 @@ def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
 
 
 def is_logarithmic(train: TrainState) -> bool:
-    """Whether the losses are drawn on a logarithmic axis."""
+    """Returns whether the losses are drawn on a logarithmic axis."""
     values = [value for _, value in (*_finite(train.history), *_finite(train.eval_history))]
     return bool(values) and _spans_decades(min(values), max(values))
 
 
 def hover_values(train: TrainState) -> list[tuple[float, str]]:
-    """What the mouse finds along the chart: the share of its width, and the values there in words."""
+    """Returns what the mouse finds along the chart: the share of its width, and the values there in words."""
     first, end = _begin(train), _end(train)
     edges = [first + (end - first) * number / _STRIPS for number in range(_STRIPS + 1)]
     evaluated = dict(train.eval_history)
@@ -245,7 +245,7 @@ def _value_words(name: str, value: float) -> str:
 
 
 def small_chart(curve: Curve, train: TrainState) -> str:
-    """A curve without axes, as wide as its place: ``<svg>`` while the run goes on, ``<img>`` once it has ended."""
+    """Returns a curve without axes, as wide as its place: ``<svg>`` while the run goes on, ``<img>`` once it has ended."""
     ended = train.status in ENDED
     style = NEUTRAL if ended else THEME
     points = decimate(_finite(curve), 60)
@@ -275,7 +275,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
 
 
 def describe(train: TrainState) -> str:
-    """What the chart shows, for those who cannot see it."""
+    """Returns what the chart shows, for those who cannot see it."""
     points = _finite(train.history)
     if not points:
         return _no_curve(train)
@@ -288,12 +288,12 @@ def _data_uri(svg: str) -> str:
 
 
 def _begin(train: TrainState) -> float:
-    """The step that the picture begins with: 0 where it also shows the curve of the run that was resumed."""
+    """Returns the step that the picture begins with: 0 where it also shows the curve of the run that was resumed."""
     return 0.0 if any(step <= train.first_step for step, _ in train.history) else float(train.first_step)
 
 
 def _end(train: TrainState) -> float:
-    """The last step of the picture: the last one planned while the run goes on."""
+    """Returns the last step of the picture: the last one planned while the run goes on."""
     planned = 0 if train.status in ENDED else train.total_steps or 0
     drawn = [step for curve in (train.history, train.eval_history) for step, _ in curve]
     return float(max([planned, train.step, train.first_step + 1, *drawn]))
@@ -323,7 +323,7 @@ class _Frame:
 
     @classmethod
     def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], begin: float, end: float, without: str) -> _Frame:
-        """The frame that holds the points; ``without`` is what it says where there are none."""
+        """Returns the frame that holds the points; ``without`` is what it says where there are none."""
         values = [value for _, value in (*raw, *evaluated)]
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         logarithmic = _spans_decades(low, high)
@@ -337,11 +337,11 @@ class _Frame:
         return [(self._x(step), self._y(value)) for step, value in points]
 
     def levels(self) -> list[tuple[float, str]]:
-        """Where the grid lines are, and what is written on them."""
+        """Returns where the grid lines are, and what is written on them."""
         return [(self._y(tick), self._words(tick)) for tick in self.upwards]
 
     def words(self) -> str:
-        """The steps below the curve, and the name of the axis."""
+        """Returns the steps below the curve, and the name of the axis."""
         made = []
         for tick in self.across:
             share = (tick - self.begin) / (self.end - self.begin)
@@ -381,7 +381,7 @@ def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
 
 
 def _label(tick: float, all_ticks: Sequence[float]) -> str:
-    """A tick with as many decimals as distinguish it from its neighbours."""
+    """Returns a tick with as many decimals as distinguish it from its neighbours."""
     step = all_ticks[1] - all_ticks[0]
     decimals = max(0, -math.floor(math.log10(step)))
     if not math.isclose(step, round(step, decimals), rel_tol=1e-6):

@@ -15,7 +15,7 @@ Runs = tuple[tuple[str, bool], ...]
 
 
 def differences(text: str, reference: str) -> tuple[Runs, str]:
-    """What in a text differs from a reference, and how it relates in words.
+    """Returns what in a text differs from a reference, and how it relates in words.
 
     Returns:
         The text in runs; and ``same``, ``other answer`` (then nothing is marked) or the empty string.
@@ -30,7 +30,7 @@ def differences(text: str, reference: str) -> tuple[Runs, str]:
 
 
 def _runs(new: Sequence[str], old: Sequence[str]) -> Runs:
-    """One word alone between two changes counts with them: marks that small are hard to read."""
+    """Returns one word alone between two changes counts with them: marks that small are hard to read."""
     codes = [code for code in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if code[3] < code[4]]
     runs: list[tuple[str, bool]] = []
     for place, (kind, _, _, start, end) in enumerate(codes):

@@ -58,7 +58,7 @@ _ELLIPSIS = "overflow:hidden;text-overflow:ellipsis"
 
 @singledispatch
 def to_html(block: blocks.Block | tuple[blocks.Block, ...]) -> str:
-    """A block, or several, as HTML."""
+    """Returns a block, or several, as HTML."""
     raise TypeError(f"not a block: {block!r:.80}")
 
 
@@ -68,7 +68,7 @@ def _(block: tuple) -> str:  # type: ignore[type-arg]
 
 
 def span(item: blocks.Span) -> str:
-    """A stretch of text."""
+    """Returns a stretch of text."""
     if isinstance(item, str):
         return escape(item)
     if not item.text:
@@ -97,12 +97,12 @@ def span(item: blocks.Span) -> str:
 
 
 def _broken(text: str) -> str:
-    """A name that may be broken behind underscores and slashes."""
+    """Returns a name that may be broken behind underscores and slashes."""
     return re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(text))
 
 
 def _cut(text: str) -> str:
-    """A name with the ellipsis in its middle: adapters of one experiment differ at the end."""
+    """Returns a name with the ellipsis in its middle: adapters of one experiment differ at the end."""
     if len(text) <= 2 * _TAIL:
         return f'<span style="{_ELLIPSIS}">{escape(text)}</span>'
     start, end = escape(text[:-_TAIL]), escape(text[-_TAIL:])
@@ -110,7 +110,7 @@ def _cut(text: str) -> str:
 
 
 def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below: int = 0) -> str:
-    """The title line of a card or a panel.
+    """Returns the title line of a card or a panel.
 
     Args:
         title: on the left.
@@ -225,7 +225,7 @@ def _(block: blocks.Bar) -> str:
 
 
 def _end(bar: blocks.Bar) -> str:
-    """Where the device ends, below the bar."""
+    """Returns where the device ends, below the bar."""
     if bar.end is None:
         return '<div style="height:6px"></div>'
     share, over = 100 * min(bar.end / bar.whole, 1.0), bar.end < bar.whole
@@ -276,7 +276,7 @@ def _box(box: blocks.Box) -> str:
 
 
 def _marked(piece: str) -> str:
-    """One change as a mark; spaces at its ends stay outside."""
+    """Returns one change as a mark; spaces at its ends stay outside."""
     inner = piece.strip()
     if not inner:
         return escape(piece)
@@ -335,7 +335,7 @@ def _histogram_bar(block: blocks.Histogram, edges: tuple[int, int, int]) -> str:
 
 
 def _limit_mark(label: str, share: float | None) -> str:
-    """A tick below the bars where the limit is, with its label on the side that has room."""
+    """Returns a tick below the bars where the limit is, with its label on the side that has room."""
     if share is None:
         return ""
     left, right = f"margin-left:{share:.2f}%;border-left", f"width:{share:.2f}%;text-align:right;border-right"
@@ -347,7 +347,7 @@ def _limit_mark(label: str, share: float | None) -> str:
 
 
 def histogram_words(block: blocks.Histogram) -> str:
-    """A histogram for those who cannot see it."""
+    """Returns a histogram for those who cannot see it."""
     total = sum(number for *_, number in block.bins)
     return f"{plural(total, block.noun)} of {block.bins[0][0]} to {plural(block.bins[-1][1], block.size_noun)}"
 
@@ -417,7 +417,7 @@ def _(block: blocks.LossChart) -> str:
 
 
 def _with_values(chart: str, values: Iterable[tuple[float, str]], left: float) -> str:
-    """A chart with the values where the mouse rests: invisible strips in front of it, in the same cell of a grid.
+    """Returns a chart with the values where the mouse rests: invisible strips in front of it, in the same cell of a grid.
 
     Where the grid is dropped the strips have no height.
 
@@ -461,7 +461,7 @@ def _(block: blocks.CurveChart) -> str:
 
 
 def grid_row(cells: Iterable[tuple[blocks.Cell, str]]) -> str:
-    """One row of a panel's table, whose columns the panel's style sheet lays out.
+    """Returns one row of a panel's table, whose columns the panel's style sheet lays out.
 
     Args:
         cells: content and CSS classes of each.

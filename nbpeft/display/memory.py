@@ -12,7 +12,7 @@ _LABELS = {"temporary": "temporary buffers", "elsewhere": "other programs"}
 
 
 def label(name: str) -> str:
-    """How a person calls a part of memory."""
+    """Returns how a person calls a part of memory."""
     return _LABELS.get(name, name)
 
 
@@ -30,12 +30,12 @@ def parts_text(parts: tuple[MemoryPart, ...]) -> str:
 
 
 def scale_of(used: int, total: int | None) -> int | None:
-    """The device's size where parts on it are large enough to be seen; else None, and they fill the bar."""
+    """Returns the device's size where parts on it are large enough to be seen; else None, and they fill the bar."""
     return total if total is not None and used >= total / 20 else None
 
 
 def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
-    """What a model uses by part; beside it what else the process uses, and what is free on the device.
+    """Returns what a model uses by part; beside it what else the process uses, and what is free on the device.
 
     The bar is the device where the model's parts are large enough on it to be seen, else the parts fill it: what
     Python and its libraries take would hide a small model.

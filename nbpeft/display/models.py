@@ -17,7 +17,7 @@ _MOST_ROWS = 30
 
 
 def with_notes(text: str, notes: tuple[str, ...]) -> str:
-    """A line with its notes behind it."""
+    """Returns a line with its notes behind it."""
     return text + "".join(f" [note: {note}]" for note in notes)
 
 
@@ -43,7 +43,7 @@ def _of_all(model: ModelState) -> str:
 
 
 def activity(model: ModelState) -> str:
-    """Which adapters are active, in words."""
+    """Returns which adapters are active, in words."""
     if model.merged:
         return f"merged: {', '.join(model.merged)}"
     if not model.enabled:
@@ -52,7 +52,7 @@ def activity(model: ModelState) -> str:
 
 
 def in_pool(model: ModelState) -> str:
-    """How many adapters its pool has besides those on it; empty where there are none."""
+    """Returns how many adapters its pool has besides those on it; empty where there are none."""
     return f"{model.offloaded_count:,} more in the pool" if model.offloaded_count else ""
 
 
@@ -85,7 +85,7 @@ def modules(adapter: AdapterState) -> Text:
 
 
 def adapter_cells(adapter: AdapterState) -> tuple[Cell, ...]:
-    """One adapter as a row below ``ADAPTER_HEAD``."""
+    """Returns one adapter as a row below ``ADAPTER_HEAD``."""
     how = " ".join(part for part in (adapter.method, settings(adapter)) if part)
     varies = "*: some modules have other values" if "*" in how else ""
     return (
@@ -97,7 +97,7 @@ def adapter_cells(adapter: AdapterState) -> tuple[Cell, ...]:
 
 
 def adapter_table(adapters: Sequence[AdapterState]) -> Table:
-    """The adapters, those that are active marked."""
+    """Returns the adapters, those that are active marked."""
     return Table(
         ADAPTER_HEAD,
         tuple(adapter_cells(adapter) for adapter in adapters),
@@ -118,7 +118,7 @@ def model_summary(model: ModelState) -> str:
 
 
 def model_card(model: ModelState | None, called: str | None = None, *, hint: str = "", brief: bool = False) -> Card:
-    """A model with its adapters.
+    """Returns a model with its adapters.
 
     Args:
         model: the model, or None where it is gone.
@@ -139,7 +139,7 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
 
 
 def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:
-    """The table of adapters, or what to do where there are none."""
+    """Returns the table of adapters, or what to do where there are none."""
     if not model.adapters:
         return no_adapters(model)
     first, others = model.adapters[:_MOST_ROWS], model.adapters[_MOST_ROWS:]
@@ -151,39 +151,39 @@ def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:
 
 
 def totals(model: ModelState, *more: str) -> Line:
-    """How much of the model trains, how many adapters its pool has, and more words."""
+    """Returns how much of the model trains, how many adapters its pool has, and more words."""
     words = "; ".join(("", *(part for part in (in_pool(model), *more) if part)))
     return line(bold(count(model.trainable_count)), Text(_of_all(model) + words))
 
 
 def example(model_name: str) -> Line:
-    """A cell that adds an adapter."""
+    """Returns a cell that adds an adapter."""
     return line(
         Text(f'%%lora {model_name} --name my_adapter\nr = 16\ntarget_modules = "all-linear"', "code", wrap="as is")
     )
 
 
 def no_adapters(model: ModelState) -> tuple[Line, ...]:
-    """What to do where a model has no adapter."""
+    """Returns what to do where a model has no adapter."""
     return line(dim("No adapters yet. A cell like this adds one:")), example(model.name)
 
 
 def missing_model(called: str | None) -> str:
-    """What is to be said where there is no model."""
+    """Returns what is to be said where there is no model."""
     if called:
         return f"There is no model {called!r} any more: it was unloaded or deleted, or its variable holds another."
     return "No adapted model yet."
 
 
 def no_model(called: str | None) -> tuple[Line, ...]:
-    """What to do where there is no model."""
+    """Returns what to do where there is no model."""
     if called:
         return (line(dim(missing_model(called))),)
     return line(dim(f"{missing_model(None)} A cell like this adapts one:")), example("model")
 
 
 def model_text(model: ModelState | None, called: str | None = None) -> str:
-    """A model in one line of plain text."""
+    """Returns a model in one line of plain text."""
     if model is None:
         return missing_model(called) if called else "no adapted model yet"
     adapters = ", ".join(f"{item.name}{'*' if item.active else ''} [{item.method}]" for item in model.adapters)

@@ -7,7 +7,7 @@ LONGEST = 26
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:
-    """A name with an ellipsis in its middle: those of one experiment differ at the end."""
+    """Returns a name with an ellipsis in its middle: those of one experiment differ at the end."""
     if len(name) <= longest:
         return name
     end = 2 * (longest - 1) // 3

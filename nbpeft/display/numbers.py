@@ -19,12 +19,12 @@ def size(byte_count: int | None) -> str:
 
 
 def count(number: int) -> str:
-    """A whole number with thousands apart: ``4,884,480``."""
+    """Returns a whole number with thousands apart: ``4,884,480``."""
     return f"{number:,}"
 
 
 def short_count(number: int) -> str:
-    """A whole number for a heading: ``134.5 M``."""
+    """Returns a whole number for a heading: ``134.5 M``."""
     for least, divisor, unit in ((999_950_000, 10**9, "B"), (999_950, 10**6, "M"), (10_000, 1000, "k")):
         if number >= least:
             return f"{number / divisor:.1f} {unit}"
@@ -32,12 +32,12 @@ def short_count(number: int) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A part of a whole in per cent: ``3.48 %``."""
+    """Returns a part of a whole in per cent: ``3.48 %``."""
     return f"{100 * part / whole:.2f} %" if whole else "0 %"
 
 
 def percent(value: float) -> str:
-    """A share from 0 to 1 in per cent: ``93.8 %``, and ``0 %`` and ``100 %`` for none and all."""
+    """Returns a share from 0 to 1 in per cent: ``93.8 %``, and ``0 %`` and ``100 %`` for none and all."""
     return f"{100 * value:.0f} %" if value in (0, 1) else f"{100 * value:.1f} %"
 
 
@@ -47,7 +47,7 @@ def plural(number: int, noun: str, many: str | None = None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """A loss: three decimals where they are enough."""
+    """Returns a loss: three decimals where they are enough."""
     if value is None:
         return NONE
     if not math.isfinite(value):
@@ -58,7 +58,7 @@ def loss(value: float | None) -> str:
 
 
 def metric(value: float) -> str:
-    """A metric: ``0.913``, ``12.5``."""
+    """Returns a metric: ``0.913``, ``12.5``."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
 
 

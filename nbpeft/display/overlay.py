@@ -19,7 +19,7 @@ _COLOURS = (*(palette.PARTS[name] for name in list(palette.PARTS)[:7]), "#2b88e0
 
 
 def colour_of(place: int) -> str:
-    """The colour of the curve at that place."""
+    """Returns the colour of the curve at that place."""
     return _COLOURS[place % len(_COLOURS)]
 
 
@@ -33,7 +33,7 @@ def overlay_image(curves: Sequence[LabelledCurves]) -> str:
 
 
 def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
-    """The same as an ``<svg>`` element."""
+    """Returns the same as an ``<svg>`` element."""
     return _picture(curves).svg(NEUTRAL)
 
 
@@ -43,7 +43,7 @@ def overlay_left(curves: Sequence[LabelledCurves]) -> float:
 
 
 def overlay_values(curves: Sequence[LabelledCurves]) -> list[tuple[float, str]]:
-    """What the mouse finds along the chart: the share of its width, and the losses there in words."""
+    """Returns what the mouse finds along the chart: the share of its width, and the losses there in words."""
     _, _, right = _frame(curves)
     found: list[tuple[float, str]] = []
     for number in range(_STRIPS):
@@ -100,7 +100,7 @@ def _picture(curves: Sequence[LabelledCurves]) -> Picture:
 
 
 def describe(curves: Sequence[LabelledCurves]) -> str:
-    """What the picture shows, for those who cannot see it."""
+    """Returns what the picture shows, for those who cannot see it."""
     ends = [
         f"{label} {points[-1][1]:.4g} at step {points[-1][0]:g}"
         for label, losses, _ in curves

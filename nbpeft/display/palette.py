@@ -55,11 +55,11 @@ MONOSPACE = "font-family:monospace;font-family:var(--jp-code-font-family, ui-mon
 
 
 def of_part(name: str) -> str:
-    """The colour of a part of memory, by its name."""
+    """Returns the colour of a part of memory, by its name."""
     return PARTS.get(name, PARTS["other"])
 
 
 def background(colour: str) -> str:
-    """A background that stays coloured where ``var(…)`` is dropped."""
+    """Returns a background that stays coloured where ``var(…)`` is dropped."""
     plain = PLAIN.get(colour)
     return f"background:{plain};background:{colour}" if plain else f"background:{colour}"

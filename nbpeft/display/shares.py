@@ -65,7 +65,7 @@ def bar_table_image(table: BarTable) -> str:
 
 
 def describe_bar_table(table: BarTable) -> str:
-    """What the bars show, for those who cannot see them."""
+    """Returns what the bars show, for those who cannot see them."""
     return "; ".join(
         f"{label}: {', '.join(f'{bars[number][1]} {title}' for title, bars in table.columns)}"
         for number, label in enumerate(table.labels)
@@ -73,7 +73,7 @@ def describe_bar_table(table: BarTable) -> str:
 
 
 def grid_image(grid: Grid) -> str:
-    """A grid as an ``<img>``: rows by columns, the higher a share the darker its cell."""
+    """Returns a grid as an ``<img>``: rows by columns, the higher a share the darker its cell."""
     shares = dict(grid.cells)
     left = 12 + _LETTER * min(max(map(len, grid.rows), default=0), _LONGEST)
     cell = max(86.0, 16 + _LETTER * min(max(map(len, grid.columns), default=0), _LONGEST))
@@ -96,12 +96,12 @@ def grid_image(grid: Grid) -> str:
 
 
 def describe_bars(chart: BarChart) -> str:
-    """What the bars show, for those who cannot see them."""
+    """Returns what the bars show, for those who cannot see them."""
     return ", ".join(f"{label} {chart.value(number)}" for number, (label, _, _) in enumerate(chart.bars))
 
 
 def describe_grid(grid: Grid) -> str:
-    """What the grid shows, for those who cannot see it."""
+    """Returns what the grid shows, for those who cannot see it."""
     return ", ".join(f"{row}, {column} {percent(share)}" for (row, column), share in grid.cells)
 
 

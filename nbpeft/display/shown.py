@@ -11,7 +11,7 @@ class Shown:
     """Shown as HTML in a notebook, as a card by rich, and as ``str`` in a terminal; ``view`` says what."""
 
     def view(self) -> Block:
-        """What a notebook shows."""
+        """Returns what a notebook shows."""
         return Card(str(self))
 
     def displayed(self) -> None:

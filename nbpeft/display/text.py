@@ -25,7 +25,7 @@ _WIDEST = 100_000
 
 
 def to_text(block: blocks.Block, width: int = 100) -> str:
-    """A block as plain text."""
+    """Returns a block as plain text."""
     return _printed(renderable(block), width)
 
 
@@ -51,7 +51,7 @@ def _grid(rows: Sequence[Sequence[str]]) -> Table:
 
 @singledispatch
 def renderable(block: Any) -> RenderableType:
-    """A block, or several, as rich draws it."""
+    """Returns a block, or several, as rich draws it."""
     raise TypeError(f"not a block: {block!r:.80}")
 
 

@@ -44,7 +44,7 @@ _LONGEST_ANSWER = 400
 
 
 def training_card(train: TrainState, *, model_name: str = "", hint: str = "", seen: str = "") -> Card:
-    """A run: figures, progress, curves, samples, memory and what a person should know.
+    """Returns a run: figures, progress, curves, samples, memory and what a person should know.
 
     Args:
         train: the run.
@@ -71,7 +71,7 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "", se
 
 
 def _pill(train: TrainState, seen: str) -> Pill:
-    """The status; of a run that goes on also what is true once nobody follows it."""
+    """Returns the status; of a run that goes on also what is true once nobody follows it."""
     status = "" if train.status in ("starting", "running") else f" ({status_message(train)})"
     saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
     return Pill(status_message(train), _status_tone(train), saved=saved)
@@ -82,7 +82,7 @@ def _at(train: TrainState) -> str:
 
 
 def _message(train: TrainState) -> tuple[Text, ...]:
-    """What a person should know: why it failed, then warnings, then what else is noted."""
+    """Returns what a person should know: why it failed, then warnings, then what else is noted."""
     if train.status == "failed":
         return (Text(train.message, "error"),)
     rest = train.message
@@ -94,12 +94,12 @@ def _message(train: TrainState) -> tuple[Text, ...]:
 
 
 def _subject(train: TrainState) -> str:
-    """What is trained."""
+    """Returns what is trained."""
     return f"{len(train.members)} adapters side by side" if train.members else train.adapter
 
 
 def _curves(train: TrainState) -> Block:
-    """The loss of the run, or of each adapter that is trained in it."""
+    """Returns the loss of the run, or of each adapter that is trained in it."""
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
@@ -156,7 +156,7 @@ def _perplexity(eval_loss: float | None) -> str:
 
 
 def _samples(train: TrainState) -> tuple[Block, ...]:
-    """The last answers beside the base model's; earlier ones folded, where no update would fold them again."""
+    """Returns the last answers beside the base model's; earlier ones folded, where no update would fold them again."""
     if not train.samples:
         return ()
     last = max(sample.step for sample in train.samples)
@@ -186,7 +186,7 @@ def _cut(text: str) -> str:
 
 
 def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], ...]:
-    """What is drawn small: name, curve, and its last, lowest and highest value in words."""
+    """Returns what is drawn small: name, curve, and its last, lowest and highest value in words."""
     formats = {"learning rate": numbers.learning_rate, "tokens/s": numbers.rate, "memory": _size}
     order = ("learning rate", "gradient norm", "tokens/s", "memory")
     named = {name: train.series[name] for name in order if name in train.series}
@@ -206,7 +206,7 @@ def _size(value: float) -> str:
 
 
 def members_table(train: TrainState) -> Table:
-    """The adapters of a sweep, the best first, each with the colour of its curve and what distinguishes it."""
+    """Returns the adapters of a sweep, the best first, each with the colour of its curve and what distinguishes it."""
     ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
@@ -235,18 +235,18 @@ def _member_words(member: MemberState) -> str:
 
 
 def _status_tone(train: TrainState) -> Tone:
-    """The colour of the status; one that ended with a warning has that of a warning."""
+    """Returns the colour of the status; one that ended with a warning has that of a warning."""
     warned = train.warnings and train.status in ("finished", "stopped")
     return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
 
 
 def status_message(train: TrainState) -> str:
-    """The status for a person."""
+    """Returns the status for a person."""
     return _WORDS.get(train.status, train.status)
 
 
 def training_text(train: TrainState, *, seen: str = "") -> str:
-    """A run in one line of plain text; see ``training_card`` for ``seen``."""
+    """Returns a run in one line of plain text; see ``training_card`` for ``seen``."""
     total = f"/{train.total_steps}" if train.total_steps else ""
     status = f"last seen {seen}" if seen and train.status not in ENDED else status_message(train)
     parts = [f"{status}: step {train.step}{total}"]

@@ -129,7 +129,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row, (n,), and the gradient of their sum by the logits, (n, vocabulary), where wanted.
+    """Returns the loss of each row, (n,), and the gradient of their sum by the logits, (n, vocabulary), where wanted.
 
     The gradient takes the place of the logits where they are in its dtype and no graph holds them.
     """
@@ -149,7 +149,7 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> 
 
 
 def _trained_tensors(head: Head, hidden: Tensor) -> list[Tensor]:
-    """What the head computes logits from, of what is trained, beside the hidden states.
+    """Returns what the head computes logits from, of what is trained, beside the hidden states.
 
     Asked of the graph of one row, because a head may use parameters that are not below it, such as the trained
     rows of the embedding that it is tied to.

@@ -23,7 +23,7 @@ _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE, **inputs: Any) -> Tensor:
-    """The loss of a language model, equal to ``model(**inputs).loss``, without logits as a whole.
+    """Returns the loss of a language model, equal to ``model(**inputs).loss``, without logits as a whole.
 
     Hidden states of learned tokens alone go through the output head, a chunk at a time, and their gradient is
     computed with the loss. For loops of your own::
@@ -57,7 +57,7 @@ def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE,
 
 
 def check_chunk_size(size: object) -> int:
-    """The size of a chunk as given.
+    """Returns the size of a chunk as given.
 
     Raises:
         ConfigError: it is no whole number of at least 0.
@@ -114,7 +114,7 @@ def without_logits(model: nn.Module) -> Iterator[None]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a model, or one in it that is called as a whole, was compiled."""
+    """Returns whether a model, or one in it that is called as a whole, was compiled."""
     wrappers = [model, getattr(model, "module", model), base_model_of(model)]
     return any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) for part in wrappers)
 
@@ -146,7 +146,7 @@ class _LazyForward:
         return LazyLogits.of(hidden, whole, self._size, self._settings, parts)
 
     def _parts(self, state: Any, rows: RowAssignment, batch: int) -> dict[tuple[int, int], Head]:
-        """The head as it computes for rows of a mixed batch that one adapter serves: their first and last but one."""
+        """Returns the head as it computes for rows of a mixed batch that one adapter serves: their first and last but one."""
         scales = dict(zip(rows.names, rows.scales, strict=True))
         return {
             (part.start, part.stop): self._as_served(
@@ -183,7 +183,7 @@ def _without_lazy(output: Any) -> Any:
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:
-    """The output head, where it can be called for some tokens alone and after its own call."""
+    """Returns the output head, where it can be called for some tokens alone and after its own call."""
     head = None if isinstance(model, nn.DataParallel) else embedding_of(base_model_of(model), output=True)
     if head is None or any(cls.__name__ in _SHARDED for cls in type(head).__mro__):
         return None

@@ -140,7 +140,7 @@ class LazyLogits(Tensor):
         raise LogitsError(f"{func} takes logits where their gradient would be lost")
 
     def with_data(self, name: str) -> Tensor:
-        """The logits with their data; computed once.
+        """Returns the logits with their data; computed once.
 
         Args:
             name: of the function that needs them.
@@ -151,7 +151,7 @@ class LazyLogits(Tensor):
         return self._whole
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a function returns without the data; None where it needs them."""
+        """Returns what a function returns without the data; None where it needs them."""
         if self._parts and getattr(func, "__name__", "") not in _POINTWISE:
             return self._rows(args[1]) if func is Tensor.__getitem__ else None
         if func is F.cross_entropy:
@@ -207,7 +207,7 @@ class LazyLogits(Tensor):
         )
 
     def _cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The loss, computed in chunks; None where it is one of another kind."""
+        """Returns the loss, computed in chunks; None where it is one of another kind."""
         given = _CROSS_ENTROPY.bind(*args, **kwargs)
         given.apply_defaults()
         values = given.arguments
@@ -244,7 +244,7 @@ def _logits(head: Head, pointwise: Sequence[Callable[[Tensor], Tensor]], hidden:
 
 
 def _is_the_same_for_all_tokens(value: Any, size: int) -> bool:
-    """Whether an argument is a constant, or one a class, as the bias of logits is."""
+    """Returns whether an argument is a constant, or one a class, as the bias of logits is."""
     if not isinstance(value, Tensor):
         return True
     return not value.requires_grad and (value.numel() == 1 or value.numel() == value.shape[-1] == size)
@@ -255,7 +255,7 @@ def _with_data(values: Any, name: str) -> Any:
 
 
 def _as_now(head: Head, kind: str) -> Head:
-    """The head as it computes at this moment, under autocast or not."""
+    """Returns the head as it computes at this moment, under autocast or not."""
     if not torch.is_autocast_enabled(kind):
         return head
     dtype = torch.get_autocast_dtype(kind)
@@ -268,7 +268,7 @@ def _as_now(head: Head, kind: str) -> Head:
 
 
 def _index_of_tokens(index: Any, axes: int, size: int) -> Any:
-    """The same index for hidden states; None where it does not take the whole vocabulary, or is one of tensors."""
+    """Returns the same index for hidden states; None where it does not take the whole vocabulary, or is one of tensors."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(part, slice) or part is Ellipsis or type(part) is int for part in parts):
         return None

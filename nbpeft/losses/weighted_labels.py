@@ -75,7 +75,7 @@ class WeightedLabels(Tensor):
 
 
 def with_loss_weights(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch for a model whose labels count by the ``loss_weights`` beside them; one without is as it was.
+    """Returns a batch for a model whose labels count by the ``loss_weights`` beside them; one without is as it was.
 
     Args:
         batch: as a collator makes it.
@@ -130,7 +130,7 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
 def _placed(
     func: Callable[..., Any], labels: WeightedLabels, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 ) -> Tensor | None:
-    """The weights of what a function made of labels; None where it is none that places them."""
+    """Returns the weights of what a function made of labels; None where it is none that places them."""
     first: Any = args[0] if args else None
     if func is torch.cat:
         parts = [

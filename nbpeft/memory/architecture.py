@@ -117,7 +117,7 @@ class Architecture:
 
 
 def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) -> Architecture:
-    """The architecture of a model (with or without adapters), a transformers config, a folder or hub id, or itself.
+    """Return the architecture of a model (with or without adapters), a transformers config, a folder or hub id, or itself.
 
     Raises:
         ConfigError: it is none of these, or ``adapter_config`` is not a config.
@@ -154,7 +154,7 @@ def _check_known(config: Any, auto_class: str) -> None:
 
 
 def can_checkpoint(model_class: Any) -> bool:
-    """Whether models of a class have gradient checkpointing; True where the class does not say."""
+    """Return whether models of a class have gradient checkpointing; True where the class does not say."""
     return bool(getattr(model_class, "supports_gradient_checkpointing", True))
 
 
@@ -180,7 +180,7 @@ def _of_model(model: nn.Module) -> Architecture:
 
 
 def _class_of(automatic: Any, config: Any) -> Any:
-    """The class that an automatic class of transformers chooses; None where that is not known beforehand."""
+    """Return the class that an automatic class of transformers chooses; None where that is not known beforehand."""
     if type(config) not in automatic._model_mapping:
         return None
     found = automatic._model_mapping[type(config)]
@@ -214,7 +214,7 @@ def _loaded_config(source: str) -> Any:
 
 
 def _with_layers(config: Any, have: int, wanted: int) -> Any:
-    """A copy of a config with fewer layers; lists with one entry a layer are cut too."""
+    """Return a copy of a config with fewer layers; lists with one entry a layer are cut too."""
     values = copy.deepcopy(config)
     for name, value in list(vars(values).items()):
         if isinstance(value, list) and len(value) == have and name != "architectures":
@@ -243,7 +243,7 @@ def equal_layers(model: nn.Module, count: int) -> str:
 
 
 def in_main_thread() -> bool:
-    """Whether this is the thread that cells run in."""
+    """Return whether this is the thread that cells run in."""
     return threading.current_thread() is threading.main_thread()
 
 

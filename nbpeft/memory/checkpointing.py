@@ -11,7 +11,7 @@ _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def is_checkpointing(model: object) -> bool:
-    """Whether a model keeps layer inputs only and recomputes the rest in backward."""
+    """Return whether a model keeps layer inputs only and recomputes the rest in backward."""
     names = (f"is_{name}" for name in _NAMES)
     return bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
 

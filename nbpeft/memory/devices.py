@@ -49,18 +49,18 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def placed_on(model: object) -> torch.device | None:
-    """The device of a model's first parameter; None for anything else, such as a config or a name."""
+    """Return the device of a model's first parameter; None for anything else, such as a config or a name."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), None)
 
 
 def is_cpu(device: object) -> bool:
-    """Whether a device, or the name of one, is a CPU."""
+    """Return whether a device, or the name of one, is a CPU."""
     return str(device).partition(":")[0] == "cpu"
 
 
 def join(memories: Iterable[DeviceMemory]) -> DeviceMemory:
-    """The sum over several devices; None where one of them is unknown."""
+    """Return the sum over several devices; None where one of them is unknown."""
     parts = list(memories)
     columns = zip(*((part.total, part.free, part.used) for part in parts), strict=True)
     sums = [None if None in column else sum(value for value in column if value is not None) for column in columns]
@@ -91,7 +91,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def _status(name: str) -> int | None:
-    """A field of ``/proc/self/status`` in bytes."""
+    """Return a field of ``/proc/self/status`` in bytes."""
     try:
         for line in (_PROC / "self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

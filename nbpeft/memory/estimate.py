@@ -136,7 +136,7 @@ _steps: dict[str, Peak] = {}
 
 
 def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
-    """The peak of a step, part by part.
+    """Return the peak of a step, part by part.
 
     The first answer for a setting takes about a third of a second; it is kept for the next question.
 
@@ -159,7 +159,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
 
 
 def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
-    """The same for a process that trains alone."""
+    """Return the same for a process that trains alone."""
     weights, step = weights_of(setting), _peak_of(setting.one_pass)
     trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
@@ -221,7 +221,7 @@ def _count_weights(setting: Setting) -> Weights:
 
 
 def _trained_on_experts(model: nn.Module) -> int:
-    """How many trained numbers an adapter has on parameters of several matrices."""
+    """Return how many trained numbers an adapter has on parameters of several matrices."""
     manager = manager_of(model)
     layers = manager.layers.values() if manager is not None else ()
     experts = [layer for layer in layers if isinstance(layer, AdaptedParameter) and layer.num_experts > 1]
@@ -229,7 +229,7 @@ def _trained_on_experts(model: nn.Module) -> int:
 
 
 def _peak_of(setting: Setting) -> Peak:
-    """The peak of one step beyond weights and optimizer state."""
+    """Return the peak of one step beyond weights and optimizer state."""
     key = setting.key(step=True)
     if key not in _steps:
         _make_room(_steps)
@@ -238,7 +238,7 @@ def _peak_of(setting: Setting) -> Peak:
 
 
 def _scanned_peak(setting: Setting) -> Peak | None:
-    """The peak where a model has no attention, and may go over the positions one by one; None for another.
+    """Return the peak where a model has no attention, and may go over the positions one by one; None for another.
 
     A position then costs the same wherever it is, so that as many tokens in more, shorter rows tell it in seconds.
     """
@@ -253,7 +253,7 @@ def _scanned_peak(setting: Setting) -> Peak | None:
 
 
 def _in_more_rows(setting: Setting) -> Peak:
-    """The peak of a step from two with as many tokens in more rows, of which each has something besides its tokens."""
+    """Return the peak of a step from two with as many tokens in more rows, of which each has something besides its tokens."""
     tokens = setting.batch_size * setting.sequence_length
     runs = (replace(setting, batch_size=tokens // size, sequence_length=size) for size in _SCANNED)
     first, second = (_extrapolated_peak(run) or run_step(run) for run in runs)
@@ -262,7 +262,7 @@ def _in_more_rows(setting: Setting) -> Peak:
 
 
 def _extrapolated_peak(setting: Setting) -> Peak | None:
-    """The peak as a few layers tell it; None where they do not."""
+    """Return the peak as a few layers tell it; None where they do not."""
     if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
     if setting.adapter_config is not None and setting.adapter_config.is_adaption_prompt:
@@ -336,7 +336,7 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
 
 
 def _to_quantize(model: nn.Module, setting: Setting) -> list[nn.Module]:
-    """The linear layers, and views of experts, that the setting quantizes; of a model that carries no adapter yet."""
+    """Return the linear layers, and views of experts, that the setting quantizes; of a model that carries no adapter yet."""
     if setting.quantization is None:
         return []
     experts = experts_to_quantize(model).values() if setting.quantized_experts else ()
@@ -388,7 +388,7 @@ def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]
 
 
 def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any:
-    """What the model gives for a batch, and numbers for what the method of the adapter takes from each call."""
+    """Return what the model gives for a batch, and numbers for what the method of the adapter takes from each call."""
     manager = manager_of(model)
     method = None if setting.adapter_config is None else method_of(setting.adapter_config)
     if manager is None or method is None or not method.call_arguments:

@@ -88,16 +88,16 @@ class FakeQuantizedWeight(StoredWeight):
     name = "quantized"
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The stored bytes."""
+        """Return the stored bytes."""
         stored: Any = module.stored
         return [stored]
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype that was quantized."""
+        """Return the dtype that was quantized."""
         return module.dtype  # type: ignore[return-value]
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """A new tensor in the layer's own orientation."""
+        """Return a new tensor in the layer's own orientation."""
         weight: Any = module.weight
         return weight  # type: ignore[no-any-return]
 
@@ -142,15 +142,15 @@ class FakeQuantizedMatrices(QuantizedMatrices):
         """Changes nothing."""
 
     def matrix(self, i: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A new tensor of the matrix's shape."""
+        """Return a new tensor of the matrix's shape."""
         return torch.empty(self.form.shape, dtype=dtype or self.dtype, device=self.device)
 
     def uses(self) -> Iterator[tuple[int, Any]]:
-        """All of them one after the other, of some that are picked by index one."""
+        """Yield all of them one after the other, of some that are picked by index one."""
         return iter([(0, slice(None))]) if self.picked is not None else super().uses()
 
     def groups(self, offs: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-        """One with all rows."""
+        """Yield one with all rows."""
         yield 0, slice(0, rows)
 
 

@@ -72,7 +72,7 @@ class Forecast(Shown):
         return f"peak {size_text(self.peak_bytes)} ({parts}){verdict}"
 
     def view(self) -> Block:
-        """The parts as a table."""
+        """Return the parts as a table."""
         rows = tuple((part.name, size_text(part.byte_count), part.detail) for part in self.parts)
         return Card(str(self), (Table(("Part", "Size", ""), rows, right=(1,)),))
 
@@ -282,7 +282,7 @@ class Stored:
 
 
 def stored_as(source: Any, config: Any) -> Stored:
-    """How a loaded model is stored, or how its config says that the weights are.
+    """Return how a loaded model is stored, or how its config says that the weights are.
 
     Args:
         source: a model; anything else is ignored.

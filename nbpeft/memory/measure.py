@@ -140,7 +140,7 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _may_read_gradients() -> bool:
-    """Whether this is the thread that trains, or the main one while none does.
+    """Return whether this is the thread that trains, or the main one while none does.
 
     A backward pass sets gradients without the lock of the interpreter; another thread that reads one at that moment
     can bring the process down.

@@ -59,7 +59,7 @@ _ALIASES = {
 
 
 def kind_of(optimizer: str) -> tuple[str, bool]:
-    """The optimizer's kind, and whether its state is paged (moves to the host when the device is full).
+    """Return the optimizer's kind, and whether its state is paged (moves to the host when the device is full).
 
     Accepts the names of ``TrainingArguments.optim`` too.
 

@@ -21,7 +21,7 @@ HALF = tuple(_ASKS)
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes matrix products in a dtype of half precision."""
+    """Return whether oneDNN computes matrix products in a dtype of half precision."""
     if not _onednn.is_available() or not getattr(_onednn, "enabled", True):
         return False
     asked: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
@@ -51,7 +51,7 @@ def product_scratch(rows: int, depth: int, columns: int, dtype: torch.dtype, *, 
 
 
 def has_instructions(dtype: torch.dtype) -> bool | None:
-    """Whether the processor multiplies matrices in a dtype of half precision with instructions of its own.
+    """Return whether the processor multiplies matrices in a dtype of half precision with instructions of its own.
 
     Returns:
         None where torch does not report it, as on Apple's processors.
@@ -69,7 +69,7 @@ def _is(instructions: str) -> bool:
 
 
 def slow_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of half precision in which a model computes on this processor without instructions for it.
+    """Return the dtype of half precision in which a model computes on this processor without instructions for it.
 
     Returns:
         None where it computes otherwise, or elsewhere: also while there is an accelerator, to which
@@ -88,11 +88,11 @@ def slow_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def slow_here(dtype: torch.dtype) -> bool:
-    """Whether a dtype is one of half precision for which the processor is known to have no instructions."""
+    """Return whether a dtype is one of half precision for which the processor is known to have no instructions."""
     return dtype in _ASKS and has_instructions(dtype) is False
 
 
 def slow_dtype_message(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
-    """A sentence that warns of slow dtypes and says what to do instead."""
+    """Return a sentence that warns of slow dtypes and says what to do instead."""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"

@@ -92,7 +92,7 @@ def storage_bytes(tensor: Tensor) -> int:
 
 
 def _key(tensor: Tensor) -> Any:
-    """The same for all views of one storage, while that lives; meta storages have no address."""
+    """Return the same for all views of one storage, while that lives; meta storages have no address."""
     try:
         return storage_of(tensor)._cdata
     except (NotImplementedError, RuntimeError):
@@ -105,7 +105,7 @@ def _held(model: nn.Module) -> Iterable[Tensor]:
 
 
 def tensors_in(value: Any, _depth: int = 6) -> Iterator[Tensor]:
-    """All tensors in nested containers and plain objects, such as a KV cache or an optimizer's state."""
+    """Yield all tensors in nested containers and plain objects, such as a KV cache or an optimizer's state."""
     if isinstance(value, Tensor):
         yield value
     elif _depth and isinstance(value, Mapping):

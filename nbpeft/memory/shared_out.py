@@ -23,7 +23,7 @@ def for_one_process(
     layer_count: int,
     trained_bytes: int,
 ) -> tuple[MemoryPart, ...]:
-    """The parts of a forecast, as one of several processes with its own batch needs them.
+    """Return the parts of a forecast, as one of several processes with its own batch needs them.
 
     DDP copies gradients into buckets before it sends them. FSDP2 shares weights out, and gathers a layer where it is
     computed; what lies outside of the layers, embeddings and head, is counted whole, as are weights in 4 or 8 bits,

@@ -27,12 +27,12 @@ class Peak:
     result: int = 0
 
     def plus(self, other: Peak, times: int = 1) -> Peak:
-        """The sum, with a multiple of another one."""
+        """Return the sum, with a multiple of another one."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Peak(*(mine + times * theirs for mine, theirs in pairs))
 
     def towards(self, other: Peak, share: float) -> Peak:
-        """What is on the straight line to another one, after that share of the way; it may lie beyond."""
+        """Return what is on the straight line to another one, after that share of the way; it may lie beyond."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Peak(*(round(mine + share * (theirs - mine)) for mine, theirs in pairs))
 
@@ -109,7 +109,7 @@ class Stages:
         self._middle.pop(key, None)
 
     def peak(self, result: int, more: int) -> Peak | None:
-        """The peak with that many more layers.
+        """Return the peak with that many more layers.
 
         Args:
             result: bytes that the result of the step holds.

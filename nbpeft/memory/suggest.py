@@ -95,7 +95,7 @@ class _Search:
         return tuple(worth)
 
     def _peak_with(self, changes: Sequence[_Change]) -> int | None:
-        """The peak with changes; None where the model does not run like that, or after a stop."""
+        """Return the peak with changes; None where the model does not run like that, or after a stop."""
         if self._stopped():
             return None
         try:
@@ -133,7 +133,7 @@ class _Search:
         least: int | None = None,
         others: Sequence[_Change] = (),
     ) -> _Change | None:
-        """The change to the largest multiple of a step with which it fits.
+        """Return the change to the largest multiple of a step with which it fits.
 
         Args:
             change_to: makes the change to a value.
@@ -202,7 +202,7 @@ def _peak_bytes(setting: Setting) -> int:
 
 
 def _switches(setting: Setting) -> Iterator[_Change]:
-    """What is on or off, or stored in another way."""
+    """Yield what is on or off, or stored in another way."""
     if setting.training and not setting.gradient_checkpointing and setting.architecture.checkpoints:
         text = "gradient_checkpointing=True"
         yield _Change("gradient_checkpointing", True, text, "costs about a third more time")

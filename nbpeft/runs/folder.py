@@ -106,7 +106,7 @@ class RunFolder:
     # What it is
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` holds, each field of its kind; nothing where there is none.
+        """Returns what ``run.json`` holds, each field of its kind; nothing where there is none.
 
         Raises:
             CheckpointError: it cannot be read, or a field is something else.
@@ -115,7 +115,7 @@ class RunFolder:
         return {} if content is None else checked_facts(content)
 
     def record(self) -> RunRecord:
-        """What is known about the run; where that cannot be read, why."""
+        """Returns what is known about the run; where that cannot be read, why."""
         if not self.path.name.isprintable():
             return unreadable(self.name, shown(self.path), "its name has letters that cannot be shown")
         try:
@@ -131,7 +131,7 @@ class RunFolder:
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def _content(self, name: str) -> bytes | None:
-        """What a file holds, or None where there is none.
+        """Returns what a file holds, or None where there is none.
 
         Raises:
             CheckpointError: it is too large, no plain file, or cannot be read.
@@ -185,7 +185,7 @@ class RunFolder:
                     os.close(handle)
 
     def contents(self) -> dict[str, str]:
-        """The text of its files besides the states, by name.
+        """Returns the text of its files besides the states, by name.
 
         Raises:
             CheckpointError: one cannot be read.
@@ -237,7 +237,7 @@ class RunFolder:
         self._curve.write(f"{_text(entry)}\n")
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was logged, in order; a line that is cut off is left out.
+        """Returns what was logged, in order; a line that is cut off is left out.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -287,7 +287,7 @@ def _entries(content: bytes) -> list[dict[str, Any]]:
 
 
 def _lines(content: bytes) -> Iterator[Any]:
-    """What the lines say that are JSON."""
+    """Yields what the lines say that are JSON."""
     for line in content.split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(line)

@@ -90,7 +90,7 @@ class RunRecord:
 
 
 def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, kept_steps: Iterable[int]) -> RunRecord:
-    """The record in what ``checked_facts`` returned."""
+    """Returns the record in what ``checked_facts`` returned."""
     status = facts["status"]
     return RunRecord(
         name=name,
@@ -115,12 +115,12 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
 
 
 def _line(text: str) -> str:
-    """A text in one line, without letters that do something to a screen."""
+    """Returns a text in one line, without letters that do something to a screen."""
     return in_one_line("".join(letter if letter.isprintable() else " " for letter in shortened(text, _LONGEST_TEXT)))
 
 
 def unreadable(name: str, path: str, why: str) -> RunRecord:
-    """The record of a run of which nothing is known."""
+    """Returns the record of a run of which nothing is known."""
     return RunRecord(
         name=name,
         path=path,
@@ -140,7 +140,7 @@ def unreadable(name: str, path: str, why: str) -> RunRecord:
 
 
 def checked_facts(content: bytes) -> dict[str, Any]:
-    """What a ``run.json`` holds, field by field of its kind and within bounds; unknown fields are left as they are.
+    """Returns what a ``run.json`` holds, field by field of its kind and within bounds; unknown fields are left as they are.
 
     Raises:
         CorruptCheckpointError: it is no JSON, of another version, or a field is something else.
@@ -164,7 +164,7 @@ def checked_facts(content: bytes) -> dict[str, Any]:
 
 
 def checked_entry(given: Any) -> dict[str, Any] | None:
-    """What was logged at a step, without what is no number, truth or short text; None where that is no entry."""
+    """Returns what was logged at a step, without what is no number, truth or short text; None where that is no entry."""
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     if not _is_seconds(given.get("seconds", 0)):
@@ -179,7 +179,7 @@ def last_step(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def checked_points(given: Any, until: int) -> Curve:
-    """The (step, value) pairs among others, up to a step."""
+    """Returns the (step, value) pairs among others, up to a step."""
     pairs = given if isinstance(given, list) else []
     return tuple(
         (pair[0], float(pair[1]))
@@ -189,7 +189,7 @@ def checked_points(given: Any, until: int) -> Curve:
 
 
 def checked_sample(given: Any) -> Sample | None:
-    """A sample; None where that is none."""
+    """Returns a sample; None where that is none."""
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     texts = [given.get(name, "") for name in ("prompt", "answer", "base")]
@@ -268,5 +268,5 @@ def differing(records: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
 
 
 def curve_of(entries: Iterable[Mapping[str, Any]], key: str) -> Curve:
-    """The (step, value) pairs of one value in what was logged."""
+    """Returns the (step, value) pairs of one value in what was logged."""
     return tuple((entry["step"], float(entry[key])) for entry in entries if _is_number(entry.get(key)))

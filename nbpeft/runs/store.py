@@ -39,12 +39,12 @@ class RunStore:
     place: Path
 
     def records(self) -> list[RunRecord]:
-        """The runs, the newest first, then those that cannot be read; folders that are none are passed over."""
+        """Returns the runs, the newest first, then those that cannot be read; folders that are none are passed over."""
         found = [folder.record() for folder in self._folders()]
         return sorted(found, key=lambda record: (-record.started, record.name))
 
     def create(self, adapter: str) -> RunFolder:
-        """A new run called ``ADAPTER-N``, taken for this process.
+        """Returns a new run called ``ADAPTER-N``, taken for this process.
 
         Raises:
             CheckpointError: the place cannot be written.
@@ -68,7 +68,7 @@ class RunStore:
         raise AssertionError("unreachable")
 
     def find(self, name: str) -> RunFolder:
-        """The run of that name.
+        """Returns the run of that name.
 
         Raises:
             CheckpointNotFoundError: there is none; the message names near ones.
@@ -181,7 +181,7 @@ class RunStore:
 
 
 def _holds_the_only_copy(record: RunRecord) -> bool:
-    """Whether a run has a state, and an adapter of it was saved nowhere else, or another was saved there since."""
+    """Returns whether a run has a state, and an adapter of it was saved nowhere else, or another was saved there since."""
     return bool(record.kept_steps) and not all(_is_still_saved(record, adapter) for adapter in record.adapters)
 
 
@@ -193,14 +193,14 @@ def _is_still_saved(record: RunRecord, adapter: str) -> bool:
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> str:
-    """What tells the weights file in a folder from one that takes its place, as text; empty if there is none."""
+    """Returns what tells the weights file in a folder from one that takes its place, as text; empty if there is none."""
     return " ".join(map(str, weights_mark(folder) or ()))
 
 
 def _tidied(
     deleted: Sequence[str], emptied: Sequence[str], byte_count: int, most_runs: int, most_bytes: int
 ) -> list[str]:
-    """What a person should know."""
+    """Returns what a person should know."""
     notes = []
     if deleted:
         notes.append(f"more than {most_runs} runs were kept: deleted {few(deleted, 3)}")
@@ -236,7 +236,7 @@ class RunPlace:
 
     @classmethod
     def of(cls, given: RunPlace | str | os.PathLike[str]) -> RunPlace:
-        """A folder, or what says more about one."""
+        """Returns a folder, or what says more about one."""
         return given if isinstance(given, RunPlace) else cls(RunStore(Path(os.path.expanduser(os.fspath(given)))))
 
 
