@@ -451,4 +451,4 @@ def _warn_of_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
     if ignored:
         names = ", ".join(in_one_line(shortened(name, 60)) for name in ignored[:10])
         more = f" and {len(ignored) - 10} more" if len(ignored) > 10 else ""
-        warnings.warn(f"{path}: left out the fields {names}{more}, which this version does not know", stacklevel=3)
+        warnings.warn(f"{path}: ignored the fields {names}{more}, which this version does not know", stacklevel=3)

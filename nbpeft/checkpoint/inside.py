@@ -150,7 +150,7 @@ def names(root: Path, name: str) -> list[str]:
 
 def kind_of(found: os.stat_result) -> str:
     """Describes a path that is not a regular file, e.g. ``a link`` or ``a named pipe``."""
-    return "a link" if _is_link(found) else _KINDS.get(stat.S_IFMT(found.st_mode), "no plain file")
+    return "a link" if _is_link(found) else _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
 
 
 def first_not_plain(root: Path) -> str | None:

@@ -119,7 +119,7 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
         raise CheckpointError(f"nothing in {path} fits this model: it has {few(file.header, 3)}", path=str(path))
     _check(file, pairs, others)
     if others:
-        warnings.warn(f"left out of {path}, as nothing in this model has such keys: {few(others, 3)}", stacklevel=6)
+        warnings.warn(f"ignored in {path}, as this model has no modules for these keys: {few(others, 3)}", stacklevel=6)
     first = next(iter(next(iter(pairs.values())).parts.values()))
     fields = _fields(file, pairs) | _written_fields(file.metadata, first)
     config, _ = config_of({"peft_type": _METHOD, "target_modules": list(pairs), **fields}, str(path))
@@ -144,7 +144,7 @@ def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) 
         if len(pair.parts) != 2:
             raise CheckpointError(f"{path} holds only one of the two factors of {where}", path=str(path))
         if min(header[key].ndim for key in pair.parts.values()) < 2:
-            raise CheckpointError(f"a factor of {where} in {path} is no matrix", path=str(path))
+            raise CheckpointError(f"a factor of {where} in {path} is not a matrix", path=str(path))
         alpha = header[pair.alpha] if pair.alpha else None
         if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool):
             found = f"has {alpha.numel()} elements" if alpha.numel() != 1 else f"is {short_name(alpha.dtype)}"

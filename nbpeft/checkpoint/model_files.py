@@ -104,7 +104,7 @@ def local_folder(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, local_files_only=True))
     except (ValueError, OSError):  # not a hub id, or not in the cache
-        raise CheckpointNotFoundError(f"{name} is no folder, and not in the hub's cache", source=name) from None
+        raise CheckpointNotFoundError(f"{name} is neither a folder nor in the hub's cache", source=name) from None
 
 
 def other_files(folder: Path) -> list[Path]:

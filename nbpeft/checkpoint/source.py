@@ -207,7 +207,7 @@ def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {"subfolder", "use_auth_token", *_known_options()} if options else set()
     for name in options.keys() - known:
         for meant in near(name, known, 1, cutoff=_MISSPELLED):
-            warnings.warn(f"{name!r} is no option of a download and is ignored. Did you mean {meant!r}?", stacklevel=4)
+            warnings.warn(f"{name!r} is not a download option and is ignored. Did you mean {meant!r}?", stacklevel=4)
     return {name: value for name, value in options.items() if name in known}
 
 

@@ -268,7 +268,7 @@ class _Entry:
     @classmethod
     def of(cls, key: str, given: Any) -> Self:
         if not isinstance(given, dict) or not isinstance(given.get("dtype"), str):
-            raise TypeError(f"its header says nothing of {shortened(key, 60)!r}")
+            raise TypeError(f"its header has no dtype for {shortened(key, 60)!r}")
         dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
         if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
             raise TypeError(f"its header lacks the shape or the offsets of {shortened(key, 60)!r}")
@@ -361,7 +361,7 @@ class UnreadTensors:
         sources = [key for key in self._keys if id(self._file.header[key]) not in passed] if made else []
         if sum(self._file.header[key].nbytes for key in sources) > _MOST_OF_MADE * made + _BUFFER:
             raise CheckpointError(
-                f"most of {self._file.path} belongs to nothing that this model takes, e.g. {shortened(sources[0], 60)}"
+                f"most of {self._file.path} fits nothing in this model, e.g. {shortened(sources[0], 60)}"
             )
         return sources
 
@@ -427,14 +427,14 @@ def _check_archive(path: Path) -> bool:
     os.close(inside.open_file(path))
     if not zipfile.is_zipfile(path):  # torch.save's format before torch 1.6
         if path.stat().st_size > _LARGEST_UNMAPPED:
-            raise ValueError(f"it is no archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
+            raise ValueError(f"it is not a zip archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
         return False
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # torch never compresses
         raise ValueError("its archive is compressed")
     if any(member.file_size > LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
-        raise ValueError(f"what it says of its tensors has more than {LONGEST_HEADER:,} bytes")
+        raise ValueError(f"the description of its tensors has more than {LONGEST_HEADER:,} bytes")
     return True
 
 

@@ -249,7 +249,7 @@ def _checked(
         None,
     )
     if wrong is not None:
-        what = "the tensors of an adapter are dense ones of floating numbers"
+        what = "the tensors of an adapter must be dense and floating-point"
         what = what if others.get(wrong) is None else f"it must be {others[wrong]}"
         raise CheckpointError(
             f"{shown(_full_key(wrong), 150)} is {_kind_of(found[wrong], unread=unread)}; {what}", key=_full_key(wrong)

@@ -393,7 +393,7 @@ def _no_curve(train: TrainState) -> str:
     if train.history or (train.loss is not None and not math.isfinite(train.loss)):
         return "the loss is not a finite number"
     if train.status in ENDED:
-        return "no loss was noted" if train.step else "no step was finished"
+        return "no loss was logged" if train.step else "no step was finished"
     return "waiting for the first loss"
 
 

@@ -86,7 +86,7 @@ def _picture(curves: Sequence[LabelledCurves]) -> Picture:
         words.append(_words(across(place(tick, low)[0]), HEIGHT - BOTTOM + 16, anchor, f"{tick:,.0f}"))
     words.append(_words("50%", HEIGHT - 5, "middle", "step"))
     if not points:
-        words.append(_words("50%", HEIGHT / 2 - 10, "middle", "no loss was noted"))
+        words.append(_words("50%", HEIGHT / 2 - 10, "middle", "no loss was logged"))
     for number, (losses, evaluated) in enumerate(lines):
         colour = colour_of(number)
         drawn.append(_line([place(*point) for point in decimate(losses)], colour, "1.5", ""))
@@ -106,7 +106,7 @@ def describe(curves: Sequence[LabelledCurves]) -> str:
         for label, losses, _ in curves
         if (points := _finite(losses))
     ]
-    return f"training loss of {', '.join(ends)}" if ends else "no loss was noted"
+    return f"training loss of {', '.join(ends)}" if ends else "no loss was logged"
 
 
 def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -174,7 +174,7 @@ def _of_model(model: nn.Module) -> Architecture:
     taken = getattr(base, "main_input_name", "input_ids")
     if taken != "input_ids":
         raise ConfigError(
-            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only models of text can be forecast"
+            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only text models can be forecast"
         )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
     names = class_names(base)

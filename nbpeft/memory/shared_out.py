@@ -45,7 +45,7 @@ def for_one_process(
     outside = max(dense - layer_bytes * layer_count, 0)
     gathered = min(outside + _GATHERED_LAYERS * layer_bytes, dense)
     base = whole + -(-dense // processes)
-    detail = f"a share of {size_text(dense)}" + (f", {size_text(whole)} quantized whole" if whole else "")
+    detail = f"a shard of {size_text(dense)}" + (f", {size_text(whole)} quantized and not sharded" if whole else "")
     result = [MemoryPart("base weights", base, detail)]
     for part in parts[1:]:
         sharded_part = part.name in _SHARED

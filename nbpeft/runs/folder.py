@@ -74,7 +74,7 @@ class RunFolder:
         except BlockingIOError:
             raise CheckpointError(f"run {self.name} is still running") from None
         except FileNotFoundError:
-            raise CheckpointError(f"run {self.name} was deleted meanwhile") from None
+            raise CheckpointError(f"run {self.name} was deleted in the meantime") from None
 
     def close(self) -> None:
         """Releases the lock."""

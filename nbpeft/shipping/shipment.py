@@ -128,7 +128,7 @@ def _plan(
     facts = facts_of(manager, _adapter(manager, adapter))
     verdict = verdict_of(chosen, facts)
     if base is not None and chosen.name != "ollama":
-        raise ConfigError("base is for Ollama alone: the name of the base model there")
+        raise ConfigError("base is only for Ollama: the name of the base model there")
     if base is not None and not _OLLAMA_NAME.fullmatch(base):
         raise ConfigError(f"base is the name of a model in Ollama, e.g. 'llama3.2:1b', not {base!r:.60}")
     needs_base = chosen.name == "ollama" and base is None
@@ -136,7 +136,7 @@ def _plan(
     _check(verdict, merged)
     if needs_base and not merged:
         raise ConfigError(
-            "Ollama puts the adapter beside a model it has: give its name there, e.g. base='gemma2:2b' (base=…)"
+            "Ollama adds the adapter to one of its models: give that model's name, e.g. base='gemma2:2b' (base=…)"
         )
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
@@ -177,7 +177,7 @@ def _engine(name: str) -> Engine:
 
 def _adapter(manager: AdapterManager, name: str | None) -> str:
     if name is None and len(manager.names) > 1:
-        raise AdapterError(f"several adapters are there; say which one to ship (name=…): {', '.join(manager.names)}")
+        raise AdapterError(f"there are several adapters; say which one to ship (name=…): {', '.join(manager.names)}")
     return manager.names[0] if name is None else name
 
 
@@ -195,7 +195,7 @@ def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
     if wanted not in types:
         known = ", ".join(types) or "none: the adapter's weights stay as they are"
         raise ConfigError(
-            f"quantize is {wanted!r:.40}; for {label} there are here {known}.{did_you_mean(wanted, types)}"
+            f"quantize is {wanted!r:.40}; the types for {label} are {known}.{did_you_mean(wanted, types)}"
         )
     return wanted
 

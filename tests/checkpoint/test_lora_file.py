@@ -172,7 +172,7 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"only one of the two factors of mid_block\.attn1\.to_q"):
         PeftModel.from_pretrained(unet(), path)
     safetensors.torch.save_file({SPELLINGS["kohya"].format(part): torch.randn(3) for part in FACTORS}, path)
-    with pytest.raises(CheckpointError, match="is no matrix"):
+    with pytest.raises(CheckpointError, match="is not a matrix"):
         PeftModel.from_pretrained(unet(), path)
     path.write_bytes(b"x" * 40)
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -15,7 +15,7 @@ def component_of(model_class: str) -> str:
 
 
 def _no_component(facts: AdapterFacts) -> str:
-    return "" if component_of(facts.model_class) else f"a {facts.model_class}, which is no component of a pipeline"
+    return "" if component_of(facts.model_class) else f"a {facts.model_class}, which is not a component of a pipeline"
 
 
 COMPONENT_RULE = Rule(_no_component, "choose an engine for language models, such as vllm")
