@@ -271,7 +271,7 @@ def test_a_config_ignores_what_is_for_models_and_warns_of_misspellings(tmp_path:
         warnings.simplefilter("error")
         read = AdapterConfig.from_pretrained(str(tmp_path), **options)
     assert read == AdapterConfig.from_pretrained(str(tmp_path)) == read_config(tmp_path)
-    with pytest.warns(UserWarning, match=r"'revison' is no option .* Did you mean 'revision'\?"):
+    with pytest.warns(UserWarning, match=r"'revison' is not a download option .* Did you mean 'revision'\?"):
         AdapterConfig.from_pretrained(str(tmp_path), revison="main")
     assert AdapterConfig.from_pretrained(str(tmp_path.parent), subfolder=tmp_path.name) == read
 

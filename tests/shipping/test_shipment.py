@@ -346,7 +346,7 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
     ship(adapted(r=8), engine="vllm", to=place, overwrite=True)
     assert config_of(place)["r"] == 8 and [path.name for path in tmp_path.iterdir()] == ["served"]
     (place / "sub").mkdir()
-    with pytest.raises(CheckpointError, match="more than a folder of files"):
+    with pytest.raises(CheckpointError, match="not just a folder of files"):
         ship(adapted(), engine="vllm", to=place, overwrite=True)
 
 
