@@ -103,29 +103,29 @@ class _Released:
     interruptions would be deferred forever.
     """
 
-    def __init__(self, held: HeldInterrupts) -> None:
-        self._held = held
+    def __init__(self, block: HeldInterrupts) -> None:
+        self._block = block
 
     def __enter__(self) -> None:
-        self._held.release()
+        self._block.release()
 
     def __exit__(self, *error: object) -> None:
-        self._held.resume()
+        self._block.resume()
 
 
 def check_interrupt() -> None:
     """Delivers a recorded interruption; called at places inside a long command where it can stop safely."""
     # A class attribute, because this is called thousands of times per command and signal.getsignal takes 10 µs.
-    held = HeldInterrupts.noting
-    if held is not None and not held._finishing and threading.current_thread() is threading.main_thread():
-        held.deliver()
+    block = HeldInterrupts.noting
+    if block is not None and not block._finishing and threading.current_thread() is threading.main_thread():
+        block.deliver()
 
 
 def released_interrupts() -> AbstractContextManager[None]:
     """Returns a context manager that does not defer interruptions while its block runs, for calls of user code."""
     main = threading.current_thread() is threading.main_thread()
-    held = _holder(signal.getsignal(signal.SIGINT)) if main else None
-    return nullcontext() if held is None else held.released()
+    block = _holder(signal.getsignal(signal.SIGINT)) if main else None
+    return nullcontext() if block is None else block.released()
 
 
 def wait_for(condition: threading.Condition, *, until: Any) -> None:

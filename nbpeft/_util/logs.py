@@ -50,7 +50,7 @@ class RepeatFilter(logging.Filter):
         self._libraries = libraries
         self._clock = clock
         self._lock = threading.RLock()
-        self._held: dict[_Key, list[logging.LogRecord]] = {}
+        self._delayed: dict[_Key, list[logging.LogRecord]] = {}
         self._counts: dict[_Key, int] = {}
         self._shown_before: set[_Key] = set()
         self._since = clock()
@@ -73,7 +73,7 @@ class RepeatFilter(logging.Filter):
         with HeldInterrupts(), self._lock:
             if not self._counts:
                 self._since = self._clock()
-            self._held.setdefault(key, [record])
+            self._delayed.setdefault(key, [record])
             self._counts[key] = self._counts.get(key, 0) + 1
             late = self._clock() - self._since > HOLD_SECONDS and key not in self._shown_before
         if late:
@@ -82,11 +82,11 @@ class RepeatFilter(logging.Filter):
     def flush(self) -> None:
         """Shows every delayed warning with its count, in the order of first occurrence."""
         with HeldInterrupts(), self._lock:
-            held, counts = self._held, self._counts
-            self._held, self._counts = {}, {}
+            delayed, counts = self._delayed, self._counts
+            self._delayed, self._counts = {}, {}
             before = set(self._shown_before)
-            self._shown_before.update(held)
-        for key, (record,) in held.items():
+            self._shown_before.update(delayed)
+        for key, (record,) in delayed.items():
             count, more = counts[key], " more" if key in before else ""
             times = f" ({count:,}{more} time{'' if count == 1 else 's'})" if count > 1 or more else ""
             record.msg, record.args = key[1] + times, None

@@ -140,9 +140,9 @@ def write_model(
     target = Path(os.path.expanduser(os.fspath(folder)))
     with disk_errors(target):
         sweep(target, finish=False)  # removes an interrupted copy instead of finishing it
-        taken = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
-    if taken:
-        raise CheckpointError(f"{shown(target)} holds weights already ({min(taken)}); choose another folder")
+        existing = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
+    if existing:
+        raise CheckpointError(f"{shown(target)} holds weights already ({min(existing)}); choose another folder")
     count = len(shards)
     names = (
         [SINGLE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]

@@ -223,7 +223,7 @@ def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
     try:
         if lock is None and time.time() - found.st_mtime < _STALE_SECONDS:
             return True
-        _settle(folder, entry, finish)
+        _recover(folder, entry, finish)
         shutil.rmtree(path, ignore_errors=True)
     finally:
         if lock is not None:
@@ -242,18 +242,18 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _settle(folder: Path, entry: str, finish: bool) -> None:
+def _recover(folder: Path, entry: str, finish: bool) -> None:
     """Finishes or undoes the renames of a write that died after the first of them."""
     for name in inside.names(folder, f"{entry}/{ASIDE}"):
         if inside.status(folder, name) is None:
             inside.move(folder, f"{entry}/{ASIDE}/{name}", folder, name)
     marks = _noted_moves(folder, entry)
-    moved = [name for name in marks if not _waits(folder, entry, name) and mark_of(folder, name) == marks[name]]
+    moved = [name for name in marks if not _is_pending(folder, entry, name) and mark_of(folder, name) == marks[name]]
     if not moved or moved[0] != next(iter(marks)) or len(moved) == len(marks):
         return
     if finish:
         for name in marks:
-            if _waits(folder, entry, name):
+            if _is_pending(folder, entry, name):
                 inside.make_folders(folder, os.path.dirname(name))
                 inside.move(folder, f"{entry}/{name}", folder, name)
     else:
@@ -261,7 +261,7 @@ def _settle(folder: Path, entry: str, finish: bool) -> None:
     flush_folder(folder)
 
 
-def _waits(folder: Path, entry: str, name: str) -> bool:
+def _is_pending(folder: Path, entry: str, name: str) -> bool:
     """Returns whether a file has not been renamed into place yet."""
     return inside.status(folder, f"{entry}/{name}") is not None
 
@@ -275,7 +275,7 @@ def take_back(folder: Path, entry: str, names: list[str]) -> None:
         names: paths of the files relative to ``folder``.
     """
     for name in reversed(names):
-        if _waits(folder, entry, name):
+        if _is_pending(folder, entry, name):
             continue  # not renamed yet
         if inside.status(folder, f"{entry}/{OLD}/{name}") is not None:
             inside.move(folder, f"{entry}/{OLD}/{name}", folder, name)

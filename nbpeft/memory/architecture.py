@@ -171,10 +171,10 @@ def _of_model(model: nn.Module) -> Architecture:
         raise ConfigError(
             f"cannot forecast for a {type(base).__name__}: it is not a transformers model, so its inputs are not known"
         )
-    taken = getattr(base, "main_input_name", "input_ids")
-    if taken != "input_ids":
+    main_input = getattr(base, "main_input_name", "input_ids")
+    if main_input != "input_ids":
         raise ConfigError(
-            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only text models can be forecast"
+            f"cannot forecast for a {type(base).__name__}: it takes {main_input}, and only text models can be forecast"
         )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
     names = class_names(base)

@@ -146,9 +146,9 @@ class Stages:
         entered = marks["into last"].plus(marks["into middle"], -1)
         peaks = [self._peaks["forward"].plus(entered, more)]
         if "backward" in marks:
-            held = dataclasses.replace(marks["backward"], saved=entered.saved)
-            peaks.append(self._peaks["backward"].plus(held, more))
+            per_layer = dataclasses.replace(marks["backward"], saved=entered.saved)
+            peaks.append(self._peaks["backward"].plus(per_layer, more))
         if "out of middle" in marks:
             passed = marks["out of middle"].plus(marks["out of last"], -1)
-            peaks.append(self._peaks["first layer"].plus(held.plus(passed), more))
+            peaks.append(self._peaks["first layer"].plus(per_layer.plus(passed), more))
         return max(peaks, key=lambda peak: peak.total).plus(Peak(0, 0, 0, result + more * (result // self._count)))

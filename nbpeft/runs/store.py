@@ -52,12 +52,12 @@ class RunStore:
         stem = re.sub(r"[^\w.+-]+", "+", adapter).strip("+.-")[:80] or "run"
         with disk_errors(self.place):
             self._make_place()
-            taken = [
+            used_numbers = [
                 match[1]
                 for name in os.listdir(self.place)
                 if (match := re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", name))
             ]
-            for number in itertools.count(max(map(int, taken), default=0) + 1):
+            for number in itertools.count(max(map(int, used_numbers), default=0) + 1):
                 folder = RunFolder(self.place / f"{stem}-{number}")
                 try:
                     os.mkdir(folder.path, 0o700)  # atomic: another process may try the same name
@@ -95,7 +95,7 @@ class RunStore:
             raise CheckpointError(f"{new!r:.60} cannot be the name of a run: letters, digits, and _ . + - inside")
         if os.path.lexists(self.place / new):
             raise CheckpointError(f"there is a run {new!r} already")
-        with disk_errors(self.place), _taken(folder):
+        with disk_errors(self.place), _locked(folder):
             os.rename(folder.path, self.place / new)
 
     def delete(self, name: str) -> None:
@@ -105,7 +105,7 @@ class RunStore:
             CheckpointError: there is no such run, or it is still running.
         """
         folder = self.find(name)
-        with disk_errors(self.place), _taken(folder):
+        with disk_errors(self.place), _locked(folder):
             self._remove(folder.path.name)
 
     def mark_saved(self, name: str, adapter: str, folder: str | os.PathLike[str]) -> None:
@@ -118,7 +118,7 @@ class RunStore:
         """
         with contextlib.suppress(CheckpointError, OSError):  # saving must not fail because of this record
             run = self.find(name)
-            with _taken(run):
+            with _locked(run):
                 facts, record = run.facts(), run.record()
                 known = adapter if adapter in record.adapters else record.adapter
                 if known in record.adapters:
@@ -143,21 +143,21 @@ class RunStore:
         ended = [record for record in records[1:] if record.status != "running"]
         oldest = sorted(ended, key=lambda record: (record.status == CRASHED, record.started))
         surplus = [record for record in oldest if not _holds_the_only_copy(record)][: max(len(records) - most_runs, 0)]
-        deleted = [record.name for record in surplus if self._gone(RunFolder(Path(record.path)), ["."])]
+        deleted = [record.name for record in surplus if self._removed(RunFolder(Path(record.path)), ["."])]
         sizes = {record.name: RunFolder(Path(record.path)).byte_count() for record in records if record not in surplus}
         emptied = []
         for record in (record for record in oldest if record not in surplus):
-            going = record.kept_steps[1:] if _holds_the_only_copy(record) else record.kept_steps
-            if going and sum(sizes.values()) > most_bytes:
+            unneeded = record.kept_steps[1:] if _holds_the_only_copy(record) else record.kept_steps
+            if unneeded and sum(sizes.values()) > most_bytes:
                 folder = RunFolder(Path(record.path))
-                emptied += [record.name] * self._gone(folder, [f"checkpoint-{step}" for step in going])
+                emptied += [record.name] * self._removed(folder, [f"checkpoint-{step}" for step in unneeded])
                 sizes[record.name] = folder.byte_count()
         return _tidied(deleted, emptied, sum(sizes.values()), most_runs, most_bytes)
 
-    def _gone(self, folder: RunFolder, parts: Iterable[str]) -> bool:
+    def _removed(self, folder: RunFolder, parts: Iterable[str]) -> bool:
         """Removes parts of a run (``.`` is the whole run) if possible; returns whether that succeeded."""
         try:
-            with _taken(folder):
+            with _locked(folder):
                 for part in parts:
                     self._remove(os.path.normpath(os.path.join(folder.path.name, part)))
         except (CheckpointError, OSError):
@@ -253,7 +253,7 @@ class RunPlace:
 
 
 @contextlib.contextmanager
-def _taken(folder: RunFolder) -> Iterator[None]:
+def _locked(folder: RunFolder) -> Iterator[None]:
     """Locks a run while it is renamed, changed or removed."""
     folder.open()
     try:
