@@ -1,35 +1,35 @@
-"""Every error nbpeft raises on purpose.
+"""All error classes of nbpeft.
 
     NbpeftError
-    ├── ConfigError               a field is unknown or its value is impossible
-    │   ├── UnknownMethodError    the config names a method that is not registered
-    │   └── BiasError             ``bias`` is none of its values
-    ├── TargetError               nothing (or not everything asked for) in the model matches
-    │   └── LayerKindError        what is asked for does not work on layers of that kind
+    ├── ConfigError               a field is unknown or its value is invalid
+    │   ├── UnknownMethodError    the config's method is not registered
+    │   └── BiasError             the value of ``bias`` is invalid
+    ├── TargetError               targets match nothing in the model, or not all of them do
+    │   └── LayerKindError        the request is not supported on layers of that kind
     ├── AdapterError
-    │   ├── UnknownAdapterError   no adapter of that name
-    │   ├── ConversionError       no adapter of another method can stand for it
-    │   └── AdapterExistsError    the name is taken
+    │   ├── UnknownAdapterError   there is no adapter of that name
+    │   ├── ConversionError       the adapter cannot be converted to another method
+    │   └── AdapterExistsError    the adapter name is already used
     ├── MergeError                these weights cannot be merged, or are merged already
     ├── CheckpointError
     │   ├── CheckpointNotFoundError
     │   │   └── BaseNotFoundError     the base model that an adapter names cannot be loaded
-    │   ├── CorruptCheckpointError    truncated, tampered with, or not a checkpoint
-    │   │   └── UntypedConfigError    a config does not say of which method it is
+    │   ├── CorruptCheckpointError    the files are truncated, tampered with, or not a checkpoint
+    │   │   └── UntypedConfigError    the config has no ``peft_type``
     │   └── BaseMismatchError         the checkpoint belongs to another base model
     ├── HotSwapError              the new adapter cannot take the old one's place
-    ├── NotSupportedError         a name of PEFT that nbpeft has nothing for was used
-    ├── StaleModelError           the handle's adapters were merged away, unloaded or taken over
+    ├── NotSupportedError         nbpeft does not support the used name of PEFT
+    ├── StaleModelError           the ``PeftModel`` is no longer valid: its adapters were merged, unloaded or taken over
     ├── BusyError                 another command is running on the model
     ├── TrainingError             the run cannot start or cannot learn
-    ├── MissingPackageError       what only a part of nbpeft needs is not installed
-    └── CellError                 a magic's line or cell cannot be read
+    ├── MissingPackageError       an optional dependency is not installed
+    └── CellError                 a magic's line or cell cannot be parsed
 
 and TrainingInterrupted, a KeyboardInterrupt.
 
-Classes also derive from the built-in error that PEFT raises in the same place, so that
-``except ValueError`` in existing code keeps working. The message is one line for a person;
-the values behind it are in ``details``.
+The classes also derive from the built-in error that PEFT raises in the same situation, so that
+``except ValueError`` in existing code continues to work. The message is one line; the values it
+mentions are in ``details``.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ from nbpeft.confidential import masked
 _LONGEST_MESSAGE = 500
 _LONGEST_NAME, _LONGEST_NAMED = 200, 120
 _MOST_CHOICES = 2_000
-"""As many names are compared with one that was not found."""
+"""Most valid names that are compared with an unknown one, for speed."""
 
 
 class NbpeftError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors that nbpeft raises.
 
     Args:
-        message: One line: what is wrong, what was expected, the nearest valid choice. Access tokens in it
-            are masked, and a long one loses its middle, so that no value can flood the screen.
-        **details: The values the message speaks of, for code that handles the error.
+        message: one line: what is wrong, what was expected, the nearest valid choice. Access tokens in it are masked,
+            and the middle of a long message is left out, so that no value can flood the output.
+        **details: the values that the message mentions, for code that handles the error.
+
+    Attributes:
+        message: the message.
+        details: the values that the message mentions, by name.
     """
 
     longest: ClassVar[int] = _LONGEST_MESSAGE
@@ -68,23 +72,23 @@ class NbpeftError(Exception):
 
 
 class ConfigError(NbpeftError, ValueError):
-    """A config field is unknown or has an impossible value."""
+    """A config field is unknown or has an invalid value."""
 
 
 class UnknownMethodError(ConfigError, KeyError):
-    """The config names a method that is not registered."""
+    """The config's method is not registered."""
 
 
 class BiasError(ConfigError, NotImplementedError):
-    """``bias`` is none of its values."""
+    """The value of ``bias`` is invalid."""
 
 
 class TargetError(NbpeftError, ValueError):
-    """Targets of a config match nothing in the model, or something that cannot be adapted."""
+    """The targets of a config match nothing in the model, or a module that cannot be adapted."""
 
 
 class LayerKindError(TargetError, TypeError):
-    """What is asked for does not work on a layer of that kind."""
+    """The request is not supported on a layer of that kind."""
 
 
 class AdapterError(NbpeftError, ValueError):
@@ -92,19 +96,19 @@ class AdapterError(NbpeftError, ValueError):
 
 
 class UnknownAdapterError(AdapterError, KeyError):
-    """No adapter of that name."""
+    """There is no adapter of that name."""
 
 
 class ConversionError(AdapterError, TypeError):
-    """An adapter cannot be written as one of another method."""
+    """An adapter cannot be converted to another method."""
 
 
 class AdapterExistsError(AdapterError):
-    """The adapter name is taken."""
+    """The adapter name is already used."""
 
 
 class MergeError(NbpeftError, ValueError, RuntimeError):
-    """Weights cannot be merged, or are merged when they must not be."""
+    """Weights cannot be merged, or are merged although the command needs unmerged ones."""
 
 
 class CheckpointError(NbpeftError, ValueError):
@@ -116,7 +120,7 @@ class CheckpointNotFoundError(CheckpointError):
 
 
 class BaseNotFoundError(CheckpointNotFoundError, OSError):
-    """The base model that an adapter names is not there or cannot be loaded."""
+    """The base model that an adapter names does not exist or cannot be loaded."""
 
 
 class CorruptCheckpointError(CheckpointError):
@@ -124,7 +128,7 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class UntypedConfigError(CorruptCheckpointError, KeyError, TypeError):
-    """A config does not say of which method it is."""
+    """A config has no ``peft_type``."""
 
 
 class BaseMismatchError(CheckpointError, RuntimeError):
@@ -136,11 +140,11 @@ class HotSwapError(NbpeftError, ValueError, RuntimeError):
 
 
 class NotSupportedError(NbpeftError, NotImplementedError):
-    """A name of PEFT was used that nbpeft has nothing for: it can only be imported."""
+    """A name of PEFT was used that nbpeft does not support; it can only be imported."""
 
 
 class StaleModelError(NbpeftError, RuntimeError):
-    """The handle is dead: its adapters were merged away, unloaded or taken over."""
+    """The ``PeftModel`` is no longer valid: its adapters were merged, unloaded or taken over by another one."""
 
 
 class BusyError(NbpeftError, RuntimeError):
@@ -150,22 +154,22 @@ class BusyError(NbpeftError, RuntimeError):
 class TrainingError(NbpeftError, RuntimeError):
     """A training run cannot start or cannot learn."""
 
-    longest = 1_000  # out of memory: where it went, and each change that would help
+    longest = 1_000  # an out-of-memory message lists the parts of memory and each change that would help
 
 
 class MissingPackageError(NbpeftError, ImportError):
-    """A package is not installed that nbpeft needs for this alone."""
+    """An optional dependency that this feature needs is not installed."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """An interruption (Ctrl-C, the kernel's stop button) ended a run; the message says what became of what it learned.
+    """An interruption (Ctrl-C, the kernel's stop button) ended a training run.
 
-    It is raised after everything is in order, so that the cells queued behind do not run. A notebook shows it as
-    one line.
+    It is raised after the run was ended cleanly, so that the notebook does not run the cells queued after it. A
+    notebook shows it as one line instead of a traceback.
 
     Args:
-        message: one line.
-        result: the ``TrainResult`` of the run, where there is one.
+        message: one line that says what happened to the trained weights.
+        result: the ``TrainResult`` of the run, or None.
     """
 
     def __init__(self, message: str, result: Any = None) -> None:
@@ -177,11 +181,11 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class CellError(NbpeftError, ValueError):
-    """A magic's line or cell body cannot be read.
+    """A magic's line or cell body cannot be parsed.
 
     Args:
-        message: What is wrong, in one line.
-        line: 1-based line in the cell body, or None.
+        message: what is wrong, in one line.
+        line: 1-based line number in the cell body, or None.
         column: 0-based column in that line, or None.
     """
 
@@ -192,12 +196,17 @@ class CellError(NbpeftError, ValueError):
 
 
 def in_one_line(message: object) -> str:
-    """A message without line breaks and repeated spaces."""
+    """Returns a message as one line, with whitespace collapsed."""
     return " ".join(str(message).split())
 
 
 def shortened(text: str, limit: int = _LONGEST_MESSAGE) -> str:
-    """A text without its middle where it is longer than that."""
+    """Returns a text, with its middle replaced by an ellipsis if it is too long.
+
+    Args:
+        text: the text.
+        limit: most characters of the result.
+    """
     if len(text) <= limit:
         return text
     tail = limit // 3
@@ -205,31 +214,36 @@ def shortened(text: str, limit: int = _LONGEST_MESSAGE) -> str:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value for a message: its repr, cut where it is long."""
+    """Returns the repr of a value for a message.
+
+    Args:
+        value: the value; if its repr fails, its type is shown.
+        limit: most characters of the result; the end of a longer repr is cut.
+    """
     try:
         text = repr(value)
     except Exception:
-        text = f"<{type(value).__name__}>"  # such as a number with more digits than Python writes
+        text = f"<{type(value).__name__}>"  # e.g. an integer with more digits than Python converts to text
     return cut(text, limit)
 
 
 def cut(text: str, limit: int) -> str:
-    """A text without its end where it is longer than that."""
+    """Returns a text, without its end where it is longer than ``limit`` characters."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def few(names: Iterable[object], count: int = 5, *, quoted: bool = True) -> str:
-    """The first of some names for a person, and how many more there are: ``'a', 'b' and 3 more``.
+    """Returns the first names of a list for a message: ``'a', 'b' and 3 more``.
 
     Args:
-        names: or other things, with a text each.
-        count: how many are named.
-        quoted: whether each stands in quotes, cut at its end where it is long; else its middle is left out.
+        names: the names, or other objects.
+        count: number of names to show.
+        quoted: show each as ``repr`` does, without its end where it is long; else as text, without its middle.
     """
-    given = list(names)
-    more = f" and {len(given) - count} more" if len(given) > count else ""
+    items = list(names)
+    more = f" and {len(items) - count} more" if len(items) > count else ""
     text = shown if quoted else _unquoted
-    return ", ".join(text(name) for name in given[:count]) + more
+    return ", ".join(text(name) for name in items[:count]) + more
 
 
 def _unquoted(name: object) -> str:
@@ -237,28 +251,40 @@ def _unquoted(name: object) -> str:
 
 
 def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:
-    """The choices most like ``word``, best first; none for a word that is too long to be a name."""
+    """Returns the choices most similar to a word, the best first; none for a word that is too long to be a name.
+
+    Args:
+        word: the word.
+        choices: valid names.
+        count: most names to return.
+        cutoff: least similarity, 0 to 1, as in ``difflib.get_close_matches``.
+    """
     if len(word) > _LONGEST_NAME:
         return []
     return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=cutoff)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`` Did you mean 'x' or 'y'?`` with a leading space, or the empty string."""
+    """Returns a hint with similar names: `` Did you mean 'x' or 'y'?`` with a leading space, or the empty string.
+
+    Args:
+        word: an unknown name.
+        choices: valid names.
+    """
     names = near(word, choices)
     return f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
 
 
 def with_article(value: object) -> str:
-    """What a value is: ``an int``, ``a Llama``, ``None``."""
+    """Returns the type of a value with its article: ``an int``, ``a Llama``; ``None`` for None."""
     kind = type(value).__name__
     return "None" if value is None else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
 class PeftWarning(UserWarning):
-    """Category, as in PEFT, of the warning that an adapter cannot be merged where it is put."""
+    """Category, as in PEFT, of the warning that an adapter cannot be merged into its layer."""
 
 
 PeftError = NbpeftError
 NoMatchingPeftModuleError = TargetError
-"""PEFT's names for the two."""
+"""PEFT's names for ``NbpeftError`` and ``TargetError``."""

@@ -1,9 +1,9 @@
-"""Names that several packages offer or check, each written once. Imports no torch, so that completion is fast."""
+"""Names and constants that several packages use. Imports no torch, so that completion is fast."""
 
 from __future__ import annotations
 
 PEFT_VERSION = "0.21.2"
-"""The version of PEFT whose names, fields and files these are."""
+"""The version of PEFT with which names, fields and files are compatible."""
 
 PEFT_TYPES = (
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LORA", "ADALORA", "ADAMSS", "BOFT"),
@@ -12,7 +12,7 @@ PEFT_TYPES = (
     *("TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA", "CARTRIDGE", "TINYLORA", "PSOFT"),
     *("PEANUT", "SHADOW", "SUPERTUNING", "DEFT"),
 )
-"""PEFT's values of ``peft_type``: code compares with them, also before a method is registered."""
+"""PEFT's values of ``peft_type``, known even before the methods are registered."""
 
 ORIGIN_FIELDS = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """Fields of a config that say where it comes from, and not what it does."""
@@ -30,34 +30,34 @@ DEFAULT_SEED = 42
 """The seed of a training, and of what is drawn for it, where none is given: that of ``TrainingArguments``."""
 
 DTYPES = ("bfloat16", "float16", "float32")
-"""Floating dtypes that models are loaded, computed and merged in."""
+"""Floating-point dtypes in which models can be loaded, trained and merged."""
 
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Abbreviations of them."""
+"""Abbreviation -> dtype."""
 
 QUANT_TYPES = ("nf4", "fp4")
-"""Data types of 4-bit weights."""
+"""4-bit data types."""
 
 QUANTIZATIONS = (*QUANT_TYPES, "int8")
-"""Ways in which linear layers are quantized."""
+"""Quantization formats of linear layers."""
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
-"""Optimizers that a memory plan offers; it knows the state of others too."""
+"""Optimizers that memory plans and completion offer; forecasts know further ones."""
 
 LOSS_CHUNK_SIZE = 128
-"""Tokens of which the logits are in memory at once for the loss of a language model, by default."""
+"""Default number of tokens whose logits are in memory at once for the loss of a language model."""
 
 LOSS_WEIGHTS = "loss_weights"
-"""In a tokenised row and in a batch: how much the loss on each label counts, beside ``labels`` and in their shape."""
+"""Key in a tokenized row and in a batch: the weight of each label's loss, in the shape of ``labels``."""
 
 COMBINATION_TYPES = (
     *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
 )
-"""Ways to combine LoRA and DoRA adapters; all but ``exact`` are PEFT's. Other methods name their own."""
+"""Combination types of LoRA and DoRA adapters; all but ``exact`` are PEFT's. Other methods declare their own."""
 
 SERVING_ENGINES = ("vllm", "llama.cpp", "ollama", "transformers", "peft", "diffusers", "kohya")
-"""Programs that adapters can be shipped for."""
+"""Programs for which adapters can be exported."""
 
 STORED_TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Types in which shipped weights can be stored; ``q8_0`` in GGUF files alone."""
+"""Storage types of exported weights; ``q8_0`` only in GGUF files."""

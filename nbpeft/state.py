@@ -1,6 +1,6 @@
-"""What the panels draw: frozen snapshots of a session, without tensors.
+"""The state that the panels show: immutable snapshots of a session, without tensors.
 
-Every class turns into JSON with ``dataclasses.asdict``; sizes are in bytes, times in seconds.
+``dataclasses.asdict`` converts every class to JSON types. Sizes are in bytes, times in seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 TrainStatus = Literal["starting", "running", "pausing", "paused", "stopping", "finished", "stopped", "failed"]
 
 ENDED: tuple[TrainStatus, ...] = ("finished", "stopped", "failed")
-"""Statuses of a run that will publish no other state."""
+"""Final statuses of a run: no further state follows."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class AdapterState:
 
     name: str
     method: str
-    """How a person calls it: ``LoRA``, ``DoRA``, ``rsLoRA``."""
+    """Display name of the method: ``LoRA``, ``DoRA``, ``rsLoRA``."""
     module_count: int
     targets: tuple[str, ...]
     """Distinct last path segments of the adapted modules, sorted."""
@@ -33,16 +33,16 @@ class AdapterState:
     merged: bool
     scale: float = 1.0
     summary: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Its method's main settings, e.g. ``{"r": "16", "α": "32"}``; a star where some modules have other values."""
+    """Main settings of its method, e.g. ``{"r": "16", "α": "32"}``; a value with ``*`` differs on some modules."""
     frozen: bool = False
-    """Whether it is kept from training also while it is active."""
+    """Whether it is frozen, so that it does not train even while it is active."""
     unsaved: bool = False
     """Whether it was trained since it was added, loaded or saved."""
 
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """One part of what is used, e.g. ``base weights``."""
+    """One part of the memory in use, e.g. ``base weights``, in bytes."""
 
     name: str
     byte_count: int
@@ -51,25 +51,25 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class MemoryState:
-    """Memory of one model and of the device it is on."""
+    """Memory of one model and of its device, in bytes; None for what the device does not report."""
 
     device: str
     parts: tuple[MemoryPart, ...]
     device_total: int | None
     device_free: int | None
     peak: int | None = None
-    """Highest use since the last mark, where the device counts it."""
+    """Peak memory since the peak was last reset."""
 
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What combining or converting adapters lost on one layer.
+    """The approximation error of combining or converting adapters on one layer.
 
     Attributes:
-        path: where the layer is.
-        rank: rank of the result; None where the method has none.
-        relative_error: distance to the true (weighted) delta over its norm.
-        energy_kept: share of the true delta's energy that lies along the result.
+        path: module path of the layer.
+        rank: rank of the result; None if its method has no rank.
+        relative_error: norm of the difference to the exact (weighted) delta, divided by the norm of the exact delta.
+        energy_kept: share of the exact delta's energy (squared norm) in the direction of the result, 0 to 1.
     """
 
     path: str
@@ -80,15 +80,16 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """How far an adapter moves one layer.
+    """How much an adapter changes one layer.
 
     Attributes:
-        path: where the layer is.
-        delta_norm: Frobenius norm of what it adds to the weight.
-        weight_norm: that of the frozen weight.
-        directions: singular directions that hold 90 % of the delta's energy; None where not counted.
-        rank: of the adapter there; None for a module trained as a whole.
-        intruders: strong directions of the adapted weight that the frozen one lacks; None where not counted.
+        path: module path of the layer.
+        delta_norm: Frobenius norm of the delta that the adapter adds to the weight.
+        weight_norm: Frobenius norm of the frozen weight.
+        directions: number of singular directions with 90 % of the delta's energy; None if not computed.
+        rank: rank of the adapter on this layer; None for a module trained as a whole.
+        intruders: number of intruder dimensions: strong singular directions of the adapted weight that the frozen
+            weight does not have; None if not computed.
     """
 
     path: str
@@ -100,25 +101,25 @@ class LayerChange:
 
     @property
     def relative(self) -> float:
-        """The delta's norm as a share of the weight's; infinite where only the weight is zero."""
+        """Norm of the delta divided by the norm of the weight; infinite if only the weight is zero."""
         if self.weight_norm > 0:
             return self.delta_norm / self.weight_norm
         return float("inf") if self.delta_norm > 0 else 0.0
 
 
 Curve = tuple[tuple[int, float], ...]
-"""(step, value) pairs, decimated for drawing: bounded however long the run is."""
+"""(step, value) pairs, decimated for drawing, so that their number is bounded for runs of any length."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one prompt.
+    """A generated answer to a prompt.
 
     Attributes:
-        text: without special tokens.
-        token_count: tokens of it.
-        ended: whether the model ended it.
-        cut: whether it reached the greatest length before that.
+        text: the text without special tokens.
+        token_count: number of generated tokens.
+        ended: whether the model ended the answer with an EOS token.
+        cut: whether it reached the maximum length before it ended.
     """
 
     text: str = ""
@@ -129,13 +130,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one prompt was answered while a run went on.
+    """An answer that was generated during a run.
 
     Attributes:
-        step: when it was asked.
-        prompt: as given.
-        answer: the adapter's, as it was then.
-        base: the base model's, which does not change.
+        step: training step at which it was generated.
+        prompt: the prompt.
+        answer: answer with the adapter at that step.
+        base: answer of the base model.
     """
 
     step: int
@@ -149,15 +150,15 @@ MemberStatus = Literal["training", "finished", "stopped", "diverged"]
 
 @dataclass(frozen=True)
 class MemberState:
-    """One of several adapters that are trained side by side, at one moment."""
+    """State of one of the adapters that are trained side by side in a sweep."""
 
     name: str
     status: MemberStatus
     step: int
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What distinguishes it from the others: field and value in words."""
+    """Field -> value as text, for the fields that distinguish it from the others."""
     loss: float | None = None
-    """Of the last step."""
+    """Loss of the last step."""
     smoothed_loss: float | None = None
     eval_loss: float | None = None
     eval_step: int | None = None
@@ -169,7 +170,7 @@ class MemberState:
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """Sorts the best first: by the loss on held-out rows, else by the smoothed loss of training; NaN last."""
+        """Sort key, the best first: by evaluation loss, else by smoothed training loss; NaN and diverged ones last."""
         loss = self.smoothed_loss if self.eval_loss is None else self.eval_loss
         finite = loss is not None and math.isfinite(loss)
         evaluated = self.eval_loss is not None and finite
@@ -178,7 +179,7 @@ class MemberState:
 
 @dataclass(frozen=True)
 class TrainState:
-    """A training run at one moment."""
+    """State of a training run."""
 
     run_id: str
     adapter: str
@@ -187,9 +188,9 @@ class TrainState:
     total_steps: int | None
     epoch: float | None = None
     loss: float | None = None
-    """Of the last step."""
+    """Loss of the last step."""
     mean_loss: float | None = None
-    """Over all steps of this run."""
+    """Mean loss of all steps of this run."""
     smoothed_loss: float | None = None
     eval_loss: float | None = None
     eval_step: int | None = None
@@ -202,43 +203,43 @@ class TrainState:
     eval_history: Curve = ()
     memory: MemoryState | None = None
     message: str = ""
-    """One line for a person: why it stopped, what was done to the rows, a warning that it cannot learn."""
+    """One line for the user: why it stopped, how the rows were changed, a warning that it cannot learn."""
     warnings: tuple[str, ...] = ()
     """The parts of ``message`` that are warnings."""
     kept_step: int | None = None
-    """Step whose weights the model has, where the training diverged later and they were put back."""
+    """Step whose weights were restored after training diverged; None if that did not happen."""
     first_step: int = 0
-    """Steps done before, where it resumes an earlier run and counts on from there."""
+    """Last step of the earlier run that this one resumes; steps are counted from there."""
     gradient_norm: float | None = None
     series: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes)."""
+    """Name -> further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes)."""
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The last values of ``compute_metrics``, without the prefix ``eval_``."""
+    """Last values of ``compute_metrics``, without the prefix ``eval_``."""
     metric_history: Mapping[str, Curve] = field(default_factory=dict, hash=False)
     best_step: int | None = None
     """Step of the lowest evaluation loss, or of the best value of ``metric_for_best_model``."""
     samples: tuple[Sample, ...] = ()
     folder: str = ""
-    """Where the run is kept, or the empty string."""
+    """Folder in which the run is recorded, or the empty string."""
     members: tuple[MemberState, ...] = ()
-    """The adapters of a sweep; the figures above are then of all together."""
+    """The adapters of a sweep; the figures above then refer to all of them."""
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """One model that carries adapters."""
+    """State of one model with adapters."""
 
     name: str
-    """The notebook variable, or another label."""
+    """Name of the notebook variable, or another label."""
     class_name: str
     dtype: str
     device: str
     parameter_count: int
-    """All parameters, adapters included."""
+    """Number of all parameters, including adapters."""
     trainable_count: int
     adapters: tuple[AdapterState, ...] = ()
     active: tuple[str, ...] = ()
-    """Active adapters; empty when only the base model is active."""
+    """Names of the active adapters; empty if only the base model is active."""
     enabled: bool = True
     merged: tuple[str, ...] = ()
     memory: MemoryState | None = None
@@ -246,35 +247,35 @@ class ModelState:
     quantization: str = ""
     """Backend of the quantized layers, e.g. ``bnb4bit``; empty for a dense model."""
     offloaded_count: int = 0
-    """Adapters of its pool that are not on the model now; they come when they are named."""
+    """Number of adapters in its pool that are not on the model now; they are loaded when they are used."""
 
 
 @dataclass(frozen=True)
 class PastState:
-    """What is left of a model that is gone: adapters that were trained and not saved, without their base model."""
+    """Trained and unsaved adapters of a model that no longer exists, without their base model."""
 
     name: str
-    """What it is called now, e.g. ``model (before)``."""
+    """Label of the former model, e.g. ``model (before)``."""
     adapters: str
-    """Their names, and which runs on disk have them, too."""
+    """Names of the adapters, and the runs on disk that have them too, as text."""
 
 
 @dataclass(frozen=True)
 class SessionState:
-    """Everything the panels know."""
+    """The whole state of a session, as the panels show it."""
 
     models: tuple[ModelState, ...] = ()
     current: str | None = None
     """Name of the model that was used last."""
     busy: str = ""
-    """What is running, in words, or the empty string."""
+    """Description of the running command, or the empty string."""
     revision: int = 0
-    """Grows with every published state."""
+    """Number that increases with every published state."""
     notes: tuple[str, ...] = field(default=())
     past: tuple[PastState, ...] = ()
-    """Models that are gone, and of which adapters can be brought back; the last one last."""
+    """Former models whose adapters can be restored, the most recent one last."""
 
     def model(self, name: str | None = None) -> ModelState | None:
-        """The model of that name, the one used last for None, or None if it is not there."""
+        """Returns the model of a name, or for None the one used last; None if there is no such model."""
         wanted = self.current if name is None else name
         return next((model for model in self.models if model.name == wanted), None)

@@ -1,9 +1,9 @@
-"""Several values for one field: what is trained side by side, and what its adapters are called.
+"""Sweeps: several values for a field, whose combinations are trained side by side as separate adapters.
 
 ::
 
     learning_rate = sweep(1e-4, 3e-4)      two adapters: …-lr1e-4 and …-lr3e-4
-    r = sweep(8, 64)                       with the line above: all four pairs
+    r = sweep(8, 64)                       together with the line above: all four combinations
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 from nbpeft.errors import ConfigError
 
 MOST = 16
-"""Adapters that one sweep may have."""
+"""Most adapters in one sweep."""
 TOKENS_TOGETHER = 128
-"""Input tokens of one pass on a CPU: with more of them a pass over several adapters takes memory and saves no time."""
+"""Most input tokens of a forward pass that serves several adapters on a CPU: larger passes need memory and save no
+time."""
 TOKENS_ON_DEVICE = 16_384
 """The same on an accelerator."""
 OWN_FIELDS = (
@@ -35,7 +36,7 @@ OWN_FIELDS = (
     "adam_beta2",
     "adam_epsilon",
 )
-"""Fields of ``TrainingArguments`` that each adapter of a sweep may have of its own."""
+"""Fields of ``TrainingArguments`` that can differ between the adapters of a sweep."""
 _SHORT = {
     "learning_rate": "lr",
     "weight_decay": "wd",
@@ -49,13 +50,13 @@ _SHORT = {
     "use_dora": "dora",
     "use_rslora": "rslora",
 }
-"""What fields are called in names; nothing where the value says it."""
+"""Abbreviations of fields in adapter names; empty if the value is clear without the field."""
 _LONGEST = 24
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Values of one field, of which each is trained. Made by ``sweep``."""
+    """Several values of one field; created by ``sweep``."""
 
     values: tuple[Any, ...]
 
@@ -64,13 +65,13 @@ class Sweep:
 
 
 def sweep(*values: Any) -> Sweep:
-    """Several values for a field of a training or of an adapter's config, to be trained side by side.
+    """Returns several values for a field of a training or of an adapter's config, to be trained side by side.
 
     Args:
-        *values: two or more; several fields with a sweep give every combination.
+        *values: two or more distinct values. Several fields with a sweep give every combination.
 
     Raises:
-        ConfigError: there are not two of them, or two are the same.
+        ConfigError: there are fewer than two values, or two are equal.
     """
     if len(values) == 1 and isinstance(values[0], list | tuple | range):
         shown = ", ".join(map(repr, values[0][:3]))
@@ -84,12 +85,12 @@ def sweep(*values: Any) -> Sweep:
 
 
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:
-    """The fields that have several values."""
+    """Returns the fields whose value is a sweep."""
     return {name: value for name, value in fields.items() if isinstance(value, Sweep)}
 
 
 def not_swept(name: str) -> ConfigError:
-    """The error for a field that adapters which learn side by side have in common."""
+    """Returns the error for a field that cannot differ between the adapters of a sweep."""
     return ConfigError(
         f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
         f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
@@ -98,10 +99,10 @@ def not_swept(name: str) -> ConfigError:
 
 
 def check_own(fields: Iterable[str]) -> None:
-    """Refuses fields that an adapter of a sweep cannot have of its own.
+    """Refuses fields that cannot differ between the adapters of a sweep.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a field is not in ``OWN_FIELDS``.
     """
     for name in fields:
         if name not in OWN_FIELDS:
@@ -109,10 +110,10 @@ def check_own(fields: Iterable[str]) -> None:
 
 
 def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values, the last field changing fastest.
+    """Yields every combination of the values; the last field changes fastest.
 
     Raises:
-        ConfigError: there are more than ``MOST``.
+        ConfigError: there are more than ``MOST`` combinations.
     """
     count = math.prod(len(sweep.values) for sweep in fields.values())
     if count > MOST:
@@ -126,34 +127,47 @@ def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:
 
 
 def largest_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """The fields with one value each, the largest where they are numbers and else the first, and how many there are."""
-    found = dict(fields)
+    """Returns the fields of the presumably largest combination, for an estimate of memory.
+
+    Args:
+        fields: field -> value or sweep.
+
+    Returns:
+        The fields with one value each (of a sweep the largest number, or the first value), and the number of
+        combinations.
+    """
+    single = dict(fields)
     for name, values in swept(fields).items():
         numbers = all(isinstance(value, int | float) for value in values.values)
-        found[name] = max(values.values) if numbers else values.values[0]
-    return found, math.prod(len(values.values) for values in swept(fields).values())
+        single[name] = max(values.values) if numbers else values.values[0]
+    return single, math.prod(len(values.values) for values in swept(fields).values())
 
 
 def members_together(count: int, tokens: int, *, on_cpu: bool) -> int:
-    """How many of ``count`` adapters one pass over the model serves, as evenly as can be.
+    """Returns the number of adapters per forward pass, such that passes are as equal as possible.
 
     Args:
-        count: adapters that learn.
-        tokens: of the batch of one of them.
-        on_cpu: where the pass runs.
+        count: number of adapters that train.
+        tokens: number of tokens in the batch of one adapter.
+        on_cpu: whether the pass runs on a CPU.
     """
     most = max(1, (TOKENS_TOGETHER if on_cpu else TOKENS_ON_DEVICE) // max(1, tokens))
     return math.ceil(count / math.ceil(count / most)) if count else 1
 
 
 def names_of(stem: str, combined: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the adapters of a sweep are called: ``codes-lr1e-4``; those that would be called the same are numbered."""
+    """Returns the names of a sweep's adapters: ``codes-lr1e-4``; equal names are numbered.
+
+    Args:
+        stem: the beginning of each name.
+        combined: the combinations of values, field -> value.
+    """
     labels = ["-".join([stem, *(_label(*item) for item in values.items())]) for values in combined]
     return [label if labels.count(label) == 1 else f"{label}-{number}" for number, label in enumerate(labels, 1)]
 
 
 def stem_of(names: Iterable[str]) -> str:
-    """What the names of a sweep begin with: ``codes`` of ``codes-lr1e-4`` and ``codes-lr3e-4``."""
+    """Returns the common stem of a sweep's names: ``codes`` for ``codes-lr1e-4`` and ``codes-lr3e-4``."""
     first, *others = names
     while first and not all(name.startswith(f"{first}-") for name in others):
         first = first.rpartition("-")[0]
@@ -173,7 +187,7 @@ def _label(name: str, value: Any) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number without a dot, which names may not have: ``1e-4``, ``25e-5``, ``8``, ``5e-2``."""
+    """Returns a number as text without a dot, which adapter names cannot contain: ``1e-4``, ``25e-5``, ``8``."""
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6 if math.isfinite(value) else False):
         return str(int(value))
     mantissa, _, exponent = f"{value:.12e}".partition("e")

@@ -1,1 +1,1 @@
-"""Small helpers that everything may use and that know nothing of adapters."""
+"""Small helpers that every package may use and that know nothing about adapters."""

@@ -1,8 +1,8 @@
-"""Accelerators by name, with the memory that programs can use of them. Imports no torch, so that completion is fast.
+"""Accelerators by name, with the memory that programs can use. Imports no torch, so that completion is fast.
 
-NVIDIA and AMD cards: what ``torch.cuda.get_device_properties(0).total_memory`` reports, as out-of-memory
-messages in public issues quote it ("total capacity of 14.76 GiB" on a T4, 44.53 GiB on an L40S): error correction and
-the driver keep the rest. Apple: Metal's ``recommendedMaxWorkingSetSize``, two thirds of the unified memory up to
+NVIDIA and AMD cards: the value of ``torch.cuda.get_device_properties(0).total_memory``, taken from out-of-memory
+messages in public issues ("total capacity of 14.76 GiB" on a T4, 44.53 GiB on an L40S); error correction and the
+driver reserve the rest. Apple: Metal's ``recommendedMaxWorkingSetSize``, two thirds of the unified memory up to
 32 GB and three quarters above (llama.cpp logs 10922.67 MiB of 16 GB, 21845.34 of 32, 49152 of 64, 73728 of 96).
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from nbpeft.errors import did_you_mean
 
 THIS_MACHINE = "this-machine"
-"""The model's device, or else the best one here."""
+"""Name for the model's device, or the best device of this machine if there is no model."""
 
 _GIB = 2**30
 _CARDS = {
@@ -35,22 +35,22 @@ DEVICES: Mapping[str, int] = {
     **{name: int(size * _GIB) for name, size in _CARDS.items()},
     **{f"{chip}-{size}GB": _apple(size) for chip, sizes in _APPLE.items() for size in sizes},
 }
-"""Name -> usable bytes."""
+"""Name of a device -> usable memory in bytes."""
 
 
 def named(text: str) -> str | None:
-    """The name in ``DEVICES`` that a text means (``rtx 4090``, ``NVIDIA A100 80GB``, ``M2 16GB``), or None."""
+    """Returns the name in ``DEVICES`` that a text means (``rtx 4090``, ``NVIDIA A100 80GB``, ``M2 16GB``), or None."""
     wanted = _key(text)
     return next((name for name in DEVICES if _key(name) in (wanted, f"rtx{wanted}")), None)
 
 
 def is_apple(name: str) -> bool:
-    """Whether a name in ``DEVICES`` is one of Apple's."""
+    """Returns whether a name in ``DEVICES`` is an Apple chip."""
     return name.partition("-")[0] in _APPLE
 
 
 def nearest(text: str) -> str:
-    """`` Did you mean …?`` for a name that is not there; empty where none is near."""
+    """Returns `` Did you mean …?`` for an unknown name, or the empty string if no name is similar."""
     key = _key(text)
     sizes = [name for name in DEVICES if key and _key(name).startswith(key)]
     return f" Did you mean {' or '.join(map(repr, sizes[:4]))}?" if sizes else did_you_mean(text.upper(), DEVICES)

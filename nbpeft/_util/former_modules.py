@@ -1,6 +1,6 @@
-"""Modules that moved can still be imported by their former names.
+"""Lets modules that moved be imported by their former names.
 
-Models pickled by nbpeft 0.2 name them, and so do packages that were written for it.
+Models pickled by nbpeft 0.2, and packages written for it, refer to these names.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _ROOMS = {
     "training.loop": "grouping packing prepare rows",
     "_util": "device_names hooks host_memory hub_access interrupts lazy logs optional subscribers",
 }
-"""Package -> the modules in it that were next to it."""
+"""Package -> its modules that used to be in the parent package."""
 _ELSEWHERE = {
     "engine.projected_vectors": "engine.methods.projections.projected_vectors",
     "engine.kept": "engine.runtime.snapshots",
@@ -77,7 +77,7 @@ _ELSEWHERE = {
     "training.fit": "training.loop.train",
     "training.adapted": "training.adapters.adapted_model",
 }
-"""Modules that have another name now, too."""
+"""Former name -> current name of modules that were also renamed."""
 
 _CLASSES = {
     "Active": "ActiveAdapters",
@@ -91,13 +91,13 @@ _CLASSES = {
 
 
 def new_name(module: str) -> str | None:
-    """Where a module is now.
+    """Returns the current name of a module.
 
     Args:
-        module: its former full name, as ``nbpeft.engine.layer``.
+        module: its former full name, e.g. ``nbpeft.engine.layer``.
 
     Returns:
-        Its full name, as ``nbpeft.engine.wrappers.layer``; None for a module that never moved.
+        Its current full name, e.g. ``nbpeft.engine.wrappers.layer``; None for a module that never moved.
     """
     package, _, place = module.partition(".")
     if package != _PACKAGE:
@@ -110,29 +110,35 @@ def new_name(module: str) -> str | None:
 
 
 class FormerModules:
-    """Finds modules under their former names; each hands on the names of the module it is now.
+    """A meta path finder and loader for former names; a former module forwards to the current one.
 
-    It derives from nothing of ``importlib.abc``, whose import takes a third as long as that of nbpeft.
+    It does not derive from the classes of ``importlib.abc``, whose import takes a third as long as that of nbpeft.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module that moved; None for any other."""
+        """Returns the spec of a module that moved; None for any other.
+
+        Args:
+            fullname: full name of the module.
+            path: unused.
+            target: unused.
+        """
         return ModuleSpec(fullname, self) if new_name(fullname) else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leaves it to Python to make the module."""
+        """Returns None, so that Python creates the module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Lets the module answer with what its successor has."""
+        """Makes the module forward attribute access to its successor, with a DeprecationWarning."""
         successor = str(new_name(module.__name__))
         warnings.warn(f"{module.__name__} is {successor} now", DeprecationWarning, stacklevel=2)
         moved = importlib.import_module(successor)
 
         def find(name: str) -> Any:
-            if name.startswith("__"):  # inspect asks every module
+            if name.startswith("__"):  # inspect asks every module for such names
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return getattr(moved, _CLASSES.get(name, name))
 
@@ -141,6 +147,6 @@ class FormerModules:
 
 
 def add_former_names() -> None:
-    """Lets modules be imported by their former names; this is looked at only where nothing else is found."""
+    """Installs the finder for former names at the end of ``sys.meta_path``, so that it is asked last."""
     if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
         sys.meta_path.append(FormerModules())

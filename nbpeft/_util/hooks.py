@@ -1,7 +1,7 @@
-"""Where the first config and the first adapted model are announced: upper layers register, lower ones call.
+"""Hooks for the creation of configs and adapted models: upper layers register callbacks, lower layers call them.
 
-So importing nbpeft changes nothing in other libraries (the package root registers the patch of the
-Trainers here), and the engine and the model layer import nothing from the layers above them.
+The package root registers the patch of transformers' Trainer here. So importing nbpeft changes nothing in other
+libraries, and the engine and the model layer import nothing from the layers above them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ _when_adapted: list[Callable[[], None]] = []
 
 
 def when_configured(call: Callable[[], None]) -> None:
-    """Registers ``call`` to run whenever a config is made; it should be quick the second time."""
+    """Registers ``call`` to run whenever a config is created; repeated calls should be fast."""
     if call not in _when_configured:
         _when_configured.append(call)
 
 
 def when_adapted(call: Callable[[], None]) -> None:
-    """Registers ``call`` to run whenever a handle on an adapted model is made; it should be quick the second time."""
+    """Registers ``call`` to run whenever a ``BaseTuner`` is created; repeated calls should be fast."""
     if call not in _when_adapted:
         _when_adapted.append(call)
 
 
 def configured() -> None:
-    """Runs what was registered for configs; their constructor calls it."""
+    """Runs the callbacks for configs; called by their constructor."""
     for call in _when_configured:
         call()
 
 
 def adapted() -> None:
-    """Runs what was registered for models; ``BaseTuner`` calls it when it is made, copied or unpickled."""
+    """Runs the callbacks for models; ``BaseTuner`` calls it when it is created, copied or unpickled."""
     for call in _when_adapted:
         call()

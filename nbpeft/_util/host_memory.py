@@ -1,4 +1,4 @@
-"""How much memory the machine has for this process; a container's limit counts. Imports no torch."""
+"""The host memory available to this process; respects a container's limit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of the memory: all there is, and what could still be allocated."""
+    """Returns the total memory in bytes, and the bytes that could still be allocated."""
     memory = psutil.virtual_memory()
     total, free = int(memory.total), int(memory.available)
-    limit, taken = _container_limit()
+    limit, used = _container_limit()
     if limit is not None and limit < total:
-        return limit, min(free, max(limit - taken, 0))
+        return limit, min(free, max(limit - used, 0))
     return total, free
 
 
 def _container_limit() -> tuple[int | None, int]:
-    """The control group's limit, if it has one, and what is taken of it (file cache left out)."""
+    """Returns the control group's limit in bytes, or None, and the bytes used (without inactive file cache)."""
     for limit, current, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

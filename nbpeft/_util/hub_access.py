@@ -1,7 +1,7 @@
-"""Whether the hub answers, found out in about two seconds before anything is asked of it.
+"""Checks in about two seconds whether the hub can be reached, before anything is requested from it.
 
-huggingface_hub tries again five times, with timeouts of up to a minute, and logs each attempt. That is right for a hub
-that stumbles, and wrong for a machine without network: there only the cache is left, and looking there takes no time.
+huggingface_hub retries five times, with timeouts of up to a minute, and logs each attempt. That is right for a hub with
+temporary problems, but wrong for a machine without network, where only the cache can be used.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Mapping
 from typing import Any
 
 TIMEOUT = 2.0
-"""Seconds to wait for an answer, unless ``HF_HUB_ETAG_TIMEOUT`` says how long."""
+"""Seconds to wait for a response, unless ``HF_HUB_ETAG_TIMEOUT`` is set."""
 _TRUSTED = {True: 60.0, False: 3.0}
-"""For how many seconds an answer, and a missing one, are believed."""
+"""Seconds for which a positive and a negative result are cached."""
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 _known: dict[str, tuple[bool, float]] = {}
 
 
 def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return ``{"local_files_only": True}`` where a place can only be on the hub, and that cannot be reached.
+    """Return ``{"local_files_only": True}`` for a source on the hub if the hub cannot be reached; else no options.
 
     Args:
         place: a folder, a file or a hub id.
-        options: of the download; ``endpoint`` is another hub, and ``local_files_only`` asks none.
+        options: download options; ``endpoint`` selects another hub, and with ``local_files_only`` no hub is asked.
     """
     options = options or {}
     if os.path.exists(os.path.expanduser(place)) or options.get("local_files_only") or _is_offline():
@@ -36,7 +36,11 @@ def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None
 
 
 def hub_answers(endpoint: str | None = None) -> bool:
-    """Whether a hub, by default the one that is set up, may be asked and answers anything but that it fails."""
+    """Return whether the hub is not switched off and responds with anything but a server error.
+
+    Args:
+        endpoint: URL of the hub; None for the configured one.
+    """
     if endpoint is None:
         return not _is_offline() and hub_answers(_endpoint())
     known = _known.get(endpoint)
@@ -44,7 +48,7 @@ def hub_answers(endpoint: str | None = None) -> bool:
         return known[0]
     answered: list[bool] = []
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or TIMEOUT)
-    # In a thread of its own: no timeout ends the search for a host's address.
+    # In a separate thread, because the timeout of urlopen does not apply to the DNS lookup.
     thread = threading.Thread(target=lambda: answered.append(_answers(endpoint, seconds)), daemon=True)
     thread.start()
     thread.join(seconds)
@@ -61,11 +65,11 @@ def _answers(endpoint: str, seconds: float) -> bool:
         with urlopen(Request(endpoint, method="HEAD"), timeout=seconds):
             return True
     except HTTPError as error:
-        return error.code < 500  # a refusal is an answer
+        return error.code < 500  # a client error shows that the hub works
     except OSError as error:
-        # A certificate that is not known here may be known to huggingface_hub.
+        # huggingface_hub may accept a certificate that urllib does not know.
         return "certificate" in str(error).lower()
-    except Exception:  # not an address, or not HTTP: huggingface_hub says what is wrong with it
+    except Exception:  # not a URL, or not HTTP: huggingface_hub reports what is wrong with it
         return True
 
 

@@ -1,12 +1,12 @@
-"""Holding an interruption (Ctrl-C, the kernel's stop button) back while something is between two states.
+"""Defers an interruption (Ctrl-C, the kernel's stop button) while a change is incomplete.
 
-    with HeldInterrupts():          # SIGINT is only noted from here on
-        ...                         # short: a command that commits
-        check_interrupt()           # long: a place where stopping is safe
-    # a noted one is delivered here
+    with HeldInterrupts():          # from here on SIGINT is only recorded
+        ...                         # a short critical section, e.g. a commit
+        check_interrupt()           # in a long one: a place where stopping is safe
+    # a recorded interruption is delivered here
 
-Python delivers SIGINT between any two instructions of the main thread, a ``finally`` block included.
-Nothing that is written in Python can therefore be undone for certain unless the signal is held back.
+Python delivers SIGINT between any two bytecode instructions of the main thread, even inside a ``finally`` block. So
+Python code can only guarantee to undo its changes if it defers the signal.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from typing import Any, ClassVar, Self
 
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _STEP = 0.05
-"""Seconds that a wait lasts at most before it looks for a noted interruption again."""
+"""Seconds between two checks for a recorded interruption during a wait."""
 
 
 class HeldInterrupts:
-    """Holds SIGINT back in the main thread; elsewhere, where none is ever delivered, it does nothing.
+    """Defers SIGINT in the main thread; does nothing in other threads, where Python never delivers it.
 
-    What is noted meanwhile goes to the handler that was there before, when the outermost block ends.
+    When the outermost block ends, a recorded interruption is passed to the previous signal handler.
 
     Args:
-        to_the_end: let nothing inside stop the block earlier (``check_interrupt``): for what has to be finished.
+        to_the_end: ignore ``check_interrupt`` inside the block, for work that has to be finished.
 
     Attributes:
-        noting: the outermost block, of the one thread that can have one, that has noted an interruption.
+        noting: the outermost block if it has recorded an interruption, else None. There is at most one, because only
+            the main thread has such blocks.
     """
 
     noting: ClassVar[HeldInterrupts | None] = None
@@ -63,21 +64,21 @@ class HeldInterrupts:
         HeldInterrupts.noting = self
 
     def deliver(self) -> None:
-        """Hands a noted interruption on, which usually raises KeyboardInterrupt; without one it does nothing."""
+        """Passes a recorded interruption to the previous handler, which usually raises KeyboardInterrupt."""
         if HeldInterrupts.noting is self:
             HeldInterrupts.noting = None
             self._previous(signal.SIGINT, sys._getframe())
 
     def released(self) -> AbstractContextManager[None]:
-        """Lets interruptions through while the block runs."""
+        """Returns a context manager that does not defer interruptions while its block runs."""
         return nullcontext() if self._previous is None else _Released(self)
 
     def resume(self) -> None:
-        """Holds interruptions back again."""
+        """Defers interruptions again."""
         set_handler(signal.SIGINT, self._note)
 
     def release(self) -> None:
-        """Lets interruptions through, one that was noted first; ``resume`` holds them back again."""
+        """Stops deferring until ``resume``, and delivers a recorded interruption."""
         try:
             set_handler(signal.SIGINT, self._previous)
             self.deliver()
@@ -97,42 +98,44 @@ class HeldInterrupts:
 
 
 class _Released:
-    """The block of ``HeldInterrupts.released``.
+    """The context manager of ``HeldInterrupts.released``.
 
-    No generator: one whose block was never entered, because the interruption came first, goes on when it is
-    collected, and would hold interruptions back after the outer block has ended, for good.
+    It is not a generator, because the ``finally`` part of a generator also runs when the generator is garbage
+    collected. If the interruption came before its block was entered, this could be after the outer block has ended, and
+    interruptions would be deferred forever.
     """
 
-    def __init__(self, held: HeldInterrupts) -> None:
-        self._held = held
+    def __init__(self, block: HeldInterrupts) -> None:
+        self._block = block
 
     def __enter__(self) -> None:
-        self._held.release()
+        self._block.release()
 
     def __exit__(self, *error: object) -> None:
-        self._held.resume()
+        self._block.resume()
 
 
 def check_interrupt() -> None:
-    """Delivers an interruption that is held back: for the places inside a long command where it can stop."""
-    held = HeldInterrupts.noting  # asked thousands of times a command, where the signal's handler costs 10 µs to find
-    if held is not None and not held._finishing and threading.current_thread() is threading.main_thread():
-        held.deliver()
+    """Delivers a recorded interruption; called at places inside a long command where it can stop safely."""
+    # A class attribute, because this is called thousands of times per command and signal.getsignal takes 10 µs.
+    block = HeldInterrupts.noting
+    if block is not None and not block._finishing and threading.current_thread() is threading.main_thread():
+        block.deliver()
 
 
 def released_interrupts() -> AbstractContextManager[None]:
-    """Lets interruptions through while the block runs, where they are held back: for code of the user's."""
+    """Returns a context manager that does not defer interruptions while its block runs, for calls of user code."""
     main = threading.current_thread() is threading.main_thread()
-    held = _holder(get_handler(signal.SIGINT)) if main else None
-    return nullcontext() if held is None else held.released()
+    block = _holder(get_handler(signal.SIGINT)) if main else None
+    return nullcontext() if block is None else block.released()
 
 
 def wait_for(condition: threading.Condition, *, until: Any) -> None:
-    """``Condition.wait_for`` that an interruption ends although it is held back.
+    """Waits like ``Condition.wait_for``, but can be interrupted even while interruptions are deferred.
 
     Args:
-        condition: held by the caller.
-        until: a function; the wait ends when it returns something true.
+        condition: a condition whose lock the caller has acquired.
+        until: predicate; the wait ends when it returns a true value.
     """
     while not until():
         condition.wait(_STEP)
@@ -140,13 +143,13 @@ def wait_for(condition: threading.Condition, *, until: Any) -> None:
 
 
 class RunningBlock:
-    """The block that a context is entered for, and whether it still runs.
+    """The stack frame in which a context manager was entered, to find out whether its block still runs.
 
-    An interruption between two instructions can keep a context from being left. The stack of its thread
-    tells all the same that the block has ended.
+    An interruption between two instructions can prevent ``__exit__`` from being called. The thread's stack still shows
+    that the block has ended.
 
     Args:
-        inside: modules whose frames are passed over: they enter the context for somebody else.
+        inside: names of modules whose frames are skipped, because they enter the context manager for their callers.
     """
 
     def __init__(self, *inside: str) -> None:
@@ -159,15 +162,15 @@ class RunningBlock:
         self._frame = frame
 
     def ended_before(self, other: RunningBlock) -> bool:
-        """Whether it has ended, now that another one begins: also where that one runs in the same frame."""
+        """Returns whether the block has ended when another block begins; two blocks of one frame follow each other."""
         return (self.thread == other.thread and self._frame is other._frame) or not self.runs()
 
     def runs(self) -> bool:
-        """Whether its frame runs. A generator's may come back, and counts as running.
+        """Returns whether the frame is still running. The frame of a generator can be resumed and counts as running.
 
-        The stack of another thread is never walked: that crashes CPython 3.11 while a frame of it is being cleared.
-        Its own frame can be asked: one that runs refuses to be cleared, and of one that has ended nobody needs the
-        variables, but for a debugger.
+        The stack of another thread must not be walked: CPython 3.11 crashes if one of its frames is being cleared
+        at that moment. Instead the frame itself is cleared: a running frame raises RuntimeError, and the variables of
+        one that has ended are not needed any more, except by a debugger.
         """
         if self._frame.f_code.co_flags & _SUSPENDS:
             return True

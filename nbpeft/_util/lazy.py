@@ -1,7 +1,7 @@
-"""Packages whose names are imported when they are first used, so that importing the package costs nothing.
+"""Lazy imports: names of a package are imported on first use, so that importing the package is fast.
 
-The stub beside a package's ``__init__.py`` holds each name once, as ``from .module import Name as Name``:
-type checkers and editors read it, and so does :func:`lazy_names`.
+The stub file ``__init__.pyi`` of a package lists each name once, as ``from .module import Name as Name``. Type checkers
+and editors read it, and so does :func:`lazy_names`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def lazy_names(package: str, file: str) -> dict[str, str]:
     """Reads the stub of a package.
 
     Args:
-        package: full name of the package, its ``__name__``.
-        file: its ``__file__``.
+        package: ``__name__`` of the package.
+        file: ``__file__`` of the package.
 
     Returns:
         Public name -> full name of the module to import it from.

@@ -1,12 +1,12 @@
 """Collapses equal warnings in the logs of other libraries into one line with a count.
 
-bitsandbytes and transformers log the same warning for every layer and every step. Inside
-``collapsed()`` such a warning is held back and counted, and shown once when the block ends::
+bitsandbytes and transformers log the same warning for every layer and every step. Inside ``collapsed()`` such a warning
+is delayed and counted, and shown once when the block ends::
 
     MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization (210 times)
 
-Nothing is lost but ``DROPPED``: each distinct warning is shown, errors and everything of other libraries pass at
-once, and in a block that runs long a warning is shown after ten seconds and counted on.
+Except for those in ``DROPPED``, each distinct warning is shown. Errors, and all records of other libraries, are not
+delayed. In a long block a warning is shown after ten seconds, and further ones are counted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from nbpeft._util.interrupts import HeldInterrupts
 
 LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
-"""How long a warning is held back at most, given that another one follows."""
+"""Longest delay of a warning in seconds, provided that another one follows."""
 
 DROPPED = ("Failed to load CPU gemm_4bit_forward", "The tokenizer has new PAD/BOS/EOS tokens")
-"""Beginnings of warnings that are dropped: an optional kernel of bitsandbytes is not installed, which it says on
-import, also where nothing is quantized; and a Trainer takes the tokens of the tokenizer it was given, as it should."""
+"""Beginnings of warnings that are dropped. bitsandbytes logs the first one on import if an optional kernel is not
+installed, even if nothing is quantized; transformers' Trainer logs the second one when it uses the tokens of its
+tokenizer, as it should."""
 
 _MARK = "_nbpeft_counted"
 _SHOWN = "_nbpeft_shown"
@@ -35,13 +36,13 @@ _Key = tuple[str, str]
 
 
 class RepeatFilter(logging.Filter):
-    """A filter for handlers that holds warnings back and counts them until ``flush``.
+    """A logging filter that delays warnings and counts them until ``flush``.
 
-    It sits on handlers because a filter on a logger does not see what its children log.
+    It is added to handlers, because the filter of a logger does not see records of its child loggers.
 
     Args:
-        libraries: first parts of the names of the loggers it applies to.
-        clock: seconds that go on.
+        libraries: top-level names of the loggers to filter.
+        clock: returns a monotonic time in seconds.
     """
 
     def __init__(self, libraries: tuple[str, ...] = LIBRARIES, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,20 +50,20 @@ class RepeatFilter(logging.Filter):
         self._libraries = libraries
         self._clock = clock
         self._lock = threading.RLock()
-        self._held: dict[_Key, list[logging.LogRecord]] = {}
+        self._delayed: dict[_Key, list[logging.LogRecord]] = {}
         self._counts: dict[_Key, int] = {}
         self._shown_before: set[_Key] = set()
         self._since = clock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a handler shows a record now."""
+        """Returns whether a handler should show a record now."""
         if record.levelno != logging.WARNING or hasattr(record, _SHOWN):
             return True
         if record.name.partition(".")[0] not in self._libraries:
             return True
         if record.getMessage().startswith(DROPPED):
             return False
-        if not hasattr(record, _MARK):  # several handlers ask about the same record
+        if not hasattr(record, _MARK):  # several handlers filter the same record: count it once
             setattr(record, _MARK, True)
             self._count(record)
         return False
@@ -72,20 +73,20 @@ class RepeatFilter(logging.Filter):
         with HeldInterrupts(), self._lock:
             if not self._counts:
                 self._since = self._clock()
-            self._held.setdefault(key, [record])
+            self._delayed.setdefault(key, [record])
             self._counts[key] = self._counts.get(key, 0) + 1
             late = self._clock() - self._since > HOLD_SECONDS and key not in self._shown_before
         if late:
             self.flush()
 
     def flush(self) -> None:
-        """Shows every warning that is held back, with its count, in the order they first came."""
+        """Shows every delayed warning with its count, in the order of first occurrence."""
         with HeldInterrupts(), self._lock:
-            held, counts = self._held, self._counts
-            self._held, self._counts = {}, {}
+            delayed, counts = self._delayed, self._counts
+            self._delayed, self._counts = {}, {}
             before = set(self._shown_before)
-            self._shown_before.update(held)
-        for key, (record,) in held.items():
+            self._shown_before.update(delayed)
+        for key, (record,) in delayed.items():
             count, more = counts[key], " more" if key in before else ""
             times = f" ({count:,}{more} time{'' if count == 1 else 's'})" if count > 1 or more else ""
             record.msg, record.args = key[1] + times, None
@@ -93,17 +94,20 @@ class RepeatFilter(logging.Filter):
             logging.getLogger(record.name).handle(record)
 
     def forget(self) -> None:
-        """Starts anew: what was shown counts as never shown."""
+        """Forgets which warnings have been shown."""
         with HeldInterrupts(), self._lock:
             self._shown_before.clear()
 
 
 class _Block:
-    """One block. Where an interruption keeps it from being left, it is gone with its frame."""
+    """Identifies one ``collapsed`` block.
+
+    It is referenced only by its frame. So it disappears with the frame even if an interruption prevented a clean exit.
+    """
 
 
 class _Collapsing:
-    """The one filter of the process, on every handler that could show the libraries' records."""
+    """Adds the filter of the process to every handler that could show the libraries' records, and removes it."""
 
     def __init__(self) -> None:
         self._filter = RepeatFilter()
@@ -120,7 +124,7 @@ class _Collapsing:
                     self._handlers.append(handler)
 
     def leave(self, block: _Block) -> None:
-        """Ends a block, also one that an interruption kept from being entered."""
+        """Ends a block; does nothing if an interruption prevented ``enter``."""
         with HeldInterrupts(), self._lock:
             if block not in self._blocks:
                 return
@@ -141,10 +145,10 @@ _collapsing = _Collapsing()
 
 @contextmanager
 def collapsed() -> Iterator[None]:
-    """Equal warnings of other libraries inside the block become one line with a count at its end.
+    """Collapses equal warnings of other libraries inside the block into one line with a count at its end.
 
-    Blocks may be nested; the outermost one shows the warnings. An inner one also takes in handlers that were
-    made since, such as the one transformers makes when it is imported.
+    Blocks may be nested; the outermost one shows the warnings. An inner block also adds the filter to handlers created
+    since, such as the one that transformers creates when it is imported.
     """
     block = _Block()
     try:

@@ -1,6 +1,6 @@
-"""Packages that only a part of nbpeft needs: what is missing without one, and the extra that brings it.
+"""Optional dependencies: reports which extra to install if a package is missing.
 
-``pip install nbpeft`` brings what the adapter engine needs; notebooks, trainings and quantizing take more.
+``pip install nbpeft`` installs what the adapter engine needs; notebooks, training and quantization need more.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from contextlib import contextmanager
 from nbpeft.errors import MissingPackageError, in_one_line
 
 _EXTRAS = {"accelerate": "train", "bitsandbytes": "bnb", "rich": "notebook"}
-"""Package -> the extra of nbpeft that is made for what needs it; others are installed by their own name."""
+"""Package -> the extra of nbpeft that includes it; other packages are installed by their own name."""
 
 
 @contextmanager
 def needs(package: str, what: str) -> Iterator[None]:
-    """Says in one line what to install where an import in the block fails.
+    """Turns a failed import in the block into one line that says what to install.
 
         with needs("bitsandbytes", "Quantizing"):
             import bitsandbytes
 
     Args:
-        package: its name on PyPI.
-        what: what it is needed for, the beginning of a sentence.
+        package: name of the package on PyPI.
+        what: the feature that needs it, as the beginning of a sentence.
 
     Raises:
         MissingPackageError: an import failed: the package is not installed, or it is broken.

@@ -13,13 +13,13 @@ Callback = Callable[..., Any]
 
 
 class Subscribers:
-    """Callbacks for events; bound methods are held weakly."""
+    """Callbacks for events; bound methods are referenced weakly, so that subscribing does not keep objects alive."""
 
     def __init__(self) -> None:
         self._references: list[Callable[[], Callback | None]] = []
 
     def add(self, callback: Callback) -> Callable[[], None]:
-        """Add a callback; returns the function that removes it again."""
+        """Add a callback; return a function that removes it again."""
         reference: Callable[[], Callback | None]
         reference = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
         self._references.append(reference)
@@ -31,7 +31,7 @@ class Subscribers:
         return remove
 
     def notify(self, *event: object) -> list[str]:
-        """Call every callback; returns one line for each that failed."""
+        """Call every callback; return one line for each that failed."""
         failures = []
         for reference in list(self._references):
             callback = reference()
@@ -47,5 +47,5 @@ class Subscribers:
         return failures
 
     def clear(self) -> None:
-        """Forget all callbacks."""
+        """Remove all callbacks."""
         self._references.clear()

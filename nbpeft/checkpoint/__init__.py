@@ -1,6 +1,6 @@
-"""Files and the hub: the only place that knows how PEFT spells a saved adapter.
+"""Checkpoints on disk and on the hub: the only package that knows PEFT's file formats and key names.
 
-Importing it gives ``AdapterConfig.from_pretrained`` and ``save_pretrained`` their store.
+Importing it sets the store that ``AdapterConfig.from_pretrained`` and ``save_pretrained`` use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Changes the files of a folder all together or not at all.
+"""Atomic updates of several files in a folder: either all of them change or none does.
 
-A folder that is not there yet is made ready beside its place, flushed to the disk, and put there
-in one move. In a folder that is there, the files are made ready in a hidden staging folder inside
-it; then each moves to its place, in the order given. The first move is the moment from which the
-new state counts. An error at any point moves the old files back and leaves no trace. If the
-process dies between two moves, the staging folder holds the files that were still to move:
-``staged`` finds them, so that a reader can pair them with the first file, and the next write into
-the folder ends the work before it begins its own.
+A new folder is written under a temporary name next to its final place, flushed to disk, and renamed
+once. For an existing folder, the files are written to a hidden staging folder inside it and then
+renamed into place one by one, in the given order. The first rename commits the write. An error at
+any point restores the old files and removes the staging folder. If the process dies between two
+renames, the remaining files are still in the staging folder: ``staged`` finds them, so that a reader
+can pair them with the file that was already renamed, and the next write into the folder first
+finishes the interrupted one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _SHOWN = 160
 
 @dataclass(frozen=True)
 class NewFile:
-    """One file to put into a folder.
+    """One file to write into a folder.
 
     Attributes:
-        name: its name in the folder; ``sub/name`` for one in a folder inside it.
-        write: writes it to the path it is given.
+        name: path relative to the folder, e.g. ``config.json`` or ``sub/name``.
+        write: called with a path; writes the content there.
     """
 
     name: str
@@ -44,35 +44,45 @@ class NewFile:
 
     @classmethod
     def of_text(cls, name: str, text: str) -> NewFile:
-        """A text file, UTF-8, with the line ends it has."""
+        """Returns a UTF-8 text file; line endings are written as they are in ``text``.
+
+        Args:
+            name: path relative to the folder.
+            text: the content.
+        """
         return cls(name, lambda path: path.write_bytes(text.encode("utf-8")))
 
     @classmethod
     def copy_of(cls, path: Path, name: str | None = None) -> NewFile:
-        """A file of the same content, by default of the same name."""
+        """Returns a copy of an existing file.
+
+        Args:
+            path: the file to copy.
+            name: path of the copy relative to the folder; by default the file's own name.
+        """
         return cls(name or path.name, lambda target: shutil.copyfile(path, target))
 
 
 class _FolderAppeared(Exception):
-    """Another process made the folder meanwhile."""
+    """Another process created the folder in the meantime."""
 
 
 def replace_files(
     folder: Path, files: Sequence[NewFile], *, byte_count: int = 0, finish_others: bool = True
 ) -> dict[Path, int]:
-    """Puts files into a folder, which is made if need be.
+    """Writes files into a folder atomically, creating the folder if needed.
 
     Args:
-        folder: where they go; other files in it are not touched.
-        files: in the order in which they move to their places.
-        byte_count: about how much they take, to refuse early when the disk is full.
-        finish_others: whether a write that died after its first move is ended first, or else undone.
+        folder: the target; its other files are not touched.
+        files: the files, in the order in which they are renamed into place.
+        byte_count: approximate total size in bytes, so that a full disk is reported before anything is written.
+        finish_others: whether to finish a write that a dead process left after its first rename; False undoes it.
 
     Returns:
-        The paths written, with their sizes in bytes.
+        Each written path with its size in bytes.
 
     Raises:
-        CheckpointError: the folder cannot be written; everything is as it was.
+        CheckpointError: the folder cannot be written; nothing was changed.
     """
     with disk_errors(folder, byte_count):
         try:
@@ -108,7 +118,7 @@ def _replace_files(folder: Path, files: Sequence[NewFile], byte_count: int, fini
 
 
 def _write_all(staging: Staging, files: Sequence[NewFile], *, note: bool) -> dict[str, Mark]:
-    """Makes the files ready, with a note of the moves to come; returns what each is known by."""
+    """Writes the files into the staging folder, with a log of the pending renames; returns each file's mark."""
     marks: dict[str, Mark] = {}
     folders = {staging.path}
     for file in files:
@@ -128,7 +138,7 @@ def _write_all(staging: Staging, files: Sequence[NewFile], *, note: bool) -> dic
 
 
 def _move_folder(staging: Path, folder: Path, made: Sequence[Path]) -> None:
-    """Puts a whole new folder into its place."""
+    """Renames the staging folder to the new folder, and undoes that on an error."""
     try:
         os.replace(staging, folder)
         for path in dict.fromkeys([folder.parent, *(path.parent for path in reversed(made))]):
@@ -142,7 +152,7 @@ def _move_folder(staging: Path, folder: Path, made: Sequence[Path]) -> None:
 
 
 def _move_all(staging: Staging, folder: Path, marks: dict[str, Mark], made: list[Path]) -> None:
-    """Moves files into place and flushes the folders; on an error moves back what was there."""
+    """Renames files into place and flushes the folders; on an error restores the previous files."""
     for name in marks:
         made += inside.make_folders(folder, os.path.dirname(name))
         if inside.status(folder, name) is not None:
@@ -161,7 +171,7 @@ def _move_all(staging: Staging, folder: Path, marks: dict[str, Mark], made: list
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:
-    """Makes a folder with its parents; notes what was made, outermost first."""
+    """Creates a folder with its parents and appends every created folder to ``made``, outermost first."""
     missing = []
     path = folder
     while not path.exists():
@@ -183,24 +193,22 @@ def _check_space(folder: Path, byte_count: int) -> None:
 
 @contextmanager
 def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
-    """Lets what the block writes be a folder of its own, in the place of one that is there; undone on an error.
+    """Moves an existing folder away while the block writes a new one in its place; an error restores it.
 
     Args:
-        folder: to be written.
-        allowed: whether a folder with files may be replaced; one with folders in it never is.
+        folder: the folder that the block writes.
+        allowed: whether an existing folder of files may be replaced. A folder with subfolders never is.
 
     Raises:
-        CheckpointError: something is there that may not be replaced.
+        CheckpointError: the path exists and may not be replaced.
     """
     with disk_errors(folder):
-        sweep(folder.parent)  # what a process that died moved aside comes back
+        sweep(folder.parent)  # restores a folder that a dead process had moved away
         found = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
         if found and not allowed:
-            raise CheckpointError(
-                f"{shown(folder)} is there already; choose another folder, or replace it (overwrite=…)"
-            )
+            raise CheckpointError(f"{shown(folder)} already exists; choose another folder, or replace it (overwrite=…)")
         if found and (folder.is_symlink() or not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
-            raise CheckpointError(f"{shown(folder)} is more than a folder of files, and is not replaced")
+            raise CheckpointError(f"{shown(folder)} is not just a folder of files, and is not replaced")
     if not found:
         yield
         return
@@ -221,21 +229,21 @@ def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
 
 
 def flush_file(path: Path) -> None:
-    """Brings what a file holds to the disk."""
+    """Flushes a file's content to disk (``fsync``)."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
 def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
-    """Reports an error of the system while a folder is written in one line.
+    """Turns an operating-system error raised while writing a folder into one clear line.
 
     Args:
-        folder: what is written.
-        byte_count: about how much it takes, or 0.
+        folder: the folder that is written.
+        byte_count: approximate size of the write in bytes, or 0 if unknown.
 
     Raises:
-        CheckpointError: there was one.
+        CheckpointError: the block raised such an error.
     """
     try:
         yield
@@ -251,7 +259,7 @@ def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
 
 def _translated(error: Exception, folder: Path, byte_count: int) -> CheckpointError:
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors reports the system's errors as text.
+    # safetensors raises SafetensorError without an errno: the code is only in its text.
     if number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
         return CheckpointError(_no_space(folder, byte_count), needed=byte_count)
     if number in (errno.ENOTDIR, errno.EEXIST):

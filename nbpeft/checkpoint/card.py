@@ -1,7 +1,7 @@
-"""The README of a saved adapter: front matter that the hub reads, then text for people.
+"""The model card (README.md) of a saved adapter: YAML front matter for the hub, then Markdown.
 
-A README that is there keeps its text and its front matter; only the entries that the adapter
-itself decides are brought up to date. One without any text gets ours.
+An existing README keeps its text and front matter; only the entries that follow from the adapter
+are updated. A README without text gets the default text.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says besides the config.
+    """Facts for a model card that the adapter's config does not contain.
 
     Attributes:
-        source: what ``from_pretrained`` takes to load the adapter.
+        source: the argument of ``from_pretrained`` that loads the adapter.
         title: the heading.
-        base: the base model in words, for where it has no name on the hub.
-        training: name and value of what is known about the data and the result.
-        arguments: of the training; secrets among them are left out.
-        curve: the loss curve as SVG, written beside the card; empty where there is none.
+        base: description of a base model that has no hub id.
+        training: (name, value) pairs about the training data and its result.
+        arguments: training arguments; secrets are removed before they are written.
+        curve: the loss curve as SVG, saved next to the card; empty for none.
     """
 
     source: str = "path/to/this/folder"
@@ -73,13 +73,13 @@ def card_text(
     tags: Sequence[str] = (),
     facts: CardFacts | None = None,
 ) -> str:
-    """The text of a README for an adapter.
+    """Returns the README text for an adapter.
 
     Args:
         config: the adapter's config.
-        present: the README that is there, or None.
-        tags: tags besides those that follow from the config (``transformers``).
-        facts: what else is known; the README that is there keeps what it says about the training without.
+        present: text of the existing README, or None.
+        tags: additional tags; those that follow from the config are added anyway.
+        facts: facts for the title and the training section; None leaves an existing training section unchanged.
     """
     base = _hub_id(config.base_model_name_or_path)
     own = [*tags, *config.card_tags, *(["transformers"] if config.task_type else [])]
@@ -102,14 +102,14 @@ def card_text(
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The base model's id, unless it is a folder of this machine: that is nobody else's business."""
+    """Returns the base model's hub id, or None for a local folder, whose path must not be published."""
     if not name or os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~")) or "\\" in name:
         return None
     return name if _HUB_ID.fullmatch(name) else None
 
 
 def _split(text: str) -> tuple[list[str], str]:
-    """Lines of the front matter, and the text behind it."""
+    """Returns the lines of the front matter, and the text after it."""
     lines = text.split("\n")
     if lines[0].strip() == _FENCE:
         for number, line in enumerate(lines[1:], start=1):
@@ -119,7 +119,7 @@ def _split(text: str) -> tuple[list[str], str]:
 
 
 def _entries(lines: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(name, lines) of each top-level entry; comments and what is nested stay with the entry above."""
+    """Returns (name, lines) of each top-level entry; comments and nested lines belong to the entry above."""
     entries: list[tuple[str, list[str]]] = []
     for line in lines:
         match = re.match(r"([A-Za-z_][\w-]*)\s*:", line)
@@ -141,10 +141,10 @@ def _put(entries: list[tuple[str, list[str]]], name: str, block: list[str]) -> N
 
 
 def _put_tags(entries: list[tuple[str, list[str]]], own: Sequence[str]) -> None:
-    """Adds our tags to those that are there; a tag that names another base model goes."""
+    """Adds tags to the existing ones and drops a tag that names another base model."""
     block = next((lines for name, lines in entries if name == "tags"), ["tags: []"])
     try:
-        present = yaml.load("\n".join(block), yaml.BaseLoader)["tags"] or []  # all scalars as the text they are
+        present = yaml.load("\n".join(block), yaml.BaseLoader)["tags"] or []  # BaseLoader keeps scalars as text
     except (yaml.YAMLError, RecursionError, KeyError, TypeError):
         return
     commented = any(line.lstrip().startswith("#") for line in block)
@@ -158,20 +158,20 @@ def _put_tags(entries: list[tuple[str, list[str]]], own: Sequence[str]) -> None:
 
 
 def _block(name: str, value: object) -> list[str]:
-    """Lines of YAML."""
+    """Returns an entry as lines of YAML."""
     text: str = yaml.safe_dump({name: value}, allow_unicode=True, width=math.inf)
     return text.splitlines()
 
 
 def _body(config: AdapterConfig, facts: CardFacts) -> str:
     base = _hub_id(config.base_model_name_or_path)
-    base_words = f"`{base}`" if base else _plain(facts.base)
+    base_label = f"`{base}`" if base else _plain(facts.base)
     return "\n".join(
         [
             "",
             f"# {facts.title}",
             "",
-            f"A {method_of(config).label} adapter" + (f" for {base_words}." if base_words else "."),
+            f"A {method_of(config).label} adapter" + (f" for {base_label}." if base_label else "."),
             "",
             "## Settings",
             "",
@@ -196,7 +196,7 @@ def _body(config: AdapterConfig, facts: CardFacts) -> str:
 
 
 def _loading_base(base: str | None, task_type: object) -> list[str]:
-    """Lines that load a base model of the hub, where it is known how."""
+    """Returns the code lines that load the base model; empty if it has no hub id or no known auto class."""
     loader = _LOADERS.get(TaskType(task_type)) if task_type else None
     if base is None or loader is None:
         return []
@@ -204,7 +204,7 @@ def _loading_base(base: str | None, task_type: object) -> list[str]:
 
 
 def _with_training(body: str, facts: CardFacts) -> str:
-    """The text with its section about the training brought up to date, added before the use where there is none."""
+    """Returns the text with its training section updated, or inserted before ``## Use`` if it has none."""
     section = _training_section(facts)
     before, begin, rest = body.partition(_TRAINING_BEGIN)
     _, end, after = rest.partition(_TRAINING_END)
@@ -235,13 +235,13 @@ def _training_section(facts: CardFacts) -> str:
 
 
 def _plain(text: str) -> str:
-    """Words for a cell of a Markdown table, which they cannot leave."""
+    """Returns text escaped for a cell of a Markdown table."""
     words = " ".join(masked(text).split())
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", words)
 
 
 def _with_settings(body: str, config: AdapterConfig) -> str:
-    """The text with its table of settings brought up to date, where it has one of ours."""
+    """Returns the text with its generated table of settings updated, if it has one."""
     before, begin, rest = body.partition(_SETTINGS_BEGIN)
     _, end, after = rest.partition(_SETTINGS_END)
     if not end:
@@ -252,7 +252,7 @@ def _with_settings(body: str, config: AdapterConfig) -> str:
 
 
 def _listed_fields(config: AdapterConfig) -> list[str]:
-    """Names of the fields that a card lists."""
+    """Returns the names of the config fields that the card lists."""
     if config.card_fields:
         return list(config.card_fields)
     common = {item.name for item in dataclasses.fields(AdapterConfig)}
@@ -265,7 +265,7 @@ def _default_of(item: dataclasses.Field[Any]) -> Any:
 
 
 def _code(value: object) -> str:
-    """A value in a cell of a Markdown table, which it cannot leave."""
+    """Returns a value as inline code, escaped for a cell of a Markdown table."""
     text = json.dumps(value, default=_listed).replace("<!--", "\\u003c!--").replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"

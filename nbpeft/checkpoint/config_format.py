@@ -1,4 +1,4 @@
-"""``adapter_config.json``: from and to a config, spelled as PEFT spells it."""
+"""Reads and writes ``adapter_config.json`` in PEFT's format."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from nbpeft.errors import (
 from nbpeft.names import PEFT_VERSION
 
 LARGEST_CONFIG = 8_000_000
-"""Bytes of a config file; one that names 50,000 modules takes a third of it."""
+"""Largest config file in bytes; a config that names 50,000 modules takes a third of it."""
 _MOST_ENTRIES = 150_000
-"""Of all lists and dictionaries in it together."""
+"""Largest number of entries of all its lists and dictionaries together."""
 _DEEPEST = 32
 _MOST_DIGITS = 400
-"""Of a whole number; more do not fit into the largest float."""
+"""Most digits of an integer; more would not fit into the largest float."""
 
 _RUNTIME_FIELDS = frozenset({"runtime_config"})
 
 
 def config_text(config: AdapterConfig, *, inference_mode: bool | None = None) -> str:
-    """The text of ``adapter_config.json``.
+    """Returns the text of ``adapter_config.json``.
 
     Args:
         config: any registered config.
-        inference_mode: value to write instead of the config's own; a saved adapter has True.
+        inference_mode: value to write instead of the config's own; PEFT saves adapters with True.
 
     Raises:
         ConfigError: a field's value cannot be written as JSON.
@@ -59,10 +59,17 @@ def config_text(config: AdapterConfig, *, inference_mode: bool | None = None) ->
 
 
 def parse_config(text: str, where: str = "adapter_config.json") -> tuple[AdapterConfig, dict[str, Any]]:
-    """The config in a text, and the fields this version does not know.
+    """Parses the text of an ``adapter_config.json``.
+
+    Args:
+        text: the JSON text.
+        where: name of the file, for messages.
+
+    Returns:
+        The config, and the fields that this version does not know.
 
     Raises:
-        CorruptCheckpointError: the text is not JSON, is beyond all bounds or has no ``peft_type``.
+        CorruptCheckpointError: the text is not JSON, exceeds the size limits or has no ``peft_type``.
         UnknownMethodError: ``peft_type`` is not registered.
         ConfigError: a field has an impossible value.
     """
@@ -80,7 +87,7 @@ def parse_config(text: str, where: str = "adapter_config.json") -> tuple[Adapter
 
 
 class _BeyondBounds(Exception):
-    """A config that no adapter has."""
+    """A config exceeds the limits on size, depth or digits."""
 
 
 def _whole_number(digits: str) -> int:
@@ -90,7 +97,7 @@ def _whole_number(digits: str) -> int:
 
 
 def _check_size(fields: Any) -> None:
-    """Raises _BeyondBounds for what would take long to go through."""
+    """Raises _BeyondBounds for JSON that is so large or so deep that processing it would take long."""
     level, entries, depth = [fields], 0, 0
     while level:
         level = [
@@ -107,7 +114,14 @@ def _check_size(fields: Any) -> None:
 
 
 def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The config that the fields of a file mean, and the fields this version does not know.
+    """Builds a config from the fields of a file.
+
+    Args:
+        fields: field -> value, with ``peft_type``.
+        where: name of the file, for messages.
+
+    Returns:
+        The config, and the fields that this version does not know.
 
     Raises:
         UnknownMethodError: ``peft_type`` is not registered.
@@ -130,15 +144,15 @@ def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dic
 
 
 def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable[str] | None = None) -> AdapterConfig:
-    """A copy of a config with what PEFT fills in from the model when it saves.
+    """Returns a copy of a config with the fields that PEFT fills in from the model when it saves.
 
-    ``base_model_name_or_path`` if there is none; ``auto_mapping`` if there is no ``task_type``;
-    ``target_modules`` written out when it is ``"all-linear"`` and condensed when it is long.
+    Sets ``base_model_name_or_path`` if it is None, and ``auto_mapping`` if there is no ``task_type``.
+    Replaces ``target_modules="all-linear"`` by the module paths, and condenses a long list.
 
     Args:
         config: the adapter's config.
-        model: the base model; adapters on it do not matter.
-        targets: paths of the adapted modules; needed to write ``"all-linear"`` out.
+        model: the base model, with or without adapters.
+        targets: paths of the adapted modules; without them ``"all-linear"`` stays.
     """
     changes: dict[str, Any] = {}
     if config.base_model_name_or_path is None:
@@ -157,7 +171,7 @@ def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it, always the same for the same value."""
+    """Returns a value in JSON types; sets are sorted, so that equal configs give equal text."""
     if isinstance(value, (set, frozenset)):
         return sorted((_plain(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):

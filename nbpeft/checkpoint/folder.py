@@ -1,4 +1,4 @@
-"""A saved adapter: config, tensors and card of one folder."""
+"""Reads and writes a saved adapter: the config, tensors and model card of one folder."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheck
 
 CARD_NAME = "README.md"
 _READS = 3
-"""How often a pair is read that another process replaces meanwhile."""
+"""How often config and tensors are read again when another process replaces them in between."""
 _CONFIG_DIGEST = "nbpeft.config_sha256"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a saved adapter holds.
+    """A saved adapter whose tensors are not read yet.
 
     Attributes:
-        config: its config.
-        unread: its tensors by key in the file, for the requested device, not read yet.
-        metadata: what the file says about itself; the fingerprint of the base is in it.
-        folder: where the files lie (a folder of the cache for one of the hub).
-        unknown_fields: names of config fields that this version does not know and left out.
+        config: the adapter's config.
+        unread: the tensors by key in the file, for the requested device.
+        metadata: metadata of the tensor file, including the base model's fingerprint.
+        folder: the folder of the files; for the hub, a folder of its local cache.
+        unknown_fields: names of config fields that this version does not know and ignored.
     """
 
     config: AdapterConfig
@@ -64,25 +64,25 @@ class Checkpoint:
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All its tensors, read when they are first asked for.
+        """All tensors, read on first access.
 
         Raises:
-            CorruptCheckpointError: the file was truncated meanwhile.
+            CorruptCheckpointError: the file was truncated after its header was read.
         """
         return dict(self.unread.read())
 
     def beside(self, config: AdapterConfig) -> tuple[AdapterConfig, UnreadTensors]:
-        """A config for the tensors, and the tensors to bind; see ``AdapterConfig.beside``."""
+        """Returns the config and the tensors as ``AdapterConfig.beside`` adjusts them to each other."""
         return config.beside(self.unread.header)[0], self.unread.changed(lambda tensors: config.beside(tensors)[1])
 
 
 @dataclass(frozen=True)
 class WrittenFiles:
-    """What was written.
+    """The files of one saved adapter.
 
     Attributes:
-        paths: the files, tensors first; a README that needed no change is not among them.
-        byte_count: bytes of all of them.
+        paths: the files, tensors first; an unchanged README is not listed.
+        byte_count: their total size in bytes.
     """
 
     paths: tuple[Path, ...]
@@ -99,16 +99,16 @@ def read_config(
     local_files_only: bool = False,
     **hub: Any,
 ) -> AdapterConfig:
-    """The config of a saved adapter.
+    """Reads the config of a saved adapter.
 
     Args:
         source: a folder, or the id of a repository on the hub.
-        subfolder: a folder inside it.
+        subfolder: subfolder of the source that contains the adapter.
         revision: branch, tag or commit on the hub.
-        cache_dir: where downloads are kept.
+        cache_dir: folder of the download cache.
         token: access token for the hub.
-        local_files_only: never ask the hub, only its cache.
-        **hub: what else ``huggingface_hub.hf_hub_download`` takes.
+        local_files_only: use the local cache without contacting the hub.
+        **hub: further arguments of ``huggingface_hub.hf_hub_download``.
 
     Raises:
         CheckpointNotFoundError: there is no ``adapter_config.json``.
@@ -132,18 +132,21 @@ def read_checkpoint(
     device: str | torch.device = "cpu",
     **hub: Any,
 ) -> Checkpoint:
-    """A saved adapter, config and tensors, from a folder or the hub. Of the tensors the header alone is read.
+    """Reads the config of a saved adapter and the header of its tensor file, from a folder or the hub.
 
     Args:
         source: a folder, or the id of a repository on the hub.
-        subfolder: a folder inside it.
-        device: where the tensors go.
-        **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and what else
-            ``huggingface_hub.hf_hub_download`` takes.
+        subfolder: subfolder of the source that contains the adapter.
+        device: device on which the tensors are created when they are read.
+        **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and further arguments of
+            ``huggingface_hub.hf_hub_download``.
+
+    Returns:
+        The checkpoint; its tensors are read later.
 
     Raises:
         CheckpointNotFoundError: files are missing.
-        CorruptCheckpointError: a file is truncated, altered or something else.
+        CorruptCheckpointError: a file is truncated, altered or of another format.
         UnknownMethodError: the config names a method that is not registered.
     """
     options = {name: value for name, value in hub.items() if not (name == "local_files_only" and not value)}
@@ -170,23 +173,26 @@ def write_checkpoint(
     write_card: bool = True,
     tags: Sequence[str] = (),
 ) -> WrittenFiles:
-    """Saves an adapter into a folder so that PEFT can load it. All files or none; no network.
+    """Saves an adapter atomically in PEFT's format; never uses the network.
 
     Args:
-        folder: made if need be; other files in it stay.
+        folder: the target, created if needed; its other files are not touched.
         config: the adapter's config (see ``config_to_save``).
         tensors: key in the file -> tensor.
-        fingerprint: of the base model, kept in the tensors' metadata.
-        card: text of the README, or None to make one, or to bring one that is there up to date.
+        fingerprint: fingerprint of the base model, saved in the tensor file's metadata.
+        card: text of the README; None generates one, or updates an existing one.
         write_card: whether to write a README at all.
-        tags: tags of the README besides those that follow from the config.
+        tags: additional tags of the README.
+
+    Returns:
+        The written files.
 
     Raises:
-        CheckpointError: it cannot be written; what was there is as it was.
+        CheckpointError: the files cannot be written; nothing was changed.
         ConfigError: a field of the config cannot be saved.
     """
-    made = card if card is not None or not write_card else config
-    return write_checkpoints(folder, {"": (config, tensors)}, fingerprint=fingerprint, card=made, tags=tags)[""]
+    readme = card if card is not None or not write_card else config
+    return write_checkpoints(folder, {"": (config, tensors)}, fingerprint=fingerprint, card=readme, tags=tags)[""]
 
 
 def write_checkpoints(
@@ -201,24 +207,24 @@ def write_checkpoints(
     pickled: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, WrittenFiles]:
-    """Saves several adapters of a model into a folder and its subfolders. All files or none; no network.
+    """Saves several adapters of a model into a folder and its subfolders, atomically; never uses the network.
 
     Args:
-        folder: made if need be; other files in it stay.
+        folder: the target, created if needed; its other files are not touched.
         adapters: subfolder, or ``""`` for the folder itself -> config and tensors, as for ``write_checkpoint``.
-        fingerprint: of the base model, kept in the tensors' metadata.
-        notes: subfolder -> what else these metadata say of an adapter.
-        card: what the README of the folder describes: a config, or the whole text; None writes none.
-        tags: tags of the README besides those that follow from the config.
-        facts: what else the README says; a loss curve among them is written beside it.
-        pickled: write the tensors as PEFT's old ``.bin``, which holds nothing about the base model.
-        names: subfolder -> what the adapter is called, kept in the tensors' metadata.
+        fingerprint: fingerprint of the base model, saved in the tensor files' metadata.
+        notes: subfolder -> further metadata entries of that adapter's tensor file.
+        card: what the folder's README describes: a config, or the README's whole text; None writes no README.
+        tags: additional tags of the README.
+        facts: further facts for the README; their loss curve is saved as a file next to it.
+        pickled: write the tensors as PEFT's old ``.bin``, which has no metadata about the base model.
+        names: subfolder -> name of the adapter, saved in the tensor file's metadata.
 
     Returns:
-        Subfolder -> what was written; the README counts to the folder itself.
+        Subfolder -> the written files; the README is listed under ``""``.
 
     Raises:
-        CheckpointError: they cannot be written; what was there is as it was.
+        CheckpointError: the files cannot be written; nothing was changed.
         ConfigError: a field of a config cannot be saved.
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
@@ -226,7 +232,7 @@ def write_checkpoints(
     paths: dict[str, list[str]] = {}
     byte_count = 0
     with disk_errors(target):
-        sweep(target)  # before looking what is there
+        sweep(target)  # finishes an interrupted write before the existing files are compared
         for subfolder, (config, tensors) in adapters.items():
             if not tensors and method_of(config).files.has_tensors:
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
@@ -255,10 +261,15 @@ def write_checkpoints(
 
 
 def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: Sequence[str] = ()) -> None:
-    """Writes the README of a saved adapter, or brings the one that is there up to date.
+    """Writes the README of a saved adapter, or updates the existing one.
+
+    Args:
+        folder: the adapter's folder.
+        config: the adapter's config.
+        tags: additional tags.
 
     Raises:
-        CheckpointError: it cannot be written; what was there is as it was.
+        CheckpointError: the README cannot be written; nothing was changed.
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
     with disk_errors(target):
@@ -269,20 +280,27 @@ def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: S
 
 
 def write_config(config: AdapterConfig, folder: str | os.PathLike[str]) -> Path:
-    """Writes ``adapter_config.json`` alone, atomically.
+    """Writes only ``adapter_config.json``, atomically.
+
+    Args:
+        config: the config.
+        folder: the target, created if needed.
+
+    Returns:
+        Path of the written file.
 
     Raises:
-        CheckpointError: it cannot be written; what was there is as it was.
+        CheckpointError: the file cannot be written; nothing was changed.
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
     return next(iter(replace_files(target, [NewFile.of_text(CONFIG_NAME, config_text(config))])))
 
 
 class FolderStore:
-    """``AdapterConfig.from_pretrained`` and ``save_pretrained``."""
+    """The ``ConfigStore`` behind ``AdapterConfig.from_pretrained`` and ``save_pretrained``."""
 
     def read(self, source: str, **options: Any) -> AdapterConfig:
-        """See ``read_config``; keywords that no download takes are ignored, as in PEFT."""
+        """See ``read_config``; keywords that are not download options are ignored, as in PEFT."""
         return read_config(source, **download_options(options))
 
     def tensors(self, path: str) -> dict[str, Tensor]:
@@ -306,7 +324,7 @@ class FolderStore:
         return config, read
 
     def make(self, fields: dict[str, Any]) -> AdapterConfig:
-        """See ``config_of``; warns of fields that are not known."""
+        """See ``config_of``; warns about unknown fields."""
         config, unknown = config_of(fields, "the config")
         _warn_of_unknown(unknown, "the config")
         return config
@@ -330,7 +348,7 @@ def _write(path: Path, *, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def _check_read_first(folder: Path) -> None:
-    """Refuses a ``.bin`` beside a safetensors file, which would be read in its place."""
+    """Refuses to save a ``.bin`` next to a safetensors file, which would be loaded instead of it."""
     if (folder / WEIGHTS_NAME).exists():
         raise CheckpointError(
             f"{folder} has {WEIGHTS_NAME}, which is read before {LEGACY_WEIGHTS_NAME}: remove it or take another folder"
@@ -338,7 +356,7 @@ def _check_read_first(folder: Path) -> None:
 
 
 def _written(paths: Sequence[Path], sizes: Mapping[Path, int]) -> WrittenFiles:
-    """What was written; a config that needed no change counts with the size it has."""
+    """Returns the written files; an unchanged config counts with its size on disk."""
     return WrittenFiles(tuple(paths), sum(sizes[path] if path in sizes else _size(path) for path in paths))
 
 
@@ -357,7 +375,11 @@ def _card_file(
     needed: bool = False,
     facts: model_card.CardFacts | None = None,
 ) -> list[NewFile]:
-    """The README to write; none where it would not change, is not text, or cannot be read (an error if needed)."""
+    """Returns the README to write, if any.
+
+    The list is empty if the README would not change, if the existing one is not UTF-8 text, or, unless ``needed``,
+    if it cannot be read.
+    """
     if card is None:
         return []
     present = None
@@ -376,14 +398,14 @@ def _card_file(
 
 
 def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
-    """The config that belongs to the tensors beside it.
+    """Returns the text of the config that belongs to the tensors in the same folder.
 
-    Normally the file's text. When a write died after the tensors were in place and before the
-    config was, the config it had staged.
+    This is normally the text of the file. If a process died after it had replaced the tensors but before it
+    had replaced the config, it is the config in its staging folder.
 
     Args:
         path: the config file.
-        metadata: of the tensors, or None to read it if needed.
+        metadata: metadata of the tensor file, or None to read it if needed.
     """
     text = _text(path)
     if metadata is not None and metadata.get(_CONFIG_DIGEST) in (None, _digest(text)):
@@ -424,8 +446,8 @@ def _digest(text: str) -> str:
 
 
 def _warn_of_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
-    """Warns of fields that are left out, unless they say nothing (None, False, empty)."""
-    speaking = sorted(name for name, value in unknown.items() if value)
-    if speaking:
-        names = few(speaking, 10, quoted=False)
-        warnings.warn(f"{path}: left out the fields {names}, which this version does not know", stacklevel=3)
+    """Warns about unknown fields that are ignored, unless their value is None, False or empty."""
+    ignored = sorted(name for name, value in unknown.items() if value)
+    if ignored:
+        names = few(ignored, 10, quoted=False)
+        warnings.warn(f"{path}: ignored the fields {names}, which this version does not know", stacklevel=3)

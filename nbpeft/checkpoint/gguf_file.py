@@ -1,4 +1,4 @@
-"""GGUF files, written one tensor at a time through the package ``gguf``, which also knows the names in them."""
+"""Reads GGUF files, and writes them one tensor at a time, with the package ``gguf``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nbpeft._util.optional import needs
 from nbpeft.errors import CheckpointError, in_one_line
 
 GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Type of weights -> name of the file type that says so."""
+"""Storage type of the weights -> name of the GGUF file type (``general.file_type``)."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor to come.
+    """A tensor that will be written.
 
     Attributes:
-        name: as the file has it.
-        shape: outermost dimension first.
-        stored_as: one of ``GGUF_TYPES``.
-        read: gives the tensor; it is called when its turn comes.
+        name: its name in the file.
+        shape: outermost dimension first, as in torch.
+        stored_as: storage type, one of ``GGUF_TYPES``.
+        read: returns the tensor; called when it is written, so that only one is in memory at a time.
     """
 
     name: str
@@ -37,7 +37,7 @@ class GgufTensor:
 
     @property
     def type(self) -> Any:
-        """The type in the package; f16 where the rows do not divide into blocks, as llama.cpp's converters do."""
+        """The ``GGMLQuantizationType``; like llama.cpp's converters, f16 if rows do not divide into blocks."""
         quantization = gguf_package().GGMLQuantizationType
         wanted = quantization[self.stored_as.upper()]
         block, _ = gguf_package().GGML_QUANT_SIZES[wanted]
@@ -45,13 +45,13 @@ class GgufTensor:
 
     @property
     def byte_count(self) -> int:
-        """Bytes of its data."""
+        """Size of its data in bytes."""
         block, size = gguf_package().GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // int(block) * int(size)
 
 
 def gguf_package() -> Any:
-    """The package ``gguf``.
+    """Imports the package ``gguf``.
 
     Raises:
         MissingPackageError: it is not installed.
@@ -61,16 +61,16 @@ def gguf_package() -> Any:
 
 
 def write_gguf(path: Path, architecture: str, describe: Callable[[Any], object], tensors: Sequence[GgufTensor]) -> None:
-    """Writes a file.
+    """Writes a GGUF file.
 
     Args:
-        path: the file; what is there is replaced.
-        architecture: ``general.architecture``.
-        describe: adds the other keys to a ``GGUFWriter``, which knows the tensors' names and shapes already.
-        tensors: in the order in which they are read and written.
+        path: the file; an existing one is replaced.
+        architecture: value of the key ``general.architecture``.
+        describe: called with the ``GGUFWriter`` after the tensors' names and shapes were added; adds the other keys.
+        tensors: the tensors, in the order in which they are read and written.
 
     Raises:
-        CheckpointError: a tensor came in another shape than planned.
+        CheckpointError: a tensor has another shape than announced.
     """
     gguf = gguf_package()
     writer = gguf.GGUFWriter(path, architecture)
@@ -89,10 +89,10 @@ def write_gguf(path: Path, architecture: str, describe: Callable[[Any], object],
 
 
 def read_gguf(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, dequantized to float32, by name.
+    """Reads the tensors of a GGUF file, dequantized to float32, by name.
 
     Raises:
-        CheckpointError: it is not a GGUF file.
+        CheckpointError: the file is not a GGUF file.
     """
     gguf = gguf_package()
     try:
@@ -106,12 +106,12 @@ def read_gguf(path: Path) -> dict[str, Tensor]:
 
 
 def file_type(stored_as: str) -> Any:
-    """The value of ``general.file_type`` for a type of weights."""
+    """Returns the value of ``general.file_type`` for a storage type."""
     return gguf_package().LlamaFileType[GGUF_TYPES[stored_as]]
 
 
 def _in_bytes(tensor: GgufTensor) -> bool:
-    """Whether the package keeps the type as bytes: all but float32 and float16."""
+    """Returns whether the package represents the type as raw bytes: all but float32 and float16."""
     return tensor.type.name not in ("F32", "F16")
 
 

@@ -1,4 +1,4 @@
-"""Where the access token for the hub comes from. It is handed to the hub's client and to nothing else."""
+"""Finds the access token for the hub. The token is passed to ``huggingface_hub`` and to nothing else."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SECRET = "HF_TOKEN"
 
 
 def find_token(given: str | None = None) -> str:
-    """The access token: the one given, the hub client's own, or Kaggle's secret.
+    """Returns the access token: the given one, else that of ``huggingface_hub``, else Kaggle's secret.
 
-    The hub's client looks at ``HF_TOKEN``, at what its login stored, and at the secret ``HF_TOKEN`` of Colab.
+    ``huggingface_hub`` looks for the variable ``HF_TOKEN``, the stored login, and Colab's secret ``HF_TOKEN``.
 
     Args:
-        given: takes precedence.
+        given: a token that takes precedence.
 
     Raises:
-        CheckpointError: there is none; the message says where to put one.
+        CheckpointError: there is no token; the message says where to set one.
     """
     from huggingface_hub import get_token
 
@@ -36,16 +36,16 @@ def find_token(given: str | None = None) -> str:
 
 
 def reading_token(given: str | None = None) -> str | None:
-    """The token for downloads: the one given, or Kaggle's secret; None leaves it to the hub's client."""
+    """Returns the token for downloads: the given one, else Kaggle's secret; None lets ``huggingface_hub`` decide."""
     return given or _from_kaggle()
 
 
 def _from_kaggle() -> str | None:
-    """The secret of a Kaggle notebook; None elsewhere, and where there is none."""
+    """Returns the secret of a Kaggle notebook; None outside Kaggle or if it is not set."""
     if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ or importlib.util.find_spec("kaggle_secrets") is None:
         return None
     try:
         client: Any = importlib.import_module("kaggle_secrets").UserSecretsClient()
         return str(client.get_secret(_SECRET) or "") or None
-    except Exception:  # its errors differ between versions; without an answer there is no token
+    except Exception:  # the client's error classes differ between versions; any error means that there is no token
         return None

@@ -1,9 +1,9 @@
-"""Which base model an adapter belongs to: a fingerprint, taken in milliseconds.
+"""Fingerprints of base models, to check that an adapter belongs to a model; computed in milliseconds.
 
-It holds the model's class, how many parameters of which shape it has, and a hash of sampled
-weights. Adapters on the model change nothing; merged ones do change the weights, so take it
-while nothing is merged. Samples are rounded to bfloat16 before hashing, so that the same weights
-loaded as float32 or bfloat16 agree.
+A fingerprint contains the model's class, the number of weights of each shape, and a hash of sampled
+weights. It does not depend on adapters, but merged adapters change the weights, so it must be
+computed while nothing is merged. Samples are rounded to bfloat16 before they are hashed, so that the
+same weights loaded as float32 and as bfloat16 have the same fingerprint.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from nbpeft.errors import BaseMismatchError, few
 _PREFIX = "nbpeft.base."
 _SAMPLES = 8
 _LONGEST_SIZE = 100
-"""Letters of a size or a class; what is longer is not a fingerprint."""
+"""Most characters of a size or a class name; longer text does not come from a fingerprint."""
 _MOST_SIZES = 10_000
 _COMPARABLE = frozenset({"float32", "bfloat16"})
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What distinguishes base models.
+    """Identifies a base model.
 
     Attributes:
-        architecture: the model's class.
-        shapes: sizes of weights, ``"out x in"`` with the larger first, -> how many there are.
-        dtype: dtype most weights are stored in, or ``"quantized"``.
-        weights: hash of sampled weights; empty when they are quantized or not in memory.
+        architecture: name of the model's class.
+        shapes: size of a weight, e.g. ``"4096 x 1024"`` with the larger dimension first -> number of such weights.
+        dtype: the most common dtype of the weights, or ``"quantized"``.
+        weights: hash of sampled weights; empty if they are quantized or not in memory.
     """
 
     architecture: str
@@ -47,7 +47,7 @@ class Fingerprint:
     weights: str
 
     def to_metadata(self) -> dict[str, str]:
-        """As text entries for the metadata of a file."""
+        """Returns the fingerprint as text entries for a file's metadata."""
         return {
             f"{_PREFIX}architecture": self.architecture,
             f"{_PREFIX}shapes": json.dumps(dict(self.shapes), sort_keys=True, separators=(",", ":")),
@@ -57,7 +57,7 @@ class Fingerprint:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Fingerprint | None:
-        """The fingerprint in a file's metadata, or None if there is none that can be read."""
+        """Returns the fingerprint in a file's metadata, or None if it is missing or invalid."""
         try:
             shapes = json.loads(metadata[f"{_PREFIX}shapes"])
             if len(shapes) > _MOST_SIZES or not all(
@@ -77,10 +77,10 @@ class Fingerprint:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """The fingerprint of a base model, as if no adapter were on it.
+    """Computes the fingerprint of a base model; adapters on it are ignored.
 
     Args:
-        model: the base model. None of its adapters may be merged.
+        model: the base model. No adapter may be merged into it.
     """
     shapes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
@@ -109,17 +109,17 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
-    """Whether an adapter belongs on a base model.
+    """Compares a model with the base model that an adapter was trained on.
 
     Args:
         saved: the metadata of the adapter's file.
-        model: the base model. None of its adapters may be merged.
+        model: the base model. No adapter may be merged into it.
 
     Returns:
-        None if it does, else one line that says what differs or why that is not known.
+        None if they agree, else one line that says what differs or why it is unknown.
 
     Raises:
-        BaseMismatchError: the model has no weight of a shape that the adapter's base had.
+        BaseMismatchError: the model has no weight of any shape that the adapter's base model had.
     """
     then = Fingerprint.from_metadata(saved)
     if then is None:
@@ -150,11 +150,11 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
 
 
 def is_same_base(saved: Mapping[str, str], model: nn.Module) -> bool:
-    """Whether an adapter's file names just the weights of a base model; False where that is not known.
+    """Returns whether an adapter was trained on exactly the weights of a model; False if that is unknown.
 
     Args:
-        saved: the metadata of the file.
-        model: the base model. None of its adapters may be merged.
+        saved: the metadata of the adapter's file.
+        model: the base model. No adapter may be merged into it.
     """
     then = Fingerprint.from_metadata(saved)
     if then is None or not then.weights:
@@ -164,25 +164,33 @@ def is_same_base(saved: Mapping[str, str], model: nn.Module) -> bool:
 
 
 def describe_difference(then: Fingerprint, now: Fingerprint) -> str:
-    """What another base model is, in a few words; empty where nothing says that it is another one."""
+    """Describes how a base model differs from another one.
+
+    Args:
+        then: fingerprint of the base model that an adapter was trained on.
+        now: fingerprint of the base model to compare with.
+
+    Returns:
+        A few words, or the empty string if no difference is known.
+    """
     if then.shapes != now.shapes or then.architecture != now.architecture:
         return _described(then)
     return "other weights of the same shapes" if _has_other_weights(then, now) else ""
 
 
 def _has_other_weights(then: Fingerprint, now: Fingerprint) -> bool:
-    """Whether two models of the same shapes have other values, as far as that is known."""
+    """Returns whether two models of the same shapes are known to have different values."""
     same_kind = then.dtype == now.dtype or {then.dtype, now.dtype} <= _COMPARABLE
     return bool(then.weights and now.weights and same_kind and then.weights != now.weights)
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    # Modules that hang in several places come once for each: what is tied must not change the result.
+    # A module reachable by several paths is repeated for each: the fingerprint must not depend on weight tying.
     return (module for _, module in bare_modules(before_replication(model), repeat=True))
 
 
 def _weight_sizes(module: nn.Module) -> Iterator[str]:
-    """Sizes of a module's weights; a linear layer's from its features, however it is stored."""
+    """Yields the sizes of a module's weights; a linear layer's from its features, whatever its storage format."""
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if isinstance(features[0], int) and isinstance(features[1], int):
         yield _size(features)  # type: ignore[arg-type]
@@ -193,12 +201,12 @@ def _weight_sizes(module: nn.Module) -> Iterator[str]:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    # Larger first: a quantized copy of a Conv1D is stored the other way round.
+    # The larger dimension first: transformers' Conv1D stores (in, out), but its quantized version (out, in).
     return " x ".join(str(length) for length in sorted(shape, reverse=True))
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A few values spread over a weight, as bfloat16."""
+    """Returns a few values at regular distances in a weight, as bfloat16."""
     count = min(_SAMPLES, weight.numel())
     if weight.is_contiguous():
         flat = weight.detach().view(-1)
@@ -219,7 +227,7 @@ def _hash(samples: list[Tensor]) -> str:
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for position, sample in enumerate(samples):
         by_device.setdefault(sample.device, []).append((position, sample))
-    # One transfer a device, not one a weight.
+    # One copy to the CPU per device: each copy waits for the device, and a model has hundreds of weights.
     gathered: dict[int, Tensor] = {}
     for entries in by_device.values():
         joined = torch.cat([sample for _, sample in entries]).cpu()
@@ -238,7 +246,7 @@ def _described(print_: Fingerprint) -> str:
 
 
 def _numbers(size: str) -> int:
-    """How many numbers a size such as ``"8 x 4"`` holds."""
+    """Returns the number of elements of a size such as ``"8 x 4"``."""
     product = 1
     for length in size.split(" x "):
         product *= int(length)

@@ -1,11 +1,11 @@
-"""Files inside a folder, reached without following a link.
+"""Access to files inside a folder without following symbolic links.
 
-A folder may come from somebody else: cloned, unpacked, shared. A link in it leads out of it, and what is read, moved
-or removed through the link is another file than the one named. Every name here is relative to a folder, which the
-caller trusts and which may itself be reached through links; nothing below it may.
+A folder may be untrusted: cloned, unpacked or shared. A link in it can point outside, so that reading, moving or
+removing the named file would affect another one. Every name here is relative to a root folder. The caller trusts the
+root, and the root's own path may contain links; nothing below it may.
 
-POSIX opens each folder on the way by the handle of the one above. Windows has no such calls: there each folder on the
-way is looked at before the path is used.
+On POSIX each folder of the path is opened relative to the descriptor of its parent, so that it cannot be exchanged for
+a link between the check and the use. Windows has no such calls: there each folder is checked before the path is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC",
 _FILE = _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SHOWN = 160
 _WINDOWS_LINKS = (0xA000000C, 0xA0000003)
-"""Reparse tags of symbolic links and of junctions."""
+"""Reparse tags of symbolic links and of junctions on Windows."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -41,11 +41,13 @@ _KINDS = {
 
 @contextmanager
 def _parent(root: Path, name: str) -> Iterator[tuple[int | None, str]]:
-    """The folder that a path is in, as a handle, and the path from there: the last part of the name.
+    """Opens the parent folder of a path; yields its descriptor and the last part of the name.
+
+    Without support for descriptors (Windows), yields None and the whole path.
 
     Raises:
-        CheckpointError: the name leads out of ``root``, or a folder on the way is a link.
-        OSError: a folder on the way is not there.
+        CheckpointError: the name leads out of ``root``, or a folder of the path is a link.
+        OSError: a folder of the path does not exist.
     """
     *folders, leaf = _parts(root, name)
     if not _HANDLES:
@@ -96,7 +98,7 @@ def _is_link(found: os.stat_result) -> bool:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: in one line, and shortened in the middle when it is very long."""
+    """Returns a path for a message: on one line, with the middle of a very long path left out."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
     text = text if text.isprintable() else repr(text)[1:-1]
     half = _SHOWN // 2
@@ -107,7 +109,15 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def status(root: Path, name: str) -> os.stat_result | None:
-    """What is known about a file, a folder or a link itself; None where there is none, or a link is on the way."""
+    """Returns the ``lstat`` result of a path.
+
+    Args:
+        root: the trusted folder.
+        name: path relative to it.
+
+    Returns:
+        The status of the file, folder or link itself; None if it does not exist or a folder of the path is a link.
+    """
     try:
         with _parent(root, name) as (parent, leaf):
             return os.stat(leaf, dir_fd=parent, follow_symlinks=False)
@@ -116,19 +126,19 @@ def status(root: Path, name: str) -> os.stat_result | None:
 
 
 def is_folder(root: Path, name: str) -> bool:
-    """Whether it is a folder, and no link to one."""
+    """Returns whether a path inside ``root`` is a folder and not a link to one."""
     found = status(root, name)
     return found is not None and stat.S_ISDIR(found.st_mode) and not _is_link(found)
 
 
 def is_file(root: Path, name: str) -> bool:
-    """Whether it is a plain file: no link to one, no pipe, no device."""
+    """Returns whether a path inside ``root`` is a regular file: not a link, pipe or device."""
     found = status(root, name)
     return found is not None and stat.S_ISREG(found.st_mode) and not _is_link(found)
 
 
 def names(root: Path, name: str) -> list[str]:
-    """What is in a folder inside ``root``, in order; nothing where that is no folder."""
+    """Returns the sorted names in a folder inside ``root``; empty if it is not a folder."""
     if not is_folder(root, name):
         return []
     try:
@@ -139,12 +149,12 @@ def names(root: Path, name: str) -> list[str]:
 
 
 def kind_of(found: os.stat_result) -> str:
-    """What something is that is no plain file, for a person."""
-    return "a link" if _is_link(found) else _KINDS.get(stat.S_IFMT(found.st_mode), "no plain file")
+    """Describes a path that is not a regular file, e.g. ``a link`` or ``a named pipe``."""
+    return "a link" if _is_link(found) else _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
 
 
 def first_not_plain(root: Path) -> str | None:
-    """What in a folder is neither a plain file nor a folder of such, for a person; None where all of it is."""
+    """Describes the first path in a folder that is neither a regular file nor a folder; None if there is none."""
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):
             found = os.lstat(os.path.join(folder, name))
@@ -154,14 +164,14 @@ def first_not_plain(root: Path) -> str | None:
 
 
 def check_stays(root: Path, name: str) -> None:
-    """Checks a folder that another library writes to, which follows links: neither it nor what is in it leads out.
+    """Checks that a library which follows links can write to a folder without leaving ``root``.
 
     Args:
-        root: the folder that nothing may lead out of.
-        name: inside it; need not be there.
+        root: the trusted folder.
+        name: path of the folder relative to it; need not exist.
 
     Raises:
-        CheckpointError: a link leads out of ``root``.
+        CheckpointError: the folder, or an entry of it, is a link that leads out of ``root``.
         OSError: the folder cannot be read.
     """
     place, home = root / name, os.path.realpath(root)
@@ -175,21 +185,24 @@ def check_stays(root: Path, name: str) -> None:
 
 
 def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """Opens a plain file: never a link, and never one whose opening or reading could wait or have no end.
+    """Opens a regular file; refuses links, pipes and devices, which could block or never end.
 
     Args:
-        root: the folder.
-        name: inside it.
-        flags: as for ``os.open``. A file that is written must have no second name elsewhere.
+        root: the trusted folder.
+        name: path relative to it.
+        flags: as for ``os.open``. A file that is opened for writing must not have further hard links.
         mode: permissions of a new file.
 
+    Returns:
+        The file descriptor.
+
     Raises:
-        CheckpointError: it is something else, or a link is on the way.
+        CheckpointError: it is not a regular file, or a folder of the path is a link.
         OSError: it cannot be opened.
     """
     path, writes = root / name, bool(flags & (os.O_WRONLY | os.O_RDWR))
     with _parent(root, name) as (parent, leaf):
-        with contextlib.suppress(FileNotFoundError):  # before it is opened: that alone may do something to a device
+        with contextlib.suppress(FileNotFoundError):  # checked before too: opening a device can have effects
             _check_file(path, os.stat(leaf, dir_fd=parent, follow_symlinks=False), alone=writes)
         handle = os.open(leaf, flags | _FILE, mode, dir_fd=parent)
     try:
@@ -208,10 +221,13 @@ def _check_file(path: Path, found: os.stat_result, *, alone: bool) -> None:
 
 
 def open_file(path: Path) -> int:
-    """Opens a plain file that is named by a caller, or a link to one, as those of the hub's cache are.
+    """Opens a regular file that the caller trusts, or a link to one: the hub's cache consists of links.
+
+    Returns:
+        The file descriptor.
 
     Raises:
-        CheckpointError: it is something whose reading could wait or have no end.
+        CheckpointError: it is a pipe, a device or another kind of file whose reading could block or never end.
         OSError: it cannot be opened.
     """
     _check_file(path, os.stat(path), alone=False)
@@ -225,7 +241,11 @@ def open_file(path: Path) -> int:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """The content of a plain file that is named by a caller, or of a link to one.
+    """Reads a regular file that the caller trusts, or a link to one.
+
+    Args:
+        path: the file.
+        most: largest accepted size in bytes.
 
     Raises:
         CheckpointError: it has more than ``most`` bytes, or is not a plain file.
@@ -243,7 +263,12 @@ def _content(file: BinaryIO, path: Path, most: int) -> bytes:
 
 
 def read_plain(root: Path, name: str, most: int) -> bytes:
-    """The content of a plain file.
+    """Reads a regular file inside ``root``.
+
+    Args:
+        root: the trusted folder.
+        name: path relative to it.
+        most: largest accepted size in bytes.
 
     Raises:
         CheckpointError: it has more than ``most`` bytes, or is not a plain file.
@@ -257,22 +282,33 @@ def read_plain(root: Path, name: str, most: int) -> bytes:
 
 
 def move(root: Path, name: str, target: Path, new: str) -> None:
-    """Moves a file or a folder, over what is there; a link is moved itself.
+    """Renames a file or a folder and replaces the target; a link itself is renamed, not the file it points to.
+
+    Args:
+        root: trusted folder of the source.
+        name: path of the source relative to it.
+        target: trusted folder of the target.
+        new: path of the target relative to it.
 
     Raises:
-        CheckpointError: a folder on one of the two ways is a link.
-        OSError: it cannot be moved.
+        CheckpointError: a folder of one of the two paths is a link.
+        OSError: it cannot be renamed.
     """
     with _parent(root, name) as (source, leaf), _parent(target, new) as (there, new_leaf):
         os.replace(leaf, new_leaf, src_dir_fd=source, dst_dir_fd=there)
 
 
 def second_name(root: Path, name: str, new: str) -> None:
-    """Gives a file a second name in the same folder or below it, or copies it where the file system has no links.
+    """Creates a hard link to a file, or a copy if the file system has no hard links.
+
+    Args:
+        root: the trusted folder.
+        name: path of the file relative to it.
+        new: path of the link relative to it.
 
     Raises:
-        CheckpointError: a folder on one of the two ways is a link.
-        OSError: it cannot be done.
+        CheckpointError: a folder of one of the two paths is a link.
+        OSError: neither is possible.
     """
     with _parent(root, name) as (source, leaf), _parent(root, new) as (there, new_leaf):
         try:
@@ -282,10 +318,14 @@ def second_name(root: Path, name: str, new: str) -> None:
 
 
 def remove(root: Path, name: str) -> None:
-    """Removes a file or a link, if it is there.
+    """Removes a file or a link, if it exists.
+
+    Args:
+        root: the trusted folder.
+        name: path relative to it.
 
     Raises:
-        CheckpointError: a folder on the way is a link.
+        CheckpointError: a folder of the path is a link.
         OSError: it cannot be removed.
     """
     with contextlib.suppress(FileNotFoundError), _parent(root, name) as (parent, leaf):
@@ -293,11 +333,18 @@ def remove(root: Path, name: str) -> None:
 
 
 def make_folders(root: Path, name: str) -> list[Path]:
-    """Makes a folder inside ``root`` with those above it; returns those that were not there, outermost first.
+    """Creates a folder inside ``root`` with its parents.
+
+    Args:
+        root: the trusted folder.
+        name: path relative to it.
+
+    Returns:
+        The folders that were created, outermost first.
 
     Raises:
-        CheckpointError: one on the way is a link.
-        OSError: one cannot be made, or is a file.
+        CheckpointError: a folder of the path is a link.
+        OSError: a folder cannot be created, or is a file.
     """
     made: list[Path] = []
     parts = () if name in ("", ".") else _parts(root, name)

@@ -1,8 +1,8 @@
-"""Names that modules had in earlier versions of transformers, and experts that were layers.
+"""Loads adapters that were trained on an earlier version of a model's class in transformers.
 
-A model class that was rebuilt says how the keys of old checkpoints read today; the same holds
-for the keys of adapters trained then. Where the weights of all experts became one parameter, the
-factors of each expert become those of the parameter.
+When transformers renames the modules of a class, it declares how keys of old checkpoints are renamed; the same
+renaming applies to the keys of adapters. When it fuses the layers of all experts into one parameter, the factors of
+the experts are joined into those of the parameter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nbpeft.engine.tree.fused_layers import fused_layers, renaming
 
 @dataclass(frozen=True)
 class KeyConversion:
-    """How a file of an adapter is read that was trained on an earlier version of the model's class.
+    """How to read an adapter that was trained on an earlier version of the model's class.
 
     Attributes:
-        rename: what a key without prefix is called today; None if nothing was renamed.
-        fused: parameter of experts -> the layers of each expert that it was, in its order.
+        rename: old key -> current key, both without prefix; None if nothing was renamed.
+        fused: name of a fused expert parameter -> names of the former layers of each expert, in the parameter's order.
     """
 
     rename: Rename | None
@@ -36,12 +36,12 @@ class KeyConversion:
 
 
 def key_conversion_of(model: nn.Module) -> KeyConversion | None:
-    """How older files are read for a model, or None if nothing was renamed or joined.
+    """Returns the conversion of older adapters for a model, or None if nothing was renamed or fused.
 
     Args:
-        model: a base model; transformers is used only if the model comes from it.
+        model: a base model; transformers is imported only if the model comes from it.
     """
-    own = getattr(model, "_checkpoint_conversion_mapping", None)
-    rename = by_patterns(own) if isinstance(own, Mapping) and own else renaming(model)
-    fused = {one.name: one.layers for one in fused_layers(model) if one.per_expert}
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+    rename = by_patterns(mapping) if isinstance(mapping, Mapping) and mapping else renaming(model)
+    fused = {layer.name: layer.layers for layer in fused_layers(model) if layer.per_expert}
     return KeyConversion(rename, fused) if rename is not None or fused else None

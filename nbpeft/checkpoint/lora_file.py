@@ -1,4 +1,4 @@
-"""LoRA files of the picture world: one safetensors file without a config, its keys spelled in several ways.
+"""LoRA files of image models: one safetensors file without a config, with keys in one of several formats.
 
     kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight     .lora_up.weight     .alpha
     diffusers   unet.mid_block.attentions.0.proj_in.lora.down.weight          .lora.up.weight
@@ -6,8 +6,8 @@
                 text_encoder.….q_proj.lora_linear_layer.down.weight           .lora_linear_layer.up.weight
                 unet.mid_block.attentions.0.proj_in.<as in PEFT's files>
 
-Rank and alpha follow from the tensors, or from the config that diffusers writes into the file; without an alpha the
-product is added as it is.
+Rank and alpha are read from the tensors, or from the config that diffusers writes into the file's metadata. Without an
+alpha the scaling is 1.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ _CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslor
 
 @dataclass
 class _Pair:
-    """What a file holds for one layer: the keys of its factors and of its alpha."""
+    """The keys of one layer in a file: those of its two factors, and of its alpha if it has one."""
 
     parts: dict[str, str] = field(default_factory=dict)
     alpha: str = ""
 
 
 def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, style: str) -> None:
-    """Writes what an adapter adds, spelled for others.
+    """Writes an adapter as a single LoRA file for other programs.
 
     Args:
         path: the file.
-        deltas: path of a layer -> what is added to its weight.
-        component: of a pipeline: ``unet``, ``text_encoder``, …
-        style: ``kohya``, or ``diffusers``, whose files hold no alpha: there the scaling goes into the factors.
+        deltas: path of a layer -> the low-rank update of its weight.
+        component: component of the pipeline: ``unet``, ``text_encoder``, …
+        style: ``kohya`` or ``diffusers``. The latter has no alpha in its files, so the scaling is multiplied into
+            the up factor.
     """
     tensors: dict[str, Tensor] = {}
     down_key, up_key = _peft_endings()
@@ -78,10 +79,10 @@ def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: s
 
 
 def lora_file(source: str | os.PathLike[str]) -> Path | None:
-    """The one file of a source that has no config; None where it is something else.
+    """Returns the path of a LoRA file without a config; None if the source is something else.
 
     Args:
-        source: a file, or a folder that holds one.
+        source: the file, or a folder that contains exactly one such file.
     """
     path = Path(os.path.expanduser(os.fspath(source)))
     try:
@@ -91,23 +92,26 @@ def lora_file(source: str | os.PathLike[str]) -> Path | None:
         if path.suffix != ".safetensors" or path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file():
             return None
         return path if path.is_file() else None
-    except (OSError, ValueError):  # what is wrong with the place is said by those who read it
+    except (OSError, ValueError):  # the reader of the checkpoint reports what is wrong with the path
         return None
 
 
 def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.device = "cpu") -> Checkpoint:
-    """The adapter in such a file, for one model.
+    """Reads a LoRA file as an adapter for one model.
+
+    Warns about keys for other components.
 
     Args:
         path: the file.
-        modules: paths of the model's modules; kohya's keys do not say where its names end.
-        device: where the tensors go.
+        modules: paths of the model's modules. They are needed for kohya's keys, in which ``_`` replaces each dot.
+        device: device of the tensors.
 
-    Warns of keys for other components.
+    Returns:
+        The checkpoint; its tensors are read later.
 
     Raises:
-        CheckpointError: nothing in it fits the model, a pair is not whole, or it is of another method.
-        CorruptCheckpointError: it cannot be read.
+        CheckpointError: no key fits the model, a layer lacks one factor, or the file is of another method.
+        CorruptCheckpointError: the file cannot be read.
     """
     file = TensorFile(path)
     pairs, others = _sorted(file.header, list(modules))
@@ -115,7 +119,7 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
         raise CheckpointError(f"nothing in {path} fits this model: it has {few(file.header, 3)}", path=str(path))
     _check(file, pairs, others)
     if others:
-        warnings.warn(f"left out of {path}, as nothing in this model has such keys: {few(others, 3)}", stacklevel=6)
+        warnings.warn(f"ignored in {path}, as this model has no modules for these keys: {few(others, 3)}", stacklevel=6)
     first = next(iter(next(iter(pairs.values())).parts.values()))
     fields = _fields(file, pairs) | _written_fields(file.metadata, first)
     config, _ = config_of({"peft_type": _METHOD, "target_modules": list(pairs), **fields}, str(path))
@@ -128,7 +132,7 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
 
 
 def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) -> None:
-    """Refuses layers with more, less or something else than two factors."""
+    """Refuses layers that do not have exactly two matrices as factors and at most one scalar alpha."""
     path, header = file.path, file.header
     begins = tuple(f"{form}." for where in pairs for form in (where, where.replace(".", "_")))
     more = next((key for key in others if _bare(key).startswith(begins)), None)
@@ -140,7 +144,7 @@ def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) 
         if len(pair.parts) != 2:
             raise CheckpointError(f"{path} holds only one of the two factors of {where}", path=str(path))
         if min(header[key].ndim for key in pair.parts.values()) < 2:
-            raise CheckpointError(f"a factor of {where} in {path} is no matrix", path=str(path))
+            raise CheckpointError(f"a factor of {where} in {path} is not a matrix", path=str(path))
         alpha = header[pair.alpha] if pair.alpha else None
         if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool):
             found = f"has {alpha.numel()} elements" if alpha.numel() != 1 else f"is {short_name(alpha.dtype)}"
@@ -150,7 +154,7 @@ def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) 
 
 
 def _fields(file: TensorFile, pairs: Mapping[str, _Pair]) -> dict[str, Any]:
-    """Ranks and alphas as fields of a config.
+    """Returns ranks and alphas as config fields.
 
     Raises:
         CheckpointError: an alpha is NaN or infinite.
@@ -169,13 +173,13 @@ def _fields(file: TensorFile, pairs: Mapping[str, _Pair]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {where: own for where, own in ranks.items() if own != rank},
-        "alpha_pattern": {where: own for where, own in alphas.items() if own != alpha},
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
 
 
 def _written_fields(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """Ranks and alphas that diffusers writes beside the tensors, for the component that a key is of."""
+    """Returns the config fields that diffusers writes into the metadata, for the component of a key."""
     text = metadata.get(_DIFFUSERS_CONFIG, "")
     try:
         written = json.loads(text) if len(text) <= LARGEST_CONFIG else None
@@ -193,7 +197,7 @@ def _peft_endings() -> tuple[str, str]:
 
 
 def _sorted(keys: Iterable[str], modules: list[str]) -> tuple[dict[str, _Pair], list[str]]:
-    """Path of a layer -> the keys of its factors and alpha; and the keys that are for no layer of the model."""
+    """Returns path of a layer -> keys of its factors and alpha, and the keys that belong to no layer of the model."""
     known = {name: name for name in modules} | {name.replace(".", "_"): name for name in modules}
     down_key, up_key = _peft_endings()
     ends = [(".lora_down.weight", "down"), (".lora_up.weight", "up"), (down_key, "down"), (up_key, "up")]
@@ -215,5 +219,5 @@ def _sorted(keys: Iterable[str], modules: list[str]) -> tuple[dict[str, _Pair], 
 
 
 def _bare(stem: str) -> str:
-    """The part of a key that names the layer."""
+    """Returns the part of a key that names the layer."""
     return _START.sub("", _KOHYA_START.sub("", stem, count=1), count=1).replace(".processor.", ".")

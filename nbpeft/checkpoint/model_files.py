@@ -1,8 +1,8 @@
 """Whole models on disk: reads and writes safetensors shards one tensor at a time.
 
-A shard is a header (its length as eight bytes, then JSON: name -> dtype, shape, place) and the
-tensors' bytes one after the other. safetensors' own ``save_file`` wants all tensors of a file at
-once; written one after the other, a model of any size is copied with the memory of its largest tensor.
+A shard is a header (its length in eight bytes, then JSON: name -> dtype, shape, offsets), followed by the tensors'
+bytes. ``safetensors.torch.save_file`` needs all tensors of a file in memory at once; written one by one, a model of
+any size needs only the memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of a tensor to come."""
+    """Name, dtype and shape of a tensor that will be written."""
 
     name: str
     dtype: torch.dtype
@@ -44,15 +44,15 @@ class TensorSpec:
 
     @property
     def byte_count(self) -> int:
-        """Bytes of its data."""
+        """Size of its data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class ModelFolder:
-    """The weights in a model's folder, read one at a time.
+    """The safetensors weights in a model's folder, read one at a time.
 
     Attributes:
-        folder: where they are.
+        folder: the folder.
         shards: the tensors of each file.
 
     Raises:
@@ -79,18 +79,20 @@ class ModelFolder:
         return name in self._files
 
     def read(self, name: str) -> Tensor:
-        """A tensor of its own memory, on the CPU.
+        """Reads a tensor into new memory on the CPU.
 
         Raises:
-            CorruptCheckpointError: the file has changed and cannot be read any more.
+            CorruptCheckpointError: the file has changed and can no longer be read.
         """
         with _opened(self._files[name]) as file:
-            # The file is mapped for as long as one of its tensors lives.
+            # Cloned, because a tensor of safe_open keeps the whole file mapped for as long as it lives.
             return file.get_tensor(name).clone()  # type: ignore[no-any-return]
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a model: the one of that name, or what was downloaded of a hub id. Nothing is downloaded.
+    """Returns a model's folder: the local folder of that name, or the cached download of that hub id.
+
+    Nothing is downloaded.
 
     Raises:
         CheckpointNotFoundError: there is neither.
@@ -101,12 +103,12 @@ def local_folder(name: str) -> Path:
     hub: Any = importlib.import_module("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, local_files_only=True))
-    except (ValueError, OSError):  # no hub id; nothing of it here
-        raise CheckpointNotFoundError(f"{name} is no folder, and not in the hub's cache", source=name) from None
+    except (ValueError, OSError):  # not a hub id, or not in the cache
+        raise CheckpointNotFoundError(f"{name} is neither a folder nor in the hub's cache", source=name) from None
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and whatever else in a model's folder is not a weight; no hidden files, no folders."""
+    """Returns the files in a model's folder other than weights, such as config and tokenizer; no hidden files."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -121,43 +123,51 @@ def write_model(
     *,
     files: Sequence[NewFile] = (),
 ) -> list[Path]:
-    """Writes a model's weights, an index for several shards, and other files. All or nothing.
+    """Writes a model's weights, the index of several shards, and other files, atomically.
 
     Args:
-        folder: made if need be; must not hold a model yet. What a call that died left there is taken away.
-        shards: what goes into each file.
-        tensor: returns a tensor when its turn comes; it is released before the next one.
-        files: config, tokenizer, ….
+        folder: the target, created if needed; must not contain weights. Files of an interrupted write are removed.
+        shards: the tensors of each file.
+        tensor: returns the tensor of a name; it is released before the next one is requested.
+        files: further files, such as config and tokenizer.
+
+    Returns:
+        The written files.
 
     Raises:
-        CheckpointError: there is a model already, or the folder cannot be written.
+        CheckpointError: the folder contains weights, or cannot be written.
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
     with disk_errors(target):
-        sweep(target, finish=False)  # a copy that was broken off half-way
-        taken = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
-    if taken:
-        raise CheckpointError(f"{shown(target)} holds weights already ({min(taken)}); choose another folder")
+        sweep(target, finish=False)  # removes an interrupted copy instead of finishing it
+        existing = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
+    if existing:
+        raise CheckpointError(f"{shown(target)} holds weights already ({min(existing)}); choose another folder")
     count = len(shards)
     names = (
         [SINGLE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
     )
     total = sum(spec.byte_count for shard in shards for spec in shard)
-    made = [
+    weights = [
         NewFile(name, lambda path, shard=shard: _write_shard(path, shard, tensor))  # type: ignore[misc]
         for name, shard in zip(names, shards, strict=True)
     ]
     if count > 1:
         where = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        made.append(NewFile.of_text(INDEX, json.dumps(index, indent=2) + "\n"))
-    # Weights without their config would be loaded as a model of some other size: they come last, and the index,
-    # without which shards are not a model, at the very end.
-    return list(replace_files(target, [*files, *made], byte_count=total, finish_others=False))
+        weights.append(NewFile.of_text(INDEX, json.dumps(index, indent=2) + "\n"))
+    # The config precedes the weights, which would be loaded as a model of the default size without it. The index comes
+    # last: shards without an index are not a model.
+    return list(replace_files(target, [*files, *weights], byte_count=total, finish_others=False))
 
 
 def in_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """Tensors in order, in shards of at most ``limit`` bytes; a larger tensor is a shard of its own."""
+    """Splits tensors into shards.
+
+    Args:
+        specs: the tensors; their order is kept.
+        limit: largest size of a shard in bytes; a tensor that is larger gets its own shard.
+    """
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What adapter a folder or a repository holds already, so that another one is not written over it unasked."""
+"""Detects a different adapter in a target folder or repository, so that it is not overwritten by accident."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME, Ten
 from nbpeft.errors import CheckpointError, shortened
 
 NAME_KEY = "nbpeft.adapter"
-"""Entry of a file's metadata: what the adapter was called when it was saved."""
+"""Metadata key of a tensor file: the adapter's name when it was saved."""
 _LONGEST_NAME = 60
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,16 +23,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 def other_adapter(
     folder: Path, name: str, shapes: Shapes, base: Fingerprint | None, *, optional: Set[str] = frozenset()
 ) -> str:
-    """What a folder holds that is another adapter than one to be saved there, in words; empty where there is none.
+    """Describes a different adapter that is already in a folder.
 
-    It is another one if its name, its base model or its tensors are others, as far as its files say that.
+    An adapter is different if its files show another name, base model or set of tensors.
 
     Args:
-        folder: where it is to be saved.
-        name: of the adapter to be saved.
-        shapes: key -> shape of its tensors.
+        folder: the folder to save to.
+        name: name of the adapter to save.
+        shapes: key -> shape of the adapter's tensors.
         base: fingerprint of its base model.
-        optional: keys that one of the two may lack, such as embeddings.
+        optional: keys that either of the two may lack, such as embeddings.
+
+    Returns:
+        A noun phrase for a message, or the empty string if there is no different adapter.
     """
     config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -47,17 +50,25 @@ def other_adapter(
     if saved_as is not None and saved_as != name:
         return f"another adapter, {shortened(saved_as, _LONGEST_NAME)!r}"
     then = Fingerprint.from_metadata(file.metadata)
-    if then is not None and base is not None and (told := describe_difference(then, base)):
-        return f"an adapter of another base model ({told})"
+    if then is not None and base is not None and (difference := describe_difference(then, base)):
+        return f"an adapter of another base model ({difference})"
     present = {key: tuple(tensor.shape) for key, tensor in file.header.items()}
-    strange = (present.keys() ^ shapes.keys()) - optional
-    if strange or any(present[key] != shapes[key] for key in present.keys() & shapes.keys()):
+    unshared = (present.keys() ^ shapes.keys()) - optional
+    if unshared or any(present[key] != shapes[key] for key in present.keys() & shapes.keys()):
         return f"an adapter with other tensors{_described(config)}"
     return ""
 
 
 def other_config(text: str, own: str) -> str:
-    """What an ``adapter_config.json`` describes if it is another adapter than that of a second one; else empty."""
+    """Describes the adapter of an ``adapter_config.json`` if it differs from that of another one.
+
+    Args:
+        text: text of the existing config; may be empty.
+        own: text of the config to save.
+
+    Returns:
+        A noun phrase for a message, or the empty string if no difference is known.
+    """
     then, now = _fields(text), _fields(own)
     if not text or then is None or now is None:
         return "an adapter that cannot be read" if text and then is None else ""
@@ -83,7 +94,7 @@ def _comparable(fields: Mapping[str, Any], key: str) -> Any:
 
 
 def _described(config: Path) -> str:
-    """`` (LORA, r=2)``; empty where the config does not say it."""
+    """Returns text such as `` (LORA, r=2)``; empty if the config cannot be read."""
     try:
         fields = _fields(inside.read_file(config, LARGEST_CONFIG).decode("utf-8"))
     except (CheckpointError, OSError, UnicodeDecodeError):

@@ -1,6 +1,6 @@
-"""Where a checkpoint lies: a folder on this machine or a repository on the hub; downloads and uploads.
+"""Location of a checkpoint: a local folder or a repository on the hub; downloads and uploads.
 
-The hub is never contacted while an adapter is saved.
+Saving an adapter never contacts the hub.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ CONFIG_NAME = "adapter_config.json"
 Result = TypeVar("Result")
 
 _MISSPELLED = 0.85
-"""How alike a name is to that of an option that it was meant to be, and no option for something else."""
+"""Similarity above which an unknown keyword counts as a misspelled option and not as one meant for another library."""
 LARGE = 2**28
-"""Bytes of a file of tensors on the hub, of which the header is looked at before it is downloaded."""
+"""Size in bytes above which the header of a tensor file on the hub is checked before the file is downloaded."""
 _OWN_OPTIONS = frozenset({"repo_id", "filename", "subfolder", "dry_run"})
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's place, before anything is read.
+    """Location of a checkpoint, before anything is read.
 
     Attributes:
         name: a folder, a file in it, or a hub id.
-        subfolder: a folder inside it, or None.
-        options: what the hub's download takes (``revision``, ``cache_dir``, ``token``, …).
+        subfolder: subfolder of the source, or None.
+        options: options of ``hf_hub_download`` (``revision``, ``cache_dir``, ``token``, …).
     """
 
     name: str
@@ -54,7 +54,17 @@ class Source:
 
     @classmethod
     def of(cls, source: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Source:
-        """Checks the options and lets a file stand for its folder."""
+        """Creates a source; a file of a checkpoint is replaced by its folder.
+
+        Args:
+            source: a folder, a file in it, or a hub id.
+            subfolder: subfolder of the source, or None.
+            options: options of ``hf_hub_download``; None values are dropped.
+
+        Raises:
+            CheckpointNotFoundError: the name cannot be a path.
+            CheckpointError: an option is unknown.
+        """
         name = os.path.expanduser(os.fspath(source))
         if any("\ud800" <= letter <= "\udbff" or letter == "\0" for letter in name):
             raise CheckpointNotFoundError(f"{shown(name)} cannot be the name of a folder")
@@ -64,11 +74,11 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder, if the source is local."""
+        """The local folder; it need not exist."""
         return Path(self.name, self.subfolder) if self.subfolder else Path(self.name)
 
     def config_file(self) -> Path:
-        """Path of ``adapter_config.json``, downloaded if it lies on the hub.
+        """Returns the path of ``adapter_config.json``, which is downloaded if the source is on the hub.
 
         Raises:
             CheckpointNotFoundError: there is none.
@@ -80,14 +90,14 @@ class Source:
         return download(self.name, CONFIG_NAME, self.subfolder, self.options)
 
     def tensor_file(self, config_file: Path) -> TensorFile:
-        """The tensors that belong to a config, before they are read; of a large file on the hub only the header comes.
+        """Opens the tensor file that belongs to a config. Of a large file on the hub only the header is downloaded.
 
         Args:
             config_file: what ``config_file`` returned; on the hub it pins the commit.
 
         Raises:
-            CheckpointNotFoundError: there are none.
-            CorruptCheckpointError: they are truncated, altered or something else.
+            CheckpointNotFoundError: there is no tensor file.
+            CorruptCheckpointError: the file is truncated, altered or of another format.
         """
         path = config_file.parent / WEIGHTS_NAME
         if config_file.parent != self.folder and not _is_file(path) and not self.options.get("force_download"):
@@ -98,7 +108,7 @@ class Source:
         return TensorFile(self.weights_file(config_file))
 
     def weights_file(self, config_file: Path) -> Path:
-        """Path of the tensors that belong to a config: safetensors, or else PEFT's old ``.bin``.
+        """Returns the path of the tensor file that belongs to a config: safetensors, or else PEFT's old ``.bin``.
 
         Args:
             config_file: what ``config_file`` returned; on the hub it pins the commit.
@@ -122,7 +132,7 @@ class Source:
                 raise absent from None
 
     def _is_local(self) -> bool:
-        """Whether the name can only mean a folder (an id reads ``user/name``): then the network is left alone."""
+        """Returns whether the name can only be a folder and not a hub id (``user/name``); then the hub is not asked."""
         return (
             os.path.exists(self.name)
             or os.path.isabs(self.name)
@@ -152,10 +162,10 @@ class Source:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is such a file.
+    """Returns whether a path is a file.
 
     Raises:
-        CheckpointError: that is not known, because a folder may not be read or the name is too long.
+        CheckpointError: it cannot be checked, because of missing permissions or a name that is too long.
     """
     try:
         return path.is_file()
@@ -168,10 +178,10 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a download gets, without those that are None.
+    """Checks download options and drops those that are None.
 
     Raises:
-        CheckpointError: an option is not one of ``huggingface_hub.hf_hub_download``.
+        CheckpointError: an option is not an argument of ``huggingface_hub.hf_hub_download``.
     """
     options = {name: value for name, value in options.items() if value is not None}
     if "use_auth_token" in options:
@@ -190,14 +200,14 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a download among keywords that a library hands on, as ``trust_remote_code`` for the model.
+    """Returns the download options among keywords that a library passes on, such as ``trust_remote_code``.
 
-    Others are left out, with a warning if one looks like an option that is misspelled.
+    Other keywords are dropped, with a warning if one looks like a misspelled option.
     """
     known = {"subfolder", "use_auth_token", *_known_options()} if options else set()
     for name in options.keys() - known:
         for meant in near(name, known, 1, cutoff=_MISSPELLED):
-            warnings.warn(f"{name!r} is no option of a download and is ignored. Did you mean {meant!r}?", stacklevel=4)
+            warnings.warn(f"{name!r} is not a download option and is ignored. Did you mean {meant!r}?", stacklevel=4)
     return {name: value for name, value in options.items() if name in known}
 
 
@@ -208,12 +218,21 @@ def _known_options() -> set[str]:
 
 
 def download(repo_id: str, filename: str, subfolder: str | None, options: Mapping[str, Any]) -> Path:
-    """Path of a repository's file in the local cache, fetched if need be.
+    """Downloads a file of a repository unless it is cached.
+
+    Args:
+        repo_id: id of the repository.
+        filename: name of the file.
+        subfolder: folder of the file in the repository, or None.
+        options: options of ``hf_hub_download``.
+
+    Returns:
+        Path of the file in the local cache.
 
     Raises:
-        CheckpointNotFoundError: no such repository, revision or file, or it is not in the cache and
-            the hub must not or cannot be reached.
-        CheckpointError: the hub refused.
+        CheckpointNotFoundError: there is no such repository, revision or file, or it is not cached and the hub is
+            offline or cannot be reached.
+        CheckpointError: the hub refused the request.
     """
     from huggingface_hub import hf_hub_download
 
@@ -229,10 +248,17 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
 def start_of_large_file(
     repo_id: str, filename: str, subfolder: str | None, options: Mapping[str, Any]
 ) -> tuple[bytes, int] | None:
-    """The first bytes of a safetensors file on the hub, up to the end of its header, and its size.
+    """Downloads the header of a large safetensors file on the hub.
+
+    Args:
+        repo_id: id of the repository.
+        filename: name of the file.
+        subfolder: folder of the file in the repository, or None.
+        options: options of ``hf_hub_download``.
 
     Returns:
-        None for a file that is no larger than ``LARGE``, and where the hub does not say: then the download says why.
+        The first bytes up to the end of the header, and the file's size in bytes. None for a file of at most ``LARGE``
+        bytes, and if the request fails: the download that follows reports the error.
     """
     if options.get("local_files_only") or hub_options(repo_id, options):
         return None
@@ -249,7 +275,7 @@ def start_of_large_file(
         repo_type=options.get("repo_type"),
     )
     headers = utils.build_hf_headers(token=options.get("token"), library_name="nbpeft")
-    with contextlib.suppress(Exception):  # of the network, of the hub, of an older client: the download reports them
+    with contextlib.suppress(Exception):  # of network, hub or an older client: the download reports it
         size = get_hf_file_metadata(address, token=options.get("token"), endpoint=endpoint).size
         if constants.HF_HUB_OFFLINE or size is None or size <= LARGE:
             return None
@@ -266,7 +292,7 @@ def start_of_large_file(
 
 
 def commit_of(path: Path) -> dict[str, str]:
-    """``{"revision": commit}`` of a file in the cache, so that its companion is of the same commit."""
+    """Returns ``{"revision": commit}`` for a file in the hub's cache, to download other files of the same commit."""
     parts = path.parts
     if "snapshots" not in parts:
         return {}
@@ -282,22 +308,22 @@ def push(
     endpoint: str | None = None,
     **options: Any,
 ) -> str:
-    """Uploads a saved adapter's folder to a repository, which is made if need be.
+    """Uploads a saved adapter's folder to a repository, which is created if needed.
 
     Args:
-        folder: what was saved.
+        folder: folder of the saved adapter.
         repo_id: ``user/name``.
-        token: access token, or None for the one that is logged in.
-        private: whether a new repository is private; None leaves it to the account.
-        endpoint: address of the hub, or None for the usual one.
-        **options: what ``HfApi.upload_folder`` takes: ``revision``, ``commit_message``, ``create_pr``, …
+        token: access token; None for the stored login.
+        private: whether a new repository is private; None for the account's default.
+        endpoint: URL of the hub; None for the default.
+        **options: further arguments of ``HfApi.upload_folder``: ``revision``, ``commit_message``, ``create_pr``, …
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
         CheckpointNotFoundError: there is no such folder.
-        CheckpointError: the hub refused or cannot be reached.
+        CheckpointError: the hub refused the upload or cannot be reached.
     """
     if not os.path.isdir(folder):
         raise CheckpointNotFoundError(f"there is no folder {os.fspath(folder)} to upload", path=os.fspath(folder))
@@ -326,10 +352,20 @@ def push(
 def present_file(
     repo_id: str, name: str, *, token: str | None, revision: str | None = None, endpoint: str | None = None
 ) -> str:
-    """The text of a small file of a repository on the hub, such as its README; empty where there is none yet.
+    """Downloads a small text file of a repository on the hub, such as its README.
+
+    Args:
+        repo_id: id of the repository.
+        name: name of the file.
+        token: access token, or None.
+        revision: branch, tag or commit; None for the default branch.
+        endpoint: URL of the hub; None for the default.
+
+    Returns:
+        The text; empty if the repository, the revision or the file does not exist.
 
     Raises:
-        CheckpointError: the hub refused or cannot be reached.
+        CheckpointError: the hub refused the request or cannot be reached.
     """
     from huggingface_hub import constants, errors, hf_hub_url
 
@@ -339,7 +375,7 @@ def present_file(
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled
         address = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint or constants.ENDPOINT)
-        # The client's own download tries again for half a minute where there is no network.
+        # Not hf_hub_download: without a network it retries for half a minute.
         answer = utils.get_session().get(address, headers=utils.build_hf_headers(token=token), follow_redirects=True)
         try:
             utils.hf_raise_for_status(answer)
@@ -351,7 +387,7 @@ def present_file(
 
 
 def _writing(call: Callable[[], Result], repo_id: str) -> Result:
-    """The result of a call that needs a token; says what is wrong with the token, or that there is no network."""
+    """Runs a call that needs write access; reports a missing permission, a bad token or a missing network clearly."""
     from huggingface_hub import errors
 
     try:
@@ -373,12 +409,12 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
                 repo_id=repo_id,
             ) from None
         raise
-    except getattr(errors, "HTTPError", ()):  # without any answer
+    except getattr(errors, "HTTPError", ()):  # no response at all
         raise CheckpointError("the hub cannot be reached: nothing was uploaded", repo_id=repo_id) from None
 
 
 def _translating(call: Callable[[], Result], repo_id: str, filename: str, revision: str | None) -> Result:
-    """The result of a call to the hub, its errors in one line."""
+    """Runs a call to the hub and turns its errors into one clear line."""
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision else ""

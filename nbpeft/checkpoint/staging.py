@@ -1,15 +1,14 @@
-"""Hidden folders in which files are made ready before they move to their places.
+"""Staging folders: hidden folders in which files are written before they are renamed into place.
 
-A staging folder is locked for as long as its process lives. One that is not locked belongs to a
-process that died: the next write beside it sweeps it away at once. What had been moved out of it
-already decides what became of the write: with its first file in place the new state counts, and
-the sweep moves the others after it (or takes the first ones back, where the caller wants that).
+A process locks its staging folder for as long as it lives. An unlocked one belongs to a process that died, and the next
+write in the same folder cleans it up. If the first file had already been renamed into place, the new state counts: the
+sweep renames the remaining files too, or, if the caller asks for it, restores the old ones.
 
-Only what this user's processes made is swept: the name of a staging folder ends in a code that is made of the folder
-it is in and a key in the user's home. One that came with a folder of somebody else (cloned, unpacked) has no such
-name; it is reported and left alone.
+Only staging folders of this user's processes are swept: their names end in a code (HMAC) computed from the parent
+folder and a key in the user's home. A staging folder that came with somebody else's files (cloned, unpacked) does not
+have a valid name; it is reported and left alone.
 
-File systems that cannot lock folders (NFS, Windows) leave only the age to judge by.
+On file systems that cannot lock folders (NFS, Windows), only the age of a staging folder shows that it is abandoned.
 """
 
 from __future__ import annotations
@@ -44,27 +43,27 @@ except ImportError:  # Windows
 
 STAGING_PREFIX = ".nbpeft-"
 OLD = ".old"
-"""Folder inside a staging folder with the files whose places others take."""
+"""Folder inside a staging folder with hard links to the files that are replaced."""
 ASIDE = ".aside"
-"""The same for whole folders; one whose place is still empty goes back when the write died."""
+"""The same for whole folders; after an interrupted write a folder is moved back if nothing has replaced it."""
 
 _MOVES = ".moves"
 _NAME = re.compile(r"\.nbpeft-([0-9a-f]{16})([0-9a-f]{16})?")
 _KEY_BYTES = 32
 _MOST_MOVES = 2**24
-"""Bytes of a note of moves, at most."""
+"""Largest size in bytes of the log of pending renames."""
 _STALE_SECONDS = 86_400.0
 _TRIES = 5
 
 Mark = tuple[int, int]
-"""Bytes and time of change of a file, by which it is known again."""
+"""Size in bytes and modification time in ns of a file, which identify it."""
 
 
 def staging_name(parent: Path) -> str:
-    """A name for a staging folder that nobody else has, and that only this user can give.
+    """Returns a unique name for a staging folder, which only this user's processes can generate.
 
     Args:
-        parent: the folder it is to be made in.
+        parent: the folder in which it will be created.
 
     Raises:
         OSError: there is no such folder.
@@ -74,20 +73,25 @@ def staging_name(parent: Path) -> str:
 
 
 def is_own(parent: Path, name: str) -> bool:
-    """Whether a name in a folder is one that ``staging_name`` gave for it to a process of this user."""
+    """Returns whether a process of this user generated a name with ``staging_name``.
+
+    Args:
+        parent: the folder of the entry.
+        name: name of the entry.
+    """
     found = _NAME.fullmatch(name)
     return found is not None and hmac.compare_digest(found[2] or "", _code(parent, found[1]))
 
 
 def _code(parent: Path, token: str) -> str:
-    # The folder's number goes in: a copy of the folder, at whose files somebody else may have been, has another one.
+    # The inode number is part of the code: in a copy of the folder, which others may have changed, it is not valid.
     text = f"{token} {os.stat(parent).st_ino}"
     return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()[:16]
 
 
 @functools.cache
 def _key() -> bytes:
-    """A key that only this user's processes know; where the home cannot be written, only this process."""
+    """Returns a secret key of this user; if the home cannot be written, one that only this process knows."""
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nbpeft"
     with contextlib.suppress(OSError, RuntimeError):
         home.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ def _key() -> bytes:
             handle, made = tempfile.mkstemp(dir=home)
             with open(handle, "wb") as file:
                 file.write(secrets.token_bytes(_KEY_BYTES))
-            with contextlib.suppress(OSError):  # another process was faster, or there are no second names here
+            with contextlib.suppress(OSError):  # another process was faster, or there are no hard links
                 os.link(made, home / "key")
             with contextlib.suppress(OSError):
                 os.unlink(made) if (home / "key").exists() else os.replace(made, home / "key")
@@ -106,15 +110,15 @@ def _key() -> bytes:
 
 
 class Staging:
-    """A new staging folder, locked.
+    """A new, locked staging folder.
 
     Args:
-        parent: the folder it is made in.
-        name: its name; by default one that nobody else has.
+        parent: the folder in which it is created.
+        name: its name; by default a unique one.
         mode: permissions, as for ``os.mkdir``.
 
     Attributes:
-        path: where it is.
+        path: its path.
     """
 
     def __init__(self, parent: Path, name: str | None = None, mode: int = 0o777) -> None:
@@ -125,21 +129,25 @@ class Staging:
                 self._lock = lock_folder(self.path)
                 return
             except (BlockingIOError, FileNotFoundError):
-                continue  # a sweep came between the two calls
+                continue  # another process swept the folder before it was locked
             except BaseException:
                 shutil.rmtree(self.path, ignore_errors=True)
                 raise
         raise CheckpointError(f"{parent} is being cleared by another process; try again")
 
     def close(self) -> None:
-        """Removes the folder, unless it was moved, and gives the lock back."""
+        """Removes the folder, unless it was renamed into place, and releases the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def note_moves(self, marks: dict[str, Mark]) -> None:
-        """Writes down which files are about to move, in this order, so that a sweep can end the work."""
+        """Logs the pending renames in order, so that a sweep can finish or undo them.
+
+        Args:
+            marks: name of a file -> its mark.
+        """
         with open(self.path / _MOVES, "wb") as file:
             file.write(json.dumps(marks).encode("utf-8"))
             file.flush()
@@ -148,7 +156,11 @@ class Staging:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for temporary files; those of processes that died are removed."""
+    """Creates a temporary folder for the block; removes those of dead processes first.
+
+    Raises:
+        CheckpointError: no folder can be created.
+    """
     parent = Path(tempfile.gettempdir())
     sweep(parent, report=False)
     try:
@@ -162,7 +174,12 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def staged(folder: Path, name: str) -> Iterator[Path]:
-    """Files of that name which a write that died had still to move."""
+    """Yields files of a name that an interrupted write had not yet renamed into place.
+
+    Args:
+        folder: the target folder of the write.
+        name: path of the file relative to it.
+    """
     try:
         entries = sorted(entry for entry in os.listdir(folder) if _NAME.fullmatch(entry))
     except OSError:
@@ -173,19 +190,19 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 
 
 def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
-    """Clears up after writes into a folder, or beside it, that died half-way.
+    """Cleans up after interrupted writes whose staging folders are in a folder.
 
     Args:
-        folder: what the writes were about.
-        finish: move what was still to move, where the first file had moved; else take back what had.
-        report: warn of staging folders that no process of this user made.
+        folder: the folder to clean up.
+        finish: finish a write whose first file was already renamed into place; False restores the old files.
+        report: warn about staging folders that no process of this user created.
     """
     try:
         entries = [entry for entry in os.listdir(folder) if _NAME.fullmatch(entry)]
     except OSError:
         return
     for entry in entries:
-        # What cannot be cleared now goes another time; the write that asks for it must not fail by that.
+        # A failed cleanup is tried again by the next write; it must not make this one fail.
         with contextlib.suppress(OSError, CheckpointError):
             if not _sweep_one(folder, entry, finish) and report:
                 warnings.warn(
@@ -196,17 +213,17 @@ def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
 
 
 def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
-    """Clears one staging folder up; returns False where it is none of this user's."""
+    """Cleans up one staging folder; returns False if a process of this user did not create it."""
     path, found = folder / entry, os.lstat(folder / entry)
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-        return True  # they sweep their own
+        return True  # its owner sweeps it
     if not is_own(folder, entry) or not stat.S_ISDIR(found.st_mode):
         return _is_locked(path)
     lock = lock_folder(path)
     try:
         if lock is None and time.time() - found.st_mtime < _STALE_SECONDS:
             return True
-        _settle(folder, entry, finish)
+        _recover(folder, entry, finish)
         shutil.rmtree(path, ignore_errors=True)
     finally:
         if lock is not None:
@@ -215,7 +232,7 @@ def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process is at work in it, one that could not read the key."""
+    """Returns whether a live process uses it: one that could not read the key has no valid name."""
     try:
         lock = lock_folder(path)
     except BlockingIOError:
@@ -225,18 +242,18 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _settle(folder: Path, entry: str, finish: bool) -> None:
-    """Ends the moves of a write that died after the first of them, or takes them back."""
+def _recover(folder: Path, entry: str, finish: bool) -> None:
+    """Finishes or undoes the renames of a write that died after the first of them."""
     for name in inside.names(folder, f"{entry}/{ASIDE}"):
         if inside.status(folder, name) is None:
             inside.move(folder, f"{entry}/{ASIDE}/{name}", folder, name)
     marks = _noted_moves(folder, entry)
-    moved = [name for name in marks if not _waits(folder, entry, name) and mark_of(folder, name) == marks[name]]
+    moved = [name for name in marks if not _is_pending(folder, entry, name) and mark_of(folder, name) == marks[name]]
     if not moved or moved[0] != next(iter(marks)) or len(moved) == len(marks):
         return
     if finish:
         for name in marks:
-            if _waits(folder, entry, name):
+            if _is_pending(folder, entry, name):
                 inside.make_folders(folder, os.path.dirname(name))
                 inside.move(folder, f"{entry}/{name}", folder, name)
     else:
@@ -244,22 +261,22 @@ def _settle(folder: Path, entry: str, finish: bool) -> None:
     flush_folder(folder)
 
 
-def _waits(folder: Path, entry: str, name: str) -> bool:
-    """Whether a file has still to move."""
+def _is_pending(folder: Path, entry: str, name: str) -> bool:
+    """Returns whether a file has not been renamed into place yet."""
     return inside.status(folder, f"{entry}/{name}") is not None
 
 
 def take_back(folder: Path, entry: str, names: list[str]) -> None:
-    """Puts the files back whose places others took, and removes those where there was none.
+    """Undoes renames: restores replaced files and removes new ones.
 
     Args:
-        folder: where the files are.
-        entry: name of the staging folder in it that they came from.
-        names: of the files.
+        folder: folder of the files.
+        entry: name of the staging folder in it.
+        names: paths of the files relative to ``folder``.
     """
     for name in reversed(names):
-        if _waits(folder, entry, name):
-            continue  # it has not moved
+        if _is_pending(folder, entry, name):
+            continue  # not renamed yet
         if inside.status(folder, f"{entry}/{OLD}/{name}") is not None:
             inside.move(folder, f"{entry}/{OLD}/{name}", folder, name)
         else:
@@ -267,20 +284,28 @@ def take_back(folder: Path, entry: str, names: list[str]) -> None:
 
 
 def mark_of(folder: Path, name: str) -> Mark | None:
-    """What a file in a folder is known by, or None if there is none."""
+    """Returns the mark of a file, or None if it does not exist.
+
+    Args:
+        folder: folder of the file.
+        name: path of the file relative to it.
+    """
     found = inside.status(folder, name)
     return None if found is None else (found.st_size, found.st_mtime_ns)
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes moves in a folder last. Windows has no such call and needs none."""
+    """Flushes the entries of a folder to disk, so that renames in it survive a crash.
+
+    Windows has no such call and does not need it.
+    """
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems refuse to flush folders; there is nothing more to do on them.
+        # Some network file systems refuse to flush folders; nothing else can be done there.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
     finally:
@@ -288,7 +313,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
-    """What ``note_moves`` wrote; nothing where it is not whole."""
+    """Returns what ``note_moves`` logged; empty if the log is incomplete."""
     try:
         noted = json.loads(inside.read_plain(folder, f"{entry}/{_MOVES}", _MOST_MOVES))
         return {str(name): (int(size), int(when)) for name, (size, when) in noted.items()}
@@ -297,11 +322,14 @@ def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
 
 
 def lock_folder(path: Path) -> int | None:
-    """A handle that holds the lock of a folder; None where folders cannot be locked, and for what is no folder.
+    """Locks a folder without waiting.
+
+    Returns:
+        A descriptor; closing it releases the lock. None if folders cannot be locked here, or it is not a folder.
 
     Raises:
-        BlockingIOError: another process or thread holds it.
-        FileNotFoundError: the folder is gone.
+        BlockingIOError: another process or thread has the lock.
+        FileNotFoundError: the folder was removed.
     """
     if fcntl is None:
         return None

@@ -1,7 +1,7 @@
-"""Reads and writes the file with the tensors. Nothing is ever unpickled but plain tensors.
+"""Reads and writes files of tensors. Nothing but plain tensors is ever unpickled.
 
-A file is read in two steps: first its header, from which everything is checked that needs no values, then the tensors
-that somebody takes. A file that fits nothing costs no memory, however large it is.
+A file is read in two steps: first its header, with which names, dtypes and shapes are checked, then the tensors that
+are used. A file that does not fit the model takes no memory, however large it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 Mark = tuple[int, int]
-"""Size of a file and when it was written, in ns."""
+"""Size of a file in bytes and its modification time in ns."""
 
 DTYPES = {
     name: getattr(torch, full)
@@ -43,25 +43,25 @@ DTYPES = {
     }.items()
     if hasattr(torch, full)
 }
-"""Name in a safetensors file -> dtype."""
+"""Name of a dtype in safetensors files -> dtype."""
 LONGEST_HEADER = 2**26
-"""Bytes; 400,000 tensors have such a one."""
+"""Largest header in bytes, which is that of about 400,000 tensors."""
 _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
 _MOST_OF_MADE = 16
-"""Bytes of a file for each that is made of them; indices and shares take more than the numbers they stand for."""
+"""Most bytes that may be read per byte of a computed tensor; packed indices can take more space than their result."""
 
 Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 UNREADABLE = (safetensors.SafetensorError, OSError, MemoryError, KeyError, ValueError, TypeError, RuntimeError)
-"""What reading a damaged file raises; a KeyError names a dtype that the libraries here do not know."""
+"""Errors raised by reading a damaged file; a KeyError names a dtype that the installed libraries do not know."""
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as the file needs them: detached, contiguous, none sharing memory with another.
+    """Returns the tensors as safetensors needs them: detached, contiguous and without shared memory.
 
     Raises:
-        CheckpointError: a tensor has no data (it lies on the meta device).
+        CheckpointError: a tensor has no data (it is on the meta device).
     """
     seen: set[tuple[str, int]] = set()
     result: dict[str, Tensor] = {}
@@ -84,7 +84,15 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file with the permissions any new file would get."""
+    """Writes a safetensors file.
+
+    The file gets the permissions of any new file; safetensors itself makes it readable by its owner alone.
+
+    Args:
+        path: the file.
+        tensors: key -> tensor, as returned by ``storable``.
+        metadata: entries of the file's metadata.
+    """
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(dict(tensors), str(path), metadata={"format": "pt", **metadata})
@@ -92,27 +100,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors as PEFT did before safetensors, for programs that read nothing else."""
-    # A tensor that is a part of a larger one would take all of that along.
+    """Writes tensors as a pickle, as PEFT did before safetensors, for programs that read nothing else.
+
+    Args:
+        path: the file.
+        tensors: key -> tensor.
+    """
+    # Cloned, because torch.save writes the whole storage of a view.
     torch.save({key: tensor.clone() for key, tensor in tensors.items()}, path)
 
 
 class TensorFile:
-    """A file of tensors, safetensors or PEFT's old ``.bin``, of which the header alone is read at first.
+    """A file of tensors, safetensors or PEFT's old ``.bin``. Creating it reads only the header.
 
-    The file stays open: what is read later belongs to the header, though another takes its place meanwhile.
+    A safetensors file stays open, so that tensors read later match the header even if the file at the path is replaced.
 
     Args:
         path: the file.
 
     Attributes:
         path: the file.
-        header: key -> a tensor of the dtype and shape that the file names, without data: on the meta device, or in
-            the mapped file of a ``.bin``.
-        metadata: what a safetensors file says about itself; the fingerprint of the base is in it.
+        header: key -> a tensor of the dtype and shape in the file, without data: on the meta device, or memory-mapped
+            for a ``.bin``.
+        metadata: metadata of a safetensors file, including the base model's fingerprint.
 
     Raises:
-        CorruptCheckpointError: the file is truncated, altered or something else.
+        CorruptCheckpointError: the file is truncated, altered or of another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,24 +153,28 @@ class TensorFile:
 
     @property
     def is_current(self) -> bool:
-        """Whether it is still the file at its path, and not another that took its place."""
+        """Whether the file at the path has not been replaced since the header was read."""
         try:
             return self.path.stat().st_mtime_ns == self._version
         except OSError:
             return False
 
     def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """Some of the tensors, of their own memory: the file may be replaced while they are in use.
+        """Reads tensors into new memory, so that the file may be replaced while they are in use.
+
+        Args:
+            keys: keys of the tensors.
+            device: device of the tensors.
 
         Raises:
             ConfigError: there is no such device.
-            CorruptCheckpointError: the file was truncated meanwhile.
+            CorruptCheckpointError: the file was truncated after its header was read.
         """
         target = _device(device)
         try:
             if self._legacy:
                 found = {key: self.header[key] for key in keys}
-                return {key: one if one.is_meta else one.to(target, copy=True) for key, one in found.items()}
+                return {key: value if value.is_meta else value.to(target, copy=True) for key, value in found.items()}
             with open(self._handle, "rb", buffering=_BUFFER, closefd=False) as file:
                 ordered = sorted(keys, key=self._places.__getitem__)
                 return {key: self._tensor(file, key).to(target) for key in ordered}
@@ -168,7 +185,7 @@ class TensorFile:
         like = self.header[key]
         if not like.nbytes:
             return torch.empty(like.shape, dtype=like.dtype, device="cpu")
-        # Read, not mapped: when another program shortens a mapped file, the process dies.
+        # Read instead of memory-mapped: if another program truncates a mapped file, an access kills the process.
         data = bytearray(like.nbytes)
         file.seek(self._places[key])
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
@@ -176,7 +193,7 @@ class TensorFile:
         return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
     def _read_header(self, file: BinaryIO, size: int) -> None:
-        """Reads what comes before the tensors, and checks that it describes a file of a size to its last byte."""
+        """Reads the header and checks that its tensors cover the rest of the file exactly."""
         length = int.from_bytes(_exactly(file, 8), "little")
         if not 0 < length <= size - 8:
             raise ValueError("its header does not end in it")
@@ -199,16 +216,16 @@ class TensorFile:
 
 
 class TensorFileToFetch(TensorFile):
-    """A large safetensors file that is elsewhere, of which only the header was fetched so far.
+    """A large remote safetensors file of which only the header has been downloaded.
 
     Args:
-        path: where it will be, for messages.
-        start: its first bytes, with all of its header.
-        size: bytes of the whole file.
-        fetch: gets it, and says where it is.
+        path: path that the file will have, for messages.
+        start: the first bytes of the file, with the whole header.
+        size: size of the whole file in bytes.
+        fetch: downloads the file and returns its path.
 
     Raises:
-        CorruptCheckpointError: what was fetched is no header.
+        CorruptCheckpointError: the bytes are not a valid header.
     """
 
     def __init__(self, path: Path, start: bytes, size: int, fetch: Callable[[], Path]) -> None:
@@ -220,10 +237,14 @@ class TensorFileToFetch(TensorFile):
             raise unreadable(path, error) from None
 
     def read(self, keys: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """Gets the file, and reads some of its tensors.
+        """Downloads the file and reads tensors.
+
+        Args:
+            keys: keys of the tensors.
+            device: device of the tensors.
 
         Raises:
-            CorruptCheckpointError: another file came than the one that the header is of.
+            CorruptCheckpointError: the downloaded file has another header.
         """
         file, wanted = TensorFile(self._fetch()), list(keys)
         if file._places != self._places or file.metadata != self.metadata:
@@ -232,13 +253,13 @@ class TensorFileToFetch(TensorFile):
 
     @property
     def is_current(self) -> bool:
-        """Whether it is still the file at its path: there is none yet."""
+        """Always True: there is no local file that could be replaced."""
         return True
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a header says of one tensor."""
+    """The header's entry of one tensor: an empty tensor of its dtype and shape, and its byte offsets."""
 
     tensor: Tensor
     start: int
@@ -247,7 +268,7 @@ class _Entry:
     @classmethod
     def of(cls, key: str, given: Any) -> Self:
         if not isinstance(given, dict) or not isinstance(given.get("dtype"), str):
-            raise TypeError(f"its header says nothing of {shortened(key, 60)!r}")
+            raise TypeError(f"its header has no dtype for {shortened(key, 60)!r}")
         dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
         if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
             raise TypeError(f"its header lacks the shape or the offsets of {shortened(key, 60)!r}")
@@ -279,12 +300,12 @@ def _exactly(file: Any, count: int) -> bytes:
 
 
 class UnreadTensors:
-    """The tensors of a file before they are read, with what is to become of them.
+    """Tensors of a file that are not read yet, with the changes to apply to them after reading.
 
     Args:
         file: the file.
-        device: where they are to go.
-        keys: those of the file that are meant; all by default.
+        device: device of the tensors.
+        keys: keys of the tensors; all of the file by default.
 
     Attributes:
         header: key -> a tensor without data, after the changes.
@@ -302,11 +323,11 @@ class UnreadTensors:
         return iter(self.header)
 
     def changed(self, change: Change) -> Self:
-        """The same with one change more.
+        """Returns a copy with one more change.
 
         Args:
-            change: (key -> tensor) -> the same as the next one takes it; called with the header's tensors, and with
-                those that were read.
+            change: maps a dictionary key -> tensor to another one. It is called twice: with the header's tensors, and
+                with the tensors that were read.
         """
         twin = copy.copy(self)
         twin._changes, twin.header = (*self._changes, change), change(self.header)
@@ -319,14 +340,14 @@ class UnreadTensors:
         return twin
 
     def read(self, leave: Iterable[str] = ()) -> Mapping[str, Tensor]:
-        """Reads them; what the changes left out, or what is to be left, stays unread.
+        """Reads the tensors that are used and applies the changes.
 
         Args:
-            leave: keys that nobody takes: they keep the header's tensors.
+            leave: keys (after the changes) that are not used: they keep the header's tensors without data.
 
         Raises:
-            CheckpointError: much of the file would be read only to be left.
-            CorruptCheckpointError: the file was truncated meanwhile.
+            CheckpointError: most of the data would be read without being used.
+            CorruptCheckpointError: the file was truncated after its header was read.
         """
         left = set(leave)
         taken = {id(tensor): tensor for key, tensor in self.header.items() if key not in left}
@@ -339,24 +360,28 @@ class UnreadTensors:
         return tensors
 
     def _sources(self, taken: Mapping[int, Tensor]) -> list[str]:
-        """Keys of what a change may have made others of."""
+        """Returns the keys from which a change may have computed new tensors."""
         own = {id(self._file.header[key]) for key in self._keys}
         made = sum(tensor.nbytes for place, tensor in taken.items() if place not in own)
         passed = {id(tensor) for tensor in self.header.values()}
         sources = [key for key in self._keys if id(self._file.header[key]) not in passed] if made else []
         if sum(self._file.header[key].nbytes for key in sources) > _MOST_OF_MADE * made + _BUFFER:
             raise CheckpointError(
-                f"most of {self._file.path} belongs to nothing that this model takes, e.g. {shortened(sources[0], 60)}"
+                f"most of {self._file.path} fits nothing in this model, e.g. {shortened(sources[0], 60)}"
             )
         return sources
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
+    """Reads all tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
+
+    Args:
+        path: the file.
+        device: device of the tensors.
 
     Raises:
         ConfigError: there is no such device.
-        CorruptCheckpointError: the file is truncated, altered or something else.
+        CorruptCheckpointError: the file is truncated, altered or of another format.
     """
     _device(device)
     file = TensorFile(path)
@@ -364,10 +389,10 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata alone; empty for a ``.bin``.
+    """Reads only the metadata of a file; empty for a ``.bin``.
 
     Raises:
-        CorruptCheckpointError: the file is truncated, altered or something else.
+        CorruptCheckpointError: the file is truncated, altered or of another format.
     """
     return {} if path.suffix == ".bin" else TensorFile(path).metadata
 
@@ -384,13 +409,13 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.bin``, whose data are not read before they are used."""
+    """Returns the memory-mapped tensors of a ``.bin``; their data is read on first use."""
     try:
         mapped = _check_archive(path)
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
-    except Exception as error:  # a pickle that somebody else made can raise anything
+    except Exception as error:  # unpickling an untrusted file can raise anything
         raise unreadable(path, error) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
@@ -400,25 +425,34 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> bool:
-    """Whether a ``.bin`` is an archive, which can be mapped. Raises ValueError for one that is read without bounds."""
+    """Returns whether a ``.bin`` is a zip archive, which can be memory-mapped.
+
+    Raises:
+        ValueError: reading the file could take unlimited memory.
+    """
     os.close(inside.open_file(path))
-    if not zipfile.is_zipfile(path):  # as torch wrote them before 2020
+    if not zipfile.is_zipfile(path):  # torch.save's format before torch 1.6
         if path.stat().st_size > _LARGEST_UNMAPPED:
-            raise ValueError(f"it is no archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
+            raise ValueError(f"it is not a zip archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
         return False
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # torch writes none
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # torch never compresses
         raise ValueError("its archive is compressed")
     if any(member.file_size > LONGEST_HEADER for member in members if member.filename.endswith(".pkl")):
-        raise ValueError(f"what it says of its tensors has more than {LONGEST_HEADER:,} bytes")
+        raise ValueError(f"the description of its tensors has more than {LONGEST_HEADER:,} bytes")
     return True
 
 
 def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
-    """The error to raise for one of ``UNREADABLE``."""
+    """Returns the error to raise for a file that cannot be read.
+
+    Args:
+        path: the file.
+        error: one of ``UNREADABLE``.
+    """
     text = f"its dtype {error} is not known here" if isinstance(error, KeyError) else str(error)
-    if "weights_only" in text:  # torch's advice is to run what is in there
+    if "weights_only" in text:  # torch's message recommends loading the file without this protection
         text = "it holds more than tensors, and was not opened"
     reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
     return CorruptCheckpointError(
@@ -427,7 +461,7 @@ def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
 
 
 def weights_mark(folder: str | os.PathLike[str]) -> Mark | None:
-    """What tells the weights file of an adapter in a folder from one that takes its place; None if there is none."""
+    """Returns the mark that identifies the weights file in an adapter's folder; None if there is none."""
     for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
         with contextlib.suppress(OSError):
             found = os.stat(os.path.join(folder, name))

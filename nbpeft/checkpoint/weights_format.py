@@ -1,11 +1,11 @@
-"""Between the engine's tensors and the keys of PEFT's files.
+"""Converts between the engine's tensors and the keys of PEFT's files.
 
     AdapterWeights.adapters[path][param]   base_model.model.<path>.<spelling of param>
     AdapterWeights.copies[path][param]     base_model.model.<path>.<param>
-    AdapterWeights.base[name]              base_model.model.<name>, with ``base_layer`` behind the
-                                           path of an adapted layer, ``original_module`` behind a copied one
+    AdapterWeights.base[name]              base_model.model.<name>, with ``base_layer`` after the
+                                           path of an adapted layer, ``original_module`` after a copied one
 
-Keys are looked up whole: no name is searched for inside another.
+Only whole keys are compared; no name is matched inside another one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nbpeft.engine.kernels.numerics import is_finite
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 PREFIX = "base_model.model."
-"""Starts every key of a file, but those of tensors that all layers of an adapter share."""
+"""Prefix of every key of a file, except those of tensors that all layers of an adapter share."""
 SHARED_PREFIX = "base_model."
-"""Starts the key of such a tensor."""
+"""Prefix of the key of a shared tensor."""
 BASE_LAYER = "base_layer"
-"""The frozen layer inside an adapted one."""
+"""Name of the frozen layer inside an adapted one."""
 ORIGINAL_MODULE = "original_module"
-"""The frozen module beside a copy that is trained as a whole."""
+"""Name of the frozen module next to its trained copy (``modules_to_save``)."""
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Mapping[str, Shape]]
@@ -45,21 +45,26 @@ Slot = tuple[str, str, str]
 
 
 class Conversion(Protocol):
-    """Reads files that were written for an earlier version of a model's class; see ``key_conversion_of``."""
+    """Converts files that were written for an earlier version of a model's class; see ``key_conversion_of``."""
 
     @property
     def rename(self) -> Rename | None:
-        """Another name to try for a key (without prefix) that nothing takes."""
+        """Maps a key (without prefix) that fits nothing to another name to try; None if nothing was renamed."""
         ...
 
     def joined(self, tensors: Mapping[str, Tensor], peft_type: str) -> Mapping[str, Tensor]:
-        """The tensors of a file by key, with those joined that are one today."""
+        """Returns the tensors of a file by key, with the tensors joined whose layers were fused.
+
+        Args:
+            tensors: key in the file -> tensor.
+            peft_type: the ``peft_type`` of the config.
+        """
         ...
 
 
 _LONGEST_KEY = 1_000
 _MOST_UNEXPECTED = 1_000
-"""After so many keys that nothing takes, further ones are only looked up as they are."""
+"""After this many unexpected keys, no alternative readings of further keys are tried."""
 _FLOATS = frozenset(
     getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -70,18 +75,18 @@ _WRAPPER_SEGMENTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model can take from a file.
+    """The tensors that a model can load from a file.
 
     Attributes:
         adapters: path of an adapted module -> parameter -> shape.
-        copies: path of a module trained as a whole -> parameter or buffer -> shape.
+        copies: path of a module trained as a whole (``modules_to_save``) -> parameter or buffer -> shape.
         base: name of a trained base parameter -> shape.
         shared: name of a tensor that the layers share -> shape.
-        optional: name of a base parameter that a file may bring but need not (embeddings of a
-            resized vocabulary) -> shape.
-        others: key without prefix of what holds no floating numbers, such as a counter -> dtype.
-        parameters: those of the paths in ``adapters`` that are parameters; see ``AdapterWeights``.
-        found_anew: name (path and all) of what in ``adapters`` a file need not have.
+        optional: name of a base parameter that a file may but need not contain (embeddings of a resized
+            vocabulary) -> shape.
+        others: key without prefix of a tensor that is not floating-point, such as a counter -> dtype.
+        parameters: the paths in ``adapters`` that are parameters; see ``AdapterWeights``.
+        found_anew: full names of tensors in ``adapters`` that a file need not contain, because they can be recomputed.
     """
 
     adapters: Shapes = field(default_factory=dict)
@@ -96,13 +101,13 @@ class Expected:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was found in a file.
+    """The tensors of a file, assigned to a model.
 
     Attributes:
-        weights: the tensors that fit, the file's own objects.
-        missing: keys that were expected and are not there.
-        unexpected: keys of the file that nothing takes.
-        mismatched: keys left out because of their shape (only when that was allowed).
+        weights: the tensors that fit; the same objects, not copies.
+        missing: expected keys that the file does not have.
+        unexpected: keys of the file that fit nothing in the model.
+        mismatched: keys ignored because of their shape (only with ``ignore_mismatched``).
     """
 
     weights: AdapterWeights
@@ -112,11 +117,11 @@ class Loaded:
 
 
 def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
-    """The tensors under the keys of a file. References, not copies.
+    """Returns an adapter's tensors under the keys of a file; the same objects, not copies.
 
     Args:
         weights: the tensors of one adapter.
-        peft_type: the ``peft_type`` of its config; decides how parameters are spelled.
+        peft_type: the ``peft_type`` of its config; determines the names of parameters.
     """
     spelling, places = file_keys(peft_type), _Places(weights.adapters, weights.copies, weights.parameters)
     tensors: dict[str, Tensor] = {}
@@ -145,25 +150,26 @@ def from_file(
     conversion: Conversion | None = None,
     ignore_mismatched: bool = False,
 ) -> Loaded:
-    """Sorts the tensors of a file into the places a model has for them.
+    """Assigns the tensors of a file to the places of a model.
 
-    Keys may lack the ``base_model.model.`` in front or carry the marks of a compiled or
-    sharded model. Of a file that is not read yet nothing is read before the header has passed every check, and then
-    only what the model takes.
+    Keys may lack the prefix ``base_model.model.`` or contain the name segments of a compiled or sharded model. An
+    unread file is read only after its header has passed every check, and only the tensors that the model uses.
+    Warns about tensors that are not finite.
 
     Args:
-        tensors: key in the file -> tensor.
-        expected: what the model can take.
-        peft_type: the ``peft_type`` of the config; decides how parameters are spelled.
-        key_mapping: regular expression -> replacement, tried in order on each key without its
-            prefix; the first that matches is applied.
-        conversion: reads what was written for an earlier version of the model's class.
-        ignore_mismatched: leave tensors of another shape out instead of refusing the file.
+        tensors: key in the file -> tensor, or the unread file.
+        expected: the tensors that the model can load.
+        peft_type: the ``peft_type`` of the config; determines the names of parameters.
+        key_mapping: regular expression -> replacement. For each key without its prefix, the first expression that
+            matches is applied.
+        conversion: converts a file that was written for an earlier version of the model's class.
+        ignore_mismatched: ignore tensors of another shape instead of refusing the file.
 
-    Warns of tensors that are not finite.
+    Returns:
+        The assigned tensors, and the keys that are missing, unexpected or mismatched.
 
     Raises:
-        CheckpointError: nothing in the file fits, or a tensor is no dense one of floating numbers.
+        CheckpointError: nothing in the file fits, or a tensor is not a dense floating-point tensor.
         BaseMismatchError: keys fit, but shapes do not.
     """
     slots = _slots(expected, peft_type)
@@ -198,7 +204,7 @@ def _fitting(
     key_mapping: Mapping[str, str] | None,
     rename: Rename | None,
 ) -> tuple[dict[str, str], list[str]]:
-    """Name of a place -> the key that is for it, and the keys that nothing takes; raises where nothing fits."""
+    """Returns slot -> key in the file, and the unexpected keys; raises CheckpointError if no key fits."""
     keys: dict[str, str] = {}
     unexpected: list[str] = []
     mapped = by_patterns(key_mapping)
@@ -226,7 +232,7 @@ def _checked(
     ignore_mismatched: bool,
     unread: bool = False,
 ) -> list[tuple[str, Shape, Shape]]:
-    """(place, shape in the file, shape expected) of what has another shape; raises for what no adapter has."""
+    """Returns (slot, shape in the file, expected shape) of mismatched tensors; refuses sparse and integer ones."""
     mismatched = [
         (name, tuple(tensor.shape), tuple(slots[name][1]))
         for name, tensor in found.items()
@@ -243,7 +249,7 @@ def _checked(
         None,
     )
     if wrong is not None:
-        what = "the tensors of an adapter are dense ones of floating numbers"
+        what = "the tensors of an adapter must be dense and floating-point"
         what = what if others.get(wrong) is None else f"it must be {others[wrong]}"
         raise CheckpointError(
             f"{shown(_full_key(wrong), 150)} is {_kind_of(found[wrong], unread=unread)}; {what}", key=_full_key(wrong)
@@ -254,14 +260,14 @@ def _checked(
 
 
 def _is_plain(tensor: Tensor, other: torch.dtype | None, *, unread: bool) -> bool:
-    """Whether a tensor is a dense one with data (or not read yet), of floating numbers or of that other dtype."""
+    """Returns whether a tensor is dense, has data (or is unread), and is floating-point or of the dtype ``other``."""
     if tensor.layout is not torch.strided or tensor.is_quantized or (tensor.is_meta and not unread):
         return False
     return tensor.dtype in _FLOATS if other is None else tensor.dtype == other
 
 
 def _warn_of_not_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Warns once of the tensors that hold NaN or infinite numbers."""
+    """Warns once about the tensors that contain NaN or infinite values."""
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if _surely_finite(list(floating.values())):
         return
@@ -277,14 +283,17 @@ def _warn_of_not_finite(tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _surely_finite(tensors: list[Tensor]) -> bool:
-    """Whether all norms are finite, which large numbers can keep them from being: asked of all at once, it is fast."""
+    """Returns whether the norms of all tensors are finite, computed in one fast call.
+
+    False does not prove that a value is not finite: the norm of large finite values can overflow.
+    """
     if not tensors or any(tensor.element_size() == 1 for tensor in tensors):
         return not tensors
     return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())
 
 
 def _kind_of(tensor: Tensor, *, unread: bool) -> str:
-    """What a tensor is, where it is none of an adapter's."""
+    """Describes a tensor that cannot belong to an adapter."""
     if tensor.is_meta and not unread:
         return "without data (meta device)"
     if tensor.layout is not torch.strided:
@@ -293,7 +302,7 @@ def _kind_of(tensor: Tensor, *, unread: bool) -> str:
 
 
 def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
-    """Key without prefix -> where its tensor goes and the shape it must have."""
+    """Returns key without prefix -> the slot of its tensor and the expected shape."""
     spelling, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
     nowhere = transforms_calls(peft_type)
@@ -313,7 +322,7 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
 
 
 def _sorted_in(found: Mapping[str, Tensor], slots: Mapping[str, tuple[Slot, Shape]]) -> AdapterWeights:
-    """The tensors in their places."""
+    """Returns the tensors as ``AdapterWeights``."""
     weights = AdapterWeights()
     for key, tensor in found.items():
         kind, path, name = slots[key][0]
@@ -326,12 +335,12 @@ def _sorted_in(found: Mapping[str, Tensor], slots: Mapping[str, tuple[Slot, Shap
 
 
 class _Places:
-    """Names in the bare model as they read inside adapted and copied modules.
+    """Converts names of the bare model to names in the adapted model, which has wrapper modules in between.
 
     Args:
-        adapters: paths of what is adapted; needs fast ``in``, as the next one does.
-        copies: paths of modules trained as a whole.
-        parameters: those of ``adapters`` that are parameters.
+        adapters: paths of adapted modules and parameters; a container with a fast ``in``.
+        copies: paths of modules trained as a whole; likewise.
+        parameters: the paths of ``adapters`` that are parameters.
     """
 
     def __init__(self, adapters: Container[str], copies: Container[str], parameters: Collection[str]) -> None:
@@ -340,14 +349,14 @@ class _Places:
         self._wrapped = Counter(path.rpartition(".")[0] for path in parameters)
 
     def of_adapter(self, path: str) -> str:
-        """Where the adapter of a path is."""
+        """Returns the path of the module that contains the adapter of an adapted path."""
         if path not in self._wrappers:
             return self.of(path)
         module = path.rpartition(".")[0]
         return self.of(module) + self._wrappers[path].removeprefix(module)
 
     def of(self, name: str) -> str:
-        """A name as it reads there."""
+        """Returns the name in the adapted model of a name in the bare one."""
         start = name.find(".")
         result = ""
         taken = 0
@@ -364,7 +373,7 @@ class _Places:
 
 
 def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
-    """The names a key of a file may stand for, likeliest first."""
+    """Yields the slots that a key of a file may refer to, the most likely first."""
     bare = mapped(key.removeprefix(PREFIX))
     yield bare
     if key.startswith(PREFIX):
@@ -379,10 +388,10 @@ def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
 
 
 def _is_repeated(key: str, found: Container[str]) -> bool:
-    """Whether PEFT wrote a tensor more than once.
+    """Returns whether a key is a duplicate that PEFT writes of a tensor under another key.
 
-    With ``bias="all"`` it writes the bias of a copied module thrice: as usual, and under these keys. What layers share
-    it may write once more for each of them.
+    With ``bias="all"`` PEFT writes the bias of a copied module three times: under the normal key and under these. It
+    may also write a shared tensor once for each layer.
     """
     if SHARED_PREFIX + key.rpartition(".")[2] in found:
         return True
@@ -394,10 +403,10 @@ def _is_repeated(key: str, found: Container[str]) -> bool:
 
 
 def by_patterns(patterns: Mapping[str, str] | None) -> Rename:
-    """Applies the first regular expression that matches a key, as PEFT's ``key_mapping`` does.
+    """Returns a function that applies the first matching regular expression to a key, as PEFT's ``key_mapping``.
 
     Raises:
-        CheckpointError: an expression cannot be read.
+        CheckpointError: an expression is invalid.
     """
     try:
         compiled = [(re.compile(pattern), replacement) for pattern, replacement in (patterns or {}).items()]
@@ -415,7 +424,12 @@ def by_patterns(patterns: Mapping[str, str] | None) -> Rename:
 
 
 def remapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """The tensors of a file with ``key_mapping`` applied to their keys, prefix left out."""
+    """Applies ``key_mapping`` to the keys of a file's tensors; prefixes are not part of the match and stay.
+
+    Args:
+        tensors: key -> tensor.
+        key_mapping: regular expression -> replacement, or None.
+    """
     rename = by_patterns(key_mapping)
     return {
         PREFIX + rename(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else rename(key): tensor
@@ -424,21 +438,21 @@ def remapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | Non
 
 
 def _full_key(key: str) -> str:
-    """The key in a file of a key in ``_slots``."""
+    """Returns the key in a file for a slot, which has no prefix."""
     return key if key.startswith(SHARED_PREFIX) else PREFIX + key
 
 
 def without_prefix(key: str) -> str:
-    """A key as it is for a model that has no handle."""
+    """Returns a key without the prefix of PEFT's files."""
     return key.removeprefix(PREFIX)
 
 
 def adapted_paths(keys: Iterable[str], peft_type: str) -> tuple[str, ...]:
-    """Paths of the modules that the keys of a file adapt, in their order, once each.
+    """Returns the paths of the modules that a file adapts, in order and without duplicates.
 
     Args:
-        keys: those of a file, or of a model with or without a handle.
-        peft_type: of the config beside the file.
+        keys: keys of a file or of a state dict, with or without prefix.
+        peft_type: the ``peft_type`` of the config.
     """
     marks = [f".{method.prefix}" for method in methods_of_type(peft_type)]
     paths: dict[str, None] = {}
@@ -470,7 +484,7 @@ def _nothing_fits(
 
 
 def _nesting_hint(tensors: Mapping[str, object], slots: Mapping[str, object]) -> dict[str, str] | None:
-    """A ``key_mapping`` that adds or drops leading segments so that keys fit, if one does."""
+    """Returns a ``key_mapping`` that would make the first key fit by adding or dropping leading segments, or None."""
     key = next(iter(tensors)).removeprefix(PREFIX)
     if len(key) > _LONGEST_KEY:
         return None

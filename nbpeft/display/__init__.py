@@ -1,13 +1,13 @@
-"""Results and states as HTML and as text: one card, one table, one bar, one chart, one palette.
+"""Shows results and states as HTML and as text, with one set of cards, tables, bars, charts and colours.
 
-    blocks       what is shown, as plain data
+    blocks       the content to show, as plain data
     shown        the base class of results, which describe themselves with blocks
-    numbers      sizes, counts and times for a person
-    models, memory, training     states in words and as blocks
-    differences  in which words two texts differ
-    html, charts, palette        blocks for a notebook
-    text         blocks for a terminal
+    numbers      sizes, counts and times as text
+    models, memory, training     states as text and as blocks
+    differences  the words in which two texts differ
+    html, charts, palette        blocks as HTML for a notebook
+    text         blocks as text for a terminal
 
-Layers without a front end describe what they give with ``blocks`` and leave the drawing to ``html``. Importing
-this imports neither torch nor a front end.
+Layers without a front end describe their results with ``blocks`` and leave the rendering to ``html``. Importing this
+package imports neither torch nor a front end.
 """

@@ -1,11 +1,11 @@
-"""What is shown, as plain data: a result or a state describes itself with these, and knows no HTML.
+"""Blocks: the content to show, as plain data. Results and states describe themselves with blocks instead of HTML.
 
     Card     a frame with a title
-    Line     a line of text; ``Text`` is a stretch of it with a tone
+    Line     a line of text; ``Text`` is a span of it with a tone
     Table, Bar, BarChart, BarTable, Columns, Grid, HeatMap, Histogram, Tokens, Figures, Progress, LossChart,
     SmallCharts, CurveChart, Details, Stack
 
-``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
+``nbpeft.display.html`` renders them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Wrap = Literal["", "names", "never", "cut", "as is"]
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of text.
+    """A span of text.
 
     Attributes:
         text: plain text.
-        tone: how it stands out, or back.
-        tooltip: more about it, where the mouse rests.
-        wrap: ``names``: may be broken behind underscores and slashes; ``never``; ``cut``: an ellipsis in the middle
-            where there is no room; ``as is``: keeps line breaks.
-        href: address that it links to.
-        curve: the place of a curve in a chart, whose colour stands before the text.
+        tone: its emphasis or colour.
+        tooltip: further text, shown on hover.
+        wrap: ``names``: may wrap after underscores and slashes; ``never``; ``cut``: an ellipsis in the middle if there
+            is not enough room; ``as is``: line breaks are kept.
+        href: URL that it links to.
+        curve: index of a curve in a chart; a swatch of its colour is shown before the text.
     """
 
     text: str
@@ -45,48 +45,48 @@ class Text:
 
 @dataclass(frozen=True)
 class Pill(Text):
-    """A state in a word or two, on a background of its tone.
+    """A status of one or two words in a rounded frame of its tone.
 
     Attributes:
-        saved: what is true of it later, too: seen in its place where no style sheet of ``CURRENT`` is alive.
+        saved: the text to show instead in a saved notebook, where the status is no longer followed; empty for the same.
     """
 
     saved: str = ""
 
 
 CURRENT, SAVED = "nbpeft-current", "nbpeft-saved"
-"""CSS classes of what is seen while a state is followed, and of what a saved notebook shows in its place."""
+"""CSS classes of text that is shown while a state is followed, and of the text that a saved notebook shows instead."""
 
 
 Span = str | Text
 Cell = Span | tuple[Span, ...]
-"""Of a table; further spans stand below the first, smaller."""
+"""A cell of a table; further spans are shown below the first one in a smaller font."""
 
 
 def bold(text: str) -> Text:
-    """Text that is read first."""
+    """Returns bold text."""
     return Text(text, "bold")
 
 
 def dim(text: str) -> Text:
-    """Secondary text."""
+    """Returns dimmed text, for secondary information."""
     return Text(text, "dim")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text; nothing where all of it is empty."""
+    """A line of text; not shown if all spans are empty."""
 
     spans: tuple[Span, ...]
 
 
 def line(*spans: Span) -> Line:
-    """A line of text."""
+    """Returns a line of text."""
     return Line(spans)
 
 
 def notes(items: Iterable[str]) -> tuple[Line, ...]:
-    """What a person should know, one a line."""
+    """Returns notes for the user, one per line."""
     return tuple(line(Text(f"note: {item}", "warning")) for item in items)
 
 
@@ -96,10 +96,10 @@ class Table:
 
     Attributes:
         head: titles of the columns.
-        rows: their cells.
-        right: columns with figures, which are aligned to the right and never broken into lines.
-        marked: rows with the accent at their left edge.
-        first: percent of the width that the first column takes; 0 for what it needs.
+        rows: cells of each row.
+        right: indices of columns with figures, which are right-aligned and never wrapped.
+        marked: indices of rows that are highlighted at their left edge.
+        first: width of the first column in percent; 0 for automatic.
     """
 
     head: tuple[str, ...]
@@ -114,12 +114,12 @@ class Bar:
     """Parts of memory as one bar, with a legend.
 
     Attributes:
-        parts: from the left; empty ones are left out.
-        whole: bytes that the full width stands for.
-        end: where the device ends; drawn below the bar.
-        end_label: what the device is.
-        note: behind the legend.
-        thin: a bar that takes little room.
+        parts: the parts from left to right; empty ones are left out.
+        whole: number of bytes at the full width.
+        end: memory of the device in bytes, marked below the bar; None for no mark.
+        end_label: name of the device.
+        note: text after the legend.
+        thin: whether to draw a small bar.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -132,13 +132,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Box:
-    """One of several texts beside each other.
+    """One of several texts side by side.
 
     Attributes:
-        title: of the box.
-        runs: stretches of the text, and whether each is marked as different.
-        aside: on the right of the title.
-        ending: behind the text, faintly.
+        title: title of the box.
+        runs: (span of the text, whether it is marked as different).
+        aside: text to the right of the title.
+        ending: dimmed text after the text.
     """
 
     title: str
@@ -148,33 +148,33 @@ class Box:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(text for text, _ in self.runs) + self.ending
 
     @property
     def plain(self) -> str:
-        """All of it for a terminal, with what is different in signs: ``count: ‹13›``."""
-        return "".join(_in_signs(text) if marked else text for text, marked in self.runs) + self.ending
+        """The whole text for a terminal, with differences in angle quotes: ``count: ‹13›``."""
+        return "".join(_quoted(text) if marked else text for text, marked in self.runs) + self.ending
 
 
-def _in_signs(text: str) -> str:
+def _quoted(text: str) -> str:
     inner = text.strip()
     return text.replace(inner, f"‹{inner}›", 1) if inner else text
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Texts beside each other, e.g. the answers to one prompt."""
+    """Texts side by side, e.g. the answers to one prompt."""
 
     boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A grid of cells, darker where a value is larger.
+    """A grid of cells that are darker for larger values.
 
     Attributes:
-        rows: label, and a (value from 0 to 1, tooltip) for each cell; None where there is nothing.
+        rows: (label, cells); a cell is (value from 0 to 1, tooltip), or None if it is empty.
     """
 
     rows: tuple[tuple[str, tuple[tuple[float, str] | None, ...]], ...]
@@ -182,12 +182,12 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Shares as bars below each other; an image, which stays in a saved notebook.
+    """Shares as horizontal bars; rendered as an image, which remains in a saved notebook.
 
     Attributes:
-        bars: label, share from 0 to 1, and a figure on the right of it.
-        figure: what the figures are, above them.
-        values: what stands behind each bar in place of its share in percent, e.g. seconds.
+        bars: (label, share from 0 to 1, figure at the right edge).
+        figure: title of the figures.
+        values: text after each bar, e.g. seconds; by default the share in percent.
     """
 
     bars: tuple[tuple[str, float, str], ...]
@@ -195,17 +195,17 @@ class BarChart:
     values: tuple[str, ...] = ()
 
     def value(self, number: int) -> str:
-        """What stands behind a bar."""
+        """Returns the text after a bar."""
         return self.values[number] if self.values else percent(self.bars[number][1])
 
 
 @dataclass(frozen=True)
 class BarTable:
-    """Several figures of several things, a row for each thing and a column of bars for each figure; an image.
+    """Several figures of several items: a row per item and a column of bars per figure; rendered as an image.
 
     Attributes:
-        labels: the things.
-        columns: title, and a share from 0 to 1 and the figure in words for each thing.
+        labels: the items.
+        columns: (title, bars); the bar of an item is (share from 0 to 1, figure as text).
     """
 
     labels: tuple[str, ...]
@@ -214,35 +214,35 @@ class BarTable:
 
 @dataclass(frozen=True)
 class Grid:
-    """Shares as a grid with a figure in each cell, the higher the darker; an image, as a bar chart is.
+    """Shares as a grid with the share in each cell, darker for larger shares; rendered as an image.
 
     Attributes:
-        cells: (row, column) and its share from 0 to 1.
+        cells: ((row, column), share from 0 to 1).
     """
 
     cells: tuple[tuple[tuple[str, str], float], ...]
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Labels of the rows, in the order of the cells."""
+        """Labels of the rows in order of first occurrence."""
         return tuple(dict.fromkeys(row for (row, _), _ in self.cells))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Labels of the columns, in the order of the cells."""
+        """Labels of the columns in order of first occurrence."""
         return tuple(dict.fromkeys(column for (_, column), _ in self.cells))
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many things are how large.
+    """A histogram of sizes.
 
     Attributes:
-        bins: first and last size of each, and how many things are in it; neighbours, smallest first.
-        limit: a size to mark, where it is the last one of a bin; what is beyond stands out.
-        limit_label: what that is.
-        size_noun: what sizes are counted in, e.g. ``token``.
-        noun: what is counted, e.g. ``row``.
+        bins: (first size, last size, number of items) of each bin, without gaps, in ascending order.
+        limit: a size to mark if it is the last one of a bin; bars beyond it have another colour.
+        limit_label: label of the limit.
+        size_noun: unit of the sizes, e.g. ``token``.
+        noun: the items, e.g. ``row``.
     """
 
     bins: tuple[tuple[int, int, int], ...]
@@ -253,25 +253,25 @@ class Histogram:
 
     @property
     def most(self) -> int:
-        """How many things are in the fullest bin, and at least 1."""
+        """Number of items in the fullest bin, at least 1."""
         return max([1, *(number for *_, number in self.bins)])
 
     @property
     def caption(self) -> str:
-        """What the axes are."""
+        """Description of the axes."""
         return f"{self.size_noun}s per {self.noun}, the tallest bar is {plural(self.most, self.noun)}"
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Neighbouring tokens of one kind.
+    """Consecutive tokens of one kind.
 
     Attributes:
-        text: what they stand for.
-        learned: whether a loss is taken on them.
-        special: whether it is one of the tokenizer's special tokens.
-        cut: whether they are beyond the maximal length, and not read at all.
-        skipped: as many tokens are left out here, and there is no text.
+        text: their text.
+        learned: whether they have labels, i.e. contribute to the loss.
+        special: whether they are special tokens of the tokenizer.
+        cut: whether they are beyond the maximum length, and not read at all.
+        skipped: number of tokens that are not shown here; the span has no text then.
     """
 
     text: str
@@ -286,9 +286,9 @@ class Tokens:
     """Text as a model reads it.
 
     Attributes:
-        title: above it.
+        title: title above the text.
         spans: the text.
-        framed: whether it stands in a frame.
+        framed: whether to draw a frame.
     """
 
     title: str
@@ -298,14 +298,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is read first.
+    """A prominent figure.
 
     Attributes:
-        label: above it.
+        label: label above it.
         figure: the number.
-        note: below it, faintly.
-        width: least width in pixels.
-        tooltip: more about it.
+        note: dimmed text below it.
+        width: minimum width in pixels.
+        tooltip: further text, shown on hover.
     """
 
     label: str
@@ -324,7 +324,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Progress:
-    """How much is done: a share from 0 to 1."""
+    """A progress bar.
+
+    Attributes:
+        done: share from 0 to 1.
+        failed: whether to draw it in the colour of an error.
+    """
 
     done: float
     failed: bool = False
@@ -332,7 +337,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class LossChart:
-    """The loss curve of a run; an image, which stays in a saved notebook, once the run has ended."""
+    """The loss curve of a run; once the run has ended, an image, which remains in a saved notebook."""
 
     train: TrainState
 
@@ -343,12 +348,12 @@ LabelledCurves = tuple[str, Curve, Curve]
 
 @dataclass(frozen=True)
 class CurveChart:
-    """The loss curves of several runs over each other; an image once none of them goes on.
+    """The loss curves of several runs in one chart; an image once all of them have ended.
 
     Attributes:
-        curves: of the runs.
-        legend: whether their labels stand below it.
-        live: whether more points will come.
+        curves: the curves of each run.
+        legend: whether to show a legend below the chart.
+        live: whether more points will follow.
     """
 
     curves: tuple[LabelledCurves, ...]
@@ -358,14 +363,14 @@ class CurveChart:
 
 @dataclass(frozen=True)
 class SmallCharts:
-    """What else a run has measured over time, each as a small curve; images, as the loss curve."""
+    """Further values of a run over time, each as a small curve; rendered like the loss curve."""
 
     train: TrainState
 
 
 @dataclass(frozen=True)
 class Details:
-    """A block that opens below its summary."""
+    """A block that is folded below its summary and opens on a click."""
 
     summary: str
     block: Block
@@ -373,7 +378,7 @@ class Details:
 
 @dataclass(frozen=True)
 class Stack:
-    """Cards below each other."""
+    """Blocks one below the other."""
 
     blocks: tuple[Block, ...]
 
@@ -383,9 +388,9 @@ class Card:
     """A frame around blocks.
 
     Attributes:
-        title: what it is about.
-        blocks: what is in it; None is left out.
-        aside: on the right of the title.
+        title: title of the card.
+        blocks: its content; None is skipped.
+        aside: text to the right of the title.
     """
 
     title: str
@@ -416,5 +421,11 @@ Block = (
 
 
 def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str | tuple[Span, ...] = "") -> Card:
-    """A frame around blocks; None is left out."""
+    """Returns a frame around blocks.
+
+    Args:
+        title: title of the card.
+        *blocks: its content; None is skipped.
+        aside: text to the right of the title.
+    """
     return Card(title, blocks, aside)

@@ -1,10 +1,10 @@
-"""Curves of a run as SVG: drawn from decimated points, in the colours of the theme.
+"""Curves of a run as SVG, drawn from decimated points.
 
-``loss_chart`` draws into a page; ``loss_image`` is the same picture as a self-contained
-``<img>``, which stays when a notebook is saved, reopened, or not trusted. An image sees no theme,
-so its colours are chosen to be readable on light and on dark.
+``loss_chart`` returns an inline ``<svg>`` in the colours of the theme. ``loss_image`` returns the same picture as a
+self-contained ``<img>``, which remains when a notebook is saved, reopened or not trusted. An image cannot use the
+theme's colours, so its colours are readable on light and on dark backgrounds.
 
-The loss is drawn on a logarithmic axis where all its values are positive and span more than two decades.
+The axis of the loss is logarithmic if all values are positive and span more than two decades.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from nbpeft.state import ENDED, Curve, TrainState
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 900, 220
-"""Pixels; a narrower chart keeps its height."""
+"""Size of a chart in pixels; a narrower chart keeps its height."""
 TOP, BOTTOM = 18, 38
 """Pixels above and below the curves."""
 RIGHT = 1.0
-"""Percent of the width right of the curves."""
+"""Margin to the right of the curves in percent of the width."""
 _SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
 _SMOOTHING = 0.9
 _DECADES = 100.0
 """A larger ratio of the largest to the smallest value is drawn on a logarithmic axis."""
 _STRIPS = 80
-"""Places where the mouse finds values."""
+"""Number of strips along the chart that have a tooltip with the values."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,12 @@ NEUTRAL = ChartStyle(
 
 
 def decimate(points: Sequence[Point], buckets: int = 240) -> list[Point]:
-    """At most ``2 * buckets`` of the points: the lowest and the highest of each bucket, in order."""
+    """Returns at most ``2 * buckets`` of the points: the lowest and the highest of each bucket.
+
+    Args:
+        points: (x, value) pairs.
+        buckets: number of buckets of consecutive points.
+    """
     if len(points) <= 2 * buckets:
         return list(points)
     kept: list[Point] = []
@@ -76,7 +81,12 @@ def decimate(points: Sequence[Point], buckets: int = 240) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], weight: float = _SMOOTHING) -> list[Point]:
-    """Exponential moving average of the values, without a pull towards zero at the start."""
+    """Returns the exponential moving average of the values, with bias correction at the start as in Adam.
+
+    Args:
+        points: (x, value) pairs.
+        weight: weight of the previous average, from 0 to less than 1.
+    """
     total = mass = 0.0
     smoothed = []
     for place, value in points:
@@ -87,7 +97,13 @@ def smooth(points: Sequence[Point], weight: float = _SMOOTHING) -> list[Point]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round values from at or below ``low`` to at or above ``high``, about ``most`` of them."""
+    """Returns round values for an axis that includes a range.
+
+    Args:
+        low: lower end of the range; the first tick is at or below it.
+        high: upper end of the range; the last tick is at or above it.
+        most: approximate number of ticks.
+    """
     span, largest = high - low, max(abs(low), abs(high))
     if span <= largest * 1e-9 or span < 1e-300:  # no differences to show
         span = largest if largest > 1e-300 else 1.0
@@ -100,16 +116,16 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a chart is made of. Curves stretch with its width; words, dots and its height do not.
+    """The parts of a chart. Curves stretch with its width; texts, dots and its height do not.
 
-    Labels stand on their grid lines, and the curves begin beside them.
+    Labels are above their grid lines at the left edge, and the curves begin to the right of them.
 
     Attributes:
-        label: What it shows, for those who cannot see it.
-        levels: Grid lines from left to right: pixels from the top, and what is written on them.
-        curves: Paths, in pixels of a chart that is ``WIDTH`` wide.
-        words: Texts and circles; across in percent of the width of the curves, pixels from the top.
-        height: In pixels.
+        label: description for screen readers.
+        levels: horizontal grid lines: (pixels from the top, label).
+        curves: SVG paths, in pixels of a chart that is ``WIDTH`` wide.
+        words: SVG texts and circles; x in percent of the width of the curves, y in pixels from the top.
+        height: height in pixels.
     """
 
     label: str
@@ -119,11 +135,11 @@ class Picture:
     height: int = HEIGHT
 
     def svg(self, style: ChartStyle, *, fluid: bool = True) -> str:
-        """The chart as an ``<svg>`` element.
+        """Returns the chart as an ``<svg>`` element.
 
         Args:
-            style: Colours and fonts.
-            fluid: Whether it takes the width there is and keeps its height; otherwise it keeps its proportions.
+            style: colours and fonts.
+            fluid: whether it fills the available width and keeps its height; else it keeps its proportions.
         """
         box = f'width="{"100%" if fluid else WIDTH}" height="{self.height}"'
         box += "" if fluid else f' viewBox="0 0 {WIDTH} {self.height}"'
@@ -143,7 +159,7 @@ class Picture:
         )
 
     def image(self, style: ChartStyle) -> str:
-        """The chart as an ``<img>`` that carries its picture in itself."""
+        """Returns the chart as a self-contained ``<img>``."""
         return (
             f'<img src="{_data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
             f'alt="{escape(self.label)}" style="display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;'
@@ -152,33 +168,33 @@ class Picture:
 
 
 def left_of(labels: Iterable[str]) -> float:
-    """Percent of a chart's width that is left to its labels, so that they have room where it is narrow."""
+    """Returns the width of the axis labels in percent of the chart's width, enough for narrow charts."""
     return min(2 * max(map(len, labels), default=0) + 1.0, 18.0)
 
 
 def across(x: float) -> str:
-    """A place in pixels of ``WIDTH`` as percent."""
+    """Returns an x coordinate in pixels of ``WIDTH`` as percent."""
     return f"{100 * x / WIDTH:.2f}%"
 
 
 def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = True) -> str:
-    """The loss curve of a run as an ``<svg>`` element.
+    """Returns the loss curve of a run as an ``<svg>`` element.
 
     Args:
-        train: The run; pairs whose loss is not finite are left out.
-        style: Colours and fonts.
-        fluid: See ``Picture.svg``.
+        train: the run; steps whose loss is not finite are left out.
+        style: colours and fonts.
+        fluid: see ``Picture.svg``.
     """
     return _loss_picture(train, style).svg(style, fluid=fluid)
 
 
 def loss_image(train: TrainState) -> str:
-    """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
+    """Returns the loss curve of a run as a self-contained ``<img>``."""
     return _loss_picture(train, NEUTRAL).image(NEUTRAL)
 
 
 def loss_left(train: TrainState) -> float:
-    """Percent of the loss curve's picture that lies left of the curve."""
+    """Returns the space to the left of the loss curve in percent of the chart's width."""
     frame = _frame_of(train)
     return left_of(words for _, words in frame.levels())
 
@@ -207,13 +223,13 @@ def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
 
 
 def is_logarithmic(train: TrainState) -> bool:
-    """Whether the losses are drawn on a logarithmic axis."""
+    """Returns whether the losses are drawn on a logarithmic axis."""
     values = [value for _, value in (*_finite(train.history), *_finite(train.eval_history))]
     return bool(values) and _spans_decades(min(values), max(values))
 
 
 def hover_values(train: TrainState) -> list[tuple[float, str]]:
-    """What the mouse finds along the chart: the share of its width, and the values there in words."""
+    """Returns the tooltips along the chart: (share of its width from 0 to 1, values there as text)."""
     first, end = _begin(train), _end(train)
     edges = [first + (end - first) * number / _STRIPS for number in range(_STRIPS + 1)]
     evaluated = dict(train.eval_history)
@@ -226,7 +242,7 @@ def hover_values(train: TrainState) -> list[tuple[float, str]]:
             words = [f"step {step:,}: loss {numbers.loss(value)}"]
             words += [f"eval loss {numbers.loss(evaluated[at])}" for at in evaluated if low < at <= high]
             words += [_value_words(name, value) for name, value in _at(train.series, low, high)]
-        if not words and strips:  # a step is wider than a strip: its value reaches from the one before
+        if not words and strips:  # a step is wider than a strip: extend the previous tooltip
             strips[-1] = (strips[-1][0] + 1 / _STRIPS, strips[-1][1])
         else:
             strips.append((1 / _STRIPS, " · ".join(words)))
@@ -245,7 +261,12 @@ def _value_words(name: str, value: float) -> str:
 
 
 def small_chart(curve: Curve, train: TrainState) -> str:
-    """A curve without axes, as wide as its place: ``<svg>`` while the run goes on, ``<img>`` once it has ended."""
+    """Returns a small curve without axes: an ``<svg>`` while the run continues, an ``<img>`` once it has ended.
+
+    Args:
+        curve: the values; at least one is finite.
+        train: the run, whose steps determine the x axis.
+    """
     ended = train.status in ENDED
     style = NEUTRAL if ended else THEME
     points = decimate(_finite(curve), 60)
@@ -275,7 +296,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
 
 
 def describe(train: TrainState) -> str:
-    """What the chart shows, for those who cannot see it."""
+    """Returns a description of the chart for screen readers."""
     points = _finite(train.history)
     if not points:
         return _no_curve(train)
@@ -288,12 +309,12 @@ def _data_uri(svg: str) -> str:
 
 
 def _begin(train: TrainState) -> float:
-    """The step that the picture begins with: 0 where it also shows the curve of the run that was resumed."""
+    """Returns the first step of the x axis: 0 if the chart includes the curve of the run that was resumed."""
     return 0.0 if any(step <= train.first_step for step, _ in train.history) else float(train.first_step)
 
 
 def _end(train: TrainState) -> float:
-    """The last step of the picture: the last one planned while the run goes on."""
+    """Returns the last step of the x axis: the last planned one while the run continues."""
     planned = 0 if train.status in ENDED else train.total_steps or 0
     drawn = [step for curve in (train.history, train.eval_history) for step, _ in curve]
     return float(max([planned, train.step, train.first_step + 1, *drawn]))
@@ -304,7 +325,7 @@ def _spans_decades(low: float, high: float) -> bool:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten around the values, at most about six of them."""
+    """Returns about six powers of ten, at most, that enclose the values."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     stride = -(-(last - first) // 5)
     return [10.0**power for power in range(first, last + stride, stride)]
@@ -312,7 +333,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values lie in the picture."""
+    """The axes of a chart, which map values to pixels."""
 
     across: tuple[float, ...]
     upwards: tuple[float, ...]
@@ -323,7 +344,7 @@ class _Frame:
 
     @classmethod
     def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], begin: float, end: float, without: str) -> _Frame:
-        """The frame that holds the points; ``without`` is what it says where there are none."""
+        """Returns axes that include the points; ``without`` is the text to show if there are no points."""
         values = [value for _, value in (*raw, *evaluated)]
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         logarithmic = _spans_decades(low, high)
@@ -337,20 +358,20 @@ class _Frame:
         return [(self._x(step), self._y(value)) for step, value in points]
 
     def levels(self) -> list[tuple[float, str]]:
-        """Where the grid lines are, and what is written on them."""
+        """Returns the grid lines: (pixels from the top, label)."""
         return [(self._y(tick), self._words(tick)) for tick in self.upwards]
 
     def words(self) -> str:
-        """The steps below the curve, and the name of the axis."""
-        made = []
+        """Returns the labels of the x axis and its title, as SVG texts."""
+        texts = []
         for tick in self.across:
             share = (tick - self.begin) / (self.end - self.begin)
             anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
-            made.append(_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
-        made.append(_text("50%", HEIGHT - 5, "step"))
+            texts.append(_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
+        texts.append(_text("50%", HEIGHT - 5, "step"))
         if self.empty:
-            made.append(_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
-        return "".join(made)
+            texts.append(_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
+        return "".join(texts)
 
     def _words(self, tick: float) -> str:
         if self.empty:
@@ -368,11 +389,11 @@ class _Frame:
 
 
 def _no_curve(train: TrainState) -> str:
-    """Why there is nothing to draw."""
+    """Returns the reason why there is no curve."""
     if train.history or (train.loss is not None and not math.isfinite(train.loss)):
         return "the loss is not a finite number"
     if train.status in ENDED:
-        return "no loss was noted" if train.step else "no step was finished"
+        return "no loss was logged" if train.step else "no step was finished"
     return "waiting for the first loss"
 
 
@@ -381,7 +402,7 @@ def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
 
 
 def _label(tick: float, all_ticks: Sequence[float]) -> str:
-    """A tick with as many decimals as distinguish it from its neighbours."""
+    """Returns a tick with enough decimals to distinguish it from its neighbours."""
     step = all_ticks[1] - all_ticks[0]
     decimals = max(0, -math.floor(math.log10(step)))
     if not math.isclose(step, round(step, decimals), rel_tol=1e-6):

@@ -1,4 +1,4 @@
-"""In which words two texts differ."""
+"""Finds the words in which two texts differ."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from difflib import SequenceMatcher
 
 _PIECES = re.compile(r"\s+|\w+|[^\w\s]")
 _ALIKE = 0.5
-"""Share of common words from which on marks help; below it nearly everything would be marked."""
+"""Similarity below which no differences are marked, because nearly everything would be."""
 
 Runs = tuple[tuple[str, bool], ...]
-"""Stretches of a text, and whether each is a change."""
+"""(span of a text, whether it differs)."""
 
 
 def differences(text: str, reference: str) -> tuple[Runs, str]:
-    """What in a text differs from a reference, and how it relates in words.
+    """Marks the words of a text that differ from a reference.
+
+    Args:
+        text: the text.
+        reference: the text to compare with.
 
     Returns:
-        The text in runs; and ``same``, ``other answer`` (then nothing is marked) or the empty string.
+        The text in runs; and ``same``, ``other answer`` (nothing is marked then) or the empty string.
     """
     plain = ((text, False),)
     if text.split() == reference.split():
@@ -30,12 +34,12 @@ def differences(text: str, reference: str) -> tuple[Runs, str]:
 
 
 def _runs(new: Sequence[str], old: Sequence[str]) -> Runs:
-    """One word alone between two changes counts with them: marks that small are hard to read."""
+    """Returns the new text in runs; a single equal word between two changes counts as changed, for readability."""
     codes = [code for code in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if code[3] < code[4]]
     runs: list[tuple[str, bool]] = []
     for place, (kind, _, _, start, end) in enumerate(codes):
-        beside = codes[max(place - 1, 0)], codes[min(place + 1, len(codes) - 1)]
-        changed = kind != "equal" or (end - start == 1 and all(code[0] != "equal" for code in beside))
+        neighbours = codes[max(place - 1, 0)], codes[min(place + 1, len(codes) - 1)]
+        changed = kind != "equal" or (end - start == 1 and all(code[0] != "equal" for code in neighbours))
         piece = "".join(new[start:end])
         if runs and runs[-1][1] == changed:
             runs[-1] = (runs[-1][0] + piece, changed)
@@ -45,7 +49,7 @@ def _runs(new: Sequence[str], old: Sequence[str]) -> Runs:
 
 
 def _likeness(new: Sequence[str], old: Sequence[str]) -> float:
-    """Share of common words; punctuation, of which JSON is full, counts only where there are no words."""
+    """Returns the similarity of the words, 0 to 1; punctuation, frequent in JSON, counts only if there are no words."""
     words = [[piece for piece in pieces if piece[0].isalnum()] for pieces in (new, old)]
     if not all(words):
         words = [[piece for piece in pieces if not piece.isspace()] for pieces in (new, old)]

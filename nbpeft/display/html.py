@@ -1,6 +1,6 @@
-"""Blocks as HTML for a notebook. Every string is escaped here.
+"""Renders blocks as HTML for a notebook. Every string is escaped here.
 
-All styles are inline, because notebooks that are not trusted lose style sheets.
+All styles are inline, because JupyterLab removes style sheets from notebooks that are not trusted.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
 _HISTOGRAM = 64
 _NARROWEST = 64
-"""Pixels of a table's first column; a table that needs more than there is can be scrolled."""
+"""Minimum width of a table's first column in pixels; a table that is too wide can be scrolled."""
 _CELL = 16
-"""Pixels."""
+"""Size of a heat map's cell in pixels."""
 _TAIL = 8
-"""Letters at the end of a name that are always seen."""
+"""Number of characters at the end of a name that are always shown."""
 _ELLIPSIS = "overflow:hidden;text-overflow:ellipsis"
 
 
 @singledispatch
 def to_html(block: blocks.Block | tuple[blocks.Block, ...]) -> str:
-    """A block, or several, as HTML."""
+    """Returns a block, or several, as HTML."""
     raise TypeError(f"not a block: {block!r:.80}")
 
 
@@ -68,7 +68,7 @@ def _(block: tuple) -> str:  # type: ignore[type-arg]
 
 
 def span(item: blocks.Span) -> str:
-    """A stretch of text."""
+    """Returns a span of text as HTML."""
     if isinstance(item, str):
         return escape(item)
     if not item.text:
@@ -97,12 +97,12 @@ def span(item: blocks.Span) -> str:
 
 
 def _broken(text: str) -> str:
-    """A name that may be broken behind underscores and slashes."""
+    """Returns a name that may wrap after underscores and slashes."""
     return re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(text))
 
 
 def _cut(text: str) -> str:
-    """A name with the ellipsis in its middle: adapters of one experiment differ at the end."""
+    """Returns a name with an ellipsis in the middle: names of one experiment differ at the end."""
     if len(text) <= 2 * _TAIL:
         return f'<span style="{_ELLIPSIS}">{escape(text)}</span>'
     start, end = escape(text[:-_TAIL]), escape(text[-_TAIL:])
@@ -110,12 +110,12 @@ def _cut(text: str) -> str:
 
 
 def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below: int = 0) -> str:
-    """The title line of a card or a panel.
+    """Returns the title line of a card or a panel.
 
     Args:
-        title: on the left.
-        aside: on the right.
-        below: pixels to what follows.
+        title: text on the left.
+        aside: text on the right.
+        below: bottom margin in pixels.
     """
     margin = f";margin-bottom:{below}px" if below else ""
     right = " ".join(map(span, aside if isinstance(aside, tuple) else (aside,)))
@@ -172,7 +172,7 @@ def _(block: blocks.Details) -> str:
 @to_html.register
 def _(block: blocks.Table) -> str:
     def cell(tag: str, column: int, content: str, extra: str) -> str:
-        # Only the first column gives way where there is no room: others would be broken letter by letter.
+        # Only the first column may shrink: in others, words would be broken after each letter.
         align = "right;white-space:nowrap" if column in block.right else "left"
         align += "" if column else f";overflow-wrap:anywhere;min-width:{_NARROWEST}px"
         align += f";width:{block.first}%" if block.first and not column else ""
@@ -225,7 +225,7 @@ def _(block: blocks.Bar) -> str:
 
 
 def _end(bar: blocks.Bar) -> str:
-    """Where the device ends, below the bar."""
+    """Returns the mark below the bar that shows where the device's memory ends."""
     if bar.end is None:
         return '<div style="height:6px"></div>'
     share, over = 100 * min(bar.end / bar.whole, 1.0), bar.end < bar.whole
@@ -250,7 +250,7 @@ def _swatch(colour: str, opacity: str = "") -> str:
 def _(block: blocks.Columns) -> str:
     rows = -(-len(block.boxes) // _MOST_IN_A_ROW)
     across = -(-len(block.boxes) // max(rows, 1))
-    # The first display is for notebooks that are not trusted, whose sanitizer drops the second.
+    # The first ``display`` is for notebooks that are not trusted: the sanitizer drops the second one.
     boxes = "".join(map(_box, block.boxes))
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:10px;display:grid;'
@@ -276,7 +276,7 @@ def _box(box: blocks.Box) -> str:
 
 
 def _marked(piece: str) -> str:
-    """One change as a mark; spaces at its ends stay outside."""
+    """Returns a highlighted change; spaces at its ends are not highlighted."""
     inner = piece.strip()
     if not inner:
         return escape(piece)
@@ -335,7 +335,7 @@ def _histogram_bar(block: blocks.Histogram, edges: tuple[int, int, int]) -> str:
 
 
 def _limit_mark(label: str, share: float | None) -> str:
-    """A tick below the bars where the limit is, with its label on the side that has room."""
+    """Returns a tick below the bars at the limit, with its label on the side that has more room."""
     if share is None:
         return ""
     left, right = f"margin-left:{share:.2f}%;border-left", f"width:{share:.2f}%;text-align:right;border-right"
@@ -347,7 +347,7 @@ def _limit_mark(label: str, share: float | None) -> str:
 
 
 def histogram_words(block: blocks.Histogram) -> str:
-    """A histogram for those who cannot see it."""
+    """Returns a description of a histogram for screen readers."""
     total = sum(number for *_, number in block.bins)
     return f"{plural(total, block.noun)} of {block.bins[0][0]} to {plural(block.bins[-1][1], block.size_noun)}"
 
@@ -408,7 +408,7 @@ def _(block: blocks.LossChart) -> str:
     legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
     scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)
-    settled = train.status in (*ENDED, "paused")  # a running chart is replaced too often for a tooltip to be seen
+    settled = train.status in (*ENDED, "paused")  # a live chart is replaced too often for tooltips
     values = _with_values(chart, hover_values(train), loss_left(train)) if settled else chart
     return (
         f'<div style="margin-top:8px">{values}</div>'
@@ -417,14 +417,14 @@ def _(block: blocks.LossChart) -> str:
 
 
 def _with_values(chart: str, values: Iterable[tuple[float, str]], left: float) -> str:
-    """A chart with the values where the mouse rests: invisible strips in front of it, in the same cell of a grid.
+    """Returns a chart with tooltips: invisible strips in front of it, in the same cell of a CSS grid.
 
-    Where the grid is dropped the strips have no height.
+    If a sanitizer drops the grid, the strips have no height.
 
     Args:
-        chart: the picture.
-        values: share of the width of its curves, and what is said there.
-        left: percent of its width that lies left of the curves.
+        chart: the chart as HTML.
+        values: (share of the width of its curves, tooltip) of each strip.
+        left: space to the left of the curves in percent of its width.
     """
     strips = "".join(f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in values)
     return (
@@ -461,10 +461,10 @@ def _(block: blocks.CurveChart) -> str:
 
 
 def grid_row(cells: Iterable[tuple[blocks.Cell, str]]) -> str:
-    """One row of a panel's table, whose columns the panel's style sheet lays out.
+    """Returns one row of a panel's table, whose columns the panel's style sheet lays out.
 
     Args:
-        cells: content and CSS classes of each.
+        cells: (content, CSS classes) of each cell.
     """
     drawn = "".join(f'<div class="{kind}">{_content(item)}</div>' for item, kind in cells)
     return f'<div class="nbpeft-grid">{drawn}</div>'

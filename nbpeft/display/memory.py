@@ -1,4 +1,4 @@
-"""Memory in words and as a bar."""
+"""Memory as text and as a bar."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from nbpeft.display.numbers import size
 from nbpeft.state import MemoryPart, MemoryState
 
 OTHER = "other"
-"""The part of memory that is not the model's."""
+"""Name of the part of memory that does not belong to the model."""
 _LABELS = {"temporary": "temporary buffers", "elsewhere": "other programs"}
 
 
 def label(name: str) -> str:
-    """How a person calls a part of memory."""
+    """Returns the display name of a part of memory."""
     return _LABELS.get(name, name)
 
 
 def part_message(part: MemoryPart) -> str:
-    """``optimizer 37.0 MB: two moments a parameter``."""
+    """Returns a part as text: ``optimizer 37.0 MB: two moments a parameter``."""
     return f"{label(part.name)} {size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
 
 
 def parts_text(parts: tuple[MemoryPart, ...]) -> str:
-    """``base weights 269.0 MB, adapters 22.0 MB``."""
+    """Returns the parts as text: ``base weights 269.0 MB, adapters 22.0 MB``."""
     return (
         ", ".join(f"{label(part.name)} {size(part.byte_count)}" for part in parts if part.byte_count)
         or "nothing measured"
@@ -30,19 +30,27 @@ def parts_text(parts: tuple[MemoryPart, ...]) -> str:
 
 
 def scale_of(used: int, total: int | None) -> int | None:
-    """The device's size where parts on it are large enough to be seen; else None, and they fill the bar."""
+    """Returns the number of bytes at the full width of a memory bar.
+
+    Args:
+        used: bytes of all parts.
+        total: memory of the device in bytes, or None.
+
+    Returns:
+        The device's memory if the parts take at least 5 % of it; else None: the parts fill the bar.
+    """
     return total if total is not None and used >= total / 20 else None
 
 
 def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
-    """What a model uses by part; beside it what else the process uses, and what is free on the device.
+    """Returns a bar of a model's memory by part, with a note about other memory of the process and free memory.
 
-    The bar is the device where the model's parts are large enough on it to be seen, else the parts fill it: what
-    Python and its libraries take would hide a small model.
+    The full width is the device's memory if the model's parts are large enough to be seen on it. Otherwise the parts
+    of the model fill the bar, because the memory of Python and its libraries would hide a small model.
 
     Args:
-        memory: as measured.
-        thin: for a bar that is there beside other things.
+        memory: the measured memory.
+        thin: whether to draw a small bar.
     """
     parts = tuple(part for part in memory.parts if part.name != OTHER)
     others = tuple(part for part in memory.parts if part.name == OTHER and part.byte_count)
@@ -54,16 +62,16 @@ def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
         elsewhere = 0 if memory.device_free is None else total - used - memory.device_free
         if elsewhere > total / 200:
             parts = (*parts, MemoryPart("elsewhere", elsewhere, "other programs and the system"))
-    words = (
+    note = (
         *map(part_message, others),
         f"peak {size(memory.peak)}" if memory.peak is not None else "",
         f"{free_words(memory) or 'memory'} on {memory.device}",
     )
-    return Bar(parts, max(total or 0, used) or 1, note=", ".join(word for word in words if word), thin=thin)
+    return Bar(parts, max(total or 0, used) or 1, note=", ".join(filter(None, note)), thin=thin)
 
 
 def free_words(memory: MemoryState) -> str:
-    """``free 131.0 MB of 582.0 MB``; empty where it is not known."""
+    """Returns the free memory as text: ``free 131.0 MB of 582.0 MB``; empty if it is unknown."""
     if memory.device_free is None or memory.device_total is None:
         return ""
     return f"free {size(memory.device_free)} of {size(memory.device_total)}"

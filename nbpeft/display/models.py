@@ -1,4 +1,4 @@
-"""Adapters and models in words and as blocks."""
+"""Adapters and models as text and as blocks."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from nbpeft.state import AdapterState, ModelState
 
 ADAPTER_HEAD = ("Adapter", "Modules", "Parameters", "State")
 ADAPTER_FIGURES = (2,)
-"""Columns of ``ADAPTER_HEAD`` that hold figures."""
+"""Indices of the columns of ``ADAPTER_HEAD`` with figures."""
 _MOST_ROWS = 30
-"""Of a card's table of adapters; the others stand below it and open on request."""
+"""Most rows of a card's table of adapters; further adapters are folded below it."""
 
 
 def with_notes(text: str, notes: tuple[str, ...]) -> str:
-    """A line with its notes behind it."""
+    """Returns a text followed by its notes.
+
+    Args:
+        text: the text.
+        notes: notes for the user.
+    """
     return text + "".join(f" [note: {note}]" for note in notes)
 
 
 def settings(adapter: AdapterState) -> str:
-    """``r=16 α=32``."""
+    """Returns the main settings of an adapter: ``r=16 α=32``."""
     return " ".join(f"{key}={value}" for key, value in adapter.summary.items())
 
 
 def describe(adapter: AdapterState) -> str:
-    """``LoRA r=16 α=32 on 210 modules (q_proj, v_proj), 4,884,480 parameters``."""
+    """Returns an adapter as text: ``LoRA r=16 α=32 on 210 modules (q_proj, v_proj), 4,884,480 parameters``."""
     what = " ".join(part for part in (adapter.method, settings(adapter)) if part)
     where = few(adapter.targets, 8, quoted=False)
     return f"{what} on {plural(adapter.module_count, 'module')} ({where}), {count(adapter.parameter_count)} parameters"
 
 
 def trainable(model: ModelState) -> str:
-    """``4,884,480 trainable of 140,366,688 (3.48 %)``."""
+    """Returns the number of trainable parameters: ``4,884,480 trainable of 140,366,688 (3.48 %)``."""
     return f"{count(model.trainable_count)} {_of_all(model)}"
 
 
@@ -44,7 +49,7 @@ def _of_all(model: ModelState) -> str:
 
 
 def activity(model: ModelState) -> str:
-    """Which adapters are active, in words."""
+    """Returns a text that says which adapters are active."""
     if model.merged:
         return f"merged: {', '.join(model.merged)}"
     if not model.enabled:
@@ -53,17 +58,17 @@ def activity(model: ModelState) -> str:
 
 
 def in_pool(model: ModelState) -> str:
-    """How many adapters its pool has besides those on it; empty where there are none."""
+    """Returns a text with the number of further adapters in the model's pool; empty if there are none."""
     return f"{model.offloaded_count:,} more in the pool" if model.offloaded_count else ""
 
 
 def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
-    """``active, trainable``, ``inactive, not saved``.
+    """Returns the state of an adapter as text: ``active, trainable`` or ``inactive, not saved``.
 
     Args:
         adapter: the adapter.
-        with_active: say whether it is active, where that is not shown otherwise; without it there is little room,
-            so that of one that is not saved it is not said besides that it trains.
+        with_active: whether to say that it is active. False is for narrow tables that show this in another way; there
+            ``not saved`` also replaces ``trainable`` and ``inactive``.
     """
     if adapter.merged:
         words = ["merged"]
@@ -80,13 +85,13 @@ def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
 
 
 def modules(adapter: AdapterState) -> Text:
-    """``q_proj v_proj``, ``down_proj + 6``; all kinds in the tooltip."""
+    """Returns the adapted modules: ``q_proj v_proj`` or ``down_proj + 6``, with all of them in the tooltip."""
     few = adapter.targets if len(adapter.targets) <= 2 else (adapter.targets[0], f"+\u00a0{len(adapter.targets) - 1}")
     return Text(" ".join(few), "dim", " ".join(adapter.targets))
 
 
 def adapter_cells(adapter: AdapterState) -> tuple[Cell, ...]:
-    """One adapter as a row below ``ADAPTER_HEAD``."""
+    """Returns an adapter as a table row with the columns of ``ADAPTER_HEAD``."""
     how = " ".join(part for part in (adapter.method, settings(adapter)) if part)
     varies = "*: some modules have other values" if "*" in how else ""
     return (
@@ -98,7 +103,7 @@ def adapter_cells(adapter: AdapterState) -> tuple[Cell, ...]:
 
 
 def adapter_table(adapters: Sequence[AdapterState]) -> Table:
-    """The adapters, those that are active marked."""
+    """Returns a table of adapters in which active ones are marked."""
     return Table(
         ADAPTER_HEAD,
         tuple(adapter_cells(adapter) for adapter in adapters),
@@ -108,24 +113,24 @@ def adapter_table(adapters: Sequence[AdapterState]) -> Table:
 
 
 def model_title(model: ModelState) -> str:
-    """``model (LlamaForCausalLM)``."""
+    """Returns the title of a model: ``model (LlamaForCausalLM)``."""
     return f"{model.name} ({model.class_name})"
 
 
 def model_summary(model: ModelState) -> str:
-    """``134.5 M parameters, bfloat16, cpu``."""
+    """Returns a model's size, dtype and device: ``134.5 M parameters, bfloat16, cpu``."""
     parts = (f"{short_count(model.parameter_count)} parameters", model.dtype, model.quantization, model.device)
     return ", ".join(part for part in parts if part)
 
 
 def model_card(model: ModelState | None, called: str | None = None, *, hint: str = "", brief: bool = False) -> Card:
-    """A model with its adapters.
+    """Returns a card of a model with its adapters.
 
     Args:
-        model: the model, or None where it is gone.
-        called: what it was called.
+        model: the model, or None if it no longer exists.
+        called: name of a model that no longer exists.
         hint: a line at the end.
-        brief: of many adapters, only say how many more there are.
+        brief: with many adapters, show only the number of further ones instead of a folded table.
     """
     if model is None:
         return card(called or "model", *no_model(called))
@@ -140,7 +145,7 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
 
 
 def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:
-    """The table of adapters, or what to do where there are none."""
+    """Returns the table of adapters, or an example that adds one if there are none."""
     if not model.adapters:
         return no_adapters(model)
     first, others = model.adapters[:_MOST_ROWS], model.adapters[_MOST_ROWS:]
@@ -152,39 +157,49 @@ def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:
 
 
 def totals(model: ModelState, *more: str) -> Line:
-    """How much of the model trains, how many adapters its pool has, and more words."""
+    """Returns a line with the number of trainable parameters, the adapters in the pool, and further texts.
+
+    Args:
+        model: the model.
+        *more: further texts; empty ones are skipped.
+    """
     words = "; ".join(("", *(part for part in (in_pool(model), *more) if part)))
     return line(bold(count(model.trainable_count)), Text(_of_all(model) + words))
 
 
 def example(model_name: str) -> Line:
-    """A cell that adds an adapter."""
+    """Returns an example of a notebook cell that adds an adapter."""
     return line(
         Text(f'%%lora {model_name} --name my_adapter\nr = 16\ntarget_modules = "all-linear"', "code", wrap="as is")
     )
 
 
 def no_adapters(model: ModelState) -> tuple[Line, ...]:
-    """What to do where a model has no adapter."""
+    """Returns the text for a model without adapters."""
     return line(dim("No adapters yet. A cell like this adds one:")), example(model.name)
 
 
 def missing_model(called: str | None) -> str:
-    """What is to be said where there is no model."""
+    """Returns the message for a missing model."""
     if called:
         return f"There is no model {called!r} any more: it was unloaded or deleted, or its variable holds another."
     return "No adapted model yet."
 
 
 def no_model(called: str | None) -> tuple[Line, ...]:
-    """What to do where there is no model."""
+    """Returns the text for a missing model."""
     if called:
         return (line(dim(missing_model(called))),)
     return line(dim(f"{missing_model(None)} A cell like this adapts one:")), example("model")
 
 
 def model_text(model: ModelState | None, called: str | None = None) -> str:
-    """A model in one line of plain text."""
+    """Returns a model as one line of plain text.
+
+    Args:
+        model: the model, or None if it does not exist.
+        called: name of a model that no longer exists.
+    """
     if model is None:
         return missing_model(called) if called else "no adapted model yet"
     adapters = ", ".join(f"{item.name}{'*' if item.active else ''} [{item.method}]" for item in model.adapters)

@@ -1,4 +1,4 @@
-"""Numbers for a person."""
+"""Numbers as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def size(byte_count: int | None) -> str:
-    """Bytes in decimal units: ``18.6 MB``."""
+    """Returns a number of bytes in decimal units: ``18.6 MB``."""
     if byte_count is None:
         return NONE
     value, unit = float(byte_count), 0
@@ -19,12 +19,12 @@ def size(byte_count: int | None) -> str:
 
 
 def count(number: int) -> str:
-    """A whole number with thousands apart: ``4,884,480``."""
+    """Returns an integer with thousands separators: ``4,884,480``."""
     return f"{number:,}"
 
 
 def short_count(number: int) -> str:
-    """A whole number for a heading: ``134.5 M``."""
+    """Returns an abbreviated integer for a heading: ``134.5 M``."""
     for least, divisor, unit in ((999_950_000, 10**9, "B"), (999_950, 10**6, "M"), (10_000, 1000, "k")):
         if number >= least:
             return f"{number / divisor:.1f} {unit}"
@@ -32,22 +32,28 @@ def short_count(number: int) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A part of a whole in per cent: ``3.48 %``."""
+    """Returns the ratio of ``part`` to ``whole`` in percent: ``3.48 %``."""
     return f"{100 * part / whole:.2f} %" if whole else "0 %"
 
 
 def percent(value: float) -> str:
-    """A share from 0 to 1 in per cent: ``93.8 %``, and ``0 %`` and ``100 %`` for none and all."""
+    """Returns a share from 0 to 1 in percent: ``93.8 %``, without decimals for exactly 0 and 1."""
     return f"{100 * value:.0f} %" if value in (0, 1) else f"{100 * value:.1f} %"
 
 
 def plural(number: int, noun: str, many: str | None = None) -> str:
-    """``1 module``, ``2 modules``."""
+    """Returns a number with its noun: ``1 module``, ``2 modules``.
+
+    Args:
+        number: the number.
+        noun: the noun in singular.
+        many: its plural; by default with an ``s``.
+    """
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"
 
 
 def loss(value: float | None) -> str:
-    """A loss: three decimals where they are enough."""
+    """Returns a loss with three decimals, or with an exponent if it is very small or large."""
     if value is None:
         return NONE
     if not math.isfinite(value):
@@ -58,19 +64,19 @@ def loss(value: float | None) -> str:
 
 
 def metric(value: float) -> str:
-    """A metric: ``0.913``, ``12.5``."""
+    """Returns a metric: ``0.913``, ``12.5``."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
 
 
 def rate(value: float | None) -> str:
-    """Tokens a second."""
+    """Returns a number of tokens per second."""
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def learning_rate(value: float | None) -> str:
-    """``7.1e-4``."""
+    """Returns a learning rate: ``7.1e-4``."""
     if value is None or not math.isfinite(value):
         return NONE
     if value == 0:
@@ -80,7 +86,7 @@ def learning_rate(value: float | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """``0:31``, ``1:02:03``."""
+    """Returns a duration in seconds as ``0:31`` or ``1:02:03``."""
     if seconds is None or not math.isfinite(seconds):
         return NONE
     whole = max(0, round(seconds))

@@ -1,4 +1,4 @@
-"""The loss curves of several runs in one picture: an image, which stays in a saved notebook."""
+"""The loss curves of several runs in one chart."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ Point = tuple[float, float]
 
 HEIGHT = 260
 _STRIPS = 80
-"""Places where the mouse finds values."""
+"""Number of strips along the chart that have a tooltip with the values."""
 _COLOURS = (*(palette.PARTS[name] for name in list(palette.PARTS)[:7]), "#2b88e0")
 
 
 def colour_of(place: int) -> str:
-    """The colour of the curve at that place."""
+    """Returns the colour of the curve with an index."""
     return _COLOURS[place % len(_COLOURS)]
 
 
 def overlay_image(curves: Sequence[LabelledCurves]) -> str:
-    """Curves over each other as an ``<img>`` that carries its picture in itself: losses as lines, evaluations dotted.
+    """Returns the curves in one chart, as a self-contained ``<img>``: losses as lines, evaluation losses dashed.
 
     Args:
-        curves: label, losses and evaluation losses of each; pairs that are not finite are left out.
+        curves: (label, losses, evaluation losses) of each run; values that are not finite are left out.
     """
     return _picture(curves).image(NEUTRAL)
 
 
 def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
-    """The same as an ``<svg>`` element."""
+    """Returns the same chart as an ``<svg>`` element."""
     return _picture(curves).svg(NEUTRAL)
 
 
 def overlay_left(curves: Sequence[LabelledCurves]) -> float:
-    """Percent of the picture that lies left of the curves."""
+    """Returns the space to the left of the curves in percent of the chart's width."""
     return left_of(f"{tick:.4g}" for tick in _frame(curves)[1])
 
 
 def overlay_values(curves: Sequence[LabelledCurves]) -> list[tuple[float, str]]:
-    """What the mouse finds along the chart: the share of its width, and the losses there in words."""
+    """Returns the tooltips along the chart: (share of its width from 0 to 1, losses there as text)."""
     _, _, right = _frame(curves)
-    found: list[tuple[float, str]] = []
+    strips: list[tuple[float, str]] = []
     for number in range(_STRIPS):
         low, high = right * number / _STRIPS, right * (number + 1) / _STRIPS
         words = [words for curve in curves if (words := _at(curve, low, high))]
-        if not words and found:  # a step is wider than a strip: its values reach from the one before
-            found[-1] = (found[-1][0] + 1 / _STRIPS, found[-1][1])
+        if not words and strips:  # a step is wider than a strip: extend the previous tooltip
+            strips[-1] = (strips[-1][0] + 1 / _STRIPS, strips[-1][1])
         else:
-            found.append((1 / _STRIPS, f"step {math.floor(high):,}: {' · '.join(words)}" if words else ""))
-    return found
+            strips.append((1 / _STRIPS, f"step {math.floor(high):,}: {' · '.join(words)}" if words else ""))
+    return strips
 
 
 def _at(curve: LabelledCurves, low: float, high: float) -> str:
-    """Label and last losses of a curve between two steps; empty where it has none there."""
+    """Returns label and last losses of a curve between two steps as text; empty if it has no loss there."""
     label, *kinds = curve
     last = [[value for step, value in points if low < step <= high][-1:] for points in kinds]
     words = [f"{name}{value:.4g}" for name, values in zip(("", "eval "), last, strict=True) for value in values]
@@ -65,7 +65,7 @@ def _at(curve: LabelledCurves, low: float, high: float) -> str:
 
 
 def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], float]:
-    """Ticks across and upwards, and the step at the right edge."""
+    """Returns the ticks of the x and the y axis, and the step at the right edge."""
     points = [point for _, *kinds in curves for part in kinds for point in _finite(part)]
     steps, upwards = _axes(points)
     return steps, upwards, max(steps[-1], max((step for step, _ in points), default=1.0))
@@ -86,7 +86,7 @@ def _picture(curves: Sequence[LabelledCurves]) -> Picture:
         words.append(_words(across(place(tick, low)[0]), HEIGHT - BOTTOM + 16, anchor, f"{tick:,.0f}"))
     words.append(_words("50%", HEIGHT - 5, "middle", "step"))
     if not points:
-        words.append(_words("50%", HEIGHT / 2 - 10, "middle", "no loss was noted"))
+        words.append(_words("50%", HEIGHT / 2 - 10, "middle", "no loss was logged"))
     for number, (losses, evaluated) in enumerate(lines):
         colour = colour_of(number)
         drawn.append(_line([place(*point) for point in decimate(losses)], colour, "1.5", ""))
@@ -100,13 +100,13 @@ def _picture(curves: Sequence[LabelledCurves]) -> Picture:
 
 
 def describe(curves: Sequence[LabelledCurves]) -> str:
-    """What the picture shows, for those who cannot see it."""
+    """Returns a description of the chart for screen readers."""
     ends = [
         f"{label} {points[-1][1]:.4g} at step {points[-1][0]:g}"
         for label, losses, _ in curves
         if (points := _finite(losses))
     ]
-    return f"training loss of {', '.join(ends)}" if ends else "no loss was noted"
+    return f"training loss of {', '.join(ends)}" if ends else "no loss was logged"
 
 
 def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -1,7 +1,7 @@
-"""The colours of everything that is shown, as CSS values.
+"""All colours as CSS values.
 
-Those of the theme are JupyterLab's variables with a fallback, so light and dark come for free. The sanitizer of
-a notebook that is not trusted drops ``var(…)``: ``PLAIN`` has what has to be written before it.
+Theme colours are JupyterLab's CSS variables with a fallback, so they follow the light or dark theme. In a notebook that
+is not trusted, the sanitizer drops declarations with ``var(…)``: ``PLAIN`` has fixed colours to write before them.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ PARTS = {
 """Colours of the parts of memory, readable on light and dark."""
 
 EVALUATION = PARTS["adapters"]
-"""Evaluation losses in a chart."""
+"""Colour of evaluation losses in a chart."""
 
 CHANGED = "rgba(114,183,178,.38)"
-"""Behind words that differ."""
+"""Background of words that differ."""
 
 LEARNED = "rgba(84,162,75,.30)"
-"""Behind tokens that a loss is taken on."""
+"""Background of tokens with labels."""
 
 CUT = "#e45756"
-"""What is beyond a limit."""
+"""Colour of everything beyond a limit."""
 
 LIMIT = "rgba(128,128,128,.8)"
-"""Where a device ends that has room."""
+"""Colour of the mark at the end of a device's memory, if the memory is sufficient."""
 
 WIDTH = 900
-"""Most pixels that a card or a panel is wide, its padding and border included."""
+"""Maximum width of a card or a panel in pixels, including padding and border."""
 
 FONT = "font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);font-variant-numeric:tabular-nums"
 MONOSPACE = "font-family:monospace;font-family:var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace)"
 
 
 def of_part(name: str) -> str:
-    """The colour of a part of memory, by its name."""
+    """Returns the colour of a part of memory."""
     return PARTS.get(name, PARTS["other"])
 
 
 def background(colour: str) -> str:
-    """A background that stays coloured where ``var(…)`` is dropped."""
+    """Returns a background declaration that also works if a sanitizer drops ``var(…)``."""
     plain = PLAIN.get(colour)
     return f"background:{plain};background:{colour}" if plain else f"background:{colour}"

@@ -1,7 +1,7 @@
-"""Shares as pictures: bars below each other, or beside each other, too, and a grid.
+"""Draws shares as images: horizontal bars, a table of bars, and a grid.
 
-Like the curve of a run that has ended they are self-contained images, which stay when a notebook is saved, reopened,
-or not trusted, in colours that are readable on light and on dark.
+They are self-contained images, which remain when a notebook is saved, reopened or not trusted, in colours that are
+readable on light and on dark backgrounds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _BLUE, _GREY, _TRACK = "#2b88e0", "#808080", "rgba(128,128,128,.18)"
 _ROW, _BAR = 34, 18
 _TALL_ROW = 44
 _LETTER = 7.4
-"""Pixels of a letter, about, in 13px text."""
+"""Approximate width in pixels of a character in 13px text."""
 _LONGEST = 26
 
 
 def bar_image(chart: BarChart) -> str:
-    """Bars as an ``<img>``: label, bar, share or value, and a figure at the right edge."""
+    """Returns a bar chart as an ``<img>``: label, bar, share or value, and a figure at the right edge."""
     left = 10 + _LETTER * min(max((len(label) for label, _, _ in chart.bars), default=0), _LONGEST)
     right = _WIDTH - (max([len(chart.figure), *(len(figure) for _, _, figure in chart.bars)]) * _LETTER + 8)
     whole = right - left - 60
@@ -45,7 +45,7 @@ def bar_image(chart: BarChart) -> str:
 
 
 def bar_table_image(table: BarTable) -> str:
-    """Rows of bars as an ``<img>``: label, and for each column a bar with its figure above it."""
+    """Returns a table of bars as an ``<img>``: label, and for each column a bar with its figure above it."""
     left = 10 + _LETTER * min(max(map(len, table.labels), default=0), _LONGEST)
     wide = (_WIDTH - left) / max(len(table.columns), 1) - 16
     parts = []
@@ -66,7 +66,7 @@ def bar_table_image(table: BarTable) -> str:
 
 
 def describe_bar_table(table: BarTable) -> str:
-    """What the bars show, for those who cannot see them."""
+    """Returns a description of a table of bars for screen readers."""
     return "; ".join(
         f"{label}: {', '.join(f'{bars[number][1]} {title}' for title, bars in table.columns)}"
         for number, label in enumerate(table.labels)
@@ -74,7 +74,7 @@ def describe_bar_table(table: BarTable) -> str:
 
 
 def grid_image(grid: Grid) -> str:
-    """A grid as an ``<img>``: rows by columns, the higher a share the darker its cell."""
+    """Returns a grid as an ``<img>``; cells are darker for larger shares."""
     shares = dict(grid.cells)
     left = 12 + _LETTER * min(max(map(len, grid.rows), default=0), _LONGEST)
     cell = max(86.0, 16 + _LETTER * min(max(map(len, grid.columns), default=0), _LONGEST))
@@ -97,12 +97,12 @@ def grid_image(grid: Grid) -> str:
 
 
 def describe_bars(chart: BarChart) -> str:
-    """What the bars show, for those who cannot see them."""
+    """Returns a description of a bar chart for screen readers."""
     return ", ".join(f"{label} {chart.value(number)}" for number, (label, _, _) in enumerate(chart.bars))
 
 
 def describe_grid(grid: Grid) -> str:
-    """What the grid shows, for those who cannot see it."""
+    """Returns a description of a grid for screen readers."""
     return ", ".join(f"{row}, {column} {percent(share)}" for (row, column), share in grid.cells)
 
 

@@ -1,4 +1,4 @@
-"""The base class of what a notebook shows as HTML and a terminal as text."""
+"""The base class of results, which a notebook shows as HTML and a terminal as text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from nbpeft.display.blocks import Block, Card
 
 
 class Shown:
-    """Shown as HTML in a notebook, as a card by rich, and as ``str`` in a terminal; ``view`` says what."""
+    """A result that is shown as HTML in a notebook, as a card by rich, and as ``str`` in a terminal.
+
+    Subclasses override ``view`` for the content and ``__str__`` for the plain text.
+    """
 
     def view(self) -> Block:
-        """What a notebook shows."""
+        """Returns the content as a block."""
         return Card(str(self))
 
     def displayed(self) -> None:
-        """Called when a notebook or a terminal shows this."""
+        """Called when a notebook or a terminal shows the result."""
 
     def __str__(self) -> str:
         return type(self).__name__

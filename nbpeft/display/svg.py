@@ -7,5 +7,5 @@ from nbpeft.state import TrainState
 
 
 def loss_svg(train: TrainState) -> str:
-    """The text of the file, in colours that are readable on light and on dark."""
+    """Returns the content of an SVG file with colours that are readable on light and on dark backgrounds."""
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{loss_chart(train, NEUTRAL, fluid=False)}\n'

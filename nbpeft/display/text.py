@@ -1,4 +1,4 @@
-"""Blocks as text for a terminal, drawn by rich."""
+"""Renders blocks as text for a terminal, with rich."""
 
 from __future__ import annotations
 
@@ -21,21 +21,26 @@ with needs("rich", "A result as text"):
 
 _TONES = {"bold": "bold", "dim": "dim", "accent": "bold blue", "success": "green", "error": "red", "warning": "yellow"}
 _WIDEST = 100_000
-"""Columns that no line reaches: it is the terminal that breaks lines of plain text."""
+"""A width in characters that no line reaches, so that rich does not wrap lines: the terminal does."""
 
 
 def to_text(block: blocks.Block, width: int = 100) -> str:
-    """A block as plain text."""
+    """Returns a block as plain text.
+
+    Args:
+        block: the block.
+        width: width of a line in characters.
+    """
     return _printed(renderable(block), width)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned and indented plain text; a cell may have several lines."""
+    """Returns rows as aligned and indented plain text; a cell may have several lines."""
     return "\n".join(f"  {line}" for line in _printed(_grid(rows), _WIDEST).split("\n")) if rows else ""
 
 
 def _printed(item: RenderableType, width: int) -> str:
-    # In a kernel rich would display what is printed, whatever the file.
+    # Without force_jupyter=False rich displays its output in the notebook, even if it has a file.
     stream = StringIO()
     console = Console(file=stream, width=width, color_system=None, force_jupyter=False, legacy_windows=False)
     console.print(item)
@@ -51,7 +56,7 @@ def _grid(rows: Sequence[Sequence[str]]) -> Table:
 
 @singledispatch
 def renderable(block: Any) -> RenderableType:
-    """A block, or several, as rich draws it."""
+    """Returns a block, or several, as a rich renderable."""
     raise TypeError(f"not a block: {block!r:.80}")
 
 

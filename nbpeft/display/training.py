@@ -1,4 +1,4 @@
-"""Training runs in words and as a card."""
+"""Training runs as text and as a card."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ _LONGEST_ANSWER = 400
 
 
 def training_card(train: TrainState, *, model_name: str = "", hint: str = "", seen: str = "") -> Card:
-    """A run: figures, progress, curves, samples, memory and what a person should know.
+    """Returns a card of a run: figures, progress, messages, curves, samples and memory.
 
     Args:
         train: the run.
-        model_name: what its model is called.
-        hint: how to end the run, where there are no buttons.
-        seen: what the clock said, for what a saved notebook shows of a run that goes on; see ``Pill``.
+        model_name: name of its model.
+        hint: how to stop the run if there are no buttons.
+        seen: the current time as text. A saved notebook shows it as the time at which a running run was last seen; see
+            ``Pill``.
     """
     begun = train.first_step
     planned = (train.total_steps or 0) - begun
@@ -72,7 +73,7 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "", se
 
 
 def _pill(train: TrainState, seen: str) -> Pill:
-    """The status; of a run that goes on also what is true once nobody follows it."""
+    """Returns the status; for a running run also the text for a saved notebook."""
     status = "" if train.status in ("starting", "running") else f" ({status_message(train)})"
     saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
     return Pill(status_message(train), _status_tone(train), saved=saved)
@@ -83,24 +84,24 @@ def _at(train: TrainState) -> str:
 
 
 def _message(train: TrainState) -> tuple[Text, ...]:
-    """What a person should know: why it failed, then warnings, then what else is noted."""
+    """Returns the messages for the user: the error of a failed run, else warnings, then notes."""
     if train.status == "failed":
         return (Text(train.message, "error"),)
     rest = train.message
     for warning in train.warnings:
         rest = rest.replace(warning, "")
     notes = [part.strip() for part in rest.split(" · ") if part.strip()]
-    found = (Text(" · ".join(train.warnings), "warning"), dim(" · ".join(notes)))
-    return tuple(text for text in found if text.text)
+    texts = (Text(" · ".join(train.warnings), "warning"), dim(" · ".join(notes)))
+    return tuple(text for text in texts if text.text)
 
 
 def _subject(train: TrainState) -> str:
-    """What is trained."""
+    """Returns the name of the trained adapter, or the number of adapters."""
     return f"{len(train.members)} adapters side by side" if train.members else train.adapter
 
 
 def _curves(train: TrainState) -> Block:
-    """The loss of the run, or of each adapter that is trained in it."""
+    """Returns a chart of the run's loss, or of the loss of each adapter of a sweep."""
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
@@ -108,7 +109,7 @@ def _curves(train: TrainState) -> Block:
 
 
 def _smoothed(curve: Curve) -> Curve:
-    """Noise hides which of several curves is lower."""
+    """Returns a smoothed curve: noise would hide which of several curves is lower."""
     return tuple((int(step), value) for step, value in smooth(curve))
 
 
@@ -137,7 +138,7 @@ def _figures(train: TrainState) -> Figures:
         elapsed,
         Figure("memory", numbers.size(used), peak, 76),
     )
-    ended = train.status in ENDED  # what a run never had is not missing once it is over
+    ended = train.status in ENDED  # an ended run will not get the figures that it lacks
     return Figures(tuple(figure for figure in figures if not ended or figure.figure != numbers.NONE))
 
 
@@ -157,7 +158,10 @@ def _perplexity(eval_loss: float | None) -> str:
 
 
 def _samples(train: TrainState) -> tuple[Block, ...]:
-    """The last answers beside the base model's; earlier ones folded, where no update would fold them again."""
+    """Returns the last answers side by side with the base model's, and earlier answers folded.
+
+    Earlier answers are shown only if the run is paused or has ended, because each update would fold them again.
+    """
     if not train.samples:
         return ()
     last = max(sample.step for sample in train.samples)
@@ -165,7 +169,7 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
     earlier = [sample for sample in reversed(train.samples) if sample.step != last]
     shown: list[Block] = []
     for sample in newest:
-        shown += [line(dim("prompt"), Text(sample.prompt, "bold")), _beside_base(sample, train.adapter)]
+        shown += [line(dim("prompt"), Text(sample.prompt, "bold")), _with_base(sample, train.adapter)]
     if earlier and train.status in (*ENDED, "paused"):
         several = len(newest) > 1
         rows = tuple(
@@ -177,7 +181,7 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
     return tuple(shown)
 
 
-def _beside_base(sample: Sample, adapter: str) -> Columns:
+def _with_base(sample: Sample, adapter: str) -> Columns:
     mine = Box(adapter or "model", ((_cut(sample.answer), False),), aside=f"step {sample.step:,}")
     return Columns((Box("base", ((_cut(sample.base), False),)), mine) if sample.base else (mine,))
 
@@ -187,19 +191,19 @@ def _cut(text: str) -> str:
 
 
 def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], ...]:
-    """What is drawn small: name, curve, and its last, lowest and highest value in words."""
+    """Returns the further curves of a run: (name, curve, last, lowest and highest value as text)."""
     formats = {"learning rate": numbers.learning_rate, "tokens/s": numbers.rate, "memory": _size}
     order = ("learning rate", "gradient norm", "tokens/s", "memory")
     named = {name: train.series[name] for name in order if name in train.series}
     named |= {name: curve for name, curve in train.series.items() if name not in named}
     named |= {name: curve for name, curve in train.metric_history.items() if len(curve) > 1}
-    found = []
+    result = []
     for name, curve in named.items():
-        points = [value for _, value in curve if math.isfinite(value)]
-        if points:
-            words = formats.get(name, numbers.metric)
-            found.append((name, curve, words(points[-1]), words(min(points)), words(max(points))))
-    return tuple(found)
+        values = [value for _, value in curve if math.isfinite(value)]
+        if values:
+            to_text = formats.get(name, numbers.metric)
+            result.append((name, curve, to_text(values[-1]), to_text(min(values)), to_text(max(values))))
+    return tuple(result)
 
 
 def _size(value: float) -> str:
@@ -207,7 +211,7 @@ def _size(value: float) -> str:
 
 
 def members_table(train: TrainState) -> Table:
-    """The adapters of a sweep, the best first, each with the colour of its curve and what distinguishes it."""
+    """Returns a table of the adapters of a sweep, the best first, with curve colours and differing settings."""
     ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
@@ -236,18 +240,23 @@ def _member_words(member: MemberState) -> str:
 
 
 def _status_tone(train: TrainState) -> Tone:
-    """The colour of the status; one that ended with a warning has that of a warning."""
+    """Returns the tone of the status; ``warning`` for a run that ended with a warning."""
     warned = train.warnings and train.status in ("finished", "stopped")
     return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
 
 
 def status_message(train: TrainState) -> str:
-    """The status for a person."""
+    """Returns the status as text."""
     return _WORDS.get(train.status, train.status)
 
 
 def training_text(train: TrainState, *, seen: str = "") -> str:
-    """A run in one line of plain text; see ``training_card`` for ``seen``."""
+    """Returns a run as one line of plain text.
+
+    Args:
+        train: the run.
+        seen: the current time as text; see ``training_card``.
+    """
     total = f"/{train.total_steps}" if train.total_steps else ""
     status = f"last seen {seen}" if seen and train.status not in ENDED else status_message(train)
     parts = [f"{status}: step {train.step}{total}"]

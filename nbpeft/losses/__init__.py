@@ -1,4 +1,4 @@
-"""The loss of language models without their logits as a whole: learned tokens only, some at a time."""
+"""Chunked loss of language models: logits are computed only for tokens with labels, and a chunk at a time."""
 
 from nbpeft.losses.heads import (
     check_chunk_size,

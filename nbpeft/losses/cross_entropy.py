@@ -1,7 +1,7 @@
-"""Cross entropy of logits that are computed some tokens at a time, with the gradient of what they are computed from.
+"""Cross entropy whose logits are computed a chunk of tokens at a time, together with the gradients of the inputs.
 
-A chunk's logits live until its loss and its gradient are known. What is kept for backward is the gradient of the
-hidden states of learned tokens, and of the head's parameters where some are trained.
+The logits of a chunk are freed once its loss and its gradient are computed. Only the gradients of the hidden states of
+tokens with labels, and of trained parameters of the head, are saved for backward.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from nbpeft.names import IGNORED_LABEL, LOSS_CHUNK_SIZE
 
 _FREE_OUTPUTS = frozenset(("MmBackward0", "AddmmBackward0", "LinearBackward0"))
-"""Operations whose backward does not read their output, so that it may be overwritten."""
+"""Backward functions that do not read the output of their operation, so that it may be overwritten."""
 
 Head = Callable[[Tensor], Tensor]
-"""Logits (n, vocabulary) of hidden states (n, features)."""
+"""Computes logits (n, vocabulary) from hidden states (n, features)."""
 
 
 def chunked_cross_entropy(
@@ -33,25 +33,26 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     divisor: Tensor | float | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.cross_entropy(head(hidden), targets, …)`` without the logits as a whole.
+    """Compute ``cross_entropy(head(hidden), targets, …)`` in chunks, without all logits in memory at once.
 
     Args:
-        head: computes logits; must treat each row on its own.
-        hidden: hidden states, (n, features), floating.
-        targets: class of each row, int64 (n,), or ``ignore_index``.
-        weights: how much the loss of each row counts, (n,) and at least 0; None for 1. A mean is then over their sum.
-        chunk_size: rows whose logits are in memory at once.
-        ignore_index: target of rows that are not learned.
-        reduction: ``"mean"`` over learned rows, or ``"sum"``.
-        label_smoothing: share of the target that is spread over all classes.
-        divisor: what a sum will be divided by, where that is known.
+        head: computes logits; must process each row independently of the others.
+        hidden: hidden states, floating-point, (n, features).
+        targets: class of each row or ``ignore_index``, int64, (n,).
+        weights: weight of each row's loss, at least 0, (n,); None for 1. A mean is divided by their sum.
+        chunk_size: number of rows whose logits are in memory at once.
+        ignore_index: target of rows that are left out.
+        reduction: ``"mean"`` over the rows with a target, or ``"sum"``.
+        label_smoothing: share of the target probability that is distributed over all classes, 0 to 1.
+        divisor: the number by which the caller will divide a sum, if known; bfloat16 gradients are rounded after the
+            division then.
 
     Returns:
-        The loss, a scalar in float32 (float64 where logits are); NaN for the mean of no rows.
+        The loss, a scalar in float32 (float64 for float64 logits); NaN for the mean of no rows.
     """
-    learns = torch.is_grad_enabled()
-    trained = _trained_tensors(head, hidden) if learns else []
-    hidden = hidden if learns else hidden.detach()
+    has_grad = torch.is_grad_enabled()
+    trained = _trained_tensors(head, hidden) if has_grad else []
+    hidden = hidden if has_grad else hidden.detach()
     learned = targets != ignore_index
     if not bool(learned.all()):
         rows = learned.nonzero().flatten()
@@ -68,7 +69,10 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum over rows. The gradients of all inputs are computed with it; backward does no more than scale them."""
+    """The sum of the rows' losses. Forward also computes the gradients of all inputs; backward only scales them.
+
+    This way the logits of a chunk need not be saved or computed again.
+    """
 
     @staticmethod
     def forward(
@@ -82,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        """Computes the loss and, where one is needed, its gradient."""
+        """Computes the loss and, if a gradient is needed, the gradients of the inputs."""
         inside = bool(ctx.needs_input_grad[6])
         learns = inside or bool(trained)
         hidden_gradient = torch.empty_like(hidden) if inside else None
@@ -101,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = total + losses.sum()
             if upstream is None:
                 continue
-            if logits.dtype == torch.bfloat16 and divisor is not None:  # so that what follows is rounded once
+            if logits.dtype == torch.bfloat16 and divisor is not None:  # divide before rounding to bfloat16
                 ctx.divisor = divisor
                 upstream.div_(divisor)
             found = torch.autograd.grad(logits, [rows, *trained] if inside else trained, upstream.to(logits.dtype))
@@ -117,7 +121,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients by that of the sum."""
+        """Scales the gradients by the gradient of the sum."""
         scale = upstream if ctx.divisor is None else upstream * ctx.divisor
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         scaled = [None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in gradients]
@@ -129,12 +133,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row, (n,), and the gradient of their sum by the logits, (n, vocabulary), where wanted.
+    """Returns the loss of each row, (n,), and, if wanted, the gradient of their sum with respect to the logits.
 
-    The gradient takes the place of the logits where they are in its dtype and no graph holds them.
+    The gradient, (n, vocabulary), overwrites the logits if they have its dtype and no graph needs them.
     """
-    held = logits.grad_fn is not None and type(logits.grad_fn).__name__ not in _FREE_OUTPUTS
-    shares = logits.detach().to(_wide(logits.dtype), copy=held)
+    is_saved = logits.grad_fn is not None and type(logits.grad_fn).__name__ not in _FREE_OUTPUTS
+    shares = logits.detach().to(_wide(logits.dtype), copy=is_saved)
     shares.sub_(shares.amax(-1, keepdim=True))
     index = targets.to(shares.device).unsqueeze(-1)
     of_target = shares.gather(-1, index).squeeze(-1)
@@ -149,10 +153,10 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> 
 
 
 def _trained_tensors(head: Head, hidden: Tensor) -> list[Tensor]:
-    """What the head computes logits from, of what is trained, beside the hidden states.
+    """Returns the trained tensors, other than the hidden states, from which the head computes logits.
 
-    Asked of the graph of one row, because a head may use parameters that are not below it, such as the trained
-    rows of the embedding that it is tied to.
+    They are found in the autograd graph of one row, because a head may use parameters of other modules, such as the
+    trained rows of the embedding that it is tied to.
     """
     with torch.enable_grad():
         root = head(hidden[:1].detach()).grad_fn

@@ -1,4 +1,4 @@
-"""Runs language models so that their own forward computes its loss in chunks."""
+"""Makes the forward of a language model compute its loss in chunks."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from nbpeft.losses.weighted_labels import check_weights_used, with_loss_weights
 from nbpeft.names import LOSS_CHUNK_SIZE
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
-"""Classes of a head whose weight is whole during its own call alone."""
+"""Class names of FSDP modules: their weight is gathered only during their own call."""
 
 
 def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE, **inputs: Any) -> Tensor:
-    """The loss of a language model, equal to ``model(**inputs).loss``, without logits as a whole.
+    """Returns the loss of a language model, equal to ``model(**inputs).loss``, without all logits in memory at once.
 
-    Hidden states of learned tokens alone go through the output head, a chunk at a time, and their gradient is
-    computed with the loss. For loops of your own::
+    Only the hidden states of tokens with labels go through the output head, a chunk at a time, and their gradient is
+    computed together with the loss. For a custom training loop::
 
         loss = nbpeft.chunked_loss(model, **batch)
         loss.backward()
 
-    A model without an output head, a compiled one and one whose loss is no cross entropy compute theirs as ever.
+    The loss of a model without an output head, of a compiled model, and a loss other than cross entropy are computed
+    as usual.
 
     Args:
-        model: a language model of transformers, with or without adapters, wrapped by DDP or FSDP or not.
-        loss_chunk_size: tokens whose logits are in memory at once; 0 for all.
-        **inputs: of the model, ``labels`` among them, ``num_items_in_batch`` where batches are accumulated, and
-            ``loss_weights`` in the shape of the labels where they do not all count alike.
+        model: a language model of transformers, with or without adapters, may be wrapped by DDP or FSDP.
+        loss_chunk_size: number of tokens whose logits are in memory at once; 0 for all.
+        **inputs: the model's inputs with ``labels``; ``num_items_in_batch`` for gradient accumulation, and
+            ``loss_weights`` in the shape of the labels for a weighted loss.
 
     Returns:
-        The loss, a scalar; float32 as a rule.
+        The loss, a scalar; usually float32.
 
     Raises:
-        ConfigError: ``loss_chunk_size`` is no whole number of at least 0.
-        TrainingError: the model returns no loss for these inputs.
+        ConfigError: ``loss_chunk_size`` is not an integer of at least 0.
+        TrainingError: the model returns no loss for these inputs, or ignores ``loss_weights``.
     """
     inputs = with_loss_weights(inputs)
     with chunked_head(model, loss_chunk_size, inputs.get("num_items_in_batch")), without_logits(model):
@@ -57,10 +58,10 @@ def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE,
 
 
 def check_chunk_size(size: object) -> int:
-    """The size of a chunk as given.
+    """Checks and returns the size of a chunk in tokens.
 
     Raises:
-        ConfigError: it is no whole number of at least 0.
+        ConfigError: it is not an integer of at least 0.
     """
     if type(size) is not int or size < 0:
         raise ConfigError(
@@ -74,18 +75,21 @@ def check_chunk_size(size: object) -> int:
 def chunked_head(
     model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE, divisor: Tensor | float | None = None
 ) -> Iterator[ChunkedHead]:
-    """A block in which losses of a language model are computed in chunks, for the thread that enters it.
+    """Makes a language model compute its loss in chunks inside the block, in the thread that enters it.
 
-    The logits that the model returns in it have data once they are used.
+    The logits that the model returns in the block are computed when they are first used.
 
     Args:
-        model: a language model, with or without adapters and wrappers. One without an output head, and a compiled
-            one, is left as it is.
-        chunk_size: tokens whose logits are in memory at once; 0 leaves the model as it is.
-        divisor: what sums over tokens will be divided by, where that is known.
+        model: a language model, with or without adapters and wrappers. A compiled model and one without an output
+            head are not changed.
+        chunk_size: number of tokens whose logits are in memory at once; 0 does not change the model.
+        divisor: the number by which a sum over tokens will be divided, if known.
 
     Yields:
-        What became of the logits.
+        The settings, which also record whether a loss was computed in chunks.
+
+    Raises:
+        ConfigError: ``chunk_size`` is not an integer of at least 0.
     """
     found = ChunkedHead(check_chunk_size(chunk_size), divisor)
     head = None if not chunk_size or is_compiled(model) else _head_of(model)
@@ -105,7 +109,7 @@ def chunked_head(
 
 @contextmanager
 def without_logits(model: nn.Module) -> Iterator[None]:
-    """A block in which a model leaves logits without data out of what it returns: wrappers would read them."""
+    """Removes logits without data from a model's output inside the block: wrappers such as DDP would compute them."""
     handle = base_model_of(model).register_forward_hook(lambda module, args, output: _without_lazy(output))
     try:
         yield
@@ -114,17 +118,17 @@ def without_logits(model: nn.Module) -> Iterator[None]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a model, or one in it that is called as a whole, was compiled."""
+    """Returns whether a model, or the model inside its wrappers, was compiled with ``torch.compile``."""
     wrappers = [model, getattr(model, "module", model), base_model_of(model)]
     return any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) for part in wrappers)
 
 
 class _LazyForward:
-    """The ``forward`` of a head whose logits wait, for the thread that made it; for all others the head's own.
+    """A ``forward`` of a head that returns lazy logits in the thread that created it, and the usual ones elsewhere.
 
     Args:
-        head: that has it until ``end``.
-        size: of the vocabulary.
+        head: the head; its ``forward`` is restored by ``end``.
+        size: size of the vocabulary.
         settings: how the logits are computed.
     """
 
@@ -146,7 +150,7 @@ class _LazyForward:
         return LazyLogits.of(hidden, whole, self._size, self._settings, parts)
 
     def _parts(self, state: Any, rows: RowAssignment, batch: int) -> dict[tuple[int, int], Head]:
-        """The head as it computes for rows of a mixed batch that one adapter serves: their first and last but one."""
+        """Returns (first row, end) of each adapter's rows in a mixed batch -> the head with that adapter."""
         scales = dict(zip(rows.names, rows.scales, strict=True))
         return {
             (part.start, part.stop): self._as_served(
@@ -164,14 +168,18 @@ class _LazyForward:
         return compute
 
     def end(self) -> None:
-        """Takes it off, and with it those that it was put on while blocks of other threads have not ended."""
+        """Restores the head's ``forward``.
+
+        Blocks of several threads can end in any order. A ``forward`` below another one is only marked as ended, and is
+        removed together with the one above it.
+        """
         self._ended = True
-        held = self._head.__dict__
-        while isinstance(now := held.get("forward"), _LazyForward) and now._ended:
-            if now._before is None:
-                del held["forward"]
+        attributes = self._head.__dict__
+        while isinstance(top := attributes.get("forward"), _LazyForward) and top._ended:
+            if top._before is None:
+                del attributes["forward"]
             else:
-                held["forward"] = now._before
+                attributes["forward"] = top._before
 
 
 def _without_lazy(output: Any) -> Any:
@@ -183,7 +191,7 @@ def _without_lazy(output: Any) -> Any:
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:
-    """The output head, where it can be called for some tokens alone and after its own call."""
+    """Returns the output head, or None if it cannot be called for single chunks outside the model's forward."""
     head = None if isinstance(model, nn.DataParallel) else embedding_of(base_model_of(model), output=True)
     if head is None or any(cls.__name__ in _SHARDED for cls in type(head).__mro__):
         return None

@@ -1,8 +1,8 @@
-"""Logits that are not computed before somebody needs them, and never as a whole for a cross entropy.
+"""Logits that are computed only when they are needed, and in chunks for a cross entropy.
 
-A model's own forward goes on with them after its head: it caps or scales them, shifts and flattens them and hands
-them to its loss. What acts on each logit alone is kept, to be done with each chunk; what chooses among the tokens is
-done with the hidden states; and ``cross_entropy`` is computed in chunks. Anything else gets the logits with their data.
+After the head, a model's forward caps or scales the logits, shifts and flattens them, and passes them to its loss.
+Here pointwise functions are recorded and applied to each chunk, selections of tokens are applied to the hidden states
+instead, and ``cross_entropy`` is computed in chunks. Every other function gets the logits with their data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ABOUT = frozenset(
     + [getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__hash__", "__len__")]
     + [torch.numel, torch.is_floating_point]
 )
-"""What needs no data."""
+"""Functions that need no data."""
 _POINTWISE = frozenset(
     (
         *("float", "half", "bfloat16", "double", "to"),
@@ -38,24 +38,24 @@ _POINTWISE = frozenset(
         *("add", "add_", "sub", "sub_", "neg", "tanh", "tanh_", "clamp", "clamp_"),
     )
 )
-"""What acts on each logit alone, given numbers."""
+"""Names of pointwise functions: each logit's result depends on no other logit."""
 _RESHAPING = frozenset(("view", "reshape", "flatten"))
 _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
 
 
 class LogitsError(RuntimeError):
-    """Something takes logits in a way in which their gradient would be lost."""
+    """An operation used lazy logits in a way that would lose their gradient."""
 
 
 @dataclass
 class ChunkedHead:
-    """How logits of a head are computed, and what became of them.
+    """How the logits of a head are computed, and a record of what they were used for.
 
     Attributes:
-        chunk_size: tokens whose logits may be in memory at once.
-        divisor: what sums over tokens will be divided by, where that is known: rounding is done after it.
+        chunk_size: number of tokens whose logits may be in memory at once.
+        divisor: the number by which a sum over tokens will be divided, if known; gradients are rounded after it.
         chunked: whether a loss was computed in chunks.
-        needed_by: the function that needed the logits with their data; empty where none did.
+        needed_by: name of the first function that needed the logits with their data; empty if none did.
     """
 
     chunk_size: int
@@ -65,10 +65,10 @@ class ChunkedHead:
 
 
 class LazyLogits(Tensor):
-    """The logits of a language model's head: a tensor with shape, dtype and device, and no data before it is needed.
+    """The logits of a language model's head, a tensor with shape, dtype and device whose data is computed on demand.
 
     Attributes:
-        hidden: what the head is given, (…, features).
+        hidden: the head's input, (…, features).
     """
 
     hidden: Tensor
@@ -87,19 +87,19 @@ class LazyLogits(Tensor):
         settings: ChunkedHead,
         parts: Mapping[tuple[int, int], Head] = MappingProxyType({}),
     ) -> LazyLogits:
-        """Returns what a head gives, (…, ``size``).
+        """Returns the lazy output of a head, (…, ``size``).
 
         Args:
-            hidden: the head's input, (…, features), floating.
-            head: computes the logits (…, size) of hidden states (…, features).
-            size: of the vocabulary.
-            settings: how; what becomes of the logits is noted there.
-            parts: where what the head computes depends on the row, its first and last but one -> the head of rows.
+            hidden: the head's input, floating-point, (…, features).
+            head: computes logits (…, size) from hidden states (…, features).
+            size: size of the vocabulary.
+            settings: how the logits are computed; the use of the logits is recorded in it.
+            parts: for a batch whose rows use several adapters: (first row, end) -> the head of these rows.
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        parts = {rows: _as_now(own, kind) for rows, own in parts.items()}
-        return cls._make(hidden, size, dtype, hidden.device, _as_now(head, kind), (), settings, parts)
+        parts = {rows: _with_autocast(row_head, kind) for rows, row_head in parts.items()}
+        return cls._make(hidden, size, dtype, hidden.device, _with_autocast(head, kind), (), settings, parts)
 
     @classmethod
     def _make(
@@ -114,10 +114,10 @@ class LazyLogits(Tensor):
         parts: Mapping[tuple[int, int], Head] = MappingProxyType({}),
     ) -> LazyLogits:
         make: Any = Tensor._make_wrapper_subclass
-        made: LazyLogits = make(cls, (*hidden.shape[:-1], size), dtype=dtype, device=device)
-        made.hidden, made._head, made._pointwise, made._settings = hidden, head, pointwise, settings
-        made._parts, made._whole = parts, None
-        return made
+        logits: LazyLogits = make(cls, (*hidden.shape[:-1], size), dtype=dtype, device=device)
+        logits.hidden, logits._head, logits._pointwise, logits._settings = hidden, head, pointwise, settings
+        logits._parts, logits._whole = parts, None
+        return logits
 
     @classmethod
     def __torch_function__(
@@ -137,13 +137,14 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        # Below autograd: reached only by functions that __torch_function__ did not see, e.g. of C++ code.
         raise LogitsError(f"{func} takes logits where their gradient would be lost")
 
     def with_data(self, name: str) -> Tensor:
-        """The logits with their data; computed once.
+        """Returns the logits with their data, which is computed once.
 
         Args:
-            name: of the function that needs them.
+            name: name of the function that needs them.
         """
         if self._whole is None:
             self._settings.needed_by = self._settings.needed_by or name
@@ -151,7 +152,7 @@ class LazyLogits(Tensor):
         return self._whole
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a function returns without the data; None where it needs them."""
+        """Returns the result of a function that needs no data; None if it needs the data."""
         if self._parts and getattr(func, "__name__", "") not in _POINTWISE:
             return self._rows(args[1]) if func is Tensor.__getitem__ else None
         if func is F.cross_entropy:
@@ -171,12 +172,12 @@ class LazyLogits(Tensor):
         return None
 
     def _choose(self, function: Callable[[Tensor], Tensor]) -> LazyLogits:
-        """These logits of other tokens, or in another order of axes."""
+        """Returns the logits after a selection or reshaping of tokens, which is applied to the hidden states."""
         hidden = function(self.hidden)
         return self._make(hidden, self.size(-1), self.dtype, self.device, self._head, self._pointwise, self._settings)
 
     def _rows(self, index: Any) -> LazyLogits | None:
-        """These logits of neighbouring rows for which the head computes alike; None of others."""
+        """Returns the logits of consecutive rows that use the same adapter; None for another index."""
         rows = index.indices(len(self.hidden)) if isinstance(index, slice) else (0, 0, 0)
         head = self._parts.get(rows[:2]) if rows[2] == 1 else None
         if head is None:
@@ -185,7 +186,7 @@ class LazyLogits(Tensor):
         return self._make(hidden, self.size(-1), self.dtype, self.device, head, self._pointwise, self._settings)
 
     def _apply(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits | None:
-        """These logits after a function of each; None where it is one of others, too."""
+        """Returns the logits after a pointwise function; None if its arguments make it depend on the token."""
         if not all(_is_the_same_for_all_tokens(value, self.size(-1)) for value in (*args, *kwargs.values())):
             return None
         args = tuple(value.reshape(-1) if isinstance(value, Tensor) and value.dim() > 1 else value for value in args)
@@ -207,10 +208,10 @@ class LazyLogits(Tensor):
         )
 
     def _cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The loss, computed in chunks; None where it is one of another kind."""
-        given = _CROSS_ENTROPY.bind(*args, **kwargs)
-        given.apply_defaults()
-        values = given.arguments
+        """Returns the loss, computed in chunks; None if its options are not supported."""
+        call = _CROSS_ENTROPY.bind(*args, **kwargs)
+        call.apply_defaults()
+        values = call.arguments
         target: Any = values["target"]
         unusual = [values[name] for name in ("weight", "size_average", "reduce") if values[name] is not None]
         if unusual or self.dim() != 2 or target.dim() != 1 or target.is_floating_point():
@@ -244,7 +245,7 @@ def _logits(head: Head, pointwise: Sequence[Callable[[Tensor], Tensor]], hidden:
 
 
 def _is_the_same_for_all_tokens(value: Any, size: int) -> bool:
-    """Whether an argument is a constant, or one a class, as the bias of logits is."""
+    """Returns whether an argument is a constant, or has one value per class, such as a bias of the logits."""
     if not isinstance(value, Tensor):
         return True
     return not value.requires_grad and (value.numel() == 1 or value.numel() == value.shape[-1] == size)
@@ -254,8 +255,8 @@ def _with_data(values: Any, name: str) -> Any:
     return tree_map_only(LazyLogits, lambda logits: logits.with_data(name), values)
 
 
-def _as_now(head: Head, kind: str) -> Head:
-    """The head as it computes at this moment, under autocast or not."""
+def _with_autocast(head: Head, kind: str) -> Head:
+    """Returns a head that computes under the autocast state of this moment, whenever it is called."""
     if not torch.is_autocast_enabled(kind):
         return head
     dtype = torch.get_autocast_dtype(kind)
@@ -268,7 +269,11 @@ def _as_now(head: Head, kind: str) -> Head:
 
 
 def _index_of_tokens(index: Any, axes: int, size: int) -> Any:
-    """The same index for hidden states; None where it does not take the whole vocabulary, or is one of tensors."""
+    """Returns the index to apply to the hidden states.
+
+    Returns:
+        None for an index that contains tensors or that does not select the whole vocabulary.
+    """
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(part, slice) or part is Ellipsis or type(part) is int for part in parts):
         return None

@@ -1,9 +1,8 @@
-"""Labels of which each counts by a weight of its own in a cross entropy, in any model's own forward.
+"""Labels with a weight each, for a weighted cross entropy in the forward of any model.
 
-A model shifts, pads and flattens labels in its own way before it compares them with logits. The weights go the same
-way: :class:`WeightedLabels` is a tensor of labels that takes them along, and ``cross_entropy`` finds them there,
-whether the logits are whole or computed in chunks. The mean of n labels is the sum of their weighted losses over
-the sum of their weights.
+Before the loss, each model shifts, pads and flattens the labels in its own way. :class:`WeightedLabels` is a tensor
+subclass that applies the same operations to the weights, so that ``cross_entropy`` finds them, with ordinary logits or
+with lazy ones. A mean is the sum of the weighted losses divided by the sum of the weights.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ _RESHAPING: frozenset[Any] = frozenset(
     [getattr(Tensor, name) for name in ("view", "reshape", "flatten", "contiguous", "clone", "__getitem__")]
     + [torch.reshape, torch.flatten, torch.clone]
 )
-"""What places labels otherwise, and their weights with them."""
+"""Functions that rearrange labels; they are applied to the weights too."""
 _MOVING: frozenset[Any] = frozenset([Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.long])
 _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
 
 
 class WeightedLabels(Tensor):
-    """Labels and their weights.
+    """Labels with their weights.
 
     Attributes:
         weights: float32, in the shape of the labels.
-        uses: what took the weights into account; shared with all that was made of these labels.
+        uses: names of the functions that used the weights; the list is shared by all labels derived from these.
     """
 
     weights: Tensor
@@ -42,20 +41,20 @@ class WeightedLabels(Tensor):
 
     @classmethod
     def of(cls, labels: Tensor, weights: Tensor, uses: list[str] | None = None) -> WeightedLabels:
-        """Returns labels that take their weights along.
+        """Returns labels that carry their weights.
 
         Args:
             labels: int64, of any shape.
             weights: at least 0, in the same shape.
-            uses: of the labels that these are made of.
+            uses: the list of the labels from which these are derived; a new one by default.
         """
-        made = labels.as_subclass(cls)
-        made.weights, made.uses = weights, [] if uses is None else uses
-        return made
+        weighted = labels.as_subclass(cls)
+        weighted.weights, weighted.uses = weights, [] if uses is None else uses
+        return weighted
 
     @property
     def plain(self) -> Tensor:
-        """The labels alone."""
+        """The labels as an ordinary tensor."""
         return self.as_subclass(Tensor)
 
     @classmethod
@@ -75,27 +74,27 @@ class WeightedLabels(Tensor):
 
 
 def with_loss_weights(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch for a model whose labels count by the ``loss_weights`` beside them; one without is as it was.
+    """Returns a batch whose ``loss_weights`` are moved into its labels; a batch without them is not changed.
 
     Args:
-        batch: as a collator makes it.
+        batch: a batch from a collator.
     """
-    found = dict(batch)
-    weights = found.pop(LOSS_WEIGHTS, None)
-    if weights is not None and found.get("labels") is not None:
-        found["labels"] = WeightedLabels.of(found["labels"], weights.float())
-    return found
+    inputs = dict(batch)
+    weights = inputs.pop(LOSS_WEIGHTS, None)
+    if weights is not None and inputs.get("labels") is not None:
+        inputs["labels"] = WeightedLabels.of(inputs["labels"], weights.float())
+    return inputs
 
 
 def check_weights_used(labels: object, model: str) -> None:
-    """Refuses a loss that left weights out.
+    """Refuses a loss that ignored the weights of its labels.
 
     Args:
-        labels: that a loss was computed of.
-        model: whose loss it is.
+        labels: the labels of the loss.
+        model: name of the model's class, for the message.
 
     Raises:
-        TrainingError: they are weighted, and the loss is not.
+        TrainingError: the labels have weights that no function used.
     """
     if isinstance(labels, WeightedLabels) and not labels.uses:
         raise TrainingError(
@@ -105,15 +104,21 @@ def check_weights_used(labels: object, model: str) -> None:
 
 
 def sum_of_weights(labels: Tensor, weights: Tensor, ignore_index: int = IGNORED_LABEL) -> Tensor:
-    """By what a sum over labels is divided: the weights of those that are learned."""
+    """Returns the divisor of a weighted mean: the sum of the weights of labels that are not ignored.
+
+    Args:
+        labels: int64, of any shape.
+        weights: in the same shape.
+        ignore_index: value of ignored labels.
+    """
     return (weights * labels.ne(ignore_index)).sum()
 
 
 def _cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
-    """``cross_entropy`` of logits as a whole, weighted."""
-    given = _CROSS_ENTROPY.bind(*args, **kwargs)
-    given.apply_defaults()
-    values = given.arguments
+    """Computes the weighted ``cross_entropy`` of ordinary logits."""
+    call = _CROSS_ENTROPY.bind(*args, **kwargs)
+    call.apply_defaults()
+    values = call.arguments
     labels, reduction = values["target"], values["reduction"]
     plain = {name: _plain(value) for name, value in values.items()}
     if not isinstance(labels, WeightedLabels) or values["weight"] is not None or reduction not in ("mean", "sum"):
@@ -130,12 +135,12 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
 def _placed(
     func: Callable[..., Any], labels: WeightedLabels, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 ) -> Tensor | None:
-    """The weights of what a function made of labels; None where it is none that places them."""
+    """Returns the weights of a function's result; None if the function does not just rearrange labels."""
     first: Any = args[0] if args else None
     if func is torch.cat:
         parts = [
-            one.weights if isinstance(one, WeightedLabels) else torch.ones_like(one, dtype=torch.float32)
-            for one in first
+            part.weights if isinstance(part, WeightedLabels) else torch.ones_like(part, dtype=torch.float32)
+            for part in first
         ]
         return torch.cat(parts, *args[1:], **kwargs)
     if first is not labels:

@@ -1,4 +1,4 @@
-"""Memory: what is used now and by whom (``measure``), and what a run will need (``forecast``)."""
+"""Memory: what a model and its training use now (``measure``), and what a run will need (``forecast``)."""
 
 from nbpeft.memory.forecast import Forecast, forecast
 from nbpeft.memory.measure import Meter, measure, weights_by_kind

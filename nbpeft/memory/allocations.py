@@ -1,9 +1,9 @@
-"""Runs a step on fake tensors and records what would be allocated, operation by operation.
+"""Runs a step on fake tensors and records what it would allocate, operation by operation.
 
-Fake tensors have shapes, dtypes and a device but no data, so a step of a model of any size runs
-in a fraction of a second and every operation still takes the path it takes on real ones. What is
-counted is the life of each storage, from the operation that returns it until nothing refers to
-it: the same as the allocator sees, except for scratch space inside a single kernel.
+Fake tensors have shape, dtype and device but no data. So a step of a model of any size runs in a
+fraction of a second, and every operation takes the same code path as with real tensors. Each
+storage counts from the operation that returns it until nothing refers to it any more. This is what
+the allocator sees, except for scratch space inside a single kernel.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _ONE: dict[torch.dtype, Any] = {torch.bool: True, torch.float32: 1.0, torch.bflo
 _DEVICE = torch.ops.prim.device.default
 _ARITHMETIC = frozenset(getattr(torch.ops.aten, name) for name in ("add", "sub", "mul", "div"))
 _PLACED = frozenset(getattr(torch.ops.aten, name) for name in ("select_backward", "slice_backward"))
-"""Gradients of a part of a tensor: zeros as large as the whole, which autograd sums up."""
+"""Operations that return the gradient of a part of a tensor as zeros of the whole tensor's size; autograd adds them."""
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"))
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make new tensors fake: shapes without data."""
+    """Make tensors that are created in the block fake."""
     with FakeTensorMode(allow_non_fake_inputs=True), _DefaultNumbers():  # type: ignore[no-untyped-call]
         yield
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that is never compiled, so it needs none of the guards against that around each operation."""
+    """A dispatch mode that skips torch's check for compilation around each operation, which is slow."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -47,9 +47,10 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _DefaultNumbers(_Mode):  # type: ignore[no-untyped-call]
-    """Answers code that reads a number from a fake tensor: nothing exceptional is there, all tokens count.
+    """Gives a default to code that reads a number from a fake tensor, which has no data.
 
-    ``any(…)`` reads as False, other truths as True, numbers (seeds, lengths) as one.
+    The result of ``any(…)`` reads as False (nothing exceptional), other booleans as True (all tokens count), numbers
+    (seeds, lengths) as 1.
     """
 
     def __torch_dispatch__(
@@ -74,15 +75,15 @@ def record(
     """Run a step and find its peak.
 
     Args:
-        model: the fake model that the step runs; its parameters and buffers count as there before.
-            It cannot be recorded a second time.
-        step: forward, or forward and backward; gets a function to call between them.
-        layers: its layers, all equal, at least three; empty where none are to be added.
-        more: how many further layers like these to add.
-        on_cpu: whether real tensors would be on a CPU, some of whose kernels copy what they read.
+        model: the fake model that the step runs; its parameters and buffers do not count. A model can be recorded
+            only once, because hooks stay on it.
+        step: runs forward, or forward and backward; gets a function to call between them.
+        layers: the model's layers, at least three and all equal; empty if no layers are added.
+        more: number of further equal layers for which the peak is extrapolated.
+        on_cpu: whether real tensors would be on a CPU, where some kernels copy their inputs.
 
     Returns:
-        None where ``layers`` were not run one after the other, so that nothing is known of further ones.
+        The peak; None if ``layers`` were not run one after the other, so that it cannot be extrapolated.
     """
     gradients: list[int] = []
 
@@ -98,12 +99,12 @@ def record(
         tracker = _Allocations(model, stages, on_cpu)
         with tracker:
             result = step(stages.backward_begins)
-            held = {storage._cdata: storage.nbytes() for storage in map(storage_of, tensors_in(result))}
-    return stages.peak(sum(held.values()), more)
+            sizes = {storage._cdata: storage.nbytes() for storage in map(storage_of, tensors_in(result))}
+    return stages.peak(sum(sizes.values()), more)
 
 
 class _Allocations(_Mode):  # type: ignore[no-untyped-call]
-    """Follows every storage that an operation returns until it is freed."""
+    """Tracks every storage that an operation returns until it is freed."""
 
     def __init__(self, model: nn.Module, stages: Stages, on_cpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,7 +117,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _DEVICE and isinstance(args[0], FakeTensor):  # more than half of all calls
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # a shortcut: more than half of all calls
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
@@ -136,7 +137,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         return result
 
     def _follow(self, tensor: Tensor, scratch: int = 0) -> None:
-        """Count a storage that is new; ``scratch`` is what its operation needs besides, while it runs."""
+        """Count a new storage; ``scratch`` is the temporary memory of its operation in bytes."""
         storage = storage_of(tensor)
         key = storage._cdata
         if key in self._known:
@@ -149,9 +150,12 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         self._stages.allocated(key, byte_count, self.total + scratch)
 
     def _in_place_bytes(self, args: tuple[Any, ...], result: Tensor) -> int:
-        """Bytes of a sum of such gradients: autograd makes it in the first of them, of fake ones in a new tensor."""
-        given = [arg for arg in args if isinstance(arg, Tensor)]
-        if len(given) != 2 or not all(storage_of(one)._cdata in self._placed for one in given):
+        """Return the bytes to deduct for a sum of two placed gradients, or 0.
+
+        Autograd adds real gradients in place, but fake ones into a new tensor.
+        """
+        operands = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(operands) != 2 or not all(storage_of(operand)._cdata in self._placed for operand in operands):
             return 0
         self._placed.add(storage_of(result)._cdata)
         return result.nbytes
@@ -164,19 +168,19 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
 
 
 def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
-    """Bytes of the copies that a CPU makes of inputs of another dtype than the result's."""
+    """Return the bytes of the copies that are made of inputs whose dtype is not the result's."""
     others = (arg for arg in args if isinstance(arg, Tensor) and arg.dtype != result.dtype and arg.dim())
     return sum(other.numel() * result.element_size() for other in others)
 
 
 def _product_bytes(left: Tensor, right: Tensor) -> int:
-    """Bytes that a CPU needs while it multiplies matrices, or some pairs of them."""
+    """Return the temporary memory in bytes of a matrix product, also a batched one, on a CPU."""
     rows, depth = left.shape[-2:]
     transposed = left.stride(-2) < left.stride(-1)
     return product_scratch(rows, depth, right.shape[-1], left.dtype, transposed=transposed) if left.numel() else 0
 
 
 def _repeated_bytes(matrices: Tensor) -> int:
-    """Bytes of the copies that oneDNN's matrix product makes of a matrix that is repeated for each row."""
+    """Return the bytes that oneDNN copies of a batched matrix that is expanded from a single one (stride 0)."""
     repeated = matrices.shape[0] > 1 and matrices.stride(0) == 0
     return matrices.numel() * matrices.element_size() if repeated and onednn_multiplies(matrices.dtype) else 0

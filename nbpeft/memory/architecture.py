@@ -1,4 +1,4 @@
-"""Models without weights, whole or with fewer layers, from a model, a config or a source of one."""
+"""Builds models without weights, whole or with fewer layers, from a model, a config, a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What it takes to build a model without its weights.
+    """How to build a model without its weights.
 
     Attributes:
         config: its transformers config.
-        model_class: the class to build, or None for transformers' automatic choice.
-        auto_class: name of the automatic class.
+        model_class: the class to build, or None to use the auto class.
+        auto_class: name of the transformers auto class, e.g. ``AutoModelForCausalLM``.
     """
 
     config: Any
@@ -50,7 +50,7 @@ class Architecture:
 
     @property
     def layer_count(self) -> int:
-        """Number of layers, or 0 where it cannot be varied."""
+        """Number of layers, or 0 if a model with another number cannot be built from the config."""
         config = self.config
         nested = any(hasattr(config, name) for name in ("text_config", "vision_config", "audio_config"))
         count = getattr(config, "num_hidden_layers", None)
@@ -59,11 +59,11 @@ class Architecture:
         return count
 
     def build(self, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-        """Build the model, on whatever kind of tensors the surrounding context makes.
+        """Build the model with the kind of tensors of the surrounding context (fake or meta).
 
         Args:
             dtype: dtype of its weights.
-            layers: how many layers; all of them for None.
+            layers: number of layers; None for all.
         """
         import transformers
 
@@ -72,7 +72,7 @@ class Architecture:
             del config.quantization_config
         maker: Any = self.model_class or _class_of(getattr(transformers, self.auto_class), config)
         if not in_main_thread() and maker is not None:
-            return _build_beside_main_thread(maker, config, dtype)
+            return _build_outside_main_thread(maker, config, dtype)
         if self.model_class is not None:
             model: nn.Module = maker._from_config(config, dtype=dtype)
         else:
@@ -81,25 +81,25 @@ class Architecture:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether the model has gradient checkpointing, as far as its class says."""
+        """Whether the model class supports gradient checkpointing; True if it does not say."""
         import transformers
 
         return can_checkpoint(self.model_class or _class_of(getattr(transformers, self.auto_class), self.config))
 
     @cached_property
     def identity(self) -> str:
-        """Equal for architectures that need the same memory."""
+        """A key that is equal for architectures with the same memory needs."""
         name = self.auto_class if self.model_class is None else self.model_class.__qualname__
         return name + json.dumps(self.config.to_dict(), sort_keys=True, default=str)
 
     def batch(self, batch_size: int, sequence_length: int, *, labels: bool, packed: bool = False) -> dict[str, Tensor]:
-        """Inputs of a training or inference step, of the surrounding context's kind of tensors.
+        """Return the inputs of a training or inference step, as tensors of the surrounding context's kind.
 
         Args:
-            batch_size: sequences.
-            sequence_length: tokens of each.
-            labels: whether there is something to learn.
-            packed: whether each sequence holds several rows, which shows in their positions.
+            batch_size: number of sequences.
+            sequence_length: tokens per sequence.
+            labels: whether to include labels.
+            packed: whether each sequence contains several rows; adds ``position_ids`` that start again.
         """
         tokens = torch.zeros((batch_size, sequence_length), dtype=torch.long)
         inputs = {"input_ids": tokens}
@@ -117,10 +117,16 @@ class Architecture:
 
 
 def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) -> Architecture:
-    """The architecture of a model (with or without adapters), a transformers config, a folder or hub id, or itself.
+    """Return the architecture of a model or config.
+
+    Args:
+        model_or_config: a transformers model with or without adapters, its config, a folder, a hub id, or an
+            ``Architecture``, which is returned as it is.
+        adapter_config: config whose ``task_type`` selects the auto class for a config, a folder or a hub id; None
+            for a causal language model.
 
     Raises:
-        ConfigError: it is none of these, or ``adapter_config`` is not a config.
+        ConfigError: ``model_or_config`` is none of these, or ``adapter_config`` is not a config.
     """
     if adapter_config is not None and not isinstance(adapter_config, AdapterConfig):
         raise ConfigError(f"the adapter must be given as a config such as LoraConfig, not {adapter_config!r:.60}")
@@ -154,7 +160,7 @@ def _check_known(config: Any, auto_class: str) -> None:
 
 
 def can_checkpoint(model_class: Any) -> bool:
-    """Whether models of a class have gradient checkpointing; True where the class does not say."""
+    """Return whether a model class supports gradient checkpointing; True if it does not say."""
     return bool(getattr(model_class, "supports_gradient_checkpointing", True))
 
 
@@ -165,10 +171,10 @@ def _of_model(model: nn.Module) -> Architecture:
         raise ConfigError(
             f"cannot forecast for a {type(base).__name__}: it is not a transformers model, so its inputs are not known"
         )
-    taken = getattr(base, "main_input_name", "input_ids")
-    if taken != "input_ids":
+    main_input = getattr(base, "main_input_name", "input_ids")
+    if main_input != "input_ids":
         raise ConfigError(
-            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only models of text can be forecast"
+            f"cannot forecast for a {type(base).__name__}: it takes {main_input}, and only text models can be forecast"
         )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
     names = class_names(base)
@@ -180,15 +186,15 @@ def _of_model(model: nn.Module) -> Architecture:
 
 
 def _class_of(automatic: Any, config: Any) -> Any:
-    """The class that an automatic class of transformers chooses; None where that is not known beforehand."""
+    """Return the model class that an auto class selects for a config; None if it is unknown or ambiguous."""
     if type(config) not in automatic._model_mapping:
         return None
     found = automatic._model_mapping[type(config)]
     return found if isinstance(found, type) else None
 
 
-def _build_beside_main_thread(maker: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """Build a model without changing torch's default dtype for a moment, because all threads share it."""
+def _build_outside_main_thread(maker: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build a model without changing torch's default dtype, which transformers does and all threads share."""
     config.dtype = dtype
     model: nn.Module = maker(config)
     for parameter in model.parameters():
@@ -214,7 +220,7 @@ def _loaded_config(source: str) -> Any:
 
 
 def _with_layers(config: Any, have: int, wanted: int) -> Any:
-    """A copy of a config with fewer layers; lists with one entry a layer are cut too."""
+    """Return a copy of a config with fewer layers; lists with one entry per layer are shortened too."""
     values = copy.deepcopy(config)
     for name, value in list(vars(values).items()):
         if isinstance(value, list) and len(value) == have and name != "architectures":
@@ -224,9 +230,17 @@ def _with_layers(config: Any, have: int, wanted: int) -> Any:
 
 
 def equal_layers(model: nn.Module, count: int) -> str:
-    """Path of a model's list of ``count`` layers if all have the same tensors, and each its own; else empty.
+    """Return the path of a model's list of equal layers.
 
-    Those of their adapters count too.
+    Layers are equal if their tensors, including those of adapters, have the same names, shapes, dtypes and
+    ``requires_grad``, and if they share no trained tensor.
+
+    Args:
+        model: the model.
+        count: number of its layers.
+
+    Returns:
+        The path of the ``ModuleList``, or the empty string if there is no such list.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -243,15 +257,15 @@ def equal_layers(model: nn.Module, count: int) -> str:
 
 
 def in_main_thread() -> bool:
-    """Whether this is the thread that cells run in."""
+    """Return whether this is the main thread, in which notebook cells run."""
     return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Silence warnings, and the tracebacks that torch logs of operations on fake tensors that fail.
+    """Silence warnings, and the tracebacks that torch logs for failing operations on fake tensors.
 
-    Does nothing outside the main thread, because a cell may run meanwhile and filters hold for all threads.
+    Does nothing outside the main thread: warning filters apply to all threads, and a cell may be running.
     """
     if not in_main_thread():
         yield

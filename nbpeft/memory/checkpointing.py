@@ -1,4 +1,4 @@
-"""Gradient checkpointing under the names that the installed transformers has for it (5.24 renamed it)."""
+"""Gradient checkpointing under the names of the installed transformers (5.24 renamed its methods)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
-"""New and old name; transformers 6 removes the old one."""
+"""New and old name; transformers 6 will remove the old one."""
 
 
 def is_checkpointing(model: object) -> bool:
-    """Whether a model keeps layer inputs only and recomputes the rest in backward."""
+    """Return whether gradient checkpointing is enabled on a model."""
     names = (f"is_{name}" for name in _NAMES)
     return bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
 
 
 def enable_checkpointing(model: object, options: Mapping[str, Any] | None = None) -> None:
-    """Switch it on, not reentrant by default.
+    """Enable gradient checkpointing, by default with ``use_reentrant=False``.
 
     Args:
-        model: a model of transformers.
-        options: keywords of ``torch.utils.checkpoint``; ignored where the model's method takes none.
+        model: a transformers model.
+        options: keyword arguments of ``torch.utils.checkpoint``; ignored if the model's method takes none.
 
     Raises:
         AttributeError: the model has no such method.
@@ -32,7 +32,7 @@ def enable_checkpointing(model: object, options: Mapping[str, Any] | None = None
 
 
 def disable_checkpointing(model: object) -> None:
-    """Switch it off.
+    """Disable gradient checkpointing.
 
     Raises:
         AttributeError: the model has no such method.

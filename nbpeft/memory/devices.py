@@ -19,12 +19,12 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device; None where the system does not report them.
+    """Memory of a device in bytes; None for what the system does not report.
 
     Attributes:
-        total: all there is for this process (a container's limit counts).
-        free: what could still be allocated.
-        used: by this process; on an accelerator what torch allocated, else its resident memory.
+        total: memory available to this process at most (a container's limit counts).
+        free: memory that could still be allocated.
+        used: memory used by this process; on an accelerator what torch has allocated, else its resident memory.
     """
 
     total: int | None
@@ -33,11 +33,11 @@ class DeviceMemory:
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """Total, free and used bytes of a device."""
+    """Return the memory of a device."""
     if device.type in ("cuda", "xpu"):
         backend: Any = getattr(torch, device.type)
         free, total = backend.mem_get_info(device)
-        # What torch keeps cached can be allocated again without asking the driver.
+        # torch's caching allocator can reuse what it has cached, although the driver reports it as used.
         cached = backend.memory_reserved(device) - backend.memory_allocated(device)
         return DeviceMemory(total, free + cached, backend.memory_allocated(device))
     if device.type == "mps":
@@ -49,18 +49,18 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def placed_on(model: object) -> torch.device | None:
-    """The device of a model's first parameter; None for anything else, such as a config or a name."""
+    """Return the device of a model's first parameter; None for anything else, such as a config or a name."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), None)
 
 
 def is_cpu(device: object) -> bool:
-    """Whether a device, or the name of one, is a CPU."""
+    """Return whether a device, or the name of one, is a CPU."""
     return str(device).partition(":")[0] == "cpu"
 
 
 def join(memories: Iterable[DeviceMemory]) -> DeviceMemory:
-    """The sum over several devices; None where one of them is unknown."""
+    """Return the sum over several devices; a field is None if one of them does not report it."""
     parts = list(memories)
     columns = zip(*((part.total, part.free, part.used) for part in parts), strict=True)
     sums = [None if None in column else sum(value for value in column if value is not None) for column in columns]
@@ -68,7 +68,7 @@ def join(memories: Iterable[DeviceMemory]) -> DeviceMemory:
 
 
 def mark_peak(device: torch.device) -> None:
-    """Start counting the peak anew."""
+    """Reset the peak of a device."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).reset_peak_memory_stats(device)
     elif device.type == "cpu":
@@ -77,10 +77,10 @@ def mark_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int | None:
-    """Highest use by this process since the last mark, in bytes; None where it is not counted.
+    """Return the peak memory of this process in bytes since the last ``mark_peak``; None if it is not counted.
 
-    On a CPU this is the resident memory of the whole process; where the system cannot start
-    counting anew (anything but Linux) it is the peak since the process began.
+    On a CPU this is the resident memory of the whole process. Systems other than Linux cannot reset it; there it is
+    the peak since the process started.
     """
     if device.type in ("cuda", "xpu"):
         allocated: int = getattr(torch, device.type).max_memory_allocated(device)
@@ -91,7 +91,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def _status(name: str) -> int | None:
-    """A field of ``/proc/self/status`` in bytes."""
+    """Return a field of ``/proc/self/status`` in bytes."""
     try:
         for line in (_PROC / "self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

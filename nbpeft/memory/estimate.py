@@ -1,4 +1,4 @@
-"""What a step needs: weights and adapters counted exactly, the rest from running the step on fake tensors."""
+"""Estimates the memory of a step: weights and adapters are counted, the rest comes from a run on fake tensors."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from nbpeft.state import MemoryPart
 from nbpeft.sweeps import members_together
 
 SAMPLED_LAYERS = 3
-"""Number of layers that are run; what more of them need follows, because each adds the same."""
+"""Number of layers that are run; the needs of more layers are extrapolated, because each adds the same."""
 
 _SCANNED = (8, 16)
-"""Positions of a row that are run of a model without attention, which may compute them one after the other."""
+"""Sequence lengths that are run for a model without attention, which may process positions one by one (slow)."""
 _CACHE_SIZE = 512
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that decides what a step needs; see ``forecast`` for the fields.
+    """Everything that determines the memory of a step; see ``forecast`` for the fields.
 
-    ``quantized_experts`` is whether the experts of a mixture are quantized with its linear layers.
+    ``quantized_experts`` says whether the experts of a mixture-of-experts model are quantized too.
     """
 
     architecture: Architecture
@@ -71,23 +71,23 @@ class Setting:
 
     @property
     def one_pass(self) -> Setting:
-        """The same with the adapters that one pass over the model serves, taken as one with all their rows.
+        """The setting of one pass over the model: its adapters count as one adapter with the rows of all.
 
-        The loss is computed for one after the other, so that a chunk has tokens of one of them.
+        The loss is computed for one adapter after the other, so a chunk contains only tokens of one of them.
         """
         chunk = min(self.loss_chunk_size, self.batch_size * self.sequence_length)
         return replace(self, adapters=1, batch_size=self.batch_size * self.together, loss_chunk_size=chunk)
 
     @property
     def together(self) -> int:
-        """How many of the adapters one pass serves."""
+        """Number of adapters that one pass over the model trains."""
         return members_together(self.adapters, self.batch_size * self.sequence_length, on_cpu=self.on_cpu)
 
     processes: int = 1
     sharded: bool = False
 
     def key(self, *, step: bool) -> str:
-        """Equal for settings with the same weights or, with ``step``, the same step."""
+        """Return a key that is equal for settings with the same weights or, with ``step``, with the same step."""
         adapter = None if self.adapter_config is None else self.adapter_config.to_dict()
         fields: list[Any] = [
             self.architecture.identity,
@@ -105,16 +105,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Weights:
-    """What is in memory before a step.
+    """The weights in memory before a step.
 
     Attributes:
-        kinds: bytes of base weights and buffers by the way they are stored.
-        trained: (shape, bytes an element) of each trained tensor: the adapter's, or all without one.
+        kinds: storage format -> bytes of base weights and buffers.
+        trained: (shape, bytes per element) of each trained tensor: the adapter's, or all without an adapter.
         adapter_bytes: bytes of the adapter; 0 without one.
-        layers: path of the list of layers, where all have the same shapes and the same adapter; else empty.
-        layer_bytes: base weights of one of these that are not quantized.
-        of_experts: how many of the trained numbers are an adapter's on experts.
-        attends: whether modules of the model are named attentions.
+        layers: path of the list of layers if all are equal (see ``equal_layers``); else empty.
+        layer_bytes: bytes of one layer's base weights that are not quantized.
+        of_experts: number of trained elements that are an adapter's on experts.
+        attends: whether the model has attention modules, judged by their class names.
     """
 
     kinds: dict[str, int]
@@ -127,7 +127,7 @@ class Weights:
 
     @property
     def trained_count(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters (elements)."""
         return sum(torch.Size(shape).numel() for shape, _ in self.trained)
 
 
@@ -136,12 +136,12 @@ _steps: dict[str, Peak] = {}
 
 
 def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
-    """The peak of a step, part by part.
+    """Return the peak of a step, part by part.
 
-    The first answer for a setting takes about a third of a second; it is kept for the next question.
+    The first call for a setting takes about a third of a second; its result is cached.
 
     Raises:
-        ConfigError: the model cannot run without data.
+        ConfigError: the model cannot run on fake tensors.
         TargetError: the adapter does not fit the model.
     """
     parts, weights = _alone(setting), weights_of(setting)
@@ -159,7 +159,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
 
 
 def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
-    """The same for a process that trains alone."""
+    """Return the peak of a step, part by part, for a single process."""
     weights, step = weights_of(setting), _peak_of(setting.one_pass)
     trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
@@ -172,8 +172,8 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     parts.append(MemoryPart("optimizer", states, paged))
     sizes = [torch.Size(shape).numel() * item for shape, item in trained]
     largest = max(sizes, default=0)
-    full_passes = setting.adapters // setting.together  # a last one of fewer adapters takes less
-    earlier = sum(sizes) * (full_passes - 1) * setting.together // setting.adapters  # of the passes before
+    full_passes = setting.adapters // setting.together  # a last pass with fewer adapters has a lower peak
+    earlier = sum(sizes) * (full_passes - 1) * setting.together // setting.adapters  # gradients of earlier passes
     if sum(sizes) + 2 * largest > step.total + earlier:
         return (*parts, MemoryPart("gradients", sum(sizes)), MemoryPart("temporary", 2 * largest, "optimizer step"))
     rest = step.total - step.saved - step.gradients
@@ -186,7 +186,7 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
 
 
 def weights_of(setting: Setting) -> Weights:
-    """Bytes of weights and adapters, from their shapes alone; kept for the next question."""
+    """Return the weights of a setting, computed from shapes alone; cached."""
     key = setting.key(step=False)
     if key not in _weights:
         _make_room(_weights)
@@ -221,7 +221,7 @@ def _count_weights(setting: Setting) -> Weights:
 
 
 def _trained_on_experts(model: nn.Module) -> int:
-    """How many trained numbers an adapter has on parameters of several matrices."""
+    """Return the number of trained elements that an adapter has on expert parameters."""
     manager = manager_of(model)
     layers = manager.layers.values() if manager is not None else ()
     experts = [layer for layer in layers if isinstance(layer, AdaptedParameter) and layer.num_experts > 1]
@@ -229,7 +229,7 @@ def _trained_on_experts(model: nn.Module) -> int:
 
 
 def _peak_of(setting: Setting) -> Peak:
-    """The peak of one step beyond weights and optimizer state."""
+    """Return the peak of one step, without weights and optimizer state; cached."""
     key = setting.key(step=True)
     if key not in _steps:
         _make_room(_steps)
@@ -238,9 +238,10 @@ def _peak_of(setting: Setting) -> Peak:
 
 
 def _scanned_peak(setting: Setting) -> Peak | None:
-    """The peak where a model has no attention, and may go over the positions one by one; None for another.
+    """Return the peak of a model without attention, which may process positions one by one; None for other models.
 
-    A position then costs the same wherever it is, so that as many tokens in more, shorter rows tell it in seconds.
+    Each position of such a model costs the same. So the peak is extrapolated from runs with the same number of tokens
+    in more and shorter rows, which take seconds instead of minutes.
     """
     length, longest = setting.sequence_length, _SCANNED[-1]
     if length <= 2 * longest or weights_of(setting).attends:
@@ -253,7 +254,10 @@ def _scanned_peak(setting: Setting) -> Peak | None:
 
 
 def _in_more_rows(setting: Setting) -> Peak:
-    """The peak of a step from two with as many tokens in more rows, of which each has something besides its tokens."""
+    """Extrapolate the peak from two runs with the same number of tokens in more rows.
+
+    Two runs are needed, because each row has a fixed cost in addition to that of its tokens.
+    """
     tokens = setting.batch_size * setting.sequence_length
     runs = (replace(setting, batch_size=tokens // size, sequence_length=size) for size in _SCANNED)
     first, second = (_extrapolated_peak(run) or run_step(run) for run in runs)
@@ -262,11 +266,11 @@ def _in_more_rows(setting: Setting) -> Peak:
 
 
 def _extrapolated_peak(setting: Setting) -> Peak | None:
-    """The peak as a few layers tell it; None where they do not."""
+    """Return the peak extrapolated from a few layers; None if that is not possible."""
     if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
     if setting.adapter_config is not None and setting.adapter_config.is_adaption_prompt:
-        return None  # it is in the last layers alone, which do not speak for the others
+        return None  # only the last layers have adapters, so layers are not equal
     try:
         return _run(setting, path)
     except TargetError:  # the config names later layers only
@@ -277,19 +281,19 @@ def run_step(setting: Setting) -> Peak:
     """Run one step of the whole model on fake tensors and return its peak.
 
     Raises:
-        ConfigError: the model cannot run without data.
+        ConfigError: the model cannot run on fake tensors.
     """
-    found = _run(setting, "")
-    assert found is not None
-    return found
+    peak = _run(setting, "")
+    assert peak is not None
+    return peak
 
 
 def _run(setting: Setting, path: str) -> Peak | None:
     """Run a step with a few layers, or with all of them.
 
     Args:
-        setting: what to run.
-        path: of the list of layers; empty to run all of them.
+        setting: the setting to run.
+        path: path of the list of layers to sample; empty to run all layers.
     """
     sampled = SAMPLED_LAYERS if path else None
     with fake_tensors(), silenced():
@@ -310,7 +314,7 @@ def _run(setting: Setting, path: str) -> Peak | None:
 
 
 def _too_long(setting: Setting) -> str:
-    """That the model has fewer positions than the sequence is long, if so."""
+    """Return the reason that the sequence is longer than the model's positions, or the empty string."""
     positions = getattr(setting.architecture.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or setting.sequence_length <= positions:
         return ""
@@ -321,7 +325,7 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model = setting.architecture.build(setting.dtype, layers)
     checkpointed = setting.gradient_checkpointing and setting.training
     chosen = _to_quantize(model, setting)
-    # Of a few layers the rest are missing, which a config may name: that of an adapter on "all-linear" names each.
+    # With only a few layers, a config may name modules of missing ones, as "all-linear" does once it is resolved.
     _add_adapter(model, setting, allow_missing=layers is not None)
     if setting.adapter_config is None:
         model.requires_grad_(setting.training)
@@ -331,12 +335,12 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     if checkpointed:
         _checkpoint(model)
     elif hasattr(config := model.config, "use_cache"):
-        config.use_cache = True  # without a cache a mask is made of fake tensors, though of real ones none is
+        config.use_cache = True  # without a cache, a mask is made for fake tensors, but not for real ones
     return model
 
 
 def _to_quantize(model: nn.Module, setting: Setting) -> list[nn.Module]:
-    """The linear layers, and views of experts, that the setting quantizes; of a model that carries no adapter yet."""
+    """Return the linear layers and expert views that the setting quantizes; the model must not have adapters yet."""
     if setting.quantization is None:
         return []
     experts = experts_to_quantize(model).values() if setting.quantized_experts else ()
@@ -352,8 +356,9 @@ def _checkpoint(model: nn.Module) -> None:
     if not can_checkpoint(type(model)):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
     config: Any = model.config
-    config.use_cache = False  # as transformers does by itself, with a warning
-    # Elsewhere the main thread may draw random numbers meanwhile; there is one generator for all.
+    config.use_cache = False  # transformers does the same, but with a warning
+    # torch's random generator is shared by all threads: restoring its state in another thread than the main one would
+    # repeat numbers that the main thread has drawn in the meantime.
     enable_checkpointing(model, {"preserve_rng_state": in_main_thread()})
 
 
@@ -361,7 +366,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
     batch: dict[str, Any] = dict(
         setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
     )
-    if setting.packing:  # with a cache, models of transformers see one row a sequence
+    if setting.packing:  # with a cache, transformers models ignore that a sequence contains several rows
         batch["use_cache"] = False
     with ExitStack() as block:
         if setting.recompute:
@@ -388,7 +393,7 @@ def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]
 
 
 def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any:
-    """What the model gives for a batch, and numbers for what the method of the adapter takes from each call."""
+    """Run the model on a batch, with zeros for the call arguments of the adapter's method."""
     manager = manager_of(model)
     method = None if setting.adapter_config is None else method_of(setting.adapter_config)
     if manager is None or method is None or not method.calls.arguments:

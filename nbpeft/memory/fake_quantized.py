@@ -1,8 +1,8 @@
 """Quantized layers without data, for models on fake or meta tensors.
 
-No quantization library is needed: a fake layer has the stored bytes of the layer it stands for, and
-its forward and backward keep and allocate what the real kernels do: the weight, dequantized for the
-time of one product, and in 8 bits also the input.
+They need no quantization library. A fake layer has as many bytes as the real one, and its forward and backward allocate
+and save the same tensors as the real kernels: the weight is dequantized for one product, and in 8 bits the input is
+saved too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
 def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
-    """Bytes of the quantized weight of a linear layer or of experts, with its constants and code tables.
+    """Return the size in bytes of a quantized weight with its constants and code tables.
 
     Args:
-        layer: has a floating ``weight``, on any device.
+        layer: a linear layer or a view of experts with a floating-point ``weight``, on any device.
         kind: ``nf4``, ``fp4`` or ``int8``.
         double: whether 4-bit constants are quantized too.
     """
@@ -37,14 +37,14 @@ def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) features."""
+    """Return (out_features, in_features)."""
     weight: Any = layer.weight
     rows, columns = weight.shape
     return (columns, rows) if type(layer).__name__ == "Conv1D" else (rows, columns)
 
 
 def _linear_bytes(out_features: int, in_features: int, kind: str, *, double: bool) -> int:
-    """As bitsandbytes stores it."""
+    """Return the size of a linear layer's weight in bytes as bitsandbytes stores it."""
     count = out_features * in_features
     if kind == "int8":
         return count + 4 * out_features
@@ -57,15 +57,15 @@ def _linear_bytes(out_features: int, in_features: int, kind: str, *, double: boo
 def replace_by_fakes(
     model: nn.Module, layers: Collection[nn.Module], kind: str, *, double: bool, checkpointed: bool
 ) -> None:
-    """Replace linear layers and experts of a fake model, adapted or not, by quantized ones.
+    """Replace linear layers and experts of a fake model, with or without adapters, by quantized ones.
 
     Args:
         model: the model.
-        layers: what to replace.
+        layers: the layers to replace.
         kind: ``nf4``, ``fp4`` or ``int8``.
         double: whether 4-bit constants are quantized too.
-        checkpointed: whether layers are computed again in backward. The 8-bit kernel's copy of its input
-            then stays in memory, because it is not kept in the way that checkpointing can drop.
+        checkpointed: whether gradient checkpointing is enabled. The 8-bit kernel's copy of its input stays in memory
+            then, because the kernel does not save it with ``save_for_backward``, which checkpointing relies on.
     """
     experts = [layer for layer in layers if isinstance(layer, ParameterView)]
     for view in experts:
@@ -83,21 +83,21 @@ def replace_by_fakes(
 
 
 class FakeQuantizedWeight(StoredWeight):
-    """How a fake layer stores its weight: what an adapter reads of it is dequantized for it, as of a real one."""
+    """The storage backend of fake quantized layers; as with real ones, adapters read a dequantized weight."""
 
     name = "quantized"
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The stored bytes."""
+        """Return the stored bytes."""
         stored: Any = module.stored
         return [stored]
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype that was quantized."""
+        """Return the dtype that was quantized."""
         return module.dtype  # type: ignore[return-value]
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """A new tensor in the layer's own orientation."""
+        """Return a new tensor in the layer's own orientation."""
         weight: Any = module.weight
         return weight  # type: ignore[no-any-return]
 
@@ -106,7 +106,7 @@ _BACKEND: Any = FakeQuantizedWeight()
 
 
 class FakeQuantizedLinear(nn.Module):
-    """One quantized layer; ``weight`` dequantizes it anew each time."""
+    """A fake quantized linear layer."""
 
     def __init__(self, layer: nn.Module, kind: str, *, double: bool, hides_input: bool = False) -> None:
         super().__init__()
@@ -136,26 +136,26 @@ class FakeQuantizedLinear(nn.Module):
 
 
 class FakeQuantizedMatrices(QuantizedMatrices):
-    """Quantized experts of which only the shapes are known; as in a forecast, one of them gets all tokens."""
+    """Fake quantized experts. One expert gets all tokens, because the routing is unknown without data."""
 
     def write(self, weight: Tensor, *, fit: bool) -> None:
-        """Changes nothing."""
+        """Do nothing: there is no data to quantize."""
 
     def matrix(self, i: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A new tensor of the matrix's shape."""
+        """Return a new tensor with the shape of one matrix."""
         return torch.empty(self.form.shape, dtype=dtype or self.dtype, device=self.device)
 
     def uses(self) -> Iterator[tuple[int, Any]]:
-        """All of them one after the other, of some that are picked by index one."""
+        """Yield all experts one after the other; if some are picked by index, only one."""
         return iter([(0, slice(None))]) if self.picked is not None else super().uses()
 
     def groups(self, offs: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-        """One with all rows."""
+        """Yield one expert with all rows."""
         yield 0, slice(0, rows)
 
 
 def _integer_product(x: Tensor, out_features: int) -> Tensor:
-    """Allocate what the 8-bit product of inference does: rounded inputs, 32-bit sums, scaled sums."""
+    """Allocate the same as the 8-bit product in inference: rounded inputs, 32-bit sums, scaled sums."""
     half = x.to(torch.float16)
     codes = (half * torch.ones(1, device=x.device)).round().to(torch.int8)
     del half
@@ -165,7 +165,7 @@ def _integer_product(x: Tensor, out_features: int) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with a weight that is dequantized for it, in forward and again in backward."""
+    """A product with a weight that is dequantized in forward and again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeQuantizedLinear) -> Tensor:

@@ -1,4 +1,4 @@
-"""Will it fit? What a training run or a generation will need, before it runs."""
+"""Forecasts the memory of a training run or of inference before it runs."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 _UNPACKED_ON_LOADING = ("gguf",)
-"""Formats that transformers turns into ordinary weights; the config goes on to name them."""
+"""Formats that transformers converts to ordinary weights on loading, although the config still names them."""
 
 
 @dataclass(frozen=True)
 class Forecast(Shown):
-    """What a step will need at its peak.
+    """The memory that a step will need at its peak.
 
     Attributes:
-        parts: the peak, part by part; they add up to ``peak_bytes``.
-        device_bytes: what the device has, or None.
+        parts: the parts of the peak; they add up to ``peak_bytes``.
+        device_bytes: memory of the device in bytes, or None.
+        setting: the setting of the forecast.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -51,17 +52,17 @@ class Forecast(Shown):
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes needed at any time of a step."""
+        """Peak memory of a step in bytes."""
         return sum(part.byte_count for part in self.parts)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device has that much; None if no device was given."""
+        """Whether the peak fits the device; None if no device was given."""
         return None if self.device_bytes is None else self.peak_bytes <= self.device_bytes
 
     @cached_property
     def suggestions(self) -> tuple[Suggestion, ...]:
-        """Changes that lower the peak; those that make it fit first, then those that save most."""
+        """Changes that lower the peak: first those that make it fit, then by bytes saved."""
         return suggest(self.setting, self.device_bytes)
 
     def __str__(self) -> str:
@@ -72,7 +73,7 @@ class Forecast(Shown):
         return f"peak {size_text(self.peak_bytes)} ({parts}){verdict}"
 
     def view(self) -> Block:
-        """The parts as a table."""
+        """Return the parts as a table."""
         rows = tuple((part.name, size_text(part.byte_count), part.detail) for part in self.parts)
         return Card(str(self), (Table(("Part", "Size", ""), rows, right=(1,)),))
 
@@ -97,40 +98,43 @@ def forecast(
     processes: int = 1,
     sharded: bool = False,
 ) -> Forecast:
-    """Estimate what a run will need, from shapes alone; no weight is loaded.
+    """Estimate the peak memory of a training or inference step from shapes alone; no weights are loaded.
 
-    The step is run on fake tensors with three layers of the model, which gives what every
-    further layer adds; weights, adapters and optimizer state are exact. Scratch space inside
-    single kernels, a CUDA context (0.3-0.6 GB) and fragmentation come on top. So do, in host memory, the copy of what
-    trains that ``nbpeft.train`` keeps with ``stop_on_divergence``, and the random states of PVeRA with a
-    ``generator_seed`` (5 KB for each of a layer's last 256 calls).
+    Three layers of the model are run on fake tensors, and further layers are extrapolated; weights, adapters and
+    optimizer state are exact. Scratch space inside single kernels, the CUDA context (0.3-0.6 GB) and fragmentation are
+    not included. Neither are, in host memory, the copy of the trained weights that ``nbpeft.train`` makes with
+    ``stop_on_divergence``, and the random states of PVeRA with a ``generator_seed`` (5 KB for each of a layer's last
+    256 calls).
 
     Args:
         model_or_config: a transformers model, its config, a folder, or a hub id.
-        adapter_config: the adapter to train or to run with; None for the model alone (all of it
-            trains then).
-        batch_size: sequences in a step.
-        sequence_length: tokens of each, padding included, so those of the longest row; with ``packing`` those of all
-            rows in a sequence; in inference prompt and answer together.
-        dtype: of weights and activations; by default the model's.
-        quantization: how linear layers are stored: ``"nf4"``, ``"fp4"`` or ``"int8"``. None: as they are
-            in the model, or as its config says.
+        adapter_config: config of the adapter; None for the model alone, which is trained as a whole then.
+        batch_size: sequences per step.
+        sequence_length: tokens per sequence, including padding, i.e. the length of the longest row; with ``packing``
+            the tokens of all rows in a sequence; in inference the tokens of prompt and answer.
+        dtype: dtype of weights and activations; by default the model's.
+        quantization: format of linear layers: ``"nf4"``, ``"fp4"`` or ``"int8"``; None for that of the model or its
+            config.
         double_quant: whether 4-bit constants are quantized too.
-        gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
-        optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
-        training: forward, backward and optimizer; else reading a prompt into a cache.
-        packing: whether each sequence holds several rows, for which some kinds of attention need a mask.
-        adapters: how many are trained side by side, each with a batch of that size.
-        device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
-            is, or the model is on, a CPU, what CPU kernels copy is counted.
-        loss_chunk_size: tokens whose logits are in memory at once, as ``nbpeft.Trainer`` and
-            ``nbpeft.chunked_loss`` have it; 0 for logits as a whole. All tokens are taken as learned.
-        recompute: compute activations and norms again in backward, as ``nbpeft.train`` does by default.
-        processes: that train together, each with its own batch and device; what one of them needs is estimated.
-        sharded: whether they share the model out (FSDP2); else each has all of it (DDP).
+        gradient_checkpointing: save only the inputs of layers and recompute the rest in backward.
+        optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a value of ``TrainingArguments.optim``.
+        training: whether to forecast forward, backward and optimizer step; False for the prefill of a KV cache.
+        packing: whether each sequence contains several rows, for which some attention implementations need a mask.
+        adapters: number of adapters that are trained side by side, each with its own batch of ``batch_size``.
+        device: the device it should fit: a number of bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine.
+            If it is a CPU, or by default if the model is on a CPU, the copies that CPU kernels make are included.
+        loss_chunk_size: tokens whose logits are in memory at once, as in ``nbpeft.Trainer`` and
+            ``nbpeft.chunked_loss``; 0 for all. All tokens are assumed to have labels.
+        recompute: recompute activation functions and norms in backward, as ``nbpeft.train`` does by default.
+        processes: number of processes that train together, each with its own batch and device; the result is the
+            memory of one of them.
+        sharded: whether the processes shard the model (FSDP2) instead of each having a copy (DDP).
+
+    Returns:
+        The forecast, with its parts and suggestions to lower the peak.
 
     Raises:
-        ConfigError: a value is impossible or the model cannot run without data.
+        ConfigError: a value is invalid or the model cannot run on fake tensors.
         TargetError: the adapter does not fit the model.
     """
     architecture = architecture_of(model_or_config, adapter_config)
@@ -181,10 +185,10 @@ def setting_of(
     sharded: bool = False,
     quantized_experts: bool = True,
 ) -> Setting:
-    """Check the values of a forecast and put them together; see ``forecast`` and ``Setting``.
+    """Check the arguments of a forecast and combine them in a ``Setting``; see ``forecast`` for the arguments.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
     sizes |= {"adapters": adapters, "processes": processes}
@@ -239,7 +243,10 @@ def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
 
 
 def device_bytes(device: int | str | torch.device | None) -> int | None:
-    """Bytes of a device given as a number, a size such as ``16GB``, a name such as ``T4``, or a device of this machine.
+    """Return the memory of a device in bytes.
+
+    Args:
+        device: a number of bytes, a size such as ``16GB``, a name such as ``T4``, a device of this machine, or None.
 
     Raises:
         ConfigError: it is none of these.
@@ -266,13 +273,13 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
 
 @dataclass(frozen=True)
 class Stored:
-    """How linear layers are stored.
+    """The storage format of linear layers.
 
     Attributes:
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or None.
         double_quant: whether 4-bit constants are quantized too.
-        note: what a person should know of it; empty otherwise.
-        experts: whether the experts of a mixture are stored like that, too.
+        note: a note for the user, or the empty string.
+        experts: whether the experts of a mixture-of-experts model have that format too.
     """
 
     quantization: str | None = None
@@ -282,10 +289,10 @@ class Stored:
 
 
 def stored_as(source: Any, config: Any) -> Stored:
-    """How a loaded model is stored, or how its config says that the weights are.
+    """Return the storage format of a loaded model's linear layers, or the one that its config declares.
 
     Args:
-        source: a model; anything else is ignored.
+        source: the model; for anything else only the config is used.
         config: its transformers config.
     """
     if isinstance(source, nn.Module):

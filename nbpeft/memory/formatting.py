@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def size_text(byte_count: float) -> str:
-    """``512 B``, ``68.2 MB``, ``1.25 GB``; decimal units."""
+    """Return a size as text in decimal units: ``512 B``, ``68.2 MB``, ``1.25 GB``."""
     value = float(byte_count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

@@ -25,12 +25,12 @@ from nbpeft.memory.saved import SavedTensors, tensors_in
 from nbpeft.state import MemoryPart, MemoryState
 
 MAX_AGE = 5.0
-"""Seconds after which a walk of the model is done again, whatever its revision says."""
+"""Seconds after which the model is walked again even if its revision did not change."""
 
 
 @dataclass
 class _Walk:
-    """What a walk of the model found; numbers and weak references only."""
+    """The result of a walk over the model; it holds only numbers and weak references."""
 
     made: float
     key: tuple[Any, ...]
@@ -45,15 +45,15 @@ class _Walk:
 class Meter:
     """Measures one model repeatedly, cheaply enough for a panel that updates twice a second.
 
-    Weights are walked once and again when adapters change, when the model moves, or after five
-    seconds; optimizer state is read each time, and so are gradients in the thread that trains: in
-    another one, they are as they were found last. The model is held weakly.
+    Weights are walked once, and again when adapters change, when the model moves to another device or dtype, or after
+    five seconds. Optimizer state is read each time. Gradients are read each time in the training thread; in another
+    thread the last values are used. The meter has only a weak reference to the model.
 
     Args:
-        model: a base model or a handle on one; with or without adapters.
-        optimizer: whose state to count; by default those that train the model, from their next step on.
-        saved: a running count of the activations kept for backward.
-        cache: an object that holds a KV cache.
+        model: a base model or a ``PeftModel``, with or without adapters.
+        optimizer: the optimizer whose state to count; by default those that train the model, from their next step on.
+        saved: a running count of the activations that autograd saves for backward.
+        cache: an object that contains a KV cache.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Meter:
         self._optimizer_bytes: tuple[float, int, int] = (float("-inf"), -1, 0)
 
     def mark(self) -> None:
-        """Start counting the peak anew."""
+        """Reset the peak on the model's devices."""
         for device in self._current_walk().devices:
             mark_peak(device)
 
     def read(self) -> MemoryState:
-        """Memory in use at this moment; activations and KV cache only where they were given."""
+        """Return the memory in use now; activations and KV cache are included only if they were given."""
         walk = self._current_walk()
         parts = [MemoryPart("base weights", walk.kinds.total(), _by_kind(walk.kinds))]
         parts.append(MemoryPart("adapters", walk.adapter_bytes, ", ".join(walk.adapter_names)))
@@ -122,14 +122,14 @@ class Meter:
 
 
 _optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-"""Optimizers that did a step since a meter asked for them."""
+"""Optimizers that did a step since the first meter was created."""
 _training_thread: threading.Thread | None = None
-"""In which the last step of an optimizer was done."""
+"""Thread that did the last optimizer step."""
 
 
 @functools.cache
 def _note_optimizers() -> None:
-    """Note every optimizer that does a step from now on."""
+    """Record every optimizer that does a step from now on."""
     register_optimizer_step_post_hook(_note_step)
 
 
@@ -140,10 +140,10 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _may_read_gradients() -> bool:
-    """Whether this is the thread that trains, or the main one while none does.
+    """Return whether this is the training thread, or the main thread while no thread trains.
 
-    A backward pass sets gradients without the lock of the interpreter; another thread that reads one at that moment
-    can bring the process down.
+    Backward assigns gradients without holding the GIL. Another thread that reads one at that moment can crash the
+    process.
     """
     training = _training_thread
     allowed = training if training is not None and training.is_alive() else threading.main_thread()
@@ -151,7 +151,7 @@ def _may_read_gradients() -> bool:
 
 
 def _optimizers_of(walk: _Walk) -> list[Optimizer]:
-    """Those that hold a trainable parameter of the model."""
+    """Return the recorded optimizers that have a trainable parameter of the model."""
     ours = {id(parameter) for reference in walk.trainable if (parameter := reference()) is not None}
     return [
         optimizer
@@ -163,17 +163,24 @@ def _optimizers_of(walk: _Walk) -> list[Optimizer]:
 def measure(
     model: nn.Module, optimizer: Any = None, *, saved: SavedTensors | None = None, cache: Any = None
 ) -> MemoryState:
-    """Memory that a model, its adapters and its training use now; see ``Meter`` for the arguments."""
+    """Return the memory that a model, its adapters and its training use now.
+
+    Args:
+        model: a base model or a ``PeftModel``, with or without adapters.
+        optimizer: the optimizer whose state to count; by default those that train the model.
+        saved: a running count of the activations that autograd saves for backward.
+        cache: an object that contains a KV cache.
+    """
     return Meter(model, optimizer, saved=saved, cache=cache).read()
 
 
 def weights_by_kind(model: nn.Module) -> dict[str, int]:
-    """Bytes of the base weights by the way they are stored (``bf16``, ``nf4 double``), largest first."""
+    """Return storage format (``bf16``, ``nf4 double``) -> bytes of the base weights, largest first."""
     return dict(_walk(base_model_of(model), (), 0.0).kinds.most_common())
 
 
 def _key(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when adapters do, and when the model moves as a whole."""
+    """Return a key that changes when adapters change or when the whole model moves."""
     manager = manager_of(model)
     first = next(model.parameters(), None)
     place = None if first is None else (first.device, first.dtype, local(first).data_ptr() if not first.is_meta else 0)
@@ -201,7 +208,7 @@ def _walk(model: nn.Module, key: tuple[Any, ...], now: float) -> _Walk:
 
 
 def _count(walk: _Walk, tensors: Iterable[Tensor], devices: Counter[torch.device]) -> int:
-    """Bytes of the storages that were not counted before."""
+    """Return the bytes of the storages that were not counted before."""
     total = 0
     for tensor in tensors:
         for address, byte_count in unique_storages([tensor]).items():
@@ -213,7 +220,7 @@ def _count(walk: _Walk, tensors: Iterable[Tensor], devices: Counter[torch.device
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
-    """Label and tensors of every weight; quantized ones with their constants."""
+    """Yield (storage format, tensors) of every base weight; quantized weights include their constants."""
     for module in model.modules():
         backend: Any = resolve_backend(module) if "weight" in module._parameters or not module._modules else None
         if isinstance(backend, StoredWeight) and backend.name != "dense":

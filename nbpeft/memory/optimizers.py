@@ -1,4 +1,4 @@
-"""What optimizers keep for each parameter."""
+"""The size of optimizer states."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterable
 from nbpeft.errors import ConfigError, did_you_mean
 
 _SMALL = 4096
-"""Parameters with fewer elements keep 32-bit state also in 8-bit optimizers (bitsandbytes' default)."""
+"""Parameters with fewer elements have 32-bit state in 8-bit optimizers too (bitsandbytes' default)."""
 _BLOCK = 256
 
 StateBytes = Callable[[tuple[int, ...], int], int]
-"""Bytes of the state for a parameter of a shape and a number of bytes an element."""
+"""(shape, bytes per element) of a parameter -> bytes of its state."""
 
 
 def _states(count: int, step: int = 0) -> StateBytes:
-    """``count`` tensors like the parameter, and ``step`` bytes of a step counter."""
+    """Return the size of ``count`` tensors like the parameter and a step counter of ``step`` bytes."""
     return lambda shape, item: count * math.prod(shape) * item + step
 
 
 def _eight_bit(count: int) -> StateBytes:
-    """``count`` tensors of one byte an element, with a scale for each block."""
+    """Return the size of ``count`` tensors with one byte per element and a scale per block."""
 
     def size(shape: tuple[int, ...], item: int) -> int:
         elements = math.prod(shape)
@@ -31,7 +31,7 @@ def _eight_bit(count: int) -> StateBytes:
 
 
 def _factored(shape: tuple[int, ...], item: int) -> int:
-    """Adafactor's row and column means."""
+    """Return the size of Adafactor's row and column means."""
     if len(shape) < 2:
         return math.prod(shape) * 4
     return 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
@@ -59,12 +59,12 @@ _ALIASES = {
 
 
 def kind_of(optimizer: str) -> tuple[str, bool]:
-    """The optimizer's kind, and whether its state is paged (moves to the host when the device is full).
+    """Return the optimizer's kind, and whether its state is paged (moves to host memory when the device is full).
 
-    Accepts the names of ``TrainingArguments.optim`` too.
+    Accepts the values of ``TrainingArguments.optim`` too.
 
     Raises:
-        ConfigError: the name is not known.
+        ConfigError: the name is unknown.
     """
     name = optimizer.lower() if isinstance(optimizer, str) else repr(optimizer)
     paged = name.startswith("paged_")
@@ -79,11 +79,11 @@ def kind_of(optimizer: str) -> tuple[str, bool]:
 
 
 def state_bytes(optimizer: str, parameters: Iterable[tuple[tuple[int, ...], int]]) -> int:
-    """Bytes of an optimizer's state.
+    """Return the size of an optimizer's state in bytes.
 
     Args:
-        optimizer: its name.
-        parameters: (shape, bytes an element) of each trained parameter.
+        optimizer: name of the optimizer.
+        parameters: (shape, bytes per element) of each trained parameter.
     """
     size = _STATE_BYTES[kind_of(optimizer)[0]]
     return sum(size(shape, item) for shape, item in parameters)

@@ -1,8 +1,8 @@
-"""In which dtypes this machine's processor has instructions for matrix products.
+"""Which half-precision dtypes this machine's CPU has matrix-product instructions for.
 
-Torch hands products in half precision to oneDNN where oneDNN takes them. Elsewhere they are computed
-number by number, 10 and more times slower than in float32, and what is copied for them differs too.
-``ONEDNN_MAX_CPU_ISA``, with which oneDNN passes over what a processor has, counts.
+torch passes half-precision products to oneDNN if oneDNN supports them. Otherwise they are computed element by element,
+at least 10 times slower than in float32, and with other temporary copies. The environment variable
+``ONEDNN_MAX_CPU_ISA``, which disables instructions in oneDNN, is respected.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from torch import nn
 _ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 _onednn: Any = torch.backends.mkldnn
 _TILE_ROWS, _TILE_COLUMNS, _DEPTH, _DEEP = 256, 64, 32, 512
-"""Tiles in which oneDNN 3 multiplies: rows and columns of the product, and the depth, in steps and at most."""
+"""Tile sizes of oneDNN 3: rows and columns of the product; multiples and maximum of the inner dimension."""
 HALF = tuple(_ASKS)
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes matrix products in a dtype of half precision."""
+    """Return whether oneDNN computes matrix products in a half-precision dtype."""
     if not _onednn.is_available() or not getattr(_onednn, "enabled", True):
         return False
-    asked: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
-    return asked is not None and bool(asked())
+    is_supported: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
+    return is_supported is not None and bool(is_supported())
 
 
 def product_scratch(rows: int, depth: int, columns: int, dtype: torch.dtype, *, transposed: bool) -> int:
-    """Bytes that oneDNN needs while it multiplies two matrices in half precision.
+    """Return the temporary memory in bytes of oneDNN's product of two half-precision matrices.
 
-    Each thread copies a tile of the right matrix, and of a left one that is stored by columns, and sums in float32.
+    Each thread copies a tile of the right matrix, and one of the left matrix if it is stored column by column, and
+    accumulates in float32.
 
     Args:
-        rows: of the left matrix and the product.
+        rows: rows of the left matrix and of the product.
         depth: columns of the left matrix, rows of the right one.
-        columns: of the right matrix and the product.
-        dtype: of both.
-        transposed: whether the left one is stored by columns.
+        columns: columns of the right matrix and of the product.
+        dtype: dtype of both matrices.
+        transposed: whether the left matrix is stored column by column.
     """
     if dtype not in _ASKS or not onednn_multiplies(dtype):
         return 0
@@ -51,14 +52,14 @@ def product_scratch(rows: int, depth: int, columns: int, dtype: torch.dtype, *, 
 
 
 def has_instructions(dtype: torch.dtype) -> bool | None:
-    """Whether the processor multiplies matrices in a dtype of half precision with instructions of its own.
+    """Return whether the CPU has matrix-product instructions for a half-precision dtype.
 
     Returns:
-        None where torch does not report it, as on Apple's processors.
+        None if torch does not report it, as on Apple's CPUs.
     """
     if not _onednn.is_available():
         return None
-    # With AVX512 alone oneDNN takes bfloat16 too, and converts each number to float32 and back.
+    # With AVX512 but without AVX512-BF16, oneDNN accepts bfloat16 and converts each element to float32 and back.
     converts = dtype == torch.bfloat16 and _is("avx512") and not _is("avx512_bf16")
     return onednn_multiplies(dtype) and not converts
 
@@ -69,17 +70,17 @@ def _is(instructions: str) -> bool:
 
 
 def slow_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of half precision in which a model computes on this processor without instructions for it.
+    """Return the half-precision dtype in which a model computes slowly, because this CPU has no instructions for it.
 
     Returns:
-        None where it computes otherwise, or elsewhere: also while there is an accelerator, to which
-        it may be moved yet.
+        None if there is none, if the model is not on the CPU, or if there is an accelerator, to which the model may
+        still be moved.
     """
     if torch.accelerator.is_available():
         return None
     counts: Counter[torch.dtype] = Counter()
     for module in model.modules():
-        computes = getattr(module, "compute_dtype", None)  # of layers in 4 bits
+        computes = getattr(module, "compute_dtype", None)  # of 4-bit layers
         for parameter in module.parameters(recurse=False):
             dtype = computes if isinstance(computes, torch.dtype) else parameter.dtype
             if parameter.device.type == "cpu" and dtype.is_floating_point:
@@ -88,11 +89,11 @@ def slow_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def slow_here(dtype: torch.dtype) -> bool:
-    """Whether a dtype is one of half precision for which the processor is known to have no instructions."""
+    """Return whether a dtype is a half-precision one for which the CPU is known to have no instructions."""
     return dtype in _ASKS and has_instructions(dtype) is False
 
 
 def slow_dtype_message(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
-    """A sentence that warns of slow dtypes and says what to do instead."""
+    """Return a sentence that warns about slow dtypes and says what to do instead."""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"

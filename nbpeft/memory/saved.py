@@ -1,4 +1,4 @@
-"""Counts the tensors that autograd keeps for the backward pass."""
+"""Counts the tensors that autograd saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from nbpeft.engine.kernels.storage import storage_of
 
 
 class SavedTensors:
-    """Context manager that counts what forward passes inside it save for backward.
+    """Context manager that counts the tensors which forward passes inside it save for backward.
 
-    Each storage counts once however many operations keep it; parameters and buffers of
-    ``model`` do not count, nor does what is freed again (by backward, or with its graph).
+    A storage counts once, however many operations save it. Parameters and buffers of ``model`` do not count, and
+    neither do tensors that have been freed again (by backward, or with their graph).
+
+    Args:
+        model: the model whose parameters and buffers are left out, or None.
 
     Attributes:
-        byte_count: bytes kept now.
-        peak: most bytes kept at any time.
+        byte_count: bytes saved now.
+        peak: most bytes saved at any time.
 
     Example:
         with SavedTensors(model) as saved:
@@ -29,8 +32,8 @@ class SavedTensors:
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self._excluded = set() if model is None else {_key(t) for t in _held(model)}
-        self._holders: dict[Any, int] = {}
+        self._excluded = set() if model is None else {_key(t) for t in _tensors_of(model)}
+        self._counts: dict[Any, int] = {}
         self.byte_count = 0
         self.peak = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -48,24 +51,24 @@ class SavedTensors:
         key = _key(tensor)
         if key in self._excluded:
             return tensor
-        held = self._holders.get(key, 0)
-        if not held:
+        count = self._counts.get(key, 0)
+        if not count:
             self.byte_count += storage_bytes(tensor)
             self.peak = max(self.peak, self.byte_count)
-        self._holders[key] = held + 1
-        return _Kept(tensor, self, key)
+        self._counts[key] = count + 1
+        return _Packed(tensor, self, key)
 
     def _release(self, key: Any, byte_count: int) -> None:
-        held = self._holders.get(key, 0) - 1
-        if held > 0:
-            self._holders[key] = held
+        count = self._counts.get(key, 0) - 1
+        if count > 0:
+            self._counts[key] = count
         else:
-            self._holders.pop(key, None)
+            self._counts.pop(key, None)
             self.byte_count -= byte_count
 
 
-class _Kept:
-    """Stands for one saved tensor in the graph; reports to the counter when the graph releases it."""
+class _Packed:
+    """The packed form of a saved tensor in the graph; its destructor tells the counter when the graph releases it."""
 
     __slots__ = ("counter", "key", "tensor")
 
@@ -78,13 +81,13 @@ class _Kept:
         self.counter._release(self.key, storage_bytes(self.tensor))
 
 
-def _unpack(kept: Any) -> Tensor:
-    tensor: Tensor = kept.tensor if isinstance(kept, _Kept) else kept
+def _unpack(packed: Any) -> Tensor:
+    tensor: Tensor = packed.tensor if isinstance(packed, _Packed) else packed
     return tensor
 
 
 def storage_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's storage, on the meta device those it would have."""
+    """Return the size of a tensor's storage in bytes; on the meta device, the size it would have."""
     try:
         return storage_of(tensor).nbytes()
     except (NotImplementedError, RuntimeError):
@@ -92,20 +95,24 @@ def storage_bytes(tensor: Tensor) -> int:
 
 
 def _key(tensor: Tensor) -> Any:
-    """The same for all views of one storage, while that lives; meta storages have no address."""
+    """Return a key that is the same for all views of a storage during its lifetime; meta storages have no address."""
     try:
         return storage_of(tensor)._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
 
 
-def _held(model: nn.Module) -> Iterable[Tensor]:
+def _tensors_of(model: nn.Module) -> Iterable[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
 
 
 def tensors_in(value: Any, _depth: int = 6) -> Iterator[Tensor]:
-    """All tensors in nested containers and plain objects, such as a KV cache or an optimizer's state."""
+    """Yield all tensors in nested containers and plain objects, such as a KV cache or an optimizer's state.
+
+    Args:
+        value: the object to search; modules and classes are skipped.
+    """
     if isinstance(value, Tensor):
         yield value
     elif _depth and isinstance(value, Mapping):

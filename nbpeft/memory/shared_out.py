@@ -1,4 +1,4 @@
-"""What one of several processes needs of a step: the whole of it with DDP, a part of the weights with FSDP2."""
+"""The memory of one of several processes: with DDP it has the whole model, with FSDP2 a shard of the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart
 
 _GATHERED_LAYERS = 2
-"""The layer that is computed, and the one that is fetched meanwhile."""
+"""The layer that is being computed and the next one, which is prefetched."""
 _SHARED = ("adapters", "optimizer", "gradients")
 
 
@@ -23,20 +23,20 @@ def for_one_process(
     layer_count: int,
     trained_bytes: int,
 ) -> tuple[MemoryPart, ...]:
-    """The parts of a forecast, as one of several processes with its own batch needs them.
+    """Return the parts of a forecast for one of several processes, each with its own batch.
 
-    DDP copies gradients into buckets before it sends them. FSDP2 shares weights out, and gathers a layer where it is
-    computed; what lies outside of the layers, embeddings and head, is counted whole, as are weights in 4 or 8 bits,
-    which it does not shard.
+    DDP copies gradients into buckets before it sends them. FSDP2 shards weights and gathers a layer before it is
+    computed. Weights outside the layers (embeddings and head) count as gathered all the time, and 4-bit and 8-bit
+    weights are not sharded.
 
     Args:
-        parts: of one process that trains alone with the same batch.
-        processes: how many there are.
+        parts: the forecast of a single process with the same batch.
+        processes: number of processes.
         sharded: whether FSDP2 shards the model; DDP copies it.
-        kinds: bytes of base weights by the way they are stored.
-        layer_bytes: of one layer's base weights that are not quantized; 0 where layers differ.
-        layer_count: how many there are.
-        trained_bytes: of all that trains, and so of its gradients.
+        kinds: storage format -> bytes of base weights.
+        layer_bytes: bytes of one layer's base weights that are not quantized; 0 if layers differ.
+        layer_count: number of layers.
+        trained_bytes: bytes of all trained tensors, and so of their gradients.
     """
     if not sharded:
         return (*parts, MemoryPart("gradient buckets", trained_bytes, "sent to the other processes"))
@@ -45,9 +45,9 @@ def for_one_process(
     outside = max(dense - layer_bytes * layer_count, 0)
     gathered = min(outside + _GATHERED_LAYERS * layer_bytes, dense)
     base = whole + -(-dense // processes)
-    words = f"a share of {size_text(dense)}" + (f", {size_text(whole)} quantized whole" if whole else "")
-    found = [MemoryPart("base weights", base, words)]
+    detail = f"a shard of {size_text(dense)}" + (f", {size_text(whole)} quantized and not sharded" if whole else "")
+    result = [MemoryPart("base weights", base, detail)]
     for part in parts[1:]:
-        shared = part.name in _SHARED
-        found.append(dataclasses.replace(part, byte_count=-(-part.byte_count // processes)) if shared else part)
-    return (*found, MemoryPart("gathered weights", gathered, "layers in use, embeddings and head"))
+        sharded_part = part.name in _SHARED
+        result.append(dataclasses.replace(part, byte_count=-(-part.byte_count // processes)) if sharded_part else part)
+    return (*result, MemoryPart("gathered weights", gathered, "layers in use, embeddings and head"))

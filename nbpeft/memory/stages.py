@@ -1,4 +1,4 @@
-"""Where a step is among a model's layers, and what each further layer would add there."""
+"""Tracks the stages of a step (which layer, forward or backward) and extrapolates the peak to more layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a step at which most is allocated, beyond what was there before it.
+    """The moment of a step at which most memory is allocated, in addition to what was allocated before the step.
 
     Attributes:
         total: all bytes at that moment.
-        saved: of these, kept for backward.
-        gradients: of these, gradients of parameters.
-        result: bytes of the tensors that the step's result still holds at its end.
+        saved: bytes among them that are saved for backward.
+        gradients: bytes among them that are gradients of parameters.
+        result: bytes of the tensors in the step's result at its end.
     """
 
     total: int
@@ -27,12 +27,22 @@ class Peak:
     result: int = 0
 
     def plus(self, other: Peak, times: int = 1) -> Peak:
-        """The sum, with a multiple of another one."""
+        """Return the sum of this peak and a multiple of another one.
+
+        Args:
+            other: the peak to add.
+            times: its factor; may be negative.
+        """
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Peak(*(mine + times * theirs for mine, theirs in pairs))
 
     def towards(self, other: Peak, share: float) -> Peak:
-        """What is on the straight line to another one, after that share of the way; it may lie beyond."""
+        """Interpolate linearly between this peak and another one, or extrapolate.
+
+        Args:
+            other: the other peak.
+            share: 0 for this peak, 1 for the other one; may be outside of this range.
+        """
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Peak(*(round(mine + share * (theirs - mine)) for mine, theirs in pairs))
 
@@ -41,16 +51,20 @@ NOTHING = Peak(0, 0, 0)
 
 
 class Stages:
-    """Follows a step through the layers that are run, and keeps the peak of each stage that can hold the highest.
+    """Follows a step through the layers that are run, and records the peak of each stage in which the maximum can be.
 
-    Three equal layers are enough to know any number: every further one would stand before the last one. It adds
-    in forward what the one in the middle adds to what is allocated; in backward of the last one, what the one in
-    the middle holds when backward begins; and for backward of the first one, also what its own backward changes.
+    Three equal layers are enough to extrapolate to any number. Every further layer is thought of as inserted before the
+    last one, and it adds the same as the middle layer:
+
+    - to the peak in forward: what the middle layer's forward adds to the allocated memory;
+    - to the peak in backward of the last layer: what the middle layer holds when backward begins;
+    - to the peak in backward of the first layer: the same, and the change during the middle layer's own backward.
+
     In between, backward frees one layer after another, so the peak is not there.
 
     Args:
-        layers: the layers that are run, at least three; empty to keep one peak of the whole step.
-        now: returns what is allocated.
+        layers: the layers that are run, at least three; empty to record one peak of the whole step.
+        now: returns the memory that is allocated now.
     """
 
     def __init__(self, layers: Sequence[nn.Module], now: Callable[[], Peak]) -> None:
@@ -72,19 +86,19 @@ class Stages:
         self._layer_of |= dict.fromkeys(trained, name)
 
     def _entered(self, name: str) -> None:
-        """A layer begins; once more in backward, where layers are computed again."""
+        """Record that a layer's forward begins; with checkpointing it begins again in backward, which is ignored."""
         self._marks.setdefault(f"into {name}", self._now())
         if name == "last" and not self._stage:
             self._stage = "forward"
 
     def backward_begins(self) -> None:
-        """Backward begins."""
+        """Record that backward begins."""
         if self._stage == "forward":
             self._stage = "backward"
             self._marks["backward"] = Peak(sum(self._middle.values()), 0, 0)
 
     def finished(self, parameter: Any) -> None:
-        """The gradient of a parameter is complete."""
+        """Record that the gradient of a parameter is complete."""
         name = self._layer_of.get(id(parameter))
         if name is None:
             return
@@ -94,29 +108,35 @@ class Stages:
             self._stage = {"last": "between", "middle": "first layer"}[name]
 
     def allocated(self, key: int, byte_count: int, total: int) -> None:
-        """A storage was allocated, and with what is needed for that moment so many bytes are now."""
+        """Record that a storage was allocated.
+
+        Args:
+            key: identifies the storage.
+            byte_count: its size in bytes.
+            total: all allocated bytes, including the temporary memory of the operation.
+        """
         if "into middle" in self._marks and not self._stage:
             self._middle[key] = byte_count
         self.reached(total)
 
     def reached(self, total: int) -> None:
-        """With what is needed for that moment so many bytes are allocated."""
+        """Record that ``total`` bytes are allocated, including the temporary memory of the operation."""
         if self._stage in self._peaks and total > self._peaks[self._stage].total:
             self._peaks[self._stage] = dataclasses.replace(self._now(), total=total)
 
     def freed(self, key: int) -> None:
-        """A storage was freed."""
+        """Record that a storage was freed."""
         self._middle.pop(key, None)
 
     def peak(self, result: int, more: int) -> Peak | None:
-        """The peak with that many more layers.
+        """Return the peak with more layers than were run.
 
         Args:
-            result: bytes that the result of the step holds.
-            more: layers beyond those that were run.
+            result: bytes of the tensors in the step's result.
+            more: number of further layers.
 
         Returns:
-            None where the layers were not run one after the other.
+            The peak; None if the layers were not run one after the other.
         """
         if not self._count:
             return dataclasses.replace(self._peaks["whole"], result=result)
@@ -126,9 +146,9 @@ class Stages:
         entered = marks["into last"].plus(marks["into middle"], -1)
         peaks = [self._peaks["forward"].plus(entered, more)]
         if "backward" in marks:
-            held = dataclasses.replace(marks["backward"], saved=entered.saved)
-            peaks.append(self._peaks["backward"].plus(held, more))
+            per_layer = dataclasses.replace(marks["backward"], saved=entered.saved)
+            peaks.append(self._peaks["backward"].plus(per_layer, more))
         if "out of middle" in marks:
             passed = marks["out of middle"].plus(marks["out of last"], -1)
-            peaks.append(self._peaks["first layer"].plus(held.plus(passed), more))
+            peaks.append(self._peaks["first layer"].plus(per_layer.plus(passed), more))
         return max(peaks, key=lambda peak: peak.total).plus(Peak(0, 0, 0, result + more * (result // self._count)))

@@ -1,4 +1,4 @@
-"""What to change so that it fits."""
+"""Suggests changes of a setting that lower its peak memory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LENGTH_STEP = 64
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change, or several together, and what it brings.
+    """One change, or several together, and its effect on the peak.
 
     Attributes:
         change: what to change, e.g. ``batch_size 8 -> 4``.
-        saved_bytes: how much lower the peak gets.
-        peak_bytes: the peak then.
-        cost: what it costs, in words.
-        fits: whether it fits the device then; None without a device.
+        saved_bytes: by how many bytes the peak decreases.
+        peak_bytes: the peak after the change, in bytes.
+        cost: its disadvantage, in words; may be empty.
+        fits: whether the peak fits the device after the change; None without a device.
     """
 
     change: str
@@ -43,7 +43,7 @@ class Suggestion:
 
     @property
     def words(self) -> str:
-        """What it saves and costs, without whether it fits."""
+        """The change with what it saves and costs, without whether it fits."""
         cost = f" and {self.cost}" if self.cost else ""
         return f"{self.change} saves {size_text(self.saved_bytes)}{cost}"
 
@@ -64,19 +64,21 @@ class _Change:
 def suggest(
     setting: Setting, device_bytes: int | None, stopped: Callable[[], bool] = lambda: False
 ) -> tuple[Suggestion, ...]:
-    """Changes that lower the peak, each alone, those that make it fit first; where none does, several together.
+    """Return single changes that lower the peak, those that make it fit first.
+
+    If no single change makes it fit, a combination of several comes first, if there is one.
 
     Args:
-        setting: what does not fit, or could take less.
-        device_bytes: what the device has.
-        stopped: asked before each estimate, which takes up to a second; where it says True, what is found
-            by then is returned.
+        setting: the setting to improve.
+        device_bytes: memory of the device in bytes, or None.
+        stopped: called before each estimate, which takes up to a second. If it returns True, the suggestions found so
+            far are returned.
     """
     return _Search(setting, device_bytes, stopped).run()
 
 
 class _Search:
-    """Looks for changes of one setting."""
+    """Searches for changes of one setting."""
 
     def __init__(self, setting: Setting, limit: int | None, stopped: Callable[[], bool]) -> None:
         self._setting = setting
@@ -86,20 +88,24 @@ class _Search:
         self._wanted = limit is not None and self._peak > limit
 
     def run(self) -> tuple[Suggestion, ...]:
-        found = [self._suggestion([change]) for change in self._single_changes()]
-        worth = [one for one in found if one is not None and one.saved_bytes > _LEAST_SHARE * self._peak]
-        worth.sort(key=lambda one: (not one.fits, -one.saved_bytes))
-        if self._wanted and not any(one.fits for one in worth):
+        suggestions = [
+            suggestion
+            for change in self._single_changes()
+            if (suggestion := self._suggestion([change])) is not None
+            and suggestion.saved_bytes > _LEAST_SHARE * self._peak
+        ]
+        suggestions.sort(key=lambda suggestion: (not suggestion.fits, -suggestion.saved_bytes))
+        if self._wanted and not any(suggestion.fits for suggestion in suggestions):
             together = self._together()
-            worth = ([together] if together is not None else []) + worth
-        return tuple(worth)
+            suggestions = ([together] if together is not None else []) + suggestions
+        return tuple(suggestions)
 
     def _peak_with(self, changes: Sequence[_Change]) -> int | None:
-        """The peak with changes; None where the model does not run like that, or after a stop."""
+        """Return the peak with changes in bytes; None if the model does not run with them, or after a stop."""
         if self._stopped():
             return None
         try:
-            return _peak_bytes(dataclasses.replace(self._setting, **{one.field: one.value for one in changes}))
+            return _peak_bytes(dataclasses.replace(self._setting, **{change.field: change.value for change in changes}))
         except NbpeftError:
             return None
 
@@ -133,17 +139,17 @@ class _Search:
         least: int | None = None,
         others: Sequence[_Change] = (),
     ) -> _Change | None:
-        """The change to the largest multiple of a step with which it fits.
+        """Return the change to the largest multiple of a step that fits.
 
         Args:
-            change_to: makes the change to a value.
-            above: a larger value, with which it does not fit.
+            change_to: returns the change to a value.
+            above: a value that does not fit.
             step: the step.
-            least: the smallest value to try; the step itself if left out.
-            others: changes that are made as well.
+            least: the smallest value to try; by default the step.
+            others: further changes that are made too.
 
         Returns:
-            None where nothing is wanted, or it does not fit even with the smallest value.
+            The change; None if the setting fits already, or if not even the smallest value fits.
         """
 
         def peak(value: int) -> int | None:
@@ -157,7 +163,8 @@ class _Search:
             return None
         tries = 0
         while high - low > 1:
-            # The peak grows about linearly, so that a straight line mostly leads there in one step.
+            # The peak is almost linear in the value, so interpolation mostly finds it at once. Every third try bisects,
+            # which bounds the number of tries.
             guess = low + int((self._limit - below) / max(beyond - below, 1) * (high - low))
             guess = (low + high) // 2 if tries % 3 == 2 else min(max(guess, low + 1), high - 1)
             found = peak(guess * step)
@@ -171,9 +178,9 @@ class _Search:
         return change_to(self._setting, low * step)
 
     def _together(self) -> Suggestion | None:
-        """Several changes, those that cost least first; None where even all of them are not enough.
+        """Return several changes that fit together, preferring cheap ones; None if even all of them do not fit.
 
-        What turns out not to be needed is left out again, and rows are not cut more than necessary.
+        Changes that turn out to be unnecessary are dropped, and batch and sequences are not reduced more than needed.
         """
         ladder = list(_ladder(self._setting))
 
@@ -183,18 +190,18 @@ class _Search:
         count = bisect.bisect_left(range(1, len(ladder) + 1), True, key=lambda n: self._fits([*first(n).values()])) + 1
         if count > len(ladder):
             return None
-        made = first(count)
-        for field in list(made):
-            fewer = [change for other, change in made.items() if other != field]
+        changes = first(count)
+        for field in list(changes):
+            fewer = [change for other, change in changes.items() if other != field]
             if fewer and self._fits(fewer):
-                del made[field]
+                del changes[field]
         ways = (("sequence_length", _length, _LENGTH_STEP), ("batch_size", _batch, 1))
         for field, change_to, step in ways:
-            if field in made:
-                others = [change for other, change in made.items() if other != field]
-                reached, asked = made[field].value, getattr(self._setting, field)
-                made[field] = self._largest(change_to, asked, step, least=reached, others=others) or made[field]
-        return self._suggestion(list(made.values()))
+            if field in changes:
+                others = [change for other, change in changes.items() if other != field]
+                least, original = changes[field].value, getattr(self._setting, field)
+                changes[field] = self._largest(change_to, original, step, least=least, others=others) or changes[field]
+        return self._suggestion(list(changes.values()))
 
 
 def _peak_bytes(setting: Setting) -> int:
@@ -202,7 +209,7 @@ def _peak_bytes(setting: Setting) -> int:
 
 
 def _switches(setting: Setting) -> Iterator[_Change]:
-    """What is on or off, or stored in another way."""
+    """Yield changes of options and storage formats, as opposed to sizes."""
     if setting.training and not setting.gradient_checkpointing and setting.architecture.checkpoints:
         text = "gradient_checkpointing=True"
         yield _Change("gradient_checkpointing", True, text, "costs about a third more time")
@@ -243,7 +250,7 @@ def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
 
 
 def _ladder(setting: Setting) -> Iterator[_Change]:
-    """Changes in the order of what they cost; a later one of the same field goes further."""
+    """Yield changes by increasing cost; a later change of the same field goes further."""
     switches = {change.field: change for change in reversed(list(_switches(setting)))}
     for field in ("gradient_checkpointing", "dtype"):
         if field in switches:

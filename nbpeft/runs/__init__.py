@@ -1,16 +1,16 @@
-"""Runs on disk: one folder each, in one place per notebook folder, readable by a person.
+"""Training runs on disk: one human-readable folder per run, in ``nbpeft_runs`` next to the notebook.
 
     nbpeft_runs/sql-3/
-        run.json          what it is, with which settings, and how it stands
-        curve.jsonl       what was logged: loss, learning rate, gradient norm, evaluations; a line each
+        run.json          adapter, settings, status and latest loss
+        curve.jsonl       one line per log entry: loss, learning rate, gradient norm, evaluations
         series.json       further values over time, and metrics
-        samples.jsonl     answers while it trained
-        checkpoint-60/    the adapter and the state of training after step 60, never the base
+        samples.jsonl     answers generated during training
+        checkpoint-60/    the adapter and the state of training after step 60, never the base model
 
-Knows neither a Trainer nor a session. A run that its process still writes is locked; one that says it is
-running and is not locked ended with its process.
+This package knows neither a Trainer nor a session. A process locks the folder of the run that it writes; a run with
+status ``running`` whose folder is not locked has crashed.
 
-When a run ends, the oldest runs beyond 200 (``MOST_RUNS``) are deleted, and beyond 4 GB (``MOST_BYTES``) old runs lose
-their states and keep their curves; the run that ends says so. The last state of a run whose adapter was not saved
-elsewhere is never deleted.
+When a run ends, old runs are cleaned up: beyond 200 runs (``MOST_RUNS``) the oldest are deleted, and beyond 4 GB
+(``MOST_BYTES``) the checkpoints of the oldest are deleted, but not their curves. The run that ends reports it. The last
+checkpoint of a run whose adapter was not saved elsewhere is never deleted.
 """

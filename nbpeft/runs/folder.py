@@ -1,4 +1,4 @@
-"""The folder of one run: what is in it, and who writes it."""
+"""The folder of one run: reads and writes its files, and locks it."""
 
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ from nbpeft.state import Curve, Sample
 
 FACTS, CURVE, SERIES, SAMPLES = "run.json", "curve.jsonl", "series.json", "samples.jsonl"
 LARGEST = {FACTS: 2**22, CURVE: 2**26, SERIES: 2**26, SAMPLES: 2**26}
-"""Bytes of a file that are read; a curve of half a million steps has so many."""
+"""Largest size of each file in bytes; 64 MiB is a curve of about half a million steps."""
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,11})")
 _END = 4096
-"""Bytes at the end of a curve that hold its last step."""
+"""Number of bytes at the end of a curve that are read to find its last step."""
 
 
 class RunFolder:
-    """One run on disk. Its files are read as plain files, within bounds, and field by field: it may be a stranger's.
+    """One run on disk.
+
+    Its files may come from somebody else. So links are not followed, sizes are limited and every field is checked.
 
     Args:
-        path: its folder, which is there.
+        path: the existing folder of the run.
 
     Attributes:
-        path: its folder.
+        path: the folder of the run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,24 +60,24 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """Name of the run, in letters that can be shown."""
+        """Name of the run, with unprintable characters escaped."""
         return shown(self.path.name)
 
     def open(self) -> None:
-        """Takes the run for this process, until ``close`` or the end of the process.
+        """Locks the run for this process until ``close`` or the end of the process.
 
         Raises:
-            CheckpointError: another process, or another run of this one, writes it.
+            CheckpointError: another process, or another training in this process, has locked it.
         """
         try:
             self._lock = lock_folder(self.path)
         except BlockingIOError:
             raise CheckpointError(f"run {self.name} is still running") from None
         except FileNotFoundError:
-            raise CheckpointError(f"run {self.name} was deleted meanwhile") from None
+            raise CheckpointError(f"run {self.name} was deleted in the meantime") from None
 
     def close(self) -> None:
-        """Gives the run back."""
+        """Releases the lock."""
         if self._curve is not None:
             self._curve.close()
             self._curve = None
@@ -85,7 +87,7 @@ class RunFolder:
 
     @property
     def running(self) -> bool:
-        """Whether a process writes it."""
+        """Whether a process is writing the run."""
         if self._lock is not None:
             return True
         try:
@@ -98,7 +100,7 @@ class RunFolder:
             os.close(handle)
             return False
         try:
-            facts = self.facts()  # folders cannot be locked here
+            facts = self.facts()  # folders cannot be locked on this system: ask for the process
         except CheckpointError:
             return False
         return facts.get("host") == platform.node() and psutil.pid_exists(facts.get("process") or 0)
@@ -106,21 +108,21 @@ class RunFolder:
     # What it is
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` holds, each field of its kind; nothing where there is none.
+        """Returns the checked content of ``run.json``; empty if there is none.
 
         Raises:
-            CheckpointError: it cannot be read, or a field is something else.
+            CheckpointError: it cannot be read, or a field is invalid.
         """
         content = self._content(FACTS)
         return {} if content is None else checked_facts(content)
 
     def record(self) -> RunRecord:
-        """What is known about the run; where that cannot be read, why."""
+        """Returns the record of the run; its message says why if the run cannot be read."""
         if not self.path.name.isprintable():
             return unreadable(self.name, shown(self.path), "its name has letters that cannot be shown")
         try:
             facts = self.facts()
-            begun = facts.get("status") == "running"  # its facts are as old as its last state, its curve is not
+            begun = facts.get("status") == "running"  # run.json is as old as the last checkpoint, unlike the curve
             running = begun and self.running
             if begun:
                 facts |= self._last_logged()
@@ -131,10 +133,10 @@ class RunFolder:
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def _content(self, name: str) -> bytes | None:
-        """What a file holds, or None where there is none.
+        """Returns the content of a file, or None if there is none.
 
         Raises:
-            CheckpointError: it is too large, no plain file, or cannot be read.
+            CheckpointError: it is too large, not a regular file, or cannot be read.
         """
         try:
             return inside.read_plain(self.path.parent, f"{self.path.name}/{name}", LARGEST[name])
@@ -152,10 +154,15 @@ class RunFolder:
         series: Mapping[str, Any] | None = None,
         samples: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Replaces ``run.json`` and, where they are given, the values over time and the samples.
+        """Replaces ``run.json`` and, if given, the series and the samples, atomically.
+
+        Args:
+            facts: fields of ``run.json``.
+            series: name -> values over time; None leaves the file unchanged.
+            samples: answers generated during training; None leaves the file unchanged.
 
         Raises:
-            CheckpointError: they cannot be written; what was there is as it was.
+            CheckpointError: the files cannot be written; nothing was changed.
         """
         files = [NewFile.of_text(FACTS, _text({"version": VERSION, **facts}, indent=2))]
         if series:
@@ -165,9 +172,9 @@ class RunFolder:
         replace_files(self.path, files)
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        """Says how a run ended, though the disk be full: over the text that is there, where no new one can be written.
+        """Records how a run ended, even on a full disk: then the existing file is overwritten in place.
 
-        Where that fails too, nothing is changed.
+        If that fails too, nothing is changed and no error is raised.
         """
         with contextlib.suppress(CheckpointError, OSError):
             before = self.facts()
@@ -178,36 +185,36 @@ class RunFolder:
                 text = _text({**before, **known}).encode()
                 handle = self._opened(FACTS, os.O_WRONLY)
                 try:
-                    size = os.fstat(handle).st_size  # what was written with indentation has room
+                    size = os.fstat(handle).st_size  # the existing text is indented, so the compact one fits
                     if len(text) <= size:
                         os.write(handle, text.ljust(size))
                 finally:
                     os.close(handle)
 
     def contents(self) -> dict[str, str]:
-        """The text of its files besides the states, by name.
+        """Returns the text of the run's files by name, without checkpoints.
 
         Raises:
-            CheckpointError: one cannot be read.
+            CheckpointError: a file cannot be read.
         """
         found = {name: self._content(name) for name in LARGEST}
         return {name: content.decode("utf-8", "replace") for name, content in found.items() if content is not None}
 
     def put_back(self, contents: Mapping[str, str]) -> None:
-        """Makes its files what ``contents`` has returned earlier.
+        """Restores the files that ``contents`` returned earlier.
 
         Raises:
-            CheckpointError: they cannot be written; what was there is as it was.
+            CheckpointError: the files cannot be written; nothing was changed.
         """
         replace_files(self.path, [NewFile.of_text(name, text) for name, text in contents.items()])
 
     # What was logged
 
     def series(self, until: int) -> dict[str, Curve]:
-        """Values over time up to a step, by name.
+        """Returns the values over time by name, up to and including a step.
 
         Raises:
-            CheckpointError: they cannot be read.
+            CheckpointError: the file cannot be read.
         """
         try:
             found = json.loads(self._content(SERIES) or b"{}")
@@ -217,19 +224,19 @@ class RunFolder:
         return {name: points for name, given in named if (points := checked_points(given, until))}
 
     def samples(self, until: int) -> tuple[Sample, ...]:
-        """Samples up to a step.
+        """Returns the samples up to and including a step.
 
         Raises:
-            CheckpointError: they cannot be read.
+            CheckpointError: the file cannot be read.
         """
         found = map(checked_sample, _lines(self._content(SAMPLES) or b""))
         return tuple(sample for sample in found if sample is not None and sample.step <= until)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line to the curve; a process that is killed keeps the lines it wrote.
+        """Appends a line to the curve; it is written at once, so that a killed process loses nothing.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self._curve is None:
             handle = self._opened(CURVE, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -237,15 +244,15 @@ class RunFolder:
         self._curve.write(f"{_text(entry)}\n")
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was logged, in order; a line that is cut off is left out.
+        """Returns the log entries in order, without an incomplete last line.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the curve cannot be read.
         """
         return _entries(self._content(CURVE) or b"")
 
     def _last_logged(self) -> dict[str, Any]:
-        """Step, loss and seconds of the last step in the curve, of which only the end is read."""
+        """Returns step, loss and seconds of the last entry; reads only the end of the curve."""
         try:
             with open(self._opened(CURVE, os.O_RDONLY), "rb") as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - _END, 0))
@@ -254,10 +261,13 @@ class RunFolder:
             return {}
 
     def cut_after(self, step: int) -> list[dict[str, Any]]:
-        """Forgets what was logged after a step, before the run goes on from there; returns what is left.
+        """Removes the log entries after a step, before the run resumes from it.
+
+        Returns:
+            The remaining entries.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the curve cannot be written.
         """
         kept = [entry for entry in self.entries() if isinstance(at := entry.get("step"), int) and at <= step]
         replace_files(self.path, [NewFile.of_text(CURVE, "".join(f"{_text(entry)}\n" for entry in kept))])
@@ -266,14 +276,14 @@ class RunFolder:
     # States
 
     def kept_steps(self) -> tuple[int, ...]:
-        """Steps that a state is kept of, the last one first."""
+        """Returns the steps of the run's checkpoints in descending order."""
         home, name = self.path.parent, self.path.name
-        found = [match for one in inside.names(home, name) if (match := _CHECKPOINT.fullmatch(one))]
-        steps = (int(match[1]) for match in found if inside.is_folder(home, f"{name}/{match[0]}"))
+        matches = [match for entry in inside.names(home, name) if (match := _CHECKPOINT.fullmatch(entry))]
+        steps = (int(match[1]) for match in matches if inside.is_folder(home, f"{name}/{match[0]}"))
         return tuple(sorted(steps, reverse=True))
 
     def byte_count(self) -> int:
-        """Bytes of all its files."""
+        """Returns the size of all files of the run in bytes."""
         total = 0
         for path, _, names in os.walk(self.path):
             for name in names:
@@ -287,14 +297,14 @@ def _entries(content: bytes) -> list[dict[str, Any]]:
 
 
 def _lines(content: bytes) -> Iterator[Any]:
-    """What the lines say that are JSON."""
+    """Yields the values of the lines that are valid JSON."""
     for line in content.split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(line)
 
 
 def _text(value: Any, indent: int | None = None) -> str:
-    """JSON as everybody reads it: no NaN, nothing that looks like a token."""
+    """Returns a value as strict JSON, with NaN as null and access tokens masked."""
     return masked(json.dumps(_plain(value), indent=indent, ensure_ascii=False, default=str))
 
 

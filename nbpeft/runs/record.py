@@ -1,4 +1,4 @@
-"""What is known about one run, read from its folder."""
+"""The record of a run, read and checked from its folder."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from nbpeft.errors import CorruptCheckpointError, in_one_line, shortened, shown
 from nbpeft.state import Curve, Sample
 
 VERSION = 1
-"""Of ``run.json``; a newer one is not read."""
+"""Format version of ``run.json``; other versions are not read."""
 CRASHED = "crashed"
-"""Status of a run whose process ended without saying so."""
+"""Status of a run whose process ended without recording it."""
 UNREADABLE = "unreadable"
 """Status of a run whose ``run.json`` or curve cannot be read; its message says why."""
 STATUSES = ("running", "finished", "stopped", "failed", CRASHED)
-"""What a ``run.json`` can have as status."""
+"""Valid statuses in ``run.json``."""
 
 _MOST_STEPS = 10**12
 _LONGEST_TIME = 10**10
 _LAST_TIME = 253_402_300_799
-"""Seconds since 1970, at the end of the year 9999."""
+"""Unix time in seconds of the end of the year 9999."""
 _LONGEST_TEXT = 10_000
 _LONGEST_NAME = 200
 _MOST_FIELDS = 1_000
@@ -31,27 +31,27 @@ _MOST_FIELDS = 1_000
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a place.
+    """One run.
 
     Attributes:
-        name: of its folder.
-        path: of its folder.
-        adapter: what it trained.
-        model: variable that held the model, or the empty string.
+        name: name of its folder.
+        path: path of its folder.
+        adapter: names of the trained adapters, separated by ``", "``.
+        model: name of the notebook variable of the model, or the empty string.
         status: ``running``, ``finished``, ``stopped``, ``failed``, ``crashed`` (its process is gone) or ``unreadable``.
-        step: optimizer steps done.
-        total_steps: steps planned, or None.
-        loss: of the last step.
-        eval_loss: of the last evaluation.
+        step: number of optimizer steps done.
+        total_steps: number of planned steps, or None.
+        loss: loss of the last step.
+        eval_loss: loss of the last evaluation.
         best_loss: the lowest evaluation loss.
-        best_step: step of that.
-        seconds: time spent, without pauses.
-        started: when, in seconds since 1970.
-        settings: of the adapter and of training.
+        best_step: the step of the lowest evaluation loss.
+        seconds: training time in seconds, without pauses.
+        started: Unix time of the start in seconds.
+        settings: settings of the adapter and of training.
         message: why it ended, a warning, or why it cannot be read.
         saved: adapter -> folder in which it was saved after the run.
-        saved_files: adapter -> size and time of the weights file in that folder, as it was saved.
-        kept_steps: steps that a state is kept of, the last one first.
+        saved_files: adapter -> size and modification time of the weights file in that folder when it was saved.
+        kept_steps: steps of the checkpoints in descending order.
     """
 
     name: str
@@ -80,17 +80,25 @@ class RunRecord:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of what it trained."""
+        """Names of the trained adapters."""
         return tuple(self.adapter.split(", "))
 
     @property
     def is_complete(self) -> bool:
-        """Whether it finished, and its last state is kept: nothing is left to train."""
+        """Whether it finished and has a checkpoint of its last step, so that nothing is left to train."""
         return self.status == "finished" and self.step <= max(self.kept_steps, default=0)
 
 
 def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, kept_steps: Iterable[int]) -> RunRecord:
-    """The record in what ``checked_facts`` returned."""
+    """Creates a record from checked facts.
+
+    Args:
+        name: name of the run.
+        path: path of its folder.
+        facts: what ``checked_facts`` returned.
+        running: whether a process is writing the run.
+        kept_steps: steps of the checkpoints in descending order.
+    """
     status = facts["status"]
     return RunRecord(
         name=name,
@@ -115,12 +123,18 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
 
 
 def _line(text: str) -> str:
-    """A text in one line, without letters that do something to a screen."""
+    """Returns a text on one line, without control characters."""
     return in_one_line("".join(letter if letter.isprintable() else " " for letter in shortened(text, _LONGEST_TEXT)))
 
 
 def unreadable(name: str, path: str, why: str) -> RunRecord:
-    """The record of a run of which nothing is known."""
+    """Returns the record of a run that cannot be read.
+
+    Args:
+        name: name of the run.
+        path: path of its folder.
+        why: the reason, for the record's message.
+    """
     return RunRecord(
         name=name,
         path=path,
@@ -140,14 +154,14 @@ def unreadable(name: str, path: str, why: str) -> RunRecord:
 
 
 def checked_facts(content: bytes) -> dict[str, Any]:
-    """What a ``run.json`` holds, field by field of its kind and within bounds; unknown fields are left as they are.
+    """Parses a ``run.json`` and checks type and range of every known field; unknown fields are kept unchecked.
 
     Raises:
-        CorruptCheckpointError: it is no JSON, of another version, or a field is something else.
+        CorruptCheckpointError: it is not JSON, has another version, or has an invalid field.
     """
     try:
         facts = json.loads(content)
-        json.dumps(facts, ensure_ascii=False).encode()  # half a character can be written in JSON, and never shown
+        json.dumps(facts, ensure_ascii=False).encode()  # JSON can contain unpaired surrogates, which cannot be encoded
     except (ValueError, RecursionError):
         raise CorruptCheckpointError("run.json is not JSON") from None
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
@@ -164,7 +178,7 @@ def checked_facts(content: bytes) -> dict[str, Any]:
 
 
 def checked_entry(given: Any) -> dict[str, Any] | None:
-    """What was logged at a step, without what is no number, truth or short text; None where that is no entry."""
+    """Returns a log entry with only its numbers, booleans and short texts; None if it is not a valid entry."""
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     if not _is_seconds(given.get("seconds", 0)):
@@ -173,13 +187,18 @@ def checked_entry(given: Any) -> dict[str, Any] | None:
 
 
 def last_step(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Step, loss and seconds of the last step in what was logged."""
+    """Returns step, loss and seconds of the last log entry with a loss."""
     last: Mapping[str, Any] = next((entry for entry in reversed(entries) if _is_number(entry.get("loss"))), {})
     return {name: last[name] for name in ("step", "loss", "seconds") if name in last}
 
 
 def checked_points(given: Any, until: int) -> Curve:
-    """The (step, value) pairs among others, up to a step."""
+    """Returns the valid (step, value) pairs of a list.
+
+    Args:
+        given: value read from a file.
+        until: the last step to include.
+    """
     pairs = given if isinstance(given, list) else []
     return tuple(
         (pair[0], float(pair[1]))
@@ -189,7 +208,7 @@ def checked_points(given: Any, until: int) -> Curve:
 
 
 def checked_sample(given: Any) -> Sample | None:
-    """A sample; None where that is none."""
+    """Returns a sample read from a file; None if it is invalid."""
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     texts = [given.get(name, "") for name in ("prompt", "answer", "base")]
@@ -261,12 +280,17 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def differing(records: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
-    """Setting -> its value in each run (None where it has none), for the settings that are not the same in all."""
+    """Returns setting -> its value in each run (None if unset), for the settings that differ between runs."""
     names = dict.fromkeys(name for record in records for name in record.settings)
     values = {name: tuple(record.settings.get(name) for record in records) for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def curve_of(entries: Iterable[Mapping[str, Any]], key: str) -> Curve:
-    """The (step, value) pairs of one value in what was logged."""
+    """Returns the (step, value) pairs of one value in log entries.
+
+    Args:
+        entries: log entries in order.
+        key: name of the value, e.g. ``loss``.
+    """
     return tuple((entry["step"], float(entry[key])) for entry in entries if _is_number(entry.get(key)))

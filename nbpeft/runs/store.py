@@ -1,4 +1,4 @@
-"""All runs of one place: their names, and what becomes of old ones."""
+"""All runs of one folder: creates, finds, renames and deletes them, and cleans up old ones."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ from nbpeft.runs.folder import FACTS, RunFolder
 from nbpeft.runs.record import CRASHED, UNREADABLE, RunRecord
 
 MOST_RUNS = 200
-"""Of a place; beyond it the oldest ended ones are deleted."""
+"""Number of runs in a folder beyond which the oldest ended ones are deleted."""
 MOST_BYTES = 4_000_000_000
-"""Of all runs of a place; beyond it the oldest ended ones lose their states, and keep their curves."""
+"""Total size in bytes beyond which checkpoints of the oldest ended runs are deleted, but not their curves."""
 _NAME = re.compile(r"\w[\w.+-]{0,99}")
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """The runs of one place.
+    """The runs of one folder.
 
     Attributes:
-        place: a folder, made with the first run.
+        place: the folder; created with the first run.
     """
 
     place: Path
 
     def records(self) -> list[RunRecord]:
-        """The runs, the newest first, then those that cannot be read; folders that are none are passed over."""
+        """Returns the runs, the newest first and unreadable ones last; folders that are not runs are skipped."""
         found = [folder.record() for folder in self._folders()]
         return sorted(found, key=lambda record: (-record.started, record.name))
 
     def create(self, adapter: str) -> RunFolder:
-        """A new run called ``ADAPTER-N``, taken for this process.
+        """Creates a run called ``ADAPTER-N`` and locks it for this process.
 
         Raises:
-            CheckpointError: the place cannot be written.
+            CheckpointError: the folder cannot be written.
         """
         stem = re.sub(r"[^\w.+-]+", "+", adapter).strip("+.-")[:80] or "run"
         with disk_errors(self.place):
             self._make_place()
-            taken = [
+            used_numbers = [
                 match[1]
                 for name in os.listdir(self.place)
                 if (match := re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", name))
             ]
-            for number in itertools.count(max(map(int, taken), default=0) + 1):
+            for number in itertools.count(max(map(int, used_numbers), default=0) + 1):
                 folder = RunFolder(self.place / f"{stem}-{number}")
                 try:
-                    os.mkdir(folder.path, 0o700)  # the name belongs to whoever makes the folder
+                    os.mkdir(folder.path, 0o700)  # atomic: another process may try the same name
                 except FileExistsError:
                     continue
                 folder.open()
@@ -68,10 +68,10 @@ class RunStore:
         raise AssertionError("unreachable")
 
     def find(self, name: str) -> RunFolder:
-        """The run of that name.
+        """Returns the run of a name.
 
         Raises:
-            CheckpointNotFoundError: there is none; the message names near ones.
+            CheckpointNotFoundError: there is none; the message suggests similar names.
         """
         names = {folder.name: folder for folder in self._folders()}
         if name not in names:
@@ -80,40 +80,45 @@ class RunStore:
         return names[name]
 
     def rename(self, name: str, new: str) -> None:
-        """Gives a run another name.
+        """Renames a run.
+
+        Args:
+            name: current name of the run.
+            new: its new name.
 
         Raises:
-            CheckpointError: the name is taken or impossible, or the run is still running.
+            CheckpointNotFoundError: there is no such run.
+            CheckpointError: the new name is taken or invalid, or the run is still running.
         """
         folder = self.find(name)
         if not _NAME.fullmatch(new):
             raise CheckpointError(f"{new!r:.60} cannot be the name of a run: letters, digits, and _ . + - inside")
         if os.path.lexists(self.place / new):
             raise CheckpointError(f"there is a run {new!r} already")
-        with disk_errors(self.place), _taken(folder):
+        with disk_errors(self.place), _locked(folder):
             os.rename(folder.path, self.place / new)
 
     def delete(self, name: str) -> None:
-        """Removes a run with all that is kept of it.
+        """Deletes a run with its checkpoints.
 
         Raises:
-            CheckpointError: there is none of exactly that name, or it is still running.
+            CheckpointError: there is no such run, or it is still running.
         """
         folder = self.find(name)
-        with disk_errors(self.place), _taken(folder):
+        with disk_errors(self.place), _locked(folder):
             self._remove(folder.path.name)
 
     def mark_saved(self, name: str, adapter: str, folder: str | os.PathLike[str]) -> None:
-        """Notes with a run that has ended where its adapter was saved: it need not be kept here for ever.
+        """Records where an adapter of an ended run was saved, so that its last checkpoint may be cleaned up.
 
         Args:
-            name: of the run.
-            adapter: its name today; a run that trained several knows them by their names then.
-            folder: where it was saved.
+            name: name of the run.
+            adapter: current name of the adapter. In a run that trained several, it must be the name it had then.
+            folder: folder in which it was saved.
         """
-        with contextlib.suppress(CheckpointError, OSError):  # the adapter is saved, whatever becomes of the note
+        with contextlib.suppress(CheckpointError, OSError):  # saving must not fail because of this record
             run = self.find(name)
-            with _taken(run):
+            with _locked(run):
                 facts, record = run.facts(), run.record()
                 known = adapter if adapter in record.adapters else record.adapter
                 if known in record.adapters:
@@ -122,33 +127,37 @@ class RunStore:
                     run.write({**facts, "saved": saved, "saved_files": files})
 
     def tidy(self, *, most_runs: int = MOST_RUNS, most_bytes: int = MOST_BYTES) -> list[str]:
-        """Removes the oldest ended runs beyond a number, and the states of old ones beyond a size.
+        """Deletes the oldest ended runs beyond a number, and checkpoints of old runs beyond a total size.
 
-        The newest run stays whole, and so does the last state of a run whose adapter was not saved elsewhere. Runs that
-        could go on go after those that ended by themselves.
+        The newest run is never touched, nor the last checkpoint of a run whose adapter was not saved elsewhere.
+        Crashed runs, which could be resumed, are cleaned up after the others.
+
+        Args:
+            most_runs: number of runs to keep.
+            most_bytes: total size of the runs in bytes.
 
         Returns:
-            What was removed, and what more than ``most_bytes`` is kept for, for a person.
+            One line for each thing the user should know: what was deleted, and why more than ``most_bytes`` remain.
         """
         records = [record for record in self.records() if record.status != UNREADABLE]
         ended = [record for record in records[1:] if record.status != "running"]
         oldest = sorted(ended, key=lambda record: (record.status == CRASHED, record.started))
         surplus = [record for record in oldest if not _holds_the_only_copy(record)][: max(len(records) - most_runs, 0)]
-        deleted = [record.name for record in surplus if self._gone(RunFolder(Path(record.path)), ["."])]
+        deleted = [record.name for record in surplus if self._removed(RunFolder(Path(record.path)), ["."])]
         sizes = {record.name: RunFolder(Path(record.path)).byte_count() for record in records if record not in surplus}
         emptied = []
         for record in (record for record in oldest if record not in surplus):
-            going = record.kept_steps[1:] if _holds_the_only_copy(record) else record.kept_steps
-            if going and sum(sizes.values()) > most_bytes:
+            unneeded = record.kept_steps[1:] if _holds_the_only_copy(record) else record.kept_steps
+            if unneeded and sum(sizes.values()) > most_bytes:
                 folder = RunFolder(Path(record.path))
-                emptied += [record.name] * self._gone(folder, [f"checkpoint-{step}" for step in going])
+                emptied += [record.name] * self._removed(folder, [f"checkpoint-{step}" for step in unneeded])
                 sizes[record.name] = folder.byte_count()
         return _tidied(deleted, emptied, sum(sizes.values()), most_runs, most_bytes)
 
-    def _gone(self, folder: RunFolder, parts: Iterable[str]) -> bool:
-        """Removes parts of a run (``.`` is the whole); what cannot be removed now goes another time."""
+    def _removed(self, folder: RunFolder, parts: Iterable[str]) -> bool:
+        """Removes parts of a run (``.`` is the whole run) if possible; returns whether that succeeded."""
         try:
-            with _taken(folder):
+            with _locked(folder):
                 for part in parts:
                     self._remove(os.path.normpath(os.path.join(folder.path.name, part)))
         except (CheckpointError, OSError):
@@ -171,7 +180,7 @@ class RunStore:
                 file.write("*\n")
 
     def _remove(self, name: str) -> None:
-        """Out of its place in one move, so that no part of it is left there."""
+        """Removes a folder by renaming it away first, so that an interruption never leaves a part of it."""
         sweep(self.place)
         staging = Staging(self.place)
         try:
@@ -181,7 +190,10 @@ class RunStore:
 
 
 def _holds_the_only_copy(record: RunRecord) -> bool:
-    """Whether a run has a state, and an adapter of it was saved nowhere else, or another was saved there since."""
+    """Returns whether a run has the only copy of an adapter.
+
+    That is a run with a checkpoint and an adapter that was not saved elsewhere, or whose saved file was replaced since.
+    """
     return bool(record.kept_steps) and not all(_is_still_saved(record, adapter) for adapter in record.adapters)
 
 
@@ -193,14 +205,14 @@ def _is_still_saved(record: RunRecord, adapter: str) -> bool:
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> str:
-    """What tells the weights file in a folder from one that takes its place, as text; empty if there is none."""
+    """Returns size and modification time of the weights file in a folder as text; empty if there is none."""
     return " ".join(map(str, weights_mark(folder) or ()))
 
 
 def _tidied(
     deleted: Sequence[str], emptied: Sequence[str], byte_count: int, most_runs: int, most_bytes: int
 ) -> list[str]:
-    """What a person should know."""
+    """Returns the messages of ``RunStore.tidy``."""
     notes = []
     if deleted:
         notes.append(f"more than {most_runs} runs were kept: deleted {few(deleted, 3)}")
@@ -218,14 +230,14 @@ def _tidied(
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where a training is to be kept.
+    """Where a training is recorded.
 
     Attributes:
-        store: the runs of the place.
-        name: of a run that goes on; None for a new one.
-        model: variable that holds the model.
-        source: text that the training was started with, to start it again.
-        arguments: those that the run keeps, where another process than the one that was given them trains.
+        store: the runs of the folder.
+        name: name of the run to resume; None for a new run.
+        model: name of the notebook variable of the model.
+        source: text of the command that started the training, with which it can be started again.
+        arguments: training arguments to record, if the training runs in other processes than the one that got them.
     """
 
     store: RunStore
@@ -236,13 +248,13 @@ class RunPlace:
 
     @classmethod
     def of(cls, given: RunPlace | str | os.PathLike[str]) -> RunPlace:
-        """A folder, or what says more about one."""
+        """Returns a place as it is, or a new one for the path of a folder."""
         return given if isinstance(given, RunPlace) else cls(RunStore(Path(os.path.expanduser(os.fspath(given)))))
 
 
 @contextlib.contextmanager
-def _taken(folder: RunFolder) -> Iterator[None]:
-    """Holds a run while it is moved or removed."""
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Locks a run while it is renamed, changed or removed."""
     folder.open()
     try:
         yield

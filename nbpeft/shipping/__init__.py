@@ -1,4 +1,4 @@
-"""Serving what was trained: what an engine takes of an adapter, and the files it loads."""
+"""Exports trained adapters for serving engines: whether an engine can load an adapter, and the files it loads."""
 
 from nbpeft.shipping.engines import ENGINES as ENGINES
 from nbpeft.shipping.facts import AdapterFacts as AdapterFacts

@@ -1,4 +1,4 @@
-"""What engines want to know about an adapter and its base model before they load it."""
+"""The properties of an adapter and its base model that decide whether a serving engine can load it."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from nbpeft.model.saving import files
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter as an engine sees it.
+    """Properties of an adapter that matter to a serving engine.
 
     Attributes:
-        name: its name.
-        method: its method, as people call it: ``LoRA``, ``rsLoRA``, ``DoRA``.
-        is_lora: whether files of its method are LoRA's.
-        own_method: whether the method comes from another package.
-        model_class: class of the base model.
-        library: package of that class: ``transformers``, ``diffusers``.
-        kinds: path -> kind of layer, of every layer it changes.
-        deltas: path -> the kind of layer and what is added, where that is a product of two matrices.
-        others: what it has that is no such product -> number of layers: ``{"DoRA": 12}``.
-        convertible: whether a LoRA can take the place of all of these.
-        prompt_tokens: trained tokens of the whole model, where it learns a prompt and has no layers; else 0.
-        transforms_calls: whether it acts on calls of the whole model and has no layers.
-        unmergeable: why a layer of it cannot be merged into the base, as part of a sentence; empty where all can.
-        copies: paths of modules that were trained as a whole.
-        biases: names of the model's biases that were trained.
-        starts_in_weight: whether it was initialised from the weight (OLoRA, PiSSA).
-        scale: factor on the adapter as a whole, set while it was loaded.
-        tied_ends: paths of the embedding and the head that it changes, where the two share one weight.
-        vocabulary_resized: whether the base has another vocabulary than the folder it came from.
-        quantized: whether base weights are stored quantized.
-        base_name: name of the base model on the hub; empty where it has none.
-        byte_count: of the adapter's tensors.
-        kept_byte_count: of those among them that are not on its layers: trained copies and biases.
+        name: name of the adapter.
+        method: display name of its method: ``LoRA``, ``rsLoRA``, ``DoRA``.
+        is_lora: whether its ``peft_type`` is LORA.
+        own_method: whether the method is defined by another package than nbpeft.
+        model_class: class name of the base model.
+        library: top-level package of that class: ``transformers``, ``diffusers``.
+        kinds: path -> kind of layer, for every adapted layer.
+        deltas: path -> kind of layer and low-rank update, for layers whose update is a product of two matrices.
+        others: method of the other adapted layers -> their number, e.g. ``{"DoRA": 12}``.
+        convertible: whether all of the latter can be converted to LoRA.
+        prompt_tokens: number of trained virtual tokens of a prompt-learning method; else 0.
+        transforms_calls: whether it acts on calls of the whole model instead of layers.
+        unmergeable: why a layer of it cannot be merged into the base model, as part of a sentence; empty if all can.
+        copies: paths of modules that were trained as a whole (``modules_to_save``).
+        biases: names of the base model's biases that were trained.
+        starts_in_weight: whether it was initialised from the base weights (OLoRA, PiSSA).
+        scale: factor on the whole adapter, set after it was loaded.
+        tied_ends: paths of adapted embeddings and heads that share one weight.
+        vocabulary_resized: whether the vocabulary of the base model differs from that of its source folder.
+        quantized: whether base weights are quantized.
+        base_name: hub id of the base model; empty if it has none.
+        byte_count: size of the adapter's tensors in bytes.
+        kept_byte_count: size in bytes of those that are not adapter parameters: trained copies and biases.
     """
 
     name: str
@@ -75,29 +75,33 @@ class AdapterFacts:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The different ranks, smallest first."""
+        """The distinct ranks in ascending order."""
         return tuple(sorted({delta.rank for _, delta in self.deltas.values()}))
 
     @property
     def scalings(self) -> tuple[float, ...]:
-        """The different factors on the products, smallest first."""
+        """The distinct scaling factors in ascending order."""
         return tuple(sorted({delta.scaling for _, delta in self.deltas.values()}))
 
     @property
     def output_biases(self) -> tuple[str, ...]:
-        """Paths of layers to whose output a trained bias is added."""
+        """Paths of layers whose update includes a trained bias."""
         return tuple(path for path, (_, delta) in self.deltas.items() if delta.bias is not None)
 
     def paths_of(self, *kinds: str) -> tuple[str, ...]:
-        """Paths of layers whose kind begins with one of some words."""
+        """Returns the paths of layers whose kind starts with one of the given strings."""
         return tuple(path for path, kind in self.kinds.items() if kind.startswith(kinds))
 
 
 def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
-    """Returns what is known about an adapter on a model.
+    """Collects the properties of an adapter on a model.
+
+    Args:
+        manager: the model's adapters.
+        name: name of the adapter.
 
     Raises:
-        UnknownAdapterError: there is none of that name.
+        UnknownAdapterError: there is no adapter of that name.
         MergeError: adapters are merged into the base weights.
     """
     manager.require(name)
@@ -116,7 +120,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         adapter = layer.adapter(name)
         unmergeable = unmergeable or adapter.unmergeable_reason(layer.base)
         if transforms_calls:
-            continue  # it is kept on the embedding and does not change it
+            continue  # it is stored at the embedding but does not change it
         kinds[path] = layer.kind.name
         if isinstance(adapter, IsLowRank):
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
@@ -156,7 +160,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
 
 
 def base_name_of(model: Any) -> str:
-    """The base model's name on the hub; empty for one from a folder, whose path is nobody else's business."""
+    """Returns the base model's hub id; empty for a local folder, whose path must not be published."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return "" if not name or os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~", "/")) else name
 
@@ -171,7 +175,7 @@ def _scaled(delta: LowRankDelta, scale: float) -> LowRankDelta:
 
 
 def _tied_ends(manager: AdapterManager, changed: Mapping[str, str]) -> tuple[str, ...]:
-    """Paths of the embedding and the head among changed layers, where the two share one weight."""
+    """Returns the paths of adapted embeddings and heads if the two share one weight; else nothing."""
     if not getattr(getattr(manager.model, "config", None), "tie_word_embeddings", False):
         return ()
     found = [embedding_of(manager.model, output=output) for output in (False, True)]

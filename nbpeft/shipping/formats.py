@@ -1,4 +1,4 @@
-"""The files of each form: what is written and how large it gets, told before anything is."""
+"""The files of each export format: their sizes are known before anything is written."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from nbpeft.shipping.gguf_model import GgufModel, common_alpha
 from nbpeft.shipping.gguf_tokenizer import check_tokenizer, describe_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-"""Types of weights that a folder of safetensors can hold."""
+"""Storage types of a folder of safetensors -> torch dtype."""
 GGUF_ADAPTER, GGUF_MODEL = "adapter.gguf", "model.gguf"
 
 
 @dataclass(frozen=True)
 class Package:
-    """What is to be written.
+    """An export that can be written.
 
     Attributes:
-        files: (name, bytes) of each file with weights.
-        write: writes into a folder that is not there yet, all or nothing.
+        files: (name, size in bytes) of each file with weights.
+        write: writes the files atomically into a new folder.
     """
 
     files: tuple[tuple[str, int], ...]
@@ -42,12 +42,16 @@ class Package:
 
 
 def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bool) -> Package:
-    """PEFT's folder; with one rank and one scaling for all layers where the format asks for it.
+    """Returns an adapter in PEFT's format.
 
     Args:
-        manager: has the adapter.
-        facts: about it.
-        one_rank: whether it has to be LoRA's with one rank and one scaling; then whole embeddings are left out, too.
+        manager: the adapters of the model.
+        facts: the adapter's properties.
+        one_rank: whether the engine needs plain LoRA with one rank and one scaling for all layers; embeddings are
+            not saved then.
+
+    Raises:
+        AdapterError: the adapter must be rewritten as LoRA, but has layers for which this is not possible.
     """
     other = not facts.is_lora or len(facts.ranks) > 1 or len(facts.scalings) > 1
     rewrites = facts.scale != 1.0 or (bool(facts.deltas) and (facts.starts_in_weight or (one_rank and other)))
@@ -74,7 +78,7 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
 
 
 def _folder_bytes(facts: AdapterFacts, rewrites: bool) -> int:
-    """Bytes of the tensors in a folder; rewritten ones all have the largest rank."""
+    """Returns the size of the tensors in bytes; rewritten ones are padded to the largest rank."""
     if not rewrites:
         return facts.byte_count
     size = facts.kept_byte_count
@@ -85,7 +89,14 @@ def _folder_bytes(facts: AdapterFacts, rewrites: bool) -> int:
 
 
 def merged_folder(manager: AdapterManager, facts: AdapterFacts, stored_as: str, tokenizer: Any) -> Package:
-    """A merged model as transformers loads it."""
+    """Returns a merged model in the format of transformers.
+
+    Args:
+        manager: the adapters of the model.
+        facts: properties of the adapter to merge.
+        stored_as: storage type, one of ``DTYPES``.
+        tokenizer: saved with the model, or None.
+    """
     dtype = DTYPES[stored_as]
     specs = merged_tensors(manager.model, facts.name, dtype=dtype).specs
 
@@ -98,7 +109,16 @@ def merged_folder(manager: AdapterManager, facts: AdapterFacts, stored_as: str, 
 def adapter_gguf(
     manager: AdapterManager, facts: AdapterFacts, stored_as: str, texts: Sequence[NewFile] = ()
 ) -> Package:
-    """An adapter for llama.cpp, which multiplies by its alpha over the rank of each pair."""
+    """Returns a LoRA adapter for llama.cpp.
+
+    A GGUF adapter has one alpha; llama.cpp scales each pair of factors by alpha over the rank of the pair.
+
+    Args:
+        manager: the adapters of the model.
+        facts: the adapter's properties.
+        stored_as: storage type of the tensors.
+        texts: further files to write.
+    """
     deltas: dict[str, LowRankDelta] = {path: delta for path, (_, delta) in facts.deltas.items()}
     model, alpha = GgufModel(facts.model_class, _config(manager)), common_alpha(deltas)
     tensors = model.adapter_tensors(deltas, alpha, stored_as)
@@ -116,7 +136,18 @@ def adapter_gguf(
 def merged_gguf(
     manager: AdapterManager, facts: AdapterFacts, stored_as: str, tokenizer: Any, texts: Sequence[NewFile] = ()
 ) -> Package:
-    """A merged model for llama.cpp, with its tokenizer."""
+    """Returns a merged model for llama.cpp, with its tokenizer.
+
+    Args:
+        manager: the adapters of the model.
+        facts: properties of the adapter to merge.
+        stored_as: storage type of the weights.
+        tokenizer: the model's tokenizer.
+        texts: further files to write.
+
+    Raises:
+        ConfigError: the model or its tokenizer cannot be written as GGUF.
+    """
     merged = merged_tensors(manager.model, facts.name, dtype="float32")
     config = _config(manager)
     check_tokenizer(tokenizer, config.vocab_size)
@@ -139,16 +170,21 @@ def merged_gguf(
 
 
 def single_file(facts: AdapterFacts, style: str) -> Package:
-    """An adapter in one file, its keys spelled as kohya's programs or diffusers do."""
+    """Returns an adapter in one file with the keys of kohya's programs or of diffusers.
+
+    Args:
+        facts: the adapter's properties.
+        style: ``kohya`` or ``diffusers``.
+    """
     deltas = {path: delta for path, (_, delta) in facts.deltas.items()}
     name = "pytorch_lora_weights.safetensors" if style == "diffusers" else f"{facts.name}.safetensors"
     size = sum(factor.numel() * factor.element_size() for delta in deltas.values() for factor in (delta.down, delta.up))
 
-    def made(path: Path) -> None:
+    def write(path: Path) -> None:
         checkpoint.write_lora_file(path, deltas, component_of(facts.model_class), style)
 
     return Package(
-        ((name, size),), lambda folder: checkpoint.replace_files(folder, [NewFile(name, made)], byte_count=size)
+        ((name, size),), lambda folder: checkpoint.replace_files(folder, [NewFile(name, write)], byte_count=size)
     )
 
 
@@ -162,16 +198,16 @@ def _gguf(
     size = sum(tensor.byte_count for tensor in tensors)
 
     def write(folder: Path) -> None:
-        def made(path: Path) -> None:
+        def write_file(path: Path) -> None:
             checkpoint.write_gguf(path, architecture, lambda writer: describe(writer, folder), tensors)
 
-        checkpoint.replace_files(folder, [NewFile(name, made), *texts], byte_count=size)
+        checkpoint.replace_files(folder, [NewFile(name, write_file), *texts], byte_count=size)
 
     return Package(((name, size),), write)
 
 
 def _name(writer: Any, folder: Path, texts: dict[str, str], kind: Any) -> None:
-    """Adds what the file is called: the name of its folder, and what a card says."""
+    """Adds the general metadata as llama.cpp's converters do: from the folder's name and the model card."""
     gguf = checkpoint.gguf_package()
     total, shared, experts, expert_count = writer.get_total_parameter_count()
     with checkpoint.scratch_folder() as scratch:

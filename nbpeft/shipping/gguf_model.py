@@ -1,7 +1,8 @@
-"""Models and adapters as llama.cpp lays them out in GGUF files: names, order of rows, and what the keys say.
+"""The layout of models and adapters in llama.cpp's GGUF files: tensor names, order of rows, and metadata.
 
-Names come from the package ``gguf``. Rotary embeddings turn pairs of neighbours in llama.cpp's ``llama`` and
-halves of a head in transformers, so there the rows of the query and key projections stand in another order.
+Tensor names come from the package ``gguf``. In llama.cpp's ``llama`` architecture rotary embeddings rotate pairs of
+adjacent elements, in transformers pairs from the two halves of a head. So the rows of the query and key projections
+are reordered.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from nbpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """How one class of models stands in a GGUF file.
+    """The layout of one model class in GGUF files.
 
     Attributes:
-        architecture: its name there.
-        neighbours: whether rotary embeddings turn neighbours, so that query and key rows are reordered.
-        rotary_size: whether the keys say how many elements of a head are turned, and the size of the vocabulary.
-        adapters_only: whether whole models of the class hold more than is written here.
+        architecture: llama.cpp's name of the architecture.
+        neighbours: whether rotary embeddings rotate adjacent elements, so that query and key rows are reordered.
+        rotary_size: whether the metadata contains the rotary dimension count and the vocabulary size.
+        adapters_only: whether only adapters can be written, because whole models need tensors or metadata that are
+            not written here.
     """
 
     architecture: str
@@ -48,20 +50,20 @@ LAYOUTS: dict[str, Layout] = {
     "Phi3ForCausalLM": Layout("phi3", adapters_only=True),
     "SmolLM3ForCausalLM": Layout("smollm3", neighbours=True, adapters_only=True),
 }
-"""Class of transformers -> layout. Each was compared with llama.cpp's own converters, adapters byte by byte."""
+"""Model class of transformers -> layout. Each was compared with llama.cpp's own converters, adapters byte by byte."""
 
 _SCALING_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class GgufModel:
-    """The layout of one model.
+    """Names, tensors and metadata of one model in a GGUF file.
 
     Args:
-        model_class: name of its class.
-        config: of the model.
+        model_class: name of the model's class.
+        config: its transformers config.
 
     Raises:
-        ConfigError: its layout is not known here, or not to the package.
+        ConfigError: nbpeft or the installed package ``gguf`` does not know the architecture.
     """
 
     def __init__(self, model_class: str, config: Any) -> None:
@@ -77,10 +79,10 @@ class GgufModel:
         self._names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
     def name(self, key: str) -> str:
-        """The name of a tensor.
+        """Returns the GGUF name of a tensor.
 
         Raises:
-            ConfigError: there is no such tensor in these files.
+            ConfigError: the architecture has no such tensor.
         """
         found = self._names.get_name(key, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -90,12 +92,21 @@ class GgufModel:
     # Tensors
 
     def adapter_tensors(self, deltas: Mapping[str, LowRankDelta], alpha: float, stored_as: str) -> list[GgufTensor]:
-        """The pairs of an adapter, whose file says ``alpha`` for all and the rank by each pair's shape."""
+        """Returns the factor pairs of an adapter.
+
+        Args:
+            deltas: path of a layer -> its low-rank update.
+            alpha: the file's single alpha; a pair with another one is rescaled.
+            stored_as: storage type of the tensors.
+
+        Raises:
+            ConfigError: the architecture has no tensor for a layer.
+        """
         return [tensor for path in sorted(deltas) for tensor in self._pair(path, deltas[path], alpha, stored_as)]
 
     def _pair(self, path: str, delta: LowRankDelta, alpha: float, stored_as: str) -> Iterator[GgufTensor]:
         name = self.name(f"{path}.weight")
-        down = delta.down.T if name == "token_embd.weight" else delta.down  # looked up by row
+        down = delta.down.T if name == "token_embd.weight" else delta.down  # stored transposed: looked up by row
         ratio = delta.scaling * delta.rank / alpha
         heads = self._heads(path)
 
@@ -109,32 +120,37 @@ class GgufModel:
     def model_tensors(
         self, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], stored_as: str
     ) -> list[GgufTensor]:
-        """The tensors of a model in the order of their names; vectors are always float32.
+        """Returns the tensors of a model, sorted by name; vectors are always float32.
+
+        Args:
+            specs: the model's tensors.
+            read: returns a tensor by name.
+            stored_as: storage type of the matrices.
 
         Raises:
-            ConfigError: its rotary embeddings are scaled in a way that is not known here.
+            ConfigError: its rotary embeddings have an unsupported scaling type.
         """
         scaling = self._rope.get("rope_type", "default")
         if scaling not in _SCALING_TYPES:
             known = ", ".join(_SCALING_TYPES)
             raise ConfigError(f"rotary embeddings of type {scaling!r} are not written to GGUF files; known: {known}")
         factors = self._rotary_factors()
-        made = (
+        tensors = (
             [GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)]
             if factors is not None
             else []
         )
         for spec in sorted(specs, key=lambda spec: spec.name):
             kind = stored_as if len(spec.shape) > 1 else "f32"
-            made.append(GgufTensor(self.name(spec.name), spec.shape, kind, self._reader(spec.name, read)))
-        return made
+            tensors.append(GgufTensor(self.name(spec.name), spec.shape, kind, self._reader(spec.name, read)))
+        return tensors
 
     def _reader(self, key: str, read: Callable[[str], Tensor]) -> Callable[[], Tensor]:
         heads = self._heads(key.rpartition(".")[0])
         return lambda: _neighbours(read(key), heads) if heads else read(key)
 
     def _heads(self, path: str) -> int:
-        """Heads whose rows are reordered in a projection; 0 where none are."""
+        """Returns the number of heads whose rows are reordered in a projection; 0 if its rows stay."""
         if not self.layout.neighbours:
             return 0
         queries = int(self._config.num_attention_heads)
@@ -142,7 +158,7 @@ class GgufModel:
         return {"q_proj": queries, "k_proj": keys}.get(path.rpartition(".")[2], 0)
 
     def _rotary_factors(self) -> Tensor | None:
-        """What each frequency is divided by under Llama 3's scaling (arXiv:2407.21783), (head size / 2,)."""
+        """Returns the divisor of each frequency under Llama 3's scaling (arXiv:2407.21783), shape (head size / 2,)."""
         if self._rope.get("rope_type") != "llama3":
             return None
         size, rope = self._head_size, self._rope
@@ -165,7 +181,12 @@ class GgufModel:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def describe(self, writer: Any, stored_as: str) -> None:
-        """Adds what the model is: sizes, rotary embeddings, the type of its weights."""
+        """Adds the model's metadata: sizes, rotary embeddings, file type.
+
+        Args:
+            writer: a ``GGUFWriter``.
+            stored_as: storage type of the weights.
+        """
         config = self._config
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
@@ -196,11 +217,11 @@ class GgufModel:
 
 
 def common_alpha(deltas: Mapping[str, LowRankDelta]) -> float:
-    """The alpha that holds for most pairs: scaling times rank."""
+    """Returns the most frequent alpha (scaling times rank) of the pairs, or 1 if that is 0."""
     alphas = [delta.scaling * delta.rank for delta in deltas.values()]
     return max(alphas, key=alphas.count) or 1.0
 
 
 def _neighbours(value: Tensor, heads: int) -> Tensor:
-    """Rows of halves of each head, (heads * size, …), in pairs of neighbours."""
+    """Reorders rows, (heads * size, …), from the halves of each head to adjacent pairs."""
     return value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)

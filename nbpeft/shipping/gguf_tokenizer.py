@@ -1,4 +1,4 @@
-"""Tokenizers as llama.cpp reads them from GGUF files: tokens, their kinds, merges, and how text is split first."""
+"""Writes BPE tokenizers to GGUF files: tokens, token types, merges, and the name of the pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ _SPLITS: Mapping[tuple[tuple[str, str], ...], str] = {
     (("split", rf"{_WORDS}\p{{N}}{{1,3}}{_REST}"), _BYTES): "llama-bpe",
     (("split", rf"{_WORDS}\p{{N}}{_REST}"), _BYTES): "qwen2",
 }
-"""How a tokenizer splits text before it merges -> llama.cpp's name for that."""
+"""Steps of a pre-tokenizer -> llama.cpp's name for it (``tokenizer.ggml.pre``)."""
 
 
 def check_tokenizer(tokenizer: Any, vocabulary_size: int) -> None:
-    """Checks that a tokenizer can be written for a model.
+    """Checks that a tokenizer can be written with a model.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        vocabulary_size: number of rows of the model's embedding.
 
     Raises:
-        ConfigError: it is of another kind, has ids beyond the embedding, or splits text in a way whose name is not
-            known here.
+        ConfigError: it is not BPE, has ids beyond the embedding, or has a pre-tokenizer that is unknown here.
     """
     parts = _parts(tokenizer)
     if not parts["model"].get("byte_fallback"):
@@ -42,9 +45,9 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder
 
     Args:
         writer: a ``GGUFWriter``.
-        tokenizer: a fast tokenizer of transformers whose model is BPE.
-        vocabulary_size: of the embedding; ids without a token are filled up.
-        folder: where the tokenizer is saved, with the model's config.
+        tokenizer: a fast BPE tokenizer of transformers.
+        vocabulary_size: number of rows of the embedding; ids without a token get a placeholder.
+        folder: folder with the saved tokenizer and the model's config.
 
     Raises:
         ConfigError: see ``check_tokenizer``.
@@ -72,7 +75,7 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    """The parts of a tokenizer as its file holds them."""
+    """Returns the content of a fast tokenizer's ``tokenizer.json``."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     kind = parts.get("model", {}).get("type", type(tokenizer).__name__)
@@ -102,7 +105,7 @@ def _step(step: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _tokens(tokenizer: Any, size: int, byte_level: bool) -> tuple[list[str], list[str]]:
-    """Text and kind of each id."""
+    """Returns the text and the token type of each id."""
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
@@ -123,7 +126,10 @@ def _tokens(tokenizer: Any, size: int, byte_level: bool) -> tuple[list[str], lis
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[Any]) -> list[float]:
-    """Scores under which the best pair is the one that is merged first; tokens that no merge makes come last."""
+    """Returns token scores that make llama.cpp merge in the tokenizer's order.
+
+    A higher score is merged earlier; tokens that are not the result of a merge get the lowest score.
+    """
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     first: dict[str, int] = {}
     for order, (left, right) in enumerate(pairs):
@@ -132,7 +138,7 @@ def _scores(tokens: Sequence[str], merges: Sequence[Any]) -> list[float]:
 
 
 def _adds(tokenizer: Any, *, first: bool) -> bool:
-    """Whether a text gets the token of its begin, or of its end."""
+    """Returns whether the tokenizer adds a BOS token (``first``), or an EOS token, to a text."""
     ids = tokenizer("a")["input_ids"]
     wanted = tokenizer.bos_token_id if first else tokenizer.eos_token_id
     return bool(ids) and wanted is not None and ids[0 if first else -1] == wanted

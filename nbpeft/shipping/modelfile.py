@@ -1,8 +1,8 @@
-"""Ollama's Modelfile: what a model is made from, and how a conversation is written down for it.
+"""Ollama's Modelfile: the files of a model and its chat template.
 
-Ollama writes prompts with Go templates, tokenizers with Jinja. A format that is known here is used where the
-tokenizer's own template gives the same text; where none does, the Modelfile has no template, and Ollama takes
-the one it detects in the GGUF file.
+Ollama's chat templates are Go templates, those of tokenizers are Jinja. If one of the formats defined here gives the
+same prompt as the tokenizer's template, it is written as a Go template. Otherwise the Modelfile has no template, and
+Ollama uses the one that it detects in the GGUF file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A way to write a conversation.
+    """A chat format.
 
     Attributes:
-        system: around the system prompt, ``%s``.
-        user: around what the user says.
-        answer: what the answer begins with.
-        end: what ends it.
-        begin: what a tokenizer's template puts first and Ollama adds by itself.
+        system: format string of the system prompt, with ``%s``.
+        user: format string of the user's message, with ``%s``.
+        answer: text before the answer.
+        end: text after the answer, which stops generation.
+        begin: text at the beginning (BOS) that a tokenizer's template adds; Ollama adds it by itself.
     """
 
     system: str
@@ -30,11 +30,16 @@ class ChatFormat:
     begin: str = ""
 
     def prompt(self, system: str, user: str) -> str:
-        """The text of a prompt, without ``begin``."""
+        """Returns the text of a prompt, without ``begin``.
+
+        Args:
+            system: the system prompt.
+            user: the user's message.
+        """
         return self.system % system + self.user % user + self.answer
 
     def go_template(self) -> str:
-        """The same for Ollama."""
+        """Returns the format as a Go template for Ollama."""
         system = "{{ if .System }}" + self.system % "{{ .System }}" + "{{ end }}"
         user = "{{ if .Prompt }}" + self.user % "{{ .Prompt }}" + "{{ end }}"
         return f"{system}{user}{self.answer}{{{{ .Response }}}}{self.end}"
@@ -57,11 +62,11 @@ CHAT_FORMATS = {
     "phi3": ChatFormat("<|system|>\n%s<|end|>\n", "<|user|>\n%s<|end|>\n", "<|assistant|>\n", "<|end|>"),
     "zephyr": ChatFormat("<|system|>\n%s</s>\n", "<|user|>\n%s</s>\n", "<|assistant|>\n", "</s>"),
 }
-"""Name -> format."""
+"""Name of a chat format -> the format."""
 
 
 def chat_format_of(tokenizer: Any) -> ChatFormat | None:
-    """The format under which a tokenizer's chat template gives the same prompt; None where none is known."""
+    """Returns the format that gives the same prompt as a tokenizer's chat template; None if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
@@ -80,12 +85,12 @@ def chat_format_of(tokenizer: Any) -> ChatFormat | None:
 
 
 def modelfile(source: str, adapter: str | None, chat: ChatFormat | None) -> str:
-    """The text of a Modelfile.
+    """Returns the text of a Modelfile.
 
     Args:
-        source: the base model's name in Ollama, or a GGUF file beside the Modelfile.
-        adapter: a GGUF file with an adapter, or None.
-        chat: how conversations are written, or None to leave that to Ollama.
+        source: the base model's name in Ollama, or path of a GGUF file relative to the Modelfile.
+        adapter: path of a GGUF adapter relative to the Modelfile, or None.
+        chat: the chat format; None writes no template.
     """
     lines = [f"FROM {source}"]
     lines += [f"ADAPTER {adapter}"] if adapter else []

@@ -1,4 +1,4 @@
-"""From an adapter on a model to what an engine loads: the verdict, the sizes, then the files."""
+"""Exports an adapter for a serving engine: checks that the engine can load it, then writes the files."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _NO_TEMPLATE = "the chat template is none of those known here: Ollama takes what
 
 @dataclass(frozen=True)
 class Shipment:
-    """What is to be shipped, or was.
+    """A planned or written export.
 
     Attributes:
-        adapter: its name.
+        adapter: name of the adapter.
         engine: name of the engine.
-        verdict: what the engine takes of it.
-        merged: whether it goes merged into its base.
-        stored_as: type of the weights; empty where they stay as they are.
-        folder: where the files go.
-        files: (name, bytes) of each file with weights.
+        verdict: whether the engine can load the adapter.
+        merged: whether the adapter is merged into its base model.
+        stored_as: storage type of the weights; empty if it does not change.
+        folder: the target folder.
+        files: (name, size in bytes) of each file with weights.
         commands: command lines that start the engine.
-        notes: what a person should know.
-        written: whether the files are there.
+        notes: notes for the user.
+        written: whether the files were written; False for a dry run.
     """
 
     adapter: str
@@ -56,7 +56,7 @@ class Shipment:
 
     @property
     def byte_count(self) -> int:
-        """Bytes of all weights."""
+        """Size of all weights in bytes."""
         return sum(size for _, size in self.files)
 
 
@@ -73,27 +73,34 @@ def ship(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Shipment:
-    """Writes an adapter as an engine loads it, after checking that the engine takes it. The model is not changed.
+    """Exports an adapter in the format of a serving engine, after checking that the engine can load it.
+
+    The model is not changed.
 
     Args:
         model: an adapted model.
-        adapter: which adapter; None where there is only one.
+        adapter: name of the adapter; None if the model has only one.
         engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
-        to: a folder that is not there yet; None for ``<adapter>-<engine>``.
-        merged: merge the adapter into the base, and write that.
-        quantize: how weights are stored: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (GGUF alone); None for the usual type.
-        base: name of the base model in Ollama, where the adapter goes beside it; without one it is merged.
-        tokenizer: saved with a merged model; a merged GGUF file needs it.
-        overwrite: let the folder take the place of one that holds an earlier shipment.
-        dry_run: say what would be written, and write nothing.
+        to: the new folder to write; None for ``<adapter>-<engine>``.
+        merged: merge the adapter into the base model and export the merged model.
+        quantize: storage type of the weights: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (only GGUF); None for the
+            engine's default.
+        base: for Ollama: name of its base model, to which the adapter is added; None merges the adapter instead.
+        tokenizer: saved with a merged model; required for a merged GGUF file.
+        overwrite: replace an existing folder of an earlier export.
+        dry_run: return the plan without writing anything.
+
+    Returns:
+        The export, with its files, sizes and commands.
 
     Raises:
-        AdapterError: the engine does not take the adapter; the message says what to change.
-        ConfigError: an argument is impossible, or the package gguf is missing.
-        CheckpointError: the folder cannot be written, or is there already; then nothing is written.
+        AdapterError: the engine cannot load the adapter; the message says what to change.
+        ConfigError: an argument is invalid.
+        MissingPackageError: the package ``gguf`` is needed and not installed.
+        CheckpointError: the folder exists or cannot be written; nothing was written.
     """
     manager = _manager(model)
-    with manager.active_state.hold():  # a training in the background writes into what is read here
+    with manager.active_state.hold():  # a background training would change the weights between plan and write
         planned, package = _plan(
             manager, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
         )
@@ -116,12 +123,12 @@ def _plan(
     base: str | None,
     tokenizer: Any,
 ) -> tuple[Shipment, Package]:
-    """What ``ship`` would write, and what writes it."""
+    """Returns the planned export, and the package that writes it."""
     chosen = _engine(engine)
     facts = facts_of(manager, _adapter(manager, adapter))
     verdict = verdict_of(chosen, facts)
     if base is not None and chosen.name != "ollama":
-        raise ConfigError("base is for Ollama alone: the name of the base model there")
+        raise ConfigError("base is only for Ollama: the name of the base model there")
     if base is not None and not _OLLAMA_NAME.fullmatch(base):
         raise ConfigError(f"base is the name of a model in Ollama, e.g. 'llama3.2:1b', not {base!r:.60}")
     needs_base = chosen.name == "ollama" and base is None
@@ -129,7 +136,7 @@ def _plan(
     _check(verdict, merged)
     if needs_base and not merged:
         raise ConfigError(
-            "Ollama puts the adapter beside a model it has: give its name there, e.g. base='gemma2:2b' (base=…)"
+            "Ollama adds the adapter to one of its models: give that model's name, e.g. base='gemma2:2b' (base=…)"
         )
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
@@ -170,7 +177,7 @@ def _engine(name: str) -> Engine:
 
 def _adapter(manager: AdapterManager, name: str | None) -> str:
     if name is None and len(manager.names) > 1:
-        raise AdapterError(f"several adapters are there; say which one to ship (name=…): {', '.join(manager.names)}")
+        raise AdapterError(f"there are several adapters; say which one to ship (name=…): {', '.join(manager.names)}")
     return manager.names[0] if name is None else name
 
 
@@ -188,7 +195,7 @@ def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
     if wanted not in types:
         known = ", ".join(types) or "none: the adapter's weights stay as they are"
         raise ConfigError(
-            f"quantize is {wanted!r:.40}; for {label} there are here {known}.{did_you_mean(wanted, types)}"
+            f"quantize is {wanted!r:.40}; the types for {label} are {known}.{did_you_mean(wanted, types)}"
         )
     return wanted
 
@@ -211,7 +218,7 @@ def _package(
 
 
 def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
-    """Ollama's Modelfile; a base that Ollama has brings its own template."""
+    """Returns Ollama's Modelfile; for an adapter it has no template, because Ollama's base model has one."""
     if not merged:
         return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None))]
     chat = chat_format_of(tokenizer)
@@ -221,7 +228,7 @@ def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str])
 
 
 def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
-    """What the writing changes."""
+    """Returns notes about what the export changes."""
     notes = []
     if form.format == "folder":
         if facts.starts_in_weight and facts.deltas:

@@ -1,4 +1,4 @@
-"""Whether an engine takes an adapter as it is, and what to change where it does not."""
+"""Checks whether a serving engine can load an adapter, and what to change if it cannot."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nbpeft.shipping.facts import AdapterFacts
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing that an engine does not take.
+    """A property of an adapter that an engine does not support.
 
     Attributes:
-        what: what the adapter has, e.g. ``DoRA on 12 layers``.
+        what: the property, e.g. ``DoRA on 12 layers``.
         remedy: what to change, e.g. ``train with use_dora=False``.
     """
 
@@ -26,17 +26,17 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine takes of one adapter.
+    """Whether an engine can load one adapter.
 
     Attributes:
         engine: name of the engine.
-        label: its name for people, with the version that its rules were read from.
-        source: address of where they stand.
-        as_adapter: whether it loads the adapter beside its base model.
-        as_merged: whether it loads the model that the adapter is merged into.
-        obstacles: why not the adapter; empty where it does.
-        merged_obstacles: why not the merged model.
-        notes: what a person should know before serving it.
+        label: its display name, with the version that the rules were taken from.
+        source: URL of the rules' source.
+        as_adapter: whether it can load the adapter next to its base model.
+        as_merged: whether it can load the merged model.
+        obstacles: why it cannot load the adapter; empty if it can.
+        merged_obstacles: why it cannot load the merged model; empty if it can.
+        notes: notes for the user.
     """
 
     engine: str
@@ -57,7 +57,12 @@ class Verdict:
 
 
 def verdict_of(engine: Engine, facts: AdapterFacts) -> Verdict:
-    """Applies an engine's rules to an adapter."""
+    """Applies an engine's rules to an adapter.
+
+    Args:
+        engine: the engine.
+        facts: the adapter's properties.
+    """
     obstacles = obstacles_of(engine.adapter, facts, f"{engine.label} loads no adapters")
     merged = obstacles_of(engine.merged, facts, f"{engine.label} loads no merged models")
     return Verdict(
@@ -73,7 +78,13 @@ def verdict_of(engine: Engine, facts: AdapterFacts) -> Verdict:
 
 
 def obstacles_of(form: Form | None, facts: AdapterFacts, without: str) -> tuple[Obstacle, ...]:
-    """What keeps an adapter from one form of an engine; ``without`` where it has no such form."""
+    """Returns the reasons why an engine cannot load one form of an adapter.
+
+    Args:
+        form: the adapter itself or the merged model; None if the engine does not load that form.
+        facts: the adapter's properties.
+        without: text of the obstacle for a form that the engine does not load.
+    """
     if form is None:
         return (Obstacle(without, "choose another engine"),)
     found = ((rule.what(facts), rule.remedy) for rule in form.rules)

@@ -137,7 +137,7 @@ def test_the_public_class_reads_and_writes(tmp_path: Path) -> None:
 
 
 def test_fields_make_a_config_of_their_method(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="left out the fields later_field"):
+    with pytest.warns(UserWarning, match="ignored the fields later_field"):
         config = AdapterConfig.from_peft_type(peft_type="LORA", r=3, later_field=7)
     assert isinstance(config, LoraConfig) and config.r == 3
     assert LoraConfig.from_peft_type(r=5) == LoraConfig(r=5)

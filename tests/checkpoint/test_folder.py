@@ -224,7 +224,7 @@ def test_unknown_fields_are_noted(tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "brand_new": 3, "quiet": None}))
-    with pytest.warns(UserWarning, match="left out the fields brand_new, which") as caught:
+    with pytest.warns(UserWarning, match="ignored the fields brand_new, which") as caught:
         checkpoint = read_checkpoint(tmp_path)
     assert checkpoint.unknown_fields == ("brand_new", "quiet")
     assert len(caught) == 1
@@ -272,7 +272,7 @@ def test_a_config_ignores_what_is_for_models_and_warns_of_misspellings(tmp_path:
         warnings.simplefilter("error")
         read = AdapterConfig.from_pretrained(str(tmp_path), **options)
     assert read == AdapterConfig.from_pretrained(str(tmp_path)) == read_config(tmp_path)
-    with pytest.warns(UserWarning, match=r"'revison' is no option .* Did you mean 'revision'\?"):
+    with pytest.warns(UserWarning, match=r"'revison' is not a download option .* Did you mean 'revision'\?"):
         AdapterConfig.from_pretrained(str(tmp_path), revison="main")
     assert AdapterConfig.from_pretrained(str(tmp_path.parent), subfolder=tmp_path.name) == read
 

@@ -44,8 +44,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a list": ([], "its header is not a JSON object"),
     "deep": (b"[" * 100_000, "cannot be read"),
     "another dtype": ({"a": entry(dtype="F4")}, "its dtype 'F4' is not known here"),
-    "no dtype": ({"a": {}}, "says nothing of 'a'"),
-    "no entry": ({"a": 3}, "says nothing of 'a'"),
+    "no dtype": ({"a": {}}, "has no dtype for 'a'"),
+    "no entry": ({"a": 3}, "has no dtype for 'a'"),
     "no shape": ({"a": entry(shape=None)}, "lacks the shape or the offsets of 'a'"),
     "negative": ({"a": entry(shape=[-2])}, "the shape or the offsets of 'a' are not valid"),
     "truth": ({"a": entry(shape=[True, 2])}, "the shape or the offsets of 'a' are not valid"),
@@ -116,7 +116,7 @@ def test_only_what_is_taken_is_read(tmp_path: Path) -> None:
     joined = unread.changed(lambda tensors: {"ab": torch.cat([tensors["a"], tensors["b"]]), "large": tensors["large"]})
     assert joined.header["ab"].is_meta and joined.read(["large"])["ab"].sum() == 5
     summed = unread.changed(lambda tensors: {"sum": tensors["large"].sum().reshape(1), "a": tensors["a"]})
-    with pytest.raises(CheckpointError, match=r"belongs to nothing that this model takes, e\.g\. b"):
+    with pytest.raises(CheckpointError, match=r"fits nothing in this model, e\.g\. b"):
         summed.read()
     assert not summed.read(["sum"])["a"].is_meta
     with pytest.raises(ConfigError, match="there is no device 'nowhere' here"):

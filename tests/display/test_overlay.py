@@ -44,8 +44,8 @@ def test_it_stays_in_a_saved_notebook_and_names_the_runs() -> None:
 
 @pytest.mark.parametrize("curves", [[], [("sql-1", (), ())], [("sql-1", ((1, float("inf")),), ())]])
 def test_without_numbers_it_says_so(curves: list[LabelledCurves]) -> None:
-    assert "no loss was noted" in overlay_chart(curves) and overlay_image(curves)
-    assert describe(curves) == "no loss was noted"
+    assert "no loss was logged" in overlay_chart(curves) and overlay_image(curves)
+    assert describe(curves) == "no loss was logged"
 
 
 def test_a_terminal_reads_where_each_ends() -> None:

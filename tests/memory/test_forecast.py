@@ -355,7 +355,7 @@ def test_what_cannot_be_forecast():
         with pytest.raises(ConfigError, match=f"no AutoModelFor.* for a {type(config).__name__}, so its inputs"):
             forecast(config, lora())
     small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    with pytest.raises(ConfigError, match="ViTModel: it takes pixel_values, and only models of text can be forecast"):
+    with pytest.raises(ConfigError, match="ViTModel: it takes pixel_values, and only text models can be forecast"):
         forecast(ViTModel(small), lora(target_modules="all-linear"))
     for adapter in ({"r": 8}, "lora", 3):
         with pytest.raises(ConfigError, match="the adapter must be given as a config"):

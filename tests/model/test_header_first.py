@@ -183,7 +183,7 @@ def test_what_is_made_of_much_that_the_model_lacks_is_not_read(tmp_path: Path) -
     key = "base_model.model.model.layers.9.q_proj.vblora_logits_A"
     packed = {f"{key}_topk_weights": ("F32", [1, 2**30, 1]), f"{key}_topk_indices": ("U8", [1, 2**30, 2])}
     with_huge(tmp_path / WEIGHTS, **packed)
-    with Bounded(), pytest.raises(CheckpointError, match="belongs to nothing that this model takes"):
+    with Bounded(), pytest.raises(CheckpointError, match="fits nothing in this model"):
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
@@ -201,7 +201,7 @@ def test_a_pickled_file_is_mapped_until_it_is_known_to_fit(folder: Path) -> None
     with Bounded(), pytest.raises(CheckpointError, match="nothing in the checkpoint fits"):
         PeftModel.from_pretrained(llama(), folder)
     torch.save({"x": torch.zeros(70 * 2**20)}, folder / "adapter_model.bin", _use_new_zipfile_serialization=False)
-    with Bounded(), pytest.raises(CheckpointError, match="it is no archive, and has more than"):
+    with Bounded(), pytest.raises(CheckpointError, match="it is not a zip archive, and has more than"):
         PeftModel.from_pretrained(llama(), folder)
 
 

@@ -237,7 +237,7 @@ def test_what_is_written_over_a_copy_otherwise_corrects_the_mark(session: Sessio
         nbpeft.save_as_lora(tmp_path / "one", two, rank=2, adapter_name="c")
     assert session.unsaved(two) == ("c", "d")
     session.save(tmp_path / "two", name="c")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         session.ship("c", engine="peft", to=tmp_path / "two")
     assert session.unsaved(two) == ("d",)
     session.ship("d", engine="peft", to=tmp_path / "two", overwrite=True)

@@ -58,7 +58,7 @@ def test_the_tokenizer_of_the_last_command_is_used(session: Session, adapted: An
 def test_refusals(session: Session, adapted: Any, tmp_path: Path) -> None:
     session.add(adapted, {"r": 2, "target_modules": ["q_proj"], "use_dora": True}, name="dora")
     before = everything(adapted)
-    with pytest.raises(AdapterError, match=r"several adapters are there; say which one to ship \(name=…\): sql, dora"):
+    with pytest.raises(AdapterError, match=r"there are several adapters; say which one to ship \(name=…\): sql, dora"):
         session.ship(engine="vllm", to=tmp_path / "served")
     with pytest.raises(AdapterError, match=r"vLLM 0.26 does not take the adapter: DoRA on 2 layers"):
         session.ship("dora", engine="vllm", to=tmp_path / "served")
@@ -67,7 +67,7 @@ def test_refusals(session: Session, adapted: Any, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="needs the name of an adapter, not 3"):
         session.ship(3, engine="vllm", to=tmp_path / "served")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         session.ship("sql", engine="vllm", to=tmp_path / "file")
     assert same_state(everything(adapted), before) and [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -300,7 +300,7 @@ def test_other_methods_and_other_programs(tmp_path: Path) -> None:
         ship(model, engine="vllm", to=tmp_path / "served")
     ship(model, engine="peft", to=tmp_path / "served")
     assert config_of(tmp_path / "served")["peft_type"] == "IA3"
-    with pytest.raises(AdapterError, match="a LlamaForCausalLM, which is no component of a pipeline"):
+    with pytest.raises(AdapterError, match="a LlamaForCausalLM, which is not a component of a pipeline"):
         ship(adapted(), engine="diffusers", to=tmp_path / "other")
     with pytest.raises(AdapterError, match=r"PEFT 0.21.2 does not take the merged model: PEFT loads no merged models"):
         ship(adapted(), engine="peft", merged=True, to=tmp_path / "other")
@@ -310,11 +310,11 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(ConfigError, match=r"no engine 'vlm' is known.*Did you mean 'vllm'\?"):
         ship(model, engine="vlm")
-    with pytest.raises(ConfigError, match=r"quantize is 'q4_k'; for llama.cpp there are here f32, f16, bf16, q8_0"):
+    with pytest.raises(ConfigError, match=r"quantize is 'q4_k'; the types for llama.cpp are f32, f16, bf16, q8_0"):
         ship(model, engine="llama.cpp", quantize="q4_k")
-    with pytest.raises(ConfigError, match="quantize is 'f16'; for vLLM there are here none"):
+    with pytest.raises(ConfigError, match="quantize is 'f16'; the types for vLLM are none"):
         ship(model, engine="vllm", quantize="f16")
-    with pytest.raises(ConfigError, match="base is for Ollama alone"):
+    with pytest.raises(ConfigError, match="base is only for Ollama"):
         ship(model, engine="vllm", base="llama3.2")
     with pytest.raises(ConfigError, match=r"holds its tokenizer: give it \(tokenizer=…\)"):
         ship(model, engine="llama.cpp", merged=True)
@@ -338,15 +338,13 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
     place = tmp_path / "served"
     ship(adapted(), engine="vllm", to=place)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    with pytest.raises(
-        CheckpointError, match=r"is there already; choose another folder, or replace it \(overwrite=…\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"already exists; choose another folder, or replace it \(overwrite=…\)"):
         ship(adapted(r=8), engine="vllm", to=place)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     ship(adapted(r=8), engine="vllm", to=place, overwrite=True)
     assert config_of(place)["r"] == 8 and [path.name for path in tmp_path.iterdir()] == ["served"]
     (place / "sub").mkdir()
-    with pytest.raises(CheckpointError, match="more than a folder of files"):
+    with pytest.raises(CheckpointError, match="not just a folder of files"):
         ship(adapted(), engine="vllm", to=place, overwrite=True)
 
 

@@ -1,4 +1,4 @@
-"""What each engine takes, one file an engine: its rules are data, with the version they were read from."""
+"""The supported serving engines, one file each: their rules are data, with the version they were taken from."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from nbpeft.shipping.engines.rules import Rule as Rule
 ENGINES: dict[str, Engine] = {
     module.ENGINE.name: module.ENGINE for module in (vllm, llama_cpp, ollama, transformers, peft, diffusers, kohya)
 }
-"""Name -> engine."""
+"""Name of an engine -> the engine."""

@@ -1,4 +1,4 @@
-"""diffusers: one file that its pipelines' load_lora_weights reads."""
+"""diffusers: one LoRA file for ``load_lora_weights`` of its pipelines."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_
 from nbpeft.shipping.facts import AdapterFacts
 
 COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "CLIPText": "text_encoder"}
-"""Part of a model's class -> the component of a pipeline that it is."""
+"""Part of a model's class name -> name of the pipeline component."""
 
 
 def component_of(model_class: str) -> str:
-    """The component of a pipeline that a model is; empty where it is none."""
+    """Returns the pipeline component of a model class; empty if it is not a component."""
     return next((component for part, component in COMPONENTS.items() if part in model_class), "")
 
 
 def _no_component(facts: AdapterFacts) -> str:
-    return "" if component_of(facts.model_class) else f"a {facts.model_class}, which is no component of a pipeline"
+    return "" if component_of(facts.model_class) else f"a {facts.model_class}, which is not a component of a pipeline"
 
 
 COMPONENT_RULE = Rule(_no_component, "choose an engine for language models, such as vllm")
@@ -41,4 +41,4 @@ ENGINE = Engine(
     merged=None,
     start=_start,
 )
-"""A file holds the factors and an alpha a layer, so that ranks and scalings may differ."""
+"""A file has the factors of each layer with the scaling multiplied in, so ranks and scalings may differ."""

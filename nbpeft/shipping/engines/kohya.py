@@ -9,7 +9,7 @@ from nbpeft.shipping.facts import AdapterFacts
 
 def _flow_transformer(facts: AdapterFacts) -> str:
     return (
-        f"a {facts.model_class}, whose layers those programs name otherwise"
+        f"a {facts.model_class}, whose layers have other names in those programs"
         if "Transformer" in facts.model_class
         else ""
     )

@@ -20,12 +20,12 @@ from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import LAYOUTS
 
 TYPES = ("f16", "q8_0", "bf16", "f32")
-"""The types that the package gguf can write; q4_k and its like are made of these by llama-quantize."""
+"""Storage types that the package gguf can write; llama-quantize converts them to q4_k and similar types."""
 OTHER_TOOL = "merge it for transformers, and let llama.cpp's convert_hf_to_gguf.py convert that"
 
 
 def _unknown(known: list[str]) -> Callable[[AdapterFacts], str]:
-    """A class whose layout in GGUF files is none of those known here."""
+    """Returns a rule against model classes whose GGUF layout is not known here."""
     names = ", ".join(name.removesuffix("ForCausalLM") for name in known)
     return lambda facts: "" if facts.model_class in known else f"a {facts.model_class}, which is none of {names}"
 
@@ -58,4 +58,4 @@ ENGINE = Engine(
     start=_start,
     notes=(dtype_note,),
 )
-"""A file holds one alpha, and each pair its own rank: ranks may differ, and other scalings go into the factors."""
+"""A file has one alpha, but each pair its own rank: ranks may differ; another scaling is multiplied into a factor."""

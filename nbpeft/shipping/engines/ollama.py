@@ -24,4 +24,4 @@ ENGINE = Engine(
     start=_start,
     notes=(dtype_note,),
 )
-"""Its own reader of PEFT folders knows Llama and Gemma 2 alone and leaves rsLoRA and patterns out: so GGUF."""
+"""GGUF, because Ollama's reader of PEFT folders supports only Llama and Gemma 2 and ignores rsLoRA and patterns."""

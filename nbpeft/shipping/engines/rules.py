@@ -1,4 +1,4 @@
-"""The form of an engine's rules, and those that several engines share."""
+"""The classes that describe an engine, and the rules that several engines share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MERGE = "merge it into the base"
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that an engine does not take.
+    """A property of adapters that an engine does not support.
 
     Attributes:
-        what: facts -> what the adapter has of it; empty where it has nothing.
+        what: facts -> description of the property; empty if the adapter does not have it.
         remedy: what to change.
     """
 
@@ -28,15 +28,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Form:
-    """One form in which an engine loads what was trained.
+    """A format in which an engine loads an adapter or a merged model.
 
     Attributes:
         format: ``folder`` (PEFT's), ``gguf``, ``kohya`` or ``diffusers`` for an adapter; ``model`` or ``gguf`` for
             a merged model.
-        rules: what it does not take.
-        merges: whether it is the whole model.
-        one_rank: whether the format holds one rank and one scaling for all layers.
-        types: how its weights can be stored; the first is the usual one, none means as they are.
+        rules: properties of adapters that are not supported.
+        merges: whether it is a merged model.
+        one_rank: whether all layers must have the same rank and scaling.
+        types: storage types of the weights, the default first; empty if they are stored unchanged.
     """
 
     format: str
@@ -51,14 +51,14 @@ class Engine:
     """A program that serves models.
 
     Attributes:
-        name: how it is asked for.
-        label: its name for people.
-        checked: the version that the rules were read from.
-        source: address of where they stand.
-        adapter: the form of adapters that it loads.
-        merged: the form of merged models that it loads.
-        start: (facts, merged, folder) -> lines for a shell, or of Python, that load what is in the folder.
-        notes: facts -> something a person should know; empty where there is nothing.
+        name: value of the argument ``engine``.
+        label: display name.
+        checked: version that the rules were taken from.
+        source: URL of the rules' source.
+        adapter: format of adapters; None if it loads no adapters.
+        merged: format of merged models; None if it loads none.
+        start: (facts, merged, folder) -> shell commands or Python lines that load the files in the folder.
+        notes: facts -> a note for the user; empty if there is nothing to say.
     """
 
     name: str
@@ -103,12 +103,12 @@ def _resized(facts: AdapterFacts) -> str:
 
 
 def kinds_beside(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
-    """Layers of other kinds than those that some words name."""
-    words = tuple(allowed)
+    """Returns a rule against adapted layers whose kind contains none of the given strings."""
+    kinds = tuple(allowed)
 
     def what(facts: AdapterFacts) -> str:
-        found = [path for path, kind in facts.kinds.items() if not any(word in kind for word in words)]
-        return f"layers that are not {' or '.join(words)} ({few(found, 2)})" if found else ""
+        others = [path for path, kind in facts.kinds.items() if not any(word in kind for word in kinds)]
+        return f"layers that are not {' or '.join(kinds)} ({few(others, 2)})" if others else ""
 
     return what
 
@@ -128,21 +128,21 @@ OUTPUT_BIASES = Rule(_output_biases, f"{MERGE}, or train with lora_bias=False")
 TIED_ENDS = Rule(_tied_ends, f"{MERGE}, or leave embedding and head out of target_modules")
 RESIZED = Rule(_resized, f"{MERGE}, so that the new embeddings are in the file")
 PLAIN_LORA = (PROMPT, CONVERTIBLE, NOT_LOW_RANK, COPIES, BIASES, OUTPUT_BIASES)
-"""Only products of two matrices are taken."""
+"""Rules of engines that support only plain LoRA: products of two matrices."""
 
 
 def dtype_note(facts: AdapterFacts) -> str:
-    """What a quantized base means for the adapter."""
+    """Returns a note about an adapter that was trained on quantized weights; else the empty string."""
     if not facts.quantized:
         return ""
     return "the adapter was trained on quantized weights: on full-precision ones its answers differ a little"
 
 
 def base_word(facts: AdapterFacts) -> str:
-    """What stands for the base model in a line of Python or of a shell, not quoted yet."""
+    """Returns the base model's hub id, or a placeholder, for a command line; not quoted."""
     return facts.base_name or "BASE_MODEL"
 
 
 def shell_word(text: str) -> str:
-    """A path or a name as one word of a shell that no program takes for an option."""
+    """Quotes a path or a name for a shell; one that starts with ``-`` is not taken for an option."""
     return quote(f"./{text}" if text.startswith("-") else text)

@@ -1,4 +1,4 @@
-"""transformers: the adapter's folder beside the base, or a merged model."""
+"""transformers: the adapter's folder in PEFT's format, or a merged model."""
 
 from __future__ import annotations
 

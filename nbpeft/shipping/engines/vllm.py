@@ -1,4 +1,4 @@
-"""vLLM: PEFT folders, served beside the base model."""
+"""vLLM: adapters in PEFT's format, served together with the base model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nbpeft.shipping.engines.rules import (
 from nbpeft.shipping.facts import AdapterFacts
 
 RANK_LIMITS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's max_lora_rank. An adapter's rank may be any up to the limit."""
+"""Valid values of vLLM's max_lora_rank; an adapter may have any rank up to it."""
 
 
 def _rank(facts: AdapterFacts) -> str:
@@ -29,7 +29,7 @@ def _rank(facts: AdapterFacts) -> str:
 
 
 def rank_limit(facts: AdapterFacts) -> int:
-    """The smallest max_lora_rank that takes an adapter."""
+    """Returns the smallest max_lora_rank that is sufficient for an adapter."""
     rank = max(facts.ranks, default=1)
     return next((limit for limit in RANK_LIMITS if limit >= rank), RANK_LIMITS[-1])
 
@@ -67,4 +67,4 @@ ENGINE = Engine(
     start=_start,
     notes=(_embeddings, dtype_note),
 )
-"""It reads one r and one lora_alpha for all layers and no patterns, and refuses keys that are not factors."""
+"""vLLM reads one r and one lora_alpha for all layers, ignores patterns, and refuses keys that are not factors."""
