@@ -127,7 +127,7 @@ def test_a_variable_that_nobody_named_is_not_taken(notebook: Notebook, folder: P
     before = notebook["model"]
     line = notebook.run(cell(str(folder), "--name q", "dtype = 'bfloat16'\n")).line
     what = {"adapted": "a PeftModel with 'trained'", "bare": "a LlamaForCausalLM", "a text": "a str"}[held]
-    assert f"'model' holds {what}; say --as NAME for the new model, --as model to put it in its place" in line
+    assert f"'model' holds {what}; give --as NAME for the new model, or --as model to overwrite it" in line
     assert notebook["model"] is before and notebook.session.names == (("model",) if held == "adapted" else ())
     notebook.do(cell(str(folder), "--as other --name q", "dtype = 'bfloat16'\n"))
     assert notebook["model"] is before and quantized_layers(notebook["other"]) == 14
