@@ -83,7 +83,7 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     assert not second.quantized and not base.is_activation_checkpointing
     assert set(bare["model"].peft_config) == {"sql", "chat"}
     line = bare.run(cell("$place", "--name sql").replace("bits = 4", "bits = 8")).line
-    assert "'model' holds a PeftModel with 'sql', 'chat'; say --as NAME" in line
+    assert "'model' holds a PeftModel with 'sql', 'chat'; give --as NAME" in line
     assert bare["model"].get_base_model() is base
     other = bare.do(cell("$place", "--as model --name sql").replace("bits = 4", "bits = 8"))
     assert other.quantized and bare["model"].get_base_model() is not base
