@@ -292,7 +292,7 @@ class RunCheckpointer(TrainerCallback):
 
     def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
         names, write = trained_names(self._model), is_main_process()
-        options = {"names": names, "embeddings": False, "stays": False, "write": write}
+        options = {"names": names, "embeddings": False, "mark_saved": False, "write": write}
         save(manager_of(self._model), folder, **options, base=base_mark(self.trainer))
         if write:
             self._write_trainer_state(folder)
