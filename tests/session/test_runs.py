@@ -234,7 +234,7 @@ def test_a_resumed_run_ends_with_the_best_state_as_the_unbroken_one(step: int, t
     """Patience and what is held out are the run's; neither has to be given again."""
     given = {"patience": 3, "eval_data": 6, "eval_steps": 1, "learning_rate": 0.02, "seed": 1}
     through, expected = unbroken(tmp_path / "whole", **given)
-    assert "the best, was put back" in through.message and through.steps == 7
+    assert "the best, were restored" in through.message and through.steps == 7
     assert train_and_die(tmp_path / "broken", step, often, **given)
     result = session_in(tmp_path / "broken").resume(model=llama(), variable="model", data=rows())
     assert same_state(weights(result.model, "sql"), expected)

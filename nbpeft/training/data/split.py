@@ -41,14 +41,14 @@ def hold_out(rows: Any, amount: float, seed: int) -> tuple[Any, Any]:
     if is_stream(rows):
         return _of_stream(rows, amount)
     total = len(rows)
-    held_count = amount if isinstance(amount, int) else max(1, round(amount * total))
-    if held_count >= total:
+    number = amount if isinstance(amount, int) else max(1, round(amount * total))
+    if number >= total:
         raise ConfigError(
-            f"eval_data={amount} holds out {count(held_count)} of {count(total)} rows, which leaves none to train on.",
+            f"eval_data={amount} holds out {count(number)} of {count(total)} rows, which leaves nothing to train on.",
             field="eval_data",
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    return _selected(rows, sorted(order[held_count:])), _selected(rows, sorted(order[:held_count]))
+    return _selected(rows, sorted(order[number:])), _selected(rows, sorted(order[:number]))
 
 
 def _check(amount: float) -> None:

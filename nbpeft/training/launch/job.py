@@ -1,4 +1,4 @@
-"""What the processes of a training are given, and what comes back."""
+"""The job that the processes of a training get, and the result they return."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, Literal
 from torch import nn
 
 JOB, RESULT = "job.pt", "result"
-"""In the folder of a job: what is to be done, and the trained adapters."""
+"""In the folder of a job: the file with the job, and the folder with the trained adapters."""
 ON_THE_CPU = "on-the-cpu"
-"""A file that says that weights are not to be moved to a card: they are sharded, which a Trainer does from there."""
+"""A marker file: the weights stay on the CPU, because they are sharded, which a Trainer does from there."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done.
+    """The content of a training job.
 
     Attributes:
-        model: with its adapters, those to train active.
-        rows: tokenized.
-        eval_rows: the same, or None.
-        arguments: further ones of ``nbpeft.training.train``.
+        model: the model with its adapters; the active ones are trained.
+        rows: the tokenised training rows.
+        eval_rows: the tokenised evaluation rows, or None.
+        arguments: further arguments of ``nbpeft.training.train``.
     """
 
     model: nn.Module
@@ -33,11 +33,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How it ended.
+    """The end of a training.
 
     Attributes:
-        status: of the run.
-        metrics: what the Trainer reports.
+        status: the last status of the run.
+        metrics: the metrics that the Trainer reports.
         token_count: input tokens of all steps.
     """
 

@@ -90,7 +90,7 @@ def trained(**more: Any) -> tuple[Any, Kept, Any]:
 @pytest.mark.parametrize(("kind", "word"), [(Breaks, "NaN"), (Infinite, "infinite")])
 def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any, word: str, batches: int) -> None:
     model, kept, result = trained(trainer_class=kind, gradient_accumulation_steps=batches)
-    reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or look at the labels"
+    reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or check the labels"
     back = "the weights of step 4, the last good ones, were put back"
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert result.message == f"{reason} · {back}" and result.state.warnings == (reason, back)
@@ -141,7 +141,7 @@ def test_weights_that_have_exploded_before_are_trained_on() -> None:
 def test_the_best_weights_come_back_where_patience_keeps_them() -> None:
     model, kept, result = trained(eval_data=token_rows(4, 5), patience=5, eval_steps=3)
     assert (result.steps, result.kept_step, result.best_step) == (6, 3, 3)
-    assert result.message.endswith("look at the labels · the state of step 3, the best, was put back")
+    assert result.message.endswith("check the labels · the weights of step 3, the best, were restored")
     assert same_state(weights(model), kept.weights[3])
 
 
