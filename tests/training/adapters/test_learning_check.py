@@ -280,7 +280,11 @@ def test_a_run_resumed_after_its_end_does_no_step_and_does_not_warn(tmp_path):
         warnings.simplefilter("error", UserWarning)
         again = train(model, token_rows(), resume_from_checkpoint=True, **settings)
         more = train(model, token_rows(), resume_from_checkpoint=True, **(settings | {"max_steps": 3}))
-    assert (again.status, again.steps, again.message) == ("finished", 2, "no step was left: it had finished at step 2")
+    assert (again.status, again.steps, again.message) == (
+        "finished",
+        2,
+        "no steps left: the run had already finished at step 2",
+    )
     assert (more.steps, more.message) == (3, "")
 
 

@@ -306,7 +306,7 @@ def test_a_part_of_a_model_is_not_saved_alone(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
     run.control.request_save()
     assert not run.wait_or_stop()
-    assert run.state.message == "not saved: each process has a part of the model, and one alone was asked: use " + (
+    assert run.state.message == "not saved: the model is sharded and only one process was asked to save it: use " + (
         "Trainer.save_model"
     )
     assert not list(tmp_path.iterdir())

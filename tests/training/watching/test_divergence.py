@@ -91,7 +91,7 @@ def trained(**more: Any) -> tuple[Any, Kept, Any]:
 def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any, word: str, batches: int) -> None:
     model, kept, result = trained(trainer_class=kind, gradient_accumulation_steps=batches)
     reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or check the labels"
-    back = "the weights of step 4, the last good ones, were put back"
+    back = "the weights of step 4, the last good ones, were restored"
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert result.message == f"{reason} · {back}" and result.state.warnings == (reason, back)
     assert str(result).endswith(result.message)
@@ -105,7 +105,7 @@ def test_the_weights_that_were_there_come_back_where_no_step_was_good() -> None:
     before = weights(model)
     result = train(model, ROWS, trainer_class=AtOnce, **SETTINGS)
     assert (result.status, result.steps, result.kept_step) == ("stopped", 1, 0)
-    assert "the weights it began with, the last good ones, were put back" in result.message
+    assert "the initial weights, the last good ones, were restored" in result.message
     assert same_state(weights(model), before) and not model.manager.unsaved
 
 
@@ -244,7 +244,7 @@ def test_an_adapter_of_a_sweep_diverges_alone(clipping: float) -> None:
     lost, good = result.members
     assert (lost.status, good.status, result.status, result.best) == ("diverged", "finished", "finished", good.name)
     assert result.state.warnings == (
-        f"{lost.name} diverged at step 2 and learns no more; the weights it began with were put back",
+        f"{lost.name} diverged at step 2 and learns no more; the initial weights were put back",
     )
     assert all(torch.equal(*pair) for pair in zip(weights(model, lost.name).values(), before.values(), strict=True))
     alone = trainable(name="a")
@@ -270,7 +270,7 @@ def test_in_the_background_too() -> None:
     result = session.result(model)
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert session.train(model, ROWS, **SETTINGS | {"max_steps": 1}).message.startswith(
-        "goes on with the weights after step 4"
+        "continues from the weights after step 4"
     )
     session.close()
 
