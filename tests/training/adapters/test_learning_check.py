@@ -293,5 +293,5 @@ def test_weights_that_exploded_are_said_to_have(recwarn):
     first = train(model, token_rows(), max_steps=3, learning_rate=1e9, stop_on_divergence=False)
     assert first.message == "Weights of adapter 'default' have exploded in 3 steps: the learning rate is too high."
     second = train(model, token_rows(), max_steps=3)
-    assert second.message.startswith("Weights of adapter 'default' have exploded before this run")
+    assert second.message.startswith("Weights of adapter 'default' had exploded before this run")
     assert "label" not in second.message
