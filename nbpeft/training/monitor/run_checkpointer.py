@@ -401,7 +401,7 @@ class RunCheckpointer(TrainerCallback):
                 else:
                     folder.close()
                     self._run.folder = ""
-            self._run.note(f"this run is not saved to disk{since}: {in_one_line(error)}", warning=True)
+            self._run.note(f"this run is not saved on disk{since}: {in_one_line(error)}", warning=True)
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_what_a_broken_one_lacks(run: Path, how: str, told: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[1]", "trainer_state.json holds a list, not an object"),
+        ("[1]", "trainer_state.json contains a list, not an object"),
         ('{"global_step": 1e999}', "trainer_state.json: global_step is inf"),
         ('{"max_steps": 2.5}', "trainer_state.json: max_steps is 2.5"),
         ('{"global_step": -1}', "trainer_state.json: global_step is -1"),

@@ -229,7 +229,7 @@ def test_where_nothing_can_be_written_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = train(trainable(), token_rows(), run_dir=tmp_path / "file" / "runs", **QUICK)
     assert (result.status, result.steps, result.state.folder) == ("finished", 6, "")
-    assert result.message.startswith("this run is not saved to disk: ") and result.message.count("saved") == 1
+    assert result.message.startswith("this run is not saved on disk: ") and result.message.count("saved") == 1
 
 
 def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, mo
 
     monkeypatch.setattr(RunFolder, "write", full)
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
-    assert result.steps == 6 and "not kept on disk from here on: the disk is full" in result.message
+    assert result.steps == 6 and "not saved on disk from here on: the disk is full" in result.message
     assert [path.name for path in place.iterdir()] == [".gitignore"] and not result.state.folder
 
 
@@ -273,7 +273,7 @@ def train_in_files_of(limit: int, place: Path) -> None:
     assert (result.status, result.steps) == ("finished", 3)
     records = RunStore(place).records()
     whole = bool(records) and records[0].is_complete
-    assert whole or "this run is not saved to disk" in result.message
+    assert whole or "this run is not saved on disk" in result.message
     assert [(record.status, record.step) for record in records] in ([], [("finished", 3)])
     assert not list(place.glob("**/.nbpeft-*"))
 
