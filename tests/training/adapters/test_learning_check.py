@@ -204,7 +204,7 @@ def classifier(**config):
 
 def test_a_new_head_that_stays_frozen_is_named():
     note = frozen_head(classifier())
-    assert note.startswith("The head 'score' was initialised anew") and "modules_to_save=['score']" in note
+    assert note.startswith("The head 'score' is newly initialised") and "modules_to_save=['score']" in note
     model = classifier()
     with pytest.warns(UserWarning, match="The head 'score'"), track(model):
         pass
