@@ -187,7 +187,7 @@ def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
 
 def _note_loss(run: Run, place: Any) -> None:
     """Records that the processes ended before the trained weights were loaded, and where these are saved."""
-    run.lost = "the adapters are unchanged"
+    run.lost = "the adapters are as before"
     _note_end(run, place, "stopped", run.stop_message())
     saved_steps = RunFolder(Path(run.folder)).kept_steps() if run.folder else ()
     if any(saved_steps):
