@@ -58,7 +58,7 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     given = _given(options, facts, notebook)
     if not record.is_complete and (missing := _missing(facts, given)):
         words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
-        message = f"run {record.name} used values that are not stored in its folder; give them again"
+        message = f"run {record.name} used values that are not kept in a file; give them again"
         raise CellError(f"{message}: %lora resume {record.name} {words}")
     model = notebook.module(target)
     try:
