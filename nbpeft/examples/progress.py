@@ -1,4 +1,4 @@
-"""One line that says how far something is: replaced as it goes on, and plain text in a saved notebook."""
+"""A progress line: updated in place, and plain text in a saved notebook."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Progress:
     """A line such as ``base model: 32 of 48``; in a terminal it is overwritten, in a file it is left out.
 
     Args:
-        label: what goes on.
-        total: how many there are.
-        show: False shows nothing.
+        label: name of the operation.
+        total: number of items.
+        show: whether to show it.
     """
 
     def __init__(self, label: str, total: int, *, show: bool = True) -> None:
@@ -34,12 +34,12 @@ class Progress:
             print(file=sys.stderr)
 
     def advance(self, number: int) -> None:
-        """So many more are done."""
+        """Adds to the number of finished items."""
         self._finished += number
         self._write(f"{self._label}: {self._finished} of {self._total}")
 
     def done(self, text: str) -> None:
-        """The line that stays."""
+        """Replaces the line by a final text."""
         self._write(text)
 
     def _write(self, text: str) -> None:
@@ -55,7 +55,7 @@ class Progress:
 
 
 def _in_notebook() -> bool:
-    """Whether this runs in a kernel."""
+    """Whether this runs in a Jupyter kernel."""
     shell = sys.modules.get("IPython")
-    found = shell.get_ipython() if shell is not None else None
-    return getattr(found, "kernel", None) is not None
+    running = shell.get_ipython() if shell is not None else None
+    return getattr(running, "kernel", None) is not None

@@ -1,4 +1,4 @@
-"""How many rows a model answers as wanted, to the letter, and how that compares."""
+"""The share of rows that a model answers exactly as expected, and charts that compare it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from nbpeft.examples.progress import Progress
 from nbpeft.examples.tasks import Row
 
 _SHOWN = 5
-"""Answers in the card of a score."""
+"""The number of answers in the card of a score."""
 _WORTH_SHARING = 32
-"""Tokens."""
+"""The number of common tokens from which the prompts' shared beginning is processed only once."""
 Key = str | tuple[str, str]
 
 
 @dataclass(frozen=True, repr=False)
 class Score(Shown):
-    """How many rows were answered as wanted.
+    """The answers of a model to some rows, and the share of correct ones.
 
     Attributes:
         rows: the rows.
-        answers: what the model said to each, up to the first line break.
-        prompt_tokens: tokens of a prompt, on average.
-        seconds: it took.
-        label: what was scored, in words.
+        answers: the model's answer to each row, up to the first line break.
+        prompt_tokens: the average number of tokens of a prompt.
+        seconds: the duration, in seconds.
+        label: a name of what was scored.
     """
 
     rows: tuple[Row, ...]
@@ -43,12 +43,12 @@ class Score(Shown):
 
     @property
     def correct(self) -> tuple[bool, ...]:
-        """Whether each answer is the one that is wanted."""
+        """Whether each answer equals the expected completion."""
         return tuple(answer == row["completion"].strip() for row, answer in zip(self.rows, self.answers, strict=True))
 
     @property
     def share(self) -> float:
-        """Share of correct answers, from 0 to 1."""
+        """The share of correct answers, from 0 to 1."""
         return sum(self.correct) / len(self.rows)
 
     def __float__(self) -> float:
@@ -80,7 +80,7 @@ class Score(Shown):
 
 
 class Scores(Shown, MutableMapping[Key, Score | float]):
-    """Scores by name, shown as one picture: bars, or a grid where the names are pairs (row, column).
+    """Scores by name, shown as one chart: bars, or a grid if the names are pairs (row, column).
 
     ::
 
@@ -88,7 +88,7 @@ class Scores(Shown, MutableMapping[Key, Score | float]):
         scores["ten examples"] = score(model, tokenizer, prompted(held_out, train, 10))
 
     Args:
-        title: what was scored.
+        title: the title.
         scores: name -> score, or a share from 0 to 1.
     """
 
@@ -104,7 +104,7 @@ class Scores(Shown, MutableMapping[Key, Score | float]):
         if not isinstance(value, Score | float | int) or not 0 <= float(value) <= 1:
             raise ConfigError(f"{name!r}: expected a score, or a share from 0 to 1, not {value!r:.60}")
         if any(isinstance(name, tuple) != isinstance(other, tuple) for other in self._scores):
-            raise ConfigError("scores have names, or all of them have pairs of names (row, column)")
+            raise ConfigError("either all scores have single names, or all have pairs of names (row, column)")
         self._scores[name] = value
 
     def __delitem__(self, name: Key) -> None:
@@ -123,7 +123,7 @@ class Scores(Shown, MutableMapping[Key, Score | float]):
         return f"{self.title}: {', '.join(words)}"
 
     def view(self) -> Block:
-        """The picture."""
+        """The chart."""
         pairs = {name: float(value) for name, value in self.items() if isinstance(name, tuple)}
         if pairs:
             return card(self.title, Grid(tuple(pairs.items())))
@@ -142,27 +142,30 @@ def score(
     progress: bool = True,
     **options: Any,
 ) -> Score:
-    """The share of rows that a model answers as wanted, to the letter, choosing the likeliest token each time.
+    """Scores a model: the share of rows that it answers exactly as expected, with greedy decoding.
 
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        rows: with ``prompt`` and ``completion``.
-        label: what is scored, in words, for the progress line and the result.
-        batch_size: rows answered at once.
-        progress: show how far it is.
-        **options: further arguments of ``model.generate``, e.g. ``adapter_names`` with one name for each row;
-            ``max_new_tokens`` are by default what the longest completion has, and one.
+        rows: the rows, with ``prompt`` and ``completion``.
+        label: a name of what is scored, for the progress line and the result.
+        batch_size: number of rows answered in one batch.
+        progress: whether to show a progress line.
+        **options: further arguments of ``model.generate``, e.g. ``adapter_names`` with one name for each row.
+            ``max_new_tokens`` is by default one more than the tokens of the longest completion.
+
+    Returns:
+        The score, with the answers.
 
     Raises:
-        ConfigError: there are no rows, or ``adapter_names`` are not as many.
+        ConfigError: there are no rows, or the number of ``adapter_names`` differs.
     """
     if not rows:
         raise ConfigError("there are no rows to score")
     names = options.pop("adapter_names", None)
     if names is not None and len(names) != len(rows):
         raise ConfigError(f"adapter_names has {len(names)} names for {len(rows)} rows", field="adapter_names")
-    given: list[str] = []
+    given_answers: list[str] = []
     start = time.monotonic()
     with Progress(label or "scoring", len(rows), show=progress) as bar:
         prompts = [row["prompt"] for row in rows]
@@ -172,27 +175,30 @@ def score(
         for place in range(0, len(rows), batch_size):
             batch = prompts[place : place + batch_size]
             chosen = {"adapter_names": names[place : place + batch_size]} if names is not None else {"shared": shared}
-            given += answers(model, tokenizer, batch, **chosen, **options)
+            given_answers += answers(model, tokenizer, batch, **chosen, **options)
             bar.advance(len(batch))
         tokens = [len(tokenizer(prompt).input_ids) for prompt in prompts]
         mean = sum(tokens) / len(tokens)
-        found = Score(tuple(rows), tuple(given), mean, time.monotonic() - start, label)
-        bar.done(str(found))
-    return found
+        result = Score(tuple(rows), tuple(given_answers), mean, time.monotonic() - start, label)
+        bar.done(str(result))
+    return result
 
 
 def answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 32, shared: Any = None, **options: Any
 ) -> list[str]:
-    """What a model says to each prompt, up to the first line break, choosing the likeliest token each time.
+    """The answers of a model to prompts, up to the first line break, with greedy decoding.
 
     Args:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        prompts: answered in one batch.
-        max_new_tokens: most tokens of an answer.
-        shared: what ``shared_beginning`` gave for these prompts, which are then read from there on.
+        prompts: the prompts, answered in one batch.
+        max_new_tokens: the limit of an answer, in tokens.
+        shared: the result of ``shared_beginning`` for these prompts, whose beginning is then not processed again.
         **options: further arguments of ``model.generate``.
+
+    Returns:
+        One answer for each prompt.
     """
     import torch
 
@@ -210,16 +216,16 @@ def answers(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **options,
         )
-    said = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip().split("\n")[0].strip() for text in said]
+    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0].strip() for text in texts]
 
 
 @dataclass(frozen=True)
 class SharedBeginning:
-    """The tokens that all prompts begin with, such as solved examples, and the model's cache of them.
+    """The tokens with which all prompts begin, such as solved examples, and the model's KV cache of them.
 
     Attributes:
-        tokens: at the beginning of each prompt.
+        tokens: the tokens at the beginning of each prompt.
         cache: keys and values of these tokens, for one row.
     """
 
@@ -227,14 +233,23 @@ class SharedBeginning:
     cache: Any
 
     def repeated(self, rows: int) -> Any:
-        """A cache of its own for a batch of so many rows."""
+        """A copy of the cache for a batch with this number of rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
 
 def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> SharedBeginning | None:
-    """Reads the beginning that all prompts share once, where it is long enough to be worth it."""
+    """Processes the common beginning of all prompts once, if it is long enough to save time.
+
+    Args:
+        model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+
+    Returns:
+        The beginning with its cache; None if it is too short.
+    """
     import torch
     from transformers import DynamicCache
 
@@ -254,28 +269,28 @@ def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Shar
 
 
 def _cache_option(model: Any) -> str:
-    """What the model calls the cache it is given: newer versions of transformers have another name for it."""
+    """The name of the model's argument for a cache, which newer versions of transformers have changed."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _batch(tokenizer: Any, prompts: Sequence[str], shared: SharedBeginning | None) -> Any:
-    """Prompts padded on the left, or behind the beginning that they share."""
+    """Prompts padded on the left, or between their shared beginning and the rest."""
     import torch
 
     if shared is None:
         return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    before = len(shared.tokens)
-    rests = [tokenizer(prompt).input_ids[before:] for prompt in prompts]
+    shared_count = len(shared.tokens)
+    rests = [tokenizer(prompt).input_ids[shared_count:] for prompt in prompts]
     batch = tokenizer.pad({"input_ids": rests}, return_tensors="pt", padding=True, padding_side="left")
-    for name, beginning in (("input_ids", shared.tokens), ("attention_mask", (1,) * before)):
-        column = batch[name].new_tensor(beginning).expand(len(rests), before)
+    for name, beginning in (("input_ids", shared.tokens), ("attention_mask", (1,) * shared_count)):
+        column = batch[name].new_tensor(beginning).expand(len(rests), shared_count)
         batch[name] = torch.cat([column, batch[name]], dim=1)
     return batch
 
 
 def _ends(tokenizer: Any) -> list[int]:
-    """Tokens at which an answer is over: the end of the text, and line breaks that are a token."""
+    """The tokens that end an answer: the end of the text, and line breaks that are a single token."""
     ends = {tokenizer.eos_token_id}
     for text in ("\n", "\n\n"):
         encoded = tokenizer.encode(text, add_special_tokens=False)

@@ -1,7 +1,7 @@
-"""Small tasks that a language model of 135 million parameters learns in minutes on a processor.
+"""Small tasks that a language model of 135 million parameters learns in minutes on a CPU.
 
-Each gives training rows and held-out rows: dictionaries with a ``prompt`` and the ``completion`` that is wanted. No
-held-out row can be answered from memory; what is held back is said with each task. The same arguments give the same
+Each returns training rows and held-out rows: dictionaries with a ``prompt`` and the expected ``completion``. No
+held-out row can be answered from memory; each task describes what is held out. The same arguments give the same
 rows.
 """
 
@@ -156,16 +156,19 @@ _TENS = _words("twenty thirty forty fifty sixty")
 
 
 def order_codes(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Orders and the codes that one shop writes for them: ``Oslo needs 31 lamps.`` becomes ``NP35-31-N1``.
+    """Orders and a shop's codes for them: ``Oslo needs 31 lamps.`` becomes ``NP35-31-N1``.
 
-    Sixteen items and eight cities have codes that follow from nothing, so that neither a base model nor a prompt
-    with some examples can know them. Held out are 32 of the 128 pairs of an item and a city: every code is trained
-    on, no held-out pair is.
+    Sixteen items and eight cities have arbitrary codes, which neither a base model nor a prompt
+    with some examples can know. 32 of the 128 pairs of an item and a city are held out: the training rows contain every
+    code, but no held-out pair.
 
     Args:
-        train: training rows.
-        held_out: held-out rows.
-        seed: of the random choices.
+        train: number of training rows.
+        held_out: number of held-out rows.
+        seed: seed of the random choices.
+
+    Returns:
+        The training rows and the held-out rows.
     """
 
     def make(rng: random.Random, new: bool) -> Row:
@@ -181,14 +184,17 @@ def order_codes(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple
 
 
 def dates(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Sentences with a date, and the date by ISO 8601: ``We met on 3 May 1987.`` becomes ``1987-05-03``.
+    """Sentences with a date, and the date in ISO 8601: ``We met on 3 May 1987.`` becomes ``1987-05-03``.
 
-    Held out are every fourth year and five phrasings.
+    Every fourth year and five phrasings are held out.
 
     Args:
-        train: training rows.
-        held_out: held-out rows.
-        seed: of the random choices.
+        train: number of training rows.
+        held_out: number of held-out rows.
+        seed: seed of the random choices.
+
+    Returns:
+        The training rows and the held-out rows.
     """
 
     def make(rng: random.Random, new: bool) -> Row:
@@ -205,12 +211,15 @@ def dates(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[
 def filters(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Questions about people, and filters for a table: ``customers | city = Rome | age > 40``.
 
-    Held out are all names, cities, kinds of people and phrasings of the held-out rows.
+    The held-out rows have other names, cities, kinds of people and phrasings than the training rows.
 
     Args:
-        train: training rows.
-        held_out: held-out rows.
-        seed: of the random choices.
+        train: number of training rows.
+        held_out: number of held-out rows.
+        seed: seed of the random choices.
+
+    Returns:
+        The training rows and the held-out rows.
     """
 
     def make(rng: random.Random, new: bool) -> Row:
@@ -223,15 +232,18 @@ def filters(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[lis
 
 
 def records(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Customers' orders, and what is in them: ``name: Ana | city: Lima | item: chairs | count: 12``.
+    """Customers' orders, and their content as a record: ``name: Ana | city: Lima | item: chairs | count: 12``.
 
-    Four counts in ten are written in words. Three examples in the prompt do most of it: a task to compare with. Held
-    out are all names, cities, items and phrasings of the held-out rows.
+    40 % of the counts are written in words. Three examples in the prompt are enough for most rows, so that this task
+    serves for comparison. The held-out rows have other names, cities, items and phrasings than the training rows.
 
     Args:
-        train: training rows.
-        held_out: held-out rows.
-        seed: of the random choices.
+        train: number of training rows.
+        held_out: number of held-out rows.
+        seed: seed of the random choices.
+
+    Returns:
+        The training rows and the held-out rows.
     """
 
     def make(rng: random.Random, new: bool) -> Row:
@@ -251,11 +263,11 @@ def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3) -> li
 
     Args:
         rows: rows to answer.
-        examples: rows to take the examples from, e.g. the training rows.
-        shots: how many: the first ones, the same for all rows.
+        examples: rows from which to take the examples, e.g. the training rows.
+        shots: number of examples: the first ones, the same for all rows.
 
     Raises:
-        ConfigError: there are fewer examples.
+        ConfigError: there are not enough examples.
     """
     if not 0 <= shots <= len(examples):
         raise ConfigError(f"shots={shots}: there are {len(examples)} examples", field="shots")
@@ -264,7 +276,7 @@ def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3) -> li
 
 
 def _in_words(number: int) -> str:
-    """A number below 70."""
+    """A number below 70 in words."""
     if number < 20:
         return _ONES[number]
     return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
@@ -277,14 +289,14 @@ def _row(prompt: str, completion: str) -> Row:
 def _split(
     make: Callable[[random.Random, bool], Row], train: int, held_out: int, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """Different rows for training, and different held-out rows."""
+    """Training rows and held-out rows, without duplicates."""
     return _distinct(make, train, False, seed), _distinct(make, held_out, True, seed)
 
 
 def _distinct(make: Callable[[random.Random, bool], Row], number: int, new: bool, seed: int) -> list[Row]:
     name, most = ("held_out" if new else "train"), 5000
     if not isinstance(number, int) or not 0 <= number <= most:
-        raise ConfigError(f"{name} is a number of rows from 0 to {most:,}, not {number!r:.40}", field=name)
+        raise ConfigError(f"{name} must be a number of rows from 0 to {most:,}, not {number!r:.40}", field=name)
     rng = random.Random(f"{seed} {new}")
     rows: dict[str, Row] = {}
     while len(rows) < number:

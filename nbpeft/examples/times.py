@@ -1,4 +1,4 @@
-"""Times as a picture."""
+"""A chart of durations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from nbpeft.display.shown import Shown
 
 @dataclass(frozen=True, repr=False)
 class Times(Shown):
-    """How long things take, shown as bars.
+    """Durations, shown as bars.
 
     ::
 
         Times("until the first answer", {"load": 0.06, "compile": 38.5}, {"compile": "once"})
 
     Attributes:
-        title: what took time.
-        seconds: by name.
-        notes: words at the right edge, by name.
-        note: what these words are, above them.
+        title: the title.
+        seconds: name -> duration in seconds.
+        notes: name -> a text at the right edge.
+        note: the heading of these texts.
     """
 
     title: str
@@ -33,14 +33,14 @@ class Times(Shown):
         return f"{self.title}: {', '.join(f'{name} {_words(value)}' for name, value in self.seconds.items())}"
 
     def view(self) -> Card:
-        """The picture."""
+        """The chart."""
         longest = max(self.seconds.values(), default=0) or 1
         bars = tuple((name, value / longest, self.notes.get(name, "")) for name, value in self.seconds.items())
         return card(self.title, BarChart(bars, self.note, tuple(map(_words, self.seconds.values()))))
 
 
 def _words(seconds: float) -> str:
-    """``21 ms``, ``3.4 s``, ``38 s``."""
+    """A duration as text: ``21 ms``, ``3.4 s``, ``38 s``."""
     if seconds < 0.9995:
         return f"{1000 * seconds:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"

@@ -12,7 +12,7 @@ _installed: dict[int, Any] = {}
 
 
 def load(shell: Any) -> None:
-    """Register magics and completion with an IPython shell; a stale instance goes first."""
+    """Register magics and completion with an IPython shell, after removing an earlier instance."""
     from traitlets import TraitError
     from traitlets.config import Config
 
@@ -23,8 +23,8 @@ def load(shell: Any) -> None:
     unload(shell)
     try:
         magics = NbpeftMagics(shell)
-    except TraitError as error:  # a bad value in the configuration must not take the magics away
-        print(f"nbpeft: the configuration is left aside: {error}", file=sys.stderr)
+    except TraitError as error:  # a bad value in the configuration must not disable the magics
+        print(f"nbpeft: the configuration is ignored: {error}", file=sys.stderr)
         _drop_configurables(shell)
         magics = NbpeftMagics(shell, parent=None, config=Config())
     shell.register_magics(magics)

@@ -1,4 +1,4 @@
-"""Cell bodies: keyword assignments of Python, one a line, evaluated in the notebook's namespace."""
+"""Cell bodies: Python assignments, one per line, evaluated in the notebook's namespace."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _KINDS = {
 
 
 UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
-"""What Python raises for text that it cannot read: the last two for brackets nested too deep."""
+"""What ``ast.parse`` raises for text that is not Python; the last two for brackets that are nested too deeply."""
 _WIDTH = 120
-"""Characters of a line that a message shows."""
+"""The greatest number of characters that a message shows of a line."""
 _BITS = 1024
-"""No field takes a longer whole number, and a float cannot represent it."""
+"""The longest whole number of a field, in bits: a float cannot represent a longer one."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Assignment:
 
 
 def parse_body(source: str) -> tuple[Assignment, ...]:
-    """Parse a cell body into its assignments, in order; an empty tuple for comments only.
+    """Parse a cell body into its assignments, in order; a body of comments only gives an empty tuple.
 
     Raises:
-        CellError: the body is not Python, or something other than plain assignments; carries
+        CellError: the body is not Python, or contains something other than plain assignments; has
             the line and the column.
     """
     try:
@@ -65,20 +65,27 @@ def parse_body(source: str) -> tuple[Assignment, ...]:
         raise _syntax_error(error) from None
     assignments: dict[str, Assignment] = {}
     for statement in tree.body:
-        found = _assignment(statement, source)
-        earlier = assignments.get(found.name)
+        assignment = _assignment(statement, source)
+        earlier = assignments.get(assignment.name)
         if earlier is not None:
-            message = f"{found.name} is set twice, in line {earlier.line} and in line {found.line}"
-            raise CellError(message, line=found.line, column=found.column)
-        assignments[found.name] = found
+            message = f"{assignment.name} is set twice, in line {earlier.line} and in line {assignment.line}"
+            raise CellError(message, line=assignment.line, column=assignment.column)
+        assignments[assignment.name] = assignment
     return tuple(assignments.values())
 
 
 def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluate fields. A line may use variables of the notebook and fields above it.
+    """Evaluate fields. An expression may use variables of the notebook and the fields above it.
+
+    Args:
+        assignments: the fields, in order.
+        namespace: variables of the notebook.
+
+    Returns:
+        Field -> value.
 
     Raises:
-        CellError: an expression fails; carries its line.
+        CellError: an expression fails; has its line.
     """
     scope = {"sweep": sweep, **namespace}
     values: dict[str, Any] = {}
@@ -89,7 +96,12 @@ def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) ->
 
 
 def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: int | None = None) -> Any:
-    """Evaluate one expression; every failure is an error of one line.
+    """Evaluate one expression; every failure becomes an error with a one-line message.
+
+    Args:
+        expression: the expression.
+        scope: names it may use.
+        line: its line in a cell body, for the error.
 
     Raises:
         CellError: the expression fails.
@@ -97,7 +109,7 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
     failure = ""
     try:
         return _short(eval(compile(ast.Expression(expression), "<nbpeft>", "eval"), scope))
-    except SyntaxError as error:  # what only a function may hold: await, yield
+    except SyntaxError as error:  # await and yield are allowed only inside a function
         failure = in_one_line(error.msg)
     except NameError as error:
         name = getattr(error, "name", None) or ""
@@ -112,11 +124,18 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
 def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Read the one-line form of a body: ``r=8 target_modules=q_proj,v_proj``.
 
-    A value is a Python literal where it reads as one, a list where it holds commas, and text
-    otherwise; ``{name}`` or ``$name`` as the whole value is the notebook's variable.
+    A value is a Python literal if it can be read as one, else a list if it contains commas, else text.
+    ``{name}`` or ``$name`` as the whole value is a variable of the notebook.
+
+    Args:
+        words: the ``name=value`` words.
+        namespace: variables of the notebook.
+
+    Returns:
+        Field -> value.
 
     Raises:
-        CellError: a word is not ``name=value``, a field comes twice, or a variable is not there.
+        CellError: a word is not ``name=value``, a field occurs twice, or a variable is not defined.
     """
     values: dict[str, Any] = {}
     for word in words:
@@ -131,7 +150,15 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
 
 
 def with_fields(options: Namespace, cell: str | None, namespace: Mapping[str, Any]) -> Namespace:
-    """Options of a line whose ``fields`` are evaluated, those of a cell's body among them.
+    """Evaluate the fields of a line and of the cell's body, and store them in ``options.fields``.
+
+    Args:
+        options: the parsed options of the line.
+        cell: the body; None for a line magic.
+        namespace: variables of the notebook.
+
+    Returns:
+        The same options.
 
     Raises:
         CellError: a field cannot be read or evaluated.
@@ -154,10 +181,14 @@ def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = Non
 
 
 def expression_of(text: str, what: str) -> ast.expr:
-    """Parse an expression in a line.
+    """Parse an expression that is part of a magic's line.
+
+    Args:
+        text: the expression.
+        what: what it is for, e.g. an option; a message begins with it.
 
     Raises:
-        CellError: it cannot be read; the message begins with ``what``.
+        CellError: it is not a valid expression.
     """
     try:
         return ast.parse(text, mode="eval").body
@@ -166,26 +197,26 @@ def expression_of(text: str, what: str) -> ast.expr:
 
 
 def excerpt(source: str, error: CellError) -> str:
-    """Return the line of a body that an error points at, with a caret; empty without a position."""
+    """Return the line of a body that an error refers to, with a caret; empty if the error has no position."""
     lines = source.splitlines()
     if error.line is None or not 1 <= error.line <= len(lines):
         return ""
     line = lines[error.line - 1].rstrip()
     text = masked_assignment(line)
-    if text != line:  # the caret would point into what is not shown
+    if text != line:  # a secret is masked: the caret would point to the wrong column
         return f"    {text[:_WIDTH]}"
     column = min(max(error.column or 0, 0), len(text))
-    if column > _WIDTH // 2:  # a long line is cut around the place
+    if column > _WIDTH // 2:  # a long line is cut around the caret
         text, column = f"…{text[column - _WIDTH // 2 :]}", _WIDTH // 2 + 1
     text = cut(text, _WIDTH)
     return f"    {text}\n    {' ' * column}^"
 
 
 def _short(value: Any) -> Any:
-    """The value, unless it is, or holds, a whole number that no field takes.
+    """The value, unless it is or contains a whole number that is too long for any field.
 
     Raises:
-        ValueError: it does.
+        ValueError: it is or contains such a number.
     """
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
     if any(isinstance(part, int) and part.bit_length() > _BITS for part in parts):
@@ -207,8 +238,10 @@ def _assignment(statement: ast.stmt, source: str) -> Assignment:
     if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
         name = statement.target.id
         if statement.value is None:
-            given = ast.unparse(statement.annotation)
-            raise CellError(f"expected '{name} = {given}', not '{name}: {given}'", line=line, column=column + len(name))
+            annotation = ast.unparse(statement.annotation)
+            raise CellError(
+                f"expected '{name} = {annotation}', not '{name}: {annotation}'", line=line, column=column + len(name)
+            )
         return Assignment(name, statement.value, line, column)
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target = statement.targets[0]
@@ -225,7 +258,7 @@ def _is_call(statement: ast.stmt) -> bool:
 
 
 def _refuse_comma(statement: ast.Assign, source: str) -> None:
-    """A line copied out of a call ends with a comma, which would make its value a tuple."""
+    """Refuse a comma at the end of a line that was copied out of a call: Python would make its value a tuple."""
     value = statement.value
     if not isinstance(value, ast.Tuple) or len(value.elts) != 1:
         return
@@ -237,7 +270,7 @@ def _refuse_comma(statement: ast.Assign, source: str) -> None:
 
 def _syntax_error(error: BaseException) -> CellError:
     if isinstance(error, MemoryError | RecursionError):
-        return CellError("too many brackets in brackets")
+        return CellError("brackets are nested too deeply")
     if not isinstance(error, SyntaxError):
         return CellError(f"this is not Python: {in_one_line(error)}")
     column = None if error.offset is None else max(error.offset - 1, 0)

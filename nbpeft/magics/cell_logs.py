@@ -1,4 +1,4 @@
-"""Collapses equal warnings of bitsandbytes and transformers over a whole cell of the notebook."""
+"""Collapses repeated warnings of bitsandbytes and transformers within each cell of the notebook."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from nbpeft._util.logs import collapsed
 
 
 def install(shell: Any) -> Callable[[], None]:
-    """Open a ``collapsed()`` block when a cell begins and close it when it ends; returns how to stop that.
+    """Open a ``collapsed()`` block when a cell begins and close it when it ends.
 
-    Cells may be nested (``get_ipython().run_cell``); one that began before this was installed is
-    left alone.
+    Cells may be nested (``get_ipython().run_cell``). A cell that began before the installation has no block.
+
+    Args:
+        shell: the IPython shell.
+
+    Returns:
+        A function that uninstalls it.
     """
     blocks: list[ExitStack] = []
 

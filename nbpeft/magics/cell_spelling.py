@@ -1,7 +1,7 @@
-"""Adds the spelling of cells to what the session reports.
+"""Rewrites the messages of the session in the notation of cells.
 
-The session speaks of Python: ``session.use('sql')``, ``(name=…)``. In a cell that is ``%lora use sql``,
-``(name, --name)``.
+The session names Python calls and arguments, ``session.use('sql')`` and ``(name=…)``. In a cell these are
+``%lora use sql`` and ``(name, --name)``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _with_option(argument: re.Match[str]) -> str:
 
 
 def in_cell_spelling(said: Any) -> Any:
-    """Return a message, or a result with its notes, in the spelling of cells."""
+    """Return a message, or a result with its notes, in the notation of cells."""
     if isinstance(said, tuple):
         return tuple(map(in_cell_spelling, said))
     if isinstance(said, str):

@@ -1,4 +1,4 @@
-"""Completion of magics: which words may stand where the cursor is. Pure; knows no IPython."""
+"""Completion of magics: the words that may follow at the cursor. Pure functions, without IPython."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nbpeft.magics.tokenize import Word, tokenize
 
 @dataclass(frozen=True)
 class Suggestions:
-    """What may stand at the cursor.
+    """The completions at the cursor.
 
     Attributes:
-        fragment: what is typed of it already.
+        fragment: the part of the word typed so far.
         words: whole words that begin with the fragment.
-        closed: whether nothing else can stand there.
+        closed: whether nothing else is valid there, so that IPython's own completions are suppressed.
     """
 
     fragment: str
@@ -33,11 +33,11 @@ class Suggestions:
 
 @dataclass(frozen=True)
 class Values:
-    """What a field takes.
+    """The values that a field takes.
 
     Attributes:
         choices: values, as Python objects.
-        listed: texts that may stand in a list; empty where it takes no list.
+        listed: texts that a list may contain; empty if the field takes no list.
     """
 
     choices: tuple[Any, ...] = ()
@@ -46,7 +46,7 @@ class Values:
 
 Source = Callable[[], Iterable[str]]
 FieldSource = Callable[[str], Iterable[str]]
-"""Gets the method that the fields are for; empty for the usual one."""
+"""Returns the fields of a method; the empty string means the default method."""
 
 HELP = "help"
 _STATEMENT = re.compile(r"([^\W\d]\w*)\s*(?::[^=]*)?=(?!=)")
@@ -58,17 +58,17 @@ _METHOD = re.compile(r"""(?:--method[ =]+|\bpeft_type\s*=\s*)["']?(\w+)""")
 
 @dataclass(frozen=True)
 class CompletionSources:
-    """Where words come from; each is asked only when it is needed.
+    """The sources of words; each is called only when it is needed.
 
     Attributes:
         models: variables that hold models.
         adapters: adapters of the models.
         variables: other variables of the notebook.
-        runs: trainings that are kept on disk.
+        runs: training runs stored on disk.
         methods: names of the methods.
         combinations: adapters that are combined -> the ways to combine them.
         fields: kind of fields (``config``, ``training``) -> their names.
-        values: (kind of fields, field, method, model's variable) -> what the field takes.
+        values: (kind of fields, field, method, model's variable) -> the values of the field.
         modules: model's variable -> names of its layers.
     """
 
@@ -84,12 +84,12 @@ class CompletionSources:
 
 
 def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: CompletionSources) -> Suggestions:
-    """Suggestions in ``COMMAND ARGUMENTS…``.
+    """Suggestions for ``COMMAND ARGUMENTS…``.
 
     Args:
         before: the line up to the cursor, without the magic's name and the space after it.
         subcommands: the subcommands of the magic.
-        sources: where names come from.
+        sources: the sources of names.
     """
     words, fragment = split(before)
     if not words or ([word.text for word in words] == [HELP]):
@@ -103,7 +103,14 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
 def complete_arguments(
     command: Subcommand, words: Sequence[Word], fragment: str, sources: CompletionSources
 ) -> Suggestions:
-    """Suggestions among the arguments of a subcommand, ``words`` being the finished ones."""
+    """Suggestions for the arguments of a subcommand.
+
+    Args:
+        command: the subcommand.
+        words: its complete arguments before the cursor.
+        fragment: the part of the next argument typed so far.
+        sources: the sources of names.
+    """
     option = _open_option(command, words, fragment)
     if option is not None:
         return _left(option, _values(option, fragment, words, sources), words)
@@ -119,14 +126,17 @@ def complete_arguments(
 def complete_body(
     source: str, line: int, column: int, names: Source, values: Callable[[str], Values] = lambda name: Values()
 ) -> Suggestions | None:
-    """Fields at the start of a line of a cell body, and values behind their ``=``; None where any Python may stand.
+    """Suggestions in a cell body: fields at the start of a line, and values after their ``=``.
 
     Args:
         source: the body.
-        line: 0-based line of the cursor in it.
-        column: of the cursor.
-        names: the fields.
-        values: what a field takes.
+        line: 0-based line of the cursor in the body.
+        column: 0-based column of the cursor.
+        names: returns the fields.
+        values: returns the values of a field.
+
+    Returns:
+        None where any Python expression is valid.
     """
     lines = source.split("\n")
     typed = lines[line][:column] if line < len(lines) else ""
@@ -140,17 +150,17 @@ def complete_body(
     match = re.fullmatch(r"([^\W\d]\w*)?", typed)
     if match is None or inside:
         return None
-    taken = {match.group(1) for text in lines[:line] + lines[line + 1 :] if (match := re.match(r"(\w+)\s*=", text))}
-    found = choose(typed, [name for name in names() if name not in taken])
-    return Suggestions(typed, tuple(f"{name} = " for name in found.words), closed=bool(found.words))
+    assigned = {match.group(1) for text in lines[:line] + lines[line + 1 :] if (match := re.match(r"(\w+)\s*=", text))}
+    matching = choose(typed, [name for name in names() if name not in assigned])
+    return Suggestions(typed, tuple(f"{name} = " for name in matching.words), closed=bool(matching.words))
 
 
 def _python_values(text: str, after: str, values: Values) -> Suggestions | None:
-    """Values in an expression of Python up to the cursor; None where other things may stand."""
-    found = _VALUE.fullmatch(text)
-    if found is None:
+    """Values in a Python expression up to the cursor; None where anything else is valid too."""
+    match = _VALUE.fullmatch(text)
+    if match is None:
         return None
-    before, quote, typed = found["before"] or "", found["quote"], found["typed"]
+    before, quote, typed = match["before"] or "", match["quote"], match["typed"]
     given = re.findall(r"""['"]([^'"]*)['"]""", before)
     choices = [item for item in (values.listed if before else values.choices) if item not in given]
     sweeps = ["sweep("] if typed and not before and not quote and "sweep(".startswith(typed) else []
@@ -165,7 +175,7 @@ def _python_values(text: str, after: str, values: Values) -> Suggestions | None:
 
 
 def _line_values(fragment: str, values: Values) -> Suggestions:
-    """Values in ``name=value``, or behind the last comma of it."""
+    """Values of a ``name=value`` word: after the ``=``, or after the last comma of a list."""
     name, _, text = fragment.partition("=")
     before, comma, typed = text.rpartition(",") if values.listed else ("", "", text)
     given = before.split(",")
@@ -175,7 +185,7 @@ def _line_values(fragment: str, values: Values) -> Suggestions:
 
 
 def split(before: str) -> tuple[list[Word], str]:
-    """The finished words and what is typed of the next."""
+    """The complete words of a line, and the part of the next one typed so far."""
     try:
         words = tokenize(before)
     except CellError:
@@ -194,8 +204,8 @@ def choose(fragment: str, names: Iterable[str]) -> Suggestions:
 def paths(fragment: str) -> Suggestions:
     """Files and folders that begin with the fragment; folders first, with a slash."""
     home = os.path.expanduser(fragment)
-    found = sorted(glob.glob(glob.escape(home) + "*"), key=lambda path: (not os.path.isdir(path), path))
-    words = [fragment + path[len(home) :] + ("/" if os.path.isdir(path) else "") for path in found]
+    matching = sorted(glob.glob(glob.escape(home) + "*"), key=lambda path: (not os.path.isdir(path), path))
+    words = [fragment + path[len(home) :] + ("/" if os.path.isdir(path) else "") for path in matching]
     return Suggestions(fragment, tuple(f'"{word}"' if " " in word else word for word in words))
 
 
@@ -207,8 +217,8 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
         fitting = [word for word in files if word.rstrip('"').endswith(("/", *DATA_SUFFIXES))]
         return Suggestions(fragment, (*choose(fragment, sources.variables()).words, *fitting))
     if item.completes == "source":
-        found = paths(fragment) if fragment else Suggestions(fragment, ())
-        return Suggestions(fragment, choose(fragment, sources.models()).words + found.words)
+        files_and_folders = paths(fragment) if fragment else Suggestions(fragment, ())
+        return Suggestions(fragment, choose(fragment, sources.models()).words + files_and_folders.words)
     if item.completes == "modules":
         before, comma, _ = fragment.rpartition(",")
         names = [*item.words, *sources.modules(chosen_model(words))]
@@ -228,7 +238,7 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
 
 
 def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
-    """Without the adapters that are named already."""
+    """The suggestions without the adapters that the line already names."""
     if item.completes not in ("adapter", "weight"):
         return values
     given = {word.text.partition("=")[0] for word in words}
@@ -236,7 +246,7 @@ def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggest
 
 
 def _open_option(command: Subcommand, words: Sequence[Word], fragment: str) -> Argument | None:
-    """The option whose value comes next: the last word, or one before it that takes several."""
+    """The option whose value comes next: the last word, or an earlier one that takes several values."""
     for place in range(len(words) - 1, -1, -1):
         option = _option(command, words[place].text)
         if option is not None:
@@ -280,18 +290,18 @@ def _field_words(command: Subcommand, words: Sequence[Word], fragment: str, sour
 
 
 def chosen_model(words: Sequence[Word]) -> str:
-    """The variable that the arguments of a command begin with, or the empty string."""
+    """The variable with which the arguments of a command begin, or the empty string."""
     return next((word.text for word in words[:1] if word.text.isidentifier()), "")
 
 
 def chosen_method(text: str) -> str:
-    """The method that a line or a body names, or the empty string."""
-    found = _METHOD.search(text)
-    return found.group(1) if found else ""
+    """The method named in a line or a body, or the empty string."""
+    match = _METHOD.search(text)
+    return match.group(1) if match else ""
 
 
 def _inside_expression(lines: Sequence[str]) -> bool:
-    """Whether the lines above leave a bracket or a string open."""
+    """Whether a bracket or a string is still open after these lines."""
     text = "\n".join(lines)
     try:
         ast.parse(text)

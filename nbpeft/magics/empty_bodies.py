@@ -1,4 +1,4 @@
-"""Lets a cell magic stand alone: IPython refuses one without a body before it is asked."""
+"""Allows cell magics without a body, which IPython refuses before it calls the magic."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ _HEAD = re.compile(r"%%(\w+)(?![\w?])")
 
 
 def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
-    """Give these cell magics an empty line as their body where they have none; returns the function that stops it.
+    """Give these cell magics an empty line as their body if they have none.
 
     Args:
         shell: the IPython shell.
-        names: of the cell magics.
+        names: names of the cell magics.
+
+    Returns:
+        A function that uninstalls it.
     """
 
     def with_body(lines: list[str]) -> list[str]:
@@ -23,7 +26,7 @@ def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
             return lines
         return [lines[0].rstrip("\n") + "\n", "\n"]
 
-    # Or a terminal would take the first line for a whole cell.
+    # Otherwise IPython in a terminal would run this while the cell is being typed, and take its first line as complete.
     with_body.has_side_effects = True  # type: ignore[attr-defined]
     transformers = shell.input_transformers_cleanup
     transformers.append(with_body)

@@ -1,4 +1,4 @@
-"""What runs the notebook: the part of ``%lora doctor`` that needs IPython, and the choice of display."""
+"""The front end of the notebook: the part of ``%lora doctor`` that needs IPython, and the choice of display."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def has_widgets() -> bool:
 
 
 def front_end_name(shell: Any) -> str:
-    """A name of the front end, as far as the kernel knows it, for display only."""
+    """A name of the front end, as far as the kernel can detect it; for display only."""
     if "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ:
         return "Google Colab"
     if any(name in os.environ for name in ("VSCODE_PID", "VSCODE_CWD", "VSCODE_IPC_HOOK_CLI")):
-        return "VS Code (as the environment says)"
+        return "VS Code (from the environment variables)"
     if hasattr(shell, "kernel"):
         return "a Jupyter kernel (JupyterLab, Notebook or another client)"
     return "a terminal" if shell is not None else "no IPython shell"

@@ -1,4 +1,4 @@
-"""Help texts, examples first, made of what the commands declare."""
+"""Help texts, examples first, generated from the declarations of the commands."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "See and compare": ("panel", "ask", "compare", "inspect", "memory", "data", "runs", "result"),
     "Several adapters": ("combine", "blend", "swap"),
     "While it trains": ("pause", "continue", "stop", "clone"),
-    "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
+    "Plan, resume, export": ("plan", "resume", "export", "traceback", "doctor"),
 }
 _MORE = "More"
 _WIDTH = 88
-"""Letters in a line of plain text: JupyterLab's tooltip shows about 90."""
-_WHICH_MODEL = "Where several models carry adapters, --model says which one is meant."
+"""The width of plain text, in characters: JupyterLab's tooltip shows about 90."""
+_WHICH_MODEL = "If several models have adapters, --model names the one to use."
 _FIELDS = {
-    "config": "a field of the config; in a cell one a line, name = value",
-    "training": "a field of TrainingArguments; in a cell one a line, name = value",
-    "qlora": "a field of the quantization or of the config; in a cell one a line, name = value",
+    "config": "a field of the config; in a cell one per line, name = value",
+    "training": "a field of TrainingArguments; in a cell one per line, name = value",
+    "qlora": "a field of the quantization or of the config; in a cell one per line, name = value",
 }
 
 Rows = tuple[tuple[str, str], ...]
 
 
 class HelpText(Shown):
-    """A help text: sections of rows, each an example or an argument and what it does.
+    """A help text: sections of rows, each with an example or an argument and its description.
 
     Args:
-        title: what it is about.
-        lead: what it does.
+        title: the command.
         sections: title -> rows.
-        ending: lines below.
+        lead: a summary of the command.
+        ending: lines below the sections.
     """
 
     def __init__(self, title: str, sections: Mapping[str, Rows], *, lead: str = "", ending: Iterable[str] = ()) -> None:
@@ -57,7 +57,7 @@ class HelpText(Shown):
         return "\n".join([*parts, *(["", *self._ending] if self._ending else [])])
 
     def view(self) -> Card:
-        """Tables, one a section."""
+        """A card with one table per section."""
         blocks: list[Block] = []
         for name, rows in self._sections.items():
             cells = tuple((Text(left, "code", wrap="as is"), dim(right)) for left, right in rows)
@@ -76,7 +76,12 @@ def _row_text(left: str, right: str, width: int) -> Iterator[str]:
 
 
 def command_help(command: Subcommand, prog: str) -> HelpText:
-    """The help of one subcommand or cell magic."""
+    """The help of one subcommand or cell magic.
+
+    Args:
+        command: the command.
+        prog: how its line begins, e.g. ``%lora use``.
+    """
     example = command.example or " ".join((prog, *(_left(item) for item in command.arguments if item.positional)))
     fields: Rows = (("name=value", _FIELDS.get(command.fields, "")),) if command.fields else ()
     arguments = tuple((_left(item), _help(item)) for item in command.arguments if item.positional)
@@ -86,12 +91,17 @@ def command_help(command: Subcommand, prog: str) -> HelpText:
 
 
 def argument_help(item: Argument) -> str:
-    """One argument and what it is."""
+    """One argument and its description."""
     return f"{_left(item)}\n{_help(item)}"
 
 
 def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcommand]) -> HelpText:
-    """The help of ``%lora``: every command in its group, an example of each first."""
+    """The help of ``%lora``: every command in its group, with an example and a summary.
+
+    Args:
+        cells: the cell magics, by name.
+        subcommands: the subcommands of ``%lora``, by name.
+    """
     grouped = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, _MORE: tuple(name for name in subcommands if name not in grouped)}
     sections = {_CELLS: tuple(_overview(command, f"%%{name}") for name, command in cells.items())}
@@ -99,7 +109,7 @@ def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcomm
     for title, names in groups.items():
         rows = tuple(_overview(subcommands[name], f"%lora {name}") for name in names if name in subcommands)
         sections[title] = (status, *rows) if title == "See and compare" else rows
-    ending = ("%lora help VERB says more of one, e.g. %lora help plan or %lora help lora_train.", _WHICH_MODEL)
+    ending = ("%lora help COMMAND describes one command, e.g. %lora help plan or %lora help lora_train.", _WHICH_MODEL)
     return HelpText("nbpeft · adapters in a notebook", sections, ending=ending)
 
 

@@ -1,4 +1,4 @@
-"""Shift+Tab on a field, a verb or an option: one line of what it means, its type, default and values."""
+"""Shift+Tab on a field, a command or an option shows its meaning, type, default and values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbpeft.session.fields import Field
 _WORD = re.compile(r"[\w-]+")
 _STATEMENT = re.compile(r"\s*([^\W\d]\w*)\s*=")
 _SHOWN = 24
-"""Values that are listed."""
+"""The greatest number of values listed."""
 
 Fields = Callable[[str, str], Mapping[str, Field]]
 """(kind of fields, method) -> the fields by name."""
@@ -24,14 +24,17 @@ Fields = Callable[[str, str], Mapping[str, Field]]
 def describe(
     text: str, cursor: int, subcommands: Mapping[str, Subcommand], cells: Mapping[str, Subcommand], fields: Fields
 ) -> str | None:
-    """What stands at a place of a cell; None where it is nothing of these magics.
+    """Describes the field, command or option at a position in a cell.
 
     Args:
         text: the whole cell.
-        cursor: offset in it.
+        cursor: offset in the cell, in characters.
         subcommands: subcommands of ``%lora``.
         cells: cell magics.
-        fields: says what the fields are.
+        fields: returns the fields of a kind and method.
+
+    Returns:
+        The description, or None if the position does not belong to these magics.
     """
     start = text.rfind("\n", 0, cursor) + 1
     line = text[start:].partition("\n")[0]
@@ -61,7 +64,7 @@ def _in_line(command: Subcommand, prog: str, word: str, line: str, known: Mappin
 
 
 def _in_body(lines: list[str], word: str, known: Mapping[str, Field]) -> str | None:
-    """The field at the cursor, or else the one whose value the cursor is in."""
+    """The field at the cursor, or else the field whose value contains the cursor."""
     if word in known:
         return field_text(known[word])
     statements = (found[1] for line in reversed(lines) if (found := _STATEMENT.match(line)))
@@ -70,7 +73,7 @@ def _in_body(lines: list[str], word: str, known: Mapping[str, Field]) -> str | N
 
 
 def field_text(field: Field) -> str:
-    """A field as a person reads it."""
+    """A field with its type, default, description and values, as text."""
     kind = f": {field.kind}" if field.kind else ""
     default = f" = {field.default}" if field.default else ""
     values = [repr(value) for value in field.choices]
@@ -81,9 +84,16 @@ def field_text(field: Field) -> str:
 
 
 def install(shell: Any, describes: Callable[[str, int], str | None]) -> Callable[[], None]:
-    """Let the kernel answer for what is described; returns the function that removes it.
+    """Let the kernel answer inspection requests (Shift+Tab) for these magics.
 
-    IPython is only asked about a name, without the cell that it stands in; the kernel knows both.
+    IPython's own hook gets only a name, without the cell around it; the kernel's ``do_inspect`` gets both.
+
+    Args:
+        shell: the IPython shell.
+        describes: (text of the cell, cursor) -> the description, or None.
+
+    Returns:
+        A function that uninstalls it.
     """
     kernel = getattr(shell, "kernel", None)
     original = getattr(kernel, "do_inspect", None)

@@ -1,4 +1,4 @@
-"""The magics: parse, call the session, hand the result to IPython."""
+"""The magics: they parse, call the session and return the result to IPython."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from nbpeft.session.fields import module_names
 from nbpeft.session.handles import is_module
 from nbpeft.session.results import Notice
 
-# Typed Any: their own types fit plain functions, not methods.
+# Typed Any: IPython's annotations of these decorators fit plain functions only, not methods.
 _as_typed: Any = magic.no_var_expand
 _line_or_cell: Any = magic.line_cell_magic
 
 SUBCOMMANDS, CELLS = registered()
 _MAIN_HELP = main_help(CELLS, SUBCOMMANDS)
 _LONGEST = 400
-"""Characters of a message."""
+"""The greatest length of a message, in characters."""
 
 
 @magic.magics_class
@@ -50,7 +50,7 @@ class NbpeftMagics(magic.Magics):
     runs_dir: Any = Unicode(
         None,
         allow_none=True,
-        help="Folder in which trainings are kept; '' keeps none. By default nbpeft_runs, or what NBPEFT_RUNS names.",
+        help="Folder for training runs; '' stores none. By default nbpeft_runs, or the folder that NBPEFT_RUNS names.",
     ).tag(config=True)
 
     shell: Any
@@ -63,7 +63,7 @@ class NbpeftMagics(magic.Magics):
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
     def close(self) -> None:
-        """End what runs in the background while it is still shown, and detach the magics from the session."""
+        """End background trainings while their views still exist, and detach the magics from the session."""
         self.session.end_trainings()
         self._unsubscribe()
 
@@ -74,7 +74,7 @@ class NbpeftMagics(magic.Magics):
 
     @property
     def notebook(self) -> NotebookContext:
-        """The notebook as it is now."""
+        """The notebook in its current state."""
         return NotebookContext(self.shell.user_ns, self.session, ui=self.ui, shell=self.shell, trained=self._trained)
 
     @_as_typed
@@ -100,11 +100,19 @@ class NbpeftMagics(magic.Magics):
     lora_train.__doc__ = str(command_help(CELLS["lora_train"], "%%lora_train"))
 
     def describe(self, text: str, cursor: int) -> str | None:
-        """What stands at a place of a cell, for a tooltip; None where it is nothing of these magics."""
+        """Describe the field, command or option at a position in a cell, for a tooltip.
+
+        Args:
+            text: the whole cell.
+            cursor: offset in the cell, in characters.
+
+        Returns:
+            The description, or None if the position does not belong to these magics.
+        """
         return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
 
     def _run(self, name: str, line: str, cell: str | None, *, silent: bool) -> object:
-        """Run a magic; fields stand in its line, in its body, or in both."""
+        """Run a magic; its fields are in the line, in the body, or in both."""
         notebook = self.notebook
         notebook.line, notebook.cell = line, cell
         notebook.silent = silent
@@ -132,17 +140,17 @@ class NbpeftMagics(magic.Magics):
         return request.command.run(options, notebook)
 
     def _answer(self, name: str, line: str, cell: str | None) -> object:
-        """Run a command; a mistake of the user's becomes one line, anything else keeps its traceback.
+        """Run a command; a user's mistake becomes a one-line error, anything else keeps its traceback.
 
-        A semicolon at the end means, as for Python in a notebook, that the result is not shown.
-        IPython's own decorator for that reads the line as Python, after the command was carried out.
+        A semicolon at the end hides the result, as for Python in a notebook. IPython's own decorator for that
+        (``output_can_be_silenced``) does not fit: it parses the line as Python, after the command has run.
 
-        The error of the command is left behind before the new one is raised, because its frames
-        hold the model.
+        The new error is raised outside the ``except`` block, so that the command's error is not its ``__context__``:
+        the frames of that error reference the model and would keep it alive.
 
         Raises:
             UsageError: the mistake, in one line (and the line of the cell it is in).
-            TrainingInterrupted: a run was interrupted; shown as one line, and the cells queued behind do not run.
+            TrainingInterrupted: a run was interrupted; shown as one line, and the queued cells do not run.
         """
         silent = (line if cell is None else cell).rstrip().endswith(";")
         if silent and cell is None:
@@ -161,7 +169,7 @@ class NbpeftMagics(magic.Magics):
         except TrainingInterrupted as error:
             interrupted = TrainingInterrupted(str(error), error.result)
         except Exception as error:
-            if name != "lora_train":  # whatever else fails so is a mistake of ours
+            if name != "lora_train":  # in any other command an unexpected exception is a bug of nbpeft
                 raise
             message = (
                 f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
@@ -172,12 +180,12 @@ class NbpeftMagics(magic.Magics):
         raise UsageError(message)
 
     def _show_notices(self) -> None:
-        """Shows what a person should know besides what the command gives, each in a line."""
+        """Shows pending notices of the session, each on a line of its own."""
         for words in self.session.notices():
             display(Notice(in_cell_spelling(words)))
 
     def _keep_traceback(self, error: BaseException) -> None:
-        """Keeps the traceback as text, and nothing that its frames hold."""
+        """Stores the traceback as text, and clears its frames so that they keep no tensors alive."""
         self.session.note_failure(error)
         traceback.clear_frames(error.__traceback__)
 
@@ -189,7 +197,7 @@ class NbpeftMagics(magic.Magics):
 
 
 def completion_sources(magics: NbpeftMagics) -> CompletionSources:
-    """Where completion finds names; each source is asked only when it is needed."""
+    """The sources of names for completion; each is called only when it is needed."""
 
     def variables() -> list[str]:
         hidden = magics.shell.user_ns_hidden
@@ -228,12 +236,12 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
 
 
 def _message(error: NbpeftError, cell: str | None) -> str:
-    """One line, and for an error in a cell body the line it is in with a caret."""
+    """The message of an error; for an error in a cell body, also the line it occurs in, with a caret."""
     located = error if isinstance(error, CellError) else _locate(error, cell)
     text = in_one_line(error)
-    if not isinstance(error, CellError):  # those are the magics' own
+    if not isinstance(error, CellError):  # the magics' own errors are in cell notation already
         text = in_cell_spelling(text)
-    if len(text) > _LONGEST:  # cut in the middle: what is wrong stands at the beginning, what to do at the end
+    if len(text) > _LONGEST:  # cut in the middle: the beginning says what is wrong, the end what to do
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
     if cell is None or located is None or located.line is None:
         return text
@@ -241,12 +249,12 @@ def _message(error: NbpeftError, cell: str | None) -> str:
 
 
 def _locate(error: NbpeftError, cell: str | None) -> CellError | None:
-    """Where in a body the field is set that an error is about."""
+    """The position in a body of the field that an error is about."""
     name = error.details.get("field", error.details.get("name"))
     if cell is None or not isinstance(name, str):
         return None
     try:
-        found = next((item for item in parse_body(cell) if item.name == name), None)
+        assignment = next((item for item in parse_body(cell) if item.name == name), None)
     except CellError:
         return None
-    return None if found is None else CellError(str(error), line=found.line, column=found.column)
+    return None if assignment is None else CellError(str(error), line=assignment.line, column=assignment.column)

@@ -1,4 +1,4 @@
-"""Hooks completion into IPython: its v2 matchers, or the old hook where there are none."""
+"""Connects completion to IPython: as a v2 matcher, or with the old hook in versions without matchers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Completion:
     Args:
         subcommands: subcommands of ``%lora``.
         cells: cell magic -> the command whose arguments its line takes.
-        sources: where names come from.
+        sources: the sources of names.
     """
 
     def __init__(
@@ -38,16 +38,19 @@ class Completion:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What lines begin with, for the old hook."""
+        """The words with which a line of these magics begins, for the old hook."""
         return ("%lora", *(f"%{name}" for name in self.cells if name != "lora"), *(f"%%{name}" for name in self.cells))
 
     def suggest(self, text: str, line: int, column: int) -> Suggestions | None:
-        """Suggestions at a place in a cell, or None where the cell is not one of these magics.
+        """Suggestions at a position in a cell.
 
         Args:
             text: the whole cell.
             line: 0-based line of the cursor.
-            column: of the cursor.
+            column: 0-based column of the cursor.
+
+        Returns:
+            None if the position does not belong to these magics.
         """
         lines = text.split("\n")
         head = lines[0].lstrip() if lines else ""
@@ -85,7 +88,15 @@ class Completion:
 
 
 def install(shell: Any, completion: Completion) -> Callable[[], None]:
-    """Register the completion with a shell; returns the function that removes it."""
+    """Register the completion with a shell.
+
+    Args:
+        shell: the IPython shell.
+        completion: the completion.
+
+    Returns:
+        A function that removes it.
+    """
     matchers = getattr(shell.Completer, "custom_matchers", None)
     matcher = _matcher(completion) if matchers is not None else None
     if matchers is None or matcher is None:
@@ -106,14 +117,14 @@ def _matcher(completion: Completion) -> Any:
 
     @context_matcher(identifier=IDENTIFIER)
     def nbpeft_matcher(context: Any) -> Any:
-        found = completion.suggest(context.full_text, context.cursor_line, context.cursor_position)
-        if found is None or not (found.words or found.closed):
-            return {"completions": [], "suppress": False}  # a new one: IPython writes into it
+        suggestions = completion.suggest(context.full_text, context.cursor_line, context.cursor_position)
+        if suggestions is None or not (suggestions.words or suggestions.closed):
+            return {"completions": [], "suppress": False}  # a new dict each time: IPython modifies it
         return {
-            "completions": [SimpleCompletion(text=word, type="magic") for word in found.words],
-            "suppress": found.closed,
+            "completions": [SimpleCompletion(text=word, type="magic") for word in suggestions.words],
+            "suppress": suggestions.closed,
             "ordered": True,
-            "matched_fragment": found.fragment,
+            "matched_fragment": suggestions.fragment,
         }
 
     return nbpeft_matcher
@@ -122,8 +133,8 @@ def _matcher(completion: Completion) -> Any:
 def _install_hook(shell: Any, completion: Completion) -> Callable[[], None]:
     def complete(_shell: Any, event: Any) -> list[str]:
         text = event.text_until_cursor
-        found = completion.suggest(text, 0, len(text))
-        return [] if found is None else list(found.words)
+        suggestions = completion.suggest(text, 0, len(text))
+        return [] if suggestions is None else list(suggestions.words)
 
     for key in completion.keys:
         shell.set_hook("complete_command", complete, str_key=key)

@@ -1,4 +1,4 @@
-"""What a subcommand works with: the notebook's variables, the session, and the way to show panels."""
+"""The context of a subcommand: the notebook's variables, the session, and how to show panels."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 @dataclass(frozen=True)
 class TrainingCell:
-    """The text of a training cell, kept without the objects of the notebook.
+    """The text of a training cell, stored without the objects of the notebook.
 
     Attributes:
-        data: expression of the rows, or where they are.
-        eval_data: the same of the rows to evaluate on, or how many to hold out.
-        tokenizer: expression, where one was given.
-        arguments: fields whose values can be written down.
-        left_out: the other fields.
+        data: expression, file or dataset of the training rows.
+        eval_data: the same for the evaluation rows, or how many training rows to hold out.
+        tokenizer: expression of the tokenizer, if one was given.
+        arguments: fields whose values can be written into a script.
+        left_out: the names of the other fields.
     """
 
     data: str
@@ -51,13 +51,13 @@ class NotebookContext:
 
     Attributes:
         namespace: variables of the notebook.
-        session: where commands go.
+        session: runs the commands.
         ui: how panels are shown: ``auto``, ``widgets``, ``html`` or ``text``.
         shell: the IPython shell, or None outside one.
         trained: model variable -> the last cell that trained it.
         line: text of the magic's line.
-        cell: text of its cell; None for a line alone.
-        silent: whether the result is not shown, because the line ends with a semicolon.
+        cell: text of the cell's body; None for a line magic.
+        silent: whether the result is hidden, because the line ends with a semicolon.
     """
 
     namespace: MutableMapping[str, Any]
@@ -70,11 +70,14 @@ class NotebookContext:
     silent: bool = False
 
     def source(self, fields: Mapping[str, Any], rows: Mapping[str, str | None]) -> dict[str, str]:
-        """The text of the magic, to be shown another day, without fields that hold a token or password.
+        """The text of the magic, to show or run it later, without fields that contain a token or password.
 
         Args:
-            fields: of the magic, evaluated.
-            rows: what the line says of the rows: option -> text. What ``by_name`` takes is kept, too.
+            fields: the fields of the magic, evaluated.
+            rows: options of the line about the rows -> their text. Texts that ``by_name`` accepts are included.
+
+        Returns:
+            ``line``, ``cell`` and those options -> text.
         """
         secret = {name.partition(".")[0] for name in without_secrets(fields)[1]}
         shown = [item for item in parse_body(self.cell or "") if item.name not in secret]
@@ -86,7 +89,7 @@ class NotebookContext:
         }
 
     def model_names(self) -> list[str]:
-        """Variables that hold a torch module, adapted models first. Imports nothing."""
+        """Names of variables whose value is a torch module, adapted models first. Imports nothing."""
         known = [name for name in self.session.choices if name in self.namespace]
         return known + [
             name
@@ -98,7 +101,7 @@ class NotebookContext:
         """Return the model in a variable, bare or adapted.
 
         Raises:
-            CellError: the variable is not there, or holds no model; names those that do.
+            CellError: the variable is not defined, or is not a model; names variables that are.
         """
         text = reference(name) or name
         if text not in self.namespace and text in self.session.names:  # no variable holds it any more
@@ -111,7 +114,10 @@ class NotebookContext:
         return value
 
     def only_model(self, what: str) -> str:
-        """Return the only variable that holds a model.
+        """Return the only variable whose value is a model.
+
+        Args:
+            what: the command that needs a model, for the message.
 
         Raises:
             CellError: there is no model, or more than one.
@@ -124,49 +130,69 @@ class NotebookContext:
         raise CellError(f"{what}: say which model: {', '.join(names)}")
 
     def adapted_model(self, name: str | None, command: str) -> str:
-        """Return the session's name of the adapted model in a variable; for None of the only one there is.
+        """Return the session's name of the adapted model in a variable.
 
         Args:
-            name: a variable or a name that the session knows.
-            command: what is typed before the model, e.g. ``%lora plan``.
+            name: a variable, or a name of a model in the session; None for the only model.
+            command: the part of the line before the model, e.g. ``%lora plan``.
 
         Raises:
-            CellError: none is named and it is not clear which one is meant, or no model is called that.
-            AdapterError: the model carries no adapters.
+            CellError: no name is given and there are several models, or no model has that name.
+            AdapterError: the model has no adapters.
         """
         model, names = self.chosen(name), self.session.choices
         if model is None and len(names) > 1:
             raise which_model(names, command)
-        found = model if is_module(model) else self.session.model(model, command=command)
-        return self.session.watch(found, name=name)
+        chosen = model if is_module(model) else self.session.model(model, command=command)
+        return self.session.watch(chosen, name=name)
 
     def chosen(self, name: str | None) -> Any:
-        """Return the model of a command as the session takes it: a module, a session name, or None for the only one.
+        """Return the model of a command as the session takes it.
 
-        What a variable holds now has precedence over a model that the session calls so.
+        The current value of a variable has precedence over a model of that name in the session.
+
+        Args:
+            name: a variable, or a name of a model in the session; None for the only model.
+
+        Returns:
+            A module, a name in the session, or None for the only model.
 
         Raises:
-            CellError: no model is called that.
+            CellError: no model has that name.
         """
         return name if name is None or name in self.session.past_names else self.module(name)
 
     def bind(self, variable: str | None, result: ModelResult) -> None:
-        """Let a variable that holds a model hold that of a result, which keeps it alive no longer."""
+        """Assign the model of a result to a variable whose value is a model, and release it from the result.
+
+        Args:
+            variable: the variable; nothing is assigned if it is None or its value is not a model.
+            result: a result; afterwards it no longer references the model.
+        """
         if variable is not None and is_module(self.namespace.get(variable)):
             self.namespace[variable] = result.model
         result.release()
 
     def replace(self, old: object, new: object) -> None:
-        """Let every variable that holds one object hold another."""
+        """Assign an object to every variable whose value is another object.
+
+        Args:
+            old: the current value.
+            new: the new value.
+        """
         names = [name for name, value in self.namespace.items() if value is old and not name.startswith("_")]
         for name in names:
             self.namespace[name] = new
 
     def value(self, text: str, option: str) -> Any:
-        """Return the value of a variable or expression given to an option, e.g. ``train_ds`` or ``ds["train"]``.
+        """Return the value of a variable or expression given to an option.
+
+        Args:
+            text: the variable or expression, e.g. ``train_ds`` or ``ds["train"]``.
+            option: the option, for the message.
 
         Raises:
-            CellError: it is not there or cannot be evaluated.
+            CellError: it is not defined or cannot be evaluated.
         """
         name = reference(text) or text
         if name.isidentifier():
@@ -174,9 +200,12 @@ class NotebookContext:
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
 
     def by_name(self, text: object) -> Any:
-        """Return what a text names that may be a stranger's, such as one out of a file; None where it names nothing.
+        """Return what a text from an untrusted source names, e.g. one stored in a run folder.
 
-        Nothing is evaluated: it is a variable, a file with rows that is there, or a number.
+        The text is never evaluated: it may name a variable, an existing file with rows, or a number.
+
+        Returns:
+            The variable's value, the file's path or the number; None for anything else.
         """
         if not isinstance(text, str):
             return None
@@ -185,47 +214,58 @@ class NotebookContext:
             return None if name.startswith("_") else self.namespace.get(name)
         if _NUMBER.fullmatch(text):
             return float(text) if "." in text else int(text)
-        found = _FILE.fullmatch(text)
-        return text if found and os.path.isfile(f"{found[1]}.{found[2]}") else None
+        file = _FILE.fullmatch(text)
+        return text if file and os.path.isfile(f"{file[1]}.{file[2]}") else None
 
     def data(self, text: str, option: str) -> Any:
-        """Return what an option for rows names: a variable or expression, a file, or a dataset on the hub.
+        """Return what an option for rows names: a variable or expression, a file, or a dataset on the Hub.
+
+        Args:
+            text: the text of the option.
+            option: the option, for the message.
+
+        Returns:
+            The value of a variable or expression; the text itself for a file or a dataset.
 
         Raises:
-            CellError: it is a variable that is not there, or an expression that cannot be evaluated.
+            CellError: it is a variable that is not defined, or an expression that cannot be evaluated.
         """
-        names = self.namespace
-        if (found := _FILE.fullmatch(text)) and not hasattr(names.get(found[1]), found[2]):
+        namespace = self.namespace
+        if (match := _FILE.fullmatch(text)) and not hasattr(namespace.get(match[1]), match[2]):
             return text
-        if (found := _HUB_NAME.fullmatch(text)) and not (found[1] in names and found[2] in names):
+        if (match := _HUB_NAME.fullmatch(text)) and not (match[1] in namespace and match[2] in namespace):
             return text
-        if text.startswith(("./", "../", "/", "~")) or (text not in names and os.path.exists(text)):
+        if text.startswith(("./", "../", "/", "~")) or (text not in namespace and os.path.exists(text)):
             return text
         return self.value(text, option)
 
     def tokenizer(self, name: str | None = None) -> Any:
-        """Return the tokenizer in a variable; None where there is none. Imports nothing.
+        """Return the tokenizer in a variable; None if there is none. Imports nothing.
 
         Args:
-            name: a variable or an expression; by default a variable of a usual name, or else the only tokenizer
-                there is.
+            name: a variable or an expression; by default a variable named ``tokenizer``, ``tok`` or ``processor``, or
+                else the only tokenizer in the notebook.
 
         Raises:
-            CellError: the variable is not there, or does not hold a tokenizer.
+            CellError: the variable is not defined, or is not a tokenizer.
         """
         if name is not None:
-            found = self.value(name, "--tokenizer")
-            if not _is_tokenizer(found):
-                there = [key for key, value in self.namespace.items() if key[:1] != "_" and _is_tokenizer(value)]
-                instead = f" Tokenizers here: {', '.join(there)}." if there else ""
+            tokenizer = self.value(name, "--tokenizer")
+            if not _is_tokenizer(tokenizer):
+                tokenizers = [key for key, value in self.namespace.items() if key[:1] != "_" and _is_tokenizer(value)]
+                instead = f" Tokenizers here: {', '.join(tokenizers)}." if tokenizers else ""
                 what = (
-                    "an adapted model" if is_handle(found) else "a model" if is_module(found) else with_article(found)
+                    "an adapted model"
+                    if is_handle(tokenizer)
+                    else "a model"
+                    if is_module(tokenizer)
+                    else with_article(tokenizer)
                 )
                 raise CellError(f"--tokenizer: {name!r:.60} does not hold a tokenizer, but {what}.{instead}")
-            return found
+            return tokenizer
         for usual in _TOKENIZER_NAMES:
-            if _is_tokenizer(found := self.namespace.get(usual)):
-                return found
+            if _is_tokenizer(tokenizer := self.namespace.get(usual)):
+                return tokenizer
         module = sys.modules.get("transformers.tokenization_utils_base")
         kind = getattr(module, "PreTrainedTokenizerBase", ())
         items = list(self.namespace.items())
@@ -233,7 +273,7 @@ class NotebookContext:
         return next(iter(others.values())) if len(others) == 1 else None
 
     def forget(self, thing: object) -> None:
-        """Remove an object, and stored tracebacks, from what the notebook keeps of outputs."""
+        """Remove an object and stored tracebacks from IPython's output history, so that they can be freed."""
         for name, value in list(self.namespace.items()):
             if value is thing and name.startswith("_"):
                 self.namespace[name] = None
@@ -249,14 +289,19 @@ class NotebookContext:
 
     def _models_instead(self, name: str) -> str:
         models = self.model_names()
-        close = near(name, models)
-        if close:
-            return f" Did you mean {' or '.join(map(repr, close))}?"
+        similar = near(name, models)
+        if similar:
+            return f" Did you mean {' or '.join(map(repr, similar))}?"
         return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:
-    """The error for a command that was not given a model, where there are several."""
+    """The error of a command without a model, if there are several.
+
+    Args:
+        names: the models.
+        command: the part of the line before the model.
+    """
     return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
 
 
@@ -265,7 +310,7 @@ def _is_tokenizer(value: object) -> bool:
 
 
 def forget_tracebacks(shell: Any) -> None:
-    """Drop the last traceback, whose frames may hold tensors."""
+    """Drop the last traceback, whose frames may reference tensors."""
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         if hasattr(sys, name):
             setattr(sys, name, None)

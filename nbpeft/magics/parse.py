@@ -1,7 +1,7 @@
-"""Text -> request. Pure: knows neither IPython nor a model.
+"""Parses the line of a magic into a request. Pure functions, without IPython or a model.
 
-A magic has subcommands (``%lora use``); a subcommand has arguments. ``parse_line`` finds it and reads
-its arguments; every mistake is a ``CellError`` of one line with the nearest valid word.
+A magic has subcommands (``%lora use``); a subcommand has arguments. ``parse_line`` finds the subcommand and parses its
+arguments; every mistake is a ``CellError`` with a one-line message that names the nearest valid word.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from nbpeft.session.handles import is_module
 
 _REQUIRED = "the following arguments are required: "
 _CLOSE = 0.8
-"""How like a name of an option's own a word must be to be meant as one, and not as a field."""
+"""The similarity, as of ``difflib``, from which a ``name=value`` word after an option counts as part of the option and
+not as a field."""
 _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
-"""``{runs[0]}`` and the like, which IPython's own magics evaluate."""
+"""Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
 _DIGITS = 18
-"""Of the longest whole number that an option takes."""
+"""The greatest number of digits of a whole number in an option."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Argument:
     Attributes:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
-        completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
+        completes: the kind of its value, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
             ``method``, ``model``, ``modules`` (of a model), ``variable``, ``data``, ``path``, ``name`` (a new one),
             or empty.
-        words: further values to complete; those like ``name=`` are what an option's own ``name=value`` words
-            begin with, which are no fields.
+        words: further values to complete. A word such as ``prompt=`` declares that ``prompt=value`` after the option
+            belongs to the option and is not a field.
     """
 
     flags: tuple[str, ...]
@@ -46,7 +47,7 @@ class Argument:
 
     @property
     def positional(self) -> bool:
-        """Whether it is given by its place."""
+        """Whether it is a positional argument."""
         return not self.flags[0].startswith("-")
 
     @property
@@ -56,12 +57,19 @@ class Argument:
 
     @property
     def many(self) -> bool:
-        """Whether it takes several words."""
+        """Whether it takes several values."""
         return self.options.get("nargs") in ("+", "*")
 
 
 def argument(*flags: str, completes: str = "", words: tuple[str, ...] = (), **options: Any) -> Argument:
-    """An ``Argument``, written as for ``add_argument``."""
+    """Create an ``Argument``, with the keywords of argparse's ``add_argument``.
+
+    Args:
+        *flags: as for ``add_argument``.
+        completes: see ``Argument``.
+        words: see ``Argument``.
+        **options: keywords of ``add_argument``.
+    """
     return Argument(flags, options, completes, words)
 
 
@@ -72,9 +80,9 @@ class Subcommand:
     Attributes:
         name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
-        run: gets the parsed options and the notebook, returns a result to show.
-        arguments: what it takes.
-        fields: which fields ``name=value`` words may set: ``config``, ``training`` or none.
+        run: called with the parsed options and the notebook; returns a result to show.
+        arguments: its arguments.
+        fields: the kind of fields that ``name=value`` words set: ``config``, ``training``, ``qlora`` or none.
         example: shown in the help.
     """
 
@@ -92,8 +100,8 @@ class Request:
 
     Attributes:
         command: the subcommand.
-        options: its arguments; ``options.fields`` holds the ``name=value`` words.
-        help: whether only its help is wanted.
+        options: its arguments; ``options.fields`` are the ``name=value`` words.
+        help: whether only its help is requested.
     """
 
     command: Subcommand
@@ -126,7 +134,7 @@ class LineParser(argparse.ArgumentParser):
             self.add_argument(*item.flags, **item.options)
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's message into an error of one line.
+        """Turn argparse's message into a one-line error.
 
         Raises:
             CellError: always.
@@ -142,14 +150,14 @@ class LineParser(argparse.ArgumentParser):
         """Parse words.
 
         Raises:
-            CellError: a word is not known, missing or impossible.
+            CellError: an argument is unknown, missing or invalid.
         """
         options, unknown = self.parse_known_args(list(words))
         if not unknown:
             return options
         first = unknown[0]
         if first.startswith("-"):
-            # Without their dashes, which all have in common.
+            # Without the dashes, which would make all options look similar.
             known = [flag[2:] for item in self.command.arguments for flag in item.flags if flag.startswith("--")]
             word = first.split("=")[0].lstrip("-")
             close = " or ".join(f"'--{name}'" for name in near(word, known))
@@ -161,7 +169,7 @@ class LineParser(argparse.ArgumentParser):
 
 
 def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
-    """Reads the arguments of one command.
+    """Parses the arguments of one command.
 
     Args:
         command: the subcommand.
@@ -170,12 +178,12 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
 
     Raises:
-        CellError: the words cannot be read.
+        CellError: an argument is unknown, missing or invalid.
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
-    own = _own_pairs(command, words)
-    fields = [word for word in words if command.fields and _is_field(word) and word not in own]
+    own_pairs = _own_pairs(command, words)
+    fields = [word for word in words if command.fields and _is_field(word) and word not in own_pairs]
     rest = [expand(word, namespace) for word in words if word not in fields]
     options = LineParser(command, prog).read(rest)
     options.fields = fields
@@ -183,8 +191,8 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
 
 
 def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
-    """The ``name=value`` words that belong to an option, as in ``--columns prompt=question``."""
-    own: list[Word] = []
+    """The ``name=value`` words that belong to an option and are not fields, as in ``--columns prompt=question``."""
+    pairs: list[Word] = []
     names: list[str] = []
     first = False
     for word in words:
@@ -193,23 +201,29 @@ def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
             names = [name[:-1] for name in option.words if name.endswith("=")] if option is not None else []
             first = bool(names)
         elif names and _is_field(word) and (first or near(word.text.partition("=")[0], names, cutoff=_CLOSE)):
-            own.append(word)
+            pairs.append(word)
             first = False
         else:
             names = []
-    return own
+    return pairs
 
 
 def parse_line(
     line: str, subcommands: Mapping[str, Subcommand], namespace: Mapping[str, Any], *, magic: str = "%lora"
 ) -> Request | None:
-    """Find the subcommand of a line and read its arguments.
+    """Find the subcommand of a line and parse its arguments.
+
+    Args:
+        line: the line after the magic's name.
+        subcommands: the subcommands, by name.
+        namespace: variables of the notebook, for ``{name}`` and ``$name``.
+        magic: the magic, for messages.
 
     Returns:
         None for an empty line.
 
     Raises:
-        CellError: there is no such subcommand, or its arguments cannot be read.
+        CellError: there is no such subcommand, or its arguments are invalid.
     """
     words = tokenize(line)
     if not words:
@@ -225,26 +239,30 @@ def parse_line(
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:
-    """Return the word, with the variable's value where the word names one.
+    """Return a word with its variable, ``{name}`` or ``$name``, replaced by the value.
 
-    It may be the whole word, its first folder, or what stands behind an equals sign: ``--rank={r}``,
-    ``orders={weight}``.
+    The variable may be the whole word, the first folder of a path, or the value after an equals sign:
+    ``--rank={r}``, ``orders={weight}``.
+
+    Args:
+        word: the word.
+        namespace: variables of the notebook.
 
     Raises:
-        CellError: the variable is not there, or is not text, a number or a path.
+        CellError: the variable is not defined, or is not text, a number or a path.
     """
     head, text = "", word.text
     before, equals, after = word.text.partition("=")
     if equals and not word.quoted and (before.startswith("--") or reference(after) is not None):
         head, text = before + equals, after
     whole = reference(text)
-    found = None if word.quoted else folder(text) if whole is None else (whole, "")
-    if found is None:
+    match = None if word.quoted else folder(text) if whole is None else (whole, "")
+    if match is None:
         if not word.quoted and _EXPRESSION.fullmatch(text):
             message = f"{text:.60} is an expression, and only a variable is replaced, as in {{name}}: assign it first"
             raise CellError(message, column=word.start)
         return word.text
-    name, rest = found
+    name, rest = match
     if name not in namespace:
         near = did_you_mean(name, own_names(namespace))
         raise CellError(f"name {name!r:.60} is not defined.{near}", column=word.start)
@@ -255,21 +273,21 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
 
 
 class Verbatim(str):
-    """Text from a variable, in which a backslash means itself."""
+    """Text from a variable, in which a backslash is an ordinary character."""
 
 
 def prompt_text(text: str) -> str:
-    r"""A prompt as typed: ``\n``, ``\t`` and ``\\`` are a line break, a tab and a backslash."""
+    r"""A prompt with its escapes replaced: ``\n``, ``\t`` and ``\\`` are a line break, a tab and a backslash."""
     if isinstance(text, Verbatim):
         return str(text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
 def pair(text: str) -> tuple[str, str]:
-    """``name=value``, as an argument's type.
+    """Parse ``name=value``; for the ``type`` of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is not one.
+        argparse.ArgumentTypeError: the text is not of this form.
     """
     name, equals, value = text.partition("=")
     if not (name and equals and value):
@@ -278,10 +296,10 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, as an argument's type.
+    """Parse a whole number of at least 1; for the ``type`` of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is not one.
+        argparse.ArgumentTypeError: the text is not such a number.
     """
     if not text.isdecimal() or len(text) > _DIGITS or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r:.60}")

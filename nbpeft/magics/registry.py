@@ -1,4 +1,4 @@
-"""Registers subcommands of ``%lora`` and cell magics: every file in ``subcommands/`` registers its own."""
+"""The registry of ``%lora`` subcommands and cell magics: every file in ``subcommands/`` registers its own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ON_MODEL = argument(
     "-m",
     metavar="MODEL",
     completes="model",
-    help="which model; may be left out where one alone carries adapters",
+    help="the model; not needed if only one has adapters",
 )
-"""The option of subcommands that need an adapted model: required where there are several."""
-MODEL = argument("target", metavar="MODEL", completes="model", help="variable that holds the model")
+"""The option of subcommands that need an adapted model: required if there are several."""
+MODEL = argument("target", metavar="MODEL", completes="model", help="variable with the model")
 ADAPTER_NAME = argument(
     *("--name", "-n"),
     metavar="NAME",
@@ -34,12 +34,12 @@ ADAPTER_NAME = argument(
     completes="adapter",
     help=f"name of the adapter (default: {DEFAULT_ADAPTER})",
 )
-ALLOW_MISSING = argument("--allow-missing", action="store_true", help="go on where a target matches nothing")
+ALLOW_MISSING = argument("--allow-missing", action="store_true", help="continue if a target matches no layer")
 METHOD = argument(
     "--method",
     metavar="METHOD",
     completes="method",
-    help="lora, ia3, …; decides the fields (default: that of the adapter there is, else lora)",
+    help="lora, ia3, …; determines the fields (default: that of the existing adapter, else lora)",
 )
 ADAPTER = argument("name", metavar="NAME", completes="adapter", help="the adapter")
 NEW_NAME = argument("new", metavar="NEW", help="the new name")
@@ -49,7 +49,7 @@ TOKENIZER = argument(
     "-t",
     metavar="TOKENIZER",
     completes="variable",
-    help="variable that holds the tokenizer; the notebook's only one if left out",
+    help="variable with the tokenizer (default: the notebook's only one)",
 )
 DATA = argument(
     "--data",
@@ -57,9 +57,11 @@ DATA = argument(
     required=True,
     metavar="DATA",
     completes="data",
-    help="rows to learn: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, or user/name:split",
+    help="training rows: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, or user/name:split",
 )
-MAX_LENGTH = argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to")
+MAX_LENGTH = argument(
+    "--max-length", type=positive, metavar="N", help="greatest length of a row, in tokens; the rest is cut off"
+)
 _COLUMNS = ("prompt", "completion", "text", "messages", "conversations", "instruction", "input", "output", "system")
 COLUMNS = argument(
     "--columns",
@@ -67,8 +69,8 @@ COLUMNS = argument(
     type=pair,
     metavar="NAME=COLUMN",
     words=tuple(f"{name}=" for name in (*_COLUMNS, "tools", "input_ids", "labels")),
-    help="what the columns are called, e.g. prompt=question completion=answer; instruction=question output=answer "
-    "puts the chat template around them",
+    help="names of the columns, e.g. prompt=question completion=answer; with instruction=question output=answer the "
+    "chat template is applied",
 )
 
 
@@ -80,10 +82,14 @@ def subcommand(
     Args:
         name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
-        *arguments: what it takes.
-        fields: which fields ``name=value`` words and cell bodies set: ``config``, ``training``, ``qlora`` or none.
+        *arguments: its arguments.
+        fields: the kind of fields that ``name=value`` words and cell bodies set: ``config``, ``training``, ``qlora`` or
+            none.
         example: shown in the help.
         cell: whether it is a cell magic.
+
+    Returns:
+        A decorator that returns the function unchanged.
     """
 
     def decorate(run: Run) -> Run:
@@ -94,10 +100,14 @@ def subcommand(
 
 
 def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
-    """Refuses fields that the options of a line give, so that nothing is said twice.
+    """Refuse fields that are set by an option of the line, so that nothing is given twice.
+
+    Args:
+        options: the parsed line with its fields.
+        names: the names that are not allowed as fields.
 
     Raises:
-        CellError: one of them is a field.
+        CellError: one of them is set as a field.
     """
     for name in names:
         if name in options.fields:
@@ -108,7 +118,7 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a config, with the ``peft_type`` that ``--method`` names.
 
     Raises:
-        CellError: a field names another one.
+        CellError: the field ``peft_type`` names another method.
     """
     fields = dict(options.fields)
     if options.method is not None and fields.setdefault("peft_type", options.method) != options.method:
@@ -117,20 +127,20 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def session_command(name: str, summary: str, *arguments: Argument, method: str = "", example: str = "") -> None:
-    """Register a subcommand that only hands its positional arguments and the model to a method of the session.
+    """Register a subcommand that only passes its positional arguments and the model to a method of the session.
 
     Args:
         name: the word after ``%lora``.
         summary: one line for the help.
-        *arguments: what it takes.
-        method: the method; the one of that name if left out.
+        *arguments: its arguments.
+        method: the name of the method; by default that of the subcommand.
         example: shown in the help.
     """
     places = [item.flags[0] for item in arguments if item.positional]
 
     def run(options: argparse.Namespace, notebook: NotebookContext) -> Any:
-        given = [getattr(options, place) for place in places]
-        return getattr(notebook.session, method or name)(*given, model=notebook.chosen(options.model))
+        values = [getattr(options, place) for place in places]
+        return getattr(notebook.session, method or name)(*values, model=notebook.chosen(options.model))
 
     subcommand(name, summary, *arguments, example=example)(run)
 
@@ -141,7 +151,7 @@ def cell_command(name: str) -> Subcommand:
 
 
 def registered() -> tuple[dict[str, Subcommand], dict[str, Subcommand]]:
-    """All subcommands and all cell magics by name, in the order of their files."""
+    """All subcommands and all cell magics, by name, in the order of their files."""
     package = importlib.import_module("nbpeft.magics.subcommands")
     for item in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{item.name}")

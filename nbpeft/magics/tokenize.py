@@ -1,10 +1,9 @@
 """Splits a magic's line into words.
 
 Spaces separate words, except inside quotes and brackets. Quotes around a word (or around the value of
-``--option=``) are taken off; quotes inside a word stay, so ``ds["train"]`` and ``targets=["q", "v"]``
-need nothing special. A backslash is an ordinary character. ``{name}`` or ``$name`` is a variable
-of the notebook only where it is the whole word, or the whole value after ``=``, or where a path
-begins with it.
+``--option=``) are removed; quotes inside a word stay, so ``ds["train"]`` and ``targets=["q", "v"]``
+need no escaping. A backslash is an ordinary character. ``{name}`` or ``$name`` is a variable
+of the notebook only if it is the whole word, the whole value after ``=``, or the first part of a path.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from nbpeft.errors import CellError
 _REFERENCE = re.compile(r"\{([^\W\d]\w*)\}|\$([^\W\d]\w*)")
 _OPTION_VALUE = re.compile(r"--[\w-]+=")
 _SHELL = ("In", "Out", "exit", "get_ipython", "open", "quit")
-"""What IPython itself puts among a notebook's variables."""
+"""The names that IPython itself adds to a notebook's variables."""
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -27,10 +26,10 @@ class Word:
     """One word of a line.
 
     Attributes:
-        text: without the quotes around it.
-        start: column where it begins, quotes included.
-        end: column after it.
-        quoted: whether quotes were taken off, which also keeps ``$name`` as it is.
+        text: the word without the quotes around it.
+        start: 0-based column of its first character, quotes included.
+        end: column after its last character.
+        quoted: whether quotes were removed; then ``$name`` is not replaced.
     """
 
     text: str
@@ -40,18 +39,18 @@ class Word:
 
     @property
     def reference(self) -> str | None:
-        """The variable that the word stands for, or None."""
+        """The variable that the word names, or None."""
         return None if self.quoted else reference(self.text)
 
 
 def reference(text: str) -> str | None:
-    """``name`` for ``{name}`` and ``$name``, None for anything else."""
+    """``name`` for ``{name}`` and ``$name``; None for any other text."""
     match = _REFERENCE.fullmatch(text)
     return (match.group(1) or match.group(2)) if match else None
 
 
 def folder(text: str) -> tuple[str, str] | None:
-    """``("name", "/rest")`` for a path that begins with a variable, None for anything else."""
+    """``("name", "/rest")`` for a path that begins with a variable; None for any other text."""
     match = _REFERENCE.match(text)
     if match is None or text[match.end() : match.end() + 1] not in ("/", "\\"):
         return None
@@ -59,7 +58,7 @@ def folder(text: str) -> tuple[str, str] | None:
 
 
 def own_names(namespace: Iterable[str]) -> list[str]:
-    """Names that the user gave, as proposals for one that is not there."""
+    """The user's own variable names, as suggestions for a name that is not defined."""
     return [name for name in namespace if not name.startswith("_") and name not in _SHELL]
 
 
@@ -105,7 +104,7 @@ def _word(line: str, start: int, *, brackets: bool) -> Word | None:
 
 
 def _apostrophe(line: str, at: int, start: int) -> bool:
-    """Whether a quote stands inside a word as in ``Ana's``, opening nothing."""
+    """Whether a quote is an apostrophe inside a word, as in ``Ana's``, and opens no quoted text."""
     return at > start and line[at - 1].isalnum() and line.find(line[at], at + 1) < 0
 
 

@@ -100,7 +100,7 @@ def main(folder: Path) -> int:
         result = _train(request, control, channel if rank == 0 else None)
         manager = manager_of(model)
         assert manager is not None
-        options = {"names": trained_names(model), "embeddings": False, "stays": False, "write": rank == 0}
+        options = {"names": trained_names(model), "embeddings": False, "mark_saved": False, "write": rank == 0}
         save_in_training(manager, folder / RESULT, **options)
         write_method_state(model, folder / RESULT, write=rank == 0)
         if rank == 0:

@@ -1,9 +1,9 @@
-"""Panels and live views of a notebook: session states in, session commands out.
+"""Panels and live views of a notebook: they draw session states and send session commands.
 
     show_run(run, session, model_name)     a training run, live, with Stop and Pause
     AdaptersPanel(session, model_name)     the adapters of a model, to switch, save and delete
-    ComparePanel(session, model_name)      a prompt, and what base model and adapters answer, side by side
-    BlendPanel(session, model_name)        a slider an adapter, and what the blend answers
+    ComparePanel(session, model_name)      a prompt, and the answers of base model and adapters, side by side
+    BlendPanel(session, model_name)        a slider for each adapter, and the answer of the blend
     LiveAnswers()                          answers while a cell runs
     PlanPanel(planner)                     sliders, and what a run with them would need
     close_all()                            closes what is shown, e.g. when the extension is unloaded
@@ -34,6 +34,6 @@ __all__ = [
 
 
 def close_all() -> None:
-    """Closes every panel and live view of this process; runs go on."""
+    """Closes every panel and live view of this process; training runs continue."""
     close_views()
     close_panels()

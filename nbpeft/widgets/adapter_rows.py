@@ -1,6 +1,6 @@
-"""The table of adapters: a row each, with buttons to save and delete it, and a filter where there are many.
+"""The table of adapters: one row for each, with buttons to save and delete it, and a filter if there are many.
 
-Only the rows that are seen are widgets: two hundred adapters would be two thousand of them.
+Only visible rows are made of widgets: two hundred adapters would need two thousand.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nbpeft.widgets.controls import Command, button, html, labelled, mark, one_e
 from nbpeft.widgets.lifetime import close_tree, shared, weakly
 
 MOST = 12
-"""Rows that are seen at first; with more adapters there is a filter."""
+"""Rows that are visible at first; with more adapters there is a filter."""
 _COLUMNS = ("", "nbpeft-extra", "nbpeft-number", "")
 """CSS classes of the columns; the style sheet lays them out."""
 
 
 def row_head() -> str:
-    """The titles of the table."""
+    """The column titles of the table."""
     return grid_row((dim(title), kind) for title, kind in zip(ADAPTER_HEAD, _COLUMNS, strict=True))
 
 
@@ -38,7 +38,7 @@ def adapter_row(adapter: AdapterState) -> str:
 
 
 class Row:
-    """One adapter with its buttons, and below it what they ask back."""
+    """One adapter with its buttons, and below it the form in which a click is confirmed."""
 
     def __init__(self, name: str, command: Command) -> None:
         self._name = name
@@ -46,7 +46,9 @@ class Row:
         self._adapter: AdapterState | None = None
         self._cells = html(flex="1 1 260px", min_width="0")
         self._save = button("Save", f"Save {name} to a folder", weakly(self._toggle, "save"))
-        self._delete = button("Delete", f"Delete {name}; asks before", weakly(self._toggle, "delete"), "bare", "apart")
+        self._delete = button(
+            "Delete", f"Delete {name}, after a confirmation", weakly(self._toggle, "delete"), "bare", "apart"
+        )
         self._asked = ""
         self._form: Any = None
         self._folder: Any = None
@@ -64,7 +66,7 @@ class Row:
         mark(self.box, "nbpeft-on", adapter.active)
 
     def _toggle(self, what: str) -> None:
-        """Asks back, or takes the question away: a double click does nothing."""
+        """Opens the form that confirms a click, or closes it: a double click does nothing."""
         asked = self._asked
         self._close_form()
         if asked == what:
@@ -108,18 +110,18 @@ class Row:
 
 
 def _form(*parts: Any) -> Any:
-    """What a row asks back, in a line of its own."""
+    """The form that confirms a click, on a line of its own below the row."""
     form = ipywidgets.HBox(list(parts), layout=ipywidgets.Layout(flex="1 0 100%", align_items="center"))
     form.add_class("nbpeft-form")
     return form
 
 
 class Rows:
-    """The head of the table, a ``Row`` for each adapter that is seen, and a filter where there are many.
+    """The head of the table, a ``Row`` for each visible adapter, and a filter if there are many.
 
     Args:
-        command: Called with ``save`` or ``delete`` and what they need, and with ``filter`` when other rows are
-            to be seen.
+        command: Called with ``save`` or ``delete`` and their arguments, and with ``filter`` when other rows become
+            visible.
     """
 
     def __init__(self, command: Command) -> None:
@@ -138,20 +140,20 @@ class Rows:
         self.box = ipywidgets.VBox([self._head], layout=ipywidgets.Layout(width="100%"))
 
     def draw(self, model: ModelState) -> tuple[str, ...]:
-        """Shows a model's adapters, and returns the names of those that are seen.
+        """Shows a model's adapters, and returns the names of those that are visible.
 
-        Rows of adapters that stayed are kept.
+        Rows of adapters that are still there are reused.
         """
-        found = [adapter for adapter in model.adapters if _matches(adapter, self._filter.value)]
-        seen = found[: self._limit]
-        names = tuple(adapter.name for adapter in seen)
+        matching = [adapter for adapter in model.adapters if _matches(adapter, self._filter.value)]
+        visible = matching[: self._limit]
+        names = tuple(adapter.name for adapter in visible)
         self._rows = one_each(self.box, self._rows, names, lambda name: Row(name, self._command))
-        for adapter in seen:
+        for adapter in visible:
             self._rows[adapter.name].draw(adapter)
-        rest = len(found) - len(seen)
-        words = f"{len(seen):,} of {plural(len(found), 'adapter')}" if found else "no adapter matches"
-        self._rest.value = span(dim(words))
-        self._more.layout.display = None if rest else "none"
+        hidden = len(matching) - len(visible)
+        counts = f"{len(visible):,} of {plural(len(matching), 'adapter')}" if matching else "no adapter matches"
+        self._rest.value = span(dim(counts))
+        self._more.layout.display = None if hidden else "none"
         self.filter_box.layout.display = None if len(model.adapters) > MOST else "none"
         self.box.layout.display = None if names else "none"
         return names
@@ -166,6 +168,6 @@ class Rows:
 
 
 def _matches(adapter: AdapterState, words: str) -> bool:
-    """Whether each word is part of what a row says."""
-    said = " ".join((adapter.name, adapter.method, *adapter.summary.values(), condition(adapter))).lower()
-    return all(word in said for word in words.lower().split())
+    """Whether each word occurs in the text of a row."""
+    text = " ".join((adapter.name, adapter.method, *adapter.summary.values(), condition(adapter))).lower()
+    return all(word in text for word in words.lower().split())

@@ -1,8 +1,8 @@
-"""The adapters of one model: what is there, what it costs, and buttons to switch, save and delete.
+"""The adapters of one model, their size and memory, and buttons to switch, save and delete.
 
     session ── SessionState ──> AdaptersPanel ── draws only what changed ──> widgets
        ^                                                                        |
-       └──────────── use, off, save, delete ── a click ───────── ─────────────────┘
+       └──────────── use, off, save, delete ── a click ─────────────────────────┘
 
 The panel never changes what it shows by itself: it asks the session and waits for the next state.
 """
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 class AdaptersPanel(SessionPanel):
-    """One row an adapter, what they cost together, and a switch.
+    """One row for each adapter, their total size and memory, and buttons that choose the active one.
 
     Args:
-        session: Takes the commands, publishes the states.
+        session: Runs the commands and publishes the states.
         model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest that works here.
+        ui: How to show it; by default the richest form that works here.
         tokenizer: For the compare and the blend panel that open below: a tokenizer, or a function that
-            gives one; by default the one that the session was given last.
+            returns one; by default the one that the session used last.
     """
 
     kind: ClassVar[str] = "adapters"
@@ -75,15 +75,15 @@ class AdaptersPanel(SessionPanel):
         return model_text(self._model(), self._name)
 
     def _card(self, hint: str) -> Block:
-        beside = self._parts.side_panel.panel if self._parts is not None else None
+        side_panel = self._parts.side_panel.panel if self._parts is not None else None
         model = self._model()
         if model is not None and self._memory is not None:
             model = dataclasses.replace(model, memory=self._memory)
         shown = model_card(model, self._name, hint=hint, brief=True)
-        return Stack((shown, beside.card())) if beside is not None and not beside.closed else shown
+        return Stack((shown, side_panel.card())) if side_panel is not None and not side_panel.closed else shown
 
     def _draw(self, state: SessionState) -> None:
-        """Shows a state. Those of a run come five times a second: what they leave as it was is not drawn again."""
+        """Shows a state. During training states arrive five times a second: only what changed is drawn again."""
         model = state.model(self._name)
         shown = None if model is None else dataclasses.replace(model, training=None, memory=None)
         if (shown, state.busy) != self._drawn:
@@ -127,7 +127,7 @@ class AdaptersPanel(SessionPanel):
         return ""
 
     def _save(self, name: str, folder: str, *, replace: bool) -> str:
-        """Saves an adapter; where the folder holds another one, a button replaces that."""
+        """Saves an adapter; if the folder already has another one, a button offers to replace it."""
         try:
             return str(self._session.save(folder, name=name, model=self._name, replace=replace))
         except AdapterExistsError as error:
@@ -135,7 +135,7 @@ class AdaptersPanel(SessionPanel):
             raise NbpeftError(error.message.removesuffix(" (replace=…)")) from None
 
     def _offer(self, *command: str | None) -> None:
-        """Shows the button of a command beside the message; none for None."""
+        """Shows the button of a command next to the message; no button for None."""
         with self._lock:
             if self._parts is not None:
                 self._parts.offer(*command)
@@ -184,7 +184,7 @@ class _Parts:
         self.root = parts.panel_root(self._head, *above, foot, self._memory, self.message.box, self.side_panel.slot)
 
     def offer(self, what: str | None, *arguments: str) -> None:
-        """Shows one of the buttons beside the message: ``undo``, or ``replace`` with an adapter and a folder."""
+        """Shows one of the buttons next to the message: ``undo``, or ``replace`` with an adapter and a folder."""
         if what == "replace":
             self._replacing = arguments
         for name, button in self._offers.items():
@@ -194,7 +194,7 @@ class _Parts:
         self._command("replace", *self._replacing)
 
     def draw(self, model: ModelState | None, name: str | None, busy: str) -> None:
-        """Shows a state; widgets whose value stays send nothing."""
+        """Shows a state; widgets whose value does not change send no message to the front end."""
         title = model_title(model) if model is not None else name or "model"
         aside = Text(f"{busy} …", "accent") if busy else dim(model_summary(model) if model is not None else "")
         self._head.value = head(title, aside, below=8)
@@ -215,20 +215,20 @@ class _Parts:
             part.layout.display = visible
 
     def draw_memory(self, memory: MemoryState | None) -> None:
-        """Shows what is used, by part."""
+        """Shows the memory in use, by part."""
         self._memory.value = to_html(memory_bar(memory)) if memory is not None else ""
 
 
-def _to_switch_to(model: ModelState, seen: Collection[str]) -> list[str]:
-    """The adapters that are seen, and those that are active."""
-    return [item.name for item in model.adapters if item.name in seen or item.active]
+def _to_switch_to(model: ModelState, visible: Collection[str]) -> list[str]:
+    """The adapters whose rows are visible, and those that are active."""
+    return [item.name for item in model.adapters if item.name in visible or item.active]
 
 
 def _line(result: Any) -> str:
-    """What a result reports without its notes, which speak of commands: here there are buttons."""
+    """The first line of a result, without its notes: these name commands, and a panel has buttons."""
     return str(getattr(result, "line", result))
 
 
 def _notes(result: Any) -> str:
-    """What a result reports besides that it was done."""
+    """The notes of a result, without its first line."""
     return " ".join(getattr(result, "notes", ()))

@@ -1,4 +1,4 @@
-"""What the panels share that let adapters answer: a prompt, and a worker thread that asks."""
+"""The base of the panels in which adapters answer: a prompt, and a worker thread that generates."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 NOTHING_YET = "No answers yet."
 
 TokenizerSource = Callable[[], Any]
-"""Called when a prompt is read; gives the tokenizer, or None."""
+"""Called when a prompt is read; returns the tokenizer, or None."""
 
 
 class AnswerPanel(SessionPanel):
-    """A panel whose answers come from a worker thread, so that the kernel stays free meanwhile.
+    """A panel whose answers are generated in a worker thread, so that the kernel stays free.
 
     Attributes:
         heading: Its title, up to the name of the model.
 
     Args:
-        session: Takes the commands, publishes the states.
+        session: Runs the commands and publishes the states.
         model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest that works here.
-        tokenizer: A tokenizer, or a function that gives one when a prompt is read; by default the
-            one that the session was given last.
-        prompt: To begin with.
-        max_new_tokens: Longest answer to begin with.
-        chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
+        ui: How to show it; by default the richest form that works here.
+        tokenizer: A tokenizer, or a function that returns one when a prompt is read; by default the
+            one that the session used last.
+        prompt: The initial prompt.
+        max_new_tokens: The initial limit of an answer, in tokens.
+        chat: The initial choice whether to apply the tokenizer's chat template; see ``session.compare``.
     """
 
     heading: ClassVar[str]
@@ -65,30 +65,41 @@ class AnswerPanel(SessionPanel):
 
     @property
     def prompt(self) -> str:
-        """What stands in the prompt box, or was asked last."""
+        """The text in the prompt box, or else the last prompt that was sent."""
         with self._lock:
             written = str(self._parts.question.prompt) if self._parts is not None else ""
             return written or self._prompt
 
     @property
     def result(self) -> CompareResult | None:
-        """The last answers."""
+        """The latest answers; None before the first."""
         return self._result
 
     def close(self, leaving: str = "") -> None:
-        """Stops answering, frees the widgets and stops following the session. May be called twice."""
+        """Stops answering, closes the widgets and unsubscribes from the session. May be called twice.
+
+        Args:
+            leaving: A line that stays where the panel was shown.
+        """
         self._worker.stop()
         super().close(leaving)
 
     def wait(self, timeout: float = 30.0) -> bool:
-        """Waits until no answer is on its way; says whether that came about."""
+        """Waits until no answer is being generated.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            False if the timeout passed first.
+        """
         return self._worker.wait(timeout)
 
     def _asked(self) -> tuple[str, ModelState]:
-        """The prompt in the box and the model that is to answer it.
+        """The prompt in the box and the model that answers it.
 
         Raises:
-            NbpeftError: one of them is missing.
+            NbpeftError: there is no prompt, or no model.
         """
         prompt, model = str(self._parts.question.prompt), self._model()
         if not prompt:
@@ -104,7 +115,7 @@ class AnswerPanel(SessionPanel):
         return f"{self.kind} {self._name}: {self._answered_by(self._result)}; {self._result.aside}."
 
     def _answered_by(self, result: CompareResult) -> str:
-        """The columns of a result in words."""
+        """The columns of a result as text."""
         return ", ".join(column.title for column in result.columns)
 
     def _card(self, hint: str) -> Block:
@@ -112,21 +123,21 @@ class AnswerPanel(SessionPanel):
         if result is not None:
             return card(self._title, result.blocks(), line(dim(hint)), aside=result.aside)
         names = ", ".join(item.name for item in model.adapters) if model is not None else ""
-        words = missing_model(self._name) if model is None else f"{NOTHING_YET} Adapters: {names or 'none'}."
-        return card(self._title, line(dim(words)), line(dim(hint)))
+        empty = missing_model(self._name) if model is None else f"{NOTHING_YET} Adapters: {names or 'none'}."
+        return card(self._title, line(dim(empty)), line(dim(hint)))
 
     @property
     def _title(self) -> str:
-        """What the panel does, and which model it is about."""
+        """The heading and the name of the model."""
         return " ".join(part for part in (self.heading, self._name) if part)
 
     def _submit(self, ask: Callable[..., CompareResult], tokens: int, delay: float = 0.0) -> None:
-        """Has the worker ask for answers.
+        """Starts answers in the worker thread.
 
         Args:
-            ask: A command of the session, which gets what all of them take.
-            tokens: Longest answer.
-            delay: Seconds to wait for a newer question first.
+            ask: A command of the session; called with the options that all of them share.
+            tokens: The limit of an answer, in tokens.
+            delay: Seconds to wait first, in case a newer prompt replaces this one.
         """
         self._parts.question.running(True)
         self._parts.frame.head("answering …", running=True)
@@ -135,7 +146,7 @@ class AnswerPanel(SessionPanel):
         self._worker.submit(lambda stopped: self._guarded(lambda: self._answer(ask, options, stopped)), delay)
 
     def _answer(self, ask: Callable[..., CompareResult], options: dict[str, Any], stopped: Stopped) -> str:
-        """The worker's part; returns what is to be known about the answers."""
+        """Runs in the worker thread; returns the notes about the answers."""
         try:
             result = ask(on_text=self._answered, should_stop=stopped, **options)
             if not self._worker.waiting:
@@ -153,7 +164,7 @@ class AnswerPanel(SessionPanel):
             self._changed()
 
     def _ended(self) -> None:
-        """Shows that no answer is on its way any more; why one failed is shown below."""
+        """Shows that no answer is being generated any more; the reason of a failure is shown below."""
         with self._lock:
             if self._parts is not None and not self._worker.waiting:
                 result = self._result
@@ -161,6 +172,6 @@ class AnswerPanel(SessionPanel):
                 self._parts.frame.head("" if result is None or result.status == "running" else result.aside)
 
     def _halt(self) -> None:
-        """Ends the answer that is on its way, which keeps what there is of it."""
+        """Stops the current answer; what was generated so far stays."""
         if self._worker.stop():
             self._ended()

@@ -36,7 +36,7 @@ TYPES = (
 )
 LOW, HIGH, STEP = -1.0, 1.5, 0.05
 MARKS = (-1.0, 0.0, 0.5, 1.0, 1.5)
-"""Weights that stand below the sliders."""
+"""The weights that label the scale below the sliders."""
 
 
 class Slider:
@@ -44,7 +44,7 @@ class Slider:
 
     Args:
         name: The adapter.
-        value: To begin with.
+        value: Its initial weight.
         command: Called with ``moved``.
     """
 
@@ -65,14 +65,14 @@ class Slider:
 
     @property
     def weight(self) -> float:
-        """Where it stands."""
+        """The weight the slider is set to."""
         return round(float(self._slider.value), 4)
 
 
 def scale() -> Any:
     """The scale below the sliders."""
-    places = {f"{mark:g}": 100 * (mark - LOW) / (HIGH - LOW) for mark in MARKS}
-    marks = "".join(f'<span style="left:{place:.0f}%">{mark}</span>' for mark, place in places.items())
+    positions = {f"{mark:g}": 100 * (mark - LOW) / (HIGH - LOW) for mark in MARKS}
+    marks = "".join(f'<span style="left:{place:.0f}%">{mark}</span>' for mark, place in positions.items())
     label = html(span(dim("weight")))
     label.add_class("nbpeft-label")
     marked = html(f'<div class="nbpeft-scale">{marks}</div>', flex="1 1 auto")
@@ -83,11 +83,11 @@ class BlendControls:
     """The widgets of the panel.
 
     Args:
-        title: Of the panel.
+        title: The title of the panel.
         command: Called with ``moved``, ``run``, ``stop`` or ``save``.
-        prompt: To begin with.
-        tokens: Longest answer to begin with.
-        chat: How the prompt is sent, to begin with.
+        prompt: The initial prompt.
+        tokens: The initial limit of an answer, in tokens.
+        chat: The initial choice whether to apply the chat template; see ``session.compare``.
     """
 
     def __init__(self, title: str, command: Command, prompt: str, tokens: int, chat: bool | None) -> None:
@@ -114,55 +114,62 @@ class BlendControls:
 
     def _make_save(self, command: Command) -> Any:
         self._name = labelled("new adapter", ipywidgets.Text(value="blend", placeholder="name"), 140)
-        self._rank = labelled("rank", ipywidgets.Text(value="", placeholder="all"), 52, "Empty: as large as it takes")
+        self._rank = labelled(
+            "rank", ipywidgets.Text(value="", placeholder="all"), 52, "Empty: the rank of the exact sum"
+        )
         save = button("Save as adapter", "Make an adapter of this blend", weakly(command, "save"))
         return settings_row(self._name, self._rank, save, margin="10px 0 0 0")
 
-    # What the widgets say
+    # The values of the widgets
 
     @property
     def weights(self) -> dict[str, float]:
-        """Adapter -> weight, those at 0 left out."""
+        """Adapter -> weight, without those at 0."""
         return {name: slider.weight for name, slider in self._sliders.items() if slider.weight}
 
     @property
     def type(self) -> str:
-        """How to combine."""
+        """The combination type."""
         return str(self._type.value)
 
     @property
     def density(self) -> float:
-        """Share of the entries that TIES and DARE keep."""
+        """The share of entries that TIES and DARE keep, in (0, 1]."""
         return float(self._density.value)
 
     @property
     def tokens(self) -> int:
-        """Longest answer."""
+        """The limit of an answer, in tokens."""
         return int(self._tokens.value)
 
     @property
     def name(self) -> str:
-        """Of the new adapter."""
+        """The name of the new adapter."""
         return str(self._name.value).strip()
 
     @property
     def rank(self) -> int | None:
-        """Of the new adapter; None: as large as it takes.
+        """The rank of the new adapter; None for the rank of the exact sum.
 
         Raises:
-            NbpeftError: it is no number.
+            NbpeftError: the field is not a whole number above 0.
         """
         text = str(self._rank.value).strip()
         if text in ("", "all"):
             return None
         if not text.isdecimal() or int(text) == 0:
-            raise NbpeftError(f"The rank is {text!r}, expected a whole number, or nothing to lose nothing.")
+            raise NbpeftError(f"The rank is {text!r}, expected a whole number, or an empty field for the exact sum.")
         return int(text)
 
-    # What they show
+    # What the widgets show
 
     def draw(self, model: ModelState | None, missing: str) -> None:
-        """A slider for each adapter; those that stayed keep their place."""
+        """Shows a slider for each adapter; the sliders of adapters that are still there keep their weights.
+
+        Args:
+            model: The model, or None if it is gone.
+            missing: The message shown if there is no model.
+        """
         names = [item.name for item in model.adapters] if model is not None else []
         active = model.active if model is not None and not self._sliders else ()
         self._sliders = one_each(

@@ -1,9 +1,9 @@
-"""Blend: a slider for each adapter and the answer of their weighted sum, which follows the sliders.
+"""Blend: a slider for each adapter, and the answer of their weighted sum, updated as the sliders move.
 
-    slider ──> a moment's wait ──> worker thread ──> session.compare(blends=…) ──> one HTML widget
+    slider ──> debounce ──> worker thread ──> session.compare(blends=…) ──> one HTML widget
 
-The exact sum is heard without a new adapter: every adapter runs with its own factor, for this answer
-alone. What has to be computed first (TIES, DARE) is answered by the button, and saved by the other.
+The exact sum needs no new adapter: for this answer each adapter's output is multiplied by its weight. Combinations that
+have to be computed first (TIES, DARE) are answered by the button "Answer" only; "Save as adapter" stores the blend.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 EXACT = "exact"
 DEBOUNCE = 0.35
-"""Seconds that the sliders rest before an answer begins."""
+"""Seconds without a movement after which an answer begins."""
 
 AT_ZERO = "Every slider is at 0: move one."
 SEED = 0
-"""Of what DARE drops: the adapter that is saved is the one that was heard."""
+"""Seed of the entries that DARE drops, so that the saved adapter is the one that answered."""
 
 
 class BlendPanel(AnswerPanel):
-    """A slider an adapter, what the blend answers beside the base model, and a way to keep it; see ``AnswerPanel``."""
+    """A slider for each adapter, the blend's answer next to the base model's, and a button that saves the blend.
+
+    See ``AnswerPanel`` for the arguments.
+    """
 
     kind: ClassVar[str] = "blend"
     heading: ClassVar[str] = "Blend adapters of"
@@ -73,7 +76,7 @@ class BlendPanel(AnswerPanel):
         return ""
 
     def _moved(self, parts: BlendControls) -> str:
-        """A slider or a setting moved: the exact sum is answered anew, others wait for the button."""
+        """A slider or a setting changed: answers again for the exact sum; other types wait for the button."""
         if not parts.question.prompt:
             return ""
         if not parts.weights:
@@ -120,8 +123,8 @@ class BlendPanel(AnswerPanel):
         options: dict[str, Any] = {"rank": parts.rank} if parts.type == EXACT else {"density": parts.density}
         self._halt()
         self._worker.wait(5.0)
-        made = self._session.combine(weights, as_name=name, type=parts.type, seed=SEED, model=self._name, **options)
-        return str(made)
+        combined = self._session.combine(weights, as_name=name, type=parts.type, seed=SEED, model=self._name, **options)
+        return str(combined)
 
 
 def _require(weights: dict[str, float]) -> None:

@@ -1,19 +1,17 @@
-"""Clicks that arrive while a cell runs.
+"""Button clicks that arrive while a cell runs.
 
-A click travels as a ``comm_msg`` on the kernel's shell channel, where it waits behind the running
-cell: always with ipykernel 5 and 6 and with 7.4, and with 7.0-7.3 unless the front end sends
-comms over subshells. So, while somebody listens, the raw messages are looked at on their way
-and handed on unchanged:
+A click travels as a ``comm_msg`` on the kernel's shell channel, where it is queued behind the running
+cell: always with ipykernel 5, 6 and 7.4, and with 7.0-7.3 unless the front end sends comms over
+subshells. So, while there are listeners, the raw messages are inspected on arrival and passed on unchanged:
 
     ipykernel >= 7   in the thread that receives shell messages; it is alive while a cell runs
-    ipykernel 5, 6   in ``Delivery.poll()``, which the running loop calls: it takes waiting messages off
-                     the socket and puts them into the kernel's own queue, in order. While a step keeps
-                     the main thread, ``Delivery.peek()`` of another thread does the first half of it
+    ipykernel 5, 6   in ``Delivery.poll()``, which the training loop calls: it takes waiting messages off
+                     the socket and puts them into the kernel's own queue, in order. While the main thread
+                     is inside a step, another thread calls ``Delivery.peek()``, which does the first half
     anything else    not at all: ``deliver_clicks`` returns None, and interrupting the kernel still works
 
-Every message is delivered a second time, by the kernel itself, when the cell is done: whoever
-listens here must not handle both. All of this is private API of ipykernel, so it is looked for
-before it is used.
+The kernel itself delivers every message a second time when the cell has ended: a listener must
+not handle a click twice. All of this is private API of ipykernel, so its presence is checked before use.
 """
 
 from __future__ import annotations
@@ -36,8 +34,8 @@ class Delivery:
     """Clicks of some widgets reach their listeners until ``close``.
 
     Args:
-        tap: Where the messages are looked at.
-        listeners: What to call for a click, by comm id; called in any thread.
+        tap: Inspects the messages.
+        listeners: Comm id of a button -> function to call for a click, in any thread.
     """
 
     def __init__(self, tap: _Tap, listeners: Mapping[str, Listener]) -> None:
@@ -46,28 +44,28 @@ class Delivery:
         tap.listeners.update(listeners)
 
     def add(self, listeners: Mapping[str, Listener]) -> None:
-        """Clicks of further widgets reach theirs, too."""
+        """Adds listeners for the clicks of further widgets."""
         if self._tap is not None:
             self._comm_ids += tuple(listeners)
             self._tap.listeners.update(listeners)
 
     def poll(self) -> None:
-        """Looks at messages that wait; the running loop calls it often. Cheap."""
+        """Inspects waiting messages; the training loop calls it often. Cheap."""
         if self._tap is not None:
             self._tap.poll()
 
     @property
     def needs_peeking(self) -> bool:
-        """Whether clicks are seen during a step only where a thread calls ``peek`` often."""
+        """Whether another thread has to call ``peek`` often for clicks to be noticed during a step."""
         return self._tap is not None and self._tap.needs_peeking
 
     def peek(self) -> None:
-        """Looks at messages that wait while the main thread is inside a step. Cheap; for another thread."""
+        """Inspects waiting messages while the main thread is inside a step. Cheap; for another thread."""
         if self._tap is not None:
             self._tap.peek()
 
     def close(self) -> None:
-        """Ends the delivery. May be called twice."""
+        """Removes the listeners. May be called twice."""
         tap, self._tap = self._tap, None
         if tap is None:
             return
@@ -81,11 +79,11 @@ def deliver_clicks(listeners: Mapping[str, Listener]) -> Delivery | None:
     """Calls listeners for clicks while a cell runs.
 
     Args:
-        listeners: What to call for a click, by the comm id of its button. It must only note that
-            there was a click: it may run in the kernel's message thread.
+        listeners: Comm id of a button -> function to call for a click. The function must only record
+            the click: it may run in the kernel's message thread.
 
     Returns:
-        The delivery, or None where this kernel is not known.
+        The delivery, or None if this kind of kernel is not supported.
     """
     kernel = running_kernel()
     if kernel is None:
@@ -110,7 +108,7 @@ def running_kernel() -> Any:
 
 
 class _Tap:
-    """Looks at the shell messages of one kernel."""
+    """Inspects the shell messages of one kernel."""
 
     needs_peeking = False
 
@@ -119,23 +117,23 @@ class _Tap:
         self.listeners: dict[str, Listener] = {}
 
     def cell_runs(self) -> None:
-        """Called in the cell that makes a delivery."""
+        """Called in the cell that creates a delivery."""
 
     def peek(self) -> None:
-        """Looks at messages that wait, in a thread of its own."""
+        """Inspects waiting messages; called in another thread than the main one."""
 
     def poll(self) -> None:
-        """Looks at messages that wait, where no thread does."""
+        """Inspects waiting messages if no thread of the kernel does."""
 
     def remove(self) -> None:
-        """Leaves the kernel as it was."""
+        """Restores the kernel's own message handling."""
 
     def look(self, frames: list[Any]) -> None:
-        """Calls the listener if these frames are a click. Never fails, changes nothing."""
+        """Calls the listener if these frames are a click. Never raises, and does not change the frames."""
         try:
             session = self.kernel.session
             _, parts = session.feed_identities(frames, copy=False)
-            # Without content the message counts as peeked at: its signature is not used up.
+            # With content, deserialize records the signature, and the kernel would reject the message as a replay.
             message = session.deserialize(parts, content=False, copy=False)
             if message["header"]["msg_type"] != "comm_msg":
                 return
@@ -148,9 +146,9 @@ class _Tap:
 
 
 class _ThreadTap(_Tap):
-    """ipykernel >= 7: looks in the thread of the shell channel.
+    """ipykernel >= 7: inspects messages in the thread of the shell channel.
 
-    Up to 7.3 that thread may overlook a message until another event wakes it (ipykernel#1529): peeking wakes it.
+    Up to 7.3 that thread may miss a message until another event wakes it (ipykernel#1529): peeking wakes it.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -172,7 +170,7 @@ class _ThreadTap(_Tap):
         self._receive_with(self._forward)
 
     def _receive_with(self, receive: Callable[..., Any]) -> None:
-        """Sets who receives shell messages, in the thread that does.
+        """Sets the receiver of shell messages, in the thread that receives them.
 
         Raises:
             TimeoutError: the thread does not answer.
@@ -191,8 +189,9 @@ class _ThreadTap(_Tap):
 class _QueueTap(_Tap):
     """ipykernel 5 and 6: moves waiting messages from the socket into the kernel's queue.
 
-    The socket is the main thread's, and free while that runs a cell. So another thread may take messages off it
-    between ``cell_runs`` and the end of the cell; it only keeps them, and the main thread hands them on.
+    A zmq socket is not thread-safe. This one belongs to the main thread, which does not use it while it runs a cell: so
+    between ``cell_runs`` and the end of the cell another thread may take messages off it, under the lock. That
+    thread only stores them; the main thread puts them into the kernel's queue.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -263,7 +262,7 @@ class _QueueTap(_Tap):
 
 _lock = threading.Lock()
 _current: _Tap | None = None
-"""The tap in place: several runs share it."""
+"""The installed tap; several runs share it."""
 
 
 def _tap_of(kernel: Any) -> _Tap | None:
@@ -277,8 +276,8 @@ def _tap_of(kernel: Any) -> _Tap | None:
 def _make_tap(kernel: Any) -> _Tap | None:
     thread = getattr(kernel, "shell_channel_thread", None)
     if thread is not None:
-        known = hasattr(thread, "io_loop") and hasattr(kernel, "shell_channel_thread_main")
-        return _ThreadTap(kernel) if known and threading.current_thread() is not thread else None
+        supported = hasattr(thread, "io_loop") and hasattr(kernel, "shell_channel_thread_main")
+        return _ThreadTap(kernel) if supported and threading.current_thread() is not thread else None
     if hasattr(kernel, "shell_channel_thread"):
         return None  # ipykernel 7 without its thread: the main loop receives, and it is busy
     return _QueueTap(kernel) if hasattr(kernel, "schedule_dispatch") else None
@@ -293,7 +292,7 @@ def _release(tap: _Tap) -> None:
             _current = None
         try:
             tap.remove()
-        except Exception:  # it hands messages on unchanged, so it may stay
+        except Exception:  # it passes messages on unchanged, so it may stay
             return
 
 

@@ -1,6 +1,6 @@
-"""Compare: a prompt, and what the base model and the adapters answer, side by side while it comes.
+"""Compare: a prompt, and the answers of the base model and the adapters, side by side as they are generated.
 
-Where the chat template is applied, the next prompt goes on with the conversation in every column.
+If the chat template is applied, the next prompt continues the conversation in every column.
 
 click ──> worker thread ──> session.compare ── answers so far ──> one HTML widget
 """
@@ -20,7 +20,7 @@ from nbpeft.widgets.lifetime import weakly
 
 
 class ComparePanel(AnswerPanel):
-    """A prompt box, the adapters as columns, and the words marked in which answers differ; see ``AnswerPanel``."""
+    """A prompt box, the adapters as columns, and the differing words of their answers marked; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
     heading: ClassVar[str] = "Compare answers of"
@@ -63,14 +63,14 @@ class ComparePanel(AnswerPanel):
         names = [item.name for item in model.adapters if item.name not in self._left_out]
         include_base = BASE not in self._left_out
         settings = parts.sampling.settings
-        before = self._result
-        if before is not None and before.chat and not before.is_coming and parts.form.chat is not False:
-            settings["after"] = before
+        previous = self._result
+        if previous is not None and previous.chat and not previous.is_coming and parts.form.chat is not False:
+            settings["after"] = previous
         ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base, **settings)
         self._submit(ask, parts.tokens)
 
     def _begin_anew(self, parts: _Parts) -> None:
-        """Forgets the conversation."""
+        """Starts a new conversation."""
         with self._lock:
             self._result = None
             parts.clear()
@@ -114,7 +114,7 @@ class _Parts:
         self.form = parts.PromptForm(command, chat)
         self._against = parts.labelled("diff against", ipywidgets.Dropdown(options=[BASE], value=BASE), 124)
         self._against.observe(weakly(command, "against"), names="value")
-        words = "Forget what was said and begin anew in every column"
+        words = "Start a new conversation in every column"
         self._new = parts.button("New conversation", words, weakly(command, "new"), hides=True)
         self._new.layout.display = "none"
         settings = parts.settings_row(self._tokens, *self.sampling.boxes, self.form.box, self._against, self._new)
@@ -123,25 +123,31 @@ class _Parts:
 
     @property
     def tokens(self) -> int:
-        """Longest answer."""
+        """The limit of an answer, in tokens."""
         return int(self._tokens.value)
 
     def clear(self) -> None:
-        """Shows that nothing was asked yet."""
+        """Shows the panel without answers, as at the start."""
         self._new.layout.display = "none"
         self.question.next("A prompt")
         self.frame.head("")
         self.frame.answers.value = ""
 
     def next_prompt(self, result: CompareResult) -> None:
-        """Empties the box for the next turn of a conversation, unless something else stands there by now."""
+        """Clears the prompt box for the next turn of a conversation, unless the prompt was edited meanwhile."""
         self._new.layout.display = None
         if self.question.prompt == result.prompts[0].strip():
             self.question.next("Next message")
             self.show(result)
 
     def draw(self, model: ModelState | None, name: str | None, left_out: set[str]) -> None:
-        """Shows which columns there are."""
+        """Shows a button for each column.
+
+        Args:
+            model: The model, or None if it is gone.
+            name: Its name in the session.
+            left_out: The columns that are switched off.
+        """
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         picks: dict[tuple[str, ...], tuple[str, str]]
         picks = {("pick", item): (item, f"Answer with {item}, or not") for item in names}
@@ -150,7 +156,7 @@ class _Parts:
             self.frame.answers.value = to_html(line(dim(missing_model(name))))
 
     def show(self, result: CompareResult) -> None:
-        """Shows answers, with what differs from the chosen column marked."""
+        """Shows answers, with the words marked that differ from the chosen column."""
         titles = [column.title for column in result.columns]
         if list(self._against.options) != titles:
             chosen = self._against.value

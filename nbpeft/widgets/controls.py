@@ -1,4 +1,4 @@
-"""Widgets that panels are made of. They draw states and report clicks."""
+"""The widgets of which panels are made. They draw states and report clicks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 
 Command = Callable[..., None]
-"""Called with the words of a command, e.g. ``("use", "orders")``; a bound method, held weakly."""
+"""Called with the parts of a command, e.g. ``("use", "orders")``; a bound method, of which a weak reference is kept."""
 
 
 def html(value: str = "", **layout: str) -> Any:
-    """An HTML widget without ipywidgets' own margins; its layout stays as it is."""
+    """An HTML widget without ipywidgets' own margins; its layout is shared, so it must not be changed."""
     style = shared(ipywidgets.HTML.style.klass)
     return ipywidgets.HTML(value, layout=shared(ipywidgets.Layout, margin="0", **layout), style=style)
 
@@ -30,27 +30,27 @@ def html(value: str = "", **layout: str) -> Any:
 def button(
     text: str, tooltip: str, handler: Callable[[Any], None], *kinds: str, width: str = "auto", hides: bool = False
 ) -> Any:
-    """A button as it stands in every panel.
+    """A button in the style of all panels.
 
     Args:
-        text: What it says.
+        text: Its label.
         tooltip: What a click does.
         handler: Called with the button.
         *kinds: ``primary`` for the one action of a panel, ``danger``, ``bare`` without a frame.
-        width: As CSS; by default what the text takes.
-        hides: Whether it is hidden at times: its layout is its own then, and not that of all buttons.
+        width: A CSS width; by default that of the text.
+        hides: Whether the button is hidden at times: it then has a layout of its own, not the shared one.
     """
     layout = ipywidgets.Layout(width=width) if hides else shared(ipywidgets.Layout, width=width)
     style = shared(ipywidgets.ButtonStyle)
-    made = ipywidgets.Button(description=text, tooltip=tooltip, layout=layout, style=style)
+    widget = ipywidgets.Button(description=text, tooltip=tooltip, layout=layout, style=style)
     for kind in kinds:
-        made.add_class(f"nbpeft-{kind}")
-    made.on_click(handler)
-    return made
+        widget.add_class(f"nbpeft-{kind}")
+    widget.on_click(handler)
+    return widget
 
 
 def mark(widget: Any, name: str, wanted: bool) -> None:
-    """Sets or drops a CSS class."""
+    """Adds or removes a CSS class."""
     if wanted:
         widget.add_class(name)
     else:
@@ -65,13 +65,16 @@ def panel_root(*children: Any) -> Any:
 
 
 def one_each(box: Any, old: dict[Key, Item], keys: Iterable[Key], make: Callable[[Key], Item]) -> dict[Key, Item]:
-    """Gives a box one child for each key; those of keys that stayed are kept, the others are closed.
+    """Gives a box one child for each key: items of known keys are reused, those of keys that are gone are closed.
 
     Args:
         box: The box.
-        old: The items in it, widgets or objects with a ``box``.
-        keys: What it is to hold.
-        make: Makes the item of a new key.
+        old: The items in it now, widgets or objects with a ``box``.
+        keys: The keys of the items it should have.
+        make: Creates the item of a new key.
+
+    Returns:
+        The items, by key.
     """
     new = {key: old[key] if key in old else make(key) for key in keys}
     if list(new) != list(old):
@@ -86,9 +89,9 @@ class ToggleRow:
     """A row of buttons that are on or off, e.g. the base model and every adapter.
 
     Args:
-        command: Called with the words of the button that was clicked.
-        kind: ``choices``, of which one is on as a rule, or ``chips``, of which each is on or off.
-        margin: Around the row.
+        command: Called with the command of the button that was clicked.
+        kind: ``choices``, of which usually one is on, or ``chips``, of which each is on or off.
+        margin: The CSS margin around the row.
     """
 
     def __init__(self, command: Command, kind: str, margin: str = "0") -> None:
@@ -101,8 +104,8 @@ class ToggleRow:
         """Shows the buttons.
 
         Args:
-            buttons: Words of the command -> label and tooltip.
-            on: Those that are on.
+            buttons: The parts of a command -> label and tooltip.
+            on: The commands whose buttons are on.
         """
         self._buttons = one_each(self.box, self._buttons, buttons, lambda words: self._button(words, *buttons[words]))
         for words, made in self._buttons.items():
@@ -113,7 +116,7 @@ class ToggleRow:
 
 
 class Message:
-    """A line that says what went wrong, or what was done, with a button that dismisses it."""
+    """A line with an error or the result of a command, and a button that dismisses it."""
 
     def __init__(self) -> None:
         self._text = html(flex="1 1 auto")
@@ -124,34 +127,42 @@ class Message:
         )
 
     def show(self, words: str, tone: Tone) -> None:
-        """Shows words."""
+        """Shows a message.
+
+        Args:
+            words: The message.
+            tone: Its colour: that of an error, a warning or a plain result.
+        """
         self._text.value = span(Text(words, tone))
         self.box.layout.display = None
 
     def clear(self) -> None:
-        """Shows nothing."""
+        """Hides the message."""
         self._text.value = ""
         self.box.layout.display = "none"
 
 
-# Of the panels whose adapters answer
+# Widgets of the panels in which adapters answer
 
 CHAT_TEMPLATE: dict[str, bool | None] = {"automatic": None, "apply": True, "do not apply": False}
-"""What is done with the tokenizer's chat template -> ``chat`` of ``session.compare``."""
+"""Label of the choice about the tokenizer's chat template -> ``chat`` of ``session.compare``."""
 
 
 _LETTER = 6.8
-"""Pixels that a letter of a label takes at most, on average."""
+"""Upper bound of the average width of a letter in a label, in pixels."""
 
 
 def labelled(label: str, field: Any, width: int, tooltip: str = "") -> Any:
-    """Gives a field its label, which belongs to it for the keyboard and for screen readers, too.
+    """Labels a field with ipywidgets' own description, which keyboard and screen readers associate with it.
 
     Args:
-        label: Before the field.
-        field: Of ipywidgets.
-        width: Of the field without its label, in pixels.
-        tooltip: More about it.
+        label: The text before the field.
+        field: A field of ipywidgets.
+        width: The width of the field without its label, in pixels.
+        tooltip: An explanation.
+
+    Returns:
+        The field.
     """
     field.description = label
     field.style.description_width = "initial"
@@ -162,14 +173,14 @@ def labelled(label: str, field: Any, width: int, tooltip: str = "") -> Any:
 
 
 def settings_row(*fields: Any, margin: str = "0") -> Any:
-    """Fields beside each other, and below each other where there is no room."""
+    """A row of fields that wraps if there is no room."""
     box = ipywidgets.HBox(list(fields), layout=ipywidgets.Layout(width="100%", margin=margin))
     box.add_class("nbpeft-settings")
     return box
 
 
 def tokens_field(value: int) -> Any:
-    """The greatest length of an answer."""
+    """The field for the limit of an answer, in tokens."""
     field = ipywidgets.BoundedIntText(value=value, min=1, max=4096, step=16)
     return labelled("max new tokens", field, 66, "Longest answer")
 
@@ -178,9 +189,9 @@ class SamplingFields:
     """Temperature, top-p and seed.
 
     Args:
-        temperature: To begin with; 0 is greedy.
-        top_p: To begin with.
-        seed: To begin with; None for another one each time.
+        temperature: The initial temperature; 0 is greedy decoding.
+        top_p: The initial top-p.
+        seed: The initial seed; None for a new one each time.
     """
 
     def __init__(self, temperature: float | None, top_p: float | None, seed: int | None) -> None:
@@ -189,33 +200,33 @@ class SamplingFields:
         self._top_p = ipywidgets.BoundedFloatText(value=1.0 if top_p is None else top_p, min=0.01, max=1.0, step=0.05)
         self._seed = ipywidgets.Text(value="" if seed is None else str(seed), placeholder="random")
         self.boxes = [
-            labelled("temperature", self._temperature, 58, "0 takes the likeliest token; above 0 tokens are drawn"),
-            labelled("top-p", self._top_p, 58, "Draw among the likeliest tokens of this probability together"),
-            labelled("seed", self._seed, 88, "The same seed draws the same answers"),
+            labelled("temperature", self._temperature, 58, "0 takes the most likely token; above 0 tokens are sampled"),
+            labelled("top-p", self._top_p, 58, "Sample from the most likely tokens whose probabilities add up to this"),
+            labelled("seed", self._seed, 88, "The same seed gives the same answers"),
         ]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For ``session.compare``; nothing where greedy.
+        """The sampling arguments of ``session.compare``; empty for greedy decoding.
 
         Raises:
-            ConfigError: the seed is not a number.
+            ConfigError: the seed is not a whole number.
         """
         seed, temperature = str(self._seed.value).strip(), float(self._temperature.value)
         if seed and not seed.isdecimal():
-            raise ConfigError(f"seed must be a whole number, or empty for another one each time, not {seed!r:.40}")
+            raise ConfigError(f"seed must be a whole number, or empty for a new one each time, not {seed!r:.40}")
         if not temperature:
             return {}
         return {"temperature": temperature, "top_p": float(self._top_p.value), "seed": int(seed) if seed else None}
 
 
 class Question:
-    """The prompt box with the button that answers, which becomes Stop while answers come.
+    """The prompt box with the button that answers, which becomes Stop while answers are generated.
 
     Args:
         command: Called with ``run`` or ``stop``.
-        prompt: To begin with.
-        verb: What the button says.
+        prompt: The initial prompt.
+        verb: The label of the button.
     """
 
     def __init__(self, command: Command, prompt: str, verb: str) -> None:
@@ -238,7 +249,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What is asked."""
+        """The prompt, without surrounding white space."""
         return str(self._prompt.value).strip()
 
     @property
@@ -247,21 +258,25 @@ class Question:
         return self._prompt
 
     def next(self, placeholder: str) -> None:
-        """Empties the box."""
+        """Clears the box.
+
+        Args:
+            placeholder: The text shown in the empty box.
+        """
         self._prompt.value, self._prompt.placeholder = "", placeholder
 
     def running(self, running: bool) -> None:
-        """Shows Stop while answers come."""
+        """Shows Stop while answers are generated."""
         self._ask.layout.display = "none" if running else None
         self._stop.layout.display = None if running else "none"
 
 
 class PromptForm:
-    """Whether the prompt goes into the tokenizer's chat template, or to the model as it is.
+    """The choice whether the tokenizer's chat template is applied to the prompt.
 
     Args:
         command: Called with ``form`` when it changes.
-        chat: What it begins with; see ``session.compare``.
+        chat: The initial choice; see ``session.compare``.
     """
 
     def __init__(self, command: Command, chat: bool | None) -> None:
@@ -272,12 +287,12 @@ class PromptForm:
 
     @property
     def chat(self) -> bool | None:
-        """For ``session.compare``."""
+        """The argument ``chat`` of ``session.compare``."""
         return CHAT_TEMPLATE[self._form.value]
 
 
 class Frame:
-    """A card: title, the panel's own widgets, answers, what stands below them, and a message."""
+    """A card: title, the panel's own widgets, answers, widgets below them, and a message."""
 
     def __init__(self, title: str, *blocks: Any, below: Iterable[Any] = ()) -> None:
         self._title = title
@@ -292,6 +307,6 @@ class Frame:
 
         Args:
             aside: Plain text on the right.
-            running: Whether it says what is going on now.
+            running: Whether the text describes work in progress, which is drawn in the accent colour.
         """
         self._head.value = head(self._title, Text(aside, "accent" if running else "dim"), below=8)

@@ -19,7 +19,7 @@ def shown_as(ui: Ui = "auto") -> Shown:
     """How to show something: with widgets, as HTML, or as lines of text.
 
     Args:
-        ui: What is asked for; ``auto`` takes the richest that works here.
+        ui: The requested form; ``auto`` takes the richest that works here.
     """
     if ui == "text" or (running_kernel() is None and ui == "auto"):
         return "text"

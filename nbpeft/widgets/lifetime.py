@@ -1,4 +1,4 @@
-"""Widgets live until they are closed: closing all of them, and handlers that keep nothing alive."""
+"""The lifetime of widgets: they live until they are closed, and a handler must not keep a panel alive."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Any
 _lock = threading.Lock()
 _shared: dict[tuple[Any, ...], Any] = {}
 _uses: dict[Any, int] = {}
-"""Shared layout or style -> widgets that have it."""
+"""Shared layout or style -> number of widgets that use it."""
 
 
 def shared(kind: Callable[..., Any], **values: str) -> Any:
-    """A layout or style for one more widget that never changes it: equal ones are one object, and one message.
+    """A layout or style shared by all widgets with equal ones; a widget that uses it must never change it.
 
-    Every widget of ipywidgets brings two more, which the front end has to make too.
+    Otherwise each widget of ipywidgets creates a layout and a style of its own: two more comm messages and two more
+    models in the front end.
 
     Args:
-        kind: Its class.
+        kind: The class of the layout or style.
         **values: Its traits.
+
+    Returns:
+        The shared object; ``close_tree`` of its last widget closes it.
     """
     key = (kind, *sorted(values.items()))
     with _lock:
@@ -32,7 +36,7 @@ def shared(kind: Callable[..., Any], **values: str) -> Any:
 
 
 def close_tree(widget: Any) -> None:
-    """Closes a widget, its children, and the layouts and styles that no other widget has. May be called twice."""
+    """Closes a widget, its children, and the layouts and styles that no other widget uses. May be called twice."""
     if getattr(widget, "comm", None) is None:
         return  # closed before
     for child in getattr(widget, "children", ()):
@@ -43,7 +47,7 @@ def close_tree(widget: Any) -> None:
 
 
 def _used_elsewhere(part: Any) -> bool:
-    """Whether other widgets have it too; counts one less from now on."""
+    """Removes one user of a layout or style; returns whether other widgets still use it."""
     with _lock:
         left = _uses.pop(part, 1) - 1
         if left > 0:
@@ -55,11 +59,17 @@ def _used_elsewhere(part: Any) -> bool:
 
 
 def weakly(method: Callable[..., None], *arguments: object) -> Callable[[Any], None]:
-    """A handler that calls a bound method and holds its object weakly.
+    """A handler that calls a bound method through a weak reference to its object.
+
+    ipywidgets keeps widgets, and thus their handlers, alive until they are closed: a plain bound method would keep the
+    panel, its session and the model alive too.
 
     Args:
         method: A bound method.
-        *arguments: What to call it with; the event itself is dropped.
+        *arguments: The arguments of the call; the event itself is not passed on.
+
+    Returns:
+        The handler; it does nothing once the object is gone.
     """
     reference = weakref.WeakMethod(method)
 
@@ -72,5 +82,5 @@ def weakly(method: Callable[..., None], *arguments: object) -> Callable[[Any], N
 
 
 def view_of(widget: Any) -> dict[str, Any]:
-    """The view of a widget as a MIME bundle's entry, in the form that ipywidgets 7 and 8 share."""
+    """The entry of a MIME bundle that shows a widget, in the form that ipywidgets 7 and 8 share."""
     return {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}

@@ -1,4 +1,4 @@
-"""Answers while a cell runs: HTML pushed into one output, which is emptied when the result stands below it."""
+"""Answers while a cell runs: HTML pushed into one output, which is cleared when the cell shows the final result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LiveAnswers:
     """Draws the answers so far in the running cell.
 
     Args:
-        ui: How to show them; as text they are not shown before they stand.
+        ui: How to show them; as text nothing is shown before the answers are complete.
     """
 
     def __init__(self, *, ui: Ui = "auto") -> None:
@@ -38,7 +38,7 @@ class LiveAnswers:
             self._output.update(bundle, raw=True)
 
     def close(self) -> None:
-        """Takes them away again."""
+        """Clears the output."""
         output, self._output = self._output, None
         if output is not None:
             output.update({"text/html": "", "text/plain": ""}, raw=True)

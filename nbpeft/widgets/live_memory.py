@@ -1,4 +1,4 @@
-"""Memory that is measured while something runs, and once after every change otherwise."""
+"""Memory in use, measured repeatedly while a command runs, and once after every change otherwise."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nbpeft.state import MemoryState
 INTERVAL = 0.6
 """Least seconds between two measurements."""
 SHARE = 0.005
-"""Of the time that measuring may take."""
+"""The greatest share of time spent on measuring."""
 
 
 class LiveMemory:
-    """A thread that measures while there is something to see. It holds no lock while it does.
+    """A thread that measures while the memory can change. It has no lock while it measures.
 
     Args:
-        measure: Returns the memory now, or None; may fail while the model is being changed.
+        measure: Returns the memory now, or None; may raise while the model is being changed.
         show: Called with each measurement.
     """
 
@@ -31,10 +31,10 @@ class LiveMemory:
         self._running = self._asked = False
 
     def look(self, *, running: bool) -> None:
-        """Measures soon, and again and again while something runs.
+        """Requests a measurement, and repeated ones while a command runs.
 
         Args:
-            running: Whether something does.
+            running: Whether a command runs.
         """
         with self._lock:
             self._running, self._asked = running, True
@@ -44,19 +44,20 @@ class LiveMemory:
                 self._thread.start()
 
     def stop(self) -> None:
-        """Measures no more."""
+        """Stops measuring."""
         with self._lock:
             self._running = self._asked = False
             self._wake.set()
 
     def _work(self) -> None:
-        while self._goes_on():
+        while self._should_measure():
             begun = time.thread_time()
-            with contextlib.suppress(Exception):  # the model is being changed by another thread: the next time will do
+            with contextlib.suppress(Exception):  # another thread is changing the model: measure again next time
                 self._show(self._measure())
             self._wake.wait(max(INTERVAL, (time.thread_time() - begun) / SHARE))
 
-    def _goes_on(self) -> bool:
+    def _should_measure(self) -> bool:
+        """Whether to measure again; otherwise the thread ends."""
         with self._lock:
             if not (self._running or self._asked):
                 self._thread = None

@@ -1,4 +1,4 @@
-"""What every panel shares: it shows itself, is one of its kind for its model, and shows errors."""
+"""The base of all panels: it displays itself, is the only one of its kind for its model, and shows errors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from nbpeft.session import Session
 
 AGAIN = "Run the cell again for buttons."
-MOVED = "This panel was opened again in another place; run this cell again to have it here."
+MOVED = "This panel was opened again in another cell; run this cell again to show it here."
 _LINES = 16
 
 
 class Panel:
-    """Shows itself as the last value of a cell, or with ``display``.
+    """A panel, shown as the last value of a cell or with ``display``.
 
-    The widgets are made when the panel is first shown. There is one panel of a kind for a model:
-    showing a new one closes the one before. Without a kernel or without ipywidgets it is a card, or a
-    line of text; that is also what a saved notebook keeps, in its last state.
+    The widgets are created when the panel is first shown. There is one panel of a kind for a model:
+    showing a new one closes the previous one. Without a kernel or without ipywidgets it is a card, or a
+    line of text; a saved notebook contains the same, in its last state.
 
     Args:
-        ui: How to show it; by default the richest that works here.
+        ui: How to show it; by default the richest form that works here.
     """
 
     kind: ClassVar[str]
@@ -47,12 +47,12 @@ class Panel:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed since it was shown last."""
+        """Whether it has been closed since it was last shown."""
         return self._closed
 
     @property
     def widget(self) -> Any:
-        """The root widget, to be placed among other widgets; made on first use.
+        """The root widget, to place among other widgets; created on first use.
 
         Raises:
             ModuleNotFoundError: ipywidgets is not installed.
@@ -63,7 +63,7 @@ class Panel:
             return self._parts.root
 
     def close(self, leaving: str = "") -> None:
-        """Frees the widgets. May be called twice.
+        """Closes the widgets. May be called twice.
 
         Args:
             leaving: A line that stays where the panel was shown.
@@ -88,7 +88,7 @@ class Panel:
 
     def _ipython_display_(self) -> None:
         if self._closed or shown_as(self._ui) != "widgets":
-            raise NotImplementedError  # IPython asks for the bundle then
+            raise NotImplementedError  # IPython then calls _repr_mimebundle_
         with self._lock:
             root = self.widget
             if self._output is not None:
@@ -106,22 +106,22 @@ class Panel:
 
     @property
     def _key(self) -> Hashable:
-        """What there is one panel of this kind for."""
+        """Identifies what the panel shows: there is one panel of this kind for each key."""
         raise NotImplementedError
 
     def _build(self) -> Any:
-        """The widgets, with ``root`` and ``message``."""
+        """Creates the widgets: an object with ``root`` and ``message``."""
         raise NotImplementedError
 
     def _opened(self) -> None:
-        """Shows the first state; called once the widgets are there."""
+        """Shows the first state; called once the widgets exist."""
         raise NotImplementedError
 
     def _release(self, parts: Any) -> None:
-        """Gives back what the panel took besides widgets."""
+        """Releases what the panel uses other than widgets."""
 
     def _text(self) -> str:
-        """Plain text."""
+        """The panel as plain text."""
         raise NotImplementedError
 
     def _card(self, hint: str) -> Block:
@@ -133,7 +133,7 @@ class Panel:
         return self._card("")
 
     def _changed(self) -> None:
-        """Has what a saved notebook keeps follow what is shown."""
+        """Updates the output that is saved with the notebook."""
         if self._output is not None:
             self._output.changed()
         self.on_change()
@@ -146,9 +146,9 @@ class Panel:
         return {"text/html": to_html(self._card(hint)), "text/plain": plain}
 
     def _failed(self) -> None:
-        """Takes back what a command that failed had begun to show."""
+        """Restores what a failed command had begun to change on screen."""
 
-    # Opening, and telling what came of a command; handlers may run in another thread
+    # Opening, and reporting the result of a command; handlers may run in another thread
 
     @property
     def _place(self) -> tuple[str, Hashable]:
@@ -164,11 +164,11 @@ class Panel:
         self._opened()
 
     def _guarded(self, act: Callable[[], str], notices: Sequence[str] = ()) -> None:
-        """Does something and shows what came of it, errors included.
+        """Calls a function and shows its message, or its error.
 
         Args:
-            act: Does it; returns what to say.
-            notices: What to say before that.
+            act: The function; returns the message to show.
+            notices: Messages to show before that one.
         """
         tone: Tone
         try:
@@ -178,7 +178,7 @@ class Panel:
         except NbpeftError as error:
             words = str(error)
             tone = "warning" if isinstance(error, BusyError) else "error"
-        except Exception as error:  # in a handler it would be lost in a log
+        except Exception as error:  # Jupyter writes the traceback of a widget's handler to a log at most
             words, tone = f"{type(error).__name__}: {error}", "error"
         with self._lock:
             if self._parts is not None:
@@ -186,7 +186,7 @@ class Panel:
         self._say(" ".join((*notices, words)), tone)
 
     def _say(self, words: str, tone: Tone) -> None:
-        """Shows a message; none for the empty string."""
+        """Shows a message, or hides it if the text is empty."""
         with self._lock:
             if self._parts is None:
                 return
@@ -197,12 +197,12 @@ class Panel:
 
 
 class SessionPanel(Panel):
-    """A panel that follows what a session publishes of one model, and asks the session for what is clicked.
+    """A panel that shows the states a session publishes of one model, and sends clicks to the session as commands.
 
     Args:
-        session: Takes the commands, publishes the states.
+        session: Runs the commands and publishes the states.
         model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest that works here.
+        ui: How to show it; by default the richest form that works here.
     """
 
     def __init__(self, session: Session, model_name: str | None, ui: Ui) -> None:
@@ -225,7 +225,7 @@ class SessionPanel(Panel):
         return self._session.state.model(self._name)
 
     def _run(self, *command: Any) -> str:
-        """Does what a widget asks for; returns what to say about it."""
+        """Runs the command of a widget; returns the message to show."""
         raise NotImplementedError
 
     def _draw(self, state: SessionState) -> None:
@@ -233,7 +233,7 @@ class SessionPanel(Panel):
         raise NotImplementedError
 
     def _command(self, *command: Any) -> None:
-        """What widgets call."""
+        """The entry point of all widgets: runs a command and shows its message."""
         self._guarded(lambda: self._run(*command), self._session.notices())
 
     def _opened(self) -> None:
@@ -256,20 +256,21 @@ class SessionPanel(Panel):
 
 
 _open: dict[tuple[str, Hashable], Panel] = {}
-"""The panels that are shown, by kind and what they show; handlers hold them weakly, so they are held here."""
+"""The panels that are shown, by kind and key. Handlers have only weak references: this keeps the panels alive."""
 
 
 _left: deque[Any] = deque()
-"""Roots of panels that moved and left a line; only the last ones, because a cell that is run again hides its own."""
+"""Root widgets of panels that moved to another cell: each now shows a line. Only the latest are kept, because a cell
+that is run again discards its own."""
 
 
 def _line(words: str) -> dict[str, str]:
-    """A line in the place of a panel."""
+    """A MIME bundle with one line of text, shown in the place of a panel."""
     return {"text/html": to_html(line(dim(words))), "text/plain": words}
 
 
 def _leave(root: Any, words: str) -> None:
-    """Puts a line in the place of all a root holds."""
+    """Replaces the children of a root widget with a line of text."""
     import ipywidgets
 
     children = root.children
@@ -282,7 +283,7 @@ def _leave(root: Any, words: str) -> None:
 
 
 def close_panels() -> None:
-    """Closes all of them."""
+    """Closes all panels."""
     for panel in list(_open.values()):
         panel.close()
     while _left:

@@ -1,13 +1,13 @@
-"""Where a panel stands in a notebook: two outputs of one cell, of which one is seen.
+"""The outputs of a panel in a notebook: two outputs of one cell, of which one is visible.
 
-    state     HTML with the panel's last state: saved with the notebook, hidden while the widgets live
-    widgets   the controls: hidden where their kernel is gone
+    state     HTML with the panel's last state: saved with the notebook, hidden while the widgets are connected
+    widgets   the controls: hidden if their kernel is gone
 
-A notebook that is opened again with a new kernel still holds the view of the widgets, and JupyterLab writes
-"Error displaying widget: model not found" in its place. It cannot be taken out of the file when the kernel ends,
-so the style sheet beside the state hides it: the view of a widget that is gone has no element in it, that of one
-whose kernel restarted says that it is disconnected. Notebooks that are not trusted, nbconvert and GitHub show the
-state and have nothing else to show.
+A notebook that is opened again with a new kernel still contains the view of the widgets, and JupyterLab writes
+"Error displaying widget: model not found" in its place. The view cannot be removed from the file when the kernel ends,
+so the style sheet next to the state hides it: the view of a widget that is gone has no child element, and that of one
+whose kernel restarted has the class ``jupyter-widgets-disconnected``. Untrusted notebooks, nbconvert and GitHub can
+show only the state.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import view_of
 
 INTERVAL = 0.2
-"""Least seconds between two updates of the state."""
+"""The shortest time between two updates of the state, in seconds."""
 _REST = 50
-"""Drawing the state takes at most this part of the time."""
+"""Drawing the state takes at most one part in this many of the time."""
 _LONGEST = 1.0
-"""Most seconds between two updates."""
+"""The longest time between two updates, in seconds."""
 _EMPTY = {"text/html": "", "text/plain": ""}
 DEAD_WIDGETS = """\
 .jp-OutputArea-child:has(.nbpeft-state) + .jp-OutputArea-child:not(:has(.jupyter-widgets *)),
 .nbpeft-panel.jupyter-widgets-disconnected, .nbpeft-run.jupyter-widgets-disconnected { display: none !important; }
 """
-"""Hides, behind a state in the output before, the view of widgets that are gone."""
+"""Hides the view of widgets that are gone, if the output before it is a state."""
 
 
 class PanelOutput:
@@ -40,7 +40,7 @@ class PanelOutput:
 
     Args:
         state: Returns the state as a MIME bundle.
-        lock: Held while the state is drawn.
+        lock: Locked while the state is drawn.
     """
 
     def __init__(self, state: Callable[[], dict[str, str]], lock: threading.RLock) -> None:
@@ -52,7 +52,7 @@ class PanelOutput:
 
     @property
     def css(self) -> str:
-        """Rules for the widgets: while they live, the state is not seen."""
+        """Style rules that hide the state while the widgets are connected."""
         live = f":root:has(.{self._name}-view:not(.jupyter-widgets-disconnected))"
         return f"{live} .{self._name}, {live} .jp-OutputArea-child:has(.{self._name}) {{ display: none; }}"
 
@@ -70,16 +70,19 @@ class PanelOutput:
         self._outputs = tuple(display(bundle, raw=True, display_id=True) for bundle in (self._framed(), view))
 
     def changed(self) -> None:
-        """Sends the state anew, now or in a moment; the last one is sent twice, in case a flood swallowed it."""
+        """Sends the state again, now or after the shortest time between two updates.
+
+        The last state is sent twice: a front end or server that limits the message rate may have dropped it.
+        """
         with self._lock:
             if self._outputs and self._timer is None:
                 self._send()
 
     def close(self, leaving: dict[str, str] | None = None) -> None:
-        """Takes the widgets' output away. May be called twice.
+        """Clears the widgets' output. May be called twice.
 
         Args:
-            leaving: What stands in the place of the state from now on; the last state by default.
+            leaving: The MIME bundle that replaces the state from now on; the last state by default.
         """
         with self._lock:
             if self._timer is not None:
@@ -95,7 +98,7 @@ class PanelOutput:
             self._timer = None
             if not self._outputs:
                 return
-            begun = time.thread_time()  # a busy machine must not keep the last state back
+            begun = time.thread_time()  # not wall time: a busy machine must not delay the last state
             state = self._state()
             changed, self._sent = state != self._sent, state
             self._outputs[0].update(self._framed(), raw=True)
@@ -106,6 +109,6 @@ class PanelOutput:
                 self._timer.start()
 
     def _framed(self) -> dict[str, str]:
-        """The state with the name by which the widgets hide it."""
+        """The state, with the class name by which the widgets' style rules hide it."""
         framed = f'<style>{DEAD_WIDGETS}</style><div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
         return {**self._sent, "text/html": framed}

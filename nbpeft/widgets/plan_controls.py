@@ -1,4 +1,4 @@
-"""Widgets of the memory plan: a slider or a choice for each setting, and the answer below."""
+"""Widgets of the memory plan: a slider or a drop-down for each setting, and the plan below."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _QUANTIZATIONS = (("none", ""), *((name, name) for name in QUANTIZATIONS))
 
 
 class LogSlider:
-    """A slider over numbers that grow by about the same factor.
+    """A slider over numbers on a roughly logarithmic scale.
 
     Args:
-        label: What it sets.
+        label: The name of the setting.
         values: The numbers.
-        value: To begin with; put among the numbers.
+        value: The initial number; added to the others if it is not among them.
         command: Called with ``moved``.
     """
 
@@ -44,7 +44,7 @@ class LogSlider:
 
     @property
     def value(self) -> int:
-        """Where it stands."""
+        """The number the slider is set to."""
         return int(self._slider.value)
 
 
@@ -53,9 +53,9 @@ class PlanControls:
 
     Args:
         command: Called with ``moved``.
-        title: Of the card.
-        settings: To begin with.
-        device: Name of the device to begin with.
+        title: The title of the card.
+        settings: The initial settings.
+        device: The name of the initial device.
     """
 
     def __init__(self, command: Command, title: str, settings: PlanSettings, device: str) -> None:
@@ -73,10 +73,10 @@ class PlanControls:
             layout=ipywidgets.Layout(width="180px", margin="0"),
         )
         self._again.observe(weakly(command, "moved"), names="value")
-        here = [("this machine", THIS_MACHINE)]
-        own = [] if device in DEVICES or "this machine" in device else [(device, "")]
-        chosen = device if device in DEVICES else "" if own else THIS_MACHINE
-        devices = [*here, *own, *((name, name) for name in DEVICES)]
+        this_machine = [("this machine", THIS_MACHINE)]
+        model_device = [] if device in DEVICES or "this machine" in device else [(device, "")]
+        chosen = device if device in DEVICES else "" if model_device else THIS_MACHINE
+        devices = [*this_machine, *model_device, *((name, name) for name in DEVICES)]
         self._device = _choice("device", devices, chosen, 140, command)
         choices = [self._device, self._dtype, self._kind]
         if settings.training:
@@ -89,7 +89,7 @@ class PlanControls:
 
     @property
     def settings(self) -> PlanSettings:
-        """What the widgets say."""
+        """The settings chosen with the widgets."""
         return PlanSettings(
             self._batch.value,
             self._length.value,
@@ -107,7 +107,7 @@ class PlanControls:
 
         Args:
             result: The plan.
-            current: Whether it is that of the settings shown; else it is drawn faintly.
+            current: Whether it belongs to the settings shown; otherwise it is drawn faintly.
         """
         self.frame.head(result.aside if current else "computing …", running=not current)
         notes = tuple(line(dim(note)) for note in result.notes)
@@ -115,15 +115,15 @@ class PlanControls:
         self.frame.answers.value = f'<div style="{faint}">{to_html((*result.blocks(), *notes))}</div>'
 
     def free(self) -> None:
-        """Closes widgets that are not shown."""
+        """Closes the widgets that are not part of the panel and would otherwise stay open."""
         for widget in self._unused:
             close_tree(widget)
 
 
 def _choice(label: str, options: Iterable[tuple[str, str]], value: str, width: int, command: Command) -> Any:
-    found = list(options)
-    if value not in [key for _, key in found]:
-        found.append((value, value))
-    dropdown = labelled(label, ipywidgets.Dropdown(options=found, value=value), width)
+    pairs = list(options)
+    if value not in [key for _, key in pairs]:
+        pairs.append((value, value))
+    dropdown = labelled(label, ipywidgets.Dropdown(options=pairs, value=value), width)
     dropdown.observe(weakly(command, "moved"), names="value")
     return dropdown

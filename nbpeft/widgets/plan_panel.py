@@ -1,7 +1,7 @@
-"""The memory plan with sliders: what a run would need, part by part, while the settings move.
+"""The memory plan with sliders: the memory a run would need, part by part, updated as the settings change.
 
-A move is answered by a worker thread, in less than half a second: first the parts, then what could be changed.
-A newer move stops what is still being computed for an older one.
+A worker thread answers a change in less than half a second: first the parts, then suggestions what to change.
+A newer change stops the computation for an older one.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 _DEBOUNCE = 0.15
-"""Seconds without a further move after which a move is computed."""
+"""Seconds without a further change after which the plan is computed."""
 
 
 class PlanPanel(Panel):
-    """Sliders and choices, and what a run with them would need.
+    """Sliders and drop-downs for the settings, and the memory a run with them would need.
 
     Args:
-        planner: Answers.
-        ui: How to show it; by default the richest that works here.
+        planner: Computes the plans.
+        ui: How to show it; by default the richest form that works here.
     """
 
     kind: ClassVar[str] = "plan"
@@ -40,16 +40,27 @@ class PlanPanel(Panel):
 
     @property
     def result(self) -> PlanResult:
-        """The last plan."""
+        """The latest plan."""
         return self._result
 
     def close(self, leaving: str = "") -> None:
-        """Stops computing and frees the widgets. May be called twice."""
+        """Stops computing and closes the widgets. May be called twice.
+
+        Args:
+            leaving: A line that stays where the panel was shown.
+        """
         self._worker.stop()
         super().close(leaving)
 
     def wait(self, timeout: float = 60.0) -> bool:
-        """Waits until nothing is being computed; returns whether that came about."""
+        """Waits until nothing is being computed.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            False if the timeout passed first.
+        """
         return self._worker.wait(timeout)
 
     @property
@@ -83,13 +94,13 @@ class PlanPanel(Panel):
         return f"Memory plan for {self._planner.name}"
 
     def _command(self, *command: Any) -> None:
-        """What widgets call; handlers may run in another thread."""
+        """The entry point of all widgets; handlers may run in another thread."""
         with self._lock:
             if self._parts is not None:
                 self._guarded(self._moved)
 
     def _moved(self) -> str:
-        """Has the settings that the sliders show computed."""
+        """Starts computing the plan for the settings shown."""
         if self._parts is not None:
             self._parts.show(self._result, current=False)
             self._compute(self._parts.settings, delay=_DEBOUNCE)
@@ -99,16 +110,16 @@ class PlanPanel(Panel):
         self._worker.submit(lambda stopped: self._guarded(lambda: self._computed(settings, stopped)), delay)
 
     def _computed(self, settings: PlanSettings, stopped: Stopped) -> str:
-        """The worker's part."""
+        """Runs in the worker thread: the plan first, then the plan with suggestions, which takes longer."""
         self._draw(self._planner.plan(settings, suggest=False), stopped)
         self._draw(self._planner.plan(settings, stopped=stopped), stopped)
         return ""
 
-    def _draw(self, found: PlanResult, stopped: Stopped) -> None:
-        """Shows a plan, unless other settings were asked for meanwhile."""
+    def _draw(self, plan: PlanResult, stopped: Stopped) -> None:
+        """Shows a plan, unless the settings have changed meanwhile."""
         with self._lock:
             if self._parts is not None and not stopped():
-                self._result = found
-                self._parts.show(found, current=True)
+                self._result = plan
+                self._parts.show(plan, current=True)
                 self._changed()
                 self._say("", "dim")

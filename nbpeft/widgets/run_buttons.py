@@ -1,8 +1,8 @@
-"""Pause, Stop and Save now of one run. They work while the cell runs, and vanish with the run.
+"""The buttons Pause, Stop and Save now of one run. They work while the cell runs, and disappear when the run ends.
 
-Pause and Resume are two buttons in one place, of which one is seen: a click means what its button says
-even when it arrives after the other has taken the place. Resume takes it when the run waits and not before, so that
-an impatient second click on Pause is none on Resume.
+Pause and Resume are two buttons in one place, of which one is visible: a late click still has the meaning of the button
+that was clicked, even if the other one is visible by then. Resume replaces Pause only when the run has paused, so that
+an impatient second click on Pause does not hit Resume.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 
 PERIOD = 30.0
-"""Seconds for which a card is taken for current without an update, at least."""
+"""The shortest time for which a card counts as current without an update, in seconds."""
 
 
 class RunButtons:
-    """Shows the buttons and hands clicks on to the run's control until ``close``.
+    """Shows the buttons and passes clicks on to the run's control until ``close``.
 
-    A click is noted once: from the raw message where the kernel lets us look, otherwise from
-    the widget's handler. The same click comes again, through the handler, when the cell is done; the
-    widgets stay alive for it (unseen), so that the kernel does not complain about an unknown
-    comm, and it does nothing.
+    A click is handled once: from the raw message if the kernel allows to inspect it (see ``click_delivery``),
+    otherwise from the widget's handler. In the first case the kernel delivers the same click again, to the
+    handler, when the cell has ended, where it does nothing. The widgets stay open until then, hidden, because the
+    kernel would log an error about an unknown comm.
 
     Args:
-        control: Where Stop and Pause are asked for.
-        members: Adapters of a sweep, each of which gets a Stop and a Clone of its own.
+        control: Receives the requests to stop, pause, resume and save.
+        members: Adapters of a sweep, each of which gets its own buttons Stop and Clone.
     """
 
     def __init__(self, control: RunControl, members: Iterable[str] = ()) -> None:
@@ -52,9 +52,9 @@ class RunButtons:
         self._shown: tuple[object, ...] = (False,) * 4 + (frozenset(),) * 2
 
         self.pause = _button("Pause", "pause", "Wait after this step")
-        self.resume = _button("Resume", "play", "Go on", "none")
-        self.stop = _button("Stop", "stop", "End the run after this step and keep what was learned")
-        self.save = _button("Save now", "save", "Save the adapter after this step and go on")
+        self.resume = _button("Resume", "play", "Continue the run", "none")
+        self.stop = _button("Stop", "stop", "End the run after this step and keep the weights trained so far")
+        self.save = _button("Save now", "save", "Save the adapter after this step and continue")
         self.members: dict[str, Any] = {}
         self.clones: dict[str, Any] = {}
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
@@ -82,7 +82,7 @@ class RunButtons:
         self._display: Any = None
 
     def _take(self, requests: dict[Any, Callable[[], None]]) -> None:
-        """Lets clicks on buttons be requests."""
+        """Connects the buttons with the requests that their clicks make."""
         self._requests |= requests
         for clicked, request in requests.items():
             clicked.on_click(weakly(self._clicked, request))
@@ -90,13 +90,15 @@ class RunButtons:
             self._delivery.add(listeners)
 
     def _add(self, members: Iterable[str]) -> None:
-        """Makes buttons for adapters of a sweep that have none: one may have been cloned meanwhile."""
+        """Creates buttons for adapters of a sweep that have none yet, e.g. for a new clone."""
         requests: dict[Any, Callable[[], None]] = {}
         for name in members:
             if name in self.members:
                 continue
-            stop = _button(f"Stop {name}", "stop", f"Let {name} learn no more, and the others go on")
-            clone = _button(f"Clone {name}", "clone", f"Let a copy of {name} learn on too, at half the learning rate")
+            stop = _button(f"Stop {name}", "stop", f"Stop training {name}; the others continue")
+            clone = _button(
+                f"Clone {name}", "clone", f"Continue training a copy of {name} as well, at half the learning rate"
+            )
             self.members[name], self.clones[name] = stop, clone
             requests[stop] = functools.partial(self._control.request_stop_of, name)
             requests[clone] = functools.partial(self._control.request_clone_of, name)
@@ -105,10 +107,10 @@ class RunButtons:
             self.box.children = (*self.box.children, *requests)
 
     def period(self) -> int:
-        """The number of the present time, with which a card is framed that is seen as current now.
+        """The number of the current period of time, which becomes part of the class name of a card drawn now.
 
-        A card of this period or the next is seen as current. One that a page was opened with, and that no update
-        reaches, has an older number soon.
+        The style rules show a card of this period or the next as current. A card in a page that no update reaches, e.g.
+        one opened from a file, keeps its number, which is soon too old.
         """
         now = int(time.time() // PERIOD)
         if now != self._period and not self._ended:
@@ -121,7 +123,7 @@ class RunButtons:
 
     @property
     def _alive(self) -> str:
-        """Selects a page on which these widgets live."""
+        """The CSS selector of a page on which these widgets are connected."""
         return f":root:has(.{self.name}-view:not(.jupyter-widgets-disconnected))"
 
     def show(self) -> None:
@@ -132,10 +134,10 @@ class RunButtons:
         self._display = display(bundle, raw=True, display_id=True)
 
     def sync(self, members: Iterable[str] = ()) -> None:
-        """Lets the buttons say what was asked for. May be called in any thread.
+        """Updates labels and states of the buttons to the pending requests. May be called in any thread.
 
         Args:
-            members: adapters of a sweep, among them those that are new.
+            members: All adapters of a sweep, including new ones.
         """
         control = self._control
         if not self._ended:
@@ -161,20 +163,20 @@ class RunButtons:
 
     @property
     def needs_peeking(self) -> bool:
-        """Whether clicks are seen during a step only where a thread calls ``peek`` often."""
+        """Whether another thread has to call ``peek`` often for clicks to be noticed during a step."""
         return self._delivery is not None and self._delivery.needs_peeking
 
     def peek(self) -> None:
-        """Looks for clicks while the main thread is inside a step."""
+        """Checks for clicks while the main thread is inside a step; for another thread."""
         if self._delivery is not None:
             self._delivery.peek()
 
     def close(self, card: str = "") -> None:
-        """Takes the buttons away. May be called twice.
+        """Removes the buttons. May be called twice.
 
         Args:
-            card: how the run ended, as HTML: a page that was closed at that time and is opened again shows it in the
-                place of the buttons, and not the state that it was closed with.
+            card: The final state of the run, as HTML. A page that was closed before the run ended shows it in the place
+                of the buttons when it is opened again, instead of the state it was closed with.
         """
         if self._ended:
             return
@@ -197,11 +199,11 @@ class RunButtons:
         return None if listeners is None else deliver_clicks(listeners)
 
     def _listeners(self, requests: dict[Any, Callable[[], None]]) -> dict[str, Any] | None:
-        """What to call for a click, by comm id; None where widgets have none."""
-        found = {getattr(button.comm, "comm_id", None): request for button, request in requests.items()}
-        if None in found:
+        """Comm id of a button -> function to call for a click; None if a widget has no comm."""
+        by_comm_id = {getattr(button.comm, "comm_id", None): request for button, request in requests.items()}
+        if None in by_comm_id:
             return None
-        return {str(comm_id): functools.partial(self._peeked, request) for comm_id, request in found.items()}
+        return {str(comm_id): functools.partial(self._peeked, request) for comm_id, request in by_comm_id.items()}
 
     def _peeked(self, request: Callable[[], None]) -> None:
         with self._lock:
@@ -211,7 +213,7 @@ class RunButtons:
     def _clicked(self, request: Callable[[], None]) -> None:
         with self._lock:
             self._handled += 1
-            missed = self._handled > self._seen  # nobody looked at it on its way
+            missed = self._handled > self._seen  # its raw message was not inspected
             self._seen += missed
             last = self._ended and self._handled >= self._seen
         if missed:
@@ -237,7 +239,7 @@ class RunButtons:
 
         children = self.box.children
         for child in children:
-            child.layout.display = "none"  # and not closed: the kernel would complain about a click that comes late
+            child.layout.display = "none"  # not closed: for a late click the kernel would log an unknown comm
         hidden = f"<style>{self._alive} .{self.name} {{ display: none; }}</style>"
         self.box.children = (ipywidgets.HTML(f"{hidden}{self._card}"), *children)
         _left.append(self.box)
@@ -253,15 +255,16 @@ def _button(description: str, icon: str, tooltip: str, display: str | None = Non
 
 
 _left: deque[Any] = deque()
-"""What stands in the place of the buttons of runs that have ended."""
+"""The widgets that replace the buttons of runs that have ended."""
 _MOST_LEFT = 16
 
 
 def close_left() -> None:
-    """Closes it."""
+    """Closes the widgets that replace the buttons of ended runs."""
     while _left:
         close_tree(_left.popleft())
 
 
 _waiting: set[RunButtons] = set()
-"""Buttons of ended runs whose clicks the kernel has yet to deliver; held here, as handlers are weak."""
+"""Buttons of ended runs whose clicks the kernel has yet to deliver. Handlers have only weak references: this keeps the
+buttons alive."""

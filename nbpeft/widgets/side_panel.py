@@ -1,4 +1,4 @@
-"""The buttons of the adapters panel that open the compare and the blend panel below it."""
+"""The buttons of the adapters panel that open the compare or the blend panel below it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from nbpeft.widgets.answer_panel import AnswerPanel
 
 _KINDS: dict[str, tuple[type[AnswerPanel], str]] = {
-    "Compare answers": (ComparePanel, "Let the base model and the adapters answer the same prompt"),
-    "Blend adapters": (BlendPanel, "Weight adapters with sliders and see what they answer together"),
+    "Compare answers": (ComparePanel, "Compare the answers of the base model and the adapters to one prompt"),
+    "Blend adapters": (BlendPanel, "Weight adapters with sliders and see the answer of their sum"),
 }
 
 
@@ -27,10 +27,10 @@ class SidePanel:
     """Two buttons, and a place below that holds at most one of the panels.
 
     Args:
-        session: Of the panel.
-        model_name: Of the panel.
-        tokenizer: A tokenizer, or a function that gives one.
-        changed: Called when what the panel shows has changed.
+        session: The session of the panel.
+        model_name: The model of the panel.
+        tokenizer: A tokenizer, or a function that returns one.
+        changed: Called when the content of the open panel has changed.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class SidePanel:
 
     @property
     def panel(self) -> AnswerPanel | None:
-        """The panel that is open."""
+        """The open panel, or None."""
         return self._panel
 
     def close(self) -> None:
-        """Closes the panel that is open."""
+        """Closes the open panel."""
         panel, self._panel = self._panel, None
         roots, self.slot.children = self.slot.children, ()
         if panel is not None:
             panel.close()
-        for root in roots:  # one that is shown elsewhere by now left a line here
+        for root in roots:  # a panel that moved to another cell left its root here, with a line of text
             close_tree(root)
         self._mark()
 
     def _toggle(self, kind: str) -> None:
-        # One that is shown elsewhere by now was closed here: the button brings it back.
+        # A panel that moved to another cell counts as closed here: a click opens it here again.
         shown = isinstance(self._panel, _KINDS[kind][0]) and not self._panel.closed
         prompt = self._panel.prompt if self._panel is not None else ""
         self.close()
@@ -77,5 +77,5 @@ class SidePanel:
         self._changed(None)
 
     def _mark(self) -> None:
-        for kind, made in self._buttons.items():
-            mark(made, "nbpeft-on", isinstance(self._panel, _KINDS[kind][0]))
+        for kind, opener in self._buttons.items():
+            mark(opener, "nbpeft-on", isinstance(self._panel, _KINDS[kind][0]))

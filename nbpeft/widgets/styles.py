@@ -1,11 +1,11 @@
-"""Style sheet of the panels, whose widgets never reach a notebook that is not trusted."""
+"""The style sheet of the panels. Untrusted notebooks show no widgets, so they need no styles for them."""
 
 from __future__ import annotations
 
 from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH
 
 _ROW_BUTTONS = 164
-"""Pixels of Save and Delete in a row."""
+"""Width of the buttons Save and Delete in a row, in pixels."""
 
 _BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px; flex: 0 0 auto;
   border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
@@ -17,7 +17,7 @@ RUN_BUTTONS_CSS = f"""
 .nbpeft-run .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-run .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 1px; }}
 """
-"""Of the buttons below a run's card."""
+"""Style rules of the buttons below a run's card."""
 
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
@@ -103,6 +103,6 @@ def style_sheet(more: str = "") -> str:
     """The style sheet as HTML.
 
     Args:
-        more: Further rules.
+        more: Additional CSS rules.
     """
     return f"<style>{PANEL_CSS}{more}</style>"

@@ -1,13 +1,13 @@
 """The live view of a training run.
 
     state   HTML pushed into one output, at most five times a second: it is saved with the notebook
-    chart   SVG while the run goes on, an image in the last state
-    clicks  Pause, Stop and Save now in an output of their own, which is emptied when the run ends
+    chart   SVG during the run, an image in the last state
+    clicks  Pause, Stop and Save now in an output of their own, which is cleared when the run ends
 
-States come from the training thread between steps. A step may take a minute: one light thread moves the clock
-each second and answers a click at once.
+States come from the training thread between steps. A step may take a minute: a separate thread updates the elapsed time
+each second and responds to a click at once.
 
-A widget in the output would leave "Error displaying widget" when the notebook is opened again.
+The state is HTML, not a widget: a widget would leave "Error displaying widget" when the notebook is opened again.
 """
 
 from __future__ import annotations
@@ -30,25 +30,29 @@ from nbpeft.widgets.run_buttons import RunButtons, close_left
 if TYPE_CHECKING:
     from nbpeft.session import Run, Session
 
-INTERRUPT_HINT = "Interrupting the kernel ends the run after this step; what it learned stays."
+INTERRUPT_HINT = "Interrupting the kernel ends the run after this step and keeps the weights trained so far."
 _INTERVAL = 0.15
-"""Least seconds between two updates; a run publishes every 0.2 s, and must not lose every other."""
+"""The shortest time between two updates, in seconds; below the 0.2 s at which a run publishes, or every second state
+would be skipped."""
 _SHARE = 100
-"""An update is followed by this many times what it took before the next: drawing costs a hundredth of the time."""
+"""After an update the view waits this many times as long as drawing took: drawing costs at most 1 % of the time."""
 _TICK = 1.0
-"""Seconds after which the clock moves by itself."""
+"""Seconds between two updates of the elapsed time."""
 _PEEK = 0.1
-"""Seconds between two looks for clicks, on kernels where only a thread sees them during a step."""
+"""Seconds between two checks for clicks, on kernels where only another thread notices them during a step."""
 
 
 def show_run(run: Run, session: Session, model_name: str, *, ui: Ui = "auto") -> RunView:
-    """Shows a run in the running cell until it ends. Register it with ``session.on_run``.
+    """Shows a run in the running cell until it ends. Register this function with ``session.on_run``.
 
     Args:
-        run: A run that starts.
+        run: A run that is about to start.
         session: Publishes the run's states.
         model_name: The run's model in the session.
-        ui: How to show it; by default the richest that works here.
+        ui: How to show it; by default the richest form that works here.
+
+    Returns:
+        The view; it closes itself when the run ends.
     """
     key = (id(session), model_name)
     stale = _live.get(key)
@@ -61,7 +65,7 @@ def show_run(run: Run, session: Session, model_name: str, *, ui: Ui = "auto") ->
 
 
 class RunView:
-    """Draws the states of one run until it has ended. Made by ``show_run``."""
+    """Draws the states of one run until it has ended. Created by ``show_run``."""
 
     def __init__(self, run: Run, session: Session, model_name: str, *, ui: Ui = "auto") -> None:
         self._run: Run | None = run
@@ -80,7 +84,7 @@ class RunView:
         self._ticks = False
 
     def start(self) -> None:
-        """Shows the first state and follows the session."""
+        """Shows the first state and subscribes to the session."""
         run = self._run
         if run is None:
             return
@@ -99,24 +103,33 @@ class RunView:
             removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
             self._unsubscribe = lambda: [remove() for remove in removals]
             self._ticks = True
-            # In the context of the cell, which early kernels of 7 keep the cell's name in.
+            # ipykernel 7.0 stores the id of the cell's message in a context variable: without it the output of this
+            # thread would go to another cell.
             context = contextvars.copy_context()
             threading.Thread(target=context.run, args=(self._tick,), name="nbpeft-run-view", daemon=True).start()
             here = threading.get_ident()
-            if here == threading.main_thread().ident and run.thread in (None, here):  # one elsewhere outlives the cell
+            if here == threading.main_thread().ident and run.thread in (
+                None,
+                here,
+            ):  # a run in the background outlives the cell
                 _after_cell(self._stop_ticking)
 
     def draw(self, train: TrainState, *, at_once: bool = False) -> None:
-        """Draws a state, unless the last one is too new; a change of status is always drawn."""
+        """Draws a state, unless the last one was drawn only just before.
+
+        Args:
+            train: The state. A change of its status is always drawn.
+            at_once: Whether to draw it however short the time since the last one.
+        """
         with self._lock:
             if self._output is None:
                 return
             ended = train.status in ENDED
             now = time.monotonic()
-            before = self._drawn
-            changed = before is None or before.status != train.status
+            previous = self._drawn
+            changed = previous is None or previous.status != train.status
             due = at_once or changed or ended or now - self._drawn_at >= self._wait
-            if not due or (train == before and not self._output.outdated):
+            if not due or (train == previous and not self._output.outdated):
                 return
             began = time.perf_counter()
             self._output.draw(train)
@@ -128,7 +141,7 @@ class RunView:
                 self._end(train)
 
     def close(self, final: str = "") -> None:
-        """Stops following the run; the last state drawn stays.
+        """Stops updating; the last state drawn stays.
 
         Args:
             final: The card of a run that has ended, as HTML.
@@ -150,13 +163,13 @@ class RunView:
             return
         model = state.model(self._model_name)
         train = model.training if model is not None else None
-        # The session knows no state of a run on a model that carries no adapters: ask the run.
+        # The session has no state of a run on a model without adapters: the run has one.
         self.draw(train if train is not None and train.run_id == self._run_id else run.state)
 
     def _end(self, train: TrainState) -> None:
         output = self._output
         if isinstance(output, _HtmlOutput):
-            # Once more when the cell is done: a flood of output may have swallowed it.
+            # Draw it again when the cell has ended: a server that limits the message rate may have dropped it.
             _after_cell(lambda: output.draw(train))
         self.close(output.card(train) if isinstance(output, _HtmlOutput) else "")
 
@@ -165,7 +178,7 @@ class RunView:
         self._wake.set()
 
     def _tick(self) -> None:
-        """Moves the clock and answers clicks until the run has ended, or the cell that it runs in."""
+        """Updates the elapsed time and responds to clicks until the run ends, or the cell in which it runs."""
         while self._ticks:
             buttons, run = self._buttons, self._run
             if run is None:
@@ -184,12 +197,12 @@ class RunView:
     def _draw_between_steps(self, state: TrainState) -> None:
         try:
             self.draw(state, at_once=True)
-        except Exception:  # the run's own updates say what is wrong
+        except Exception:  # the run's own updates report the error
             self._ticks = False
 
 
 class _HtmlOutput:
-    """One display that is updated."""
+    """One display that is updated in place."""
 
     def __init__(self, model_name: str, hint: str) -> None:
         self._model_name = model_name
@@ -200,15 +213,20 @@ class _HtmlOutput:
 
     @property
     def outdated(self) -> bool:
-        """Whether the page takes the card for an old one soon, even if the run's state has not changed since."""
+        """Whether the card has to be drawn again to count as current, even if the run's state has not changed."""
         return self._frame != self._frame_now()
 
     def framed_for(self, buttons: RunButtons) -> None:
-        """From now on the card is followed by buttons, which say whether it is current."""
+        """Marks the card as one with these buttons below it, whose style rules decide whether it counts as current."""
         self._buttons = buttons
 
     def card(self, train: TrainState, seen: str = "") -> str:
-        """A state as HTML."""
+        """A state as HTML.
+
+        Args:
+            train: The state.
+            seen: The local time at which it is drawn, as text.
+        """
         hint = self._hint if train.status not in ENDED else ""
         return to_html(training_card(train, model_name=self._model_name, hint=hint, seen=seen))
 
@@ -226,13 +244,13 @@ class _HtmlOutput:
             self._handle.update(bundle, raw=True)
 
     def _frame_now(self) -> str:
-        """The class names by which the page tells a current card from an old one; none without buttons."""
+        """The class names by which style rules distinguish a current card from an old one; empty without buttons."""
         buttons = self._buttons
         return "" if buttons is None else f"nbpeft-state {buttons.name} {buttons.name}-{buttons.period()}"
 
 
 class _TextOutput:
-    """One line in a terminal that is written over; a line now and then where output is a file."""
+    """One line that is overwritten in a terminal; in a file, a new line every ten seconds."""
 
     seconds = 10.0
     outdated = False
@@ -248,7 +266,7 @@ class _TextOutput:
             columns = shutil.get_terminal_size().columns - 1
             line = (
                 line if len(line) <= columns else line[: columns - 1] + "…"
-            )  # a line that wraps cannot be written over
+            )  # a line that wraps cannot be overwritten
             self._stream.write(f"\r{line:<{self._width}}" + ("\n" if ended else ""))
             self._width = len(line)
         elif ended or time.monotonic() - self._written_at >= self.seconds:
@@ -258,7 +276,7 @@ class _TextOutput:
 
 
 def _after_cell(act: Callable[[], object]) -> None:
-    """Calls a function once, when the running cell is done."""
+    """Calls a function once, when the running cell has ended."""
     from IPython import get_ipython
 
     shell = get_ipython()
@@ -273,7 +291,8 @@ def _after_cell(act: Callable[[], object]) -> None:
 
 
 _live: dict[tuple[int, str], RunView] = {}
-"""Views of runs that go on, by session and model: sessions hold their subscribers weakly."""
+"""Views of current runs, by session and model. A session has only weak references to its subscribers: this keeps the
+views alive."""
 
 
 def close_views() -> None:

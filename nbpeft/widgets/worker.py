@@ -1,7 +1,7 @@
-"""One thread that does the newest job: a click or a slider asks for something that takes long.
+"""A thread that runs the newest job: what a click or a slider starts may take long.
 
-While it works, the kernel stays free for the next click. A new job asks the one that runs to stop
-and takes the place of one that waits.
+While it works, the kernel stays free for the next click. A new job asks the running one to stop
+and replaces the waiting one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 Stopped = Callable[[], bool]
 Job = Callable[[Stopped], None]
-"""Gets a function that says whether to stop; must not raise."""
+"""Its argument is a function that returns whether to stop; a job must not raise."""
 
 
 class Worker:
-    """Runs jobs one after the other in a thread that ends when there is nothing to do."""
+    """Runs jobs one after the other in a thread that ends when no job is left."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -26,15 +26,15 @@ class Worker:
 
     @property
     def waiting(self) -> bool:
-        """Whether a job waits for its turn."""
+        """Whether a job is waiting to run."""
         return self._waiting is not None
 
     def submit(self, job: Job, delay: float = 0.0) -> None:
-        """Has a job done.
+        """Schedules a job.
 
         Args:
-            job: Takes the place of a job that waits; one that runs is asked to stop.
-            delay: Seconds to wait for a newer one first.
+            job: Replaces the waiting job; the running one is asked to stop.
+            delay: Seconds to wait first, in case a newer job replaces it.
         """
         with self._condition:
             self._waiting = (time.monotonic() + delay, job)
@@ -46,10 +46,10 @@ class Worker:
             self._condition.notify_all()
 
     def stop(self) -> bool:
-        """Drops the job that waits and asks the one that runs to stop; does not wait for it.
+        """Drops the waiting job and asks the running one to stop; does not wait for its end.
 
         Returns:
-            Whether none runs: then no job will report its end.
+            Whether no job is running: then none will report its end.
         """
         with self._condition:
             self._waiting = None
@@ -59,17 +59,24 @@ class Worker:
             return self._stop is None
 
     def wait(self, timeout: float = 30.0) -> bool:
-        """Waits until nothing is left to do; says whether that came about."""
+        """Waits until no job is left.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            False if the timeout passed first.
+        """
         with self._condition:
             return self._condition.wait_for(lambda: self._thread is None, timeout)
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            job, stop = taken
+        while (next_job := self._take()) is not None:
+            job, stop = next_job
             job(stop.is_set)
 
     def _take(self) -> tuple[Job, threading.Event] | None:
-        """The next job once its time has come; None, and the thread is done, where there is none."""
+        """The next job, once its delay has passed; None if there is none, after which the thread ends."""
         with self._condition:
             self._stop = None
             while self._waiting is not None:

@@ -105,7 +105,7 @@ def test_a_converted_notebook_shows_the_last_states(open_notebook: Opener, tmp_p
 def test_a_panel_that_is_run_again_elsewhere_leaves_a_line(open_notebook: Opener) -> None:
     page = open_notebook(SET_UP, PANELS[0], PANELS[0])
     page.run_all()
-    expect(page.output(1).get_by_text("was opened again in another place")).to_be_visible()
+    expect(page.output(1).get_by_text("was opened again in another cell")).to_be_visible()
     expect(page.output(1).locator(".nbpeft-panel").filter(visible=True)).to_have_count(0)
     page.run_cell(1)
     expect(page.output(1).locator(".nbpeft-panel").filter(visible=True)).to_have_count(1)

@@ -68,7 +68,7 @@ def test_save_asks_for_a_folder_and_delete_asks_back(open_notebook: Opener, pict
     page.click("Save", cell=1, nth=1)
     page.wait_for("saved 'orders' to kept/orders", cell=1)
     row = page.output(1).locator(".nbpeft-row").filter(has_text="pirate")
-    delete = row.get_by_title("Delete pirate; asks before")
+    delete = row.get_by_title("Delete pirate, after a confirmation")
     delete.dblclick()
     expect(row.get_by_text("Delete pirate?")).to_have_count(0)
     delete.click()

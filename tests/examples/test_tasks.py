@@ -85,5 +85,5 @@ def test_prompted() -> None:
 
 @pytest.mark.parametrize("number", [-1, 10_000, "3", 2.5])
 def test_impossible_numbers_of_rows(number: object) -> None:
-    with pytest.raises(ConfigError, match="train is a number of rows from 0 to 5,000"):
+    with pytest.raises(ConfigError, match="train must be a number of rows from 0 to 5,000"):
         examples.order_codes(number)  # type: ignore[arg-type]

@@ -46,11 +46,11 @@ def asked(kernel: Any, cell: str) -> str:
         ("%%lora model\ntarget_modules = [\n  'q_|", ["target_modules", "'all-linear'", "names of the model's layers"]),
         ("%%lora_train model --data x\nlearning_rate|", ["learning_rate: float = 0.0002"]),
         ("%%lora_train model --data x\nlr_scheduler_type|", ["'cosine'", "'linear'"]),
-        ("%%lora_train model --da|ta x", ["--data", "rows to learn"]),
+        ("%%lora_train model --da|ta x", ["--data", "training rows"]),
         ("%%qlora x\nquant_type| = 'nf4'", ["quant_type: str = 'nf4'", "'fp4'"]),
         ("%lora add model r|=8", ["r: int = 8"]),
         ("x = 1\n%lora plan| model", [str(command_help(SUBCOMMANDS["plan"], "%lora plan"))]),
-        ("%lora help us|e", ["%lora use\nSwitch to one adapter"]),
+        ("%lora help us|e", ["%lora use\nActivate one adapter"]),
     ],
 )
 def test_a_field_a_verb_and_an_option(kernel: Any, cell: str, words: list[str]) -> None:

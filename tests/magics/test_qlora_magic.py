@@ -83,7 +83,7 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     assert not second.quantized and not base.is_activation_checkpointing
     assert set(bare["model"].peft_config) == {"sql", "chat"}
     line = bare.run(cell("$place", "--name sql").replace("bits = 4", "bits = 8")).line
-    assert "'model' holds a PeftModel with 'sql', 'chat'; say --as NAME" in line
+    assert "'model' holds a PeftModel with 'sql', 'chat'; give --as NAME" in line
     assert bare["model"].get_base_model() is base
     other = bare.do(cell("$place", "--as model --name sql").replace("bits = 4", "bits = 8"))
     assert other.quantized and bare["model"].get_base_model() is not base
@@ -127,7 +127,7 @@ def test_a_variable_that_nobody_named_is_not_taken(notebook: Notebook, folder: P
     before = notebook["model"]
     line = notebook.run(cell(str(folder), "--name q", "dtype = 'bfloat16'\n")).line
     what = {"adapted": "a PeftModel with 'trained'", "bare": "a LlamaForCausalLM", "a text": "a str"}[held]
-    assert f"'model' holds {what}; say --as NAME for the new model, --as model to put it in its place" in line
+    assert f"'model' holds {what}; give --as NAME for the new model, or --as model to overwrite it" in line
     assert notebook["model"] is before and notebook.session.names == (("model",) if held == "adapted" else ())
     notebook.do(cell(str(folder), "--as other --name q", "dtype = 'bfloat16'\n"))
     assert notebook["model"] is before and quantized_layers(notebook["other"]) == 14

@@ -51,7 +51,7 @@ def test_the_cell_run_again_goes_on_with_the_same_adapters(ready: Notebook) -> N
     result = ready.do(TRAIN)
     assert [member.name for member in result.members] == ["sql-lr1e-2", "sql-lr5e-2"]
     assert not same(weights(ready, "sql-lr1e-2"), once)
-    assert "goes on with the weights after step 2" in result.state.message
+    assert "continues from the weights after step 2" in result.state.message
 
 
 def test_restart_makes_them_again(ready: Notebook) -> None:

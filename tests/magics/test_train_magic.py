@@ -335,7 +335,7 @@ def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     line = "%%lora_train model --data rows --eval held_out --tokenizer tok --patience 1"
     result = ready.do(f'{line} --sample "Oslo needs" --sample two --every 2\nmax_steps = 20\nlearning_rate = 1.0')
     assert result.best_step is not None
-    assert "stopped early: no better in 1 evaluation" in result.message
+    assert "stopped early: no improvement in 1 evaluation" in result.message
     assert [sample.prompt for sample in result.state.samples][:2] == ["Oslo needs", "two"]
     training = ready.session.state.models[0].training
     assert training is not None and training.samples == result.state.samples
@@ -366,7 +366,7 @@ def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatc
     assert given[0].arguments["fsdp"] is True and given[0].arguments["max_steps"] == 1
     assert given[0].replace is True, "what output_dir holds is checked before the processes start"
     refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line
-    assert refused == "fsdp shards a model over several processes: say how many, processes=…"
+    assert refused == "fsdp shards a model over several processes: give their number, processes=…"
     assert ready.run("%lora_train model --data rows processes=2").line.endswith(
         "is given in the magic's line, not in the cell"
     )

@@ -341,9 +341,11 @@ class TestWhichModel:
         assert old.manager.merged == ("sql",)
 
     def test_the_help_says_so(self, bare: Notebook) -> None:
-        assert "may be left out where one alone carries" in " ".join(repr(bare.do("%lora merge --help")).split())
-        assert "may be left out where one alone carries" in " ".join(repr(bare.do("%lora panel --help")).split())
-        assert "must be free or hold what this cell made before" in " ".join(repr(bare.do("%qlora --help")).split())
+        assert "not needed if only one has adapters" in " ".join(repr(bare.do("%lora merge --help")).split())
+        assert "not needed if only one has adapters" in " ".join(repr(bare.do("%lora panel --help")).split())
+        assert "must be unused or the result of this cell's earlier run" in " ".join(
+            repr(bare.do("%qlora --help")).split()
+        )
 
 
 @pytest.mark.parametrize("line", ["save {place}/run(1", "save {place}/it's", "save '{place}/a[b'", "use sql;"])

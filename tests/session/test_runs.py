@@ -96,7 +96,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no rows": ({"data": None}, TrainingError, "run sql-1 goes on with the rows it had: give them again, data=…"),
     "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, and these are 25"),
     "other rows": ({"data": token_rows(24, seed=9)}, TrainingError, "run sql-1 was trained with other rows"),
-    "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 rows to evaluate on, and these are none"),
+    "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 evaluation rows, and these are none"),
     "an unknown field": ({"learning_rat": 1}, ConfigError, "Did you mean 'learning_rate'"),
     "another base": ({"model": llama(seed=4)}, BaseMismatchError, "trained on other weights of the same shapes"),
     "another architecture": ({"model": gpt2()}, BaseMismatchError, "trained on LlamaForCausalLM with 16 weights"),
@@ -238,7 +238,7 @@ def test_a_resumed_run_ends_with_the_best_state_as_the_unbroken_one(step: int, t
     """Patience and what is held out are the run's; neither has to be given again."""
     given = {"patience": 3, "eval_data": 6, "eval_steps": 1, "learning_rate": 0.02, "seed": 1}
     through, expected = unbroken(tmp_path / "whole", **given)
-    assert "the best, was put back" in through.message and through.steps == 7
+    assert "the best, were restored" in through.message and through.steps == 7
     assert train_and_die(tmp_path / "broken", step, often, **given)
     result = session_in(tmp_path / "broken").resume(model=llama(), variable="model", data=rows())
     assert same_state(weights(result.model, "sql"), expected)
@@ -306,7 +306,7 @@ def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     session.rename("sql", "orders")
     second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 3})
     assert (second.state.first_step, second.state.step, second.steps) == (0, 3, 3)
-    assert "goes on with the weights after step 5 of run sql-1, with a new schedule" in str(second)
+    assert "continues from the weights after step 5 of run sql-1, with a new schedule" in str(second)
     assert "after step 8 of run" in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
     session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
     assert "goes on" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
@@ -515,7 +515,7 @@ def test_a_state_with_something_else_in_it_is_passed_over(kind: str, broken: Pat
         case _:
             newest.rename(tmp_path / "elsewhere")
             newest.symlink_to(tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match=r"passed over checkpoint-7 \((.* is )?(a link|a named pipe|much larger than)"):
+    with pytest.warns(UserWarning, match=r"skipped checkpoint-7 \((.* is )?(a link|a named pipe|much larger than)"):
         result = resumed(broken)
     assert (result.step, result.training.steps) == (6, 14)
 

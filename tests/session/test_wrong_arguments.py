@@ -34,7 +34,7 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
     "compare": (lambda s: s.compare(3, tokenizer=CharTokenizer()), "a prompt is a text"),  # type: ignore[arg-type]
     "compare-option": (
         lambda s: s.compare("Hi", tokenizer=CharTokenizer(), tempratur=1),
-        "generate does not take tempratur",
+        "generate does not accept tempratur",
     ),
     "plan": (lambda s: s.plan_memory(batch_sise=2), "has no setting 'batch_sise'. Did you mean 'batch_size'"),
 }

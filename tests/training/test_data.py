@@ -136,9 +136,9 @@ def test_long_rows_are_cut_and_rows_without_anything_left_are_dropped(tokenizer)
     assert len(rows) == 1 and rows.dropped == 1 and rows.truncated == 2
     assert len(rows[0]["input_ids"]) == len(rows[0]["labels"]) == 12
     assert rows.notes == (
-        "2 of 2 rows were cut to the maximal length; 1 row left out: row 0: nothing to learn within 12 tokens"
+        "2 of 2 rows were truncated to the maximum length; 1 row left out: row 0: nothing to learn within 12 tokens"
     )
-    with pytest.raises(TrainingError, match="None of the 1 rows holds anything to learn within 4 tokens"):
+    with pytest.raises(TrainingError, match="None of the 1 rows has anything to learn within 4 tokens"):
         prepare_data([{"prompt": "the cat sat on the mat", "completion": "yes"}], tokenizer, max_length=4)
 
 
@@ -246,7 +246,7 @@ def test_a_chat_trains(tokenizer):
     result = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=20, learning_rate=3e-2)
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.2
     cut = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=2, max_length=12)
-    assert cut.message == "8 of 8 rows were cut to the maximal length"
+    assert cut.message == "8 of 8 rows were truncated to the maximum length"
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,9 @@ def test_files_are_read_without_datasets_and_pandas(files: Path, monkeypatch: py
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"^a.jsonl, line 2 is not JSON: Expecting value"),
-        ("a.json", '{"a": 1, "b": 2}', r"^a.json holds an object with 2 keys; expected a list of rows"),
+        ("a.json", '{"a": 1, "b": 2}', r"^a.json contains an object with 2 keys; expected a list of rows"),
         ("a.json", "[1, ", r"^a.json is not JSON: "),
-        ("a.json", "3", r"^a.json holds no list of rows"),
+        ("a.json", "3", r"^a.json does not contain a list of rows"),
         ("a.csv", "text\nyes, no\n", r"^a.csv, line 2 has more cells than the 1 of its header \(separated by ','\)"),
         ("a.csv", "text;text\na;b\n", r"^a.csv has two columns called 'text': rename one of them"),
         ("a.csv", "text\n", r"^a.csv has no rows"),
@@ -215,10 +215,10 @@ def test_a_folder_that_is_not_one_of_data_is_refused_at_once(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "nothing" / "below").mkdir(parents=True)
-    with pytest.raises(TrainingError, match="nothing' holds no file; expected one with data"):
+    with pytest.raises(TrainingError, match="nothing' has no files; expected a folder with data"):
         open_data(str(tmp_path / "nothing"))
     monkeypatch.setattr(hub, "MOST_FILES", 1)
-    with pytest.raises(TrainingError, match="sums' holds more than 1 files; name one that holds the data alone"):
+    with pytest.raises(TrainingError, match="sums' has more than 1 files; name one with only the data"):
         open_data(str(folder))
 
 

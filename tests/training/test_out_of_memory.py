@@ -65,7 +65,7 @@ def test_one_line_then_the_next_setting_runs(model: Any) -> None:
             )
         line = str(caught.value)
         assert line.startswith("Out of memory in ") and "\n" not in line
-        assert f"at batch size 16 and {LENGTH} tokens a row" in line
+        assert f"at batch size 16 and {LENGTH} tokens per row" in line
         assert "activations kept for backward need" in line and "base weights" in line
         assert "per_device_train_batch_size 16 -> 8 saves" in line and "gradient_checkpointing=True saves" in line
         assert states[-1].status == "failed" and states[-1].message == line

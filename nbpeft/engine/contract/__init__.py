@@ -5,31 +5,6 @@ a method may ask of the layer it adapts. ``weight_delta.py`` is the shortest way
 
 Door, what other rooms import:
 
-    adapter.py         The contract of a method: its config, its adapters, and what else an adapter may be able to do
-    allocator.py       What shares a budget out among the layers of an adapter as it trains: ranks, subspaces
-    base.py            What the engine asks of a kind of layer and of a way to store its weight
-    combination.py     What combining adapters takes and gives, whatever their method
-    field_types.py     Checks the fields of a config against their annotations, so that no value is guessed at
-    initial_draws.py   The random numbers of new parameters, drawn as torch's own modules draw theirs
-    loss_terms.py      What methods add to the loss of a training (AdaLoRA, KaSA, MonteCLoRA): each loss has it once,
-                       whoever adds it
-    model_adapter.py   The contract of an adapter without layers: it acts on whole calls of a model, in ``forward``
-                       and ``generate``
-    peft_types.py      What configs and files say an adapter is of: the task of its model, and its method
-    provider.py        Where adapters come from that are named and not on the model
-    registry.py        What methods, kinds of layers and ways to store a weight there are, and which one fits
-    shared_state.py    What the layers of one adapter share: a common projection, a bank of vectors
-    training_hooks.py  What a method does in the steps of a training beside the gradient of its parameters, and what
-                       it remembers
-    weight_delta.py    Adapters whose delta is a whole weight, computed anew from few parameters at each call
-
-Inside:
-
-    adapter_site.py     Where an adapter of a layer is built, and what makes its new parameters
-    adapter_weights.py  The tensors of one adapter, apart from where they hang and from any file format
-
-Door, what other rooms import:
-
     adapter.py           The contract of a method: its config, its adapters, and what else an adapter may be able to
                          do
     allocator.py         What shares a budget out among the layers of an adapter as it trains: ranks, subspaces

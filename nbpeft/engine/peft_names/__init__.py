@@ -8,11 +8,4 @@ Door, what other rooms import:
                        adapters
     peft_modules.py    The small modules that PEFT's names mean: ``layer.core["default"].weight``,
                        ``…core.default.weight``
-
-Door, what other rooms import:
-
-    peft_layer_api.py  An adapted layer as users of PEFT know it: attributes by adapter name that read and write the
-                       adapters
-    peft_modules.py    The small modules that PEFT's names mean: ``layer.core["default"].weight``,
-                       ``…core.default.weight``
 """

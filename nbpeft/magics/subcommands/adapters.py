@@ -30,25 +30,25 @@ from nbpeft.session.results import BroughtBack
 _DEFAULTS = "no field is given, so these are PEFT's defaults; r = 16 with target_modules = 'all-linear' learns more"
 
 _READING = (
-    argument("--init-rows", type=positive, metavar="N", help="how many are looked at (default: 256)"),
+    argument("--init-rows", type=positive, metavar="N", help="number of rows to use (default: 256)"),
     TOKENIZER,
     COLUMNS,
     MAX_LENGTH,
 )
-"""How rows to start from are read."""
+"""Options about the rows of a data-driven initialization."""
 _ARGUMENTS = (
     MODEL,
     ADAPTER_NAME,
     METHOD,
-    argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
+    argument("--dry-run", action="store_true", help="only show the layers, counts and memory"),
     *DRY_RUN_SIZES,
     ALLOW_MISSING,
-    argument("--frozen", action="store_true", help="apply it without training it"),
+    argument("--frozen", action="store_true", help="apply it frozen, without training it"),
     argument(
         "--init-data",
         metavar="ROWS",
         completes="data",
-        help="rows to start from, as for %%lora_train --data, where init_lora_weights is 'eva', 'corda' or 'lora_ga'",
+        help="rows for initialization, as for %%lora_train --data, if init_lora_weights is 'eva', 'corda' or 'lora_ga'",
     ),
     *(replace(item, options={**item.options, "help": f"for --init-data: {item.options['help']}"}) for item in _READING),
 )
@@ -91,22 +91,22 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def _rows_to_start_from(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
-    """What ``Session.add`` is given of the rows that an init needs."""
-    given = {name: getattr(options, name) for name in ("init_rows", "tokenizer", "columns", "max_length")}
+    """The arguments of ``Session.add`` about the rows of a data-driven initialization."""
+    arguments = {name: getattr(options, name) for name in ("init_rows", "tokenizer", "columns", "max_length")}
     if options.init_data is None:
-        return given
+        return arguments
     data, tokenizer = notebook.data(options.init_data, "--init-data"), notebook.tokenizer(options.tokenizer)
     columns = None if options.columns is None else dict(options.columns)
-    return {**given, "init_data": data, "tokenizer": tokenizer, "columns": columns}
+    return {**arguments, "init_data": data, "tokenizer": tokenizer, "columns": columns}
 
 
 @subcommand(
     "load",
-    "Load a saved adapter from a folder or the hub, with the access token that push uses.",
-    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub: user/name@revision"),
-    argument("--name", "-n", metavar="NAME", help="what to call it; the last part of PATH if left out"),
-    argument("--revision", metavar="REVISION", help="a branch, tag or commit on the hub (default: main)"),
-    argument("--subfolder", metavar="DIR", help="where it is in PATH"),
+    "Load a saved adapter from a folder or the Hub, with the access token that push uses.",
+    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the Hub: user/name@revision"),
+    argument("--name", "-n", metavar="NAME", help="name of the adapter (default: the last part of PATH)"),
+    argument("--revision", metavar="REVISION", help="a branch, tag or commit on the Hub (default: main)"),
+    argument("--subfolder", metavar="DIR", help="folder of the adapter in PATH"),
     argument("--train", action="store_true", help="load it to train it further; otherwise it is frozen"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
@@ -118,9 +118,9 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if model is None and not notebook.session.names:
         variable = notebook.only_model("%lora load")
         model = notebook.module(variable)
-    how = {"trainable": options.train, "replace": options.replace}
-    how |= {"revision": options.revision, "subfolder": options.subfolder}
-    result = notebook.session.load(options.path, name=options.name, model=model, variable=variable, **how)
+    keywords = {"trainable": options.train, "replace": options.replace}
+    keywords |= {"revision": options.revision, "subfolder": options.subfolder}
+    result = notebook.session.load(options.path, name=options.name, model=model, variable=variable, **keywords)
     notebook.bind(variable, result)
     return result
 
@@ -128,9 +128,9 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
 @subcommand(
     "save",
     "Save adapters as PEFT does.",
-    argument("folder", metavar="DIR", completes="path", help="made if need be"),
-    argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter; all if left out"),
-    argument("--replace", action="store_true", help="write over another adapter in that folder"),
+    argument("folder", metavar="DIR", completes="path", help="the folder, created if needed"),
+    argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter (default: all)"),
+    argument("--replace", action="store_true", help="overwrite another adapter in that folder"),
     ON_MODEL,
     example="%lora save adapters/sql --name sql",
 )
@@ -147,13 +147,13 @@ session_command("delete", "Delete an adapter from the model.", ADAPTER, ON_MODEL
 
 @subcommand(
     "undo",
-    "Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, as it was; or what was "
-    "trained and not saved on the model that the variable held before.",
+    "Restore the adapter that was last deleted, reconfigured, reset, swapped or replaced; or the unsaved adapters of "
+    "the model that the variable referred to before.",
     ON_MODEL,
     example="%lora undo",
 )
 def undo(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Undo; where adapters of a model that is gone come back, the variable holds the adapted model."""
+    """Undo; if adapters of an earlier model are restored, that model is assigned to the variable again."""
     result = notebook.session.undo(model=notebook.chosen(options.model), variable=options.model)
     if isinstance(result, BroughtBack):
         notebook.bind(result.model_name, result)
@@ -162,7 +162,7 @@ def undo(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 session_command(
     "reset",
-    "Let an adapter start anew, with the weights that its config begins with; %lora undo brings the old ones back.",
+    "Initialize an adapter again, as its config says; %lora undo restores the old weights.",
     ADAPTER,
     ON_MODEL,
     example="%lora reset sql",
@@ -173,5 +173,7 @@ session_command(
 session_command(
     "copy", "Copy an adapter under a new name.", ADAPTER, NEW_NAME, ON_MODEL, example="%lora copy sql sql_backup"
 )
-session_command("freeze", "Keep an adapter from training.", ADAPTER, ON_MODEL, example="%lora freeze sql")
-session_command("unfreeze", "Let an adapter train while it is active.", ADAPTER, ON_MODEL, example="%lora unfreeze sql")
+session_command("freeze", "Exclude an adapter from training.", ADAPTER, ON_MODEL, example="%lora freeze sql")
+session_command(
+    "unfreeze", "Include an adapter in training while it is active.", ADAPTER, ON_MODEL, example="%lora unfreeze sql"
+)

@@ -1,4 +1,4 @@
-"""Asking one adapter, and what all verbs share that let adapters answer."""
+"""``%lora ask``, and the options shared by all commands in which adapters answer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
 from nbpeft.session.results.comparing import BASE
 
-RAW = argument("--raw", action="store_true", help="send the prompt as it is, outside the tokenizer's chat template")
-CHAT = argument("--chat", action="store_true", help="put the prompt into the chat template; default: as in training")
+RAW = argument("--raw", action="store_true", help="send the prompt as it is, without the tokenizer's chat template")
+CHAT = argument("--chat", action="store_true", help="apply the chat template to the prompt (default: as in training)")
 SAMPLING = (
-    argument("--temperature", type=float, metavar="T", help="draw tokens, e.g. 0.7; 0, the default, is greedy"),
-    argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this probability together"),
-    argument("--seed", type=int, metavar="N", help="of the random numbers, so that the answer can be repeated"),
+    argument("--temperature", type=float, metavar="T", help="sample tokens, e.g. 0.7; 0, the default, is greedy"),
+    argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens with this total probability"),
+    argument("--seed", type=int, metavar="N", help="seed of the random numbers, so that the answer can be reproduced"),
 )
 
 
 def chat_of(options: argparse.Namespace) -> bool | None:
-    """What is done with the chat template; None where that is left open.
+    """Whether to apply the chat template; None if neither option is given.
 
     Raises:
-        CellError: both are asked for.
+        CellError: both options are given.
     """
     if options.raw and options.chat:
         raise CellError("--raw and --chat exclude each other")
@@ -33,13 +33,13 @@ def chat_of(options: argparse.Namespace) -> bool | None:
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of ``SAMPLING`` as commands of the session take them."""
+    """The options ``SAMPLING`` as keywords of the session's commands."""
     return {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
 
 
 @subcommand(
     "ask",
-    "Let the active adapter, or another, answer a prompt. Nothing that is active changes.",
+    "Answer a prompt with the active adapter or another one. The active adapters do not change.",
     argument("prompt", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
     argument(
         "--adapter",
@@ -47,12 +47,12 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
         metavar="NAME[,NAME]",
         completes="adapter",
         words=(BASE,),
-        help="who answers; several add up; base is the model without adapters; the active one if left out",
+        help="the adapter that answers; several are summed; base is the model alone (default: the active one)",
     ),
     *SAMPLING,
-    argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)"),
-    argument("--continue", dest="go_on", action="store_true", help="go on with the last conversation with it"),
-    argument("--new", action="store_true", help="begin a new conversation, which is the default"),
+    argument("--max-new-tokens", type=positive, default=256, metavar="N", help="limit of the answer (default: 256)"),
+    argument("--continue", dest="go_on", action="store_true", help="continue the last conversation with this adapter"),
+    argument("--new", action="store_true", help="start a new conversation, which is the default"),
     RAW,
     CHAT,
     TOKENIZER,
@@ -60,10 +60,10 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     example='%lora ask "Order: Ana from Lima needs 12 chairs." --temperature 0.7 --seed 1',
 )
 def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Ask; the answer appears while the cell runs.
+    """Answer a prompt; the answer appears while it is generated.
 
     Raises:
-        CellError: options exclude each other.
+        CellError: two options contradict each other.
     """
     if options.go_on and options.new:
         raise CellError("--continue and --new exclude each other")

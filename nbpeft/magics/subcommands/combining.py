@@ -20,10 +20,16 @@ from nbpeft.session.handles import is_module
 
 @subcommand(
     "combine",
-    "Make a new adapter of a weighted sum of others, and report what of it was lost. "
-    "The default, exact, is the true sum of what the adapters add (cut to --rank by a truncated SVD). "
+    "Combine adapters into a new one by a weighted sum, and report the approximation error. "
+    "The default, exact, is the true sum of the adapters' deltas (reduced to --rank by a truncated SVD). "
     "The other types are PEFT's: linear mixes one adapter's A with the other's B and can be far from the sum.",
-    argument("weights", nargs="+", metavar="NAME=WEIGHT", completes="weight", help="NAME alone weighs 1; - subtracts"),
+    argument(
+        "weights",
+        nargs="+",
+        metavar="NAME=WEIGHT",
+        completes="weight",
+        help="NAME alone has weight 1; a negative weight subtracts",
+    ),
     argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
     argument(
         "--type",
@@ -33,9 +39,11 @@ from nbpeft.session.handles import is_module
         help=f"for LoRA one of {', '.join(COMBINATION_TYPES)}; other methods have their own",
     ),
     argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
-    argument("--density", type=float, metavar="SHARE", help="share of the entries that ties, dare and prune keep"),
+    argument(
+        "--density", type=float, metavar="SHARE", help="share of entries that ties, dare and prune keep, e.g. 0.5"
+    ),
     argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
-    argument("--seed", type=int, metavar="N", help="of the entries that dare drops"),
+    argument("--seed", type=int, metavar="N", help="seed of the entries that dare drops"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
     example="%lora combine orders=0.7 pirate=0.3 --as both",
@@ -63,7 +71,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "compare",
-    "Let all adapters and the base model answer the same prompt, side by side, in one batch.",
+    "Compare the answers of all adapters and the base model to the same prompt, side by side, in one batch.",
     argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
     argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
     argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
@@ -73,10 +81,10 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
         action="append",
         metavar="NAME=WEIGHT",
         completes="weight",
-        help="a weighted sum as one more column; may be given again",
+        help="a weighted sum as an additional column; may be repeated",
     ),
     argument(
-        "--max-new-tokens", "--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"
+        "--max-new-tokens", "--tokens", type=positive, default=64, metavar="N", help="limit of an answer (default: 64)"
     ),
     *SAMPLING,
     argument("--no-base", action="store_true", help="leave the base model out"),
@@ -88,11 +96,11 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     example='%lora compare "Order: Ana from Lima needs 12 chairs." --blend orders=0.7 pirate=0.3',
 )
 def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Compare answers, which appear while the cell runs, or show the panel for it."""
+    """Compare answers, which appear while they are generated, or show the panel for it."""
     if options.panel:
-        begin = {"prompt": options.prompt or "", "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
-        begin |= sampling_of(options)
-        return show_panel(notebook, "compare", options.model, **begin)
+        initial = {"prompt": options.prompt or "", "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
+        initial |= sampling_of(options)
+        return show_panel(notebook, "compare", options.model, **initial)
     model = notebook.chosen(options.model)
     prompts: Any = _prompts(options, notebook)
     blends = [_weights(words, "--blend") for words in options.blend or ()]
@@ -115,14 +123,14 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "swap",
-    "Put a saved adapter in the place of one on the model, checked first and without compiling again.",
-    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
-    argument("--into", "-i", metavar="NAME", completes="adapter", help="which to replace; the active one if left out"),
+    "Replace an adapter of the model by a saved one in place, after checks and without recompiling.",
+    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the Hub"),
+    argument("--into", "-i", metavar="NAME", completes="adapter", help="adapter to replace (default: the active one)"),
     argument(
         "--check",
         type=prompt_text,
         metavar="PROMPT",
-        help="answer this before and after; numbers that are not finite undo it",
+        help="answer this prompt before and after; logits that are not finite undo the swap",
     ),
     argument(
         "--validate",
@@ -136,9 +144,9 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         type=positive,
         default=32,
         metavar="N",
-        help="longest answer to --check (default: 32)",
+        help="limit of the answer to --check (default: 32)",
     ),
-    argument("--replace", action="store_true", help="also an adapter that was trained and is not saved"),
+    argument("--replace", action="store_true", help="replace an adapter even if its training is not saved"),
     RAW,
     CHAT,
     TOKENIZER,
@@ -146,7 +154,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
 )
 def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Swap an adapter."""
+    """Swap an adapter in place."""
     validate = None if options.validate is None else notebook.value(options.validate, "--validate")
     if validate is not None and not callable(validate):
         raise CellError(f"--validate: {options.validate!r} is not a function")
@@ -167,7 +175,7 @@ def _weights(words: Sequence[str], what: str) -> dict[str, float]:
     """Read ``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``.
 
     Raises:
-        CellError: a word is not ``name=number``, or names an adapter again.
+        CellError: a word is not ``name=number``, or an adapter occurs twice.
     """
     weights: dict[str, float] = {}
     for word in words:
@@ -189,17 +197,17 @@ def _prompts(options: argparse.Namespace, notebook: NotebookContext) -> Any:
         raise CellError('%lora compare needs a prompt in quotes: %lora compare "…" (or --prompts LIST, or --panel)')
     if options.prompts is None:
         return options.prompt
-    found = notebook.value(options.prompts, "--prompts")
-    if isinstance(found, str):
-        return found
+    prompts = notebook.value(options.prompts, "--prompts")
+    if isinstance(prompts, str):
+        return prompts
     try:
-        return list(found)
+        return list(prompts)
     except TypeError:
         raise CellError(f"--prompts: {options.prompts!r} is not a list of prompts") from None
 
 
 def _compiled(model: Any, notebook: NotebookContext) -> Any:
-    """The compiled form of a model where a variable holds one, so that the swap keeps what is compiled."""
+    """The ``torch.compile``d form of a model, if a variable has it, so that the swap keeps the compiled graphs."""
     if hasattr(model, "_orig_mod"):
         return model
     handle = notebook.session.model(model, command="swap")

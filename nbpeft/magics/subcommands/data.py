@@ -1,4 +1,4 @@
-"""Training data as a model will read it."""
+"""``%lora data``: training data as the model reads it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, ON_MODEL, TOKENIZE
 
 @subcommand(
     "data",
-    "Show rows as the model will read them: template, special tokens, what is learned and what is cut off; and how "
-    "long all of them are.",
+    "Show rows as the model reads them: template, special tokens, trained tokens and truncation; and the lengths of "
+    "all rows.",
     replace(DATA, flags=("data",), options={name: DATA.options[name] for name in ("metavar", "help")}),
     TOKENIZER,
     MAX_LENGTH,
     COLUMNS,
-    argument("--rows", type=positive, metavar="N", default=3, help="how many to show (default: 3)"),
+    argument("--rows", type=positive, metavar="N", default=3, help="number of rows to show (default: 3)"),
     ON_MODEL,
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
 )
 def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Look at data before a training."""
+    """Show data before a training."""
     return notebook.session.data(
         notebook.data(options.data, "data"),
         notebook.tokenizer(options.tokenizer),

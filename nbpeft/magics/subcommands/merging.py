@@ -1,4 +1,4 @@
-"""Merging adapters into the base weights and taking them off."""
+"""Merging adapters into the base weights, and unloading them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, ON_MODEL, TOKENIZER, session_command, subcommand
 from nbpeft.names import DTYPES
 
-_SAFE = argument("--safe", action="store_true", help="refuse where a merged weight would not be finite")
+_SAFE = argument("--safe", action="store_true", help="refuse to merge if a merged weight would not be finite")
 
 
 @subcommand(
     "merge",
-    "Add adapters to the base weights, so that they cost nothing when the model runs.",
-    argument("names", nargs="*", metavar="NAME", completes="adapter", help="the active ones if left out"),
+    "Merge adapters into the base weights, so that they add no cost to inference.",
+    argument(
+        "names", nargs="*", metavar="NAME", completes="adapter", help="adapters to merge (default: the active ones)"
+    ),
     _SAFE,
     argument(
-        "--to", metavar="DIR", completes="path", help="write a merged copy in full precision; the model stays as it is"
+        "--to", metavar="DIR", completes="path", help="write a merged copy in full precision; the model does not change"
     ),
-    argument("--dtype", metavar="DTYPE", words=DTYPES, help="with --to: of its weights; the model's if left out"),
+    argument(
+        "--dtype", metavar="DTYPE", words=DTYPES, help="with --to: data type of the weights (default: the model's)"
+    ),
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
     argument(
         "--calibrate",
         metavar="ROWS",
         completes="variable",
-        help="rows of what was learned: 4-bit and 8-bit weights are rounded so that it stays",
+        help="rows like those of the training: 4-bit and 8-bit weights are rounded to preserve the outputs on them",
     ),
     COLUMNS,
     TOKENIZER,
@@ -36,36 +40,38 @@ _SAFE = argument("--safe", action="store_true", help="refuse where a merged weig
     example="%lora merge sql --to merged/sql",
 )
 def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Merge adapters into the model, or into a copy of it on disk."""
-    given: dict[str, Any] = {name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None}
-    if options.to is None and given:
-        raise CellError(f"%lora merge: --{next(iter(given))} goes with --to DIR")
+    """Merge adapters into the model, or write a merged copy to disk."""
+    keywords: dict[str, Any] = {
+        name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None
+    }
+    if options.to is None and keywords:
+        raise CellError(f"%lora merge: --{next(iter(keywords))} goes with --to DIR")
     if options.to is None and options.calibrate is None and options.tokenizer is not None:
         raise CellError("%lora merge: --tokenizer goes with --to DIR or --calibrate ROWS")
     if options.columns is not None and options.calibrate is None:
         raise CellError("%lora merge: --columns goes with --calibrate ROWS")
     if options.calibrate is not None:
-        given["calibrate"] = notebook.data(options.calibrate, "--calibrate")
-        given["columns"] = None if options.columns is None else dict(options.columns)
+        keywords["calibrate"] = notebook.data(options.calibrate, "--calibrate")
+        keywords["columns"] = None if options.columns is None else dict(options.columns)
     if options.to is not None or options.calibrate is not None:
-        given["tokenizer"] = notebook.tokenizer(options.tokenizer)
+        keywords["tokenizer"] = notebook.tokenizer(options.tokenizer)
     model = notebook.chosen(options.model)
-    return notebook.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **given)
+    return notebook.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **keywords)
 
 
-session_command("unmerge", "Put the base weights back, bit for bit.", ON_MODEL)
+session_command("unmerge", "Restore the base weights, bit for bit.", ON_MODEL)
 
 
 @subcommand(
     "unload",
-    "Take all adapters off: the variable holds the base model again.",
-    argument("--merge", action="store_true", help="add the active adapters to the base weights first"),
+    "Remove all adapters: the variable refers to the base model again.",
+    argument("--merge", action="store_true", help="merge the active adapters into the base weights first"),
     _SAFE,
     ON_MODEL,
     example="%lora unload",
 )
 def unload(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Unload; no variable, output or traceback keeps the adapters alive afterwards."""
+    """Unload; afterwards no variable, output or traceback keeps the adapters alive."""
     chosen = notebook.chosen(options.model)
     if chosen in notebook.session.past_names:
         return notebook.session.discard(chosen)

@@ -1,4 +1,4 @@
-"""What methods there are, and making a LoRA of what another one learned."""
+"""Listing the methods, and converting an adapter of any method to a LoRA."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nbpeft.magics.subcommands.planning import SIZES, settings_of
 
 @subcommand(
     "methods",
-    "List the methods: what each costs on a model, what it can do, and when to choose it.",
-    argument("target", nargs="?", metavar="MODEL", completes="model", help="variable that holds the model"),
+    "List the methods: the cost of each on a model, its features, and when to choose it.",
+    argument("target", nargs="?", metavar="MODEL", completes="model", help="variable with the model"),
     *SIZES,
     fields="config",
     example="%lora methods model target_modules=all-linear --batch 4 --seq 512",
@@ -27,10 +27,10 @@ def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def rank_or_share(text: str) -> int | float:
-    """``16`` or ``0.9``, as an argument's type.
+    """Parse a rank such as ``16`` or a share such as ``0.9``; for the ``type`` of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither.
+        argparse.ArgumentTypeError: the text is neither.
     """
     try:
         return int(text) if text.isdecimal() and len(text) <= 9 else float(text)
@@ -42,14 +42,14 @@ def rank_or_share(text: str) -> int | float:
 
 @subcommand(
     "convert",
-    "Make a LoRA that comes closest to an adapter of any method, and report what it keeps of it.",
+    "Convert an adapter of any method to the closest LoRA, and report how much of its change is preserved.",
     ADAPTER,
     argument(
         "--rank",
         required=True,
         type=rank_or_share,
         metavar="R",
-        help="rank of the LoRA; or the share of the change to keep in each layer, e.g. 0.9",
+        help="rank of the LoRA; or the share of the change to preserve in each layer, e.g. 0.9",
     ),
     argument("--as", dest="as_name", metavar="NEW", help="name of the LoRA (default: NAME_lora)"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),

@@ -1,4 +1,4 @@
-"""Panels, measurements, and what is wrong with the installation."""
+"""Panels, measurements, and the check of the installation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PANELS = ("adapters", "compare", "blend", "plan")
 
 @subcommand(
     "panel",
-    "Show the adapters with buttons to switch, save and delete them; or compare, blend, or plan memory.",
+    "Show a panel: the adapters, with buttons to switch, save and delete them; or compare, blend, or plan memory.",
     argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
     argument("name", nargs="?", metavar="MODEL", completes="model", help=str(ON_MODEL.options["help"])),
     example="%lora panel compare",
 )
 def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show a panel; the adapters' panel needs no word, as in ``%lora panel model``."""
+    """Show a panel; by default that of the adapters, as in ``%lora panel model``."""
     kind, variable = options.kind or PANELS[0], options.name
     if kind == "plan":
         return show_plan_panel(notebook, variable, {})
@@ -41,34 +41,34 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **content: object) -> object:
-    """The panel of a model.
+    """Create a panel of a model.
 
     Args:
         notebook: the notebook.
         kind: ``adapters``, ``compare`` or ``blend``.
         variable: the model; None for the only one.
-        **content: what to begin with, e.g. the prompt.
+        **content: the panel's initial content, e.g. the prompt.
 
     Raises:
         AdapterError: there is no such model.
-        CellError: none is named, and there are several.
+        CellError: no model is named, and there are several.
     """
     session, name = notebook.session, notebook.adapted_model(variable, f"%lora panel {kind}")
     from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 
-    made = {"adapters": AdaptersPanel, "compare": ComparePanel, "blend": BlendPanel}[kind]
-    # The tokenizer is asked for when the panel needs it, because it may be made after the panel.
-    return made(session, name, ui=notebook.ui, tokenizer=notebook.tokenizer, **content)
+    panel_class = {"adapters": AdaptersPanel, "compare": ComparePanel, "blend": BlendPanel}[kind]
+    # The panel gets a function, because the tokenizer's variable may be set after the panel is shown.
+    return panel_class(session, name, ui=notebook.ui, tokenizer=notebook.tokenizer, **content)
 
 
 @subcommand(
     "inspect",
-    "Show where an adapter changed the model: how far it moves each layer's weight.",
-    argument("name", nargs="?", metavar="NAME", completes="adapter", help="the active one if left out"),
+    "Show where an adapter changes the model: how far it moves each layer's weight.",
+    argument("name", nargs="?", metavar="NAME", completes="adapter", help="the adapter (default: the active one)"),
     argument(
         "--intruders",
         action="store_true",
-        help="count strong new directions, too, with which a model forgets; minutes for a large one",
+        help="also count intruder dimensions, a sign of forgetting; takes minutes for a large model",
     ),
     ON_MODEL,
     example="%lora inspect orders",
@@ -79,13 +79,13 @@ def inspect(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.inspect(options.name, model=model, intruders=options.intruders)
 
 
-@subcommand("memory", "Measure what a model uses, by part.", ON_MODEL)
+@subcommand("memory", "Measure the memory a model uses, by part.", ON_MODEL)
 def memory(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Measure memory."""
     return MemoryReport(notebook.session.memory(notebook.chosen(options.model)))
 
 
-@subcommand("doctor", "Report what is installed, what is wrong with it and what to install.")
+@subcommand("doctor", "Check the installation: versions, problems, and what to install.")
 def doctor(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Examine the installation and the front end."""
+    """Check the installation and the front end."""
     return notebook.session.doctor().with_checks(*front_end_checks(notebook.shell))

@@ -1,4 +1,4 @@
-"""Will it fit? The options of a memory forecast, and the forecast itself."""
+"""``%lora plan``: the options of a memory forecast, and the forecast itself."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nbpeft.session.handles import is_module
 from nbpeft.session.results.planning import PlanResult
 
 _OF_THE_TRAINER = ("loss_chunk_size", "recompute")
-"""Fields of a training cell, and not of an adapter's config, that decide what a step needs."""
+"""Fields of a training cell, not of an adapter's config, that affect the memory of a step."""
 _QUANTS = ("none", *QUANTIZATIONS)
 
 SIZES = (
-    argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
-    argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
+    argument("--batch", type=positive, metavar="N", help="sequences per step (default: 4)"),
+    argument("--seq", type=positive, metavar="N", help="tokens per sequence (default: 1024)"),
     argument(
         "--device",
         metavar="DEVICE",
@@ -38,50 +38,50 @@ DRY_RUN_SIZES = tuple(
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as keywords of ``Session.plan_memory``, without those that were not given.
+    """Return the options that were given, as keywords of ``Session.plan_memory``.
 
     Raises:
-        CellError: a size has no unit, or a word is not known.
+        CellError: a memory size has no unit, or a data type or quantization is unknown.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     names = {"batch": "batch_size", "seq": "sequence_length"} | {
         name: name for name in ("device", "optimizer", "adapters")
     }
-    found: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
+    settings: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
     device = str(given.get("device", ""))
-    if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would be read as bytes, which nobody means
+    if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would count as bytes, which is never meant
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
     if "dtype" in given:
-        found["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
-        if found["dtype"] not in DTYPES:
+        settings["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
+        if settings["dtype"] not in DTYPES:
             raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(SHORT_DTYPES)}")
     if "quant" in given:
         if given["quant"] not in _QUANTS:
-            near = did_you_mean(given["quant"], _QUANTS)
-            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(_QUANTS)}.{near}")
-        found["quantization"] = None if given["quant"] == "none" else given["quant"]
+            hint = did_you_mean(given["quant"], _QUANTS)
+            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(_QUANTS)}.{hint}")
+        settings["quantization"] = None if given["quant"] == "none" else given["quant"]
     if given.get("checkpointing"):
-        found["gradient_checkpointing"] = True
+        settings["gradient_checkpointing"] = True
     if "processes" in given:
-        found["processes"] = given["processes"]
+        settings["processes"] = given["processes"]
     if given.get("sharded"):
-        found["sharded"] = True
+        settings["sharded"] = True
     if given.get("inference"):
-        found["training"] = False
+        settings["training"] = False
     if given.get("packing"):
-        found["packing"] = True
-    return found
+        settings["packing"] = True
+    return settings
 
 
 def sizes_without_dry_run() -> CellError:
-    """The error for sizes where nothing is forecast."""
-    return CellError("--batch, --seq and --device say what --dry-run forecasts; they have no effect without it")
+    """The error for sizes without ``--dry-run``."""
+    return CellError("--batch, --seq and --device are options of --dry-run; they have no effect without it")
 
 
 @subcommand(
     "plan",
-    "Forecast what training will need, part by part, whether it fits, and what to change so that it does. "
-    "Nothing is loaded: of a repository or folder only its config is read.",
+    "Forecast the memory of a training, part by part, whether it fits, and what to change so that it does. "
+    "No weights are loaded: of a repository or folder only the config is read.",
     argument(
         "target",
         nargs="?",
@@ -91,26 +91,28 @@ def sizes_without_dry_run() -> CellError:
     ),
     *SIZES,
     argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
-    argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as it is)"),
-    argument("--checkpointing", action="store_true", help="compute layers again in backward"),
+    argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as the model is)"),
+    argument("--checkpointing", action="store_true", help="gradient checkpointing: recompute layers in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
-    argument("--adapters", type=positive, metavar="N", help="so many trained side by side (default: 1)"),
-    argument("--processes", type=positive, metavar="N", help="what one of N processes needs, each with such a batch"),
-    argument("--sharded", action="store_true", help="the processes share the model out (fsdp = True)"),
-    argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
-    argument("--data", metavar="DATA", completes="data", help="rows to learn, which say how long sequences are"),
+    argument("--adapters", type=positive, metavar="N", help="number of adapters trained side by side (default: 1)"),
+    argument("--processes", type=positive, metavar="N", help="memory of one of N processes, each with its own batch"),
+    argument("--sharded", action="store_true", help="the model is sharded over the processes (fsdp = True)"),
+    argument("--inference", action="store_true", help="a forward pass over a prompt of that length, no training"),
+    argument("--data", metavar="DATA", completes="data", help="training rows, which determine the sequence lengths"),
     COLUMNS,
-    argument("--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="of rows that are not tokenised"),
+    argument(
+        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="tokenizer of rows that are not tokenised"
+    ),
     argument("--packing", action="store_true", help="several rows in each sequence, as %%lora_train --packing"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
     METHOD,
-    argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
+    argument("--rank", type=positive, metavar="R", help="rank of the adapter (default: the active adapter's, or 16)"),
     argument(
         "--targets",
         metavar="NAMES",
         completes="modules",
         words=("all-linear",),
-        help="all-linear, or names with commas (default: the active adapter's, or all-linear for LoRA)",
+        help="all-linear, or names separated by commas (default: the active adapter's, or all-linear for LoRA)",
     ),
     argument("--panel", action="store_true", help="show a panel with sliders"),
     fields="config",
@@ -143,7 +145,7 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 class _Shown(PlanResult):
-    """A plan that its cell shows already; from the second time on it is shown as ever."""
+    """A plan that its cell has displayed already: the first display does nothing, later ones show it as usual."""
 
     def _ipython_display_(self) -> None:
         if "seen" in vars(self):
@@ -154,19 +156,25 @@ class _Shown(PlanResult):
 
 
 def _shown_as_it_comes(planner: MemoryPlanner, notebook: NotebookContext) -> PlanResult:
-    """The plan; a front end shows the peak at once, and what could be changed as soon as that is found."""
+    """The plan; a front end shows the forecast at once, and the suggestions as soon as they are computed."""
     if not hasattr(notebook.shell, "kernel") or notebook.silent:
         return planner.plan()
     from IPython.display import display
 
     handle: Any = display(planner.plan(suggest=False), display_id=True)
-    found = planner.plan()
-    handle.update(found)
-    return _Shown(**{field.name: getattr(found, field.name) for field in fields(found)})
+    plan = planner.plan()
+    handle.update(plan)
+    return _Shown(**{field.name: getattr(plan, field.name) for field in fields(plan)})
 
 
 def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[str, Any]) -> object:
-    """The panel with sliders."""
+    """Create the memory panel with sliders.
+
+    Args:
+        notebook: the notebook.
+        name: what to plan for, as for ``%lora plan``; None for the only model.
+        settings: the initial settings, as keywords of ``Session.memory_planner``.
+    """
     from nbpeft.widgets import PlanPanel
 
     source, title = _source(name, notebook)
@@ -174,10 +182,10 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
 
 
 def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
-    """What to plan for: a model or config in a variable, or a folder or hub id; and what to call it.
+    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name.
 
     Raises:
-        CellError: a variable holds something else.
+        CellError: the variable's value is something else.
     """
     if name is None:
         if notebook.session.names:
@@ -189,7 +197,7 @@ def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
             return value, value
         is_source = is_module(value) or hasattr(value, "model_type")
         return (value if is_source else notebook.module(name)), name
-    close = did_you_mean(name, notebook.model_names())
-    if close and "/" not in name and not os.path.exists(name):  # a typing error need not go to the hub
-        raise CellError(f"no variable is called {name!r}.{close}")
+    hint = did_you_mean(name, notebook.model_names())
+    if hint and "/" not in name and not os.path.exists(name):  # a misspelt variable is not looked up on the Hub
+        raise CellError(f"no variable is called {name!r}.{hint}")
     return name, name

@@ -1,4 +1,4 @@
-"""``%%qlora``: quantize, prepare and adapt in one cell."""
+"""``%%qlora``: quantize a model, prepare it for training and add an adapter, in one cell."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from nbpeft.session.handles import is_module
 
 _DEFAULT_VARIABLE = "model"
 OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
-"""Fields that are not the adapter's."""
+"""Fields of the quantization, preparation and loading, which are not fields of the adapter's config."""
 
 
 @subcommand(
     "qlora",
-    "Load a model quantized (or quantize one in memory), prepare it for training, and put an adapter on it. "
+    "Load a model quantized (or quantize one in memory), prepare it for training, and add an adapter. "
     "The cell's lines are fields of the quantization and of the config, name = value.",
     argument(
         "target",
         metavar="SOURCE",
         completes="source",
-        help="folder, hub id, .gguf file, or variable with a loaded model",
+        help="folder, Hub id, .gguf file, or variable with a loaded model",
     ),
     argument(
         "--as",
         dest="variable",
         metavar="MODEL",
         completes="model",
-        help="variable to hold the model, also one that holds something else (default: SOURCE itself where it is a "
-        "variable, else model, which must be free or hold what this cell made before)",
+        help="variable for the model, even one that is in use (default: SOURCE if it is a variable, else model, which "
+        "must be unused or the result of this cell's earlier run)",
     ),
-    argument("--replace", action="store_true", help="also where MODEL holds adapters that are not saved"),
+    argument("--replace", action="store_true", help="replace MODEL even if it has adapters that are not saved"),
     ADAPTER_NAME,
-    replace(METHOD, options={**METHOD.options, "help": "lora (the default), ia3, …; decides the fields"}),
+    replace(METHOD, options={**METHOD.options, "help": "lora (the default), ia3, …; determines the fields"}),
     argument(
-        "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
+        "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and the memory"
     ),
     *DRY_RUN_SIZES,
     ALLOW_MISSING,
@@ -53,11 +53,15 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
     cell=True,
 )
 def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Quantize, prepare and adapt, or show what that would do; ``options.fields`` are those of both kinds.
+    """Quantize, prepare and adapt a model, or show what that would do.
+
+    Args:
+        options: the parsed line; ``fields`` are those of the quantization and of the adapter's config.
+        notebook: the notebook.
 
     Raises:
-        CellError: the line is wrong.
-        ConfigError: a field is unknown or impossible.
+        CellError: the line is invalid, or the variable is in use.
+        ConfigError: a field is unknown or its value invalid.
     """
     session = notebook.session
     source, variable = _source(options, notebook)
@@ -78,7 +82,7 @@ def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any, str]:
-    """What to quantize, and the variable that is to hold it."""
+    """The model to quantize or its source, and the variable for the result."""
     word = options.target
     if options.variable is not None and not options.variable.isidentifier():
         raise CellError(f"--as takes the name of a variable, not {options.variable!r:.60}")
@@ -87,21 +91,21 @@ def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any
         if is_module(value):
             return value, options.variable or word
         if isinstance(value, str | os.PathLike):
-            raise CellError(f"{word!r:.60} is a variable that holds text; write ${word:.60} to use its value")
+            raise CellError(f"{word!r:.60} is a variable with text; write ${word:.60} to use its value")
     if word.isidentifier() and not os.path.exists(word):
-        near = did_you_mean(word, notebook.model_names())
-        if near:
-            raise CellError(f"no variable is called {word!r:.60}, and no folder.{near}")
+        hint = did_you_mean(word, notebook.model_names())
+        if hint:
+            raise CellError(f"no variable is called {word!r:.60}, and no folder.{hint}")
     return word, options.variable or _DEFAULT_VARIABLE
 
 
 def _refuse_rebinding(
     variable: str, source: Any, own: Mapping[str, Any], notebook: NotebookContext, *, named: bool
 ) -> None:
-    """Refuse to put a model into a variable that was not named and holds something else, or adapters not saved.
+    """Refuse to overwrite a variable that has unsaved adapters, or that is in use and was not named with ``--as``.
 
     Raises:
-        CellError: it does; the message names what it holds.
+        CellError: the variable must not be overwritten; the message names its value.
     """
     value = notebook.namespace.get(variable)
     if value is None or value is source:
@@ -112,24 +116,24 @@ def _refuse_rebinding(
     if unsaved:
         raise CellError(
             f"{variable!r} holds training that is not saved ({', '.join(map(repr, unsaved))}): save it (%lora save DIR "
-            f"--model {variable}), name another variable with --as, or give it up with --replace"
+            f"--model {variable}), name another variable with --as, or discard it with --replace"
         )
     if named:
         return
-    held = with_article(value)
+    content = with_article(value)
     adapters = getattr(value, "peft_config", None)
     if isinstance(adapters, dict):
-        held += f" with {', '.join(map(repr, adapters))}"
+        content += f" with {', '.join(map(repr, adapters))}"
     raise CellError(
-        f"{variable!r} holds {held}; say --as NAME for the new model, --as {variable} to put it in its place"
+        f"{variable!r} holds {content}; give --as NAME for the new model, or --as {variable} to overwrite it"
     )
 
 
 def _sorted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of quantization, preparing and loading; and those of the adapter's config.
+    """Separate the fields of quantization, preparation and loading from those of the adapter's config.
 
     Raises:
-        ConfigError: a name belongs to neither.
+        ConfigError: a field belongs to neither.
     """
     own = {name: value for name, value in fields.items() if name in OWN_FIELDS}
     config = {name: value for name, value in fields.items() if name not in OWN_FIELDS}

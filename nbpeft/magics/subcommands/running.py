@@ -1,4 +1,4 @@
-"""What can be asked of a training that runs, which is one in the background."""
+"""Commands to a running training, which is one in the background."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import refuse_fields, subcommand
 
 _MODEL = argument(
-    "target", nargs="?", metavar="MODEL", completes="model", help="which; may be left out where one training runs"
+    "target", nargs="?", metavar="MODEL", completes="model", help="the model; not needed if only one training runs"
 )
 
 
@@ -24,23 +24,29 @@ def _register(name: str, summary: str, method: str) -> Callable[[argparse.Namesp
 
 @subcommand(
     "stop",
-    "End the training in the background after the step it is in; what it learned stays.",
+    "End the training in the background after the current step, and keep the weights trained so far.",
     _MODEL,
-    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="this one of a sweep alone; others go on"),
+    argument(
+        "--adapter",
+        "-a",
+        metavar="NAME",
+        completes="adapter",
+        help="end only this adapter of a sweep; the others continue",
+    ),
     example="%lora stop",
 )
 def stop(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """End a training, or one adapter's of a sweep."""
+    """End a training, or that of one adapter of a sweep."""
     return notebook.session.stop(options.target, adapter=options.adapter)
 
 
 @subcommand(
     "clone",
-    "Let an adapter of a sweep go on as two after the step it is in, the second with other settings.",
-    argument("name", metavar="NAME", completes="adapter", help="the adapter, which goes on as it is"),
-    argument("--as", dest="as_name", metavar="NEW", help="name of the second one (default: from what it has anew)"),
+    "Copy an adapter of a sweep after the current step, and train the copy too, with other settings.",
+    argument("name", metavar="NAME", completes="adapter", help="the adapter, which continues unchanged"),
+    argument("--as", dest="as_name", metavar="NEW", help="name of the copy (default: made from its new settings)"),
     argument(
-        "--model", "-m", metavar="MODEL", completes="model", help="which; may be left out where one training runs"
+        "--model", "-m", metavar="MODEL", completes="model", help="the model; not needed if only one training runs"
     ),
     fields="training",
     example="%lora clone sql-lr3e-4 --as sql-slow learning_rate=1e-4",
@@ -49,14 +55,14 @@ def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Clone one adapter of a sweep.
 
     Raises:
-        CellError: a field is given that belongs into the line.
+        CellError: a field is given that is an option of the line.
     """
     refuse_fields(options, ("name", "model"))
     return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
 
 
-_register("pause", "Let the training in the background wait after the step it is in.", "pause")
-_register("continue", "Let a training go on that waits.", "go_on")
+_register("pause", "Pause the training in the background after the current step.", "pause")
+_register("continue", "Continue a paused training.", "go_on")
 
 
 @subcommand("result", "Show how the last training of a model ended.", _MODEL, example="%lora result")

@@ -1,4 +1,4 @@
-"""Trainings on disk: going on with one, listing, comparing, renaming and deleting them."""
+"""Training runs on disk: resuming, listing, comparing, renaming and deleting them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SAID = {
     "tokenizer": ("--tokenizer", "TOKENIZER"),
     "trainer_class": ("--trainer", "CLASS"),
 }
-"""Argument of a training -> how a line gives it."""
+"""Argument of a training -> the option of a line and its placeholder."""
 
 
 @subcommand(
     "resume",
-    "Go on with a training that was broken off, from the last state that was kept. A new kernel needs the model "
-    "and the rows, in the same variables or named here; the adapter and the settings come back by themselves.",
-    argument("run", nargs="?", metavar="RUN", completes="run", help="the newest one if left out"),
-    argument("--model", "-m", metavar="MODEL", completes="model", help="its variable; that of then if left out"),
+    "Resume an interrupted training from its last checkpoint. A new kernel needs the model and the rows, in the same "
+    "variables or named here; the adapter and the settings are restored from the run's folder.",
+    argument("run", nargs="?", metavar="RUN", completes="run", help="the run (default: the newest)"),
+    argument("--model", "-m", metavar="MODEL", completes="model", help="variable with the model (default: the same)"),
     replace(DATA, options={**DATA.options, "required": False}),
     EVAL,
     COLUMNS,
@@ -43,26 +43,28 @@ _SAID = {
     example="%lora resume sql-3 --data rows",
 )
 def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Let a run go on. Of what its folder says nothing is evaluated: variables and files are looked up by name.
+    """Resume a run.
+
+    A run's folder may come from anyone, so none of its text is evaluated: variables and files are looked up by name.
 
     Raises:
-        CellError: something of it has to be given again.
+        CellError: a value that is not stored in the folder has to be given again.
     """
     session = notebook.session
     record, facts = session.kept_run(options.run)
     target = options.model or record.model
     if not target:
-        raise CellError(f"say which model run {record.name} goes on with: --model MODEL")
+        raise CellError(f"give the model to resume run {record.name} with: --model MODEL")
     given = _given(options, facts, notebook)
     if not record.is_complete and (missing := _missing(facts, given)):
         words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
-        told = f"run {record.name} used values that are not kept in a file; give them again"
-        raise CellError(f"{told}: %lora resume {record.name} {words}")
+        message = f"run {record.name} used values that are not kept in a file; give them again"
+        raise CellError(f"{message}: %lora resume {record.name} {words}")
     model = notebook.module(target)
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
     except BaseException:
-        if not is_handle(uncompiled(model)):  # what it learned until it failed is on the model
+        if not is_handle(uncompiled(model)):  # the model has the adapter as trained until the failure
             with suppress(AdapterError):
                 notebook.namespace[target] = session.model(model)
         raise
@@ -71,33 +73,33 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: NotebookContext) -> dict[str, Any]:
-    """What the line gives to the session; where it says nothing of the rows, what has the names that they had then."""
+    """The arguments for the session; rows and tokenizer not given in the line are looked up by their former names."""
     source = facts.get("source") or {}
-    given: dict[str, Any] = training_arguments(options, notebook)
+    arguments: dict[str, Any] = training_arguments(options, notebook)
     for name in ("data", "eval_data"):
         text = getattr(options, name)
-        given[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _SAID[name][0])
+        arguments[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _SAID[name][0])
     text = options.tokenizer
     if text is None and notebook.by_name(source.get("tokenizer")) is not None:
         text = source["tokenizer"]
-    given["tokenizer"] = notebook.tokenizer(text)
-    return given
+    arguments["tokenizer"] = notebook.tokenizer(text)
+    return arguments
 
 
 def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What a run needs and neither the line nor its folder gives."""
+    """The arguments that a run needs and neither the line nor its folder provides."""
     rows = facts.get("data") or {}
     needed = ["data", *(["eval_data"] if rows.get("eval_rows") else []), *(facts.get("objects") or ())]
-    kept = facts.get("arguments") or {}
-    return [str(name) for name in needed if given.get(str(name)) is None and kept.get(str(name)) is None]
+    stored = facts.get("arguments") or {}
+    return [str(name) for name in needed if given.get(str(name)) is None and stored.get(str(name)) is None]
 
 
 @subcommand(
     "runs",
-    "List the trainings that are kept on disk, or compare some of them: their curves, and what differs.",
-    argument("names", nargs="*", metavar="RUN", completes="run", help="runs to compare; all are listed without any"),
+    "List the training runs on disk, or compare some of them: their curves and the settings that differ.",
+    argument("names", nargs="*", metavar="RUN", completes="run", help="runs to compare (default: list all)"),
     argument("--sort", metavar="COLUMN", default="time", choices=SORTS, words=SORTS, help=" ".join(SORTS)),
-    argument("--delete", metavar="NAME", completes="run", help="delete the run of exactly this name"),
+    argument("--delete", metavar="NAME", completes="run", help="delete the run with exactly this name"),
     argument("--rename", nargs=2, metavar=("NAME", "NEW"), help="give a run another name"),
     example="%lora runs sql-1 sql-3",
 )

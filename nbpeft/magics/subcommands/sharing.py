@@ -1,4 +1,4 @@
-"""Sharing adapters: uploading them to the hub, and writing them for the programs that serve them."""
+"""Sharing adapters: uploading them to the Hub, and exporting them for inference engines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 
 @subcommand(
     "push",
-    "Upload an adapter to the hub, with a card. Its access token: HF_TOKEN, a login's, or a secret of Colab or Kaggle.",
-    argument("repo", metavar="USER/NAME", help="the repository; made if need be"),
-    argument("--name", "-n", metavar="NAME", completes="adapter", help="which adapter, where there are several"),
+    "Upload an adapter to the Hub, with a model card. The access token is HF_TOKEN, that of a login, or a secret of "
+    "Colab or Kaggle.",
+    argument("repo", metavar="USER/NAME", help="the repository, created if needed"),
+    argument("--name", "-n", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
     argument("--private", action="store_true", help="make a new repository private"),
-    argument("--message", metavar="TEXT", help="of the commit (default: Upload adapter)"),
-    argument("--revision", metavar="BRANCH", help="a branch, made if need be (default: main)"),
-    argument("--replace", action="store_true", help="upload over another adapter in that repository"),
+    argument("--message", metavar="TEXT", help="message of the commit (default: Upload adapter)"),
+    argument("--revision", metavar="BRANCH", help="a branch, created if needed (default: main)"),
+    argument("--replace", action="store_true", help="overwrite another adapter in that repository"),
     ON_MODEL,
     example="%lora push user/sql-adapter --private",
 )
@@ -37,8 +38,8 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "ship",
-    "Write an adapter as a program that serves models loads it, after saying whether it takes it.",
-    argument("name", nargs="?", metavar="NAME", completes="adapter", help="the adapter, where there are several"),
+    "Export an adapter in the format of an inference engine, after a report whether the engine supports it.",
+    argument("name", nargs="?", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
     argument(
         "--for",
         dest="engine",
@@ -48,23 +49,23 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
         help=f"one of {', '.join(SERVING_ENGINES)}",
     ),
     argument("--to", metavar="DIR", completes="path", help="a new folder (default: NAME-ENGINE)"),
-    argument("--merged", action="store_true", help="merge it into the base, and write that"),
+    argument("--merged", action="store_true", help="export the merged model instead of the adapter"),
     argument(
         "--quantize",
         metavar="TYPE",
         words=STORED_TYPES,
-        help="how weights are stored: f32, f16, bf16, or q8_0 in GGUF files (default: the engine's usual)",
+        help="data type of the weights: f32, f16, bf16, or q8_0 in GGUF files (default: the engine's usual one)",
     ),
-    argument("--base", metavar="NAME", help="for ollama: the base model's name there, to put the adapter beside it"),
-    argument("--overwrite", action="store_true", help="replace an earlier shipment in that folder"),
-    argument("--dry-run", action="store_true", help="say what would be written, and write nothing"),
+    argument("--base", metavar="NAME", help="for ollama: its name for the base model, to use with the adapter"),
+    argument("--overwrite", action="store_true", help="replace an earlier export in that folder"),
+    argument("--dry-run", action="store_true", help="only show what would be written"),
     TOKENIZER,
     ON_MODEL,
     example="%lora ship sql --for vllm --to served/sql",
 )
 def ship(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Write one adapter for an engine."""
-    whole = options.merged or options.engine == "ollama"
+    """Export one adapter for an engine."""
+    needs_tokenizer = options.merged or options.engine == "ollama"
     return notebook.session.ship(
         options.name,
         engine=options.engine,
@@ -72,7 +73,7 @@ def ship(options: argparse.Namespace, notebook: NotebookContext) -> object:
         merged=options.merged,
         quantize=options.quantize,
         base=options.base,
-        tokenizer=notebook.tokenizer(options.tokenizer) if whole or options.tokenizer else None,
+        tokenizer=notebook.tokenizer(options.tokenizer) if needs_tokenizer or options.tokenizer else None,
         overwrite=options.overwrite,
         dry_run=options.dry_run,
         model=notebook.chosen(options.model),

@@ -1,4 +1,4 @@
-"""Choosing which adapters are active, and how strongly."""
+"""Choosing the active adapters, and their scale."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from nbpeft.magics.registry import ADAPTER, ON_MODEL, session_command
 
 session_command(
     "use",
-    "Switch to one adapter, or to several whose deltas add up.",
-    argument("names", nargs="+", metavar="NAME", completes="adapter", help="one or several"),
+    "Activate one adapter, or several whose deltas are summed.",
+    argument("names", nargs="+", metavar="NAME", completes="adapter", help="one or several adapters"),
     ON_MODEL,
     example="%lora use sql",
 )
-session_command("off", "Switch all adapters off: the base model runs alone.", ON_MODEL)
-session_command("on", "Switch the adapters on again.", ON_MODEL)
+session_command("off", "Disable all adapters: the base model runs alone.", ON_MODEL)
+session_command("on", "Enable the adapters again.", ON_MODEL)
 session_command(
     "scale",
-    "Set the factor on what an adapter adds; 1 is how it was trained.",
+    "Set the factor by which an adapter's delta is multiplied; 1 is as trained.",
     ADAPTER,
     argument("factor", type=float, metavar="FACTOR", help="0 is off, 1 as trained"),
     ON_MODEL,

@@ -1,4 +1,4 @@
-"""Training in a cell, and the last training as a script."""
+"""``%%lora_train``, and the export of the last training as a script."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _RESERVED = (
     "machines",
 )
 ROWS = ("data", "eval_data", "tokenizer")
-"""What a line says of the rows."""
+"""Options of a line about the rows."""
 _OF_THIS_NOTEBOOK = ("sample", "every", "processes", "machines")
-"""What a script is not given."""
+"""Arguments that are not written into an exported script."""
 EVAL = argument(
     *("--eval", "-e"),
     dest="eval_data",
     metavar="DATA",
     completes="data",
-    help="rows to evaluate on, as for --data; or how many to hold out: 0.1, or 64",
+    help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
 )
 TRACK = argument(
     "--track",
@@ -52,24 +52,24 @@ TRACK = argument(
     action="append",
     choices=("tensorboard", "wandb", "trackio"),
     words=("tensorboard", "wandb", "trackio"),
-    help="send the numbers to tensorboard, wandb or trackio as well",
+    help="log the metrics to tensorboard, wandb or trackio as well",
 )
 PROCESSES = (
     argument(
         "--processes",
         type=positive,
         metavar="N",
-        help="train in N processes, one for each card; with fsdp = True in the cell the model is sharded over them",
+        help="train in N processes, one per GPU; with fsdp = True in the cell the model is sharded over them",
     ),
     argument(
         "--hosts",
         dest="machines",
         nargs="+",
         metavar="ADDRESS",
-        help="N processes on each of these machines, this one first; all must see this folder under this path",
+        help="run N processes on each of these machines, this one first; all must have this folder at the same path",
     ),
 )
-REPLACE = argument("--replace", action="store_true", help="save over another adapter that output_dir holds")
+REPLACE = argument("--replace", action="store_true", help="overwrite another adapter in output_dir")
 TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use")
 
 
@@ -81,28 +81,26 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     EVAL,
     COLUMNS,
     argument(
-        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
+        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="required unless the rows are tokenised"
     ),
-    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
+    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     MAX_LENGTH,
-    argument(
-        "--packing", action="store_true", help="several rows in each sequence of --max-length: nothing is padding"
-    ),
-    argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
-    argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
+    argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
+    argument("--restart", action="store_true", help="start from the adapter's initial weights"),
+    argument("--no-keep", action="store_true", help="store no run folder on disk"),
     REPLACE,
     TRACK,
     argument(
         "--patience",
         type=positive,
         metavar="N",
-        help="end after N evaluations without a better one, and put the best state back; needs --eval",
+        help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
     ),
-    argument("--sample", action="append", metavar="PROMPT", help="answer this while it trains; may be repeated"),
-    argument("--every", type=positive, metavar="STEPS", help="how often to sample; about five times a run if left out"),
+    argument("--sample", action="append", metavar="PROMPT", help="answer this prompt during training; may be repeated"),
+    argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five per run)"),
     *PROCESSES,
     TRAINER,
-    argument("--background", "-b", action="store_true", help="the cell returns at once; other cells run meanwhile"),
+    argument("--background", "-b", action="store_true", help="train in the background: the cell returns at once"),
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\nnum_train_epochs = 1",
     cell=True,
@@ -111,7 +109,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Train; ``options.fields`` are the training arguments.
 
     Raises:
-        CellError: a variable is not there.
+        CellError: a variable is not defined.
     """
     model = notebook.module(options.target)
     data, eval_data, tokenizer = training_data(options, notebook)
@@ -145,7 +143,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def _of_the_best(arguments: Mapping[str, Any], result: object) -> dict[str, Any]:
-    """The fields of a training with, of a sweep, the values of the adapter that is active now."""
+    """The fields of a training; of a sweep, with the values of its best adapter, which is active now."""
     best: Mapping[str, Any] | None = getattr(result, "best_fields", None)
     if best is None:
         return dict(arguments)
@@ -153,10 +151,14 @@ def _of_the_best(arguments: Mapping[str, Any], result: object) -> dict[str, Any]
 
 
 def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
-    """The fields of a cell, and what its line says of them.
+    """The fields of a training cell together with those its line's options set.
+
+    Args:
+        options: the parsed line with its fields.
+        notebook: the notebook, to evaluate ``--trainer``.
 
     Raises:
-        CellError: a field is given that belongs into the line.
+        CellError: a field is given that is an option of the line.
     """
     names = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
@@ -176,24 +178,24 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     example="%lora traceback",
 )
 def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show the last traceback, kept as text."""
+    """Show the last traceback, which is stored as text."""
     return TracebackResult(notebook.session.last_traceback)
 
 
 @subcommand(
     "export",
     "Write the last %%lora_train cell as a script, for accelerate launch on several GPUs or machines.",
-    argument("path", metavar="SCRIPT", completes="path", help="a new .py file; the rows go beside it"),
-    argument("--base", metavar="SOURCE", completes="path", help="where the script loads the base model from"),
-    argument("--replace", action="store_true", help="write over another file, or a script that was changed since"),
-    argument("--model", "-m", metavar="MODEL", completes="model", help="may be left out where one alone was trained"),
+    argument("path", metavar="SCRIPT", completes="path", help="a new .py file; the rows are written next to it"),
+    argument("--base", metavar="SOURCE", completes="path", help="folder or Hub id of the base model for the script"),
+    argument("--replace", action="store_true", help="overwrite another file, or a script that was changed since"),
+    argument("--model", "-m", metavar="MODEL", completes="model", help="the model; not needed if only one was trained"),
     example="%lora export train.py",
 )
 def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Write the last training of a model as a script.
 
     Raises:
-        CellError: no cell trained it, or one of its fields cannot be written down.
+        CellError: no cell trained the model, or a field's value cannot be written into a script.
     """
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
@@ -218,7 +220,15 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
-    """The values of the expressions for the rows, the rows to evaluate on, and the tokenizer."""
+    """The training rows, the evaluation rows and the tokenizer that a cell names.
+
+    Args:
+        cell: the options of the line, or the stored text of an earlier cell.
+        notebook: the notebook.
+
+    Returns:
+        The rows, the evaluation rows or None, and the tokenizer or None.
+    """
     data = notebook.data(cell.data, "--data")
     eval_data = None if cell.eval_data is None else notebook.data(cell.eval_data, "--eval")
     return data, eval_data, notebook.tokenizer(cell.tokenizer)

@@ -1,26 +1,13 @@
-"""What a training has to know of the adapters in its model: what trains, extra losses, state besides weights.
+"""What a training needs to know about its model's adapters: trainable parameters, extra losses, training state.
 
 Door, what other rooms import:
 
-    adapted_model.py    Questions that training has about a model with adapters, whatever wraps it
-    extra_loss.py       What methods add to the loss (AdaLoRA, KaSA, MonteCLoRA) in a Trainer: once, whatever its
+    adapted_model.py    Facts about a model with adapters that a training needs, whatever wraps the model
+    extra_loss.py       Adds the loss terms of methods (AdaLoRA, KaSA, MonteCLoRA) in a Trainer exactly once, whatever
                         ``compute_loss`` does
-    learning_check.py   Checks at the first steps whether the adapter learns; reports in one line with the remedy
-    method_state.py     What a resumed training needs of a method besides the adapter's file: pruned ranks, moving
+    learning_check.py   Checks in the first steps whether the adapter learns; reports in one line with the remedy
+    method_state.py     The training state of a method that is not in the adapter's file: pruned ranks, moving
                         averages, generators
-    optimizer_steps.py  The one place where methods that learn with hooks (``LearnsWithHooks``) get their turn in a
-                        training step
-    snapshot.py         What trains in a model at one moment, copied to host memory, to be put back without a folder
-
-Door, what other rooms import:
-
-    adapted_model.py    Questions that training has about a model with adapters, whatever wraps it
-    extra_loss.py       What methods add to the loss (AdaLoRA, KaSA, MonteCLoRA) in a Trainer: once, whatever its
-                        ``compute_loss`` does
-    learning_check.py   Checks at the first steps whether the adapter learns; reports in one line with the remedy
-    method_state.py     What a resumed training needs of a method besides the adapter's file: pruned ranks, moving
-                        averages, generators
-    optimizer_steps.py  The one place where methods that learn with hooks (``LearnsWithHooks``) get their turn in a
-                        training step
-    snapshot.py         What trains in a model at one moment, copied to host memory, to be put back without a folder
+    optimizer_steps.py  The one place that calls methods with training hooks (``LearnsWithHooks``) after a step
+    snapshot.py         A copy in host memory of a model's trainable parameters, to restore them without a folder
 """

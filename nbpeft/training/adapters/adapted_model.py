@@ -1,4 +1,4 @@
-"""Questions that training has about a model with adapters, whatever wraps it."""
+"""Facts about a model with adapters that a training needs, whatever wraps the model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nbpeft.engine.tree.model_tree import manager_of
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether ``model`` carries named adapters and can save them apart from its base."""
+    """Whether a model has named adapters, of nbpeft or PEFT, that can be saved separately from its base."""
     return isinstance(getattr(model, "peft_config", None), dict) and callable(getattr(model, "get_base_model", None))
 
 
 def base_of(model: Any) -> nn.Module:
-    """The base model below the adapters, or ``model`` itself."""
+    """The base model of an adapted model, or ``model`` itself."""
     base: nn.Module = model.get_base_model() if is_adapted(model) else model
     return base
 
 
 def active_names(model: Any) -> tuple[str, ...]:
-    """Names of the active adapters; empty for a model without."""
+    """The names of the active adapters; empty for a model without adapters."""
     if not is_adapted(model):
         return ()
     names = model.active_adapters
@@ -33,30 +33,30 @@ def active_names(model: Any) -> tuple[str, ...]:
 
 
 def trained_names(model: Any) -> tuple[str, ...]:
-    """Names of the active adapters that train; all active ones where none does."""
+    """The names of the active adapters that are not frozen; if all are frozen, of all active ones."""
     names = active_names(model)
     frozen = getattr(manager_of(model), "frozen", ())
     return tuple(name for name in names if name not in frozen) or names
 
 
 def call_columns(model: Any) -> tuple[str, ...]:
-    """Columns of rows that the methods of a model's adapters take from each call, beside those that the base takes."""
+    """The columns of rows that the methods of a model's adapters take in addition to those of the base model."""
     return tuple(sorted(call_arguments(getattr(manager_of(model), "configs", {}).values())))
 
 
 def main_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of the largest floating parameter."""
+    """The dtype of the largest floating-point parameter; float32 if there is none."""
     floats = [parameter for parameter in base.parameters() if parameter.is_floating_point()]
     return max(floats, key=lambda parameter: parameter.numel()).dtype if floats else torch.float32
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of everything that is trained."""
+    """The names and parameters that require gradients."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def module_path(parameter_name: str) -> str:
-    """The module of the base model that a trained parameter belongs to, without wrappers."""
+    """The path of the base model's module to which a trained parameter belongs, without wrappers."""
     path = parameter_name.removeprefix("base_model.model.")
     parts = dict.fromkeys(f".{method.adapter_class.peft.shown_as}." for method in methods())
     for mark in (*parts, ".modules_to_save.", *(f".{method.prefix}" for method in methods())):

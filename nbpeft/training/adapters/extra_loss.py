@@ -1,8 +1,9 @@
-"""What methods add to the loss (AdaLoRA, KaSA, MonteCLoRA) in a Trainer: once, whatever its ``compute_loss`` does.
+"""Adds the loss terms of methods (AdaLoRA, KaSA, MonteCLoRA) in a Trainer exactly once, whatever ``compute_loss`` does.
 
-The loss may come from the model, from a function of the user's, from smoothed labels or from logits. A Trainer
-divides it by the number of micro-batches, or leaves it as it is where it was normalized over all of them, and then
-may multiply it by the number of processes. What methods add comes after all of that.
+The loss may come from the model, a function of the user's, label smoothing or logits. A Trainer
+divides it by the number of micro-batches, unless it was normalised over all of them, and then
+may multiply it by the number of processes. The loss terms are added to the result of ``compute_loss``,
+scaled so that they count once in each step.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from nbpeft.engine.tree.model_tree import manager_of
 
 
 def loss_divisor(trainer: Any, items: Any) -> int:
-    """What a Trainer divides the loss of a micro-batch by.
+    """The number by which a Trainer divides the loss of a micro-batch.
 
     Args:
         trainer: a ``transformers.Trainer`` in a training step.
-        items: what it counted in all micro-batches of the step (``num_items_in_batch``), or None.
+        items: the number of labels in all micro-batches of the step (``num_items_in_batch``), or None.
 
     Returns:
-        The number of micro-batches; 1 where the loss was normalized over all of them.
+        The number of micro-batches; 1 if the loss was normalised over all of them.
     """
     normalized = getattr(trainer, "loss_is_scaled_for_ga", None)
     if normalized is None:
@@ -36,11 +37,11 @@ def loss_divisor(trainer: Any, items: Any) -> int:
 
 @contextmanager
 def with_extra_loss(trainer: Any, items: Any) -> Iterator[None]:
-    """A block in which the loss of ``compute_loss`` has what methods add to it, for its share of the step.
+    """A block in which ``compute_loss`` adds the loss terms of methods, with this micro-batch's share of the step.
 
     Args:
         trainer: a ``transformers.Trainer`` in a training step.
-        items: what it counted in all micro-batches of the step (``num_items_in_batch``), or None.
+        items: the number of labels in all micro-batches of the step (``num_items_in_batch``), or None.
     """
     manager = manager_of(trainer.model)
     if manager is None or next(hooks_in_training(manager), None) is None:

@@ -1,10 +1,10 @@
-"""Checks at the first steps whether the adapter learns; reports in one line with the remedy.
+"""Checks in the first steps whether the adapter learns; reports in one line with the remedy.
 
-Training that cannot learn looks like training that learns slowly. What is looked at:
+A training that cannot learn looks like one that learns slowly. The checks are:
 
-    before the first step    is anything trainable; is a new head frozen, and so never saved
+    before the first step    is any parameter trainable; is a new head frozen, and so not saved
     after the first step     did gradients reach the adapted modules, and were they finite
-    after some steps         did any trained weight change
+    after ten steps          did any trained weight change
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from nbpeft.errors import few
 from nbpeft.training.adapters.adapted_model import base_of, is_adapted, module_path, trainable
 
 PATIENCE = 10
-"""Steps after which the weights must have changed; a warm-up may spend the first at rate zero."""
+"""The number of steps after which weights must have changed; the first ones may have a learning rate of 0 (warm-up)."""
 
 _SAMPLE = 64
 _MOST = 1e4
-"""Larger weights of an adapter have exploded."""
+"""The absolute value above which weights of an adapter count as exploded."""
 TOO_HIGH = "the learning rate is too high"
 _REMEDY_CHECKPOINTING = (
-    "gradient checkpointing with use_reentrant=True cuts the graph off because the embeddings are frozen; "
+    "gradient checkpointing with use_reentrant=True detaches the graph because the embeddings are frozen; "
     "call model.enable_input_require_grads(), or use use_reentrant=False"
 )
 
 
 class LearningCheck:
-    """Watches the first steps of a run.
+    """Checks the first steps of a run.
 
     Args:
-        model: The model in training; held weakly, with its parameters.
-        adapter: What the messages call that which is trained.
+        model: The model in training; the check has only weak references to it and its parameters.
+        adapter: The name of the trained adapters in messages; empty for a model without.
     """
 
     def __init__(self, model: nn.Module, adapter: str) -> None:
@@ -63,8 +63,8 @@ class LearningCheck:
         if self._exploded():
             self.close()
             return (
-                f"Weights of {self._subject} have exploded before this run, in one with too high a learning rate: "
-                "load it as it was saved, or begin with a new adapter."
+                f"Weights of {self._subject} had exploded before this run, in one with too high a learning rate: "
+                "load a saved version, or start with a new adapter."
             )
         if not self._paths:
             self.close()
@@ -75,17 +75,17 @@ class LearningCheck:
         """The message after ``steps`` optimizer steps, or the empty string.
 
         Args:
-            steps: Steps done in this run.
+            steps: The number of steps done in this run.
             last: Whether no further step follows.
         """
         message = ""
         model = self._model()
         if model is None:
             return message
-        if self._are_replaced(model):  # by FSDP2, or by an adapter of another rank that was read from a state
+        if self._are_replaced(model):  # by FSDP2, or by loading an adapter of another rank from a checkpoint
             self.close()
             return message
-        # A loop may report a step before its backward pass: then nothing has arrived at step 1.
+        # A user's loop may report a step before its backward pass: then there are no gradients yet at step 1.
         if not self._gradients_checked and (self._largest or steps > 1 or last):
             if self._was_skipped() and steps < PATIENCE and not last:
                 self._largest = {}
@@ -101,16 +101,18 @@ class LearningCheck:
         return message
 
     def close(self) -> None:
-        """Releases the model and removes all hooks from it."""
+        """Removes all hooks from the model and the reference to it."""
         self._release_hooks()
         self._model = lambda: None
         self._before = {}
 
     def _watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
-        this = weakref.ref(self)  # a hook is held by its parameter, out of the garbage collector's sight
+        weak_self = weakref.ref(
+            self
+        )  # a strong reference in a C++ hook is a cycle that the garbage collector cannot see
 
         def note(parameter: Tensor) -> None:
-            check = this()
+            check = weak_self()
             if check is not None and parameter.grad is not None and name not in check._largest:
                 check._largest[name] = _peak(parameter.grad)
 
@@ -122,18 +124,18 @@ class LearningCheck:
         self._largest = {}
 
     def _was_skipped(self) -> bool:
-        """Whether the gradients overflow and yet spoil no weight, as while a GradScaler looks for its scale."""
+        """Whether gradients overflowed but all weights are finite, as while a GradScaler searches for its scale."""
         if not self._largest or bool(self._all_largest().isfinite().all()):
             return False
         return all(bool(_sample(parameter).isfinite().all()) for parameter in self._parameters.values())
 
     def _all_largest(self) -> Tensor:
-        """One entry a parameter, on the CPU; fetched together, since each transfer waits for the device."""
+        """One entry per parameter, on the CPU; fetched in one transfer, since each one waits for the device."""
         values = list(self._largest.values())
         return torch.stack([value.to(values[0].device) for value in values]).to("cpu")
 
     def _judge_gradients(self, model: nn.Module) -> str:
-        # A method may have let some of them go by now.
+        # A method may have frozen some of them by now, e.g. pruned ranks.
         modules = {self._paths[name] for name, parameter in self._parameters.items() if parameter.requires_grad}
         reached = {self._paths[name] for name in self._largest}
         missed = sorted(modules - reached)
@@ -157,20 +159,20 @@ class LearningCheck:
         return ""
 
     def _are_replaced(self, model: nn.Module) -> bool:
-        """Whether others are in the places of the parameters; what shows them by PEFT's names may hold them still."""
+        """Whether the model has other parameters by now; other objects may still reference the former ones."""
         present = {id(parameter) for parameter in model.parameters()}
         watched = list(self._parameters.values())
         return len(watched) < len(self._paths) or not all(id(parameter) in present for parameter in watched)
 
     def _exploded(self) -> bool:
-        """Whether what is trained has values that no training leads to, or none at all."""
+        """Whether trained parameters have extreme values or NaN."""
         return have_exploded(self._parameters.values())
 
     def _explosion(self, steps: int) -> str:
         return f"Weights of {self._subject} have exploded in {steps} step{'' if steps == 1 else 's'}: {TOO_HIGH}."
 
     def _judge_weights(self, steps: int) -> str:
-        # A Trainer brings the model to its device after the samples were taken.
+        # A Trainer may have moved the model to another device since the samples were taken.
         pairs = ((_sample(parameter), self._before[name]) for name, parameter in self._parameters.items())
         if not all(torch.equal(now.to(before.device), before) for now, before in pairs):
             return ""
@@ -181,7 +183,7 @@ class LearningCheck:
 
 
 def have_exploded(parameters: Iterable[Tensor]) -> bool:
-    """Whether parameters have values that no training leads to, or none at all; some elements of each are looked at."""
+    """Whether parameters have extreme values or NaN; only up to 64 elements of each parameter are checked."""
     peaks = [_peak(_sample(parameter)) for parameter in parameters]
     if not peaks:
         return False
@@ -195,19 +197,21 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 
 def _peak(tensor: Tensor) -> Tensor:
-    """The largest absolute value, a scalar; zero of a tensor without elements, as of a layer that has no rank left."""
+    """The largest absolute value as a scalar tensor; 0 for an empty tensor, e.g. of a layer with no ranks left."""
     return tensor.detach().abs().amax().float() if tensor.numel() else tensor.new_zeros((), dtype=torch.float32)
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Some elements spread over a parameter, copied. (at most 64,)."""
-    own: Any = parameter.detach()
-    flat: Tensor = (own.to_local() if hasattr(own, "to_local") else own).reshape(-1)  # of a sharded one its own part
+    """A copy of up to 64 elements spread over a parameter, of shape (n,)."""
+    tensor: Any = parameter.detach()
+    flat: Tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).reshape(
+        -1
+    )  # of a sharded parameter the local shard
     return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].clone()
 
 
 def why_no_gradient(model: nn.Module) -> str:
-    """The known reason why gradients do not arrive, or the empty string."""
+    """The reason why gradients do not reach the adapter, if it is a known one; else the empty string."""
     base = base_of(model)
     reentrant = False
     for module in base.modules():
@@ -228,9 +232,9 @@ def _inputs_require_grad(base: Any) -> bool:
 
 
 def frozen_head(model: nn.Module) -> str:
-    """What to do about a newly initialised head that stays random and is not saved, or ``""``.
+    """A warning about a newly initialised head that is not trained and not saved, or the empty string.
 
-    A head is new when the checkpoint was written by a model of another class.
+    A head is new if the checkpoint was written by a model of another class.
     """
     base: Any = base_of(model)
     written_by = getattr(getattr(base, "config", None), "architectures", None)
@@ -240,14 +244,14 @@ def frozen_head(model: nn.Module) -> str:
         if any(".modules_to_save." in f".{path}." for path, _ in trainable(getattr(base, name))):
             continue
         return (
-            f"The head {name!r} was initialised anew (the checkpoint holds a {written_by[0]}) and is not saved "
+            f"The head {name!r} is newly initialised (the checkpoint is of a {written_by[0]}) and is not saved "
             f"with the adapter: set modules_to_save=[{name!r}] in its config."
         )
     return ""
 
 
 def _head_names(base: Any) -> list[str]:
-    """Children of a task model that lie outside its backbone and hold weights of their own."""
+    """The children of a task model outside its backbone that have weights of their own."""
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
     if backbone is None or backbone is base:
         return []

@@ -1,6 +1,6 @@
-"""What a resumed training needs of a method besides the adapter's file: pruned ranks, moving averages, generators.
+"""The training state of a method that is not in the adapter's file: pruned ranks, moving averages, generators.
 
-It is kept beside the optimizer's state; the adapter's file then holds all that trains (``in_training``).
+It is saved next to the optimizer's state; the adapter's file then contains all trainable tensors (``in_training``).
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from nbpeft.model.saving.sharded import gathered
 
 _FILE = "method_state.safetensors"
 _MOST_STATES = 16
-"""A state of a training is at most so many times as large as the model with its adapters."""
+"""The greatest size of a training state, in multiples of the size of the model with its adapters."""
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""In the state of an optimizer, what has the shape of its parameter."""
+"""The tensors in an optimizer's state that have the shape of their parameter."""
 
 logger = logging.getLogger("nbpeft.training")
 
 
 def save_in_training(manager: Any, folder: str | os.PathLike[str], **options: Any) -> None:
-    """Saves adapters as their training is resumed from them.
+    """Saves adapters with all trainable tensors, so that their training can be resumed.
 
     Args:
-        manager: has them.
-        folder: where to.
-        **options: further ones of ``files.save``.
+        manager: the manager of the adapters.
+        folder: the folder to write.
+        **options: further arguments of ``files.save``.
     """
     files.save(manager, folder, rewrite=functools.partial(in_training, manager), **options)
 
 
 def keeps_method_state(model: nn.Module) -> bool:
-    """Whether the adapters of a model that train have such a state."""
+    """Whether the methods of the adapters in training have a training state."""
     manager = manager_of(model)
     return manager is not None and has_training_state(manager)
 
 
 def write_method_state(model: nn.Module, folder: Path, *, write: bool) -> None:
-    """Writes the state into a folder that is resumed from; nothing where there is none.
+    """Writes the training state into a checkpoint, if there is one.
 
     Args:
-        model: in training.
-        folder: that holds the optimizer's state.
-        write: whether this process writes; all processes of a training call it.
+        model: the model in training.
+        folder: the folder with the optimizer's state.
+        write: whether this process writes; all processes of a training must call it, as it gathers shards.
     """
     state = method_state(model)
     if state is None:
@@ -64,11 +64,14 @@ def write_method_state(model: nn.Module, folder: Path, *, write: bool) -> None:
 
 
 def read_method_state(model: nn.Module, folder: Path) -> bool:
-    """Sets the state that a folder holds. Returns whether it holds what the adapters in training need.
+    """Restores the training state from a checkpoint.
 
     Args:
-        model: in training, its optimizer made.
-        folder: as ``write_method_state`` was given.
+        model: the model in training, whose optimizer exists already.
+        folder: the folder with the optimizer's state.
+
+    Returns:
+        False if the adapters need a state and the folder has none.
     """
     file = folder / _FILE
     if not keeps_method_state(model):
@@ -80,11 +83,11 @@ def read_method_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_state(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a file of tensors that belongs to a training; one that is too large for that is refused by its header.
+    """Reads the tensors of a training state; a file whose header names implausibly large tensors is refused unread.
 
     Args:
         file: the file.
-        model: in training.
+        model: the model in training.
 
     Returns:
         Name -> tensor, and the metadata.
@@ -96,45 +99,57 @@ def read_state(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[st
     size = sum(tensor.nbytes for tensor in source.header.values())
     most = _MOST_STATES * sum(parameter.nbytes for parameter in model.parameters())
     if size > most:
-        raise CorruptCheckpointError(f"{file.name} has {size:,} bytes of tensors; a state of this model has {most:,}")
+        raise CorruptCheckpointError(
+            f"{file.name} has {size:,} bytes of tensors; a state of this model has at most {most:,}"
+        )
     return source.read(source.header), source.metadata
 
 
 def method_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state now, which nothing writes to any more; None where there is none."""
+    """A copy of the current training state; None if there is none."""
     return training_state(manager_of(model)) if keeps_method_state(model) else None
 
 
 def set_method_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> None:
-    """Sets the state that ``method_state`` has returned; nothing for None, and the start of a training where empty."""
+    """Restores a training state.
+
+    Args:
+        model: the model in training.
+        state: a result of ``method_state``; None changes nothing, an empty state is that of a new training.
+    """
     if state is not None and keeps_method_state(model):
         set_training_state(manager_of(model), state)
 
 
 def drop_mismatched_moments(optimizer: Any) -> bool:
-    """Forgets what an optimizer knows of parameters that have another shape now. Returns whether there were any.
+    """Removes an optimizer's state of parameters that have another shape now.
 
     Args:
-        optimizer: whose state was read from a file.
+        optimizer: the optimizer, with a state loaded from a file.
+
+    Returns:
+        Whether there were such parameters.
     """
-    held: Any = getattr(optimizer, "optimizer", optimizer)
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
     mismatched = [
         parameter
-        for parameter, state in held.state.items()
+        for parameter, state in inner.state.items()
         if any(name in state and state[name].shape != parameter.shape for name in _MOMENTS)
     ]
     for parameter in mismatched:
-        del held.state[parameter]
+        del inner.state[parameter]
     return bool(mismatched)
 
 
 def note(trainer: Any, message: str) -> None:
-    """Adds to the line shown with the run of a Trainer, or logs it where none is.
+    """Adds a note to the run of a Trainer, or logs a warning if it has no run.
 
     Args:
         trainer: a ``transformers.Trainer``.
-        message: for a person.
+        message: the note.
     """
-    notes = [said for item in trainer.callback_handler.callbacks if (said := getattr(item, "note", None)) is not None]
-    for said in notes or [logger.warning]:
-        said(message)
+    notes = [
+        add_note for item in trainer.callback_handler.callbacks if (add_note := getattr(item, "note", None)) is not None
+    ]
+    for add_note in notes or [logger.warning]:
+        add_note(message)

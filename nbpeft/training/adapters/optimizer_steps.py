@@ -1,9 +1,9 @@
-"""The one place where methods that learn with hooks (``LearnsWithHooks``) get their turn in a training step.
+"""The one place that calls methods with training hooks (``LearnsWithHooks``) after a step.
 
     loss.backward() -> optimizer.step() -> manager.after_backward(step) -> optimizer.zero_grad()
 
-The gradients are still there and the weights have moved already: what such a method prunes stays
-pruned. torch calls back after every optimizer step, whoever makes it: a Trainer or a loop in ``track()``.
+At this point the gradients still exist and the weights are updated: what such a method prunes stays
+pruned. torch calls the hook after every optimizer step, of a Trainer as well as of a loop in ``track()``.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from nbpeft.engine.tree.model_tree import manager_of
 
 _watched: weakref.WeakKeyDictionary[Any, list[Callable[[], int]]] = weakref.WeakKeyDictionary()
-"""Manager -> who counts its steps, the last one being asked."""
+"""Manager -> functions that return the number of its steps; the last one is used."""
 
 
 def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[], None]:
-    """Calls ``manager.after_backward`` after each step of an optimizer that holds parameters of ``model``.
+    """Calls ``manager.after_backward`` after each step of an optimizer with parameters of ``model``.
 
-    A model that is watched already is not watched twice: in a Trainer within a run the Trainer counts.
+    A model gets only one hook: for a Trainer inside a run, the Trainer's count of steps is used.
 
     Args:
-        model: with adapters, or one without, which is not watched; held weakly.
+        model: the model, to which only weak references are kept; one without adapters gets no hook.
         steps_done: returns the number of optimizer steps before the current one.
 
     Returns:
-        A function that ends it.
+        A function that removes the hook.
     """
     manager = manager_of(model)
     if manager is None:
         return lambda: None
-    counting = _watched.setdefault(manager, [])
-    counting.append(steps_done)
-    if len(counting) > 1:
-        return lambda: _stop(counting, steps_done)
+    counters = _watched.setdefault(manager, [])
+    counters.append(steps_done)
+    if len(counters) > 1:
+        return lambda: _stop(counters, steps_done)
     in_training, its_manager = weakref.ref(model), weakref.ref(manager)
     is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
@@ -48,10 +48,10 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
         if model is None or manager is None:
             return
         if optimizer not in is_ours:
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            is_ours[optimizer] = any(id(parameter) in held for parameter in model.parameters())
+            optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            is_ours[optimizer] = any(id(parameter) in optimized for parameter in model.parameters())
         if is_ours[optimizer]:
-            manager.after_backward(counting[-1]())
+            manager.after_backward(counters[-1]())
 
     handle = register_optimizer_step_post_hook(after_step)
     weakref.finalize(manager, handle.remove).atexit = False

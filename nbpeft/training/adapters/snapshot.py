@@ -1,4 +1,4 @@
-"""What trains in a model at one moment, copied to host memory, to be put back without a folder."""
+"""A copy in host memory of a model's trainable parameters, to restore them without a folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.adapters.method_state import method_state, read_state, set_method_state
 
 _METHOD = "method:"
-"""Starts the names of the method's own state in a file."""
+"""The prefix of the tensors of the method's training state in a file."""
 
 
 class Snapshot:
-    """The trainable parameters of a model, and what its method remembers of the training.
+    """A copy of a model's trainable parameters and of its method's training state.
 
     Args:
         step: optimizer steps done.
         tensors: name -> copy of a parameter.
-        method: as ``method_state`` gives it.
+        method: a result of ``method_state``.
     """
 
     def __init__(self, step: int, tensors: Mapping[str, Tensor], method: Mapping[str, Tensor] | None) -> None:
@@ -34,14 +34,19 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module, step: int) -> Self:
-        """Copies them."""
+        """Takes a snapshot.
+
+        Args:
+            model: the model in training.
+            step: optimizer steps done.
+        """
         return cls(step, copied(dict(trainable(model))), method_state(model))
 
     def renew(self, model: nn.Module, step: int) -> None:
-        """Copies what trains now into the place of what was copied: no further memory is taken.
+        """Updates the snapshot in place, without allocating further memory.
 
         Args:
-            model: the same one.
+            model: the same model.
             step: optimizer steps done.
         """
         self._tensors = copied(dict(trainable(model)), self._tensors)
@@ -49,40 +54,40 @@ class Snapshot:
 
     @classmethod
     def read(cls, file: Path, model: nn.Module) -> Self:
-        """Reads what ``write`` wrote.
+        """Reads a snapshot that ``write`` wrote.
 
         Args:
             file: the file.
-            model: in training; a state of it is not much larger than the model itself.
+            model: the model in training, whose size limits that of the file.
 
         Raises:
             CorruptCheckpointError: the file is truncated, altered or something else.
         """
         tensors, metadata = read_state(file, model)
         if not metadata.get("step", "").isdecimal():
-            raise CorruptCheckpointError(f"{file.name} does not say of which step it is")
+            raise CorruptCheckpointError(f"{file.name} does not name its step")
         method = {key.removeprefix(_METHOD): tensors.pop(key) for key in [*tensors] if key.startswith(_METHOD)}
         return cls(int(metadata["step"]), tensors, method or None)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether it has all that trains in a model now, in the same shapes."""
-        found = self._tensors
-        return all(name in found and found[name].shape == parameter.shape for name, parameter in trainable(model))
+        """Whether it has all parameters that are trainable in a model now, in the same shapes."""
+        tensors = self._tensors
+        return all(name in tensors and tensors[name].shape == parameter.shape for name, parameter in trainable(model))
 
     def write(self, file: Path) -> None:
-        """Writes a file; nothing where this process has a part of sharded tensors.
+        """Writes the snapshot to a file, unless its tensors are sharded over several processes.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if all(type(tensor) is Tensor for tensor in self._tensors.values()):
             method = {f"{_METHOD}{key}": tensor for key, tensor in (self._method or {}).items()}
             write_tensors(file, storable({**self._tensors, **method}), {"step": str(self.step)})
 
     def put_back(self, model: nn.Module) -> None:
-        """Writes it into the model; an interruption waits, so that two states are never mixed."""
+        """Restores the model; an interrupt is delayed until the end, so that two states are never mixed."""
         with HeldInterrupts(to_the_end=True):
-            set_method_state(model, self._method)  # first: what went since is trainable again
+            set_method_state(model, self._method)  # first, as it makes parameters pruned since then trainable again
             write_back(self._tensors, dict(trainable(model)))
 
 
@@ -91,19 +96,24 @@ def copied(parameters: Mapping[str, Tensor], into: Mapping[str, Tensor] = {}) ->
 
     Args:
         parameters: name -> parameter.
-        into: earlier copies of them, which are written over: no further memory is taken.
+        into: earlier copies of them, which are overwritten, so that no further memory is allocated.
     """
-    found = {}
+    copies = {}
     for name, parameter in parameters.items():
         if name in into:
-            found[name] = into[name].copy_(parameter.detach())
+            copies[name] = into[name].copy_(parameter.detach())
         else:
-            found[name] = parameter.detach().to("cpu", copy=True)
-    return found
+            copies[name] = parameter.detach().to("cpu", copy=True)
+    return copies
 
 
 def write_back(copies: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Writes copies into the parameters of their names; an interruption waits until all are written."""
+    """Writes copies into the parameters of the same names; an interrupt is delayed until all are written.
+
+    Args:
+        copies: name -> copy.
+        parameters: name -> parameter; those without a copy are not changed.
+    """
     with HeldInterrupts(to_the_end=True), torch.no_grad():
         for name, parameter in parameters.items():
             if name in copies:

@@ -1,17 +1,17 @@
-"""Rows of a notebook become batches: read from any source, tokenised once, loss only where it belongs.
+"""Turns rows into batches: reads them from any source, tokenises them once, and puts labels on the tokens to train on.
 
-    {"input_ids", …}                      as it is; labels are copied from input_ids where they are missing, and left
-                                          where completion_mask and assistant_masks let them be
+    {"input_ids", …}                      as it is; missing labels are copied from input_ids; completion_mask and
+                                          assistant_masks select the labels that count
     {"text"} or a string                  loss on the whole text
     {"prompt", "completion"} or a pair    loss on the completion
     {"messages": [...]}                   the tokenizer's chat template; loss on the assistant's turns
-    {"conversations": [...]}              the same, of ShareGPT: from and value instead of role and content
-    {"instruction", "input", "output"}    Alpaca: the chat template, or Alpaca's own text where there is none
+    {"conversations": [...]}              the same in ShareGPT's form: from and value instead of role and content
+    {"instruction", "input", "output"}    Alpaca: the chat template, or Alpaca's own text if there is no template
     {"text", "label"}                     for a classifier, with ``text_pair`` for a second text
 
 Prompt and completion may be lists of messages too. ``columns`` maps other names to these. A ``weight`` of a row, or of
-a turn of the assistant, says how much the loss on it counts: 0 is not learned. Rows without anything to learn are left
-out. What else a row holds is refused, or named in the notes of the training: nothing is passed over in silence.
+a turn of the assistant, is a factor on its loss; with 0 it is not trained on. Rows without any label that counts are
+left out. Any other content of a row is an error or is named in the notes of the training; none is ignored silently.
 """
 
 from __future__ import annotations

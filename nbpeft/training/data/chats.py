@@ -1,4 +1,4 @@
-"""Chats become text with the turns of the assistant marked; what a template leaves out of them is known."""
+"""Renders chats as text with the assistant's turns marked, and finds the parts that a chat template does not print."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nbpeft.training.data.row import is_nothing
 
 Message = Mapping[str, Any]
 Part = tuple[int, str]
-"""The number of a message, and one of its keys; -1 and ``tools`` for the tools of a chat."""
+"""The index of a message and one of its keys; -1 and ``tools`` for the tools of a chat."""
 
 _TOOLS: Part = (-1, "tools")
 _SURE = 16
-"""Letters of a text that stands in a rendered chat by no accident."""
+"""The length, in characters, from which a text that occurs in a rendered chat is not there by coincidence."""
 _DEPTH = 3
-"""How deep a value is looked into for what it is made of."""
+"""The depth to which the structure of nested values is compared."""
 _MOST_SHAPES = 10_000
-"""Combinations of roles and keys that are remembered."""
+"""The greatest number of combinations of roles and keys in the cache."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class RenderedChat:
     """A chat as a model reads it.
 
     Attributes:
-        text: all of it.
-        spans: where the assistant speaks and is learned, end-of-turn marks included.
-        left_out: what of the chat the template does not print.
-        missing: why nothing is learned from it; empty if something is.
+        text: the whole chat.
+        spans: the assistant's turns to train on, including their end-of-turn tokens.
+        left_out: the parts of the chat that the template does not print.
+        missing: why there is nothing to train on; empty if there is something.
     """
 
     text: str
@@ -45,11 +45,11 @@ class RenderedChat:
 class ChatRenderer:
     """Renders chats with the chat template of a tokenizer.
 
-    What a template prints depends on the roles and keys of the messages: it is tried once for each combination, by
-    rendering the chat without one thing after the other.
+    What a template prints depends on the roles and keys of the messages: each combination is tried once, by rendering
+    the chat without one part after the other.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -57,13 +57,13 @@ class ChatRenderer:
         self._left_out: dict[Any, frozenset[Part]] = {}
         self._takes_parts: bool | None = None
         self._end_mark = ""
-        """What followed the content of an earlier turn that is nothing but content."""
+        """The text that followed the content of an earlier turn with nothing but content."""
 
     def render(self, chat: Chat) -> RenderedChat:
-        """The text of a chat, and what is learned of it.
+        """Renders a chat and finds the parts to train on.
 
         Raises:
-            TrainingError: there is no template, or it shows a turn of the assistant otherwise than it is written.
+            TrainingError: there is no template, or it changes the text of a turn of the assistant.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise TrainingError(
@@ -92,22 +92,22 @@ class ChatRenderer:
             self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **options)
         )
 
-    # Where the assistant speaks
+    # The spans of the assistant's turns
 
     def _spans(self, chat: Chat, text: str, turns: Sequence[int]) -> Iterator[Span]:
         for number in turns:
-            found = self._span(chat, text, number)
-            if found is None:
+            span = self._span(chat, text, number)
+            if span is None:
                 raise TrainingError(f"The chat template does not show turn {number} of the assistant as it is written.")
-            yield Span(*found, chat.weights[number])
+            yield Span(*span, chat.weights[number])
 
     def _span(self, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
-        """From the end of the prompt for a turn to the end of the turn."""
+        """The span of a turn: from the end of its generation prompt to the end of the turn."""
         before = self._text(chat.messages[:number], chat.tools, prompt=True) if number else ""
         through = self._text(chat.messages[: number + 1], chat.tools)
         if through.startswith(before) and text.startswith(through):
             return len(before), len(through)
-        # The template writes an earlier turn otherwise than the last one.
+        # The template renders an earlier turn differently from the last one, e.g. without its reasoning.
         first = len(before) if text.startswith(before) else self._start(chat, text, number, before)
         if first is None:
             return None
@@ -122,31 +122,33 @@ class ChatRenderer:
         return first, last
 
     def _after_content(self, message: Message, text: str, first: int) -> int | None:
-        """Where the content of a turn ends that is nothing else, if the turn begins with it."""
+        """The end of the content of a turn that has no other keys, if the turn begins with it; else None."""
         content = message.get("content") if message.keys() == {"role", "content"} else None
         if not isinstance(content, str) or not content or not text.startswith(content, first):
             return None
         return first + len(content)
 
     def _start(self, chat: Chat, text: str, number: int, before: str) -> int | None:
-        """Where the generation prompt of a turn ends, found from the beginning or from a message before the turn."""
+        """The end of a turn's generation prompt, searched from the start of the chat or from an earlier message."""
         plain = self._text(chat.messages[:number], chat.tools)
         opening = len(before) - len(plain) if before.startswith(plain) else 0
         following = (self._following(chat, text, previous, before, number) for previous in reversed(range(number)))
-        for found in itertools.chain([(text, before)], following):
-            if found is None:
+        for rests in itertools.chain([(text, before)], following):
+            if rests is None:
                 continue
-            rest, prompt = found
+            rest, prompt = rests
             agreed = _agreement(rest, prompt)
             place = len(text) - len(rest) + agreed
             if agreed == len(prompt):
                 return place
-            if len(prompt) - agreed <= opening:  # it opens a thinking block, and the turn has none or another one
+            if (
+                len(prompt) - agreed <= opening
+            ):  # the prompt opens a thinking block, and the turn has none or another one
                 return min(place, self._content_start(chat, text, number, place))
         return None
 
     def _content_start(self, chat: Chat, text: str, number: int, default: int) -> int:
-        """Where the text is another one if a turn has other content."""
+        """The position from which the text changes if the content of a turn changes."""
         mark = _new_mark(text)
         messages = list(chat.messages)
         messages[number] = {**messages[number], "content": mark}
@@ -157,16 +159,16 @@ class ChatRenderer:
         return len(same) if found and text.startswith(same) else default
 
     def _end(self, chat: Chat, text: str, number: int, through: str) -> int | None:
-        """Where a turn ends, its end-of-turn mark included."""
-        found = self._following(chat, text, number, through)
-        if found is None:
+        """The end of a turn, including its end-of-turn token."""
+        rests = self._following(chat, text, number, through)
+        if rests is None:
             return None
-        rest, ending = found
+        rest, ending = rests
         place = len(text) - len(rest)
         closed = ending.rstrip()
         if closed and rest.startswith(closed):
             return place + len(closed)
-        # The last turn may have another end-of-turn mark than an earlier one, or none.
+        # The last turn may have a different end-of-turn token from an earlier one, or none.
         specials = self._special_tokens()
         shared = closed.removesuffix(next((token for token in specials if closed.endswith(token)), ""))
         if not rest.startswith(shared):
@@ -177,16 +179,20 @@ class ChatRenderer:
     def _following(
         self, chat: Chat, text: str, number: int, beginning: str, prompt_for: int | None = None
     ) -> tuple[str, str] | None:
-        """What follows the same place of a message in the text of a chat and in that of its beginning.
+        """What follows a position in a message, in the text of the whole chat and in that of its first messages.
 
-        The place is marked in the message and both are rendered again: it counts if the mark is all that is new.
+        A mark is inserted into the message and both texts are rendered again: the position is valid if nothing but the
+        mark is added to them.
 
         Args:
             chat: the chat.
-            text: all of it.
-            number: of the message.
-            beginning: the text of the messages up to and with it, or before ``prompt_for``.
-            prompt_for: number of the turn whose generation prompt ends the beginning.
+            text: the text of the whole chat.
+            number: the index of the message.
+            beginning: the text of the messages up to and including it, or of those before ``prompt_for``.
+            prompt_for: the index of the turn with whose generation prompt the beginning ends.
+
+        Returns:
+            The rest of the text and the rest of the beginning; None if no position is valid.
         """
         mark = _new_mark(text + beginning)
         count = number + 1 if prompt_for is None else prompt_for
@@ -205,7 +211,7 @@ class ChatRenderer:
     def _after(
         self, mark: str, text: str, messages: Sequence[Message], tools: Any, *, prompt: bool = False
     ) -> str | None:
-        """What follows a mark in the text of messages; None if the text has more to it than the mark."""
+        """What follows a mark in the text of messages; None if the mark is not the only difference from ``text``."""
         try:
             before, found, after = self._text(messages, tools, prompt=prompt).partition(mark)
         except Exception:  # a template that refuses the marked value
@@ -218,10 +224,10 @@ class ChatRenderer:
         tokens = {token.content for token in added if token.special} | {getattr(self._tokenizer, "eos_token", None)}
         return sorted((token for token in tokens if token), key=len, reverse=True)
 
-    # What the template leaves out
+    # Parts that the template does not print
 
     def _hidden(self, chat: Chat, text: str) -> frozenset[Part]:
-        """The parts of a chat that its text would be the same without."""
+        """The parts of a chat that do not affect its text."""
         parts = _parts(chat)
         roles = tuple(message["role"] for message in chat.messages)
         shape = roles, tuple((part, _shape(value)) for part, value in parts.items())
@@ -232,7 +238,7 @@ class ChatRenderer:
             known = frozenset(part for part in parts if self._is_hidden(chat, text, part))
             self._left_out[shape] = known
             return known
-        doubtful = {  # a text that stands there though it should not, or the other way round
+        doubtful = {  # a text that occurs although the cache says that it is not printed, or the reverse
             part
             for part, value in parts.items()
             if isinstance(value, str) and len(value.strip()) >= _SURE and (value.strip() in text) is (part in known)
@@ -240,7 +246,7 @@ class ChatRenderer:
         return known - doubtful | {part for part in doubtful if self._is_hidden(chat, text, part)}
 
     def _is_hidden(self, chat: Chat, text: str, part: Part) -> bool:
-        """Whether the text of a chat is the same without a part."""
+        """Whether the text of a chat is the same without one of its parts."""
         number, key = part
         messages = list(chat.messages)
         if part != _TOOLS:
@@ -248,13 +254,13 @@ class ChatRenderer:
             messages[number] = {**rest, "content": ""} if key == "content" else rest
         try:
             return self._text(messages, None if part == _TOOLS else chat.tools) == text
-        except Exception:  # a template that cannot do without it
+        except Exception:  # a template that requires the part
             return False
 
     # Content of several parts
 
     def _flat(self, message: Message) -> Message:
-        """A message whose parts are one text, unless the template goes through parts."""
+        """A message with its content parts joined to one text, unless the template supports parts."""
         content = message.get("content")
         if not isinstance(content, (list, tuple)):
             return message
@@ -268,7 +274,7 @@ class ChatRenderer:
         mark = "one part of several"
         try:
             text = self._text([{"role": "user", "content": [{"type": "text", "text": mark}]}], None)
-        except Exception:  # a template that takes no list
+        except Exception:  # a template that does not support lists
             return False
         return mark in text and "'text'" not in text and '"text"' not in text
 
@@ -278,7 +284,7 @@ def _speaks(message: Message) -> bool:
 
 
 def _says_nothing(message: Message, number: int, hidden: frozenset[Part]) -> bool:
-    """Whether of a turn only its end could be learned."""
+    """Whether a turn has nothing to train on but its end-of-turn token."""
     printed = [key for key, value in message.items() if key != "role" and not is_nothing(value)]
     return all((number, key) in hidden or (key == "content" and _is_blank(message[key])) for key in printed)
 
@@ -289,18 +295,18 @@ def _is_blank(content: Any) -> bool:
 
 
 def _new_mark(text: str) -> str:
-    """A mark that a text does not have: of a control character, which JSON does not escape."""
+    """A mark that does not occur in a text. Its control character is one that JSON does not escape."""
     return next(mark for number in itertools.count() if (mark := f"\x7f{number}\x7f") not in text)
 
 
-def _agreement(one: str, other: str) -> int:
-    """How many letters two texts begin alike with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+def _agreement(first: str, other: str) -> int:
+    """The length of the common prefix of two texts, in characters."""
+    pairs = enumerate(zip(first, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(first), len(other)))
 
 
 def _marked(value: Any, mark: str) -> Iterator[Any]:
-    """Copies of a value, each with a mark behind one of its texts."""
+    """Copies of a value, each with a mark after one of its texts."""
     if isinstance(value, str):
         end = len(value.rstrip())  # templates may strip
         yield value[:end] + mark + value[end:]
@@ -313,18 +319,18 @@ def _marked(value: Any, mark: str) -> Iterator[Any]:
 
 
 def _parts(chat: Chat) -> dict[Part, Any]:
-    """What a chat holds beside roles, by where it is."""
-    found: dict[Part, Any] = {
+    """The parts of a chat other than roles, by position."""
+    parts: dict[Part, Any] = {
         (number, key): value
         for number, message in enumerate(chat.messages)
         for key, value in message.items()
         if key != "role" and not is_nothing(value)
     }
-    return found if chat.tools is None else {**found, _TOOLS: chat.tools}
+    return parts if chat.tools is None else {**parts, _TOOLS: chat.tools}
 
 
 def _shape(value: Any, depth: int = _DEPTH) -> Any:
-    """What a value is made of, whatever it says."""
+    """The structure of a value: its keys and types, without its texts and numbers."""
     if isinstance(value, Mapping) and depth:
         return tuple(sorted((str(key), _shape(item, depth - 1)) for key, item in value.items()))
     if isinstance(value, (list, tuple)) and depth:

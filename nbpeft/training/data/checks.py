@@ -1,4 +1,4 @@
-"""Whether rows fit a model, before a step fails on them with an error that names no row."""
+"""Checks that rows fit a model, before a training step fails on them with an error that names no row."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.reading import LABELS
 
 _CHECKED_ROWS = 10_000
-"""How many rows are checked; the others are assumed to be like them."""
+"""The number of rows that are checked; the others are assumed to be alike."""
 
 
 def check_rows(rows: Any, *, vocabulary: int | None, causal: bool, classes: Classes | None = None) -> None:
-    """Looks at the token ids and labels of rows.
+    """Checks the token ids and labels of rows.
 
     Args:
         rows: A dataset of dictionaries with ``input_ids``.
-        vocabulary: How many ids the model's embedding has, or None.
-        causal: Whether labels stand beside the ids, one for one.
-        classes: What the labels say, where they are those of a classifier.
+        vocabulary: The number of rows of the model's embedding; None if unknown.
+        causal: Whether there is one label for each token.
+        classes: The classes, if the model is a classifier.
 
     Raises:
-        TrainingError: a row cannot be learned; the message names it.
+        TrainingError: a row does not fit the model; the message names it.
     """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return
@@ -40,7 +40,18 @@ def check_rows(rows: Any, *, vocabulary: int | None, causal: bool, classes: Clas
 def check_row(
     row: Mapping[str, Any], index: int, *, vocabulary: int | None, causal: bool, classes: Classes | None = None
 ) -> None:
-    """Looks at the token ids and labels of one row; see :func:`check_rows`."""
+    """Checks the token ids and labels of one row.
+
+    Args:
+        row: The row.
+        index: Its number, for messages.
+        vocabulary: See :func:`check_rows`.
+        causal: See :func:`check_rows`.
+        classes: See :func:`check_rows`.
+
+    Raises:
+        TrainingError: The row does not fit the model.
+    """
     ids = _token_ids(row["input_ids"], index)
     outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
     if len(outside):
@@ -61,7 +72,7 @@ def check_row(
 
 
 def _check_label(given: Any, index: int, classes: Classes) -> None:
-    """Refuses a label of a tokenised row that a classifier would take for something else, or not at all."""
+    """Refuses a label of a tokenised row that a classifier would misread or reject."""
     if given is None:
         raise TrainingError(f"Row {index} has no labels: give the class of each row.", index=index)
     value = given.tolist() if hasattr(given, "tolist") else given

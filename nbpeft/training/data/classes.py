@@ -1,4 +1,4 @@
-"""The classes that a classifier of texts tells apart, and the label of a row as one of them."""
+"""The classes of a text classifier, and the conversion of a row's label to one of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SINGLE_LABEL = "single_label_classification"
 
 @dataclass(frozen=True)
 class Classes:
-    """What the labels of a classifier mean.
+    """The meaning of a classifier's labels.
 
     Attributes:
-        count: of its outputs.
-        names: of the classes -> their numbers, as ``config.label2id`` has them.
+        count: number of its outputs.
+        names: name of a class -> its number, as in ``config.label2id``.
         problem: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
     """
 
@@ -29,19 +29,19 @@ class Classes:
 
     @classmethod
     def of(cls, config: Any) -> Classes:
-        """What the labels mean to a model with this config of transformers."""
+        """The classes of a model with this config of transformers."""
         count = int(config.num_labels)
         usual = "regression" if count == 1 else SINGLE_LABEL
         return cls(count, dict(config.label2id or {}), config.problem_type or usual)
 
     def label(self, value: Any) -> int | float | list[float] | None:
-        """A label as the model takes it; None of an empty cell.
+        """A label in the form the model takes; None for an empty cell.
 
         Args:
             value: the number or name of a class; for several labels a list of numbers, one for each class.
 
         Raises:
-            ValueError: it is none of this model's; the message says what is expected.
+            ValueError: it is not a label of this model; the message says what is expected.
         """
         value = value.item() if getattr(value, "ndim", None) == 0 else value
         value = value.tolist() if hasattr(value, "tolist") else value
@@ -56,7 +56,7 @@ class Classes:
         return [self._real(item) for item in value]
 
     def name(self, label: Any) -> str:
-        """A label for a person."""
+        """A label as text to display."""
         found = next((name for name, number in self.names.items() if number == label), None)
         return str(label) if found in (None, f"LABEL_{label}") else f"{label} ({found})"
 

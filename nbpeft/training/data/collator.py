@@ -1,4 +1,4 @@
-"""Rows become batches."""
+"""Collates rows into batches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Collator:
     """Pads rows on the right into batches of tensors.
 
     ``labels`` are padded with -100, ``input_ids`` with the padding token, everything else with 0;
-    single numbers become a (batch,) tensor, and ``label`` is called ``labels``. Where some rows have
-    ``loss_weights``, those of all others are 1.
+    single numbers become a (batch,) tensor, and ``label`` is renamed to ``labels``. If some rows have
+    ``loss_weights``, the others get weights of 1.
 
     Attributes:
-        pad_token_id: What ``input_ids`` are padded with.
+        pad_token_id: The token id with which ``input_ids`` are padded.
         copy_labels: Whether rows without labels get their ``input_ids`` as labels.
-        pad_to_multiple_of: Lengths are rounded up to it.
+        pad_to_multiple_of: The number of tokens to a multiple of which lengths are rounded up.
     """
 
     pad_token_id: int = 0
@@ -33,7 +33,7 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Rows as one batch; sequences become (batch, longest).
+        """Collates rows into one batch; sequences become tensors of shape (batch, longest).
 
         Raises:
             TrainingError: some rows have a column that others lack.
@@ -55,7 +55,7 @@ class Collator:
         return batch
 
     def complete(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with mask and labels, where it is one of tokens."""
+        """Adds a missing attention mask and missing labels to a tokenised row; modifies and returns it."""
         if "input_ids" not in row:
             return row
         if "attention_mask" not in row:
@@ -67,7 +67,7 @@ class Collator:
 
 
 def all_weighted(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Rows with weights of their labels, 1 where a row has none, if any of them has some."""
+    """Rows with a weight for each label: if any row has weights, rows without them get weights of 1."""
     if not any(LOSS_WEIGHTS in row for row in rows):
         return rows
     return [row if LOSS_WEIGHTS in row else {**row, LOSS_WEIGHTS: _ones(row["labels"])} for row in rows]
@@ -78,9 +78,13 @@ def _ones(labels: Any) -> Any:
 
 
 def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose labels are called as models call them."""
-    given = next((name for name in LABELS if name in row), "labels")
-    return {"labels" if key == given else key: value for key, value in row.items() if key == given or key not in LABELS}
+    """A row with its labels renamed to ``labels``, the name that models take."""
+    label_column = next((name for name in LABELS if name in row), "labels")
+    return {
+        "labels" if key == label_column else key: value
+        for key, value in row.items()
+        if key == label_column or key not in LABELS
+    }
 
 
 def _padded(value: Tensor, length: int, filler: int) -> Tensor:

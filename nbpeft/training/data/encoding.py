@@ -1,4 +1,4 @@
-"""Text with marked parts becomes token ids and labels."""
+"""Encodes text with marked spans as token ids and labels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from nbpeft.names import IGNORED_LABEL
 
 _FAR = sys.maxsize
-"""Behind the end of every text."""
+"""A position after the end of any text."""
 
 
 class Span(NamedTuple):
-    """A part of a text that is learned.
+    """A part of a text to train on.
 
     Attributes:
-        first: its first character.
-        last: the one after its last.
-        weight: how much the loss on it counts.
+        first: index of its first character.
+        last: index after its last character.
+        weight: the factor on its loss.
     """
 
     first: int
@@ -32,9 +32,9 @@ class Encoded:
     """One tokenised row.
 
     Attributes:
-        input_ids: of the tokens that are read.
-        labels: of a decoder one for each token, ``IGNORED_LABEL`` where nothing is learned.
-        weights: how much the loss on each label counts; None where all count alike.
+        input_ids: ids of the model's input tokens.
+        labels: for a decoder, one for each token; ``IGNORED_LABEL`` where there is no loss.
+        weights: the factor on the loss of each label; None if all are equal.
     """
 
     input_ids: list[int]
@@ -42,7 +42,7 @@ class Encoded:
     weights: list[float] | None = None
 
     def weighted(self, factor: float) -> Encoded:
-        """The same row, of which every label counts so much more or less."""
+        """The same row with the weights of all labels multiplied by a factor."""
         if factor == 1:
             return self
         weights = [1.0] * len(self.labels) if self.weights is None else self.weights
@@ -52,16 +52,16 @@ class Encoded:
 def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = True, whole: bool = False) -> Encoded:
     """Tokenises ``text``, with labels on the tokens that touch one of ``spans``.
 
-    Prompt and completion are tokenised together, as they would be read together; a token that
-    reaches over the border belongs to the completion.
+    Prompt and completion are tokenised together, as the model reads them; a token that
+    spans the border between them belongs to the completion.
 
     Args:
         tokenizer: A tokenizer of transformers.
         text: The whole row.
-        spans: Parts to learn, in characters.
-        special: Whether the tokenizer may add its special tokens, and an end-of-text token is
-            learned after the row. False for chats, whose template has written them.
-        whole: Whether every token is learned.
+        spans: Parts to train on, in characters, in order.
+        special: Whether the tokenizer adds its special tokens, and an end-of-text token is
+            appended and trained on. False for chats, whose template has added them.
+        whole: Whether to train on every token.
     """
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -83,26 +83,30 @@ def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = 
 
 
 def _by_offsets(offsets: Iterable[tuple[int, int]], spans: Sequence[Span]) -> list[float]:
-    """The weight of each token: that of the first span that it touches, and 0 outside of all."""
+    """The weight of each token: that of the first span it overlaps, or 0 if it overlaps none."""
     following = iter((*spans, Span(_FAR, _FAR, 0.0)))
     first, last, weight = next(following)
-    found = []
+    weights = []
     for start, end in offsets:
         while start >= last:
             first, last, weight = next(following)
-        found.append(weight if end > first else 0.0)
-    return found
+        weights.append(weight if end > first else 0.0)
+    return weights
 
 
 def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[float]:
-    """Without offsets: how many tokens a beginning of the text has in common with the whole."""
+    """The weight of each token without offsets (slow tokenizers have none).
+
+    The token at the border of a span is found by tokenising the text before the border and counting the tokens that it
+    shares with the whole text.
+    """
 
     def tokens_before(character: int) -> int:
         if character >= len(text):
             return len(ids)
         beginning = tokenizer(text[:character], add_special_tokens=special)["input_ids"]
         pairs = enumerate(zip(beginning, ids, strict=False))
-        return next((index for index, (one, other) in pairs if one != other), min(len(beginning), len(ids)))
+        return next((index for index, (left, right) in pairs if left != right), min(len(beginning), len(ids)))
 
     borders = [(tokens_before(first), tokens_before(last), weight) for first, last, weight in spans]
     return [

@@ -1,4 +1,4 @@
-"""Rows of a file: JSON Lines, JSON, CSV and TSV with the standard library, Parquet with what is installed."""
+"""Reads rows from a file: JSON Lines, JSON, CSV and TSV with the standard library, Parquet with pyarrow."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nbpeft.errors import TrainingError, did_you_mean, in_one_line
 
 Rows = list[dict[str, Any]]
 _COMPARED = 100
-"""Rows of a table that tell what separates its cells."""
+"""The number of rows from which the separator of a table's cells is detected."""
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:
-    """How a file's name ends, in small letters, where it is one that can be read; else the empty string."""
+    """The lower-case suffix of a file's name if files of this kind can be read, else the empty string."""
     suffix = Path(path).suffix.lower()
     return suffix if suffix in _READERS else ""
 
 
 def read_file(path: str | os.PathLike[str]) -> Rows:
-    """All rows of a file.
+    """Reads all rows of a file.
 
     Raises:
-        TrainingError: there is no such file, or it is not what its name says; names the line.
+        TrainingError: there is no such file, or its content does not fit its suffix; names the line.
     """
     place = Path(path)
     reader = _READERS[suffix_of(place)]
@@ -60,24 +60,26 @@ def _json_lines(path: Path) -> Rows:
 
 
 def _json(path: Path) -> Rows:
-    """A list of rows, or an object that holds one; lines of JSON are read as such."""
+    """A list of rows, or an object that contains one list of rows; a file of JSON lines is read as JSON Lines."""
     text = path.read_text(encoding="utf-8-sig")
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         if "Extra data" in str(error):
             return _json_lines(path)
         raise TrainingError(f"{path.name} is not JSON: {in_one_line(error)}.", path=str(path)) from None
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
         if len(lists) == 1:
             return list(lists[0])
         raise TrainingError(
-            f"{path.name} holds an object with {len(found)} keys; expected a list of rows.", path=str(path)
+            f"{path.name} contains an object with {len(content)} keys; expected a list of rows.", path=str(path)
         )
-    if not isinstance(found, list):
-        raise TrainingError(f"{path.name} holds no list of rows.", path=str(path))
-    return found
+    if not isinstance(content, list):
+        raise TrainingError(f"{path.name} does not contain a list of rows.", path=str(path))
+    return content
 
 
 def _decoded(text: str, where: str) -> Any:
@@ -88,11 +90,11 @@ def _decoded(text: str, where: str) -> Any:
 
 
 def _separated(*delimiters: str) -> Callable[[Path], Rows]:
-    """A reader of cells between separators: the first that gives several columns, as many in each row."""
+    """A reader of tables with the first separator that gives the same number of columns, at least 2, in each row."""
 
     def read(path: Path) -> Rows:
         with open(path, encoding="utf-8-sig", newline="") as lines, _long_fields():
-            fits = (one for one in delimiters if len(delimiters) > 1 and _fits(lines, one))
+            fits = (separator for separator in delimiters if len(delimiters) > 1 and _fits(lines, separator))
             delimiter = next(fits, delimiters[0])
             lines.seek(0)
             return list(_cells(csv.DictReader(lines, delimiter=delimiter), path, delimiter))
@@ -102,12 +104,15 @@ def _separated(*delimiters: str) -> Callable[[Path], Rows]:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """A block in which a cell may be a whole document: the limit is the module's, in a C long of 32 bits on Windows."""
-    before = csv.field_size_limit(2**31 - 1)
+    """A block in which a cell may be as long as a document.
+
+    The limit is a global of the csv module and a C long, which has 32 bits on Windows.
+    """
+    previous_limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
 
 
 def _fits(lines: TextIO, delimiter: str) -> bool:
@@ -121,15 +126,17 @@ def _fits(lines: TextIO, delimiter: str) -> bool:
 
 def _cells(table: csv.DictReader[str], path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     names = list(table.fieldnames or ())
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise TrainingError(f"{path.name} has two columns called {twice!r:.60}: rename one of them.", path=str(path))
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise TrainingError(
+            f"{path.name} has two columns called {duplicate!r:.60}: rename one of them.", path=str(path)
+        )
     try:
         for row in table:
             if None in row:
                 raise TrainingError(
                     f"{path.name}, line {table.line_num} has more cells than the {len(row) - 1} of its header "
-                    f"(separated by {delimiter!r}): text that holds the separator belongs in quotes.",
+                    f"(separated by {delimiter!r}): text that contains the separator must be quoted.",
                     path=str(path),
                 )
             yield row

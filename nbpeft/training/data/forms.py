@@ -1,4 +1,4 @@
-"""The forms that rows have, recognised by their columns, and what each row says."""
+"""The forms of rows, recognised by their columns, and the example that each row gives."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _ALPACA_INPUT = (
 
 @dataclass(frozen=True)
 class Plain:
-    """Text that is learned whole."""
+    """Text to train on as a whole."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and the completion that is learned; what is not used of the row, by name."""
+    """A prompt, and the completion to train on; ``unused`` names the parts of the row that are not used."""
 
     prompt: str
     completion: str
@@ -46,14 +46,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, whose turns of the assistant are learned.
+    """A conversation; the assistant's turns are trained on.
 
     Attributes:
-        messages: with ``role`` and ``content``.
-        weights: how much the loss on each message counts.
-        first: messages before this one are not learned.
-        tools: for the chat template.
-        unused: what the messages hold that is not used, by name.
+        messages: the messages, with ``role`` and ``content``.
+        weights: the factor on the loss of each message.
+        first: index of the first message to train on.
+        tools: the tools, for the chat template.
+        unused: names of the parts of the messages that are not used.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -65,7 +65,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text, or two that belong together, with what a classifier is to say of it."""
+    """A text, or a pair of texts, with the label for a classifier."""
 
     text: str
     pair: str | None
@@ -80,10 +80,10 @@ class Form:
     """One of the forms that rows can have.
 
     Attributes:
-        name: what a person calls it.
-        needs: the columns that it is recognised by.
-        may: further columns that it reads.
-        read: gets a row, and whether the tokenizer has a chat template.
+        name: its name in messages.
+        needs: the required columns, by which the form is recognised.
+        read: (row, whether the tokenizer has a chat template) -> the example.
+        may: optional columns.
     """
 
     name: str
@@ -130,7 +130,7 @@ def _read_labelled(row: Row, chat: bool) -> Example:
 
 
 def _tools_of_text(row: Row) -> tuple[str, ...]:
-    """The name of the tools of a row without a chat, which nothing prints."""
+    """The name of the column of tools in a row without a chat, where no template can print them."""
     return () if row.tools() is None else (repr(row.columns.get("tools", "tools")),)
 
 
@@ -140,7 +140,7 @@ def _system(row: Row) -> Messages:
 
 
 def _chat(row: Row, learned: Messages, before: Messages) -> Chat:
-    """A chat whose first messages are read and not learned."""
+    """A chat whose first messages are context and not trained on."""
     messages, first = (*before.messages, *learned.messages), len(before.messages)
     weights = (*before.weights, *learned.weights)
     unused = [
@@ -165,17 +165,22 @@ FORMS = (
     Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", "tools", WEIGHT)),
     TEXT,
 )
-"""Of rows for language models."""
+"""The forms of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
-"""Of rows for classifiers of texts."""
+"""The form of rows for text classifiers."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
 NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED) for name in (*form.needs, *form.may)))
-"""Columns that the forms read; what ``columns`` may map."""
+"""The columns of all forms: the keys that ``columns`` may have."""
 
 
 def row_of(value: Any, number: int, columns: Mapping[str, str]) -> Row:
-    """A row of a notebook: a dictionary, a text, or a prompt and completion.
+    """Wraps a row: a dictionary, a text, or a prompt and completion.
+
+    Args:
+        value: the row.
+        number: its number, 0 for the first.
+        columns: name in the form -> column, where they differ.
 
     Raises:
         TrainingError: it is none of them.
@@ -199,35 +204,37 @@ def keys_of(value: Any) -> tuple[str, ...]:
 
 
 def form_of(columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False) -> Form | None:
-    """The form of rows with these columns; None for rows that are tokenised.
+    """The form of rows with these columns; None for tokenised rows.
 
     Args:
-        columns: of the rows.
-        mapping: name in a form -> column; forms that use it come before all others.
+        columns: the columns of the rows.
+        mapping: name in a form -> column; only forms that use one of the names are considered.
         labelled: whether the rows are for a classifier.
 
     Raises:
-        TrainingError: there is no such form; the message names what was found and the nearest.
+        TrainingError: there is no such form; the message names the columns and suggests a mapping.
     """
-    there = {*columns, *mapping}
-    if TOKENISED in there and (not mapping or TOKENISED in mapping):
+    available = {*columns, *mapping}
+    if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
     for form in (LABELLED,) if labelled else FORMS:
-        if there.issuperset(form.needs) and (not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))):
+        if available.issuperset(form.needs) and (
+            not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
+        ):
             return form
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 
 
 def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
-    """The mapping of columns, without those that are called alike.
+    """Checks a mapping of columns; returns it without names that are mapped to themselves.
 
     Args:
         mapping: name in a form -> column, or None.
-        columns: those there are.
+        columns: the columns of the rows.
 
     Raises:
-        TrainingError: a name is not one of a form's, or a column is not there.
+        TrainingError: a name does not belong to any form, or the rows have no such column.
     """
     if mapping is None:
         return {}
@@ -236,20 +243,25 @@ def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
         raise TrainingError(f"columns must be a dictionary like {{'prompt': 'question'}}, not {mapping!r:.60}")
     for name, column in mapping.items():
         if name not in known:
-            turned = column in known and name in columns
-            hint = f" The other way round: {column}={name}." if turned else did_you_mean(str(name), known)
+            swapped = column in known and name in columns
+            hint = f" The other way round: {column}={name}." if swapped else did_you_mean(str(name), known)
             raise TrainingError(f"columns: {name!r:.40} is none of {', '.join(known)}.{hint}")
         if column not in columns:
-            near = did_you_mean(str(column), columns)
-            raise TrainingError(f"columns: the rows have no {column!r:.40}, but {listed(columns)}.{near}")
+            nearest = did_you_mean(str(column), columns)
+            raise TrainingError(f"columns: the rows have no {column!r:.40}, but {listed(columns)}.{nearest}")
     return {name: column for name, column in mapping.items() if name != column}
 
 
 def check_roles(row: int, chat: Chat, template: str) -> None:
-    """Refuses a role that neither templates in general nor this one know.
+    """Refuses a role that is neither one of the usual roles nor mentioned in the chat template.
+
+    Args:
+        row: the number of the row, for the message.
+        chat: the chat.
+        template: the text of the tokenizer's chat template.
 
     Raises:
-        TrainingError: names the row and the message.
+        TrainingError: a role is unknown; names the row and the message.
     """
     for place, message in enumerate(chat.messages):
         role = message["role"]
@@ -264,19 +276,19 @@ def _is_pair(value: Any) -> bool:
 
 
 def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion")) -> str:
-    """A mapping that would do, or the nearest names."""
+    """A hint: a mapping of these columns that would work, or the nearest names."""
     lower = {column.lower(): column for column in columns}
     prompt = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
     if {"chosen", "rejected"} <= lower.keys():
         names = {"messages" if prompt is None else "completion": lower["chosen"]}
         names |= {} if prompt in (None, "prompt") else {"prompt": prompt}
         return (
-            " Chosen and rejected answers are for preference tuning (DPO); here one answer to each prompt is learned: "
-            f"columns={names} takes the chosen ones."
+            " Chosen and rejected answers are for preference tuning (DPO); here a model is trained on one answer to "
+            f"each prompt: columns={names} takes the chosen ones."
         )
     completion = next((lower[name] for name in _COMPLETIONS if name in lower and lower[name] != prompt), None)
     if prompt and completion and "label" not in needs:
         return f" Say which is which: columns={{'prompt': {prompt!r:.40}, 'completion': {completion!r:.40}}}."
     known = (*NAMES, TOKENISED, "labels")
-    near = next((hint for column in columns if column not in known and (hint := did_you_mean(column, known))), "")
-    return f"{near} Or say what they are called: columns={dict.fromkeys(needs, 'COLUMN')}."
+    nearest = next((hint for column in columns if column not in known and (hint := did_you_mean(column, known))), "")
+    return f"{nearest} Or say what they are called: columns={dict.fromkeys(needs, 'COLUMN')}."

@@ -1,4 +1,4 @@
-"""Datasets of the hub, and folders of data, through the ``datasets`` library."""
+"""Loads datasets from the Hub and from folders with the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from nbpeft._util.optional import needs
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
 
 MOST_FILES = 10_000
-"""In a folder of data; the largest text corpora of the hub have as many shards."""
+"""The greatest number of files in a folder of data; the largest text corpora on the Hub have about as many shards."""
 
 
 @dataclass(frozen=True)
 class DatasetName:
-    """What ``user/name:config:split[:1000]`` names.
+    """The parts of ``user/name:config:split[:1000]``.
 
     Attributes:
-        place: an id on the hub, or a folder.
-        config: of the dataset; its only one if empty.
-        split: of the dataset; ``train``, or its only one, if empty.
-        part: which of its rows, as ``datasets`` writes it: ``[:1000]``, ``[10%:]``.
+        place: an id on the Hub, or a folder.
+        config: a config of the dataset; empty for its only one.
+        split: a split of the dataset; empty for ``train`` or its only one.
+        part: a slice of its rows in the notation of ``datasets``: ``[:1000]``, ``[10%:]``.
     """
 
     place: str
@@ -37,9 +37,9 @@ class DatasetName:
 
 
 def load_named(name: DatasetName) -> Any:
-    """The rows of a dataset on the hub, or in a folder.
+    """Loads the rows of a dataset on the Hub, or in a folder.
 
-    Where the hub does not answer, what lies in the cache is used, without further attempts.
+    If the Hub cannot be reached, the cache is used at once, without repeated attempts.
 
     Raises:
         MissingPackageError: ``datasets`` is not installed.
@@ -58,17 +58,17 @@ def load_named(name: DatasetName) -> Any:
 
 
 def _check_folder(place: str) -> None:
-    """Refuses a folder that is not one of data: ``datasets`` would go over everything below it, for minutes."""
+    """Refuses a folder that is not a data folder: ``datasets`` would scan everything below it for minutes."""
     count = 0
     for _, _, files in os.walk(place):
         count += len(files)
         if count > MOST_FILES:
             raise TrainingError(
-                f"The folder {place!r:.100} holds more than {MOST_FILES:,} files; name one that holds the data alone.",
+                f"The folder {place!r:.100} has more than {MOST_FILES:,} files; name one with only the data.",
                 name=place,
             )
     if count == 0:
-        raise TrainingError(f"The folder {place!r:.100} holds no file; expected one with data.", name=place)
+        raise TrainingError(f"The folder {place!r:.100} has no files; expected a folder with data.", name=place)
 
 
 def _loaded(datasets: Any, name: DatasetName, offline: str) -> Any:
@@ -86,7 +86,7 @@ def _loaded(datasets: Any, name: DatasetName, offline: str) -> Any:
             return load(f"{next(iter(splits))}{name.part}")
     except datasets.exceptions.DatasetNotFoundError as error:
         raise TrainingError(f"{name.place!r:.100}: {in_one_line(error):.200}", name=name.place) from None
-    except Exception as error:  # of the hub's client, of a file's reader, of the operating system
+    except Exception as error:  # from the Hub's client, the reader of a file, or the operating system
         if offline and isinstance(error, (OSError, ValueError)):
             raise TrainingError(
                 f"{name.place!r:.100} is not a folder here{offline} is not in the cache of datasets.", name=name.place
@@ -96,26 +96,26 @@ def _loaded(datasets: Any, name: DatasetName, offline: str) -> Any:
 
 
 def _saved(datasets: Any, name: DatasetName) -> Any:
-    """What ``save_to_disk`` wrote."""
-    found = datasets.load_from_disk(name.place)
-    if hasattr(found, "keys"):
-        split = name.split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else "")
-        if split not in found:
-            raise _which_split(name, found)
-        found = found[split]
-    return found if not name.part else found.select(range(len(found))[slice_of(name.part)])
+    """Loads a dataset that ``save_to_disk`` wrote."""
+    dataset = datasets.load_from_disk(name.place)
+    if hasattr(dataset, "keys"):
+        split = name.split or ("train" if "train" in dataset else next(iter(dataset)) if len(dataset) == 1 else "")
+        if split not in dataset:
+            raise _which_split(name, dataset)
+        dataset = dataset[split]
+    return dataset if not name.part else dataset.select(range(len(dataset))[slice_of(name.part)])
 
 
 def _which_split(name: DatasetName, splits: Any) -> TrainingError:
-    near = did_you_mean(name.split, splits) if name.split else ""
-    return TrainingError(f"Say which split of {name.place!r:.100}: {', '.join(splits)}.{near}", splits=list(splits))
+    hint = did_you_mean(name.split, splits) if name.split else ""
+    return TrainingError(f"Say which split of {name.place!r:.100}: {', '.join(splits)}.{hint}", splits=list(splits))
 
 
 def slice_of(part: str) -> slice:
-    """``[:1000]`` as a slice.
+    """Parses ``[:1000]`` as a slice.
 
     Raises:
-        TrainingError: it is not one of whole numbers.
+        TrainingError: its bounds are not whole numbers.
     """
     first, colon, last = part.strip("[]").partition(":")
     try:
@@ -128,7 +128,7 @@ def slice_of(part: str) -> slice:
 
 @contextmanager
 def _offline(datasets: Any, wanted: bool) -> Iterator[None]:
-    """Lets ``datasets`` use what it has cached, where the hub does not answer: it would try for half a minute."""
+    """A block in which ``datasets`` uses only its cache if ``wanted``: it would retry for half a minute otherwise."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or wanted
     try:

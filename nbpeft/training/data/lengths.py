@@ -1,4 +1,4 @@
-"""How long rows are, and an order in which rows of about the same length share a batch."""
+"""The lengths of rows, and a sampling order in which the rows of a batch have about the same length."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch.utils.data import Sampler, Subset
 from nbpeft.training.data.tokenized import TokenizedRows
 
 _READ_THROUGH = 10_000
-"""Rows of a dataset of unknown kind that are read for their lengths, which may cost anything."""
+"""The greatest number of rows to read for their lengths from a dataset of unknown type, where reading may be slow."""
 _BLUR = 0.1
-"""By how much of its length a row may seem longer or shorter: rows that are about as long meet in ever new batches."""
+"""The share of its length by which a row is randomly counted as longer or shorter before sorting, so that rows of about
+the same length are grouped differently in each epoch."""
 
 
 def lengths_of(rows: Any) -> list[int] | None:
-    """Tokens of each row; None where they are not known, or it could take long to find out.
+    """The number of tokens of each row; None if it is unknown or could take long to find out.
 
     Args:
-        rows: what ``prepare_data`` gave.
+        rows: the result of ``prepare_data``.
     """
     if isinstance(rows, Subset):
         inside = lengths_of(rows.dataset)
@@ -35,25 +36,25 @@ def lengths_of(rows: Any) -> list[int] | None:
         return [_length(dict(zip(names, row, strict=True))) for batch in batches for row in _rows_of(batch, names)]
     if not isinstance(rows, TokenizedRows) and len(rows) > _READ_THROUGH:
         return None
-    found = []
+    lengths = []
     for index in range(len(rows)):
         row = rows[index]
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return None
-        found.append(_length(row))
-    return found
+        lengths.append(_length(row))
+    return lengths
 
 
 class GroupedByLength(Sampler[int]):
-    """All rows once, in an order drawn from the seed and the epoch, in which those of a batch are about as long.
+    """Samples all rows once, in a random order in which the rows of a batch have about the same length.
 
-    The batch with the longest row comes first: what runs out of memory does so at once.
+    The batch with the longest row comes first, so that a training that runs out of memory does so at once.
 
     Args:
-        lengths: tokens of each row.
-        size: rows that should be about as long; of all processes together.
-        seed: of the order.
-        epoch: tells the passes over the rows before this one.
+        lengths: number of tokens of each row.
+        size: number of rows in a batch, of all processes together.
+        seed: seed of the order.
+        epoch: returns the number of completed epochs, which changes the order too.
     """
 
     def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -66,7 +67,9 @@ class GroupedByLength(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed + self._epoch())
         drawn = torch.randperm(len(self._lengths), generator=generator).tolist()
         whole = len(drawn) - len(drawn) % self._size
-        rest = drawn[whole:]  # drawn before anything is sorted: where the last batch is dropped, no length is favoured
+        rest = drawn[
+            whole:
+        ]  # taken before sorting: if the last batch is dropped, rows of no particular length are lost
         blur = 1 + _BLUR * (2 * torch.rand(whole, generator=generator) - 1)
         keys = [-self._lengths[row] * factor for row, factor in zip(drawn[:whole], blur.tolist(), strict=True)]
         order = [row for _, row in sorted(zip(keys, drawn[:whole], strict=True))]

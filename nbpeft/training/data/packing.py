@@ -1,8 +1,8 @@
-"""Several rows in one sequence: what padding would cost is learned from instead.
+"""Packs several rows into one sequence, so that no tokens are spent on padding.
 
 | row 4 | row 0        | row 7 |        one sequence of at most `limit` tokens
-  0 1 2   0 1 2 3 4 5 6  0 1 2          position_ids: each row begins at 0, and attention ends there
-  -   +   -  +  +  + + + -  +           the first token of a row is predicted from no other row
+  0 1 2   0 1 2 3 4 5 6  0 1 2          position_ids: each row begins at 0, and no token attends to another row
+  -   +   -  +  +  + + + -  +           labels: the first token of a row has none, as it follows another row
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nbpeft.training.data.lengths import lengths_of
 
 
 def best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Puts rows into sequences by best fit, the longest rows first: each into the fullest sequence that takes it.
+    """Packs rows by best fit, the longest rows first: each into the fullest sequence with enough space.
 
     Args:
-        lengths: tokens of each row.
-        limit: tokens of a sequence; a longer row gets one of its own.
+        lengths: number of tokens of each row.
+        limit: number of tokens of a sequence; a longer row gets a sequence of its own.
 
     Returns:
-        The numbers of the rows of each sequence. Equal lengths give equal sequences.
+        The indices of the rows of each sequence. The result depends only on the lengths.
     """
     packs: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
@@ -56,16 +56,16 @@ def best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 class PackedRows(Dataset[dict[str, Any]]):
-    """Rows, several to a sequence.
+    """A dataset of sequences with several rows each.
 
     Args:
-        rows: with ``input_ids``, and ``labels`` or ``attention_mask`` where they differ from the ids.
-        limit: tokens of a sequence.
+        rows: rows with ``input_ids``, and optionally ``labels`` and ``attention_mask``.
+        limit: greatest number of tokens of a sequence.
 
     Attributes:
-        limit: of a sequence.
-        row_count: of all sequences.
-        token_count: of all rows.
+        limit: greatest number of tokens of a sequence.
+        row_count: number of rows in all sequences.
+        token_count: number of tokens of all rows.
     """
 
     def __init__(self, rows: Any, limit: int) -> None:
@@ -83,7 +83,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         return joined([self.row(number) for number in self._packs[index]])
 
     def row(self, number: int) -> dict[str, Any]:
-        """One row as a sequence of its own, without tokens that its mask leaves out."""
+        """One row as a sequence of its own, without the tokens that its attention mask hides."""
         row = self._complete(dict(self._rows[number]))
         parts = zip(row["input_ids"], row["labels"], row["attention_mask"], strict=True)
         seen = [(int(token), int(label)) for token, label, mask in parts if mask]
@@ -94,7 +94,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         return {"input_ids": ids, "labels": labels, "position_ids": list(range(len(seen))), **weighted}
 
     def rows_of(self, index: int) -> list[int]:
-        """The numbers of the rows in a sequence."""
+        """The indices of the rows in a sequence."""
         return list(self._packs[index])
 
     def __str__(self) -> str:
@@ -106,22 +106,22 @@ class PackedRows(Dataset[dict[str, Any]]):
 
 @dataclass
 class PackedCollator:
-    """Sequences of rows become batches; rows that are not packed, such as those to evaluate on, are padded as ever.
+    """Collates packed sequences into batches; other rows, such as evaluation rows, are padded as usual.
 
-    There is no ``attention_mask``: models of transformers make one from ``position_ids`` that begin again, and padding,
-    whose positions are all 0, sees itself alone.
+    A packed batch has no ``attention_mask``: without one, models of transformers derive a block-diagonal mask from
+    ``position_ids`` that restart at 0. Each padding token has position 0 and so attends only to itself.
 
     Attributes:
-        plain: for all other rows; its padding token is used here too.
-        flat: whether a batch is one long sequence, with its borders beside it, for attention of variable length
-            (``cu_seq_lens_q`` and the like), which needs neither mask nor padding.
+        plain: the collator of rows that are not packed; its padding token is used here too.
+        flat: whether a batch is one long sequence together with the borders of its rows, for variable-length attention
+            (``cu_seq_lens_q`` etc.), which needs neither mask nor padding.
     """
 
     plain: Collator
     flat: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Sequences as one batch of (batch, longest), or (1, all tokens) where it is flat."""
+        """Collates sequences into one batch of shape (batch, longest), or (1, all tokens) if it is flat."""
         if not all("position_ids" in row for row in rows):
             return dict(self.plain(rows))
         batch: dict[str, Any] = dict(self.plain([joined(rows)] if self.flat else rows))
@@ -130,13 +130,13 @@ class PackedCollator:
 
 
 def joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows one behind the other, as one."""
+    """Concatenates rows into one."""
     rows = all_weighted([dict(row) for row in rows])
     return {key: [value for row in rows for value in row[key]] for key in rows[0]}
 
 
 def _borders(positions: Tensor) -> dict[str, Any]:
-    """What flash attention wants to know of (1, tokens) positions: where rows begin, and the longest of them."""
+    """The arguments of FlashAttention for positions of shape (1, tokens): the borders and the longest of the rows."""
     starts = torch.cat([positions[0].eq(0).nonzero()[:, 0], torch.tensor([positions.shape[1]])]).to(torch.int32)
     longest = int(starts.diff().max())
     ends = {f"cu_seq_lens_{side}": starts for side in "qk"}

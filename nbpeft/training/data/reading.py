@@ -1,4 +1,4 @@
-"""How the rows of some data are read: each becomes the tokens and labels that a model is trained on."""
+"""Reads rows: each becomes the tokens and labels on which a model is trained."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_i
 
 DEFAULT_MAX_LENGTH = 1024
 MASKS = ("completion_mask", "assistant_masks")
-"""Columns of tokenised rows that say of each token whether it is learned, as TRL has them."""
+"""Columns of tokenised rows that mark the tokens to train on, with TRL's names."""
 LABELS = ("labels", "label", "label_ids")
-"""Columns of tokenised rows that a model gets as its labels: the first of them that a row has."""
+"""Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 _SECOND = "token_type_ids"
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model takes of rows.
+    """The inputs that a model takes from rows.
 
     Attributes:
-        encoder_decoder: whether prompt and completion go to different halves of it.
-        classes: that it tells apart, if it is a classifier of texts.
-        numbers: columns whose whole numbers it takes beside tokens and labels, where rows have them: ``task_ids``.
-        columns: of tokenised rows that it takes beside tokens and labels; None for all.
-        unweighted: why a loss cannot count more for one row than for another; empty if it can.
+        encoder_decoder: whether the prompt goes to the encoder and the completion to the decoder.
+        classes: its classes, if it is a text classifier.
+        numbers: optional columns with whole numbers that it takes in addition to tokens and labels: ``task_ids``.
+        columns: columns of tokenised rows that it takes in addition to tokens and labels; None for all.
+        unweighted: why rows cannot have different weights in the loss; empty if they can.
         tokens_only: why it takes no rows of text; empty if it does.
     """
 
@@ -63,19 +63,19 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class CodedRow:
-    """One tokenised row, before what is too long is cut off.
+    """One tokenised row, before truncation.
 
     Attributes:
         number: 0 for the first.
-        whole: All of it.
-        limit: Tokens it is cut to.
-        encoder_decoder: Whether the labels stand for themselves, and not beside the ids.
-        reason: Why nothing is learned from it, if that is known before it is cut.
-        label: What a classifier is to say of it; None of a row whose tokens are learned.
-        more: What the row holds beside tokens and labels, by column; tokens of a classifier's row that are not cut
-            off at the end are among it.
-        weight: How much the loss on the label counts.
-        unused: What of the row is not trained on.
+        whole: The whole row.
+        limit: The greatest number of tokens; the rest is cut off.
+        encoder_decoder: Whether the labels are a sequence of their own, not one for each input token.
+        reason: Why there is nothing to train on, if that is known before truncation.
+        label: The label for a classifier; None if the row's tokens are the labels.
+        more: Other columns of the row for the model. For a classifier they include ``input_ids`` as truncated by the
+            tokenizer, which keeps special tokens at the end.
+        weight: The factor on the loss of ``label``.
+        unused: The parts of the row that are not trained on.
     """
 
     number: int
@@ -90,7 +90,7 @@ class CodedRow:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What a model is trained on."""
+        """The truncated row, as the collator takes it."""
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
         if self.label is not None:
             weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
@@ -101,17 +101,17 @@ class CodedRow:
 
     @property
     def cut(self) -> bool:
-        """Whether it is too long."""
+        """Whether the row is too long and is truncated."""
         return len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
 
     @property
     def learned_count(self) -> int:
-        """How many labels a loss is taken on."""
+        """The number of labels that count in the loss."""
         return 1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder)
 
     @property
     def missing(self) -> str:
-        """Why nothing is learned from it; empty if something is."""
+        """Why there is nothing to train on; empty if there is something."""
         if self.reason or self.learned_count:
             return self.reason
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
@@ -119,16 +119,16 @@ class CodedRow:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of some data are read and tokenised.
+    """Opened data, and how to read and tokenise its rows.
 
     Attributes:
         rows: the opened data.
-        form: of the rows, or None where they are tokenised.
+        form: the form of the rows; None if they are tokenised.
         columns: name in the form -> column, where they differ.
-        tokenizer: of the model.
-        limit: tokens a row is cut to.
-        inputs: what the model takes.
-        class_names: of the numbers that a dataset has as labels, if it names them.
+        tokenizer: the tokenizer of the model.
+        limit: greatest number of tokens of a row; the rest is cut off.
+        inputs: the inputs of the model.
+        class_names: the dataset's names for labels that are numbers, if it has them.
     """
 
     rows: Any
@@ -151,19 +151,23 @@ class Reading:
         return frozenset(self.columns.get(name, name) for name in names)
 
     def example(self, value: Any, number: int) -> Example:
-        """What a row says.
+        """The example of a row, before tokenisation.
+
+        Args:
+            value: the row.
+            number: its number, 0 for the first.
 
         Raises:
-            TrainingError: it has not the form of the first row; names it.
+            TrainingError: it does not have the form of the first row; names the row.
         """
         assert self.form is not None
         return self.form.read(row_of(value, number, self.columns), self.has_template)
 
     def coded(self) -> Iterator[CodedRow]:
-        """The rows, tokenised one after the other; those that are tokens already with their masks and weights.
+        """Tokenises the rows one after the other; rows that are tokenised already get their masks and weights applied.
 
         Raises:
-            TrainingError: a row cannot be read; names it.
+            TrainingError: a row cannot be read; names the row.
         """
         renderer, used = ChatRenderer(self.tokenizer), self.used
         for number, value in enumerate(self.rows):
@@ -186,18 +190,22 @@ class Reading:
         more = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
-        read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # and not learned
+        read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
-        whole, reason, also = self._encoded(row, example, renderer)
+        whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
-        apart = self.inputs.encoder_decoder
-        return CodedRow(row.number, whole, self.limit, apart, reason, None, more, unused=(*unused, *also))
+        encoder_decoder = self.inputs.encoder_decoder
+        return CodedRow(
+            row.number, whole, self.limit, encoder_decoder, reason, None, more, unused=(*unused, *more_unused)
+        )
 
     def _check_good(self, row: Row) -> None:
-        """Refuses a row with a bad completion; labels beside a text say something else, and so do those of classes.
+        """Refuses a row whose label marks its completion as bad, as in preference data.
+
+        Labels of rows with one text, and labels that are classes, have another meaning and are not checked.
 
         Raises:
-            TrainingError: its label says that the completion is a bad one.
+            TrainingError: the label marks the completion as bad.
         """
         column = self.columns.get(LABEL, LABEL)
         label = row.values.get(column)
@@ -207,24 +215,24 @@ class Reading:
             named = self._named(label)
             name = "" if named is label else f" ({named})"
             raise row.error(
-                f"{column!r} is {label!r:.40}{name}: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' say which "
-                "completions are good, for preference tuning (KTO); here every completion is learned as a good one: "
-                "leave out the rows with bad ones, or remove the column if it says something else."
+                f"{column!r} is {label!r:.40}{name}: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' mark good "
+                "and bad completions for preference tuning (KTO); here a model is trained on every completion: "
+                "remove the rows with bad ones, or the column if it means something else."
             )
 
     @functools.cached_property
     def _labels_are_verdicts(self) -> bool:
-        """Whether no label in the column is of a class; of a stream, whose rows are not known, it is taken to be so."""
+        """Whether all labels in the column mark completions as good or bad; assumed for a stream, which is not read."""
         column = self.columns.get(LABEL, LABEL)
         return is_stream(self.rows) or are_verdicts(map(self._named, labels_in(self.rows, column)))
 
     def _named(self, label: Any) -> Any:
-        """The name of a label that is a number, where the dataset has names for them."""
+        """The name of a label that is a number, if the dataset has names for them; else the label itself."""
         counted = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.class_names)
         return self.class_names[label] if counted else label
 
     def _encoded(self, row: Row, example: Example, renderer: ChatRenderer) -> tuple[Encoded, str, list[Unused]]:
-        """A row tokenised, why nothing is learned from it, and what of it is not used."""
+        """A tokenised row, the reason why there is nothing to train on (or empty), and its parts that are not used."""
         assert self.form is not None
         if self.inputs.encoder_decoder and not isinstance(example, Pair):
             raise TrainingError(
@@ -247,7 +255,7 @@ class Reading:
     def _labelled(
         self, row: Row, example: Labelled, more: Mapping[str, Any], weight: float, unused: tuple[Unused, ...]
     ) -> CodedRow:
-        """A row for a classifier, which its tokenizer cuts: what ends a text stays at its end."""
+        """A row for a classifier, truncated by the tokenizer, which keeps special tokens at the end."""
         texts = [example.text] if example.pair is None else [example.text, example.pair]
         label = self._label(row, example.label, "label")
         reason = "the text is empty" if is_nothing(example.text) else "the label is empty" if label is None else ""
@@ -256,16 +264,16 @@ class Reading:
         ids = list(whole["input_ids"])
         read = whole if len(ids) <= self.limit else self.tokenizer(*texts, truncation=True, max_length=self.limit)
         columns = (_SECOND,) if self.inputs.columns is None or _SECOND in self.inputs.columns else ()
-        kept = {name: list(read[name]) for name in ("input_ids", *columns) if name in read}
+        tensors = {name: list(read[name]) for name in ("input_ids", *columns) if name in read}
         return CodedRow(
-            row.number, Encoded(ids, []), self.limit, False, reason, label, {**kept, **more}, weight, unused
+            row.number, Encoded(ids, []), self.limit, False, reason, label, {**tensors, **more}, weight, unused
         )
 
     def _label(self, row: Row, value: Any, column: str) -> Any:
         """The label of a classifier's row.
 
         Raises:
-            TrainingError: it is none of the classes.
+            TrainingError: it is not one of the classes.
         """
         classes = self.inputs.classes
         assert classes is not None
@@ -274,39 +282,39 @@ class Reading:
             and isinstance(value, int)
             and 0 <= value < len(self.class_names)
         ):
-            value = self.class_names[value]  # a dataset may count the same classes in another order
+            value = self.class_names[value]  # a dataset may number the same classes in another order
         try:
             return classes.label(value)
         except ValueError as error:
             raise row.error(f"{self.columns.get(column, column)!r} is {value!r:.40}; {error}.") from None
 
     def _as_it_is(self, row: Row) -> CodedRow:
-        """A tokenised row; the batches copy labels from the ids where a row has none."""
+        """A row that is tokenised already; missing labels are copied from the ids, as the collator does."""
         values = renamed(row.values, self.columns)
         ids = _listed(values.get("input_ids", ()))
         name = next((name for name in LABELS if values.get(name) is not None), None)
-        given = None if name is None else values[name]
+        given_labels = None if name is None else values[name]
         weight = row.weight()
         reason = "" if weight else "its weight is 0"
         unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values))
         more = self._kept(values)
         if self.inputs.classes is not None:
-            label, weight = self._label(row, given, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
+            label, weight = self._label(row, given_labels, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
             reason = reason or ("the label is empty" if label is None else "")
             return CodedRow(row.number, Encoded(ids, []), len(ids), False, reason, label, more, weight, unused)
         seen = _listed(values.get("attention_mask", [1] * len(ids)))
         copied = [token if seen else IGNORED_LABEL for token, seen in zip(ids, seen, strict=False)]
-        labels = copied if given is None else _listed(given)
+        labels = copied if given_labels is None else _listed(given_labels)
         labels, weights = self._masked(row, values, labels)
         whole = Encoded(ids, labels, weights).weighted(weight or 1.0)
-        limit, apart = max(len(ids), len(labels)), self.inputs.encoder_decoder
-        return CodedRow(row.number, whole, limit, apart, reason, None, more, unused=unused)
+        limit, encoder_decoder = max(len(ids), len(labels)), self.inputs.encoder_decoder
+        return CodedRow(row.number, whole, limit, encoder_decoder, reason, None, more, unused=unused)
 
     def _masked(self, row: Row, values: Mapping[str, Any], labels: list[int]) -> tuple[list[int], list[float] | None]:
-        """Labels where all masks of a row let them be, and their weights.
+        """The labels selected by all masks of a row, and their weights.
 
         Raises:
-            TrainingError: a mask is longer or shorter than the labels, or a weight is below 0.
+            TrainingError: a mask and the labels differ in length, or a weight is negative or not finite.
         """
         weights = None
         for name in (*MASKS, LOSS_WEIGHTS):
@@ -316,16 +324,16 @@ class Reading:
             if len(factors) != len(labels):
                 raise row.error(f"{name!r} has {len(factors)} numbers for {len(labels)} labels.")
             if any(not 0 <= factor < float("inf") for factor in factors):
-                raise row.error(f"{name!r} holds a number that is negative or not finite.")
+                raise row.error(f"{name!r} has a number that is negative or not finite.")
             labels = [label if factor else IGNORED_LABEL for label, factor in zip(labels, factors, strict=True)]
             weights = [float(factor) for factor in factors] if name == LOSS_WEIGHTS else weights
         return labels, weights
 
     def extra(self, columns: Sequence[str] | Mapping[str, Any]) -> list[str]:
-        """Which columns of tokenised rows nothing takes.
+        """The columns of tokenised rows that are not used.
 
         Args:
-            columns: all of them.
+            columns: all columns.
         """
         taken, names = self.inputs.columns, {column: name for name, column in self.columns.items()}
         label = next((name for name in LABELS if self.columns.get(name, name) in columns), "labels")
@@ -340,7 +348,7 @@ class Reading:
         ]
 
     def _kept(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What a tokenised row holds for the model beside tokens and labels."""
+        """The values of a tokenised row for the model other than tokens and labels."""
         taken = self.inputs.columns
         left = _TOKENS - {"attention_mask"} | {*LABELS, *self.columns.values()}
         return {
@@ -361,26 +369,26 @@ def reading(
     """How opened rows are read; see :func:`prepare_data`.
 
     Raises:
-        TrainingError: the data has no form that can be read, or it needs a tokenizer.
+        TrainingError: the rows have no known form, or a tokenizer is needed and missing.
     """
     inputs = inputs or ModelInputs()
-    found = columns_of(rows)
-    mapping = checked_columns(columns, found)
-    form = form_of(found, columns or {}, labelled=inputs.classes is not None)
-    if inputs.tokens_only and (form is not None or {*found, *mapping}.isdisjoint((*LABELS, "start_positions"))):
-        raise TrainingError(f"{inputs.tokens_only}; found {listed(found)}.", columns=found)
+    available = columns_of(rows)
+    mapping = checked_columns(columns, available)
+    form = form_of(available, columns or {}, labelled=inputs.classes is not None)
+    if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
+        raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     if form is None:
         return Reading(rows, None, mapping, tokenizer, inputs=inputs)
     if tokenizer is None:
-        raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=found)
-    inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in found))
+        raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
+    inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
     feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
     names = tuple(getattr(feature, "names", None) or ())
     return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), inputs, names)
 
 
 def default_length(tokenizer: Any) -> int:
-    """Tokens that rows are cut to where nothing else is said."""
+    """The default of ``max_length``, in tokens: the tokenizer's limit, at most 1024."""
     return min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
 
 
@@ -388,22 +396,22 @@ def columns_of(rows: Any) -> tuple[str, ...]:
     """Names of the columns of opened rows.
 
     Raises:
-        TrainingError: it has no named columns, or it is empty.
+        TrainingError: the data has no named columns, or is empty.
     """
     names = getattr(rows, "column_names", None)
     return tuple(map(str, names)) if names is not None else keys_of(first_row(rows))
 
 
 def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None = None) -> bool | None:
-    """Whether rows are text that no chat template goes around; None for rows that are tokens already.
+    """Whether rows are text to which no chat template is applied; None for rows that are tokenised already.
 
     Args:
         data: as for :func:`prepare_data`.
-        tokenizer: its chat template goes around rows with an instruction.
+        tokenizer: the tokenizer; its chat template, if any, is applied to rows with an instruction.
         columns: as for :func:`prepare_data`.
 
     Raises:
-        TrainingError: the data has no form that can be trained on.
+        TrainingError: the rows have no known form.
     """
     return rows_are_plain(open_data(data), tokenizer, columns)
 
@@ -411,8 +419,8 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
 def rows_are_plain(rows: Any, tokenizer: Any, columns: Mapping[str, str] | None) -> bool | None:
     """As :func:`is_plain`, of opened rows."""
     found = columns_of(rows)
-    how = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
-    return None if how.form is None else not isinstance(how.example(first_row(rows), 0), Chat)
+    reader = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
+    return None if reader.form is None else not isinstance(reader.example(first_row(rows), 0), Chat)
 
 
 def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
@@ -421,7 +429,12 @@ def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A tokenised row with the names that models know."""
+    """A tokenised row with the names that models take.
+
+    Args:
+        row: the row.
+        columns: name that models take -> column, where they differ.
+    """
     return {**row, **{name: row[column] for name, column in columns.items()}}
 
 
@@ -430,10 +443,10 @@ def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer
     try:
         rendered = renderer.render(chat)
     except TrainingError as error:
-        if not getattr(tokenizer, "chat_template", None):  # no row can be rendered
+        if not getattr(tokenizer, "chat_template", None):  # an error of all rows, which names none of them
             raise
         raise TrainingError(f"Row {number}: {error}", index=number) from None
-    except Exception as error:  # a template runs code of its own, and has ways to refuse a chat
+    except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
         raise TrainingError(
             f"Row {number}: the chat template refuses it: {in_one_line(error) or type(error).__name__}", index=number
         ) from None
@@ -442,6 +455,6 @@ def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer
 
 
 def _listed(value: Any) -> list[Any]:
-    """Numbers of a row as a list; none for a single one, such as a class."""
-    found = value.tolist() if hasattr(value, "tolist") else value
-    return list(found) if isinstance(found, (list, tuple)) else []
+    """Numbers of a row as a list; an empty list for a single number, such as a class."""
+    numbers = value.tolist() if hasattr(value, "tolist") else value
+    return list(numbers) if isinstance(numbers, (list, tuple)) else []

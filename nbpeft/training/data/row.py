@@ -1,4 +1,4 @@
-"""One row of a notebook, read by the names of its form; what is wrong with it is said with its number."""
+"""One row of data, read by the names of its form; errors name the row's number."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from nbpeft.errors import TrainingError, did_you_mean, few, in_one_line, with_article
 
 WEIGHT = "weight"
-"""How much the loss on a row, or on a turn of the assistant, counts; 0 for what is not learned."""
+"""The column or key with the factor on the loss of a row or of a turn of the assistant; 0 excludes it."""
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Roles that chat templates know."""
+"""The usual roles of chat templates."""
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -29,9 +29,9 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""What the turns of a ShareGPT row are from, and the roles that chat templates know."""
+"""``from`` of a ShareGPT turn -> the role in chat templates."""
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios", "pixel_values"))
-"""Columns of rows and keys of messages that hold no text."""
+"""Columns of rows and keys of messages with images, audio or video."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Messages:
     """The messages of a row.
 
     Attributes:
-        messages: with ``role`` and ``content``, as chat templates want them.
-        weights: how much the loss on each of them counts; None where it does not say.
-        unused: keys of their content that nothing reads, by name.
+        messages: the messages, with ``role`` and ``content`` as chat templates take them.
+        weights: the factor on the loss of each message; None if the message has no weight.
+        unused: names of keys of their content that are not used.
     """
 
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -64,11 +64,11 @@ class Row:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, what: str) -> TrainingError:
-        """The error that names this row."""
+        """Creates an error that names this row."""
         return TrainingError(f"Row {self.number}: {what}", index=self.number)
 
     def value(self, name: str) -> Any:
-        """The value of a column; None for an empty cell, whatever a table has there.
+        """The value of a column; None for an empty cell, also for a table's NaN or NA.
 
         Raises:
             TrainingError: the row has no such column.
@@ -81,10 +81,10 @@ class Row:
         return None if is_empty_cell(value) else value
 
     def text(self, name: str) -> str:
-        """The text of a column; that of an empty cell is empty.
+        """The text of a column; the empty string for an empty cell.
 
         Raises:
-            TrainingError: it holds something else.
+            TrainingError: the value is not text.
         """
         value = self.value(name)
         if value is not None and not isinstance(value, str):
@@ -95,33 +95,33 @@ class Row:
         """The whole number of a column.
 
         Raises:
-            TrainingError: it holds something else.
+            TrainingError: the value is not a whole number.
         """
         value = self.value(name)
-        number = value.item() if hasattr(value, "item") else value  # pandas and Parquet give numbers of numpy
+        number = value.item() if hasattr(value, "item") else value  # pandas and Parquet return numpy scalars
         if isinstance(number, bool) or not isinstance(number, int):
             raise self.error(f"{name!r} is {with_article(value)} ({value!r:.40}), not a whole number.")
         return number
 
     def optional(self, name: str) -> str:
-        """The text of a column that may be missing."""
+        """The text of a column; the empty string if the row has no such column."""
         return self.text(name) if self.columns.get(name, name) in self.values else ""
 
     def weight(self, name: str = WEIGHT) -> float:
-        """How much the loss on the row counts by a column; 1 where there is none.
+        """The factor on the loss of the row; 1 if the row has no such column.
 
         Raises:
-            TrainingError: it is no number of at least 0.
+            TrainingError: it is not a finite number of at least 0.
         """
         column = self.columns.get(name, name)
         given = self._weight(self.values.get(column), repr(column))
         return 1.0 if given is None else given
 
     def tools(self) -> Any:
-        """The tools of a chat, for its template; None where there are none.
+        """The tools of a chat, for its template; None if there are none.
 
         Raises:
-            TrainingError: they are text that is not JSON.
+            TrainingError: they are given as text that is not JSON.
         """
         column = self.columns.get("tools", "tools")
         given: Any = self.values.get(column)
@@ -134,10 +134,10 @@ class Row:
             raise self.error(f"{column!r} is text that is not JSON: {in_one_line(error)}.") from None
 
     def check_unused(self, name: str) -> None:
-        """Refuses a column that is not used and without which the row says something else.
+        """Refuses an unused column without which the row would have another meaning.
 
         Raises:
-            TrainingError: it holds images, audio or video.
+            TrainingError: the column has images, audio or video.
         """
         if name in _MEDIA:
             raise self.error(
@@ -147,16 +147,16 @@ class Row:
     # Messages
 
     def messages(self, name: str) -> Messages:
-        """The messages of a column; none of an empty cell.
+        """The messages of a column; no messages for an empty cell.
 
         Args:
-            name: the column, as the form calls it.
+            name: the form's name of the column.
 
         Raises:
-            TrainingError: it is not a list of messages, or one of them cannot be read; names the message.
+            TrainingError: it is not a list of messages, or a message cannot be read; names the message.
         """
         given, column = self.value(name), self.columns.get(name, name)
-        given = given.tolist() if hasattr(given, "tolist") else given  # pandas and Parquet give arrays
+        given = given.tolist() if hasattr(given, "tolist") else given  # pandas and Parquet return arrays
         if given is None:
             return Messages()
         if not isinstance(given, (list, tuple)):
@@ -169,13 +169,15 @@ class Row:
         )
 
     def _message(self, given: Any, where: str) -> tuple[Mapping[str, Any], float | None, list[str]]:
-        """A message without its weight, the weight, and what is not used of its content."""
+        """A message without its weight, the weight, and the names of unused keys of its content."""
         if not isinstance(given, Mapping):
             raise self.error(
                 f"{where} is {with_article(given)} ({given!r:.40}), not a dictionary with role and content."
             )
         plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in given.items()}
-        message = {key: value for key, value in plain.items() if value is not None}  # as tables fill what is missing
+        message = {
+            key: value for key, value in plain.items() if value is not None
+        }  # tables fill missing keys with None
         role = self._role(message, where)
         weight = self._weight(message.pop(WEIGHT, None), f"{WEIGHT!r} of {where}")
         media = next((key for key, value in message.items() if key in _MEDIA and not is_nothing(value)), None)
@@ -203,7 +205,7 @@ class Row:
         return SHAREGPT_ROLES[role] if key == "from" else role
 
     def _no_content(self, given: Mapping[str, Any], message: dict[str, Any], role: str, where: str) -> Any:
-        """The content of a message that has none: that of a turn of the assistant is empty, None beside tool calls."""
+        """The content of a message that has none: None if it has tool calls, else empty for a turn of the assistant."""
         if not is_nothing(message.get("tool_calls")):
             message.pop("content", None)
             return None
@@ -214,7 +216,7 @@ class Row:
         return ""
 
     def _content(self, content: Any, where: str) -> tuple[Any, list[str]]:
-        """Content, with each of several parts as a dictionary, and what is not used of the parts."""
+        """The content, with each part as a dictionary if it is a list, and the names of unused keys of the parts."""
         if content is None or isinstance(content, str):
             return content, []
         content = content.tolist() if hasattr(content, "tolist") else content
@@ -226,7 +228,7 @@ class Row:
             kind = part.get("type") if isinstance(part, Mapping) else with_article(part)
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise self.error(
-                    f"{where} has content of type {kind!r:.40}, and only text can be trained on: "
+                    f"{where} has content of type {kind!r:.40}; only text can be trained on: "
                     "{'type': 'text', 'text': …}."
                 )
             parts.append({"type": "text", "text": part["text"]})
@@ -247,12 +249,12 @@ class Row:
 
 
 def is_empty_cell(value: Any) -> bool:
-    """Whether a value stands for nothing: None, or the NaN of a table."""
+    """Whether a value is missing: None, or the NaN or NA of a table."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value says nothing: an empty cell, blank text, or a list or dictionary without anything in it."""
+    """Whether a value is empty: an empty cell, blank text, or an empty list or dictionary."""
     if isinstance(value, str):
         return not value.strip()
     if getattr(value, "shape", None) == ():
@@ -266,5 +268,10 @@ def listed(names: Iterable[Any]) -> str:
 
 
 def nearest_role(role: str, known: Sequence[str] | Mapping[str, str]) -> str:
-    """A hint at the role that was meant."""
+    """A hint at the closest role, for a message.
+
+    Args:
+        role: the unknown role.
+        known: the known roles.
+    """
     return did_you_mean(role, known) or f" Known: {', '.join(known)}."

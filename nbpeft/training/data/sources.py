@@ -1,4 +1,4 @@
-"""Where rows come from: lists, datasets, streams, tables, files and names on the hub."""
+"""The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_data(data: Any) -> Any:
-    """Rows of any source: a sequence with a length, or a stream that can only be gone through.
+    """Opens rows of any source.
 
-    Calling it with what it returned returns that again.
+    The result can be passed to it again and is then returned unchanged.
 
     Args:
         data: a list, a ``datasets.Dataset`` or ``IterableDataset``, a torch dataset, a DataFrame of pandas or
             polars, the path of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the name of a
-            dataset on the hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``.
+            dataset on the Hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``.
+
+    Returns:
+        A sequence with a length, or a stream that can only be iterated.
 
     Raises:
         TrainingError: it is none of these, cannot be read, or has no rows.
@@ -49,13 +52,13 @@ def open_data(data: Any) -> Any:
 
 
 def place_in(text: str) -> str:
-    """The file, folder or dataset id in what names data, without config, split and part."""
-    found = None if os.path.exists(text) else _NAME.fullmatch(text)
-    return text if found is None else found["place"]
+    """The file, folder or dataset id in the name of data, without config, split and slice."""
+    match = None if os.path.exists(text) else _NAME.fullmatch(text)
+    return text if match is None else match["place"]
 
 
 def is_stream(data: Any) -> bool:
-    """Whether rows come one after the other and nobody knows how many there are."""
+    """Whether rows are a stream, which can only be iterated and has no known length."""
     return not hasattr(data, "__len__") and (
         isinstance(data, IterableDataset) or (hasattr(data, "column_names") and hasattr(data, "__iter__"))
     )
@@ -65,33 +68,33 @@ def first_row(rows: Any) -> Any:
     """The first row of a sequence or a stream.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: the stream has no rows.
     """
     if not is_stream(rows):
         return rows[0]
-    found = list(itertools.islice(rows, 1))
-    if not found:
+    rows_read = list(itertools.islice(rows, 1))
+    if not rows_read:
         raise TrainingError("The stream has no rows.")
-    return found[0]
+    return rows_read[0]
 
 
 def _named(text: str) -> Any:
     text = os.path.expanduser(text)
-    found = _NAME.fullmatch(text)
-    place, part = (text, "") if found is None or os.path.exists(text) else (found["place"], found["part"] or "")
+    match = _NAME.fullmatch(text)
+    place, part = (text, "") if match is None or os.path.exists(text) else (match["place"], match["part"] or "")
     if suffix_of(place) and not os.path.isdir(place):
         rows = read_file(place)
         return rows[slice_of(part)] if part else rows
-    if found is not None and (os.path.isdir(place) or _HUB_ID.fullmatch(place)):
-        first, second = found["first"] or "", found["second"] or ""
+    if match is not None and (os.path.isdir(place) or _HUB_ID.fullmatch(place)):
+        first, second = match["first"] or "", match["second"] or ""
         config, split = (first, second) if second else ("", first)
         return load_named(DatasetName(place, config, split, part))
-    ways = f"a file ({', '.join(SUFFIXES)}), a folder, or a dataset on the hub (user/name, user/name:split)"
+    ways = f"a file ({', '.join(SUFFIXES)}), a folder, or a dataset on the Hub (user/name, user/name:split)"
     raise TrainingError(f"{text!r:.100} does not name data; expected {ways}.")
 
 
 def _records(table: Any) -> Any:
-    """The rows of a DataFrame, by what it can do: neither pandas nor polars is needed here."""
+    """The rows of a DataFrame, detected by its methods, so that neither pandas nor polars has to be imported."""
     if hasattr(table, "to_dicts"):
         return table.to_dicts()
     return table.to_dict("records") if hasattr(table, "to_dict") else table

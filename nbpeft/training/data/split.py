@@ -1,4 +1,4 @@
-"""Rows held out of the training ones, to evaluate on."""
+"""Splits evaluation rows off the training rows."""
 
 from __future__ import annotations
 
@@ -15,35 +15,40 @@ from nbpeft.training.data.tokenized import StreamedRows, TokenizedRows
 
 
 def is_amount(eval_data: Any) -> bool:
-    """Whether this says how many rows to hold out, and is no data itself."""
+    """Whether ``eval_data`` is the number or share of rows to hold out, not data itself."""
     return isinstance(eval_data, (int, float))
 
 
 def hold_out(rows: Any, amount: float, seed: int) -> tuple[Any, Any]:
-    """Rows to train on and rows to evaluate on, drawn at random and the same for the same seed.
+    """Splits rows into training and evaluation rows.
 
-    A stream keeps its order: its first rows are held out.
+    The evaluation rows are drawn at random, the same ones for the same seed. A stream keeps its order: its first rows
+    are held out.
 
     Args:
-        rows: what ``prepare_data`` gave.
+        rows: the result of ``prepare_data``.
         amount: a share between 0 and 1, or a number of rows of at least 2.
-        seed: of the draw.
+        seed: seed of the random draw.
+
+    Returns:
+        The training rows and the evaluation rows.
 
     Raises:
-        ConfigError: it is neither, or leaves nothing to train on.
+        ConfigError: the amount is neither, or leaves nothing to train on.
+        TrainingError: the amount holds out the whole stream.
     """
     _check(amount)
     if is_stream(rows):
         return _of_stream(rows, amount)
     total = len(rows)
-    held = amount if isinstance(amount, int) else max(1, round(amount * total))
-    if held >= total:
+    number = amount if isinstance(amount, int) else max(1, round(amount * total))
+    if number >= total:
         raise ConfigError(
-            f"eval_data={amount} holds out {count(held)} of {count(total)} rows, which leaves nothing to train on.",
+            f"eval_data={amount} holds out {count(number)} of {count(total)} rows, which leaves nothing to train on.",
             field="eval_data",
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    return _selected(rows, sorted(order[held:])), _selected(rows, sorted(order[:held]))
+    return _selected(rows, sorted(order[number:])), _selected(rows, sorted(order[:number]))
 
 
 def _check(amount: float) -> None:
@@ -62,11 +67,11 @@ def _of_stream(rows: Any, amount: float) -> tuple[Any, Any]:
             f"eval_data={amount}: a stream has no length to take a share of; give a number of rows, e.g. 64.",
             field="eval_data",
         )
-    held = list(itertools.islice(rows, amount))
+    evaluation = list(itertools.islice(rows, amount))
     rest = rows.after(amount) if isinstance(rows, StreamedRows) else rows.skip(amount)
     if next(iter(rest), None) is None:
         raise TrainingError(f"eval_data={amount} holds out the whole stream, which leaves nothing to train on.")
-    return rest, TokenizedRows(held)
+    return rest, TokenizedRows(evaluation)
 
 
 def _selected(rows: Any, indices: list[int]) -> Any:

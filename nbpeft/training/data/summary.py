@@ -1,4 +1,4 @@
-"""Rows as a model will read them, and how long all of them are."""
+"""Rows as a model reads them, and the lengths of all rows."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from nbpeft.training.data.tokenized import check_columns, named_rows
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
-"""Rows of a stream that are looked at."""
+"""The number of rows of a stream that are read."""
 _BINS = 24
 _SHOWN_TOKENS = (40, 400)
-"""Least and most of one row; of a longer one the beginning, and what is around the end."""
+"""The least and greatest number of tokens shown of one row; of a longer row its beginning and the part around the
+truncation."""
 _ALL_SHOWN_TOKENS = 4000
 _EXTRA = 2
 
 
 @dataclass(frozen=True)
 class RowSummary:
-    """One row.
+    """The summary of one row.
 
     Attributes:
         number: 0 for the first.
-        token_count: of what is read.
-        learned_count: tokens a loss is taken on.
-        cut_count: tokens beyond the maximal length.
-        missing: why nothing is learned from it; empty if something is.
-        spans: its tokens.
-        target: of an encoder-decoder model, what it is to answer.
-        label: what a classifier is to say of it, for a person; empty where tokens are learned.
+        token_count: tokens after truncation.
+        learned_count: labels that count in the loss.
+        cut_count: tokens beyond the maximum length.
+        missing: why there is nothing to train on; empty if there is something.
+        spans: its tokens as text.
+        target: the decoder's tokens as text, for an encoder-decoder model.
+        label: the label for a classifier, as text; empty if the row's tokens are the labels.
     """
 
     number: int
@@ -54,25 +55,25 @@ class RowSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a training would read.
+    """The summary of the data of a training.
 
     Attributes:
-        form: what the rows are.
-        row_count: rows that are learned from.
-        token_count: tokens of these rows.
-        learned_count: tokens of them that a loss is taken on.
-        cut_rows: rows longer than the maximal length.
+        form: the form of the rows.
+        row_count: rows to train on.
+        token_count: tokens of these rows, after truncation.
+        learned_count: labels of these rows that count in the loss.
+        cut_rows: rows longer than the maximum length.
         cut_tokens: tokens beyond it.
-        left_out: rows without anything to learn, by number and reason.
-        left_out_count: how many.
-        longest: tokens of the longest row, before anything is cut.
-        median: tokens of a row in the middle.
-        limit: the maximal length; None where rows are tokenised, which are not cut.
-        bins: first and last length, and how many rows are that long.
-        rows: some of the rows.
-        partial: whether only the first rows of a stream were looked at.
-        unused: what the rows hold that is not trained on, a line for each reason.
-        has_labels: whether a classifier learns a label of each row, and no tokens.
+        left_out: rows with nothing to train on, by number and reason, as text.
+        left_out_count: number of these rows.
+        longest: tokens of the longest row, before truncation.
+        median: median number of tokens of a row, before truncation.
+        limit: the maximum length in tokens; None for tokenised rows, which are not truncated.
+        bins: (first length, last length, number of rows) of each bin of the histogram of lengths.
+        rows: summaries of some of the rows.
+        partial: whether only the first rows of a stream were read.
+        unused: parts of the rows that are not trained on, one line for each reason.
+        has_labels: whether the labels are one class or number for each row, for a classifier.
         unused_label: whether rows of text have a label that is not used.
     """
 
@@ -104,27 +105,27 @@ def summarize(
     inputs: ModelInputs | None = None,
     rows: int = 3,
 ) -> DataSummary:
-    """Looks at all rows, through the same code as a training; of a stream at the first 1,000.
+    """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
 
     Args:
         data: as for ``prepare_data``.
-        tokenizer: as for ``prepare_data``; rows that are tokenised are shown as numbers without one.
+        tokenizer: as for ``prepare_data``; without one, tokenised rows are shown as token ids.
         max_length: as for ``prepare_data``.
         columns: as for ``prepare_data``.
         inputs: as for ``prepare_data``.
-        rows: how many to show; up to two that are cut or left out come after them.
+        rows: the number of rows to show; up to two rows that are truncated or left out follow them.
 
     Raises:
-        TrainingError: as for ``prepare_data``, except that rows without anything to learn are reported.
+        TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
-    how = reading(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs)
-    if how.form is None:
-        check_columns(how)
-    streamed = is_stream(how.rows)
-    coded: Iterator[CodedRow] = itertools.islice(how.coded(), _STREAMED if streamed else None)
+    reader = reading(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    if reader.form is None:
+        check_columns(reader)
+    streamed = is_stream(reader.rows)
+    coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
     lengths: list[int] = []
     left_out: list[tuple[int, str]] = []
-    kept: list[CodedRow] = []
+    shown_rows: list[CodedRow] = []
     unused = UnusedParts()
     token_count = learned = cut_rows = cut_tokens = 0
     for row in coded:
@@ -137,14 +138,14 @@ def summarize(
         else:
             token_count += len(row.row["input_ids"])
             learned += row.learned_count
-        if len(lengths) <= rows or (len(kept) < rows + _EXTRA and _is_first_of_its_kind(row, kept[rows:])):
-            kept.append(row)
+        if len(lengths) <= rows or (len(shown_rows) < rows + _EXTRA and _is_first_of_its_kind(row, shown_rows[rows:])):
+            shown_rows.append(row)
     if not lengths:
         raise TrainingError("The stream has no rows.")
     least, most = _SHOWN_TOKENS
-    shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(kept))))
+    shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
     return DataSummary(
-        form=how.form.name if how.form is not None else "tokenised",
+        form=reader.form.name if reader.form is not None else "tokenised",
         row_count=len(lengths) - len(left_out),
         token_count=token_count,
         learned_count=learned,
@@ -154,36 +155,39 @@ def summarize(
         left_out_count=len(left_out),
         longest=max(lengths),
         median=round(statistics.median(lengths)),
-        limit=how.limit if how.form is not None else None,
-        bins=bins_of(lengths, how.limit if cut_rows else None),
-        rows=tuple(_summary(row, how, shown) for row in kept),
+        limit=reader.limit if reader.form is not None else None,
+        bins=bins_of(lengths, reader.limit if cut_rows else None),
+        rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
         unused=unused.lines(len(lengths)),
-        has_labels=how.inputs.classes is not None,
-        unused_label=how.form is not None and how.form.name == "text" and (COLUMNS, repr("label")) in unused,
+        has_labels=reader.inputs.classes is not None,
+        unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
     )
 
 
 def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:
-    """A histogram of lengths: first and last length of each bin, and how many are in it.
+    """A histogram of lengths.
 
     Args:
-        lengths: whole numbers.
-        border: no bin holds lengths on both sides of it: ``border`` ends one, ``border + 1`` begins one.
+        lengths: the lengths, in tokens.
+        border: a length at which a bin ends, so that no bin has lengths on both sides of it.
+
+    Returns:
+        First length, last length and number of rows of each bin.
     """
     longest = max(lengths)
     width = _round_width(max(longest / _BINS, 1))
-    if border is not None and border > width:  # one that the border is about a multiple of
+    if border is not None and border > width:  # a width of which the border is about a multiple
         width = math.ceil(border / round(border / width))
-    found = Counter(_bin(length, width, border) for length in lengths)
+    counts = Counter(_bin(length, width, border) for length in lengths)
     edges = [_bin(0, width, border)]
     while edges[-1][1] < longest:
         edges.append(_bin(edges[-1][1] + 1, width, border))
-    return tuple((*edge, found[edge]) for edge in edges)
+    return tuple((*edge, counts[edge]) for edge in edges)
 
 
 def _bin(length: int, width: int, border: int | None) -> tuple[int, int]:
-    """The bin of a length; bins begin at 1, 1 + width, …, and the first holds 0 too."""
+    """The bin of a length; bins begin at 1, 1 + width, …, and the first one includes 0."""
     if border is not None and length > border:
         place = (length - border - 1) // width
         return border + 1 + place * width, border + (place + 1) * width
@@ -202,14 +206,14 @@ def _length(row: CodedRow) -> int:
 
 
 def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
-    """Whether this is the first row that is cut, or the first that is left out for its reason."""
+    """Whether a row is truncated or left out, and none of the rows shown is like it in both respects."""
     return (row.cut or bool(row.missing)) and all(
         (bool(row.missing), row.cut) != (bool(other.missing), other.cut) for other in shown
     )
 
 
-def _summary(row: CodedRow, how: Reading, shown: int) -> RowSummary:
-    tokenizer, classes = how.tokenizer, how.inputs.classes
+def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
+    tokenizer, classes = reader.tokenizer, reader.inputs.classes
     learned = [label != IGNORED_LABEL and not row.missing for label in row.whole.labels]
     if row.encoder_decoder:
         spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit, shown)
@@ -233,7 +237,7 @@ def _summary(row: CodedRow, how: Reading, shown: int) -> RowSummary:
 def _spans_of(
     tokenizer: Any, ids: Sequence[int], learned: Sequence[bool], limit: int, most: int
 ) -> tuple[TokenSpan, ...]:
-    """Tokens as text: neighbours of one kind together, each special token apart."""
+    """Tokens as text: adjacent tokens of one kind in one span, each special token in its own."""
     special = _special_ids(tokenizer)
     kinds = [(learned[place], token in special, place >= limit) for place, token in enumerate(ids)]
     borders = [0] + [place for place in range(1, len(ids)) if kinds[place] != kinds[place - 1] or kinds[place][1]]
@@ -251,7 +255,7 @@ def _spans_of(
 
 
 def _shown(length: int, limit: int, most: int) -> list[tuple[int, int]]:
-    """Which tokens of a row are shown: of a long one its ends, and the beginning of what is cut."""
+    """The ranges of tokens shown: of a long row its two ends, and the start of the truncated part."""
     half, end = most // 2, min(limit, length)
     read = [(0, end)] if end <= 2 * half else [(0, half), (end - half, end)]
     return [part for part in (*read, (end, min(length, end + half // 2))) if part[0] < part[1]]
@@ -259,20 +263,20 @@ def _shown(length: int, limit: int, most: int) -> list[tuple[int, int]]:
 
 def _special_ids(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = {token for token, what in added.items() if getattr(what, "special", False)}
+    marked = {token for token, token_info in added.items() if getattr(token_info, "special", False)}
     return {*getattr(tokenizer, "all_special_ids", ()), *marked}
 
 
 def _text(tokenizer: Any, ids: Sequence[int], first: int, last: int, special: bool) -> str:
-    """The text of some of a row's tokens: what decoding up to their end adds to decoding up to their start.
+    """The text of some of a row's tokens: the difference between decoding up to their end and up to their start.
 
-    Decoded alone, the first token of many tokenizers loses its space.
+    With many tokenizers a token that is decoded alone loses its leading space.
     """
     if not hasattr(tokenizer, "decode"):
         return " ".join(str(token) for token in ids[first:last]) + " "
     if special and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(int(ids[first])))
-    from_here = max(0, first - 8)  # enough of what is before for the space, whatever the row's length
+    from_here = max(0, first - 8)  # enough context for the space, at a cost independent of the row's length
     before, through = (_decoded(tokenizer, ids[from_here:end]) for end in (first, last))
     alone = _decoded(tokenizer, ids[first:last])
     text = through[len(before) :] if through.startswith(before) else alone

@@ -1,4 +1,4 @@
-"""Rows of any form become tokens: all at once, or as a stream gives them."""
+"""Tokenises rows of any form: all at once, or one by one as a stream yields them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
 _NAMED = 5
-"""Rows left out that a note names."""
+"""The greatest number of rows that a note names for one reason."""
 _READ_THROUGH = 10_000
-"""Rows of a dataset of unknown kind that are read for their columns, which may cost anything."""
+"""The greatest number of rows to read for their columns from a dataset of unknown type, where reading may be slow."""
 _REWRITTEN = (WEIGHT, LOSS_WEIGHTS, *MASKS)
-"""Columns of tokenised rows that become labels and their weights."""
+"""Columns of tokenised rows that are applied to the labels and their weights."""
 
 
 class TokenizedRows(Dataset[dict[str, Any]]):
     """Tokenised rows in memory.
 
     Attributes:
-        truncated: Rows that were cut to ``max_length``.
-        left_out: Number of each row left out because nothing in it could be learned, and why.
-        unused: What the rows held that is not trained on, a line for each reason.
-        token_count: Tokens of all rows.
+        truncated: Number of rows that were truncated to ``max_length``.
+        left_out: (number, reason) of each row with nothing to train on.
+        unused: Parts of the rows that are not trained on, one line for each reason.
     """
 
     def __init__(
@@ -66,26 +65,26 @@ class TokenizedRows(Dataset[dict[str, Any]]):
 
     @property
     def dropped(self) -> int:
-        """Rows left out because nothing in them could be learned."""
+        """The number of rows left out because there was nothing to train on."""
         return len(self.left_out)
 
     @property
     def token_count(self) -> int:
-        """Tokens of all rows together."""
+        """The number of tokens of all rows together."""
         return sum(len(row["input_ids"]) for row in self._rows)
 
     @property
     def notes(self) -> str:
-        """What was cut, left out or not used, in one line; empty if nothing was."""
+        """A line about what was truncated, left out or not used; empty if nothing was."""
         parts = []
         if self.truncated:
-            parts.append(f"{self.truncated} of {len(self) + self.dropped} rows were cut to the maximal length")
+            parts.append(f"{self.truncated} of {len(self) + self.dropped} rows were truncated to the maximum length")
         if self.left_out:
             parts.append(f"{plural(self.dropped, 'row')} left out: {named_rows(self.left_out)}")
         return "; ".join([*parts, *self.unused])
 
     def select(self, indices: Iterable[int]) -> TokenizedRows:
-        """Some of the rows."""
+        """The rows with these indices."""
         return TokenizedRows([self._rows[index] for index in indices])
 
     def noting(self, *lines: str) -> TokenizedRows:
@@ -94,16 +93,16 @@ class TokenizedRows(Dataset[dict[str, Any]]):
 
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
-    """Rows that are tokenised as a stream gives them, in its order; a bad one raises when it comes.
+    """Rows that are tokenised as a stream yields them, in its order; an invalid row raises when it is read.
 
     Args:
-        coded: starts the stream anew.
+        coded: starts the stream from its first row.
         check: called with each row and its number.
-        skipped: rows with something to learn that are left to others.
-        unused: what is known of the stream that is not trained on.
+        skipped: number of trainable rows at the start to skip, which are evaluation rows.
+        unused: the counts of unused parts so far.
 
     Attributes:
-        report: called with what rows hold that is not trained on, once for each of it.
+        report: called with a line about a part of rows that is not trained on, once for each such part.
     """
 
     def __init__(
@@ -134,24 +133,24 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
 
     @property
     def notes(self) -> str:
-        """What the rows until now held that is not trained on, and the first of them, in one line."""
+        """A line about parts of the first row, and of the rows read so far, that are not trained on."""
         for coded in self._coded():
             self._unused.add(coded.unused)
             break
         return "; ".join(self._unused.lines())
 
     def after(self, count: int) -> StreamedRows:
-        """The same stream without its first rows."""
+        """The same stream without its first ``count`` trainable rows."""
         return StreamedRows(self._coded, self.check, self.skipped + count, self._unused)
 
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows as a Trainer is given them.
+    """Rows for a Trainer.
 
     Attributes:
-        rows: of tokens.
-        notes: what was cut, left out or not used, in one line; empty if nothing was.
+        rows: the tokenised rows.
+        notes: a line about what was truncated, left out or not used; empty if nothing was.
     """
 
     rows: Any
@@ -166,40 +165,44 @@ def prepare_data(
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
 ) -> Any:
-    """Turns rows into something a Trainer can be given.
+    """Prepares rows for a Trainer.
 
     Args:
-        data: Rows, or where they are; see :func:`open_data`. Rows that have ``input_ids`` are handed on as
-            they are; a stream is tokenised as it comes.
-        tokenizer: Needed for all other rows.
-        max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
-        columns: What the columns are called: ``{"prompt": "question", "completion": "answer"}``.
-        inputs: What the model takes of them; by default what a decoder does.
+        data: Rows, or their source; see :func:`open_data`. Rows with ``input_ids`` are passed on as
+            they are; a stream is tokenised as it is read.
+        tokenizer: The tokenizer; required for all other rows.
+        max_length: The greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at
+            most 1024.
+        columns: Name -> the column in the data: ``{"prompt": "question", "completion": "answer"}``.
+        inputs: The inputs of the model; by default those of a decoder.
+
+    Returns:
+        A dataset of tokenised rows, for ``Trainer(train_dataset=…)``.
 
     Raises:
-        TrainingError: the data has another form; the message names what was found.
+        TrainingError: the data has no known form; the message names its columns.
     """
     return prepared(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
 
 
 def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     """As :func:`prepare_data` of opened rows, with what a person should know of it."""
-    how = reading(rows, tokenizer, **options)
-    if how.form is None:
-        return _tokens(how)
-    if is_stream(how.rows):
-        streamed = StreamedRows(how.coded)
+    reader = reading(rows, tokenizer, **options)
+    if reader.form is None:
+        return _tokens(reader)
+    if is_stream(reader.rows):
+        streamed = StreamedRows(reader.coded)
         return PreparedRows(streamed, streamed.notes)
-    tokenized = _in_memory(how)
+    tokenized = _in_memory(reader)
     return PreparedRows(tokenized, tokenized.notes)
 
 
-def _in_memory(how: Reading) -> TokenizedRows:
-    """All rows, tokenised."""
+def _in_memory(reader: Reading) -> TokenizedRows:
+    """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
     unused, truncated = UnusedParts(), 0
-    for coded in how.coded():
+    for coded in reader.coded():
         truncated += coded.cut
         unused.add(coded.unused)
         if coded.missing:
@@ -208,7 +211,7 @@ def _in_memory(how: Reading) -> TokenizedRows:
             rows.append(coded.row)
     if not rows:
         raise TrainingError(
-            f"None of the {len(left_out)} rows holds anything to learn within {how.limit} tokens: "
+            f"None of the {len(left_out)} rows has anything to learn within {reader.limit} tokens: "
             f"{named_rows(left_out)}.",
             dropped=len(left_out),
         )
@@ -216,33 +219,33 @@ def _in_memory(how: Reading) -> TokenizedRows:
     return TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
 
 
-def _tokens(how: Reading) -> PreparedRows:
-    """Tokenised rows without what nothing takes, and with labels where their masks let them be."""
-    rows = how.rows
+def _tokens(reader: Reading) -> PreparedRows:
+    """Tokenised rows without their unused columns, and with their masks and weights applied to the labels."""
+    rows = reader.rows
     if isinstance(rows, TokenizedRows):
         return PreparedRows(rows, rows.notes)
-    found, listed = check_columns(how), isinstance(rows, (list, tuple))
-    if any(how.columns.get(name, name) in found for name in _REWRITTEN):
-        read = StreamedRows(how.coded) if is_stream(rows) else _in_memory(how)
+    available, listed = check_columns(reader), isinstance(rows, (list, tuple))
+    if any(reader.columns.get(name, name) in available for name in _REWRITTEN):
+        read = StreamedRows(reader.coded) if is_stream(rows) else _in_memory(reader)
         return PreparedRows(read, read.notes)
-    extra = how.extra(found)
+    extra = reader.extra(available)
     unused = UnusedParts()
     unused.add((COLUMNS, repr(name)) for name in extra)
     notes = "; ".join(unused.lines())
     if not listed:
         if extra and hasattr(rows, "remove_columns"):
             rows = rows.remove_columns(extra)
-        if how.columns:
-            rows = _renamed_rows(rows, how.columns)
+        if reader.columns:
+            rows = _renamed_rows(rows, reader.columns)
         return PreparedRows(rows, notes)
-    if extra or how.columns:
-        left = {*extra, *how.columns.values()} - how.columns.keys()
-        rows = [{name: item for name, item in renamed(row, how.columns).items() if name not in left} for row in rows]
+    if extra or reader.columns:
+        left = {*extra, *reader.columns.values()} - reader.columns.keys()
+        rows = [{name: item for name, item in renamed(row, reader.columns).items() if name not in left} for row in rows]
     return PreparedRows(TokenizedRows(rows, unused=unused.lines()), notes)
 
 
 def _columns_of_all(rows: Any) -> tuple[str, ...]:
-    """The columns that any row has: of the first alone where rows are a stream, or many that are read one by one."""
+    """The columns of all rows; only those of the first row for a stream, or for many rows of an unknown type."""
     many = is_stream(rows) or (not isinstance(rows, (list, tuple)) and len(rows) > _READ_THROUGH)
     if many or hasattr(rows, "column_names"):
         return columns_of(rows)
@@ -250,26 +253,26 @@ def _columns_of_all(rows: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for values in each for name in values))
 
 
-def check_columns(how: Reading) -> tuple[str, ...]:
-    """Refuses tokenised rows in a list of which some lack what a batch of others has. Returns the columns of all.
+def check_columns(reader: Reading) -> tuple[str, ...]:
+    """Refuses a list of tokenised rows of which some lack a column that others have; returns the columns of all rows.
 
     Raises:
-        TrainingError: names the row.
+        TrainingError: a row lacks a column; names the row.
     """
-    found = _columns_of_all(how.rows)
-    if not isinstance(how.rows, (list, tuple)):
-        return found
-    used = [name for name in found if name not in how.extra(found)]
-    optional = {how.columns.get(name, name) for name in ("attention_mask", *LABELS, *_REWRITTEN)}
-    for number, row in enumerate(how.rows):
+    available = _columns_of_all(reader.rows)
+    if not isinstance(reader.rows, (list, tuple)):
+        return available
+    used = [name for name in available if name not in reader.extra(available)]
+    optional = {reader.columns.get(name, name) for name in ("attention_mask", *LABELS, *_REWRITTEN)}
+    for number, row in enumerate(reader.rows):
         missing = next((name for name in used if name not in row and name not in optional), None)
         if missing is not None:
             raise TrainingError(f"Row {number} has no {missing!r}, which other rows have.", index=number)
-    return found
+    return available
 
 
 def named_rows(left_out: Sequence[tuple[int, str]]) -> str:
-    """Rows by number, with the reason: ``3 and 8 (nothing to learn)``."""
+    """Rows by number with the reason, as text: ``rows 3, 8: nothing to learn``."""
     parts = []
     for reason, count in Counter(reason for _, reason in left_out).items():
         numbers = [str(number) for number, why in left_out if why == reason]

@@ -1,4 +1,4 @@
-"""What rows hold that is not trained on: counted while they are read, and said before the first step."""
+"""Parts of rows that are not trained on: counted while the rows are read, and reported before the first step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 Unused = tuple[str, str]
-"""Why something is not trained on, and its name."""
+"""(reason, name) of a part that is not trained on."""
 
 COLUMNS = "columns not used"
 MESSAGES = "not used"
@@ -15,16 +15,16 @@ EMPTY = "empty"
 
 
 class UnusedParts:
-    """What some rows hold that is not trained on."""
+    """The parts of rows that are not trained on, with the number of rows that have each."""
 
     def __init__(self) -> None:
         self._counts: Counter[Unused] = Counter()
 
     def add(self, parts: Iterable[Unused]) -> list[Unused]:
-        """Counts what one more row holds. Returns what no row held before."""
-        held = dict.fromkeys(parts)
-        new = [part for part in held if part not in self._counts]
-        for part in held:
+        """Counts the unused parts of one more row; returns those that no earlier row had."""
+        row_parts = dict.fromkeys(parts)
+        new = [part for part in row_parts if part not in self._counts]
+        for part in row_parts:
             self._counts[part] += 1
         return new
 
@@ -32,18 +32,18 @@ class UnusedParts:
         return part in self._counts
 
     def lines(self, row_count: int | None = None) -> tuple[str, ...]:
-        """A line for each reason, with the names.
+        """A line for each reason, with the names of the parts.
 
         Args:
-            row_count: of the rows, so that what only some of them hold is said to be in so many; None if unknown.
+            row_count: the number of rows, to report how many of them have a part that not all have; None if unknown.
         """
-        found: dict[str, list[str]] = {}
+        by_reason: dict[str, list[str]] = {}
         for (reason, name), count in sorted(self._counts.items()):
             some = row_count is not None and count < row_count
-            found.setdefault(reason, []).append(f"{name} ({count:,} of {row_count:,} rows)" if some else name)
-        return tuple(f"{reason}: {', '.join(names)}" for reason, names in found.items())
+            by_reason.setdefault(reason, []).append(f"{name} ({count:,} of {row_count:,} rows)" if some else name)
+        return tuple(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
 
 
 def line_of(part: Unused) -> str:
-    """One part alone."""
+    """A line about one part."""
     return f"{part[0]}: {part[1]}"

@@ -1,4 +1,4 @@
-"""Labels that say whether a completion is good or bad, as rows for preference tuning (KTO) have them."""
+"""Labels that mark a completion as good or bad, as in rows for preference tuning (KTO)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _BAD = frozenset(("false", "bad", "undesirable", "rejected", "incorrect"))
 
 
 def is_good(label: Any) -> bool | None:
-    """Whether a label says that a completion is good: True and 1 do, False, 0 and -1 say that it is bad.
+    """Whether a label marks a completion as good: True and 1 do; False, 0 and -1 mark it as bad.
 
     Args:
-        label: of a row; words such as ``"good"`` and numbers as text are read, too.
+        label: the label of a row; words such as ``"good"`` and numbers as text are recognised too.
 
     Returns:
-        None of a label that says something else.
+        None for a label with another meaning.
     """
     label = label.item() if getattr(label, "shape", None) == () else label
     if isinstance(label, str) and label.strip().lower() in _GOOD | _BAD:
@@ -31,11 +31,16 @@ def is_good(label: Any) -> bool | None:
 
 
 def are_verdicts(labels: Iterable[Any]) -> bool:
-    """Whether all labels of a column say that a completion is good or bad; one that does not makes them classes."""
+    """Whether all labels of a column mark completions as good or bad; with any other label they are classes."""
     return all(is_nothing(label) or is_good(label) is not None for label in labels)
 
 
 def labels_in(rows: Any, column: str) -> Iterable[Any]:
-    """A column of rows, which are dictionaries or lack it; of a dataset it is read alone."""
+    """The values of a column.
+
+    Args:
+        rows: the rows; those that are not dictionaries are skipped. Of a dataset only this column is read.
+        column: the name of the column.
+    """
     selected = rows.select_columns(column) if hasattr(rows, "select_columns") else rows
     return (row.get(column) for row in selected if isinstance(row, Mapping))

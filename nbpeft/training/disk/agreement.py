@@ -1,4 +1,4 @@
-"""What the processes of one training agree on; in a training of one process each of these does nothing."""
+"""Communication between the processes of one training; without effect in a single process."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from nbpeft.training.disk.checkpoints import write_errors
 
 
 def is_distributed() -> bool:
-    """Whether this process trains together with others."""
+    """Whether this process is one of several in ``torch.distributed``."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process, to train with others."""
+    """Whether this process was started by a launcher of distributed training."""
     return "LOCAL_RANK" in os.environ
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is rank 0, which writes files and reports for all; True in a single process."""
     return not is_distributed() or distributed.get_rank() == 0
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """What the first process has; every process must call it.
+    """Returns the value of rank 0; every process must call it.
 
     Args:
-        value: of this process; pickled where there are several.
+        value: the value of this process; it is pickled if there are several.
     """
     if not is_distributed():
         return value
@@ -43,11 +43,11 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Group of all processes -> one of the same processes that communicates on the CPU."""
+"""Group of all processes -> a gloo group of the same processes, which communicates on the CPU."""
 
 
 def _on_the_cpu() -> Any:
-    """The group of all processes for what is no work of a card, so that nothing waits for one."""
+    """The CPU group of all processes: a collective on the GPU would wait for all work queued there."""
     world = distributed.group.WORLD
     if world not in _groups:
         _groups[world] = distributed.new_group(backend="gloo")
@@ -55,14 +55,14 @@ def _on_the_cpu() -> Any:
 
 
 def save_collectively(put: Callable[[Callable[[Path], object]], object], write: Callable[[Path], object]) -> None:
-    """Writes a folder of which each process has a part; every process must call it.
+    """Writes a folder to which each process contributes a part; every process must call it.
 
     Args:
-        put: makes the folder, lets ``write`` fill it, and moves it to its place; called in the first process.
+        put: creates the folder, lets ``write`` fill it, and moves it to its place; called in rank 0.
         write: writes this process's part.
 
     Raises:
-        CheckpointError: it cannot be written. The first process raises it, the others go on.
+        CheckpointError: a part cannot be written. Rank 0 raises it, the others continue.
     """
     if not is_distributed():
         put(write)
@@ -91,14 +91,14 @@ def _put_for_all(put: Callable[[Callable[[Path], object]], object], write: Calla
 
 
 def _write_in_step(write: Callable[[Path], object], folder: Path) -> None:
-    """Writes, and returns when all have; the first process raises what another could not write."""
+    """Writes this process's part, and waits for the others; rank 0 raises the first error of any process."""
     problem = ""
     try:
         with write_errors(folder):
             write(folder)
     except CheckpointError as error:
         problem = in_one_line(error)
-    told: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(told, problem, group=_on_the_cpu())
-    if is_main_process() and any(told):
-        raise CheckpointError(next(filter(None, told)))
+    problems: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(problems, problem, group=_on_the_cpu())
+    if is_main_process() and any(problems):
+        raise CheckpointError(next(filter(None, problems)))

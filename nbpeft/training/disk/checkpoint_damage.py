@@ -1,4 +1,4 @@
-"""Whether the small files of a checkpoint can be resumed from: read as a Trainer reads them, before it does."""
+"""Checks that the small files of a checkpoint can be resumed from, before a Trainer reads them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from nbpeft.errors import shortened
 
 STATE = "trainer_state.json"
 _KINDS: Mapping[str, Any] = {"log_history": [], "stateful_callbacks": {}}
-"""Fields that are None until a training begins -> a value of their kind."""
+"""Field whose default is None -> a value of the type it has during training."""
 _COUNTS = ("global_step", "max_steps")
 _SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 _SHOWN = 40
 
 
 def state_damage(file: Path) -> str | None:
-    """What in ``trainer_state.json`` a Trainer cannot take; None where it takes all of it.
+    """What a Trainer cannot read in ``trainer_state.json``; None if it can read all of it.
 
     Args:
-        file: the file, which is there.
+        file: the existing file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     from transformers import TrainerState
 
@@ -39,8 +39,8 @@ def state_damage(file: Path) -> str | None:
     except (ValueError, RecursionError):
         return f"{STATE} is not valid JSON"
     if not isinstance(state, dict):
-        return f"{STATE} holds a {type(state).__name__}, not an object"
-    defaults = {one.name: _KINDS.get(one.name, one.default) for one in dataclasses.fields(TrainerState)}
+        return f"{STATE} contains a {type(state).__name__}, not an object"
+    defaults = {item.name: _KINDS.get(item.name, item.default) for item in dataclasses.fields(TrainerState)}
     for name, value in state.items():
         if name not in defaults:
             return f"{STATE} has a field {shortened(name, _SHOWN)!r} that this version of transformers does not know"
@@ -60,16 +60,19 @@ def _is_like(name: str, value: Any, default: Any) -> bool:
 
 
 def archive_damage(file: Path) -> str | None:
-    """What in a file of random numbers or of the loss scale a Trainer cannot take, and what to do; None for others.
+    """The damage of a file with the random state or the loss scale, with the remedy.
 
     Args:
-        file: the file, which is there.
+        file: the existing file.
+
+    Returns:
+        None for a sound file, and for other files, which are not checked.
     """
     from transformers.trainer_pt_utils import safe_globals
 
     kinds: Mapping[str, tuple[Callable[[Any], object], str]] = {
-        "rng_state": (_set_random, "delete it to resume with other random numbers"),
-        "scaler": (_set_scale, "delete it to resume with the first loss scale"),
+        "rng_state": (_set_random, "delete it to resume with a new random state"),
+        "scaler": (_set_scale, "delete it to resume with the initial loss scale"),
     }
     check, remedy = next((kind for name, kind in kinds.items() if file.name.startswith(name)), (None, ""))
     if check is None:
@@ -77,13 +80,13 @@ def archive_damage(file: Path) -> str | None:
     try:
         with safe_globals():  # type: ignore[no-untyped-call]
             check(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception:  # torch, pickle, numpy and random each raise their own
+    except Exception:  # torch, pickle, numpy and random each have their own errors
         return f"{file.name} is damaged: {remedy}"
     return None
 
 
 def _set_random(state: Any) -> None:
-    """Sets generators of its own to a state."""
+    """Sets new generators to a state, to check that they accept it."""
     random.Random().setstate(state["python"])
     np.random.RandomState().set_state(state["numpy"])
     torch.Generator().set_state(state["cpu"])

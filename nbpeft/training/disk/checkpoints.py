@@ -1,7 +1,7 @@
-"""Checkpoints of a Trainer: each is whole or not there, and resuming passes over those that are not.
+"""Atomic checkpoints of a Trainer; resuming skips incomplete ones.
 
-A Trainer writes the files of ``checkpoint-N`` one after the other into their place. Here it writes
-them into a hidden folder beside it, which takes that place in one move when all are on the disk.
+A Trainer writes the files of ``checkpoint-N`` one after the other into that folder. Here it writes
+them into a hidden folder next to it, which is renamed in one step when all files are flushed to disk.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ _ARGUMENTS = "training_args.bin"
 _WRITES_CHECKPOINT = "_nbpeft_writes_checkpoint"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MOST_BESIDE, _MOST_OF_SMALL = 32, 2**26
-"""Bytes of a state for each of its adapter, and of any state; an optimizer keeps two to four numbers for each."""
+"""Greatest size of the other files of a checkpoint, in bytes for each byte of its adapter, and in bytes in addition.
+An optimizer stores two to four numbers for each parameter."""
 
 
 def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
-    """Lets a Trainer write a checkpoint, and puts it into its place when it is whole. Called by all processes.
+    """Lets a Trainer write a checkpoint, and moves it to its place when it is complete. Called by all processes.
 
     Args:
         trainer: a ``transformers.Trainer``.
-        trial: what its ``_save_checkpoint`` was given.
-        save: the Trainer's own way to write one.
+        trial: the argument of its ``_save_checkpoint``.
+        save: the Trainer's own method of writing one.
 
     Raises:
-        CheckpointError: it cannot be written; earlier checkpoints are as they were.
+        CheckpointError: it cannot be written; earlier checkpoints are unchanged.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -83,16 +84,16 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
 
 
 def put_checkpoint(home: Path, step: int, write: Callable[[Path], object], *, most: int) -> None:
-    """Puts ``checkpoint-STEP`` into a folder, whole or not at all, and removes the oldest ones beyond a number.
+    """Writes ``checkpoint-STEP`` into a folder, completely or not at all, and removes the oldest ones above a limit.
 
     Args:
-        home: a folder that is there.
+        home: an existing folder.
         step: optimizer steps done.
-        write: writes the files into the folder it is given.
-        most: checkpoints that stay.
+        write: writes the files into the folder it is called with.
+        most: the greatest number of checkpoints to keep.
 
     Raises:
-        CheckpointError: it cannot be written; earlier checkpoints are as they were.
+        CheckpointError: it cannot be written; earlier checkpoints are unchanged.
     """
     name = f"{_PREFIX}-{step}"
     with write_errors(home):
@@ -110,14 +111,14 @@ def put_checkpoint(home: Path, step: int, write: Callable[[Path], object], *, mo
 
 
 def drop_after(home: Path, step: int) -> None:
-    """Removes the checkpoints of later steps than one, where those of it or of earlier ones are left.
+    """Removes the checkpoints after a step, if at least one of that step or an earlier one remains.
 
     Args:
-        home: a folder that is there.
+        home: an existing folder.
         step: optimizer steps done.
 
     Raises:
-        CheckpointError: they cannot be removed.
+        CheckpointError: a checkpoint cannot be removed.
     """
     folders = _checkpoints(home)
     later = [folder for folder in folders if int(folder.name.rpartition("-")[2]) > step]
@@ -133,10 +134,15 @@ def drop_after(home: Path, step: int) -> None:
 
 
 def save_beside(folder: Path, tokenizer: Any, arguments: Any) -> None:
-    """Writes what a Trainer keeps beside the weights: the tokenizer, if any, and its arguments without tokens.
+    """Writes what a Trainer saves next to the weights: the tokenizer, if any, and its arguments without access tokens.
+
+    Args:
+        folder: the folder of the weights.
+        tokenizer: the tokenizer or processor, or None.
+        arguments: the ``TrainingArguments``.
 
     Raises:
-        CheckpointError: it cannot be written; what was there is as it was.
+        CheckpointError: they cannot be written; existing files are unchanged.
     """
     arguments = copy.copy(arguments)
     for name, value in vars(arguments).items():
@@ -155,37 +161,39 @@ def resume_point(trainer: Any, requested: Any) -> Any:
 
     Args:
         trainer: a ``transformers.Trainer``.
-        requested: True for the last one that is whole, a folder, or None or False for none.
+        requested: True for the last complete one, a folder, or None or False for none.
 
     Returns:
-        A folder, or ``requested`` where nothing is resumed.
+        A folder, or ``requested`` if nothing is resumed.
 
     Raises:
-        CheckpointNotFoundError: there is none, or the requested folder is not whole.
+        CheckpointNotFoundError: there is none, or the requested one is incomplete or damaged.
     """
     if requested is not True and not isinstance(requested, str | os.PathLike):
         return requested
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None]
+    result: list[Any] = [None]
     if trainer.is_world_process_zero():
         try:
-            found = [last_whole(Path(trainer.args.output_dir)) if requested is True else _checked(Path(requested))]
+            result = [last_whole(Path(trainer.args.output_dir)) if requested is True else _checked(Path(requested))]
         except CheckpointError as error:
-            found = [error]
-    found = broadcast_object_list(found)
-    if isinstance(found[0], CheckpointError):
-        raise found[0]
-    return str(found[0])
+            result = [error]
+    result = broadcast_object_list(result)
+    if isinstance(result[0], CheckpointError):
+        raise result[0]
+    return str(result[0])
 
 
 def flaw_of(folder: Path, *, strict: bool = False) -> str | None:
-    """What a checkpoint lacks, or None where it is whole: an older version or a copy may have been broken off.
+    """Why a checkpoint cannot be resumed from; None if it can.
+
+    It may be incomplete because another program was interrupted while writing or copying it.
 
     Args:
         folder: the checkpoint.
-        strict: it may be somebody else's, and was written here: it has no links in it, and nothing that takes much more
-            memory than its adapter.
+        strict: whether it may come from someone else and should have been written by nbpeft: then links in it are
+            refused, and files that need much more memory than its adapter.
     """
     try:
         odd = inside.first_not_plain(folder) if strict else None
@@ -219,21 +227,21 @@ def flaw_of(folder: Path, *, strict: bool = False) -> str | None:
 
 
 def _is_too_large(folder: Path, weights: list[Path]) -> bool:
-    """Whether the optimizer, the random numbers and the rest take more than those of any adapter of that size."""
+    """Whether the optimizer, random state etc. are larger than they can be for an adapter of that size."""
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    own = sum(sizes[path] for path in weights)
-    return sum(sizes.values()) - own > _MOST_BESIDE * own + _MOST_OF_SMALL
+    adapter_size = sum(sizes[path] for path in weights)
+    return sum(sizes.values()) - adapter_size > _MOST_BESIDE * adapter_size + _MOST_OF_SMALL
 
 
 def last_whole(home: Path, *, strict: bool = False) -> Path:
-    """The last checkpoint in a folder that is whole; warns of those that are passed over.
+    """The last complete checkpoint in a folder; warns about those that are skipped.
 
     Args:
         home: the folder.
         strict: see ``flaw_of``.
 
     Raises:
-        CheckpointNotFoundError: there is none.
+        CheckpointNotFoundError: there is no complete checkpoint.
     """
     sweep(home)
     flaws: dict[str, str] = {}
@@ -241,12 +249,12 @@ def last_whole(home: Path, *, strict: bool = False) -> Path:
         flaw = flaw_of(folder, strict=strict) if not (strict and folder.is_symlink()) else "a link"
         if flaw is None:
             if flaws:
-                warnings.warn(f"passed over {_listed(flaws)}: resuming from {shown(folder)}", stacklevel=5)
+                warnings.warn(f"skipped {_listed(flaws)}: resuming from {shown(folder)}", stacklevel=5)
             return folder
         flaws[folder.name] = flaw
-    also = f": passed over {_listed(flaws)}" if flaws else ""
+    also = f": skipped {_listed(flaws)}" if flaws else ""
     raise CheckpointNotFoundError(
-        f"{shown(home)} holds no whole checkpoint to resume from{also}", folder=str(home), flaws=flaws
+        f"{shown(home)} has no complete checkpoint to resume from{also}", folder=str(home), flaws=flaws
     )
 
 
@@ -258,12 +266,12 @@ def _checked(folder: Path) -> Path:
         return folder
     others = (other for other in _checkpoints(folder.parent) if other.name != folder.name and flaw_of(other) is None)
     other = next(others, None)
-    hint = f"; {shown(other)} is whole" if other is not None else ""
+    hint = f"; {shown(other)} is complete" if other is not None else ""
     raise CheckpointNotFoundError(f"{shown(folder)} cannot be resumed from ({flaw}){hint}", folder=str(folder))
 
 
 def _checkpoints(home: Path) -> list[Path]:
-    """Folders called ``checkpoint-N``, the last step first."""
+    """The folders called ``checkpoint-N``, the last step first."""
     try:
         steps = {int(match[1]): home / name for name in os.listdir(home) if (match := _NAME.fullmatch(name))}
     except OSError:
@@ -276,38 +284,38 @@ def _listed(flaws: dict[str, str]) -> str:
 
 
 def in_checkpoint(trainer: Any) -> bool:
-    """Whether a Trainer writes a checkpoint, from which training is resumed, and not the adapter alone."""
+    """Whether a Trainer is writing a checkpoint to resume from, and not only the adapter."""
     return bool(vars(trainer).get(_WRITES_CHECKPOINT))
 
 
 @contextmanager
 def _redirected(trainer: Any, place: Path, pushes: list[str]) -> Iterator[None]:
-    """Lets a Trainer write below another folder, and notes what it would upload from there."""
-    mine: dict[str, Any] = {
+    """Lets a Trainer write below another folder, and records in ``pushes`` what it would upload from there."""
+    overrides: dict[str, Any] = {
         "_get_output_dir": lambda *args, **kwargs: str(place),
         "_push_from_checkpoint": pushes.append,
         "_rotate_checkpoints": lambda *args, **kwargs: None,
         _WRITES_CHECKPOINT: True,
     }
-    before = {name: vars(trainer)[name] for name in mine if name in vars(trainer)}
-    vars(trainer).update(mine)
+    before = {name: vars(trainer)[name] for name in overrides if name in vars(trainer)}
+    vars(trainer).update(overrides)
     try:
         yield
     finally:
-        for name in mine:
+        for name in overrides:
             del vars(trainer)[name]
         vars(trainer).update(before)
 
 
 def _set_best(trainer: Any, home: Path) -> None:
-    """Sets the place of the best checkpoint, which the Trainer looks up in the folder it believes to write to."""
+    """Sets the path of the best checkpoint, which the Trainer would look for in the redirected folder."""
     best = home / f"{_PREFIX}-{trainer.state.best_global_step}"
     if trainer.state.best_global_step and best.is_dir():
         trainer.state.best_model_checkpoint = str(best)
 
 
 def _correct_best(trainer: Any, written: Path, place: Path, *, main: bool) -> None:
-    """The Trainer's state names the place where the checkpoint will be, not the one where it was written."""
+    """Lets the Trainer's state name the final path of the checkpoint, not the one where it was written."""
     if trainer.state.best_model_checkpoint == str(written):
         trainer.state.best_model_checkpoint = str(place)
         if main:
@@ -315,7 +323,7 @@ def _correct_best(trainer: Any, written: Path, place: Path, *, main: bool) -> No
 
 
 def _put(staging: Path, home: Path, name: str) -> None:
-    """Moves a checkpoint to its place; one of the same step that is there makes room."""
+    """Moves a checkpoint to its place, and an existing one of the same step into the staging folder."""
     aside = staging / ASIDE / name
     try:
         if os.path.lexists(home / name):
@@ -339,19 +347,19 @@ def _flush_tree(folder: Path) -> None:
 
 
 def _rotate(trainer: Any, home: Path) -> None:
-    """Removes checkpoints beyond ``save_total_limit``: the oldest, but neither the last nor the best one."""
-    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0 has it; newer ones leave it to those who derive
+    """Removes the oldest checkpoints above ``save_total_limit``, but neither the last nor the best one."""
+    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0 has it; in newer versions only subclasses may
         trainer._rotate_checkpoints(use_mtime=True, output_dir=str(home))
         return
     limit = trainer.args.save_total_limit
     if limit is None or limit <= 0:
         return
-    with contextlib.suppress(OSError):  # what cannot be removed now goes another time
+    with contextlib.suppress(OSError):  # what cannot be removed now is removed another time
         ordered = sorted(reversed(_checkpoints(home)), key=lambda folder: folder.stat().st_mtime_ns)
-        kept = {*ordered[-1:], Path(trainer.state.best_model_checkpoint or home)}
-        surplus = [folder for folder in ordered if folder not in kept][: max(len(ordered) - limit, 0)]
+        to_keep = {*ordered[-1:], Path(trainer.state.best_model_checkpoint or home)}
+        surplus = [folder for folder in ordered if folder not in to_keep][: max(len(ordered) - limit, 0)]
         if surplus:
-            staging = Staging(home)  # out of its place in one move, so that no part of it is left there
+            staging = Staging(home)  # moved there in one step first, so that no partly deleted checkpoint is left
             for folder in surplus:
                 os.replace(folder, staging.path / folder.name)
             staging.close()
@@ -359,13 +367,13 @@ def _rotate(trainer: Any, home: Path) -> None:
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """``disk_errors``, also for those that torch raises as RuntimeError while it saves.
+    """A block like ``disk_errors``, which also converts the RuntimeErrors that torch raises when a disk is full.
 
     Args:
-        folder: what is written.
+        folder: the folder that is written.
 
     Raises:
-        CheckpointError: there was one.
+        CheckpointError: it cannot be written.
     """
     try:
         with disk_errors(folder):
@@ -377,7 +385,7 @@ def write_errors(folder: Path) -> Iterator[None]:
 
 
 def _is_of_saving(error: RuntimeError) -> bool:
-    """Whether it was raised where torch writes its files, whatever it says: by its streams, which are not in Python."""
+    """Whether an error was raised by torch's file writer, which is not in Python: whose messages vary."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,9 +1,9 @@
-"""The arguments of a training that its run keeps, and those that a resumed one takes over from there.
+"""The arguments of a training that are stored with its run, and those that a resumed run reuses.
 
-What is given is kept as a plain value, or named as an object that has to be given again. A folder of runs may come from
-somebody else, so what is taken over from one is a list: what the losses depend on, and what is shown meanwhile. Where
-something is written, published or reported is the user's to say, and is named; what is in no list may change the
-losses, and has to be given again.
+An argument is stored as a plain value, or by its name as an object that has to be given again. A run's folder may come
+from someone else, so only listed arguments are reused: those that affect the losses or what is shown during the
+training. Where files are written and what is published or reported is up to the user, so those arguments are only
+named. Arguments on neither list may affect the losses, and have to be given again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _TAKEN_OVER = frozenset(
         *("max_length", "packing", "columns", "members", "patience", "sample", "every", "stop_on_divergence"),
     }
 )
-"""Arguments that the losses depend on, and what is shown while it trains."""
+"""Arguments that affect the losses or what is shown during the training."""
 _COUNTS = ("processes", "dataloader_num_workers")
-"""Arguments that start processes: a machine takes as many as it has processors."""
+"""Arguments that start processes; values up to the number of this machine's processors are accepted."""
 _OUTSIDE = frozenset(
     {
         *("output_dir", "logging_dir", "run_name", "report_to", "track", "project", "trackio_space_id", "push_to_hub"),
@@ -51,12 +51,12 @@ _OUTSIDE = frozenset(
         *("replaced", "tracked", "run", "variable", "source"),
     }
 )
-"""Arguments that the losses do not depend on: where something is written or reported, how rows are fetched, and those
-with which ``train`` is called anew."""
+"""Arguments that do not affect the losses: where something is written or reported, how rows are fetched, and those
+with which ``train`` is called again."""
 
 
 def plain(value: Any) -> Any:
-    """A value in types that JSON and Python's literals have; one that has no such form as it is."""
+    """Converts a value to types of JSON and of Python's literals; a value without such a form is returned unchanged."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, os.PathLike):
@@ -71,7 +71,7 @@ def plain(value: Any) -> Any:
 
 
 def is_plain_value(value: Any) -> bool:
-    """Whether JSON holds a value as it is."""
+    """Whether JSON can represent a value exactly."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and is_plain_value(item) for key, item in value.items())
     if isinstance(value, list):
@@ -80,10 +80,10 @@ def is_plain_value(value: Any) -> bool:
 
 
 def to_keep(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The arguments as plain values, and the names of those that have no such form.
+    """The arguments as plain values, and the names of those without such a form.
 
     Args:
-        given: arguments of a training.
+        given: the arguments of a training.
     """
     values = {name: plain(value) for name, value in given.items()}
     kept = {name: value for name, value in values.items() if is_plain_value(value)}
@@ -91,18 +91,18 @@ def to_keep(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def to_take_over(kept: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a resumed training takes over of the arguments that a run has kept, and what it does not.
+    """Splits the stored arguments of a run into those that a resumed training reuses and the others.
 
     Args:
-        kept: as read from its folder.
+        kept: the arguments as read from the run's folder.
     """
-    found = {str(name): value for name, value in kept.items()} if isinstance(kept, Mapping) else {}
-    taken = {name: value for name, value in found.items() if _is_taken_over(name, value)}
-    return taken, {name: value for name, value in found.items() if name not in taken}
+    stored = {str(name): value for name, value in kept.items()} if isinstance(kept, Mapping) else {}
+    taken = {name: value for name, value in stored.items() if _is_taken_over(name, value)}
+    return taken, {name: value for name, value in stored.items() if name not in taken}
 
 
 def missing_for_losses(left_out: Mapping[str, Any]) -> list[str]:
-    """Of what was not taken over, the names of what may change the losses, as far as it says something."""
+    """The names of arguments that are not reused, may affect the losses, and have a value other than a default."""
     return [
         name
         for name, value in left_out.items()
@@ -111,10 +111,10 @@ def missing_for_losses(left_out: Mapping[str, Any]) -> list[str]:
 
 
 def _is_taken_over(name: str, value: Any) -> bool:
-    if name == "eval_data":  # how many rows are held out; rows are not read from where a file says
+    if name == "eval_data":  # a number of rows to hold out; data sources named in a file are not opened
         return isinstance(value, int | float)
     if name in _COUNTS:
         return isinstance(value, int) and value <= (os.cpu_count() or 1)
-    if name == "fsdp_config":  # text is the path of a file
+    if name == "fsdp_config":  # a text would be the path of a file
         return isinstance(value, Mapping)
     return name in _TAKEN_OVER

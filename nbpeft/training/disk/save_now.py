@@ -1,4 +1,4 @@
-"""Saving what is trained while the run goes on, because a person asked for it."""
+"""Saving the adapters during a run, at the user's request."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from nbpeft.training.adapters.adapted_model import trained_names
 
 
 def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: bool) -> str:
-    """Saves the adapters in training, as PEFT would, into a new folder of their name and step.
+    """Saves the adapters in training in PEFT's format, into a new folder named after them and the step.
 
     Args:
-        model: in training.
-        folder: where the new folder goes; the working directory where it is empty.
+        model: the model in training.
+        folder: the parent of the new folder; the working directory if empty.
         step: optimizer steps done.
-        together: whether all processes call it, where there are several.
+        together: whether all processes of a distributed training call it.
         write: whether this process writes.
 
     Returns:
         The new folder.
 
     Raises:
-        TrainingError: the model carries no adapters, or this process has a part of them and calls it alone.
-        CheckpointError: it cannot be written.
+        TrainingError: the model has no adapters, or it is sharded and only this process calls it.
+        CheckpointError: the folder cannot be written.
     """
     manager = manager_of(model)
     if manager is None:
-        raise TrainingError("the model carries no adapters")
-    from nbpeft.model.saving import files  # tracking a loop imports no more than it needs
+        raise TrainingError("the model has no adapters")
+    from nbpeft.model.saving import files  # not at the top of the file: tracking a loop does not need them
     from nbpeft.model.saving.sharded import is_sharded
     from nbpeft.training.disk.agreement import is_distributed
 
-    if not together and is_distributed() and is_sharded(manager.model):  # it would wait for the others for ever
-        raise TrainingError("each process has a part of the model, and one alone was asked: use Trainer.save_model")
+    if not together and is_distributed() and is_sharded(manager.model):  # gathering would wait for the others for ever
+        raise TrainingError("the model is sharded and only one process was asked to save it: use Trainer.save_model")
     names = trained_names(model)
     place = _free(Path(folder or "."), f"{names[0] if len(names) == 1 else 'adapters'}-step-{step}")
     files.save(manager, place, names=names, flat=len(names) == 1, write=write)
@@ -43,7 +43,7 @@ def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: 
 
 
 def _free(folder: Path, name: str) -> Path:
-    """A path in the folder that is not taken: an earlier run may have been saved at the same step."""
+    """A path in the folder that does not exist yet: an earlier run may have been saved at the same step."""
     place, number = folder / name, 2
     while place.exists():
         place, number = folder / f"{name}-{number}", number + 1

@@ -1,8 +1,9 @@
-"""What a Trainer does instead where FSDP2 shards a model of ours: files hold every process's part of the adapters.
+"""A Trainer's saving and loading of an adapted model under FSDP2: files contain the gathered adapters.
 
-accelerate gathers whole state dicts, base and all, or the adapter's part of one process, and to read an optimizer's
-state before its first step it does a step. Here the adapters and what trains them are gathered alone, into the files
-that a training of one process has: a checkpoint of the one goes on as the other.
+accelerate gathers whole state dicts, including the base, or saves only one process's shard of the adapter, and makes an
+optimizer step in order to read an optimizer's state before the first one. Here only the adapters and their
+optimizer state are gathered, into the same files as in a training with one process: a checkpoint of either can be
+resumed as the other.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from nbpeft.training.adapters.method_state import (
 from nbpeft.training.disk.checkpoints import in_checkpoint, save_beside
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
-_LACKS = "lacks what the method keeps from step to step (an earlier version wrote it): that begins anew here"
+_LACKS = "lacks the method's training state (an earlier version wrote it), which starts from its initial value"
 
 
 def note_base(trainer: Any) -> None:
-    """Takes the fingerprint of the base before it is sharded."""
+    """Computes the fingerprint of the base before it is sharded."""
     manager = manager_of(trainer.model)
     if manager is not None and not manager.merged and getattr(trainer, "is_fsdp_enabled", False):
         note_fingerprint(manager.model)
 
 
 def base_mark(trainer: Any) -> Any:
-    """The fingerprint that ``note_base`` took, or None."""
+    """The fingerprint that ``note_base`` computed, or None."""
     manager = manager_of(trainer.model)
     return None if manager is None else noted_fingerprint(manager.model)
 
@@ -45,7 +46,7 @@ def base_mark(trainer: Any) -> Any:
 def save_model(
     original: Callable[..., Any], trainer: Any, output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
-    """As the Trainer's; of a sharded model the adapters alone, whole."""
+    """The Trainer's method; of a sharded model it saves only the adapters, gathered."""
     if not is_sharded(trainer.model) or trainer.is_deepspeed_enabled:
         original(trainer, output_dir, _internal_call)
         return
@@ -64,7 +65,7 @@ def save_model(
 
 
 def save_optimizer(original: Callable[..., Any], trainer: Any, output_dir: str) -> None:
-    """As the Trainer's, with what methods measure beside it; of a sharded model as if it were not."""
+    """The Trainer's method, which also saves the methods' training state; gathers the state of a sharded model."""
     write_method_state(trainer.model, Path(output_dir), write=bool(trainer.args.should_save))
     if not is_sharded(trainer.model) or trainer.is_deepspeed_enabled:
         original(trainer, output_dir)
@@ -76,7 +77,7 @@ def save_optimizer(original: Callable[..., Any], trainer: Any, output_dir: str) 
 
 
 def load_optimizer(original: Callable[..., Any], trainer: Any, checkpoint: str | None) -> None:
-    """As the Trainer's, with what methods measured; reads what ``save_optimizer`` wrote into a sharded model's."""
+    """The Trainer's method, which also loads the methods' training state; a sharded model gets its shards."""
     if checkpoint is None:
         original(trainer, checkpoint)
         return

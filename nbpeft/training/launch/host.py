@@ -1,4 +1,4 @@
-"""The processes of a further host: python -m nbpeft.training.launch.host FOLDER PROCESSES HOSTS HOST ADDRESS PORT."""
+"""The processes of another host: python -m nbpeft.training.launch.host FOLDER PROCESSES HOSTS HOST ADDRESS PORT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ _TURN = 0.2
 
 
 def main(folder: str, processes: str, machines: str, host: str, address: str, port: str) -> int:
-    """Starts them and waits for their end. Returns the status of the process."""
+    """Starts the processes of this host and waits for their end.
+
+    Args:
+        folder: the folder of the job, on a file system that all hosts share.
+        processes: number of processes on each host.
+        machines: number of hosts.
+        host: index of this host, from 1.
+        address: address of the first host.
+        port: port on the first host.
+
+    Returns:
+        The exit status.
+    """
     launch = Launch(int(processes), (address, *["?"] * (int(machines) - 1)))
     with Processes(Path(folder), launch, host=int(host), address=address, port=int(port)) as running:
         while running.running:

@@ -1,4 +1,4 @@
-"""What the processes of a training are given, and what comes back."""
+"""The job that the processes of a training get, and the result they return."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Literal
 JOB, RESULT = "job.pt", "result"
 """In the folder of a job: the TrainRequest, and the trained adapters."""
 ON_THE_CPU = "on-the-cpu"
-"""A file that says that weights are not to be moved to a card: they are sharded, which a Trainer does from there."""
+"""A marker file: the weights stay on the CPU, because they are sharded, which a Trainer does from there."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How it ended.
+    """The end of a training.
 
     Attributes:
-        status: of the run.
-        metrics: what the Trainer reports.
+        status: the last status of the run.
+        metrics: the metrics that the Trainer reports.
         token_count: input tokens of all steps.
     """
 

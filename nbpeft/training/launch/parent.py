@@ -1,4 +1,4 @@
-"""The process that waits while others train: hands requests on, shows how it goes, takes the adapter back."""
+"""The parent process of a training in several processes: forwards requests, mirrors states, loads the adapter."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from nbpeft.training.request import TrainRequest
 from nbpeft.training.transformers.trainer_patch import load_adapters
 
 _TURN = 0.05
-"""Seconds between two looks at requests."""
+"""Seconds between two checks for requests."""
 _TO_END = 120.0
-"""Seconds that processes have to end after the adapter was saved."""
+"""Seconds that the processes have to end after the adapter was saved."""
 
 
 def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> dict[str, float]:
-    """Trains a copy of a model in other processes, and gives the model the adapters that come of it.
+    """Trains a copy of a model in other processes, and loads the trained adapters into the model.
 
-    Its adapters are as before until all processes have done their part, and then what was trained, in one change.
-    An interruption stops the processes as Stop does. One before the first step, or a second one, ends them at once, and
-    the adapters stay as they were before: what was learned is then in the run's folder alone.
+    The adapters do not change until all processes have finished; then all of them change at once.
+    An interrupt stops the processes as Stop does. An interrupt before the first step, or a second one, ends them
+    immediately and leaves the adapters unchanged: the trained weights are then only in the run's folder.
 
     Args:
         request: of tokenized rows; the adapters to train are active on its model, whose weights reach the processes in
@@ -50,17 +50,19 @@ def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> di
         launch: how many processes.
 
     Returns:
-        What the Trainer reports.
+        The metrics that the Trainer reports.
 
     Raises:
-        TrainingError: a process failed; the message is its error.
+        TrainingError: a process failed; the message is that of its error.
     """
     model, place = request.model, request.run_dir
     if manager_of(model) is None:
-        raise TrainingError(f"several processes train models that nbpeft adapted, and no {type(model).__name__}")
-    spread = set((getattr(base_of(model), "hf_device_map", None) or {}).values())
-    if len(spread) > 1:
-        raise TrainingError(f"the model is spread over {len(spread)} devices: load it on one, device_map={{'': 0}}")
+        raise TrainingError(
+            f"only models adapted by nbpeft can be trained in several processes, not a {type(model).__name__}"
+        )
+    devices = set((getattr(base_of(model), "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise TrainingError(f"the model is spread over {len(devices)} devices: load it on one, device_map={{'': 0}}")
     with _job_folder(launch, place) as folder:
         size = save_whole(folder / JOB, request, model)
         if request.arguments.get("fsdp") and not is_quantized(base_of(model)):
@@ -89,22 +91,22 @@ def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> di
 
 
 def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
-    """Shows states and hands requests on until the end; says whether an interruption brought it about."""
-    relayed, learning, interrupted = _Relay(processes, run), False, False
+    """Mirrors states and forwards requests until the end; returns the result and whether it was interrupted."""
+    relay, has_trained, interrupted = _Relay(processes, run), False, False
     while True:
         try:
-            relayed.turn()
+            relay.turn()
             message = processes.receive(_TURN)
             if isinstance(message, TrainState):
-                learning = message.step > message.first_step
-                relayed.turn(waiting=message.status == "paused")
+                has_trained = message.step > message.first_step
+                relay.turn(waiting=message.status == "paused")
                 run.mirror(message)
             elif processes.answer is not None:
                 return processes.answer, interrupted
             else:
                 _check(processes)
         except KeyboardInterrupt:
-            if interrupted or not learning:
+            if interrupted or not has_trained:
                 processes.end()
                 if processes.answer is None:
                     raise
@@ -113,7 +115,7 @@ def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
 
 
 class _Relay:
-    """Hands on what is requested of a run that other processes do."""
+    """Forwards requests to a run in other processes."""
 
     def __init__(self, processes: Processes, run: Run) -> None:
         self._waiting = False
@@ -121,7 +123,11 @@ class _Relay:
         self._sent: dict[str, Any] = {"stop": False, "reason": "", "pause": False}
 
     def turn(self, waiting: bool | None = None) -> None:
-        """Hands on what is new; ``waiting`` says whether the run waits now, where that is known anew."""
+        """Forwards new requests.
+
+        Args:
+            waiting: whether the run is paused now; None if that has not been reported since the last call.
+        """
         control, self._waiting = self._control, self._waiting if waiting is None else waiting
         control.relay(lambda: self._processes.send(save=True), waiting=self._waiting)
         wanted = {"stop": control.stop_requested, "reason": control.reason, "pause": control.paused}
@@ -131,7 +137,7 @@ class _Relay:
 
 
 def _check(processes: Processes) -> None:
-    """Raises the error of a process that failed, unless all had done their part by then."""
+    """Raises the error of a failed process, unless the training had been completed before."""
     failure = processes.failure()
     if failure is None and processes.running and not processes.unreadable:
         return
@@ -150,19 +156,22 @@ def _no_answer(processes: Processes) -> str:
     if not processes.unreadable:
         return "ended before the training did"
     return (
-        f"sent what cannot be read here ({processes.unreadable}): if a package was upgraded since Python started, "
-        "restart it"
+        f"sent a message that cannot be read here ({processes.unreadable}): if a package was upgraded since Python "
+        "started, restart it"
     )
 
 
 def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
-    """Says in the folder of the run how it ended, where its process could not; one without a step is removed."""
+    """Records in the run's folder how it ended, if its process could not; a folder without any step is removed."""
     if not run.folder or place is None:
         return
     folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
-    with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
+    with contextlib.suppress(NbpeftError):  # the error of the training is the one to report
         facts, record = folder.facts(), folder.record()
-        if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
+        if facts.get("status") not in (
+            "running",
+            "failed",
+        ):  # "failed" may be a consequence of the failure of another process
             return
         if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)
@@ -173,26 +182,26 @@ def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
 
 
 def _note_loss(run: Run, place: Any) -> None:
-    """Says that the processes were ended before what they had learned came back, and where it is kept."""
+    """Records that the processes ended before the trained weights were loaded, and where these are saved."""
     run.lost = "the adapters are as before"
     _note_end(run, place, "stopped", run.stop_message())
-    kept = RunFolder(Path(run.folder)).kept_steps() if run.folder else ()
-    if any(kept):
-        run.lost += f"; run {Path(run.folder).name} can be resumed from step {kept[0]:,}"
+    saved_steps = RunFolder(Path(run.folder)).kept_steps() if run.folder else ()
+    if any(saved_steps):
+        run.lost += f"; run {Path(run.folder).name} can be resumed from step {saved_steps[0]:,}"
     run.note(run.lost)
 
 
 @contextlib.contextmanager
 def _job_folder(launch: Launch, place: Any) -> Iterator[Path]:
-    """A folder that all hosts see, removed afterwards: a temporary one, or for several hosts one beside the runs."""
+    """A folder for all hosts, removed afterwards: a temporary one, or for several hosts one next to the runs."""
     if not launch.machines:
         with scratch_folder() as folder:
             yield folder
         return
-    home = RunPlace.of(place).store.place if place is not None else Path.cwd()
-    home.mkdir(parents=True, exist_ok=True)
-    sweep(home)
-    staging = Staging(home.resolve(), mode=0o700)
+    runs_folder = RunPlace.of(place).store.place if place is not None else Path.cwd()
+    runs_folder.mkdir(parents=True, exist_ok=True)
+    sweep(runs_folder)
+    staging = Staging(runs_folder.resolve(), mode=0o700)
     try:
         yield staging.path
     finally:
@@ -200,7 +209,7 @@ def _job_folder(launch: Launch, place: Any) -> Iterator[Path]:
 
 
 def _host_script(folder: Path, launch: Launch, host: int, address: str, port: int) -> str:
-    """Writes what starts the processes of another host. Returns the command."""
+    """Writes the script that starts the processes of another host; returns the command to run there."""
     path = folder / f"host-{host}.sh"
     paths = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     words = [sys.executable, "-m", "nbpeft.training.launch.host", str(folder)]
@@ -212,7 +221,7 @@ def _host_script(folder: Path, launch: Launch, host: int, address: str, port: in
 
 
 def _started(folder: Path, launch: Launch, run: Run, port: int) -> Processes:
-    """The processes of this host, to be entered; says how those of the others are started."""
+    """The processes of this host, as a context manager; reports the commands for the other hosts."""
     address = (launch.machines or ("127.0.0.1",))[0]
     scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
     if scripts:
@@ -223,9 +232,13 @@ def _started(folder: Path, launch: Launch, run: Run, port: int) -> Processes:
 
 @contextlib.contextmanager
 def _held_port() -> Iterator[int]:
-    """A port on which the first process can listen, and which nobody else is given until the block ends."""
+    """A free port for the first process, reserved until the block ends.
+
+    A socket that is bound but does not listen keeps the kernel from giving the port to another program. On Linux
+    with SO_REUSEADDR, which the TCPStore of torch sets too, the first process can still listen on it.
+    """
     with socket.socket() as holder:
-        if sys.platform == "linux":  # where a socket that does not listen leaves the port to another one
+        if sys.platform == "linux":
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
         port = int(holder.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The processes of one training on this host: started together, ended together."""
+"""The processes of one training on this host, which start and end together."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ CHILD = "nbpeft.training.process"
 """The module that each process runs."""
 MOST = 256
 _GRACE = 5.0
-"""Seconds that a process has to end by itself."""
+"""Seconds that a process has to end after SIGTERM."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes train, and where.
+    """The number of processes and the hosts of a training.
 
     Attributes:
-        processes: on each host.
-        machines: addresses, this host's first; empty where it is the only one.
+        processes: number of processes on each host.
+        machines: addresses of the hosts, this one's first; empty if there is only this one.
     """
 
     processes: int
@@ -46,22 +46,22 @@ class Launch:
 
     @property
     def world(self) -> int:
-        """Processes of all hosts."""
+        """The number of processes on all hosts, torch's world size."""
         return self.processes * max(len(self.machines), 1)
 
 
 def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) -> Launch | None:
-    """What a training is to be launched as; None where it is to run in this process.
+    """How to launch a training; None if it runs in this process.
 
-    Inside a process that a launcher has started that is what was asked for already.
+    A process that was itself started by a launcher launches no others.
 
     Args:
-        processes: on each host, as given; None for one.
-        machines: addresses, as given, or None.
-        sharded: whether the model is to be sharded over them.
+        processes: number of processes on each host, as given; None for one.
+        machines: addresses of the hosts, as given, or None.
+        sharded: whether the model is sharded over the processes.
 
     Raises:
-        ConfigError: they are impossible here.
+        ConfigError: an argument is invalid, or this machine has too few devices.
     """
     count = 1 if processes is None else processes
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST:
@@ -75,7 +75,9 @@ def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) ->
         )
     if is_launched() or (count == 1 and not names):
         if sharded and not is_launched():
-            raise ConfigError("fsdp shards a model over several processes: say how many, processes=…", field="fsdp")
+            raise ConfigError(
+                "fsdp shards a model over several processes: give their number, processes=…", field="fsdp"
+            )
         return None
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else count
     if count > cards:
@@ -88,7 +90,15 @@ def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) ->
 
 
 def environment(launch: Launch, host: int, local_rank: int, address: str, port: int) -> dict[str, str]:
-    """The variables of one process, as ``torch.distributed.run`` sets them, with the paths of this interpreter."""
+    """The environment of one process: the variables that ``torch.distributed.run`` sets, and this interpreter's paths.
+
+    Args:
+        launch: the number of processes and hosts.
+        host: index of the host, from 0.
+        local_rank: index of the process on its host.
+        address: address of the first host.
+        port: port on the first host.
+    """
     threads = max(1, (os.cpu_count() or 1) // launch.processes)
     ranks = {
         "RANK": host * launch.processes + local_rank,
@@ -104,21 +114,21 @@ def environment(launch: Launch, host: int, local_rank: int, address: str, port: 
 
 
 class Processes:
-    """The processes of this host; as a context manager they have ended when the block has.
+    """The processes of this host; a context manager at whose end they have ended.
 
-    The first one sends messages (``receive``) and takes requests (``send``). Each ends by itself when this one does,
-    some seconds later at the latest.
+    The first process sends messages (``receive``) and takes requests (``send``). If this process dies, the others end
+    by themselves within seconds.
 
     Args:
-        folder: of the job; takes what they print and why they failed.
-        launch: how many.
-        host: which of the hosts this is.
-        address: of the first host.
-        port: on it.
+        folder: the folder of the job, into which their output and errors are written.
+        launch: the number of processes and hosts.
+        host: index of this host, from 0.
+        address: address of the first host.
+        port: port on the first host.
 
     Attributes:
-        answer: how the training ended; None until the first process says so.
-        unreadable: why what it sent could not be read; empty where all could.
+        answer: the end of the training; None until the first process reports it.
+        unreadable: why a message of the first process could not be read; empty if all could.
     """
 
     answer: Ended | None = None
@@ -149,7 +159,7 @@ class Processes:
             self.end()
 
     def _start(self, number: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        # In a session of its own: an interruption of the notebook's process group is delivered once, to the notebook.
+        # In a session of its own, so that SIGINT to the notebook's process group reaches only the notebook.
         with open(self.folder / f"process-{self._first + number}.log", "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", CHILD, str(self.folder)],
@@ -172,11 +182,11 @@ class Processes:
                     self._messages.put(message)
         except EOFError:
             return
-        except Exception as error:  # of a class that is another one there, say
+        except Exception as error:  # e.g. a class that differs in the other process
             self.unreadable = f"{type(error).__name__}: {in_one_line(error)}"
 
     def receive(self, timeout: float) -> Any:
-        """The next message of the first process but its answer; None where none comes within ``timeout`` seconds."""
+        """The next message of the first process other than its answer; None if none arrives in ``timeout`` seconds."""
         try:
             return self._messages.get(timeout=timeout)
         except queue.Empty:
@@ -186,24 +196,24 @@ class Processes:
         """Sends a request to the first process."""
         stream = self._running[0].stdin
         assert stream is not None
-        with contextlib.suppress(OSError, ValueError):  # it has ended: that is seen elsewhere
+        with contextlib.suppress(OSError, ValueError):  # the process has ended, which the parent detects by itself
             pickle.dump(request, stream)
             stream.flush()
 
     @property
     def running(self) -> bool:
-        """Whether any of them runs."""
+        """Whether any of the processes is running."""
         return any(process.poll() is None for process in self._running)
 
     def failure(self) -> Failure | None:
-        """Why the first of those failed that did, on any host; None where none has."""
+        """The first failure, on any host; None if no process failed."""
         failed = {number: code for number, process in enumerate(self._running) if (code := process.poll())}
         if not failed and not Failure.all_in(self.folder):
             return None
-        time.sleep(0.2)  # one that failed first may be about to say so
-        told = Failure.all_in(self.folder)
-        if told:
-            return min(told, key=lambda found: found.time)
+        time.sleep(0.2)  # the process that failed first may still be writing its report
+        reports = Failure.all_in(self.folder)
+        if reports:
+            return min(reports, key=lambda found: found.time)
         number, code = next(iter(failed.items()))
         how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         rank = self._first + number
@@ -212,7 +222,10 @@ class Processes:
         return Failure(rank, "", how + why, time.time())
 
     def end(self, grace: float = _GRACE) -> None:
-        """Ends those that run: asked to, and after ``grace`` seconds at once. What they sent has arrived then."""
+        """Ends the running processes: with SIGTERM, and after ``grace`` seconds with SIGKILL.
+
+        Afterwards all messages that they sent have been read.
+        """
         alive = [process for process in self._running if process.poll() is None]
         for process in alive:
             with contextlib.suppress(OSError):
@@ -227,14 +240,15 @@ class Processes:
         if self._reader.ident is not None:
             self._reader.join(grace)
         for process in self._running:
-            # A process of theirs may have its end of the stream, and closing what a thread reads waits for the thread.
+            # A grandchild may have inherited the pipe and keep it open; closing a stream that the reader thread is
+            # still blocked on would block too.
             for stream in (process.stdin, None if self._reader.is_alive() else process.stdout):
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()
 
     def wait(self, timeout: float) -> bool:
-        """Waits for the end of all, at most ``timeout`` seconds. Returns whether that came about."""
+        """Waits at most ``timeout`` seconds for the end of all processes; returns whether all have ended."""
         until = time.monotonic() + timeout
         while self.running and time.monotonic() < until:
             time.sleep(0.02)
@@ -243,13 +257,13 @@ class Processes:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process failed.
+    """The failure of a process.
 
     Attributes:
-        rank: of the process.
+        rank: rank of the process.
         kind: name of the error's class.
-        message: one line.
-        time: seconds since 1970.
+        message: the error in one line.
+        time: time of the failure, in seconds since 1970.
         trace: the traceback as text.
     """
 
@@ -260,19 +274,19 @@ class Failure:
     trace: str = ""
 
     def write(self, folder: Path) -> None:
-        """Leaves it for the process that waits."""
+        """Writes the failure into the folder of a job, for the parent process."""
         path = folder / f"failure-{self.rank}.json"
         path.with_suffix(".new").write_text(json.dumps(vars(self)), encoding="utf-8")
         os.replace(path.with_suffix(".new"), path)
 
     @classmethod
     def all_in(cls, folder: Path) -> list[Failure]:
-        """What the processes of a job have left."""
-        found = []
+        """The failures that the processes of a job have written."""
+        failures = []
         for path in folder.glob("failure-*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                found.append(cls(**json.loads(path.read_text(encoding="utf-8"))))
-        return found
+                failures.append(cls(**json.loads(path.read_text(encoding="utf-8"))))
+        return failures
 
 
 def _last_line(log: Path) -> str:

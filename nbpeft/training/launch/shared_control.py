@@ -1,4 +1,4 @@
-"""Stop, Pause and Save in several processes at once: the first one is asked, and all of them hear of it at one step."""
+"""Stop, Pause and Save in several processes: rank 0 receives the requests, and all processes act at the same step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _STOP, _PAUSE, _SAVE = range(3)
 class SharedControl(RunControl):
     """A ``RunControl`` whose requests are carried out by all processes after the same step.
 
-    A process that waited alone would leave the others in a collective operation, until that times out. Requests are
-    therefore kept by the first process, and handed on wherever a run looks for them, which all do in step.
+    If one process paused alone, the others would block in a collective operation until it times out. So rank 0
+    stores the requests, and broadcasts them at each check of the run, which all processes make at the same steps.
     """
 
     reaches_all = True
@@ -28,10 +28,10 @@ class SharedControl(RunControl):
         self._guard = threading.Lock()
 
     def take(self, request: Mapping[str, Any]) -> None:
-        """Notes a request in the first process; may come from any thread.
+        """Stores a request in rank 0; may be called in any thread.
 
         Args:
-            request: ``stop`` and ``reason``, ``pause``, ``save``; what is left out stays.
+            request: any of ``stop``, ``reason``, ``pause`` and ``save``; those left out do not change.
         """
         with self._guard:
             for place, name in ((_STOP, "stop"), (_PAUSE, "pause"), (_SAVE, "save")):
@@ -39,15 +39,15 @@ class SharedControl(RunControl):
             self._reason = str(request.get("reason", self._reason))
 
     @property
-    def writes(self) -> bool:  # type: ignore[override]  # a constant where there is one process
-        """Whether this process writes what is saved."""
+    def writes(self) -> bool:  # type: ignore[override]  # a constant in RunControl, for a single process
+        """Whether this process writes the saved files."""
         return is_main_process()
 
     def wait_for_stop(self, timeout: float) -> bool:
-        """Waits until the run is to end after the step that it has just done, at most ``timeout`` seconds.
+        """Waits at most ``timeout`` seconds until a stop has been delivered to the run.
 
         Returns:
-            Whether that came about: a run whose step does not end hears of no request.
+            Whether it has: a run whose step does not end receives no requests.
         """
         with self._changed:
             return self._changed.wait_for(lambda: self._stop, timeout)
@@ -60,5 +60,5 @@ class SharedControl(RunControl):
             self.request_stop(self._reason)
         if pause != self._paused:
             self._set_paused(pause)
-        if save:  # in each of them: of a sharded model all have a part, and the first one writes
+        if save:  # in every process: each has a shard of the model, and rank 0 writes
             self.request_save()

@@ -1,6 +1,6 @@
-"""A model, its rows and its arguments in one file, which other processes map: one copy in the memory of a host.
+"""Stores a model, its rows and its arguments in one file, which the processes of a host map: they share one copy.
 
-Any model that pickle can name is taken, quantized or not, with its adapters as they are now.
+Any model that can be pickled is supported, quantized or not, with its current adapters.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.memory.formatting import size_text
 
 _INPUT_GRADS = "enable_input_require_grads.<locals>"
-"""In the qualified name of the hook that transformers puts on embeddings."""
+"""Part of the qualified name of the hook that transformers registers on embeddings."""
 
 
 class _Pickler(pickle.Pickler):
-    """Names what another process cannot import, and keeps the classes of parameters, as bitsandbytes has them."""
+    """Names objects that another process cannot import, and preserves classes of parameters (bitsandbytes)."""
 
     def reducer_override(self, value: Any) -> Any:
         kind = type(value)
@@ -45,22 +45,25 @@ _PICKLE = SimpleNamespace(__name__="pickle", Pickler=_Pickler, dumps=pickle.dump
 
 
 def save_whole(path: Path, content: Any, model: nn.Module) -> int:
-    """Writes a model and what belongs to it. Returns the number of bytes.
+    """Writes a model and its job to a file.
 
     Args:
-        path: of the new file.
-        content: holds the model.
-        model: whose tensors are the most of it.
+        path: the new file.
+        content: the object to write, which contains the model.
+        model: the model, whose tensors determine the size.
+
+    Returns:
+        The size of the file, in bytes.
 
     Raises:
-        TrainingError: something of it cannot be sent to other processes, or the disk has no room.
+        TrainingError: an object cannot be sent to other processes, or the disk has too little space.
     """
     needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise TrainingError(
-            f"the processes read the model from a file of {size_text(needed)}, and {path.parent} has {size_text(free)} "
-            "left: set TMPDIR to a folder with more room"
+            f"the processes read the model from a file of {size_text(needed)}, and {path.parent} has only "
+            f"{size_text(free)} left: set TMPDIR to a folder with more space"
         )
     try:
         torch.save(content, path, pickle_module=_PICKLE)
@@ -70,11 +73,11 @@ def save_whole(path: Path, content: Any, model: nn.Module) -> int:
 
 
 def load_whole(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What ``save_whole`` wrote. On the CPU the tensors are pages of the file, shared until one is written to.
+    """Loads what ``save_whole`` wrote; on the CPU the tensors are memory-mapped, shared until they are modified.
 
     Args:
-        path: of the file.
-        device: where the tensors go.
+        path: the file.
+        device: the device of the tensors.
     """
     return torch.load(path, map_location=device, mmap=True, weights_only=False)
 

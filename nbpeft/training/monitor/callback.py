@@ -1,4 +1,4 @@
-"""Connects a transformers Trainer to a run: it feeds the run and carries out its Stop and Pause."""
+"""Connects a transformers Trainer to a run: it feeds the run and carries out Stop and Pause."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run, StopRun
 
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-"""What a Trainer reports of an evaluation besides its loss and the values of ``compute_metrics``."""
+"""The metrics that a Trainer adds to those of ``compute_metrics``, without their prefix."""
 
 
 class RunCallback(TrainerCallback):
-    """Add it to any Trainer: ``trainer.add_callback(RunCallback(run))``.
+    """Reports a Trainer's progress to a run; for any Trainer: ``trainer.add_callback(RunCallback(run))``.
 
-    Stop ends training after the step it is in, skips the evaluation that would follow, and
-    writes a checkpoint where the Trainer writes checkpoints at all.
+    Stop ends training after the current step, skips the evaluation that would follow, and
+    writes a checkpoint if the Trainer saves checkpoints by steps.
 
     Args:
         run: The run to feed. Outside a ``with run:`` block it is finished at the end of training.
 
     Attributes:
-        batch_shape: rows and tokens a row of the last batch; None before the first one.
+        batch_shape: rows and tokens per row of the last batch; None before the first one.
     """
 
     def __init__(self, run: Run) -> None:
@@ -43,22 +43,22 @@ class RunCallback(TrainerCallback):
             self.run.record(0, tokens=tokens)
 
     def note(self, message: str) -> None:
-        """Adds to the line shown with the run."""
+        """Adds a note to the line shown with the run."""
         self.run.note(message)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the run the number of steps to come."""
+        """Starts the run with the total number of steps and, if resumed, the steps done before."""
         total = state.max_steps if state.max_steps > 0 else None
         self.run.begin(total_steps=total, step=state.global_step, earlier=state.log_history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends a run that is resumed after its last step: a Trainer would do one more."""
+        """Ends a run that is resumed after its last step: a Trainer would make one more."""
         if 0 < state.max_steps <= state.global_step and self.run.entered and not is_distributed():
-            self.run.note(f"no step was left: it had finished at step {state.global_step:,}")
+            self.run.note(f"no steps left: the run had already finished at step {state.global_step:,}")
             raise StopRun(self.run, finished=True)
 
     def on_substep_end(
@@ -68,7 +68,7 @@ class RunCallback(TrainerCallback):
         self._stop_if_requested(args, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notes the step, then carries out Stop and Pause."""
+        """Records the step, then carries out Stop and Pause."""
         self.run.record(state.global_step, epoch=state.epoch)
         self._stop_if_requested(args, control)
 
@@ -80,7 +80,7 @@ class RunCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Notes what the Trainer has logged."""
+        """Records what the Trainer has logged."""
         if logs and "loss" in logs:
             self.run.record(
                 state.global_step,
@@ -98,7 +98,7 @@ class RunCallback(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Notes the loss on held-out data, and the values of ``compute_metrics``."""
+        """Records the loss on evaluation data, and the values of ``compute_metrics``."""
         if metrics:
             values = metrics_of(metrics)
             self.run.evaluated(
@@ -108,14 +108,14 @@ class RunCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Carries out Pause during an evaluation, and Stop where the run can end it at once."""
+        """Carries out Pause during an evaluation, and Stop if the run can end at once."""
         if self.run.wait_or_stop() and self.run.entered and not is_distributed():
             raise StopRun(self.run)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After Stop, no evaluation is begun; a training that diverged saves nothing either."""
+        """Prevents an evaluation after Stop, and after divergence saving too."""
         if self.run.control.stop_requested or self.run.diverged:
             control.should_evaluate = False
         if self.run.diverged:
@@ -124,7 +124,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finishes a run that no block finishes."""
+        """Finishes a run that is not inside a ``with run:`` block."""
         if self.run.entered:
             return
         if self.run.cut_short:
@@ -140,7 +140,7 @@ class RunCallback(TrainerCallback):
 
 
 def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of ``compute_metrics`` in what a Trainer reports of an evaluation, without ``eval_``."""
+    """The numbers of ``compute_metrics`` among the metrics a Trainer reports of an evaluation, without ``eval_``."""
     named = {name.removeprefix("eval_"): value for name, value in reported.items() if name.startswith("eval_")}
     return {
         name: float(value)
@@ -150,7 +150,7 @@ def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
 
 
 def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and tokens a row of a batch, or None where it has none."""
+    """The number of rows and of tokens per row of a batch; None for a batch without tokens."""
     for name in ("input_ids", "inputs_embeds", "input_values"):
         tensor = inputs.get(name)
         if isinstance(tensor, Tensor) and tensor.ndim >= 2:
@@ -161,7 +161,7 @@ def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether any process of a distributed run has the flag set; every process must call it.
 
-    Processes that end at different steps would wait for each other for ever.
+    Processes that end at different steps would wait for each other's collective operations for ever.
     """
     if not is_distributed():
         return flag
@@ -171,11 +171,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor | None:
-    """Input tokens of a batch: unmasked ones where there is a mask; None without tokens."""
+    """The number of input tokens of a batch, without masked ones; None for a batch without tokens."""
     mask, tokens, positions = (inputs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
     if isinstance(mask, Tensor):
         return mask.detach().ne(0).sum()
-    if isinstance(positions, Tensor) and positions.ndim == 2:  # packed: padding has no position but 0
+    if isinstance(positions, Tensor) and positions.ndim == 2:  # packed: all padding has position 0
         starts = positions.detach().eq(0)
         return starts.numel() - (starts & nn.functional.pad(starts[:, 1:], (0, 1), value=True)).sum()
     return tokens.numel() if isinstance(tokens, Tensor) else None

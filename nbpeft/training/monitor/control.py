@@ -1,4 +1,4 @@
-"""Stop, Pause and Save for a running training, requested from anywhere, carried out between steps."""
+"""Stop, Pause and Save for a running training, requested from any thread, carried out between steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nbpeft._util.subscribers import Subscribers
 
 @dataclass(frozen=True)
 class CloneRequest:
-    """An adapter of a sweep is to go on as two.
+    """A request to clone an adapter of a sweep.
 
     Attributes:
-        source: the adapter, which goes on as it is.
-        name: of its clone; None for one that follows from what it has of its own.
-        fields: what the clone has of its own, e.g. ``learning_rate``.
-        rate_factor: on the learning rate that it would have otherwise.
+        source: the adapter, which continues unchanged.
+        name: name of the clone; None to make one from its own settings.
+        fields: settings in which the clone differs, e.g. ``learning_rate``.
+        rate_factor: factor on the learning rate that the clone would have otherwise.
     """
 
     source: str
@@ -29,24 +29,24 @@ class CloneRequest:
 
 
 class RunControl:
-    """What a front end requests of a run.
+    """The requests of a front end to a run.
 
     Requests may come from any thread. The training loop carries them out in :meth:`wait_or_stop`, so
-    that no step is cut in half. Each says what is wanted, so that requesting it again changes nothing: a
-    request may be carried out long after it was made.
+    that no step is interrupted in the middle. A request sets a desired state and does not toggle it, so that repeating
+    it changes nothing: it may be carried out long after it was made.
 
     Attributes:
         deliver_clicks: Called between steps and, while paused, every ``poll_interval`` seconds. A
             front end whose clicks do not arrive while a cell runs delivers them here. A
-            function that fails is dropped with a warning: training goes on.
+            function that raises is dropped with a warning, and training continues.
         reason: Why a stop was requested, in one line.
     """
 
     poll_interval = 0.05
     reaches_all = False
-    """Whether the other processes of a training hear of each request, at the same step."""
+    """Whether all processes of a training carry out each request, at the same step."""
     writes = True
-    """Whether this process writes what is saved."""
+    """Whether this process writes the saved files."""
 
     def __init__(self) -> None:
         self.deliver_clicks: Callable[[], None] | None = None
@@ -62,36 +62,36 @@ class RunControl:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the run is to end after the step it is in."""
+        """Whether the run should end after the current step."""
         return self._stop
 
     @property
     def paused(self) -> bool:
-        """Whether the run is to wait before its next step."""
+        """Whether the run should wait before its next step."""
         return self._paused and not self._stop
 
     @property
     def waiting(self) -> bool:
-        """Whether the run waits now: a pause that was requested begins when the step has ended."""
+        """Whether the run is waiting now: a requested pause begins when the current step has ended."""
         return self._waiting
 
     @property
     def save_requested(self) -> bool:
-        """Whether the adapter is to be saved after the step the run is in."""
+        """Whether the adapter should be saved after the current step."""
         return self._save
 
     @property
     def members_to_stop(self) -> frozenset[str]:
-        """The adapters of a sweep that are to learn no more after the step the run is in."""
+        """The adapters of a sweep whose training should end after the current step."""
         return frozenset(self._members)
 
     @property
     def members_to_clone(self) -> frozenset[str]:
-        """The adapters of a sweep that are to be cloned after the step the run is in."""
+        """The adapters of a sweep that should be cloned after the current step."""
         return frozenset(request.source for request in list(self._clones))
 
     def on_request(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """Calls back after each request, in the thread that made it, until the returned function is called.
+        """Registers a callback for each request; it runs in the thread that made the request.
 
         Args:
             callback: must return at once, and may be called in the thread that receives the kernel's messages. A bound
@@ -100,7 +100,11 @@ class RunControl:
         return self._subscribers.add(callback)
 
     def request_stop(self, reason: str = "") -> None:
-        """Asks the run to end after the step it is in; ends a pause too."""
+        """Asks the run to end after the current step; ends a pause too.
+
+        Args:
+            reason: why, in one line, for the run's message.
+        """
         with self._changed:
             if not self._stop:
                 self._stop, self.reason = True, reason
@@ -108,26 +112,26 @@ class RunControl:
         self._report()
 
     def request_save(self) -> None:
-        """Asks the run to save the adapter after the step it is in."""
+        """Asks the run to save the adapter after the current step."""
         with self._changed:
             self._save = True
             self._changed.notify_all()
         self._report()
 
     def request_stop_of(self, member: str) -> None:
-        """Asks one adapter of a sweep to learn no more after the step the run is in, while the others go on."""
+        """Asks the run to end the training of one adapter of a sweep after the current step; the others continue."""
         with self._changed:
             self._members.add(member)
             self._changed.notify_all()
         self._report()
 
     def request_clone_of(self, member: str, name: str | None = None, **fields: Any) -> None:
-        """Asks that an adapter of a sweep goes on as two after the step the run is in, the second with other settings.
+        """Asks the run to clone an adapter of a sweep after the current step, and train the clone with other settings.
 
         Args:
-            member: the adapter, which goes on as it is.
-            name: of the second one; None for one that follows from what it has of its own.
-            **fields: what it has of its own, e.g. ``learning_rate``; half the learning rate if nothing is said.
+            member: the adapter, which continues unchanged.
+            name: name of the clone; None to make one from its own settings.
+            **fields: settings in which the clone differs, e.g. ``learning_rate``; half the learning rate by default.
         """
         with self._changed:
             self._clones.append(CloneRequest(member, name, fields, 1.0 if fields else 0.5))
@@ -135,16 +139,16 @@ class RunControl:
         self._report()
 
     def take_clones(self) -> list[CloneRequest]:
-        """Called by the training loop between steps: what was requested, once."""
-        taken, self._clones = self._clones, []
-        return taken
+        """Returns the pending clone requests and clears them; called by the training loop between steps."""
+        requests, self._clones = self._clones, []
+        return requests
 
     def pause(self) -> None:
         """Asks the run to wait before its next step."""
         self._set_paused(True)
 
     def resume(self) -> None:
-        """Lets a waiting run go on."""
+        """Ends a pause."""
         self._set_paused(False)
 
     def wait_or_stop(
@@ -154,10 +158,10 @@ class RunControl:
 
         Args:
             on_wait: Called once, before the first wait of this call.
-            on_save: Called where saving was requested, during a pause, too.
+            on_save: Called if saving was requested, also during a pause.
 
         Returns:
-            Whether the loop is to end.
+            Whether the loop should end.
         """
         self._deliver()
         self._save_if_requested(on_save)
@@ -166,11 +170,11 @@ class RunControl:
         return self._stop
 
     def relay(self, on_save: Callable[[], None], *, waiting: bool) -> None:
-        """Called instead of ``wait_or_stop`` by who waits for a run in other processes, and hands requests on to it.
+        """Called by the parent process instead of ``wait_or_stop``, if the run takes place in other processes.
 
         Args:
-            on_save: called where saving was requested.
-            waiting: whether the run waits now.
+            on_save: called if saving was requested.
+            waiting: whether the run is waiting now.
         """
         self._deliver()
         self._save_if_requested(on_save)
@@ -214,7 +218,7 @@ class RunControl:
         except Exception as error:
             self.deliver_clicks = None
             warnings.warn(
-                f"The buttons of this run do not answer any more ({type(error).__name__}: {error}); "
+                f"The buttons of this run no longer work ({type(error).__name__}: {error}); "
                 "interrupting the kernel still stops it.",
                 stacklevel=2,
             )

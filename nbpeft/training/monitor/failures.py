@@ -1,6 +1,6 @@
-"""One line about what ended a run, with the remedy where it is known.
+"""A one-line explanation of the error that ended a run, with the remedy if it is known.
 
-Out of memory: which part grew, what to change and by how much.
+If it ran out of memory: which part needed most, what to change and how much that saves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.monitor.tracebacks import release_frames
 
 _HALF_REMEDY = (
-    "modules trained as a whole and base biases have the base's dtype; call "
+    "fully trained modules and base biases have the base's dtype; call "
     "nbpeft.cast_mixed_precision_params(model, torch.float16), or use bf16"
 )
 _OOM_REMEDY = (
@@ -40,7 +40,7 @@ _NAMES = {
     "sequence_length": "max_length",
     "optimizer": "optim",
 }
-"""How training arguments call what a forecast names."""
+"""Setting of a forecast -> name of the training argument."""
 _ESTIMATED = {
     "activations": "activations kept for backward need",
     "temporary": "logits and other temporary tensors need",
@@ -55,11 +55,16 @@ _MEASURED = {
 }
 _OPTIMIZER_STEP = "the optimizer's step"
 _SAVES_ACTIVATIONS = ("batch_size", "sequence_length", "gradient_checkpointing")
-"""How changes begin that do not help where no activation is left."""
+"""The settings whose changes do not help in the optimizer's step, when the activations are already freed."""
 
 
 def explain_failure(error: BaseException, model: nn.Module | None) -> str:
-    """One line about an exception that ended a run, with the remedy where it is known."""
+    """Explains an exception that ended a run in one line, with the remedy if it is known.
+
+    Args:
+        error: the exception.
+        model: the model in training, if it still exists.
+    """
     if isinstance(error, NbpeftError):
         return str(error)
     text = str(error).strip().splitlines()
@@ -67,15 +72,15 @@ def explain_failure(error: BaseException, model: nn.Module | None) -> str:
     if is_out_of_memory(error):
         return f"Out of memory: {_OOM_REMEDY}." if model is None else _oom_message(error, model)
     if trains_in_half(error):
-        return f"A GradScaler takes no weights that are trained in float16: {_HALF_REMEDY}."
+        return f"A GradScaler does not support weights trained in float16: {_HALF_REMEDY}."
     if model is not None and "does not require grad" in line:
-        why = why_no_gradient(model) or "nothing that is trainable took part in the loss"
+        why = why_no_gradient(model) or "no trainable parameter took part in the loss"
         return f"No gradient reaches the adapter: {why}."
     return line
 
 
 def trains_in_half(error: BaseException) -> bool:
-    """Whether a GradScaler met gradients in float16, as of a head copied from a base in float16."""
+    """Whether a GradScaler met gradients in float16, e.g. those of a head copied from a base in float16."""
     return isinstance(error, ValueError) and "unscale FP16 gradients" in str(error)
 
 
@@ -99,20 +104,20 @@ def oom_error(
     step: int,
     costs: Mapping[str, Any] = {},
 ) -> TrainingError:
-    """The error to raise for one that ran out of memory; releases what the failed step held.
+    """Explains an out-of-memory error, and releases the memory of the failed step.
 
     Args:
-        error: what was raised.
-        model: in training; loses its gradients, keeps its weights.
+        error: the exception.
+        model: the model in training; its gradients are freed, its weights stay.
         settings: the ``TrainingArguments``.
-        batch: rows and tokens a row of the batch it failed on, or None.
+        batch: rows and tokens per row of the batch that failed, or None.
         optimizer: the optimizer, if there is one.
         step: optimizer steps done.
         costs: how the step was computed, as keywords of ``forecast``: ``loss_chunk_size``, ``recompute``, ``adapters``.
 
     Returns:
-        A TrainingError of one line; its details hold ``batch_size``, ``parts``, ``suggestions``,
-        ``measured`` and ``stage``.
+        A TrainingError with a one-line message, to raise; its details are ``batch_size``, ``parts`` (bytes),
+        ``suggestions``, ``measured`` and ``stage``.
     """
     stage = _stage(error.__traceback__)
     measured = measure(model, optimizer)
@@ -123,7 +128,7 @@ def oom_error(
     expected = _expected(model, settings, batch, training=stage != "evaluation", costs=costs)
     size = settings.per_device_eval_batch_size if stage == "evaluation" else settings.per_device_train_batch_size
     where = f"in {stage} after {step} step{'' if step == 1 else 's'}"
-    how = f"at batch size {size}" + (f" and {batch[1]} tokens a row" if batch is not None else "")
+    how = f"at batch size {size}" + (f" and {batch[1]} tokens per row" if batch is not None else "")
     parts = expected.parts if expected is not None else measured.parts
     largest = _largest_part(parts, measured, stage, expected is not None)
     return TrainingError(
@@ -137,11 +142,11 @@ def oom_error(
 
 
 def _oom_message(error: BaseException, model: nn.Module) -> str:
-    """The line for a loop of one's own, whose batch is not known: the part that had grown when it failed.
+    """The message for a user's own loop, whose batch size is unknown: the largest part measured at the failure.
 
     Args:
-        error: what was raised, with its traceback still on it.
-        model: in training.
+        error: the exception, with its traceback.
+        model: the model in training.
     """
     stage = _stage(error.__traceback__)
     measured = measure(model)
@@ -151,7 +156,7 @@ def _oom_message(error: BaseException, model: nn.Module) -> str:
 
 
 def free_memory() -> None:
-    """Returns memory that nothing holds any more to the device."""
+    """Collects garbage, and returns cached memory that is no longer used to the device."""
     gc.collect()
     for library in (torch.cuda, torch.xpu, torch.mps):
         if library.is_available():
@@ -159,7 +164,7 @@ def free_memory() -> None:
 
 
 def _stage(trace: TracebackType | None) -> str:
-    """What was being done, from the functions the error went through."""
+    """The stage of the training at which an error was raised, from the functions in its traceback."""
     stage = "forward"
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -177,7 +182,7 @@ def _stage(trace: TracebackType | None) -> str:
 def _expected(
     model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool, costs: Mapping[str, Any]
 ) -> Forecast | None:
-    """What the step needs in whole, by forecast; None where that is not known."""
+    """A forecast of the memory of the whole step; None if it cannot be made."""
     base: Any = base_of(model)
     names = active_names(model)
     configs = getattr(model, "peft_config", {})
@@ -205,11 +210,11 @@ def _expected(
             **costs,
         )
     except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
-        return None  # a model or an optimizer that cannot be forecast: what was measured has to do
+        return None  # a model or an optimizer without a forecast: the measurement is used instead
 
 
 def _limit(base: nn.Module) -> int | None:
-    """What the accelerator has for this process; a host's memory is shared and its limit not known."""
+    """The accelerator's memory for this process, in bytes; None for the CPU, whose memory is shared."""
     device = placed_on(base) or torch.device("cpu")
     if device.type in ("cpu", "meta"):
         return None
@@ -236,7 +241,7 @@ def _largest_part(parts: tuple[MemoryPart, ...], measured: MemoryState, stage: s
 
 
 def _changes(expected: Forecast | None, stage: str, size: int) -> str:
-    """What to change and what that saves."""
+    """What to change, and the memory that saves."""
     if stage == "evaluation":
         return (
             f"per_device_eval_batch_size {size} -> {max(size // 2, 1)}, which halves what it takes"
@@ -247,13 +252,15 @@ def _changes(expected: Forecast | None, stage: str, size: int) -> str:
         return _OOM_REMEDY
     words = []
     helpful = [
-        one for one in expected.suggestions if stage != _OPTIMIZER_STEP or not one.change.startswith(_SAVES_ACTIVATIONS)
+        suggestion
+        for suggestion in expected.suggestions
+        if stage != _OPTIMIZER_STEP or not suggestion.change.startswith(_SAVES_ACTIVATIONS)
     ]
-    for one in helpful[:_SHOWN_CHANGES]:
-        change = ", ".join(_renamed(part) for part in one.change.split(", "))
-        cost = f" ({one.cost})" if one.cost else ""
-        fits = ", then it fits" if one.fits else ""
-        words.append(f"{change} saves {size_text(one.saved_bytes)}{fits}{cost}")
+    for suggestion in helpful[:_SHOWN_CHANGES]:
+        change = ", ".join(_renamed(part) for part in suggestion.change.split(", "))
+        cost = f" ({suggestion.cost})" if suggestion.cost else ""
+        fits = ", then it fits" if suggestion.fits else ""
+        words.append(f"{change} saves {size_text(suggestion.saved_bytes)}{fits}{cost}")
     return "; ".join(words) or _OOM_REMEDY
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a run: steps, losses, tokens, the speed that follows, and curves that stay small."""
+"""The numbers of a run: steps, losses, tokens, speed, and curves of limited size."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ from nbpeft.state import Curve
 
 Number = float | Tensor
 SERIES = ("learning rate", "gradient norm", "tokens/s", "memory")
-"""Names of ``TrainState.series``; further curves are metrics."""
+"""The names of curves in ``TrainState.series``; all other curves are metrics."""
 _SMALL = 60
-"""Buckets of the curves that are drawn small."""
+"""The number of buckets of curves that are drawn small."""
 
 
 def is_better(score: float | None, best: float | None) -> bool:
-    """Whether a score, of which lower is better, beats the best one so far; NaN and infinity beat nothing."""
+    """Whether a score is better than the best one so far; lower is better, and NaN or infinity is never better.
+
+    Args:
+        score: the new score, or None.
+        best: the best score so far, or None.
+    """
     return score is not None and math.isfinite(score) and (best is None or score < best)
 
 
 def score_of(args: Any, reported: Mapping[str, Any]) -> float | None:
-    """What the best evaluation is found by, lower is better: the loss, or ``metric_for_best_model``.
+    """The score by which the best evaluation is found, lower is better: the loss, or ``metric_for_best_model``.
 
-    NaN where a file, which holds no NaN, has None in its place; None where it was not measured.
+    A value of None counts as NaN, because JSON files have None in its place.
 
     Args:
         args: ``TrainingArguments``.
-        reported: what a Trainer reports of an evaluation.
+        reported: the metrics that a Trainer reports of an evaluation.
+
+    Returns:
+        The score; None if the metric was not measured.
     """
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
     value = reported.get(f"eval_{name}", "")
@@ -43,14 +51,14 @@ def score_of(args: Any, reported: Mapping[str, Any]) -> float | None:
 
 
 class History:
-    """(step, value) pairs, decimated to the lowest and the highest value per bucket of steps.
+    """A curve of (step, value) pairs, reduced to the lowest and the highest value per bucket of steps.
 
-    All points are kept until there are more than ``buckets`` of them; from then on neighbouring
-    buckets are merged whenever there are too many. Spikes survive, and at most
+    All points are stored until there are more than ``buckets`` of them; from then on adjacent
+    buckets are merged whenever there are too many. Spikes are preserved, and at most
     ``2 * buckets`` points remain.
 
     Args:
-        buckets: Most buckets kept; even and at least 2.
+        buckets: The greatest number of buckets; even and at least 2.
     """
 
     def __init__(self, buckets: int = 240) -> None:
@@ -59,7 +67,7 @@ class History:
         self._buckets: dict[int, tuple[tuple[int, float], tuple[int, float]]] = {}
 
     def add(self, step: int, value: float) -> None:
-        """Notes a value; one that is not finite is left out."""
+        """Adds a value; ignores one that is not finite."""
         if not math.isfinite(value):
             return
         self._put(step, (step, value), (step, value))
@@ -79,7 +87,7 @@ class History:
         self._buckets[key] = (low, high)
 
     def points(self) -> tuple[tuple[int, float], ...]:
-        """The pairs to draw, by step."""
+        """The (step, value) pairs, ordered by step."""
         return tuple(
             point
             for key in sorted(self._buckets)
@@ -88,10 +96,10 @@ class History:
 
 
 class Smoothed:
-    """An exponential moving average that is not drawn towards zero at its start.
+    """An exponential moving average, corrected for its bias towards zero at the start.
 
     Args:
-        weight: Share of the past in each new value, in [0, 1).
+        weight: The weight of the previous average in each new one, in [0, 1).
     """
 
     def __init__(self, weight: float = 0.9) -> None:
@@ -100,7 +108,7 @@ class Smoothed:
         self._mass = 0.0
 
     def add(self, value: float) -> None:
-        """Takes a value in; one that is not finite is left out."""
+        """Adds a value; ignores one that is not finite."""
         if math.isfinite(value):
             self._total = self._weight * self._total + (1 - self._weight) * value
             self._mass = self._weight * self._mass + (1 - self._weight)
@@ -114,14 +122,14 @@ class Smoothed:
 class Record:
     """The numbers of one run.
 
-    Losses and token counts may be tensors; they are turned into numbers together, in
-    ``collect``, which is the only place that waits for a device.
+    Losses and token counts may be tensors on a device; they are converted to numbers together, in
+    ``collect``, which is the only place that waits for the device.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self.first_step = 0
-        """Steps done before this run, where it was resumed."""
+        """Steps done before a resumed run."""
         self.epoch: float | None = None
         self.learning_rate: float | None = None
         self.loss: float | None = None
@@ -143,11 +151,11 @@ class Record:
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
 
     def resume(self, step: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Starts counting at a step that was done before.
+        """Continues counting from a step of an earlier run.
 
         Args:
-            step: that one.
-            earlier: what was logged until then, as a Trainer's ``log_history`` has it.
+            step: the last step done.
+            earlier: what was logged until then, in the form of a Trainer's ``log_history``.
         """
         self.step = self.first_step = step
         for entry in earlier:
@@ -166,7 +174,19 @@ class Record:
         epoch: float | None,
         gradient_norm: Number | None = None,
     ) -> bool:
-        """Notes what is known about a step. Returns whether it is a new one."""
+        """Records what is known about a step.
+
+        Args:
+            step: the step.
+            loss: its loss, or None.
+            learning_rate: its learning rate, or None.
+            tokens: input tokens to add to the count, or None.
+            epoch: epochs done, or None.
+            gradient_norm: the norm of its gradients, or None.
+
+        Returns:
+            Whether it is a new step.
+        """
         advanced, self.step = step > self.step, max(step, self.step)
         if loss is not None:
             self._pending.append((step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
@@ -184,13 +204,13 @@ class Record:
     def add_evaluation(
         self, step: int, loss: float | None, metrics: Mapping[str, float], score: float | None = None
     ) -> None:
-        """Notes what was measured on held-out data.
+        """Records an evaluation.
 
         Args:
-            step: when.
-            loss: None where there is none.
-            metrics: further values by name.
-            score: what the best evaluation is found by, lower is better; the loss by default.
+            step: the step at which it was made.
+            loss: the loss on the evaluation data, or None.
+            metrics: further metrics, by name.
+            score: the score by which the best evaluation is found, lower is better; the loss by default.
         """
         if loss is not None:
             self.evaluated = (step, loss)
@@ -203,57 +223,75 @@ class Record:
             self.best = (step, score)
 
     def take_over(self, curves: Mapping[str, Curve]) -> None:
-        """Begins with curves that were measured before, metrics among them."""
+        """Adds curves and metrics that were measured in an earlier process."""
         for name, points in curves.items():
-            kept = self.series if name in SERIES else self.metric_history
+            histories = self.series if name in SERIES else self.metric_history
             for step, value in points:
-                kept.setdefault(name, History(_SMALL)).add(step, value)
+                histories.setdefault(name, History(_SMALL)).add(step, value)
 
     def trace(self, name: str, value: float, step: int | None = None) -> None:
-        """Notes one value of a further curve, at this step by default."""
+        """Adds a value to a curve.
+
+        Args:
+            name: the curve.
+            value: the value.
+            step: its step; the current one by default.
+        """
         self.series.setdefault(name, History(_SMALL)).add(self.step if step is None else step, value)
 
     @property
     def mean_loss(self) -> float | None:
-        """The mean of all losses of the run that are finite; None before the first."""
+        """The mean of all finite losses of the run; None before the first one."""
         return self._loss_total / self._loss_count if self._loss_count else None
 
     @property
     def on_host(self) -> bool:
-        """Whether ``collect`` waits for no device."""
+        """Whether ``collect`` would not have to wait for a device."""
         values = [self._pending_tokens, *(value for _, value in (*self._pending, *self._pending_norms))]
         return not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
 
     def collect(self) -> int | None:
-        """Turns what is pending into numbers. Returns the first new step whose loss is NaN."""
+        """Converts pending tensors to numbers; returns the first new step whose loss is NaN, or None."""
         pending, self._pending = self._pending, []
-        lost = None
+        first_nan = None
         for (step, _), value in zip(pending, _numbers([loss for _, loss in pending]), strict=True):
             self.loss = value
             self.smoothed.add(value)
             self.history.add(step, value)
             if math.isfinite(value):
                 self._loss_total, self._loss_count = self._loss_total + value, self._loss_count + 1
-            if lost is None and value != value:
-                lost = step
+            if first_nan is None and value != value:
+                first_nan = step
         norms, self._pending_norms = self._pending_norms, []
         for (step, _), value in zip(norms, _numbers([norm for _, norm in norms]), strict=True):
             self.gradient_norm = value
             self.trace("gradient norm", value, step)
         tokens, self._pending_tokens = self._pending_tokens, 0
         self.token_count += float(tokens)
-        return lost
+        return first_nan
 
     def mark(self, elapsed: float) -> None:
-        """Remembers where the run is now, to compute its pace later."""
+        """Stores the current progress, from which ``pace`` is computed.
+
+        Args:
+            elapsed: seconds since the start, without pauses.
+        """
         self._marks.append((elapsed, self.step, self.token_count))
 
     def forget_pace(self) -> None:
-        """After a pause, what was before says nothing about the pace."""
+        """Clears the stored progress, e.g. after a pause, so that earlier steps do not affect the pace."""
         self._marks.clear()
 
     def pace(self, elapsed: float, *, overall: bool) -> tuple[float | None, float | None]:
-        """Seconds per step and tokens per second, lately or over the whole run; None: not known."""
+        """The speed of the run.
+
+        Args:
+            elapsed: seconds since the start, without pauses.
+            overall: whether to measure over the whole run, instead of the last 60 publications.
+
+        Returns:
+            Seconds per step and tokens per second; None if unknown.
+        """
         if not overall and not self._marks:
             return None, None
         first = (0.0, self.first_step, 0.0) if overall else self._marks[0]

@@ -1,4 +1,4 @@
-"""What a training leaves behind, for the output of a cell."""
+"""The result of a training, for the output of a cell."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from nbpeft.state import TrainState
 
 @dataclass(frozen=True)
 class TrainResult(Shown):
-    """How a training ended. Holds numbers only, so it may stay in ``Out``."""
+    """How a training ended. Contains only numbers and text, so it keeps no tensors alive in ``Out``."""
 
     status: Literal["finished", "stopped"]
     adapter: str
     steps: int
     total_steps: int | None
     loss: float | None
-    """Of the last step that was logged, as the Trainer reports it."""
+    """Loss of the last step that was logged, as the Trainer reports it."""
     eval_loss: float | None
     seconds: float
     """Time spent training and evaluating, without pauses."""
     token_count: int
     tokens_per_second: float | None
     output_dir: str | None
-    """Folder with the adapter and its checkpoints, or None where nothing was asked to be kept."""
+    """Folder with the adapter and its checkpoints; None if ``output_dir`` was not given."""
     state: TrainState = field(repr=False)
     """The run's last state, with its curves."""
     message: str = ""
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
-    """What the Trainer reports about the whole run."""
+    """The Trainer's metrics of the whole run."""
     train_loss: float | None = None
-    """Mean of the losses of all steps of this run."""
+    """Mean loss over all steps of this run."""
     shown: Literal["", "text", "card"] = field(default="", repr=False, compare=False)
-    """How a front end has shown the run's last state: what it said need not be said once more below it."""
+    """How a front end has shown the run's last state, whose content is then not repeated below it."""
 
     @property
     def kept_step(self) -> int | None:
-        """Step whose weights the model has, where the training diverged later; else None."""
+        """The step whose weights were restored after divergence; else None."""
         return self.state.kept_step
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best evaluation, or None."""
+        """The step of the best evaluation, or None."""
         return self.state.best_step
 
     def __str__(self) -> str:
@@ -56,11 +56,11 @@ class TrainResult(Shown):
 
     def _ipython_display_(self) -> None:
         if self.shown != "card":
-            raise NotImplementedError  # for IPython: as anything else is shown
-        object.__setattr__(self, "shown", "")  # the next time there is nothing above it
+            raise NotImplementedError  # IPython then shows it like any other object
+        object.__setattr__(self, "shown", "")  # a later display has no card above it
 
     def view(self) -> Line:
-        """The same as ``str``, what ended in bold."""
+        """The same as ``str``, with the adapter and status in bold."""
         first, *others = self._parts(message=not self.shown)
         return line(bold(first), *(f"· {part}" for part in others))
 
@@ -84,7 +84,7 @@ class TrainResult(Shown):
             parts.append(f"saved in {self.output_dir}")
         if message and self.status != "stopped":
             parts.append(self.message)
-        elif message:  # that it was stopped is said above
+        elif message:  # the rest of the message repeats that the run was stopped
             parts += self.state.warnings
         return [part for part in parts if part]
 

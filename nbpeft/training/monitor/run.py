@@ -1,10 +1,10 @@
-"""One training run as a front end sees it: counts, curves and speed, fed by any loop.
+"""One training run for front ends: counts, curves and speed, fed by any loop.
 
     loop ── run.step(loss) ──> Run ── publish(TrainState), a few times a second ──> panels
       ^                         |
       └──── StopRun ────────────┴── control.wait_or_stop() <── Stop and Pause buttons
 
-Feeding a run costs no device synchronisation: losses stay tensors until the next publication.
+Feeding a run does not synchronise with the device: losses stay tensors until the next publication.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NOT_SAVED = "not saved"
 
 
 class StopRun(BaseException):  # not an Exception: a loop's ``except Exception`` must not swallow it
-    """Ends a tracked block after Stop was clicked, or where no step is left; the block's ``with`` swallows it."""
+    """Ends a tracked block after Stop, or when no step is left; the ``with`` of the block swallows it."""
 
     def __init__(self, run: Run, *, finished: bool = False) -> None:
         super().__init__("the run was stopped")
@@ -61,38 +61,38 @@ class Run:
                 optimizer.zero_grad()
                 run.step(loss, tokens=batch["input_ids"].numel())
 
-    Stop ends the block: the model keeps what it learned, the code after the block goes on, and
-    ``run.state.status`` is ``"stopped"``. KeyboardInterrupt ends it in the same order, and leaves it as
-    ``TrainingInterrupted``: what comes after it does not run. Other exceptions pass through.
+    Stop ends the block: the model keeps the weights trained so far, the code after the block runs, and
+    ``run.state.status`` is ``"stopped"``. KeyboardInterrupt ends it in the same way, but is raised again as
+    ``TrainingInterrupted``: the code after the block does not run. Other exceptions pass through.
 
     Args:
-        model: The model in training; held weakly.
-        total_steps: Optimizer steps planned, or None where that is not known.
-        adapter: Name shown; the active adapters by default.
-        control: Where Stop and Pause are requested; a new one by default.
+        model: The model in training; the run has only a weak reference to it.
+        total_steps: The number of optimizer steps planned, or None if it is unknown.
+        adapter: The name to show; by default the names of the active adapters.
+        control: Receives requests to stop and pause; a new one by default.
         publish: Called with each new state from the training thread, at most once every
             ``interval`` seconds, and always with the last one.
-        clock: Seconds, growing.
-        memory: Measures memory for the states, at most every ``memory_interval`` seconds and so rarely
-            that it takes less than a hundredth of the time. Called in any thread.
+        clock: Returns monotonic time in seconds.
+        memory: Measures memory for the states, at most every ``memory_interval`` seconds and for at most
+            1 % of the time. Called in any thread.
 
     Raises:
         ConfigError: ``total_steps`` is not a number of steps.
 
     Attributes:
         entered: Whether the run is inside its ``with`` block.
-        shown: How a front end shows the run: then warnings are in its message alone.
-        interrupted: Whether an interruption ended it.
+        shown: How a front end shows the run, if it does: then warnings are part of its message and not emitted.
+        interrupted: Whether an interrupt ended it.
         thread: Identifier of the thread that began it; None before.
-        folder: Where the run is kept on disk, or the empty string.
-        output_dir: Where its adapter goes at the end, or the empty string.
-        mirrors: Whether it goes on in other processes, whose states it takes over (``mirror``); set before it begins.
-        steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
-        starts_from: That in words; empty for weights that no run has trained.
-        members: Says, by the status of the run, how each adapter of a sweep does.
-        lost: Why the model has nothing of what was learned, where other processes did it; else the empty string.
+        folder: The folder of the run on disk, or the empty string.
+        output_dir: The folder in which its adapter is saved at the end, or the empty string.
+        mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
+        steps_before: Steps of earlier runs in which the initial weights of this one were trained.
+        starts_from: The same as text; empty for weights that no run has trained.
+        members: Returns, for a status of the run, the state of each adapter of a sweep.
+        lost: Why the model did not receive the weights that other processes trained; else the empty string.
         diverged: Why the training diverged, or the empty string.
-        kept_step: Step whose weights the model has, where the training diverged later; else None.
+        kept_step: The step whose weights were restored after divergence; else None.
     """
 
     interval = 0.2
@@ -162,9 +162,9 @@ class Run:
         """Starts the clock; ``with run:`` does it too.
 
         Args:
-            total_steps: Steps planned, once they are known.
-            step: Steps done before, in a run that is resumed.
-            earlier: What was logged in them, as a Trainer's ``log_history`` has it.
+            total_steps: The number of steps planned, if it is known by now.
+            step: Steps done before a resumed run.
+            earlier: What was logged in them, in the form of a Trainer's ``log_history``.
         """
         with self._lock:
             if total_steps is not None:
@@ -179,7 +179,7 @@ class Run:
             model = self._model()
             if model is not None and not self.mirrors:
                 self._check = LearningCheck(model, self.adapter)
-                record = self._record  # the hook must not keep a run alive that nobody holds any more
+                record = self._record  # not self: the hook must not keep the run alive
                 self._end_watching = watch_steps(model, lambda: record.step)
                 weakref.finalize(self, self._end_watching)
                 self._warn(self._check.before())
@@ -196,17 +196,18 @@ class Run:
         epoch: float | None = None,
         gradient_norm: Number | None = None,
     ) -> None:
-        """Notes one optimizer step, and carries out Stop and Pause. Call it after the step.
+        """Records one optimizer step, and carries out Stop and Pause. Call it after the step.
 
         Args:
             loss: The step's loss, a number or a tensor with one element.
-            learning_rate: As used in the step.
-            tokens: Input tokens of the step, for the speed shown.
-            epoch: Passes over the data so far.
-            gradient_norm: Of the step, before clipping.
+            learning_rate: The learning rate of the step.
+            tokens: The number of input tokens of the step, for the speed shown.
+            epoch: The number of epochs done, with a fraction.
+            gradient_norm: The norm of the gradients, before clipping.
 
         Raises:
             TrainingError: the run is not in a ``with`` block.
+            StopRun: Stop was requested; the ``with`` block of the run handles it.
         """
         if not self.entered:
             raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
@@ -229,32 +230,32 @@ class Run:
         metrics: Mapping[str, float] | None = None,
         score: float | None = None,
     ) -> None:
-        """Notes what was measured on held-out data.
+        """Records an evaluation.
 
         Args:
-            loss: A number or a tensor with one element, or None.
-            step: When it was measured; now by default.
-            metrics: Further values by name, e.g. ``{"accuracy": 0.9}``.
-            score: What the best evaluation is found by, lower is better; the loss by default.
+            loss: The loss on the evaluation data, a number or a tensor with one element, or None.
+            step: The step at which it was made; the current one by default.
+            metrics: Further metrics, by name, e.g. ``{"accuracy": 0.9}``.
+            score: The score by which the best evaluation is found, lower is better; the loss by default.
         """
         with self._lock:
-            place = self._record.step if step is None else step
-            self._record.add_evaluation(place, None if loss is None else float(loss), metrics or {}, score)
+            at_step = self._record.step if step is None else step
+            self._record.add_evaluation(at_step, None if loss is None else float(loss), metrics or {}, score)
         self.publish()
 
     def goes_on(self, curves: Mapping[str, Curve], samples: Iterable[Sample]) -> None:
-        """Takes over what the run has measured and sampled in an earlier process.
+        """Restores the curves and samples of a resumed run.
 
         Args:
-            curves: further values over time and metrics, by name.
-            samples: the answers.
+            curves: curves and metrics, by name.
+            samples: the sampled answers.
         """
         with self._lock:
             self._record.take_over(curves)
             self._samples.extend(samples)
 
     def sampled(self, samples: Iterable[Sample]) -> None:
-        """Notes what the model answered; the last ``most_samples`` are kept."""
+        """Adds sampled answers; the last ``most_samples`` are kept."""
         with self._lock:
             self._samples.extend(samples)
         self.publish(force=True)
@@ -269,9 +270,17 @@ class Run:
         epoch: float | None = None,
         gradient_norm: Number | None = None,
     ) -> None:
-        """Notes what is known about ``step``; never raises, never waits.
+        """Records what is known about a step; never raises and never waits for a device.
 
-        May be called several times a step, as the parts become known.
+        May be called several times for a step, as the values become known.
+
+        Args:
+            step: The number of optimizer steps done.
+            loss: See ``step``.
+            learning_rate: See ``step``.
+            tokens: See ``step``; the counts of several calls are added.
+            epoch: See ``step``.
+            gradient_norm: See ``step``.
         """
         with self._lock:
             advanced = self._record.add(step, loss, learning_rate, tokens, epoch, gradient_norm)
@@ -281,11 +290,11 @@ class Run:
         self.publish()
 
     def note(self, message: str, *, warning: bool = False) -> None:
-        """Adds to the line shown with the run; what it says already is not said again.
+        """Adds a note to the line shown with the run, unless it is there already.
 
         Args:
-            message: for a person.
-            warning: whether it is shown as one: something went wrong, or has to be done.
+            message: the note.
+            warning: whether to show it as a warning: something went wrong, or the user has to act.
         """
         with self._lock:
             if message and message not in self._notes:
@@ -294,26 +303,26 @@ class Run:
                 self._severe.add(message)
 
     def diverge(self, reason: str, kept_step: int, *, put_back: bool = False) -> None:
-        """Notes that the training diverged at this step, and with which weights the model is left.
+        """Records that the training diverged at this step, and which weights the model has now.
 
         Args:
-            reason: why.
-            kept_step: step whose weights it has.
-            put_back: whether that is said here; else who puts them back says it.
+            reason: why it diverged.
+            kept_step: the step whose weights the model has.
+            put_back: whether to add a note about the restored weights; otherwise the caller adds one.
         """
         with self._lock:
             self.diverged, self.kept_step = reason, kept_step
             self._warnings.append(f"Training stopped: {reason}.")
             self.replaced_weights()
             if put_back:
-                self.note(f"{self.weights_of(kept_step)}, the last good ones, were put back", warning=True)
+                self.note(f"{self.weights_of(kept_step)}, the last good ones, were restored", warning=True)
 
     def weights_of(self, step: int) -> str:
-        """The weights of a step in words."""
-        return "the weights it began with" if step == self._record.first_step else f"the weights of step {step:,}"
+        """The weights of a step, as text."""
+        return "the initial weights" if step == self._record.first_step else f"the weights of step {step:,}"
 
     def replaced_weights(self) -> None:
-        """Called when weights that diverged were replaced: what the run sees of them and of the loss says no more."""
+        """Ends the checks of weights and loss, after diverged weights were replaced."""
         with self._lock:
             self._divergence_noted = True
             if self._check is not None:
@@ -321,22 +330,22 @@ class Run:
                 self._check = None
 
     def continue_from(self, steps: int, run_name: str = "") -> None:
-        """Says that the weights at its start are those of earlier runs.
+        """Records that the initial weights were trained in earlier runs.
 
         Args:
-            steps: How many steps they were trained for; with none, nothing is said.
-            run_name: The run that did the last of them.
+            steps: For how many steps; with 0 nothing is recorded.
+            run_name: The run that made the last of these steps.
         """
         self.steps_before = steps
         if steps:
             self.starts_from = f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
-            self.note(f"goes on with {self.starts_from}, with a new schedule")
+            self.note(f"continues from {self.starts_from}, with a new schedule")
 
     def mirror(self, state: TrainState) -> None:
-        """Takes over how the run stands in the processes that train, and publishes that.
+        """Takes over the state of the run from the processes that train, and publishes it.
 
         Args:
-            state: as the first of them published it last.
+            state: the last state that rank 0 published.
         """
         with self._lock:
             now = self._clock()
@@ -345,18 +354,18 @@ class Run:
             self.kept_step = state.kept_step
             self.total_steps, self.folder = state.total_steps, state.folder
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
-        self.publish(force=True)  # they come as seldom as they are to be shown
+        self.publish(force=True)  # rank 0 limits the rate already
 
     def brought_back(self, token_count: int) -> None:
-        """Says that the model has now what was learned in other processes.
+        """Records that the model has received the weights trained in other processes.
 
         Args:
-            token_count: input tokens of all their steps.
+            token_count: the number of input tokens of all steps.
         """
         self._record.token_count, self._came_back = token_count, True
 
     def wait_or_stop(self) -> bool:
-        """Waits while paused. Returns whether the loop is to end."""
+        """Waits while paused; returns whether the loop should end."""
 
         def on_wait() -> None:
             self._waiting_since = self._clock()
@@ -380,9 +389,9 @@ class Run:
 
         Args:
             status: ``"finished"``, ``"stopped"`` or ``"failed"``.
-            message: One line for a person, in the place of what was noted before.
+            message: A one-line message that replaces the notes.
         """
-        with HeldInterrupts(to_the_end=True):  # a second interruption must not leave it half ended
+        with HeldInterrupts(to_the_end=True):  # a second interrupt must not leave the run in between
             with self._lock:
                 if self._ended is not None:
                     return
@@ -432,16 +441,16 @@ class Run:
 
     @property
     def state(self) -> TrainState:
-        """The run now. Any thread may ask."""
+        """The current state of the run. May be read in any thread; waits for losses on a device."""
         with self._lock:
             self._collect()
             return self._build()
 
     def tick(self) -> TrainState | None:
-        """The state of this moment, as far as it is known on the host; None before the first publication.
+        """The current state without waiting for a device; None before the first publication.
 
-        Waits neither for the training thread nor for a device: a front end may ask every second while a step
-        takes a minute. Losses that are still on a device are those published last.
+        Does not wait for the training thread either: a front end may call it every second while a step
+        takes a minute. Losses that are still on a device appear with their last published values.
         """
         if self._ended is None:
             self._measure_memory()
@@ -463,7 +472,11 @@ class Run:
         )
 
     def publish(self, *, force: bool = False) -> None:
-        """Hands the state to ``publish``, unless that was done less than ``interval`` ago."""
+        """Passes the state to the ``publish`` function, at most once every ``interval`` seconds.
+
+        Args:
+            force: whether to publish however short the time since the last state.
+        """
         with self._lock:
             now = self._clock()
             if not force and now - self._published_at < self.interval:
@@ -480,17 +493,19 @@ class Run:
             try:
                 self._publish_to(state)
             except Exception as error:  # a panel that cannot draw must not end a training
-                self._warn_once(f"The display of this run fails ({type(error).__name__}: {error}); training goes on.")
-        said, self._warnings = self._warnings, []
-        for message in said if not self.shown else ():
+                self._warn_once(
+                    f"The display of this run failed ({type(error).__name__}: {error}); training continues."
+                )
+        pending, self._warnings = self._warnings, []
+        for message in pending if not self.shown else ():
             warnings.warn(message, stacklevel=3)
 
     def stop_message(self) -> str:
-        """``stopped at step 12``, with the reason where one was given."""
+        """``stopped at step 12``, with the reason if there is one."""
         return " · ".join(self._notes if self._ended is not None else self._stop_notes())
 
     def _stop_notes(self) -> list[str]:
-        """What is noted with the run once it is stopped: that first, unless the processes that trained say it."""
+        """The notes of a stopped run: first where it stopped, unless that is in the message of the other processes."""
         if self._mirrored is not None and self._mirrored.status == "stopped":
             return [*self._notes, *([self._mirrored.message] if self._mirrored.message else [])]
         reason = self.diverged or self.control.reason
@@ -501,7 +516,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What it is called on disk: as its adapter, or as what the adapters of a sweep have in common."""
+        """Its name on disk: that of its adapter, or the common beginning of the names of a sweep's adapters."""
         names = [member.name for member in self.members("running")]
         return f"{stem_of(names)}-sweep".strip("-") if names else self.adapter
 
@@ -513,14 +528,14 @@ class Run:
 
     @property
     def token_count(self) -> int:
-        """Input tokens seen so far."""
+        """The number of input tokens so far."""
         with self._lock:
             self._collect()
             return int(self._record.token_count)
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps of this run that the model's weights have, those of one that it resumes left out."""
+        """The number of steps of this run that the model's weights include, without those before it was resumed."""
         if self.mirrors and not self._came_back:
             return 0
         done = self._record.step if self.kept_step is None else self.kept_step
@@ -528,33 +543,33 @@ class Run:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the run ends, or has ended, before its last step because a stop was requested, or it diverged."""
+        """Whether the run ends, or has ended, before its last step, because of a stop request or divergence."""
         stops = self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
         return stops or bool(self.diverged)
 
-    # Inside
+    # Private
 
     @property
     def _resumed(self) -> bool:
-        """Whether it goes on from an earlier run, whose last learning rate, often zero, is that of its first step."""
+        """Whether it resumes an earlier run, whose last learning rate, often zero, is that of its first step."""
         return self._record.first_step > 0
 
     def _elapsed(self) -> float:
         if self._started is None:
             return 0.0
-        stands = self._ended if self._ended is not None else self._waiting_since
-        return (self._clock() if stands is None else stands) - self._started - self._waited
+        end = self._ended if self._ended is not None else self._waiting_since
+        return (self._clock() if end is None else end) - self._started - self._waited
 
     def _collect(self) -> None:
         while self._readings:
             step, byte_count = self._readings.popleft()
             self._record.trace("memory", byte_count, step)
-        lost = self._record.collect()
-        if lost is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
-            self._warn(f"The loss is NaN since step {lost}: try a lower learning rate, or look at the labels.")
+        first_nan = self._record.collect()
+        if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
+            self._warn(f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels.")
 
     def _catch_up(self) -> None:
-        """Takes in what came too soon after the last publication to be published, where nothing waits for it."""
+        """Includes what was recorded too soon after the last publication, if that needs no waiting."""
         latest = self._latest
         if latest is None or latest.step == self._record.step or not self._lock.acquire(blocking=False):
             return
@@ -571,27 +586,27 @@ class Run:
             options = {"together": control.reaches_all, "write": control.writes}
             folder = save_adapters(self._model(), place, self._record.step, **options)
             self._saved = f"saved in {folder}"
-        except Exception as error:  # a full disk, say: training goes on
+        except Exception as error:  # e.g. a full disk, which must not end the training
             self._saved = f"{_NOT_SAVED}: {error}"
         self.publish(force=True)
 
     def _measure_memory(self) -> None:
-        """Measures where it is time, in whatever thread; one that comes while another measures goes on."""
+        """Measures the memory if it is due, in any thread; returns at once if another thread is measuring."""
         now = self._clock()
         if self._memory is None or now < self._memory_due or not self._memory_lock.acquire(blocking=False):
             return
         try:
             began = time.perf_counter()
-            found = self._memory()
+            measured = self._memory()
             self._memory_due = now + max(self.memory_interval, 100 * (time.perf_counter() - began))
-            if found is not None:
-                self._memory_state = found
-                self._readings.append((self._record.step, sum(part.byte_count for part in found.parts)))
-        except Exception as error:  # nor must a measurement
+            if measured is not None:
+                self._memory_state = measured
+                self._readings.append((self._record.step, sum(part.byte_count for part in measured.parts)))
+        except Exception as error:  # a failed measurement must not end a training
             if isinstance(error, RuntimeError) and "during iteration" in str(error):
-                return  # the optimizer's first step makes its state right now
+                return  # the optimizer is creating its state in its first step
             self._memory = None
-            self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training goes on.")
+            self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training continues.")
         finally:
             self._memory_lock.release()
 
@@ -612,7 +627,7 @@ class Run:
         return " · ".join([*self._notes, *([saving] if saving else [])])
 
     def _severe_notes(self) -> tuple[str, ...]:
-        """What of the message is a warning."""
+        """The parts of the message that are warnings."""
         mirrored = () if self._mirrored is None else self._mirrored.warnings
         own = [note for note in self._notes if note in self._severe]
         return tuple(dict.fromkeys([*own, *([self._saved] if self._saved.startswith(_NOT_SAVED) else []), *mirrored]))
@@ -671,7 +686,7 @@ class Run:
     def _warn(self, message: str) -> None:
         if message:
             self.note(message, warning=True)
-            self._warnings.append(message)  # said by the next publication, where nothing shows the run
+            self._warnings.append(message)  # emitted at the next publication, if no front end shows the run
 
     def _warn_once(self, message: str) -> None:
         if not self._display_failed:
@@ -687,13 +702,13 @@ def track(
     control: RunControl | None = None,
     **options: Any,
 ) -> Run:
-    """A run for your own training loop; see :class:`Run` for how to feed it.
+    """Creates a run for your own training loop; see :class:`Run` for how to feed it.
 
     Args:
         model: The model in training.
-        total_steps: Optimizer steps planned, or None where that is not known.
+        total_steps: The number of optimizer steps planned, or None if it is unknown.
         publish: Called with each new state.
-        control: Where Stop and Pause are requested.
+        control: Receives requests to stop and pause.
         **options: Further arguments of :class:`Run`.
     """
     return Run(model, total_steps, publish=publish, control=control, **options)

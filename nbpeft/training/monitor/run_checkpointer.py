@@ -1,9 +1,9 @@
-"""Keeps a training on disk as it goes on: when its process dies, some seconds of it are lost.
+"""Saves a training to disk while it runs: if its process dies, only some seconds of it are lost.
 
-A state is the adapter in training with its optimizer, scheduler and random numbers, never the base. The
-first one is written before the first step, the next after some seconds, and from then on as often as
-costs less than two per cent of the time. Stop, an interruption and a failure write a last one, unless they
-come while the optimizer changes the weights: then the one before is the last, and a note names its step.
+A checkpoint is the adapter in training with its optimizer, scheduler and random state, never the base. The
+first one is written before the first step, the next after ten seconds, and further ones so often that they cost
+less than 2 % of the time. Stop, an interrupt and a failure write a last one, unless they
+occur while the optimizer changes the weights: then the previous checkpoint is the last, and a note names its step.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from nbpeft.training.disk.sharded_trainer import base_mark
 from nbpeft.training.monitor.run import Run
 
 SHARE = 0.015
-"""Of the time, that writing states may take; noting each step takes less than half a millisecond."""
+"""The greatest share of the time spent on writing checkpoints; recording a step takes less than 0.5 ms in addition."""
 SHORTEST = 10.0
-"""Seconds from one state to the next, at least."""
+"""The shortest time between two checkpoints, in seconds."""
 _MOST_STATES = 2
 _MARKED_ROWS = 8
 _SHOWN_FIELDS = (
@@ -62,27 +62,27 @@ _SHOWN_FIELDS = (
     "optim",
     "seed",
 )
-"""Fields of ``TrainingArguments`` that are settings of every run, whether they are given or not."""
+"""Fields of ``TrainingArguments`` that are recorded as settings of every run, whether they were given or not."""
 _MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
 
 
 class RunCheckpointer(TrainerCallback):
-    """Writes one run's folder while a Trainer trains; ``with keeper:`` around the block of the run.
+    """Writes one run's folder while a Trainer trains; the block of the run runs inside ``with checkpointer:``.
 
-    What cannot be written is noted once with the run, and training goes on without.
+    If the folder cannot be written, the run gets one note about it, and the training continues without checkpoints.
 
     Args:
-        place: where, and what the run goes on from.
-        run: gets notes and the place of the folder.
-        model: in training.
-        given: arguments as given, which start the run again.
-        data: what the rows are known by, see ``mark_of_rows``.
-        clock: seconds, growing.
+        place: the folder, and the run to resume, if there is one.
+        run: the run, which receives notes and the path of the folder.
+        model: the model in training.
+        given: the arguments as given, with which the run can be started again.
+        data: the fingerprint of the rows, see ``mark_of_rows``.
+        clock: returns monotonic time in seconds.
 
     Attributes:
-        folder: of the run; None before the first step, and where nothing is kept.
-        trainer: has to be set before it trains.
-        beside: writes more into the folder of a state; None for nothing.
+        folder: the folder of the run; None before the first step, and if nothing can be written.
+        trainer: the Trainer; must be set before it trains.
+        beside: writes additional files into the folder of a checkpoint; None for none.
     """
 
     beside: Callable[[Path], None] | None = None
@@ -119,7 +119,7 @@ class RunCheckpointer(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the folder; a run that goes on is cut back to the step that it goes on from."""
+        """Creates or opens the folder; a resumed run is truncated to the step from which it is resumed."""
         name, store = self._place.name, self._place.store
         if name is not None:
             self._saved_step = state.global_step
@@ -135,31 +135,31 @@ class RunCheckpointer(TrainerCallback):
                 self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
-                for field in ("saved", "saved_files"):  # what it learns from here on is saved nowhere
+                for field in ("saved", "saved_files"):  # steps from here on are not in the saved adapter
                     self._before.pop(field, None)
                 self._facts["resumed"] = [*(self._before.get("resumed") or ()), state.global_step]
             self._run.folder = str(folder.path)
-            own = {"process": os.getpid(), "host": platform.node()}
-            self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | own
+            process = {"process": os.getpid(), "host": platform.node()}
+            self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | process
             self._write_facts()
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps the state before the first step."""
+        """Writes a checkpoint before the first step."""
         if broadcast_from_rank0(self.folder is not None and self._saved_step < 0):
             self._save()
         elif self._next == float("inf"):
             self._next = self._clock() + SHORTEST
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """From here on random numbers are drawn for a step that is not done, until it has ended."""
+        """Marks that random numbers are drawn for an unfinished step from here on."""
         self._step_open = True
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the weights belong to no step, until the step has ended."""
+        """Marks that the weights belong to no step from here on, until the step has ended."""
         self._in_step = True
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Remembers the random numbers that belong to the step."""
+        """Stores the random state that belongs to the step."""
         self._in_step = self._step_open = False
         self._random, self._method = random_state(), method_state(self._model)
 
@@ -172,10 +172,10 @@ class RunCheckpointer(TrainerCallback):
                 self.folder.append({**entry, "seconds": self._seconds()})
 
     def after_step(self) -> None:
-        """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
-        if self._step_open or self._run.diverged:  # stopped inside a step: that is kept when the run ends
+        """Writes a checkpoint if it is due; called after a step was logged and after an epoch was evaluated."""
+        if self._step_open or self._run.diverged:  # stopped inside a step: its checkpoint is written at the end
             return
-        if self._evaluated:  # which draws random numbers
+        if self._evaluated:  # an evaluation draws random numbers
             self._random, self._method = random_state(), method_state(self._model)
         saved = self._saved_step == self.trainer.state.global_step
         due = self._evaluated if saved else self._clock() >= self._next
@@ -191,10 +191,13 @@ class RunCheckpointer(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         folder, state = self.folder, self._run.state
-        alone = state.status == "failed" and is_distributed()  # the others may be anywhere
+        failed_alone = state.status == "failed" and is_distributed()  # the other processes may be at any point
         try:
-            if folder is not None if alone else broadcast_from_rank0(folder is not None):
-                with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
+            if folder is not None if failed_alone else broadcast_from_rank0(folder is not None):
+                with (
+                    HeldInterrupts(to_the_end=True),
+                    self._noting(),
+                ):  # a second interrupt waits for the last checkpoint
                     if folder is not None and self._run.steps_done == 0 and state.status == "failed":
                         self._undo(folder)
                         return
@@ -203,7 +206,7 @@ class RunCheckpointer(TrainerCallback):
                             self._run.note(note)
                     if state.status == "finished":
                         self._save(whole=False)
-                    elif not alone and self._has_new_state(state.step):
+                    elif not failed_alone and self._has_new_state(state.step):
                         self._save_as_the_step_ended()
                     else:
                         self._drop_diverged()
@@ -216,20 +219,20 @@ class RunCheckpointer(TrainerCallback):
                 folder.close()
 
     def _end(self) -> None:
-        """Says how a run ended whose keeping had ended before."""
+        """Records the end of a run whose checkpoints could no longer be written."""
         folder, self._unkept = self._unkept, None
         if folder is not None:
             folder.end(self._facts | _summary(self._run.state) | {"seconds": self._seconds()})
             folder.close()
 
     def keep_last(self) -> None:
-        """Keeps the state of the last step of a run that ends early, if it is not kept yet."""
+        """Writes a checkpoint of the last step of a run that ends early, unless there is one."""
         if broadcast_from_rank0(self.folder is not None) and self._has_new_state(self._run.state.step):
             with HeldInterrupts(to_the_end=True), self._noting():
                 self._save_as_the_step_ended()
 
     def mark_saved(self, folder: str) -> None:
-        """Notes with the run that its adapters were saved in a folder of the user's own."""
+        """Records in the run's folder that its adapters were saved in a folder of the user's."""
         if self._run.folder and is_main_process():
             for name in trained_names(self._model):
                 place = Path(folder, name)
@@ -237,17 +240,17 @@ class RunCheckpointer(TrainerCallback):
                 self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
 
     def _drop_diverged(self) -> None:
-        """Removes states after the last good weights of a run that diverged, where an earlier one is left."""
+        """Removes checkpoints after the last good weights of a diverged run, if an earlier one remains."""
         last_good = self._run.state.kept_step
         if self.folder is not None and last_good is not None:
             drop_after(self.folder.path, last_good)
 
     def _note_lost_steps(self) -> None:
-        """Says of which step the last state is, where later steps are done and no state of them can be written."""
+        """Notes the step of the last checkpoint, if later steps were made of which none can be written."""
         step = self._run.state.step
         if self.folder is not None and self._in_step and not self._run.diverged and step > self._saved_step >= 0:
             self._run.note(
-                f"the training ended while step {step + 1} changed the weights: the last state on disk is that of step "
+                f"the training ended while step {step + 1} changed the weights: the last checkpoint is that of step "
                 f"{self._saved_step}"
             )
 
@@ -261,7 +264,7 @@ class RunCheckpointer(TrainerCallback):
         return known and step > self._saved_step
 
     def _undo(self, folder: RunFolder) -> None:
-        """Leaves the disk as it was before a run that failed before its first step."""
+        """Restores the disk after a run that failed before its first step."""
         if self._place.name is None:
             folder.close()
             self._place.store.delete(folder.name)
@@ -273,9 +276,12 @@ class RunCheckpointer(TrainerCallback):
     # Writing
 
     def _save(self, *, whole: bool = True) -> None:
-        """Keeps the state now; of a run that has ended all the same (not ``whole``) the adapter alone.
+        """Writes a checkpoint now.
 
-        Where there are several processes, all of them call it, and each writes its part.
+        With several processes all of them must call it, and each writes its part.
+
+        Args:
+            whole: whether to write the optimizer etc. too; of a finished run only the adapter is written.
         """
         begun, step = self._clock(), int(self.trainer.state.global_step)
 
@@ -292,7 +298,7 @@ class RunCheckpointer(TrainerCallback):
 
     def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
         names, write = trained_names(self._model), is_main_process()
-        options = {"names": names, "embeddings": False, "stays": False, "write": write}
+        options = {"names": names, "embeddings": False, "mark_saved": False, "write": write}
         save(manager_of(self._model), folder, **options, base=base_mark(self.trainer))
         if write:
             self._write_trainer_state(folder)
@@ -307,7 +313,7 @@ class RunCheckpointer(TrainerCallback):
             self.beside(folder)
 
     def _write_trainer_state(self, folder: Path) -> None:
-        """Without what was logged, which the curve has: the file would grow with every step."""
+        """Writes the Trainer's state without its log, which is in the run's curves: the file would grow each step."""
         trainer = self.trainer
         state = dataclasses.replace(trainer.state, log_history=[])
         state.stateful_callbacks = dict(state.stateful_callbacks)
@@ -333,14 +339,14 @@ class RunCheckpointer(TrainerCallback):
         }
 
     def _renewed(self, args: TrainingArguments) -> dict[str, Any]:
-        """Of a run that is resumed, what was given anew in the place of what it had, or besides."""
+        """The arguments and settings of a resumed run, with those that were given again or added."""
         if not self._before:
             return {}
         now = self._first_facts(args)
         return {name: {**self._before.get(name, {}), **now[name]} for name in ("arguments", "settings")}
 
     def _seconds(self) -> float:
-        """Time spent on the run, without pauses, in all processes that it went on in."""
+        """Seconds spent on the run, without pauses, including those before it was resumed."""
         return round(self._seconds_before + self._run.elapsed, 3)
 
     def _own_settings(self) -> dict[str, Any]:
@@ -348,24 +354,31 @@ class RunCheckpointer(TrainerCallback):
         return {name: value for name, value in own.items() if value}
 
     def _swept_settings(self) -> dict[str, list[str]]:
-        """Of the adapters of a sweep, what they differ in."""
+        """The settings in which the adapters of a sweep differ, with all their values."""
         settings = [member.settings for member in self._run.members("running")]
-        return {name: list(dict.fromkeys(one[name] for one in settings)) for name in (settings[0] if settings else ())}
+        return {
+            name: list(dict.fromkeys(member_settings[name] for member_settings in settings))
+            for name in (settings[0] if settings else ())
+        }
 
     def _adapter_settings(self) -> dict[str, Any]:
         config = self._model.peft_config[trained_names(self._model)[0]]
-        found = getattr(config, "target_modules", None)
-        targets = [path.rpartition(".")[2] for path in found] if isinstance(found, list | set | tuple) else found
-        usual = {item.name: item.default for item in dataclasses.fields(config)}
+        configured = getattr(config, "target_modules", None)
+        targets = (
+            [path.rpartition(".")[2] for path in configured]
+            if isinstance(configured, list | set | tuple)
+            else configured
+        )
+        defaults = {item.name: item.default for item in dataclasses.fields(config)}
         fields = config.to_dict() | ({"target_modules": sorted(set(targets))} if isinstance(targets, list) else {})
         return {
             name: value
             for name, value in fields.items()
-            if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in BOOKKEEPING_FIELDS)
+            if name in _MAIN_FIELDS or (value and value != defaults.get(name) and name not in BOOKKEEPING_FIELDS)
         }
 
     def _write_facts(self) -> None:
-        if self.folder is None:  # another process writes them
+        if self.folder is None:  # another process writes them, or nothing can be written
             return
         state = self._run.state
         self._facts |= _summary(state) | {"seconds": self._seconds()}
@@ -374,25 +387,30 @@ class RunCheckpointer(TrainerCallback):
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """What cannot be written ends the keeping, not the training."""
+        """A block in which an error of writing ends the checkpoints, but not the training."""
         try:
             yield
         except (CheckpointError, OSError) as error:
             folder, self.folder = self.folder, None
             since = "" if folder is None else " from here on"
             if folder is not None:
-                with suppress(OSError):  # empty where not even its settings could be written
+                with suppress(OSError):  # the folder is empty if not even its settings could be written
                     folder.path.rmdir()
                 if folder.path.is_dir():
                     self._unkept = folder
                 else:
                     folder.close()
                     self._run.folder = ""
-            self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}", warning=True)
+            self._run.note(f"this run is not saved on disk{since}: {in_one_line(error)}", warning=True)
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
-    """What rows are known by when a run goes on: how many there are, and a digest of the first ones."""
+    """The fingerprint by which a resumed run recognises its rows: their number, and a digest of the first ones.
+
+    Args:
+        rows: the training rows.
+        eval_rows: the evaluation rows, or None.
+    """
     mark: dict[str, Any] = {}
     for prefix, part in (("", rows), ("eval_", eval_rows)):
         if hasattr(part, "__len__") and hasattr(part, "__getitem__"):
@@ -403,23 +421,28 @@ def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
 
 
 def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with other rows.
+    """Refuses to resume a run with other rows.
+
+    Args:
+        name: the run.
+        then: the fingerprint of its rows.
+        now: the fingerprint of the rows given now.
 
     Raises:
-        TrainingError: there are more or fewer of them, or the first ones differ.
+        TrainingError: the number of rows or the first rows differ.
     """
-    for prefix, what in (("", "rows"), ("eval_", "rows to evaluate on")):
+    for prefix, what in (("", "rows"), ("eval_", "evaluation rows")):
         count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
         if count != present:
             raise TrainingError(
                 f"run {name} was trained with {count or 'no'} {what}, and these are {present or 'none'}"
             )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
-            raise TrainingError(f"run {name} was trained with other {what}: the first of these are not those")
+            raise TrainingError(f"run {name} was trained with other {what}: the first ones differ")
 
 
 def _summary(state: TrainState) -> dict[str, Any]:
-    """How a run stands, for ``run.json``."""
+    """The state of a run, for ``run.json``."""
     best = min(state.eval_history, key=lambda point: point[1], default=(None, None))
     status = state.status if state.status in ("finished", "stopped", "failed") else "running"
     return {

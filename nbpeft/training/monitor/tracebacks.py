@@ -1,4 +1,4 @@
-"""Lets go of tensors that a stored traceback would keep alive.
+"""Releases tensors that a stored traceback would keep alive.
 
 An exception keeps the frames it went through, and a frame keeps its local variables: after an
 error the activations of the failed step stay on the device until the next error replaces it.
@@ -15,10 +15,13 @@ import torch
 
 
 def release_frames(error: BaseException, *, everything: bool = False) -> None:
-    """Clears the local variables of the frames ``error`` went through.
+    """Clears the local variables of the frames in the traceback of ``error``.
 
-    Frames that still run (the cell itself) are left alone, and so are, unless ``everything``,
-    frames without tensors: a debugger can still look at them.
+    Frames that are still running, such as that of the cell itself, are not cleared.
+
+    Args:
+        error: the exception; its causes and contexts are cleared too.
+        everything: whether to clear frames without tensors too, which a debugger can otherwise still inspect.
     """
     seen: set[int] = set()
     for link in _chain(error):
@@ -44,7 +47,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _holds_tensor(frame: FrameType) -> bool:
-    # Reading frame.f_locals would make a dictionary of the variables that outlives frame.clear().
+    # Reading frame.f_locals would create a dictionary of the variables, which outlives frame.clear().
     return any(_is_heavy(value, depth=2) for value in gc.get_referents(frame))
 
 

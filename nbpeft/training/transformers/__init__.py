@@ -1,34 +1,18 @@
-"""transformers' ``Trainer`` with adapters: its arguments, and what nbpeft changes in it.
+"""transformers' ``Trainer`` with adapters: its arguments, and nbpeft's changes to it.
 
 Door, what other rooms import:
 
-    argument_source.py  What ``TrainingArguments`` takes, read from its source: importing it takes a second or two
-                        where PEFT is installed
-    arguments.py        Training arguments by name, with defaults that suit a notebook
-    trainer.py          ``nbpeft.Trainer``: transformers' Trainer, which knows adapters once it is patched, and
-                        computes losses in chunks
-    trainer_patch.py    The one place where nbpeft changes other libraries: they take our models and configs as they
-                        take PEFT's
+    argument_source.py  The fields of ``TrainingArguments``, read from its source: importing it takes a second or two
+                        if PEFT is installed
+    arguments.py        Training arguments by name, with defaults for notebooks
+    trainer.py          ``nbpeft.Trainer``: transformers' Trainer for models with adapters, with losses computed in
+                        chunks
+    trainer_patch.py    The one place where nbpeft changes other libraries: they accept its models and configs like
+                        PEFT's
 
 Inside:
 
-    adapter_mixins.py  Methods of other libraries that look for PEFT when they are called, for models and configs of
+    adapter_mixins.py  Methods of other libraries that import PEFT when they are called, for models and configs of
                        nbpeft
-    import_hook.py     Runs a function right after a module of another library is imported, now or later
-
-Door, what other rooms import:
-
-    argument_source.py  What ``TrainingArguments`` takes, read from its source: importing it takes a second or two
-                        where PEFT is installed
-    arguments.py        Training arguments by name, with defaults that suit a notebook
-    trainer.py          ``nbpeft.Trainer``: transformers' Trainer, which knows adapters once it is patched, and
-                        computes losses in chunks
-    trainer_patch.py    The one place where nbpeft changes other libraries: they take our models and configs as they
-                        take PEFT's
-
-Inside:
-
-    adapter_mixins.py  Methods of other libraries that look for PEFT when they are called, for models and configs of
-                       nbpeft
-    import_hook.py     Runs a function right after a module of another library is imported, now or later
+    import_hook.py     Calls a function right after a module of another library is imported, now or later
 """

@@ -1,8 +1,8 @@
-"""Methods of other libraries that look for PEFT when they are called, for models and configs of nbpeft.
+"""Methods of other libraries that import PEFT when they are called, for models and configs of nbpeft.
 
-``model.add_adapter(config)`` of transformers is one. Where it is given a config of nbpeft, it runs with nbpeft's names
-in the place of PEFT's, and so do the methods that choose, read and delete the adapters of such a model, and those of
-TRL's Trainers. diffusers looks for PEFT in many other places as well: there one line says what to do.
+``model.add_adapter(config)`` of transformers is one. With a config of nbpeft it runs with nbpeft's names instead of
+PEFT's, and so do the methods that activate, read and delete the adapters of such a model, and those of
+TRL's Trainers. diffusers uses PEFT in many other places as well: there an error says what to do.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ _ROOT = __name__.partition(".")[0]
 
 
 def is_adapted(value: Any) -> bool:
-    """Whether something is a model with adapters of nbpeft."""
+    """Whether a value is a model with adapters of nbpeft."""
     return manager_of(value) is not None
 
 
 def methods_with_imports(owner: type, is_ours: Callable[[Any], bool]) -> dict[str, Callable[..., Any]]:
-    """Methods of a class that import from PEFT when they are called, by name, so that they import from nbpeft.
+    """Methods of a class that import from PEFT when they are called, changed to import from nbpeft.
 
     Args:
         owner: the class.
-        is_ours: whether an argument, the object itself first, is of nbpeft; configs of it are always.
+        is_ours: whether an argument, including ``self``, belongs to nbpeft; nbpeft's configs always do.
+
+    Returns:
+        Name of a method -> the changed method.
     """
     return {
         name: importing(method, is_ours)
@@ -41,7 +44,12 @@ def methods_with_imports(owner: type, is_ours: Callable[[Any], bool]) -> dict[st
 
 
 def importing(method: FunctionType, is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
-    """A method that imports from nbpeft where an argument is of nbpeft; see ``methods_with_imports``."""
+    """Wraps a method so that it imports from nbpeft if an argument belongs to nbpeft.
+
+    Args:
+        method: the method.
+        is_ours: see ``methods_with_imports``.
+    """
 
     @functools.wraps(method)
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +60,7 @@ def importing(method: FunctionType, is_ours: Callable[[Any], bool]) -> Callable[
 
 
 def _on_nbpeft(function: FunctionType) -> FunctionType:
-    """A function whose imports from ``peft`` are from nbpeft, and for which no PEFT needs to be installed."""
+    """A copy of a function whose imports from ``peft`` come from nbpeft, and which does not need PEFT installed."""
     names = {**function.__globals__, "check_peft_version": lambda *args, **kwargs: None}
     names["__builtins__"] = {**vars(builtins), "__import__": _import}
     twin = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
@@ -73,7 +81,7 @@ def _import(
 
 
 def explaining(method: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``add_adapter`` of diffusers that says what to do where it is given a config of nbpeft and cannot take it."""
+    """Wraps ``add_adapter`` of diffusers so that its error for a config of nbpeft says what to do."""
 
     @functools.wraps(method)
     def add_adapter(self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +93,7 @@ def explaining(method: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(adapter_config, AdapterConfig):
                 raise
             raise NotSupportedError(
-                "diffusers takes adapters of the package peft alone: call nbpeft.install_as_peft() in a fresh process, "
+                "diffusers supports only adapters of the package peft: call nbpeft.install_as_peft() in a new process, "
                 "before anything imports peft or diffusers"
             ) from error
 

@@ -1,6 +1,6 @@
-"""What ``TrainingArguments`` takes, read from its source: importing it takes a second or two where PEFT is installed.
+"""The fields of ``TrainingArguments``, read from its source: importing it takes a second or two if PEFT is installed.
 
-Tab has to answer within a second, and a key that is pressed should not import another library's packages.
+Tab completion has to respond within a second, and should not import other packages.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NOTEBOOK_DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "train_sampling_strategy": "group_by_length",
 }
-"""What is assumed instead of the defaults of ``TrainingArguments``."""
+"""The defaults in a notebook that differ from those of ``TrainingArguments``."""
 
 _CLASSES = ("training_args.py", "trainer_utils.py")
-"""Files of transformers that hold ``TrainingArguments`` and the enums of its fields."""
+"""The files of transformers with ``TrainingArguments`` and the enums of its fields."""
 _TRACKERS = ("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
 
 
@@ -33,11 +33,11 @@ class Argument(NamedTuple):
     """A field of ``TrainingArguments``.
 
     Attributes:
-        name: what it is called.
-        kind: its type, as Python writes it; ``str`` for an enum.
-        default: its value where it is not given, as Python writes it.
-        help: what it means.
-        choices: the values it takes, where they can be listed.
+        name: its name.
+        kind: its type as Python source; ``str`` for an enum.
+        default: its default as Python source.
+        help: its description.
+        choices: its possible values, if they can be listed.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Argument(NamedTuple):
 
 @functools.cache
 def training_arguments() -> tuple[Argument, ...]:
-    """The fields of ``TrainingArguments``, in its order; none where transformers is not installed."""
+    """The fields of ``TrainingArguments``, in its order; empty if transformers is not installed."""
     classes = {node.name: node for file in _CLASSES for node in _parsed(file) if isinstance(node, ast.ClassDef)}
     enums = {name: members for name, node in classes.items() if (members := _members(node))}
     body = classes["TrainingArguments"].body if "TrainingArguments" in classes else []
@@ -58,7 +58,7 @@ def training_arguments() -> tuple[Argument, ...]:
 
 @functools.cache
 def tracker_names() -> tuple[str, ...]:
-    """What ``report_to`` takes besides ``none`` and ``all``."""
+    """The values of ``report_to`` other than ``none`` and ``all``."""
     file, name = _TRACKERS
     for node in _parsed(file):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Dict):
@@ -73,7 +73,7 @@ def _parsed(file: str) -> list[ast.stmt]:
 
 
 def _members(node: ast.ClassDef) -> dict[str, str]:
-    """Members of an enum -> their values; empty for another class."""
+    """Member of an enum -> its value; empty for a class that is not an enum."""
     if not any("Enum" in ast.unparse(base) for base in node.bases):
         return {}
     assigned = [item for item in node.body if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)]
@@ -81,13 +81,13 @@ def _members(node: ast.ClassDef) -> dict[str, str]:
 
 
 def _given(node: ast.AnnAssign) -> bool:
-    """Whether it is an argument of ``__init__``."""
+    """Whether a field is an argument of ``__init__``."""
     off = _keywords(node.value).get("init")
     return "ClassVar" not in ast.unparse(node.annotation) and (off is None or _literal(off) is not False)
 
 
 def _keywords(value: ast.expr | None) -> dict[str, ast.expr]:
-    """Those of ``field(…)``."""
+    """The keywords of ``field(…)``."""
     if not isinstance(value, ast.Call):
         return {} if value is None else {"default": value}
     return {item.arg: item.value for item in value.keywords if item.arg is not None}
@@ -127,7 +127,7 @@ def _default(keywords: Mapping[str, ast.expr], body: list[ast.stmt], enums: Mapp
         return {"list": "[]", "dict": "{}"}.get(text, text.removeprefix("lambda: "))
     if isinstance(value, ast.Attribute):
         return repr(enums.get(ast.unparse(value.value), {}).get(value.attr, value.attr))
-    if isinstance(value, ast.Name):  # a variable of the class; the last value it is given
+    if isinstance(value, ast.Name):  # a variable of the class body: its last value
         assigned = [item for node in body for item in ast.walk(node) if isinstance(item, ast.Assign)]
         values = [item.value for item in assigned if ast.unparse(item.targets[0]) == value.id]
         value = values[-1] if values else value

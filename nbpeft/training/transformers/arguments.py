@@ -1,4 +1,4 @@
-"""Training arguments by name, with defaults that suit a notebook."""
+"""Training arguments by name, with defaults for notebooks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OTHER_NAMES = {
     "output": "output_dir",
     "max_seq_length": "max_length",
 }
-"""What people type for names that spell quite differently."""
+"""Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
 
 _LEAST = {
     "learning_rate": 0,
@@ -47,7 +47,7 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
 }
-"""Smallest values of fields that the arguments class takes unseen."""
+"""The smallest values of fields that the arguments class does not check."""
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -58,7 +58,7 @@ _WORDS: dict[Any, str] = {
     dict: "a dictionary",
     type(None): "None",
 }
-"""Kinds of values that are checked, and what a person calls them."""
+"""Types of values that are checked -> their name in messages."""
 _ACCEPTED: dict[type, tuple[type, ...]] = {
     str: (str, os.PathLike, Enum),
     list: (list, tuple),
@@ -71,10 +71,18 @@ _LONGEST_REASON, _SHOWN_CHOICES = 250, 12
 def split_arguments(
     given: Mapping[str, Any], trainer_class: type[Any], arguments_class: type[TrainingArguments]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sorts keywords into those of the arguments class and those of the Trainer's constructor.
+    """Separates keywords of the arguments class from those of the Trainer's constructor.
+
+    Args:
+        given: the keywords.
+        trainer_class: the Trainer class.
+        arguments_class: ``TrainingArguments`` or a subclass.
+
+    Returns:
+        The fields of the arguments class, and the options of the Trainer.
 
     Raises:
-        ConfigError: a name belongs to neither; the message names the near ones.
+        ConfigError: a name belongs to neither; the message suggests similar names.
     """
     fields = {field.name for field in dataclasses.fields(arguments_class) if field.init}
     options: set[str] = set()
@@ -96,22 +104,22 @@ def split_arguments(
 def build_arguments(
     fields: Mapping[str, Any], arguments_class: type[TrainingArguments], *, folder: str, evaluates: bool
 ) -> TrainingArguments:
-    """The arguments object, with notebook defaults for what is not given.
+    """Creates the arguments object, with defaults for notebooks.
 
-    Nothing is reported or printed, nothing is saved, each step's loss is noted, and the learning
-    rate is the one adapters want (2e-4). Held-out data is evaluated once an epoch.
+    By default nothing is reported, printed or saved, each step's loss is logged, and the learning
+    rate is one for adapters (2e-4). Evaluation data is evaluated once per epoch.
 
     Args:
         fields: Fields as given.
         arguments_class: ``TrainingArguments`` or a subclass.
-        folder: Where to write when ``output_dir`` is not given.
-        evaluates: Whether there is held-out data.
+        folder: The default of ``output_dir``.
+        evaluates: Whether there is evaluation data.
 
     Raises:
-        ConfigError: values contradict each other or are impossible.
+        ConfigError: values contradict each other or are invalid.
     """
     values: dict[str, Any] = NOTEBOOK_DEFAULTS | {
-        "train_sampling_strategy": "random",  # of the Trainer: GroupedByLength is ours
+        "train_sampling_strategy": "random",  # the Trainer's own value: rows are grouped by nbpeft's GroupedByLength
         "output_dir": folder,
         "eval_strategy": "epoch" if evaluates else "no",
         "use_cpu": not _has_accelerator(),
@@ -129,11 +137,14 @@ def build_arguments(
         values["eval_strategy"] = "steps"
     keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
     if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
-        raise ConfigError(f"save_strategy={fields['save_strategy']!r} writes checkpoints: say where with output_dir=…")
+        raise ConfigError(
+            f"save_strategy={fields['save_strategy']!r} writes checkpoints: give their folder, output_dir=…"
+        )
     check_values(fields, arguments_class)
     if fields.get("resume_from_checkpoint") is True and "output_dir" not in fields:
         raise ConfigError(
-            "resume_from_checkpoint=True needs output_dir=…, where the checkpoints lie", field="resume_from_checkpoint"
+            "resume_from_checkpoint=True needs output_dir=…, the folder of the checkpoints",
+            field="resume_from_checkpoint",
         )
     values.update(_current_names(fields, arguments_class))
     known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
@@ -144,24 +155,28 @@ def build_arguments(
 
 
 def changed_arguments(arguments: TrainingArguments, fields: Mapping[str, Any]) -> TrainingArguments:
-    """A copy with other values, made while a training runs: a new object would reset what accelerate knows of it.
+    """A copy with other values, for a running training; constructing a new object would reset accelerate's state.
+
+    Args:
+        arguments: the arguments.
+        fields: field -> new value.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     check_values(fields, type(arguments))
-    made = copy.copy(arguments)
+    copied = copy.copy(arguments)
     for name, value in fields.items():
         kind = type(getattr(arguments, name))
         try:
-            setattr(made, name, kind(value) if issubclass(kind, Enum) else value)
+            setattr(copied, name, kind(value) if issubclass(kind, Enum) else value)
         except ValueError as error:
             raise _impossible(reason_of(error), fields) from error
-    return made
+    return copied
 
 
 def reason_of(error: Exception) -> str:
-    """What another library says is wrong, in one line that is not long."""
+    """The message of another library's error, in one line of limited length."""
     text = in_one_line(error)
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__}: {text}"
@@ -169,7 +184,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
-    """The error for what the arguments class refuses; a word that is not one of its choices is named with the near."""
+    """The error for arguments that the arguments class refuses; for an unknown value of an enum it suggests others."""
     unknown = re.match(r"(.+) is not a valid (\w+)", reason)
     name = next((name for name, value in fields.items() if unknown and str(value) == unknown[1].strip("'")), None)
     if unknown is None or name is None:
@@ -186,15 +201,19 @@ def _choices(enum: str) -> list[str]:
     """The values of one of transformers' enums."""
     from transformers import trainer_utils, training_args
 
-    found = getattr(trainer_utils, enum, None) or getattr(training_args, enum, None)
-    return [str(item.value) for item in found] if isinstance(found, type) and issubclass(found, Enum) else []
+    enum_class = getattr(trainer_utils, enum, None) or getattr(training_args, enum, None)
+    return (
+        [str(item.value) for item in enum_class]
+        if isinstance(enum_class, type) and issubclass(enum_class, Enum)
+        else []
+    )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuses options of a Trainer that are used only once training goes on.
+    """Refuses options of a Trainer with a wrong type, which the Trainer would notice only during training.
 
     Raises:
-        ConfigError: one is of another kind.
+        ConfigError: an option has a wrong type.
     """
     for name in _CALLED:
         value = options.get(name)
@@ -221,17 +240,21 @@ def _is_callback(item: Any) -> bool:
 
 
 def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
-    """Refuses a value of another kind than its field, and a number that cannot be.
+    """Refuses a value of another type than its field's, and a number out of range.
+
+    Args:
+        fields: field -> value.
+        arguments_class: ``TrainingArguments`` or a subclass.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a value is invalid.
     """
     for field in dataclasses.fields(arguments_class):
         if field.name not in fields:
             continue
         name, value = field.name, fields[field.name]
         kinds = _kinds_of(field.type)
-        if name in ("resume_from_checkpoint", "fsdp") and value is True:  # the fields' types leave it out
+        if name in ("resume_from_checkpoint", "fsdp") and value is True:  # valid, though not in the field's type
             continue
         if kinds and not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_WORDS[kind] for kind in kinds if kind is not type(None))
@@ -248,7 +271,7 @@ def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgume
 
 
 def _kinds_of(annotation: Any) -> tuple[type, ...]:
-    """The plain kinds that a field takes; none where it takes others, too."""
+    """The types that a field takes; empty if one of them cannot be checked."""
     if isinstance(annotation, str):
         annotation = {"int": int, "float": float, "bool": bool, "str": str}.get(annotation)
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
@@ -272,7 +295,7 @@ def _shown(value: Any) -> str:
 
 
 def _current_names(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> dict[str, Any]:
-    """Fields under the names that this transformers wants: 5.24 renamed checkpointing and warns of the old name."""
+    """Fields with the names of the installed transformers: 5.24 renamed checkpointing and warns about the old name."""
     known = {field.name for field in dataclasses.fields(arguments_class)}
     renamed = {}
     for name, value in fields.items():

@@ -1,6 +1,6 @@
-"""Runs a function right after a module of another library is imported, now or later.
+"""Calls a function right after a module of another library is imported, now or later.
 
-Python offers no other place for that than a finder in ``sys.meta_path``. This one finds nothing by
+The only hook that Python offers for this is a finder in ``sys.meta_path``. This one finds no modules by
 itself, wraps only the loaders of the modules it waits for, and removes itself after the last of them.
 """
 
@@ -18,10 +18,10 @@ Callback = Callable[[ModuleType], None]
 
 
 class ImportHook(MetaPathFinder):
-    """Calls back when modules are imported; at once for those that are imported already.
+    """Calls functions when modules are imported, or at once for modules that are imported already.
 
     Args:
-        callbacks: full name of a module -> what to call with it.
+        callbacks: full name of a module -> function to call with the module.
     """
 
     def __init__(self, callbacks: Mapping[str, Callback]) -> None:
@@ -31,7 +31,7 @@ class ImportHook(MetaPathFinder):
         self.run_pending()
 
     def run_pending(self) -> None:
-        """Calls back for modules that are imported by now, however that happened."""
+        """Calls the functions of modules that have been imported by now, even if not through this finder."""
         for name in list(self._callbacks):
             module = sys.modules.get(name)
             if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -46,7 +46,7 @@ class ImportHook(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Returns what the other finders find, with a loader that calls back when it is done."""
+        """Returns the spec of the other finders, with a loader that calls the function after loading."""
         if fullname not in self._callbacks or fullname in self._finding:
             return None
         self._finding.add(fullname)
@@ -67,7 +67,7 @@ class ImportHook(MetaPathFinder):
 
 
 class _LoaderWithCallback(Loader):
-    """Another loader, and a call when the module has been executed."""
+    """Wraps a loader, and calls a function when the module has been executed."""
 
     def __init__(self, loader: Any, callback: Callback) -> None:
         self._loader = loader

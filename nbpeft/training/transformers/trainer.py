@@ -1,4 +1,4 @@
-"""``nbpeft.Trainer``: transformers' Trainer, which knows adapters once it is patched, and computes losses in chunks."""
+"""``nbpeft.Trainer``: transformers' Trainer for models with adapters, with losses computed in chunks."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ from nbpeft.training.transformers.trainer_patch import patch_trainer
 class Trainer(transformers.Trainer):
     """``transformers.Trainer`` for models with adapters, with the same arguments.
 
-    A checkpoint folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` beside the
-    Trainer's own files; adapters that are not called ``default`` lie in subfolders of their name.
-    ``resume_from_checkpoint``, ``load_best_model_at_end`` and ``save_model`` work on adapters
-    alone, and quantized bases are accepted. It calls ``nbpeft.patch_trainer()``.
+    A checkpoint folder contains ``adapter_config.json`` and ``adapter_model.safetensors`` in addition to the
+    Trainer's own files; adapters with another name than ``default`` are in subfolders of their name.
+    ``resume_from_checkpoint``, ``load_best_model_at_end`` and ``save_model`` work on the adapters
+    only, and quantized bases are accepted. It calls ``nbpeft.patch_trainer()``.
 
-    The loss of a language model is computed in chunks of learned tokens, as ``nbpeft.chunked_loss`` does, in
-    training and in evaluations that ask for the loss alone. Where logits are needed (``compute_metrics``,
-    ``preprocess_logits_for_metrics``, ``return_outputs=True``), they are there.
+    The loss of a language model is computed in chunks of tokens, as by ``nbpeft.chunked_loss``, in
+    training and in evaluations that need only the loss. If logits are needed (``compute_metrics``,
+    ``preprocess_logits_for_metrics``, ``return_outputs=True``), they are computed as a whole.
 
-    ``loss_weights`` in a batch, in the shape of its labels, say how much each of them counts: a loss is the sum of
-    weighted losses over the sum of the weights, of all batches whose gradients are accumulated.
+    ``loss_weights`` in a batch, in the shape of its labels, are factors on the loss of each label: a loss is the sum of
+    weighted losses divided by the sum of the weights, over all batches whose gradients are accumulated.
 
     Args:
-        *args: of ``transformers.Trainer``.
-        loss_chunk_size: tokens whose logits are in memory at once; 0 for logits as a whole.
-        recompute: whether activations and norms are computed again in backward instead of being kept, as
-            ``nbpeft.selective_recompute`` does; compiled and data-parallel models keep them.
-        **kwargs: of ``transformers.Trainer``.
+        *args: arguments of ``transformers.Trainer``.
+        loss_chunk_size: the number of tokens whose logits are in memory at once; 0 to compute all logits at once.
+        recompute: whether activations and norms are recomputed in backward instead of being stored, as by
+            ``nbpeft.selective_recompute``; compiled and data-parallel models store them.
+        **kwargs: arguments of ``transformers.Trainer``.
 
     Raises:
-        ConfigError: ``loss_chunk_size`` is no whole number of at least 0, or ``recompute`` neither True nor False.
+        ConfigError: ``loss_chunk_size`` is not a whole number of at least 0, or ``recompute`` not True or False.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Trainer(transformers.Trainer):
             self.label_smoother = _ChunkedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keeps the columns of rows that adapters take from each call, as those that the model takes."""
+        """Adds the columns that adapters take to those of the model's signature, which the Trainer does not drop."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
@@ -91,27 +91,30 @@ class Trainer(transformers.Trainer):
         return selective_recompute(self.model)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """The batch on the model's device, its weights on the labels: they reach whatever computes the loss."""
+        """Moves the batch to the model's device, and attaches its weights to the labels.
+
+        Attached to the labels, the weights reach any function that computes the loss.
+        """
         prepared: Any = super()._prepare_inputs(inputs)
         if not isinstance(prepared, Mapping):
             return prepared
         if LOSS_WEIGHTS in prepared:
             model: Any = self.model
             if self.args.torch_compile or is_compiled(model):
-                raise TrainingError("the rows have weights, which the loss of a compiled model does not take")
+                raise TrainingError("the rows have weights, which the loss of a compiled model does not support")
             prepared = with_loss_weights(prepared)
         self._labels = prepared.get("labels")
         return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """How many labels are learned in batches whose gradients are accumulated, each by its weight."""
+        """The sum of the weights of all labels in the batches whose gradients are accumulated."""
         return super()._get_num_items_in_batch([_counted(batch) for batch in batch_samples], device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's step; see ``transformers.Trainer``.
+        """The Trainer's training step; see ``transformers.Trainer``.
 
         Raises:
-            TrainingError: the rows have weights, and the loss does not use them.
+            TrainingError: the rows have weights, but the loss does not use them.
         """
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         check_weights_used(self._labels, type(base_model_of(model)).__name__)
@@ -124,9 +127,9 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss, in chunks where nobody needs the logits; see ``transformers.Trainer``."""
+        """The Trainer's loss, computed in chunks if the logits are not needed; see ``transformers.Trainer``."""
         outside = self.label_smoother is not None or self.compute_loss_func is not None
-        # DistributedDataParallel reads what a model returns, and so cannot return logits without data.
+        # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         shown = (return_outputs and not self._loss_alone) or (outside and self.accelerator.num_processes > 1)
         with ExitStack() as block:
             head = block.enter_context(chunked_head(model, 0 if shown else self.loss_chunk_size, num_items_in_batch))
@@ -140,7 +143,7 @@ class Trainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The Trainer's step of an evaluation; see ``transformers.Trainer``."""
+        """The Trainer's evaluation step; see ``transformers.Trainer``."""
         self._loss_alone = prediction_loss_only
         try:
             result: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
@@ -152,7 +155,7 @@ class Trainer(transformers.Trainer):
             self._loss_alone = False
 
     def _note_once(self, model: nn.Module, head: ChunkedHead) -> None:
-        """Says why the loss is not computed in chunks, where a model has a head."""
+        """Notes once why the loss is not computed in chunks, although the model has an output head."""
         why = f"{head.needed_by} needs them" if head.needed_by and not head.chunked else ""
         if is_compiled(model):
             why = "the model is compiled"
@@ -163,7 +166,7 @@ class Trainer(transformers.Trainer):
 
 
 def _counted(batch: Any) -> Any:
-    """A batch whose labels count by their weights: in float32 all, since the sums of several processes are gathered."""
+    """A batch whose labels are counted by their weights, always in float32: processes gather their sums."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return batch
     labels = with_loss_weights(batch)["labels"]
@@ -173,7 +176,7 @@ def _counted(batch: Any) -> Any:
 
 
 class _CountedLabels:
-    """Labels as far as a Trainer counts them: ``labels[..., 1:].ne(-100).sum()``."""
+    """Labels with the operations by which a Trainer counts them: ``labels[..., 1:].ne(-100).sum()``."""
 
     def __init__(self, labels: Tensor, weights: Tensor) -> None:
         self._labels, self._weights = labels, weights
@@ -186,7 +189,7 @@ class _CountedLabels:
 
 
 class _ChunkedLabelSmoother(LabelSmoother):
-    """The Trainer's smoothed loss, computed in chunks from logits without data, and of weighted labels."""
+    """The Trainer's label smoothing, also for logits that are computed in chunks and for weighted labels."""
 
     def __call__(
         self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
@@ -213,7 +216,7 @@ class _ChunkedLabelSmoother(LabelSmoother):
 
 
 def has_own_loss(trainer_class: type[Any]) -> bool:
-    """Whether a Trainer class computes its loss in another way than transformers' Trainer and ours.
+    """Whether a Trainer class overrides ``compute_loss`` of transformers' Trainer and of nbpeft's.
 
     Args:
         trainer_class: A subclass of ``transformers.Trainer``.
@@ -223,39 +226,39 @@ def has_own_loss(trainer_class: type[Any]) -> bool:
 
 
 def why_unweighted(trainer_class: type[Any], *, own_batches: bool = False) -> str:
-    """Why the loss of a Trainer class counts no row more than another; empty if it can.
+    """Why the loss of a Trainer class does not support weights of rows; empty if it does.
 
     Args:
         trainer_class: A subclass of ``transformers.Trainer``.
-        own_batches: Whether somebody else makes the batches.
+        own_batches: Whether the batches are made by a ``data_collator`` of the user's.
     """
     if own_batches:
-        return "the data_collator that is given makes batches of its own: leave it out, or remove the weights"
+        return "the given data_collator does not add them to its batches: remove the data_collator or the weights"
     if issubclass(trainer_class, Trainer):
         return ""
     name = f"{trainer_class.__module__}.{trainer_class.__qualname__}"
-    return f"{name} takes none: derive it from nbpeft.Trainer, or remove the weights"
+    return f"{name} does not support weights: derive it from nbpeft.Trainer, or remove the weights"
 
 
 def step_settings(trainer: Any) -> dict[str, Any]:
-    """How a Trainer computes a step, as keywords of ``nbpeft.forecast``.
+    """The settings with which a Trainer computes a step, as keywords of ``nbpeft.forecast``.
 
     Args:
-        trainer: A Trainer or its class; one of another library keeps logits as a whole, and activations.
+        trainer: A Trainer or its class; that of another library computes all logits at once and stores activations.
     """
     kind = trainer if isinstance(trainer, type) else type(trainer)
     if not issubclass(kind, Trainer):
-        found: dict[str, Any] = {"loss_chunk_size": 0, "recompute": False}
+        settings: dict[str, Any] = {"loss_chunk_size": 0, "recompute": False}
     else:
-        found = {name: getattr(trainer, name) for name in ("loss_chunk_size", "recompute") if hasattr(trainer, name)}
+        settings = {name: getattr(trainer, name) for name in ("loss_chunk_size", "recompute") if hasattr(trainer, name)}
     group = getattr(trainer, "group", None)  # of adapters that learn side by side
-    return found if group is None else {**found, "adapters": max(len(group.training), 1)}
+    return settings if group is None else {**settings, "adapters": max(len(group.training), 1)}
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
-    """The given Trainer class, which knows adapters from here on; for Trainers of other libraries.
+    """Prepares a Trainer class of another library for models with adapters, and returns it.
 
-    It is the class itself: ``nbpeft.patch_trainer()`` has changed ``transformers.Trainer`` below it.
+    It returns the class itself: ``nbpeft.patch_trainer()`` changes ``transformers.Trainer``, its base class.
 
     Args:
         trainer_class: A subclass of ``transformers.Trainer``.

@@ -1,29 +1,29 @@
-"""The one place where nbpeft changes other libraries: they take our models and configs as they take PEFT's.
+"""The one place where nbpeft changes other libraries: they accept its models and configs like PEFT's.
 
-transformers, accelerate and TRL recognise models with adapters by their class, which is one of the
-``peft`` package. For any other class a Trainer writes whole state dicts as checkpoints (and fails at
-that where weights are tied), refuses quantized bases and drops columns it takes for unused; TRL
-takes the wrong module for the backbone. :func:`patch_trainer` changes, until :func:`unpatch_trainer`:
+transformers, accelerate and TRL recognise models with adapters by their class, one of the
+``peft`` package. For any other class a Trainer writes full state dicts as checkpoints (and fails
+if weights are tied), refuses quantized bases and drops columns that it considers unused; TRL
+uses the wrong module as the backbone. :func:`patch_trainer` makes these changes, until :func:`unpatch_trainer`:
 
-* ``accelerate.utils.is_peft_model`` and transformers' ``_is_peft_model`` return True for our models. The
-  functions stay the same objects and get other code, since everybody imports them by name: so it
-  does not matter who did that before or after.
-* Some methods of ``transformers.Trainer`` itself do something else where its model is ours (see
-  :data:`REPLACEMENTS`). They lie below a derived Trainer: what that overrides stays overridden, and
-  its ``super()`` reaches ours. Which model it is is checked when they are called, so ``model_init``
-  and hyperparameter search are served as well.
-* In modules of TRL that derive a Trainer, the names of PEFT's classes that are compared with, and
-  ``get_peft_model``, cover ours too: an adapted output head is refused there as one of PEFT's is, and
-  ``peft_config=nbpeft.LoraConfig(...)`` is taken. Where PEFT is not installed, they are ours alone.
-  What methods import from PEFT when they are called is ours where the model is.
-* ``add_adapter`` of transformers' models, and what they do with adapters besides, takes our configs;
-  that of diffusers says what to do (:mod:`nbpeft.training.transformers.adapter_mixins`).
+* ``accelerate.utils.is_peft_model`` and transformers' ``_is_peft_model`` return True for models of nbpeft. The
+  functions stay the same objects and get new code, because other modules import them by name: so it
+  does not matter whether they were imported before or after.
+* Some methods of ``transformers.Trainer`` itself behave differently for a model of nbpeft (see
+  :data:`REPLACEMENTS`). They are methods of the base class: a derived Trainer's overrides stay in effect, and
+  its ``super()`` reaches the replacement. The model is checked at each call, so ``model_init``
+  and hyperparameter search work as well.
+* In modules of TRL that derive a Trainer, the names of PEFT's classes used in ``isinstance`` checks, and
+  ``get_peft_model``, include nbpeft's: an adapted output head is refused there like one of PEFT's, and
+  ``peft_config=nbpeft.LoraConfig(...)`` is accepted. If PEFT is not installed, they are nbpeft's only.
+  Methods that import from PEFT when they are called import from nbpeft if the model belongs to nbpeft.
+* ``add_adapter`` and the other adapter methods of transformers' models accept nbpeft's configs;
+  the error of those of diffusers says what to do (:mod:`nbpeft.training.transformers.adapter_mixins`).
 
-For all other models everything is as before. Importing nbpeft changes nothing: the package root
-registers :func:`patch_when_used` with :mod:`nbpeft._util.hooks`, which runs it when the first config or
-adapted model is made. Importing ``transformers.trainer`` at that moment would cost those who only run
-models about half a second; so where it is not imported yet, an :class:`ImportHook` waits for it.
-A hook in the model instead would have to rely on what the constructor of some Trainer happens to
+The behaviour for all other models does not change. Importing nbpeft changes nothing: the package root
+registers :func:`patch_when_used` with :mod:`nbpeft._util.hooks`, which calls it when the first config or
+adapted model is created. Importing ``transformers.trainer`` at that moment would cost users who only run
+models about half a second; so if it is not imported yet, an :class:`ImportHook` waits for it.
+A hook in the model instead would depend on which attributes the constructor of each Trainer happens to
 read from it.
 """
 
@@ -80,10 +80,10 @@ _declined = False
 
 
 def patch_trainer() -> None:
-    """Makes transformers, accelerate and TRL take models and configs of nbpeft as they take those of PEFT.
+    """Makes transformers, accelerate and TRL accept models and configs of nbpeft like those of PEFT.
 
-    Called when the first config or adapted model is made, unless it was undone; a second call does nothing.
-    :mod:`nbpeft.training.transformers.trainer_patch` lists what it changes.
+    Called when the first config or adapted model is created, unless ``unpatch_trainer`` was called before; a second
+    call does nothing. :mod:`nbpeft.training.transformers.trainer_patch` lists the changes.
     """
     global _hook, _declined
     with HeldInterrupts(), _lock:
@@ -101,7 +101,7 @@ def patch_trainer() -> None:
 
 
 def unpatch_trainer() -> None:
-    """Restores the libraries as they were, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
+    """Restores the original libraries, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
     global _hook, _declined
     with HeldInterrupts(), _lock:
         _declined = True
@@ -121,24 +121,29 @@ def patch_when_used() -> None:
 
 
 def is_ours(model: Any) -> bool:
-    """Whether ``model`` is a model of nbpeft, compiled and distributed ones included."""
+    """Whether a model belongs to nbpeft, also if it is wrapped by ``torch.compile`` or for distributed training."""
     return isinstance(unwrapped(model), PeftModel)
 
 
 def is_ours_or_peft(library: str, model: Any) -> bool:
-    """Whether a model has adapters: ours or, as the original function of ``library`` sees it, PEFT's."""
+    """Whether a model has adapters of nbpeft or of PEFT.
+
+    Args:
+        library: the library whose original function is asked about PEFT.
+        model: the model.
+    """
     return is_ours(model) or _originals[library](model)
 
 
-# What Trainer does instead where its model has adapters. Each function is given the method it replaces.
+# Replacements of a Trainer's methods for models of nbpeft. Each is called with the original method first.
 
 
 def training_step(
     original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """As the Trainer's, with what methods add to the loss; callbacks are shown the batch and the loss.
+    """The Trainer's method, with the loss terms of adapter methods added.
 
-    Those with ``count_batch`` the one, before, and those with ``after_batch`` the other.
+    Calls ``count_batch(inputs)`` of callbacks that have it before the step, and ``after_batch(loss)`` after it.
     """
     for callback in trainer.callback_handler.callbacks:
         count_batch = getattr(callback, "count_batch", None)
@@ -159,7 +164,7 @@ def save(
     output_dir: str | None = None,
     state_dict: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the adapters alone, with the tokenizer and the arguments; for a checkpoint with all that trains."""
+    """Saves only the adapters, with the tokenizer and the arguments; a checkpoint includes all trainable tensors."""
     if not trainer.args.should_save:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -175,19 +180,19 @@ def save(
 
 
 def save_checkpoint(original: Callable[..., Any], trainer: Any, model: Any, trial: Any, **kwargs: Any) -> None:
-    """As the Trainer's, whole or not at all."""
+    """The Trainer's method, made atomic: a checkpoint is written completely or not at all."""
     save_whole(trainer, trial, functools.partial(original, trainer, model, trial, **kwargs))
 
 
 def train(
     original: Callable[..., Any], trainer: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """As the Trainer's; ``resume_from_checkpoint=True`` passes over checkpoints that are not whole."""
+    """The Trainer's method; ``resume_from_checkpoint=True`` skips incomplete checkpoints."""
     return original(trainer, resume_point(trainer, resume_from_checkpoint), *args, **kwargs)
 
 
 def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
-    """As the Trainer's; then callbacks that keep the state of the step (``after_step``) have their turn."""
+    """The Trainer's method; afterwards calls ``after_step()`` of callbacks that have it, to write checkpoints."""
     original(trainer, *args, **kwargs)
     for callback in trainer.callback_handler.callbacks:
         after_step = getattr(callback, "after_step", None)
@@ -196,7 +201,7 @@ def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **
 
 
 def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """As the Trainer's, with their turn for methods that learn with hooks."""
+    """The Trainer's method, with the step hooks of adapter methods."""
     note_base(trainer)
     end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
     try:
@@ -208,20 +213,20 @@ def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwar
 def load_from_checkpoint(
     original: Callable[..., Any], trainer: Any, resume_from_checkpoint: str, model: Any = None
 ) -> None:
-    """Reads the adapters of a checkpoint into the model's."""
+    """Loads the adapters of a checkpoint into those of the model."""
     load_adapters(trainer.model if model is None else model, Path(resume_from_checkpoint))
 
 
 def determine_best_metric(
     original: Callable[..., Any], trainer: Any, metrics: dict[str, float], *args: Any, **kwargs: Any
 ) -> bool:
-    """As the Trainer's; an evaluation of NaN or infinity is never the best."""
+    """The Trainer's method; an evaluation with NaN or infinity is never the best."""
     score = score_of(trainer.args, metrics)
     return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
 
 
 def load_best_model(original: Callable[..., Any], trainer: Any) -> None:
-    """Reads the adapters of the best checkpoint into the model's."""
+    """Loads the adapters of the best checkpoint into those of the model."""
     folder = Path(trainer.state.best_model_checkpoint)
     load_adapters(trainer.model, folder)
     read_method_state(trainer.model, folder)
@@ -241,24 +246,28 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "_save_optimizer_and_scheduler": save_optimizer,
     "_load_optimizer_and_scheduler": load_optimizer,
 }
-"""Name of a method of ``transformers.Trainer`` -> what runs instead where the model is ours."""
+"""Name of a method of ``transformers.Trainer`` -> its replacement for models of nbpeft."""
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Copies the weights of all adapters that a checkpoint folder holds into ``model``, in place.
+    """Copies the weights of all adapters in a checkpoint folder into a model, in place.
 
-    Which adapters are active and which are trainable stays as it is, and an optimizer that
-    holds their parameters goes on holding them.
+    The active and the trainable adapters do not change, and an optimizer's references to their parameters stay
+    valid.
+
+    Args:
+        model: the adapted model.
+        folder: the checkpoint.
 
     Raises:
-        CheckpointNotFoundError: the folder holds none of the model's adapters.
-        CheckpointError: an adapter in it is not the one in the model.
+        CheckpointNotFoundError: the folder contains none of the model's adapters.
+        CheckpointError: an adapter in it does not fit the one in the model.
     """
     names = tuple(model.peft_config)
     sources = {name: source for name in names if (source := _source(folder, name, names)) is not None}
     if not sources:
         raise CheckpointNotFoundError(
-            f"{folder} holds none of the model's adapters ({', '.join(map(repr, names))}): expected "
+            f"{folder} contains none of the model's adapters ({', '.join(map(repr, names))}): expected "
             f"{_WEIGHT_FILES[0]} in it, or in a subfolder named like the adapter.",
             folder=str(folder),
         )
@@ -276,7 +285,7 @@ def load_adapters(model: Any, folder: Path) -> None:
 
 
 def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
-    """Writes weights into an adapter; one of another shape, without ranks that went, is put in its place."""
+    """Writes weights into an adapter; if ranks were pruned, replaces it by an adapter of the saved shape."""
     try:
         return set_peft_model_state_dict(model, weights, name)
     except BaseMismatchError:
@@ -293,9 +302,9 @@ def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
     return next((place for place in places if any((place / file).is_file() for file in _WEIGHT_FILES)), None)
 
 
-# Patching the libraries. The first four functions lend their code to those of the libraries and so run with the
-# names of those modules: they import what they need. ``model.add_adapter(LoraConfig())`` has found its method before
-# the config is made, which is why it has to be the same one.
+# Patching the libraries. The code of the first four functions is assigned to functions of the libraries, and so runs
+# with the globals of those modules: they import what they need. The function objects must stay the same: in
+# ``model.add_adapter(LoraConfig())`` Python looks up the method before the config is created and triggers the patch.
 
 
 def _accelerate_is_peft_model(model: Any) -> bool:
@@ -337,13 +346,15 @@ def _patch_accelerate(module: ModuleType) -> None:
 
 
 def _patch_fsdp(module: ModuleType) -> None:
-    """Sharded state dicts of adapters alone are made by functions of PEFT for its own models: not for ours."""
+    """Keeps accelerate from calling PEFT's functions for sharded state dicts, which support only PEFT's own models."""
     _replace(module, "is_peft_model", _originals[_ACCELERATE])
 
 
 def _patch_transformers(module: ModuleType) -> None:
     _replace_code(_TRANSFORMERS, module._is_peft_model, _transformers_is_peft_model)
-    if find_spec("peft") is None and hasattr(module, "update_fsdp_plugin_peft"):  # called for ours now, needs PEFT
+    if find_spec("peft") is None and hasattr(
+        module, "update_fsdp_plugin_peft"
+    ):  # now called for nbpeft's models, but needs PEFT
         _replace(module, "update_fsdp_plugin_peft", lambda model, accelerator: None)
     trainer_class = module.Trainer
     for name, replacement in REPLACEMENTS.items():
@@ -378,14 +389,14 @@ def _replace_code(library: str, function: Any, replacement: Any) -> None:
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute, and notes how to restore it where nobody has set it again since."""
-    before = vars(owner).get(name, _ABSENT)
+    """Sets an attribute; ``unpatch_trainer`` restores it, unless it was set again since."""
+    previous = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
 
     def undo() -> None:
         if vars(owner).get(name) is not value:
             return
-        delattr(owner, name) if before is _ABSENT else setattr(owner, name, before)
+        delattr(owner, name) if previous is _ABSENT else setattr(owner, name, previous)
 
     _undo.append(undo)
 
@@ -415,7 +426,7 @@ def _init_subclass(cls: type, /, **kwargs: Any) -> None:
 
 
 def _patch_trl(derived: type) -> None:
-    """Makes the module of a Trainer of TRL compare with our classes where it compares with PEFT's."""
+    """Makes the module of a TRL Trainer recognise nbpeft's classes where it checks for PEFT's."""
     name = derived.__module__
     names = vars(sys.modules[name]) if name.startswith("trl.") and name in sys.modules else {}
     for own, method in methods_with_imports(derived, _has_ours).items() if names else ():
@@ -447,7 +458,7 @@ def _yes() -> bool:
 
 _INSTEAD_OF_PEFT: dict[str, Any] = {
     "BaseTunerLayer": LoraLayer,
-    "LoraConfig": (),  # nothing is an instance: asked before the version of PEFT is
+    "LoraConfig": (),  # nothing is an instance, so that TRL does not check PEFT's version
     "PeftConfig": AdapterConfig,
     "PeftModel": PeftModel,
     "PeftType": PeftType,
@@ -455,11 +466,11 @@ _INSTEAD_OF_PEFT: dict[str, Any] = {
     "get_peft_model": get_peft_model,
     "is_peft_available": _yes,
 }
-"""Names that TRL imports from PEFT and lacks where that is not installed."""
+"""Names that TRL imports from PEFT, and which are missing if it is not installed."""
 
 
 def _by_config(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a ``get_peft_model`` that calls the one of the library that the config is of."""
+    """Returns a ``get_peft_model`` that calls the function of the library to which the config belongs."""
 
     @functools.wraps(theirs)
     def make(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:

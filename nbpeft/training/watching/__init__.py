@@ -1,20 +1,11 @@
-"""What goes on during a run besides its steps: answers, trackers, stopping early or when it diverges.
+"""What happens during a run in addition to its steps: sampled answers, trackers, early stopping, divergence.
 
 Door, what other rooms import:
 
-    divergence.py  Ends a training that diverges, and puts the last good weights back: in memory, without a folder
-    early_stop.py  Stopping when evaluations get no better, with the best state put back: in memory, without a folder
-    generation.py  Batched generation: prompts to tokens, and tokens to text while they come
-    sampling.py    Answers to fixed prompts while a run goes on: the adapter as it is then, beside the base model
-    trackers.py    Hands the numbers of a run to TensorBoard, Weights & Biases or Trackio, without a network where
-                   none is set up
-
-Door, what other rooms import:
-
-    divergence.py  Ends a training that diverges, and puts the last good weights back: in memory, without a folder
-    early_stop.py  Stopping when evaluations get no better, with the best state put back: in memory, without a folder
-    generation.py  Batched generation: prompts to tokens, and tokens to text while they come
-    sampling.py    Answers to fixed prompts while a run goes on: the adapter as it is then, beside the base model
-    trackers.py    Hands the numbers of a run to TensorBoard, Weights & Biases or Trackio, without a network where
-                   none is set up
+    divergence.py  Ends a training that diverges, and restores the last good weights from memory
+    early_stop.py  Early stopping: ends a training when evaluations no longer improve, and restores the best weights
+                   from memory
+    generation.py  Batched generation: encodes prompts, and decodes tokens to text as they are generated
+    sampling.py    Samples answers to fixed prompts during a run, of the current adapter and of the base model
+    trackers.py    Logs the metrics of a run to TensorBoard, Weights & Biases or Trackio, offline without an account
 """

@@ -1,13 +1,13 @@
-"""Ends a training that diverges, and puts the last good weights back: in memory, without a folder.
+"""Ends a training that diverges, and restores the last good weights from memory.
 
-A training diverges where its loss is NaN or infinite, or its weights are beyond those that any training leads to (see
-``learning_check``). The loss is looked at where a Trainer logs, which waits for the device anyway, and before an
+A training diverges if its loss is NaN or infinite, or its weights are larger than any sound training makes them (see
+``learning_check``). The loss is checked when a Trainer logs, which waits for the device anyway, and before an
 evaluation, a checkpoint and the end.
 
-What trains is copied to host memory before an optimizer step, when the loss of just these weights is known to be
-finite. The first copy is made before the first step, the next ones as often as takes one hundredth of the time: after
-each step where an adapter is tiny, every few seconds where a copy takes a tenth of one. It takes as much host memory
-as the parameters that train.
+The trainable parameters are copied to host memory before an optimizer step, once the loss of these very weights is
+known to be finite. The first copy is made before the first step, the others so often that copying takes at most 1 % of
+the time: after each step for a tiny adapter, every ten seconds if a copy takes 0.1 s. A copy needs as much host
+memory as the trainable parameters.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from nbpeft.training.monitor.callback import any_process
 from nbpeft.training.monitor.run import Run
 
 SHARE = 0.01
-"""Of the time, that copies may take."""
+"""The greatest share of the time spent on copies."""
 
 
 class KeepsBest(Protocol):
-    """Has the state of the best evaluation, which it puts back when a training ends."""
+    """A callback with a snapshot of the best evaluation's weights, which it restores when a training ends."""
 
     @property
     def kept_step(self) -> int | None:
-        """Step of that state; None where there is none."""
+        """The step of the snapshot; None if there is none."""
 
 
 class Seldom:
-    """Says when to do something that may take a share of the time.
+    """Decides when to repeat an action that may take at most ``SHARE`` of the time.
 
     Args:
-        clock: seconds, growing.
+        clock: returns monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,11 +55,11 @@ class Seldom:
 
     @property
     def due(self) -> bool:
-        """Whether it is time; with several processes the first one says it for all."""
+        """Whether to act now; with several processes rank 0 decides for all."""
         return bool(broadcast_from_rank0(self._clock() >= self._next))
 
     def __call__(self, act: Callable[[], object]) -> None:
-        """Does it, and puts off the next time by what it took."""
+        """Calls the action, and sets the next time according to its duration."""
         begun = self._clock()
         act()
         now = self._clock()
@@ -67,15 +67,15 @@ class Seldom:
 
 
 class DivergenceStop(TrainerCallback):
-    """Ends a training that diverges, with the last good weights; has to come before callbacks that note the step.
+    """Ends a training that diverges, with the last good weights; must precede callbacks that record the step.
 
     Args:
-        run: told why it ends.
-        model: in training.
-        clock: seconds, growing.
+        run: the run, to which the reason is reported.
+        model: the model in training.
+        clock: returns monotonic time in seconds.
 
     Attributes:
-        best: what puts the state of the best evaluation back, if anything does.
+        best: the callback that restores the best evaluation's weights, if there is one.
     """
 
     best: KeepsBest | None = None
@@ -91,31 +91,35 @@ class DivergenceStop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copies what trains before the first step."""
+        """Copies the trainable parameters before the first step."""
         manager = manager_of(self._model)
         self._first, self._unsaved = state.global_step, frozenset(() if manager is None else manager.unsaved)
-        self._watches_weights = not have_exploded(self._parameters())  # then the run says so, and trains on
+        self._watches_weights = not have_exploded(
+            self._parameters()
+        )  # exploded before the start: the run warns, and continues
         self._seldom(lambda: self._copy(state.global_step))
 
     def after_batch(self, loss: Tensor) -> None:
-        """Takes the loss of a batch in, without waiting for the device."""
+        """Adds the loss of a batch to the total, without waiting for the device."""
         loss = loss.detach().float().sum()
         self._losses = loss if self._losses is None else self._losses + loss
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copies what trains where it is time and where it is good."""
+        """Copies the trainable parameters if a copy is due and their loss is finite."""
         if self._seldom.due:
             self._seldom(lambda: self._copy_if_good(args, state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Looks whether the training diverges, and ends it."""
-        whole = control.should_evaluate or control.should_save or state.global_step >= state.max_steps > 0
-        whole = whole or state.global_step - self._first == PATIENCE  # when the run looks at the weights, too
+        """Checks whether the training diverges, and ends it if so."""
+        check_weights = control.should_evaluate or control.should_save or state.global_step >= state.max_steps > 0
+        check_weights = (
+            check_weights or state.global_step - self._first == PATIENCE
+        )  # the step at which the run's own check examines the weights
         reason = self._reason_before
-        if not reason and (control.should_log or whole):
-            reason = self._reason(args, weights=whole)
+        if not reason and (control.should_log or check_weights):
+            reason = self._reason(args, weights=check_weights)
             self._losses = None
         if reason:
             self._put_back(args, state, reason)
@@ -129,7 +133,7 @@ class DivergenceStop(TrainerCallback):
         if self._good is None:
             self._good = Snapshot.of(self._model, step)
         else:
-            with HeldInterrupts():  # half of one and half of another would be no copy
+            with HeldInterrupts():  # an interrupt in between would leave a mix of two steps
                 self._good.renew(self._model, step)
 
     def _copy_if_good(self, args: TrainingArguments, step: int) -> None:
@@ -138,18 +142,18 @@ class DivergenceStop(TrainerCallback):
             self._copy(step)
 
     def _reason(self, args: TrainingArguments, *, weights: bool) -> str:
-        """Why the training diverges, or the empty string; the same in all processes."""
+        """Why the training diverges, or the empty string; the result is the same in all processes."""
         total = 0.0 if self._losses is None else float(self._losses)
         if any_process(not math.isfinite(total), args.device):
             kind = "infinite" if math.isinf(total) else "NaN"
-            return f"the loss is {kind}: try a lower learning rate, or look at the labels"
+            return f"the loss is {kind}: try a lower learning rate, or check the labels"
         exploded = weights and self._watches_weights and have_exploded(self._parameters())
         if weights and any_process(exploded, args.device):
             return f"weights of {self._run.adapter or 'the model'} have exploded: {TOO_HIGH}"
         return ""
 
     def _put_back(self, args: TrainingArguments, state: TrainerState, reason: str) -> None:
-        """Puts the last good weights back, unless those of the best evaluation will be."""
+        """Restores the last good weights, unless those of the best evaluation will be restored at the end."""
         best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
         best = best if self.best is None else self.best.kept_step
         if best is not None:
@@ -158,5 +162,7 @@ class DivergenceStop(TrainerCallback):
             self._good.put_back(self._model)
             self._run.diverge(reason, self._good.step, put_back=True)
             manager = manager_of(self._model)
-            if manager is not None and self._good.step == self._first:  # as it was: nothing that could be lost
+            if (
+                manager is not None and self._good.step == self._first
+            ):  # the weights from before the run: nothing unsaved was added
                 mark_saved(manager, *(name for name in trained_names(self._model) if name not in self._unsaved))

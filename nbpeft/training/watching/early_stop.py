@@ -1,4 +1,4 @@
-"""Stopping when evaluations get no better, with the best state put back: in memory, without a folder."""
+"""Early stopping: ends a training when evaluations no longer improve, and restores the best weights from memory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from nbpeft.training.monitor.record import is_better, score_of
 from nbpeft.training.monitor.run import Run, StopRun
 
 EVALUATIONS = 10
-"""Evaluations a run where nobody said how many; three times the patience where that is more."""
+"""The default number of evaluations per run; three times the patience if that is more."""
 _FILE = "early_stop.safetensors"
-"""Of a kept state: the weights of the best evaluation, where those are not the state's own."""
+"""The file in a checkpoint with the weights of the best evaluation, if they are not the checkpoint's own."""
 
 
 class EarlyStop(TrainerCallback):
-    """Ends training after so many evaluations without a better one, and keeps the state of the best.
+    """Stops after ``patience`` evaluations without improvement, and restores the weights of the best one.
 
-    The block ``with early_stop:`` is around the training.
+    The training runs inside the block ``with early_stop:``, at whose end the weights are restored.
 
     Args:
-        run: told why it ends.
-        model: in training.
-        patience: evaluations without improvement that end it.
+        run: the run, to which the reason is reported.
+        model: the model in training.
+        patience: number of evaluations without improvement after which training stops.
 
     Attributes:
-        keep_last: keeps the state of the last step, before that of the best is put back into a run that can go on.
+        keep_last: saves a checkpoint of the last step before the best weights are restored, so that the run can be
+            resumed.
     """
 
     keep_last: Callable[[], None] | None = None
@@ -47,7 +48,7 @@ class EarlyStop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Counts on from the evaluations of a run that goes on, and takes the state of the best of them."""
+        """In a resumed run, counts the evaluations so far and loads the weights of the best one."""
         for entry in state.log_history:
             self._is_better(score_of(args, entry), int(entry.get("step", 0)))
         if self._best is None:
@@ -56,11 +57,13 @@ class EarlyStop(TrainerCallback):
         file = Path(folder, _FILE) if isinstance(folder, str | os.PathLike) else None
         if self._best_step == state.global_step:
             self._state = Snapshot.of(self._model, self._best_step)
-        elif file is not None and file.is_file() and (kept := Snapshot.read(file, self._model)).fits(self._model):
-            self._state = kept
+        elif file is not None and file.is_file() and (saved := Snapshot.read(file, self._model)).fits(self._model):
+            self._state = saved
         else:
-            lost = f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be"
-            self._run.note(lost, warning=True)
+            missing = (
+                f"the weights of step {self._best_step:,}, the best, were not saved: only a better step can be kept"
+            )
+            self._run.note(missing, warning=True)
 
     def on_evaluate(
         self,
@@ -70,7 +73,7 @@ class EarlyStop(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps the state where it is the best, or counts."""
+        """Takes a snapshot if this evaluation is the best, else counts it towards the patience."""
         if self._is_better(score_of(args, metrics or {}), state.global_step):
             self._state = Snapshot.of(self._model, state.global_step)
         elif self._worse >= self._patience:
@@ -78,7 +81,7 @@ class EarlyStop(TrainerCallback):
 
     @property
     def kept_step(self) -> int | None:
-        """Step of the best state, where it is kept."""
+        """The step of the best weights; None if there is no snapshot of them."""
         return None if self._state is None else self._state.step
 
     def _is_better(self, score: float | None, step: int) -> bool:
@@ -91,13 +94,13 @@ class EarlyStop(TrainerCallback):
         return False
 
     def write(self, folder: Path) -> None:
-        """Writes the weights of the best evaluation beside those of a later step.
+        """Writes the best evaluation's weights into the checkpoint of a later step.
 
         Args:
-            folder: of a state that is kept.
+            folder: the folder of the checkpoint.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self._state is not None and self._state.step != self._run.state.step:
             self._state.write(folder / _FILE)
@@ -106,32 +109,33 @@ class EarlyStop(TrainerCallback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """At the end of a training, also an early one, puts the best state back."""
+        """Restores the best weights when the training ends, is stopped or is interrupted, but not when it fails."""
         if kind is None or issubclass(kind, KeyboardInterrupt | StopRun):
             self._put_back()
 
     def _put_back(self) -> None:
         if self._worse >= self._patience:
             evaluations = f"{self._patience} evaluation{'' if self._patience == 1 else 's'}"
-            self._run.note(f"stopped early: no better in {evaluations}")
+            self._run.note(f"stopped early: no improvement in {evaluations}")
         if self._state is None or self._run.state.step == self._state.step:
             return
         if self.keep_last is not None:
             self.keep_last()
         self._state.put_back(self._model)
-        self._run.note(f"the state of step {self._state.step:,}, the best, was put back")
+        self._run.note(f"the weights of step {self._state.step:,}, the best, were restored")
 
 
 def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool) -> None:
-    """Refuses a patience that cannot be, and says when to evaluate where nobody did.
+    """Refuses an invalid patience, and sets the default evaluation strategy.
 
     Args:
-        patience: as given.
-        fields: fields of the arguments, which get an evaluation strategy.
-        evaluates: whether there is held-out data.
+        patience: the argument ``patience`` as given.
+        fields: fields of the training arguments; an evaluation strategy is added if there is none.
+        evaluates: whether there is evaluation data.
 
     Raises:
-        ConfigError: it is not a number of evaluations, there is nothing to evaluate, or two things keep the best.
+        ConfigError: it is not a number of evaluations, there is nothing to evaluate, or ``load_best_model_at_end`` is
+            set too.
     """
     if patience is None:
         return
@@ -141,10 +145,10 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool)
         raise ConfigError("patience needs data to evaluate on: pass eval_data=…", field="patience")
     if fields.get("load_best_model_at_end"):
         raise ConfigError(
-            "patience keeps the best state in memory: leave load_best_model_at_end out", field="load_best_model_at_end"
+            "patience keeps the best weights in memory: remove load_best_model_at_end", field="load_best_model_at_end"
         )
     strategy = str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy")))
     if strategy == "no":
-        raise ConfigError("patience needs evaluations: leave eval_strategy='no' out", field="eval_strategy")
+        raise ConfigError("patience needs evaluations: remove eval_strategy='no'", field="eval_strategy")
     if "eval_strategy" not in fields and "eval_steps" not in fields:
         fields |= {"eval_strategy": "steps", "eval_steps": 1 / max(EVALUATIONS, 3 * patience)}

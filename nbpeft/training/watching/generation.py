@@ -1,4 +1,4 @@
-"""Batched generation: prompts to tokens, and tokens to text while they come."""
+"""Batched generation: encodes prompts, and decodes tokens to text as they are generated."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: ``[{"role": "user", "content": "…"}]``."""
 
 INTERVAL = 0.12
-"""Least seconds between two reports of the text so far."""
+"""The shortest time between two reports of the text so far, in seconds."""
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts as tokens.
+    """Tokenised prompts.
 
     Attributes:
-        prompts: their texts.
-        token_ids: of each prompt.
-        tokenizer: what made them, and turns tokens into text.
-        pad: token that fills rows up.
-        ends: tokens that end an answer.
-        form: how texts went to the model, where the tokenizer leaves a choice.
+        prompts: the texts of the prompts; of a conversation the last message.
+        token_ids: the token ids of each prompt.
+        tokenizer: the tokenizer.
+        pad: the id of the padding token.
+        ends: ids of tokens that end an answer.
+        form: whether the chat template was applied, as text; empty if the tokenizer has none.
         chat: whether the chat template was applied.
     """
 
@@ -52,9 +52,9 @@ class PromptBatch:
 
         Args:
             prompts: texts or conversations.
-            tokenizer: of the model.
-            base: the model that will answer.
-            chat: put texts into the tokenizer's chat template; None: where it has one.
+            tokenizer: the tokenizer of the model.
+            base: the model that answers.
+            chat: whether to apply the tokenizer's chat template to texts; None: if it has one.
 
         Raises:
             AdapterError: a prompt is empty, the tokenizer has no chat template but needs one, or it
@@ -71,21 +71,21 @@ class PromptBatch:
         if table is not None and (largest := max(map(max, rows))) >= table.weight.shape[0]:
             raise AdapterError(
                 f"the tokenizer does not belong to this model: token {largest} of "
-                f"{table.weight.shape[0]} that the model knows"
+                f"{table.weight.shape[0]} in the model's vocabulary"
             )
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
-        applied = chat or not isinstance(prompts[0], str)  # without a template both are refused above
+        applied = chat or not isinstance(prompts[0], str)  # without a template, both are errors above
         form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
         return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form, applied)
 
     def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 (repeats * prompts, longest), filled up on the left.
+        """``input_ids`` and ``attention_mask``, int64 of shape (repeats * prompts, longest), padded on the left.
 
         Args:
-            device: where to put them.
-            repeats: how often the prompts follow each other.
+            device: the device of the tensors.
+            repeats: how often the list of prompts is repeated.
         """
         import torch
 
@@ -96,27 +96,35 @@ class PromptBatch:
         return dict(zip(("input_ids", "attention_mask"), both, strict=True))
 
     def answer(self, tokens: Sequence[int], limit: int) -> Answer:
-        """Decode tokens to an answer: cut at the end token, without special tokens."""
+        """Decode tokens to an answer, without special tokens.
+
+        Args:
+            tokens: generated token ids; the answer ends at the first end token.
+            limit: the greatest number of tokens, with which an answer without an end token counts as cut.
+        """
         end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
-        kept = list(tokens if end is None else tokens[:end])
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        # Half of a character is a replacement sign until its other half comes.
+        answer_tokens = list(tokens if end is None else tokens[:end])
+        text = self.tokenizer.decode(answer_tokens, skip_special_tokens=True)
+        # A character whose bytes are split over two tokens decodes to a replacement character until both are there.
         return Answer(
-            text.rstrip("\ufffd").strip(), len(kept), ended=end is not None, cut=end is None and len(kept) >= limit
+            text.rstrip("\ufffd").strip(),
+            len(answer_tokens),
+            ended=end is not None,
+            cut=end is None and len(answer_tokens) >= limit,
         )
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One generation.
+    """The settings of one generation.
 
     Attributes:
-        rows: adapter for each repeat of the prompts, ``"__base__"`` for none; None: the active adapters.
-        max_new_tokens: longest answer.
+        rows: the adapter for each repeat of the prompts, ``"__base__"`` for none; None: the active adapters.
+        max_new_tokens: the limit of an answer, in tokens.
         options: further arguments of ``generate``.
         report: called with the answers so far, one for each row.
-        should_stop: asked at each token.
-        paired: each row has a prompt of its own: the first row the first prompt, and so on.
+        should_stop: called after each token; the generation ends if it returns True.
+        paired: whether each row has its own prompt, in the same order, instead of all prompts for each adapter.
 
     Raises:
         AdapterError: ``max_new_tokens`` is not a number of at least 1.
@@ -135,11 +143,11 @@ class GenerationRequest:
 
 
 class _StopAnswering(Exception):
-    """Ends a generation from inside."""
+    """Raised in the streamer to end ``generate``."""
 
 
 class _Stream:
-    """Gathers the tokens of all rows as they come; a streamer of transformers."""
+    """A streamer of transformers that collects the tokens of all rows."""
 
     def __init__(self, batch: PromptBatch, request: GenerationRequest, rows: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -168,20 +176,25 @@ class _Stream:
 
 
 def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequest) -> tuple[list[Answer], bool]:
-    """Answer a batch in one generation.
+    """Answer a batch of prompts in one generation.
+
+    Args:
+        model: the adapted model.
+        batch: the prompts.
+        request: the settings.
 
     Returns:
-        One answer for each row, and whether it ran to its end: neither ``should_stop`` nor an
+        One answer for each row, and whether the generation was completed: neither ``should_stop`` nor an
         interrupt ended it early.
 
     Raises:
-        AdapterError: the model cannot generate text, or not with these options.
+        AdapterError: the model cannot generate text, or does not accept these options.
     """
     from nbpeft.model.handle.serving import serving_rows
 
     base: Any = model.manager.model
     if not hasattr(base, "generate"):
-        raise AdapterError(f"a {type(base).__name__} answers no prompts: it has no generate()")
+        raise AdapterError(f"a {type(base).__name__} cannot answer prompts: it has no generate()")
     repeats = 1 if request.rows is None or request.paired else len(request.rows)
     inputs = batch.inputs(_input_device(base), repeats)
     names = request.rows
@@ -194,7 +207,7 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
     stream = _Stream(batch, request, repeats * len(batch.prompts))
     if options.get("num_beams", 1) == 1:
         options["streamer"] = stream
-    # Adapters that are named answer even while all are switched off.
+    # Adapters named in a request answer even while all adapters are disabled.
     rows = nullcontext() if names is None else serving_rows(model.manager, names, (), inputs, disabled_too=True)
     try:
         with rows:
@@ -205,13 +218,13 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
         if not request.options:
             raise
         reason = in_one_line(error)
-        raise AdapterError(f"generate does not take {', '.join(request.options)}: {reason:.200}") from error
-    made = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-    return [batch.answer(row, request.max_new_tokens) for row in made], True
+        raise AdapterError(f"generate does not accept {', '.join(request.options)}: {reason:.200}") from error
+    generated = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    return [batch.answer(row, request.max_new_tokens) for row in generated], True
 
 
 def _input_device(base: Any) -> Any:
-    """The device of the input embeddings, or the one they are loaded to for each call."""
+    """The device of the input embeddings; if they are offloaded, the device they are moved to for each call."""
     from nbpeft.engine.contract.base import offloading
 
     embeddings = base.get_input_embeddings()
@@ -220,14 +233,19 @@ def _input_device(base: Any) -> Any:
 
 
 def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
-    """Check the weights of the one active adapter, and the logits with it.
+    """Check that an adapter's weights, and the logits on the prompts, are finite.
+
+    Args:
+        model: the adapted model.
+        name: its only active adapter.
+        batch: the prompts.
 
     Raises:
-        AdapterError: a tensor or the logits are not finite.
+        AdapterError: a weight or a logit is not finite.
     """
     import torch
 
-    # Fast attention turns NaN queries into zeros: finite logits alone prove nothing.
+    # Fused attention kernels turn NaN queries into zeros: finite logits alone prove nothing.
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.manager.parameters(name)):
         raise AdapterError("its weights are not finite")
     base: Any = model.manager.model
@@ -237,11 +255,11 @@ def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
 
 
 def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
-    """A prompt with what was said before it, in the form of chat templates; the prompt itself where that is nothing.
+    """A prompt with the earlier turns before it, as messages for a chat template; without turns, the prompt itself.
 
     Args:
-        turns: (prompt, answer) of each turn before.
-        prompt: the new one.
+        turns: (prompt, answer) of each earlier turn.
+        prompt: the new prompt.
     """
     if not turns:
         return prompt
@@ -251,30 +269,30 @@ def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
 
 
 def waits(model: PeftModel) -> bool:
-    """Whether a training in the background lets this thread wait for the end of its step."""
+    """Whether this thread has to wait for the current step of a training in the background."""
     gate = model.manager.active_state.gate
     return gate is not None and not gate.is_mine
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block; afterwards each module is as it was.
+    """Put a model into evaluation mode inside the block; afterwards each module has its former mode.
 
     While a training runs in the background, the block runs between two of its steps.
 
     Args:
-        model: adapted or bare.
+        model: an adapted model or a base model.
     """
     from nbpeft.engine.changes.called_modules import called_modules
-    from nbpeft.engine.tree.model_tree import manager_of  # here, as they import torch
+    from nbpeft.engine.tree.model_tree import manager_of  # not at the top of the file, as they import torch
 
-    held, manager = HeldInterrupts(), manager_of(model)
-    with nullcontext() if manager is None else manager.active_state.hold(__name__), held:
+    interrupts, manager = HeldInterrupts(), manager_of(model)
+    with nullcontext() if manager is None else manager.active_state.hold(__name__), interrupts:
         training = [module for module in called_modules(model) if module.training]
         try:
             if training:
                 model.eval()
-            with held.released():
+            with interrupts.released():
                 yield
         finally:
             for module in training:
@@ -292,11 +310,11 @@ def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
 
 
 def _words(prompt: Prompt) -> str:
-    """The text of a prompt: of a conversation its last turn."""
+    """The text of a prompt; of a conversation the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
 
 def _end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
     configured = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
-    found = configured if isinstance(configured, list | tuple) else [configured]
-    return frozenset(token for token in (*found, getattr(tokenizer, "eos_token_id", None)) if token is not None)
+    model_ends = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(token for token in (*model_ends, getattr(tokenizer, "eos_token_id", None)) if token is not None)

@@ -1,4 +1,4 @@
-"""Answers to fixed prompts while a run goes on: the adapter as it is then, beside the base model."""
+"""Samples answers to fixed prompts during a run, of the current adapter and of the base model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from nbpeft.training.monitor.run import Run
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, evaluating, generate_batch
 
 TIMES = 5
-"""Times a run where nobody said how often."""
+"""The default number of samples per run."""
 MOST_PROMPTS = 8
 MAX_NEW_TOKENS = 48
 
 
 class SampleCallback(TrainerCallback):
-    """Lets the model answer between two steps, greedily, and training goes on as if it had not.
+    """Lets the model answer greedily between two steps, without any effect on the training.
 
-    A model that cannot answer ends the samples and not the run.
+    If the model cannot answer, sampling ends, but not the run.
 
     Args:
-        run: gets the samples.
-        model: in training; a ``PeftModel``.
+        run: the run, to which the samples are added.
+        model: the model in training, a ``PeftModel``.
         batch: the prompts.
-        every: steps from one time to the next; None: about ``TIMES`` times a run.
+        every: steps between samples; None: about ``TIMES`` per run.
     """
 
     def __init__(self, run: Run, model: Any, batch: PromptBatch, every: int | None) -> None:
@@ -42,10 +42,10 @@ class SampleCallback(TrainerCallback):
         self._failed = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Samples where it is time, and after the last step."""
+        """Samples if it is due, and after the last step."""
         every = self._every or max(1, -(-state.max_steps // TIMES))
         due = state.global_step % every == 0 or state.global_step == state.max_steps
-        mine = state.is_world_process_zero or is_sharded(self._model)  # a part of the weights is in each process
+        mine = state.is_world_process_zero or is_sharded(self._model)  # each process has a shard, so all must take part
         if due and mine and not self._failed and not self._run.control.stop_requested:
             self._sample(state.global_step)
 
@@ -59,26 +59,26 @@ class SampleCallback(TrainerCallback):
             self._failed = True
             self._run.note(f"no samples: {type(error).__name__}: {in_one_line(error):.200}", warning=True)
             return
-        told = zip(self._batch.prompts, answers, self._base, strict=True)
-        self._run.sampled(Sample(step, prompt, answer, base) for prompt, answer, base in told)
+        samples = zip(self._batch.prompts, answers, self._base, strict=True)
+        self._run.sampled(Sample(step, prompt, answer, base) for prompt, answer, base in samples)
 
     def _answers(self, rows: Sequence[str] | None) -> list[str]:
-        stopped = self._run.control
+        control = self._run.control
         request = GenerationRequest(
             rows,
             MAX_NEW_TOKENS,
             {"use_cache": True},
-            should_stop=lambda: stopped.stop_requested,
+            should_stop=lambda: control.stop_requested,
         )
         answers, ended = generate_batch(self._model, self._batch, request)
-        if not ended and not stopped.stop_requested:
-            raise KeyboardInterrupt  # an interruption while it answered: the run's
+        if not ended and not control.stop_requested:
+            raise KeyboardInterrupt  # generate_batch swallowed an interrupt that was meant for the run
         return [answer.text for answer in answers]
 
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Evaluation mode inside the block, and the generators of random numbers as before after it."""
+    """A block in evaluation mode and without gradients, after which the random number generators are restored."""
     state = random_state()
     try:
         with evaluating(model), torch.no_grad():
@@ -88,17 +88,17 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 
 def sample_batch(model: Any, prompts: object, tokenizer: Any, every: object, *, plain: bool | None) -> PromptBatch:
-    """The prompts to sample, tokenized.
+    """Tokenises the prompts to sample.
 
     Args:
-        model: with adapters.
+        model: the model with adapters.
         prompts: one text or several.
-        tokenizer: of the model.
-        every: steps from one time to the next, or None.
-        plain: whether the rows to learn have no chat template around them.
+        tokenizer: the tokenizer of the model.
+        every: steps between samples, or None.
+        plain: whether the training rows are rendered without a chat template.
 
     Raises:
-        ConfigError: they cannot be sampled.
+        ConfigError: an argument is invalid, or the model or tokenizer cannot generate answers.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
@@ -111,5 +111,5 @@ def sample_batch(model: Any, prompts: object, tokenizer: Any, every: object, *, 
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
     base = model.manager.model if hasattr(model, "manager") else model
     if not hasattr(base, "generate"):
-        raise ConfigError(f"a {type(base).__name__} answers no prompts, so that there is nothing to sample")
+        raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
     return PromptBatch.of(texts, tokenizer, base, chat=False if plain else None)

@@ -1,4 +1,4 @@
-"""Hands the numbers of a run to TensorBoard, Weights & Biases or Trackio, without a network where none is set up."""
+"""Logs the metrics of a run to TensorBoard, Weights & Biases or Trackio, offline without an account."""
 
 from __future__ import annotations
 
@@ -29,35 +29,40 @@ PROJECT = "nbpeft"
 
 
 class Tracker(Protocol):
-    """Where numbers go."""
+    """A destination of metrics."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Writes values of one step."""
+        """Writes the metrics of one step.
+
+        Args:
+            values: metric -> value.
+            step: optimizer steps done.
+        """
 
     def close(self) -> None:
-        """Ends the run there."""
+        """Ends the tracker's run."""
 
 
 def tracker_names(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of trackers, each of which is installed.
+    """The names of the requested trackers, checked.
 
     Raises:
-        ConfigError: one is unknown or not installed; the message says how to install it.
+        ConfigError: a tracker is unknown or not installed; the message says how to install it.
     """
     names = () if given is None else (given,) if isinstance(given, str) else tuple(given)
     for name in names:
         if name not in TRACKERS:
-            near = did_you_mean(str(name), TRACKERS) or f" It is one of: {', '.join(TRACKERS)}"
-            raise ConfigError(f"track={name!r:.60} is unknown.{near}", field="track")
+            hint = did_you_mean(str(name), TRACKERS) or f" It is one of: {', '.join(TRACKERS)}"
+            raise ConfigError(f"track={name!r:.60} is unknown.{hint}", field="track")
         require_installed(name, "track")
     return names
 
 
 def check_report_to(given: Any) -> None:
-    """Refuses, in one line, integrations of the Trainer whose package is not installed.
+    """Refuses integrations in ``report_to`` whose package is not installed, for which a Trainer fails less clearly.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a package is not installed.
     """
     for name in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []:
         if name in TRACKERS:
@@ -65,22 +70,26 @@ def check_report_to(given: Any) -> None:
 
 
 def require_installed(name: str, field: str) -> None:
-    """Refuses a tracker that is not there.
+    """Refuses a tracker whose package is not installed.
+
+    Args:
+        name: the tracker.
+        field: the field that names it, for the message.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX") is not None):
         raise ConfigError(f"{field}={name!r} needs a package that is not installed: pip install {name}", field=field)
 
 
 class TrackCallback(TrainerCallback):
-    """Hands what a Trainer logs to trackers, which are opened before the first step; ``with callback:`` closes them.
+    """Passes a Trainer's logs on to trackers, which are opened before the first step; ``with callback:`` closes them.
 
     Args:
-        names: of the trackers.
-        run: what is tracked; its folder, if it has one, takes the files that have no other place.
-        settings: as given.
+        names: the names of the trackers.
+        run: the run; trackers write their files into its folder, if it has one.
+        settings: the settings of the training, which are logged without secrets.
     """
 
     def __init__(self, names: Sequence[str], run: Run, settings: Mapping[str, Any]) -> None:
@@ -92,10 +101,10 @@ class TrackCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Opens the trackers, in one of several processes.
+        """Opens the trackers, in the main process only.
 
         Raises:
-            CheckpointError: in the folder of the run, which may be a stranger's, a link leads out of it.
+            CheckpointError: the folder of the run, which may come from anyone, has a link that leads out of it.
         """
         if not state.is_world_process_zero:
             return
@@ -117,7 +126,7 @@ class TrackCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the numbers: ``train/loss``, ``eval/loss`` and others."""
+        """Writes the metrics, named ``train/loss``, ``eval/loss`` etc."""
         renamed: dict[str, Any] = rewrite_logs(logs or {})  # type: ignore[no-untyped-call]
         numbers = {name: value for name, value in renamed.items() if isinstance(value, int | float)}
         for name, tracker in list(self._open.items()):
@@ -131,11 +140,11 @@ class TrackCallback(TrainerCallback):
         try:
             with _quiet():
                 tracker.close()
-        except Exception as error:  # what was learned has a result all the same
+        except Exception as error:  # a failing tracker must not cost the result of the training
             self._note(name, error)
 
     def _note(self, name: str, error: Exception) -> None:
-        self._run.note(f"{name} takes no more numbers: {in_one_line(error):.200}", warning=True)
+        self._run.note(f"{name} failed and receives no more metrics: {in_one_line(error):.200}", warning=True)
 
     def __enter__(self) -> TrackCallback:
         return self
@@ -185,7 +194,7 @@ class _Wandb:
 
 
 def _has_wandb_key() -> bool:
-    """Whether there is an account to send runs to; without one wandb would ask for it."""
+    """Whether an account is set up; without one wandb would prompt for it and block the cell."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "api.wandb.ai").rpartition("/")[2]
@@ -213,6 +222,10 @@ _OPENED: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "tracki
 
 
 def _quiet() -> AbstractContextManager[object]:
-    """Without what a tracker prints; in a thread with it, because other cells print meanwhile, to the same stream."""
+    """A block without the output of a tracker.
+
+    In another thread the output is not redirected: ``redirect_stdout`` replaces the stream of all threads, and would
+    swallow what other cells print meanwhile.
+    """
     main = threading.current_thread() is threading.main_thread()
     return contextlib.redirect_stdout(io.StringIO()) if main else nullcontext()

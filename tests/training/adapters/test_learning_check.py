@@ -204,7 +204,7 @@ def classifier(**config):
 
 def test_a_new_head_that_stays_frozen_is_named():
     note = frozen_head(classifier())
-    assert note.startswith("The head 'score' was initialised anew") and "modules_to_save=['score']" in note
+    assert note.startswith("The head 'score' is newly initialised") and "modules_to_save=['score']" in note
     model = classifier()
     with pytest.warns(UserWarning, match="The head 'score'"), track(model):
         pass
@@ -280,7 +280,11 @@ def test_a_run_resumed_after_its_end_does_no_step_and_does_not_warn(tmp_path):
         warnings.simplefilter("error", UserWarning)
         again = train(model, token_rows(), resume_from_checkpoint=True, **settings)
         more = train(model, token_rows(), resume_from_checkpoint=True, **(settings | {"max_steps": 3}))
-    assert (again.status, again.steps, again.message) == ("finished", 2, "no step was left: it had finished at step 2")
+    assert (again.status, again.steps, again.message) == (
+        "finished",
+        2,
+        "no steps left: the run had already finished at step 2",
+    )
     assert (more.steps, more.message) == (3, "")
 
 
@@ -289,5 +293,5 @@ def test_weights_that_exploded_are_said_to_have(recwarn):
     first = train(model, token_rows(), max_steps=3, learning_rate=1e9, stop_on_divergence=False)
     assert first.message == "Weights of adapter 'default' have exploded in 3 steps: the learning rate is too high."
     second = train(model, token_rows(), max_steps=3)
-    assert second.message.startswith("Weights of adapter 'default' have exploded before this run")
+    assert second.message.startswith("Weights of adapter 'default' had exploded before this run")
     assert "label" not in second.message

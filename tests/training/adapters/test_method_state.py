@@ -169,8 +169,8 @@ def test_a_state_of_an_earlier_version_is_resumed_and_the_run_says_so(case: str,
     _, result = resumed(tmp_path, made(CASES[case]) if where == "on the model" else None)
     assert result.steps == 16
     assert result.message == (
-        f"checkpoint-{step} lacks what the method keeps from step to step (an earlier version wrote it): "
-        "that begins anew here"
+        f"checkpoint-{step} lacks the method's training state (an earlier version wrote it), "
+        "which starts from its initial value"
     )
 
 

@@ -149,7 +149,7 @@ def test_a_second_text_is_marked_and_both_are_cut_by_the_tokenizer() -> None:
     end = CHARACTERS.eos_token_id
     cut = [*CHARACTERS("abc")["input_ids"], end, *CHARACTERS("ghi")["input_ids"], end]
     assert found.train[0] == {"input_ids": cut, "token_type_ids": [0] * 4 + [1] * 4, "labels": 1}
-    assert found.notes == ("1 of 2 rows were cut to the maximal length",)
+    assert found.notes == ("1 of 2 rows were truncated to the maximum length",)
     assert "token_type_ids" not in training_rows(TrainRequest(named(), rows, tokenizer=Pairs())).train[0]
     assert train(bert(), rows, tokenizer=Pairs(), max_steps=1).steps == 1
     assert longest_sequence(bert(), rows, tokenizer=Pairs()) == 14

@@ -192,7 +192,7 @@ def test_tokenised_rows_have_masks_and_weights_as_trl_has_them() -> None:
     assert found[1] == {**rows[1], "loss_weights": [1.0, 2.0]}
     with pytest.raises(TrainingError, match="Row 0: 'completion_mask' has 1 numbers for 2 labels"):
         prepare_data([{"input_ids": [1, 2], "completion_mask": [1]}])
-    with pytest.raises(TrainingError, match="Row 0: 'loss_weights' holds a number that is negative or not finite"):
+    with pytest.raises(TrainingError, match="Row 0: 'loss_weights' has a number that is negative or not finite"):
         prepare_data([{"input_ids": [1, 2], "loss_weights": [1, -1]}])
 
 

@@ -22,7 +22,7 @@ def labelled(*labels):
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        ((True, False), "Row 1: 'label' is False: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' say which"),
+        ((True, False), "Row 1: 'label' is False: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' mark good"),
         ((1, None, 0), "Row 2: 'label' is 0: "),
         ((1.0, 0.0), "Row 1: 'label' is 0.0: "),
         ((1, -1), "Row 1: 'label' is -1: "),
@@ -43,7 +43,7 @@ def test_a_completion_that_is_labelled_as_bad_is_refused(tokenizer, labels, told
             with pytest.raises(TrainingError) as caught:
                 read(rows)
             line = str(caught.value)
-            assert "\n" not in line and line.endswith("or remove the column if it says something else.")
+            assert "\n" not in line and line.endswith("or the column if it means something else.")
             assert line.startswith(told) if rows.__class__ is list else line.startswith("Row ")
 
 

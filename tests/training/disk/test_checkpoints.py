@@ -87,7 +87,7 @@ def test_what_a_broken_one_lacks(run: Path, how: str, told: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[1]", "trainer_state.json holds a list, not an object"),
+        ("[1]", "trainer_state.json contains a list, not an object"),
         ('{"global_step": 1e999}', "trainer_state.json: global_step is inf"),
         ('{"max_steps": 2.5}', "trainer_state.json: max_steps is 2.5"),
         ('{"global_step": -1}', "trainer_state.json: global_step is -1"),
@@ -109,9 +109,9 @@ SCALE = {"scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_inte
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("rng_state.pth", [1], "rng_state.pth is damaged: delete it to resume with other random numbers"),
+        ("rng_state.pth", [1], "rng_state.pth is damaged: delete it to resume with a new random state"),
         ("rng_state.pth", {"python": 1, "numpy": 2, "cpu": 3}, "rng_state.pth is damaged: delete it"),
-        ("scaler.pt", {"scale": 1e999}, "scaler.pt is damaged: delete it to resume with the first loss scale"),
+        ("scaler.pt", {"scale": 1e999}, "scaler.pt is damaged: delete it to resume with the initial loss scale"),
         ("scaler.pt", SCALE | {"scale": float("nan")}, "scaler.pt is damaged"),
         ("scaler.pt", [2.0], "scaler.pt is damaged"),
         ("scaler.pt", SCALE, None),
@@ -131,7 +131,9 @@ def test_bytes_that_were_overwritten_leave_the_model_as_it_is(run: Path) -> None
     path.write_bytes(content)
     trainer = trainer_of(run)
     before = weights(trainer.model)
-    with pytest.raises(CheckpointNotFoundError, match=r"\(rng_state.pth is damaged: delete it .*checkpoint-4 is whole"):
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"\(rng_state.pth is damaged: delete it .*checkpoint-4 is complete"
+    ):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer.model).items())
     path.unlink()
@@ -142,7 +144,7 @@ def test_bytes_that_were_overwritten_leave_the_model_as_it_is(run: Path) -> None
 def test_resuming_passes_over_what_is_broken(run: Path, cls: Any) -> None:
     broken(run / "checkpoint-6", "adapter_model.safetensors")
     resumed = trainer_of(run, cls, max_steps=5)
-    told = r"passed over checkpoint-6 \(adapter_model.safetensors is cut off\): resuming from .*checkpoint-4$"
+    told = r"skipped checkpoint-6 \(adapter_model.safetensors is cut off\): resuming from .*checkpoint-4$"
     with pytest.warns(UserWarning, match=told):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5 and flaw_of(run / "checkpoint-5") is None
@@ -159,23 +161,23 @@ def test_resuming_from_the_last_whole_one_ends_as_an_unbroken_run(run: Path) -> 
 
 
 def test_where_nothing_is_whole_it_says_what_there_is(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match=r"empty holds no whole checkpoint to resume from$"):
+    with pytest.raises(CheckpointNotFoundError, match=r"empty has no complete checkpoint to resume from$"):
         trainer_of(tmp_path / "empty").train(resume_from_checkpoint=True)
     for name in steps_in(run):
         broken(run / name, "no trainer_state.json")
     with pytest.raises(CheckpointNotFoundError) as caught:
         trainer_of(run).train(resume_from_checkpoint=True)
     assert str(caught.value).endswith(
-        "passed over " + ", ".join(f"checkpoint-{step} (no trainer_state.json)" for step in (6, 4, 2))
+        "skipped " + ", ".join(f"checkpoint-{step} (no trainer_state.json)" for step in (6, 4, 2))
     )
-    with pytest.raises(ValueError, match="no whole checkpoint"):  # as transformers raises it
+    with pytest.raises(ValueError, match="no complete checkpoint"):  # as transformers raises it
         train(trainable(llama()), token_rows(4), output_dir=str(run), max_steps=2, resume_from_checkpoint=True)
 
 
 def test_a_broken_one_that_is_asked_for_names_a_whole_one(run: Path) -> None:
     broken(run / "checkpoint-4", "optimizer.pt")
     for name, told in {
-        "checkpoint-4": r"\(optimizer.pt is cut off\); .*checkpoint-6 is whole",
+        "checkpoint-4": r"\(optimizer.pt is cut off\); .*checkpoint-6 is complete",
         "checkpoint-8": "there is no folder .*checkpoint-8 to resume from",
     }.items():
         with pytest.raises(CheckpointNotFoundError, match=told):

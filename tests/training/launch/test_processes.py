@@ -138,7 +138,7 @@ def test_a_stream_is_not_shared_out() -> None:
 
 
 def test_sharding_without_processes_says_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="fsdp shards a model over several processes: say how many, processes=…"):
+    with pytest.raises(ConfigError, match="fsdp shards a model over several processes: give their number, processes=…"):
         train(trainable(), ROWS, fsdp=True, max_steps=1)
 
 
@@ -267,7 +267,7 @@ def test_a_message_that_cannot_be_read_is_told_at_once(tmp_path: Path, monkeypat
     with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
         processes._reader.join(30)
         assert processes.running
-        with pytest.raises(TrainingError, match=r"2: sent what cannot be read here \(AttributeError: .*Gone"):
+        with pytest.raises(TrainingError, match=r"2: sent a message that cannot be read here \(AttributeError: .*Gone"):
             parent._check(processes)
 
 
@@ -307,7 +307,7 @@ def test_a_part_of_a_model_is_not_saved_alone(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
     run.control.request_save()
     assert not run.wait_or_stop()
-    assert run.state.message == "not saved: each process has a part of the model, and one alone was asked: use " + (
+    assert run.state.message == "not saved: the model is sharded and only one process was asked to save it: use " + (
         "Trainer.save_model"
     )
     assert not list(tmp_path.iterdir())

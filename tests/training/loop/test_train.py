@@ -332,7 +332,7 @@ def test_impossible_arguments_are_one_line():
     assert caught.value.details == {"field": "lr_scheduler_type", "value": "cosin"}
     with pytest.raises(ConfigError, match=r"^optim 'zzz' is unknown\. It is one of: adamw_torch, "):
         train(trainable(), token_rows(), optim="zzz")
-    with pytest.raises(ConfigError, match="say where with output_dir"):
+    with pytest.raises(ConfigError, match="give their folder, output_dir"):
         train(trainable(), token_rows(), save_strategy="steps")
     with pytest.raises(ConfigError, match="pass eval_data"):
         train(trainable(), token_rows(), load_best_model_at_end=True)

@@ -394,4 +394,4 @@ def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
     with track(loop.model, 1) as run:
         run.control.request_save()
         run.step(loop.one())
-    assert run.state.message == "not saved: the model carries no adapters" and run.state.status == "finished"
+    assert run.state.message == "not saved: the model has no adapters" and run.state.status == "finished"

@@ -213,7 +213,7 @@ def test_an_interruption_inside_a_step_keeps_no_half_of_it(place: Path, monkeypa
     with pytest.raises(TrainingInterrupted) as caught:
         train(trainable(), token_rows(), run_dir=place, callbacks=[Breaks()], **QUICK)
     assert the_run(place).kept_steps == (0,)
-    said = "ended while step 5 changed the weights: the last state on disk is that of step 0"
+    said = "ended while step 5 changed the weights: the last checkpoint is that of step 0"
     assert said in caught.value.result.message and said in the_run(place).message
 
 
@@ -230,7 +230,7 @@ def test_where_nothing_can_be_written_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = train(trainable(), token_rows(), run_dir=tmp_path / "file" / "runs", **QUICK)
     assert (result.status, result.steps, result.state.folder) == ("finished", 6, "")
-    assert result.message.startswith("this run is not kept on disk: ") and result.message.count("kept") == 1
+    assert result.message.startswith("this run is not saved on disk: ") and result.message.count("saved") == 1
 
 
 def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, mo
 
     monkeypatch.setattr(RunFolder, "write", full)
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
-    assert result.steps == 6 and "not kept on disk from here on: the disk is full" in result.message
+    assert result.steps == 6 and "not saved on disk from here on: the disk is full" in result.message
     assert [path.name for path in place.iterdir()] == [".gitignore"] and not result.state.folder
 
 
@@ -274,7 +274,7 @@ def train_in_files_of(limit: int, place: Path) -> None:
     assert (result.status, result.steps) == ("finished", 3)
     records = RunStore(place).records()
     whole = bool(records) and records[0].is_complete
-    assert whole or "this run is not kept on disk" in result.message
+    assert whole or "this run is not saved on disk" in result.message
     assert [(record.status, record.step) for record in records] in ([], [("finished", 3)])
     assert not list(place.glob("**/.nbpeft-*"))
 
@@ -371,8 +371,8 @@ def test_other_rows_are_told_from_those_of_then() -> None:
     )
     for now, told in (
         (run_checkpointer.mark_of_rows(rows * 2, rows[:1]), "was trained with 2 rows, and these are 4"),
-        (run_checkpointer.mark_of_rows(rows), "was trained with 1 rows to evaluate on, and these are none"),
-        (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first of these are not those"),
+        (run_checkpointer.mark_of_rows(rows), "was trained with 1 evaluation rows, and these are none"),
+        (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first ones differ"),
     ):
         with pytest.raises(TrainingError, match=told):
             run_checkpointer.check_rows_are_those("sql-1", mark, now)

@@ -90,8 +90,8 @@ def trained(**more: Any) -> tuple[Any, Kept, Any]:
 @pytest.mark.parametrize(("kind", "word"), [(Breaks, "NaN"), (Infinite, "infinite")])
 def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any, word: str, batches: int) -> None:
     model, kept, result = trained(trainer_class=kind, gradient_accumulation_steps=batches)
-    reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or look at the labels"
-    back = "the weights of step 4, the last good ones, were put back"
+    reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or check the labels"
+    back = "the weights of step 4, the last good ones, were restored"
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert result.message == f"{reason} · {back}" and result.state.warnings == (reason, back)
     assert str(result).endswith(result.message)
@@ -105,7 +105,7 @@ def test_the_weights_that_were_there_come_back_where_no_step_was_good() -> None:
     before = weights(model)
     result = train(model, ROWS, trainer_class=AtOnce, **SETTINGS)
     assert (result.status, result.steps, result.kept_step) == ("stopped", 1, 0)
-    assert "the weights it began with, the last good ones, were put back" in result.message
+    assert "the initial weights, the last good ones, were restored" in result.message
     assert same_state(weights(model), before) and not model.manager.unsaved
 
 
@@ -141,7 +141,7 @@ def test_weights_that_have_exploded_before_are_trained_on() -> None:
 def test_the_best_weights_come_back_where_patience_keeps_them() -> None:
     model, kept, result = trained(eval_data=token_rows(4, 5), patience=5, eval_steps=3)
     assert (result.steps, result.kept_step, result.best_step) == (6, 3, 3)
-    assert result.message.endswith("look at the labels · the state of step 3, the best, was put back")
+    assert result.message.endswith("check the labels · the weights of step 3, the best, were restored")
     assert same_state(weights(model), kept.weights[3])
 
 
@@ -244,7 +244,7 @@ def test_an_adapter_of_a_sweep_diverges_alone(clipping: float) -> None:
     lost, good = result.members
     assert (lost.status, good.status, result.status, result.best) == ("diverged", "finished", "finished", good.name)
     assert result.state.warnings == (
-        f"{lost.name} diverged at step 2 and learns no more; the weights it began with were put back",
+        f"{lost.name} diverged at step 2 and learns no more; the initial weights were put back",
     )
     assert all(torch.equal(*pair) for pair in zip(weights(model, lost.name).values(), before.values(), strict=True))
     alone = trainable(name="a")
@@ -270,7 +270,7 @@ def test_in_the_background_too() -> None:
     result = session.result(model)
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert session.train(model, ROWS, **SETTINGS | {"max_steps": 1}).message.startswith(
-        "goes on with the weights after step 4"
+        "continues from the weights after step 4"
     )
     session.close()
 

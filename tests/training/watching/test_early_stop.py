@@ -57,7 +57,7 @@ def test_it_stops_and_puts_the_best_state_back(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
     assert (
         result.message
-        == f"stopped early: no better in 3 evaluations · the state of step {best}, the best, was put back"
+        == f"stopped early: no improvement in 3 evaluations · the weights of step {best}, the best, were restored"
     )
     assert f"best at step {best}" in str(result)
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ def test_a_resumed_run_counts_on_and_has_the_best_state(tmp_path: Path, how: str
     _, _, result = trained(patience=4, eval_steps=1, resume_from_checkpoint=state, run_dir=place)
     assert whole.steps == best + 4
     assert result.steps == best + 4 + (how == "Stop")  # the step it was stopped at is not evaluated
-    assert f"the state of step {best}, the best, was put back" in result.message
+    assert f"the weights of step {best}, the best, were restored" in result.message
 
 
 def test_the_best_is_that_of_the_metric_asked_for():
@@ -178,7 +178,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(values: Any, steps: 
     assert (result.steps, result.best_step) == (steps, best)
     expected = kept.weights[steps if best is None else best]
     assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
-    assert ("was put back" in result.message) == (best is not None)
+    assert ("were restored" in result.message) == (best is not None)
 
 
 def test_a_resumed_run_counts_evaluations_that_were_not_finite(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_an_infinite_metric_is_not_the_best() -> None:
         ({"patience": True}, "number of evaluations"),
         ({"patience": "3"}, "number of evaluations"),
         ({"patience": 3, "eval_data": None}, "needs data to evaluate on"),
-        ({"patience": 3, "load_best_model_at_end": True}, "leave load_best_model_at_end out"),
+        ({"patience": 3, "load_best_model_at_end": True}, "remove load_best_model_at_end"),
         ({"patience": 3, "eval_strategy": "no"}, "needs evaluations"),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(
     monkeypatch.setitem(trackers._OPENED, "tensorboard", lambda *args: made)
     result, _ = tracked("tensorboard")
     assert (result.status, result.steps) == ("finished", 3)
-    assert result.message.count("tensorboard takes no more numbers: the network is down") == 1
+    assert result.message.count("tensorboard failed and receives no more metrics: the network is down") == 1
 
 
 def test_other_threads_print_while_a_tracker_opens_in_a_thread(capsys: pytest.CaptureFixture[str]) -> None:
