@@ -58,6 +58,10 @@ def pytest_collection_finish() -> None:
     if "peft" in sys.modules and importlib.util.find_spec("sklearn") is None:
         import_module("tests.kmeans_for_peft").install()
     gc.enable()
+    _freeze()
+
+
+def _freeze() -> None:
     gc.collect()
     gc.freeze()
 
@@ -74,7 +78,7 @@ def pytest_runtest_teardown() -> None:
 def pytest_runtest_logfinish() -> None:
     """Spares collections, now and then, modules that tests import on the way."""
     if next(_ended) % 25 == 0:
-        pytest_collection_finish()
+        _freeze()
 
 
 @pytest.hookimpl(trylast=True)
