@@ -209,8 +209,8 @@ def can_convert(manager: AdapterManager, name: str) -> bool:
 
 
 def _with_bar(layers: dict[str, AdaptedLayer]) -> Any:
-    """Path and layer, with a progress bar as transformers shows them."""
-    from transformers.utils.logging import tqdm
+    """Path and layer, with a progress bar: the caller asks for it, whatever is set for downloads."""
+    from tqdm import tqdm
 
     return tqdm(layers.items(), desc="Converting to LoRA")
 
