@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 KINDS = {
     "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str"
-    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
+    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]|False = _is_warn_triggered\(\[<",
     "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
     "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
-    "missing": "is not available: nbpeft does not implement",
+    "missing": r"(?<!\w)[A-Za-z]\w* is not available: nbpeft does not implement",
     "PEFT's internals": r"AttributeError|does not have the attribute"
     r"|1 = len\(\{<class|tensor\([^=]*\) is tensor\(|data_ptr|KeyError|\nassert \[\]",
     "refused here": r"\nnbpeft\.errors",
