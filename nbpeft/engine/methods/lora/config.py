@@ -243,7 +243,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     def _check_conversion(self) -> None:
         """Warns before a training of what cannot be saved for the base as it was."""
         patterned = self.use_rslora and (self.rank_pattern or self.alpha_pattern)
-        if patterned and self.init_from_weight and self.init_name != "loftq":
+        if patterned and self.init_name in ("olora", "pissa", "pissa_niter"):  # others are always saved as plain LoRA
             warnings.warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion do not go "
                 f"together: an adapter that starts with init_lora_weights={self.init_lora_weights!r} cannot be saved "
