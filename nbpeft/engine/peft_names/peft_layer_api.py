@@ -179,6 +179,15 @@ class ChoosesAlone(nn.Module):
     def _active_adapter(self, names: str | Sequence[str]) -> None:
         self._act_alone([names] if isinstance(names, str) else list(names), enabled=self.adapters_enabled)
 
+    @property
+    def _disable_adapters(self) -> bool:
+        """Likewise, whether the active adapters are off."""
+        return not self.adapters_enabled
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self._act_alone(self.chosen_names(), enabled=not disabled)
+
     def chosen_names(self) -> list[str]:
         """Names of the adapters that are active here, whether or not they are enabled."""
         state: Any = self.__dict__["active_state"]

@@ -286,6 +286,11 @@ def test_what_is_active_on_one_layer_is_written_where_peft_keeps_it(library: Any
     assert layer.active_adapters == ["other"] and layer._active_adapter == "other"
     assert not torch.equal(layer(x), first) and model.base_model.model[1].active_adapters == ["default"]
     assert model.get_model_status().active_adapters == "irregular"
+    layer._disable_adapters = True
+    assert layer.disable_adapters and layer._disable_adapters and torch.equal(layer(x), layer.base_layer(x))
+    assert model.get_model_status().enabled == "irregular"
+    layer._disable_adapters = False
+    assert layer.active_adapters == ["other"] and not torch.equal(layer(x), layer.base_layer(x))
     model.set_adapter("default")
     assert layer.active_adapters == ["default"] and torch.equal(layer(x), first)
 
