@@ -87,7 +87,7 @@ class TargetError(NbpeftError, ValueError):
     """The targets of a config match nothing in the model, or a module that cannot be adapted."""
 
 
-class LayerKindError(TargetError, TypeError):
+class LayerKindError(TargetError, ConfigError, TypeError, NotImplementedError):
     """The request is not supported on a layer of that kind."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from nbpeft.checkpoint import CONFIG_NAME
+from nbpeft.engine.methods.lora.optimizers import LoraFAOptimizer as LoraFAOptimizer
 from nbpeft.engine.methods.lora.optimizers import RiemannianPreconditioner, trained_pairs
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
 from nbpeft.engine.methods.lora.variants.alora import invocation_starts
@@ -56,6 +58,54 @@ def calculate_alora_offsets(
         start = int(invocation_starts(row, tokens)) if tokens else -1
         found.append(len(row) - start if start >= 0 else None)
     return found
+
+
+def is_alora_relevant_in_batch(model: Any, adapter_names: Sequence[str] | None = None) -> bool:
+    """Whether a call has an aLoRA adapter.
+
+    Args:
+        model: a ``PeftModel``.
+        adapter_names: the adapter of each row; the first active one is looked at in any case.
+    """
+    names = {model.active_adapter, *(adapter_names or ())}
+    return any(getattr(model.peft_config.get(name), "alora_invocation_tokens", None) for name in names)
+
+
+def get_alora_offsets_for_forward(
+    model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The options of a call, with ``alora_offsets`` where it has an aLoRA adapter.
+
+    Args:
+        model: a ``PeftModel``.
+        input_ids: (batch, tokens).
+        inputs_embeds: in their place: then nothing says where an adapter is invoked.
+        **kwargs: the other options.
+    """
+    instead = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
+    return _with_offsets(model, input_ids, kwargs, instead if inputs_embeds is not None else "")
+
+
+def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """As ``get_alora_offsets_for_forward``, for the arguments of ``generate``."""
+    given = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
+    rows = given.unsqueeze(0) if given is not None and given.ndim == 1 else given
+    return _with_offsets(model, rows, kwargs, "during generate as input_ids are not available. Disabling aLoRA.")
+
+
+def _with_offsets(model: Any, input_ids: Tensor | None, options: dict[str, Any], problem: str) -> dict[str, Any]:
+    """Options of a call with its ``alora_offsets``; a problem is warned of where there are no ``input_ids``."""
+    names = options.get("adapter_names")
+    if not is_alora_relevant_in_batch(model, names) or options.get("alora_offsets") is not None:
+        return options
+    if input_ids is None and problem:
+        warnings.warn(f"Cannot calculate aLoRA offsets {problem}", stacklevel=3)
+    offsets = (
+        None
+        if input_ids is None
+        else calculate_alora_offsets(model.peft_config, model.active_adapter, input_ids, names)
+    )
+    return {**options, "alora_offsets": offsets}
 
 
 class BufferDict(nn.Module):

@@ -262,9 +262,13 @@ def _find_minimal_target_modules(target_modules: Collection[str], other_module_n
 
 
 def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """What the keys of adapters in a model's state dict start with, those of one adapter or of all."""
+    """What the keys of adapters in a model's state dict start with, those of one adapter or of all.
+
+    Rows of ``trainable_token_indices`` are not among them: they count as a module that is trained as a whole.
+    """
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
-    carrying = [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.adapters]
+    names = {layer: [name for name in layer.adapters if not layer.adapter(name).peft_container] for _, layer in layers}
+    carrying = [(path, one) for path, one in layers if names[one] and adapter_name in (None, *names[one])]
     buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in carrying}
     parts = [
         (path, name)

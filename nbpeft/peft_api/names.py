@@ -205,7 +205,7 @@ MODULES: dict[str, dict[str, str]] = {
     "optimizers": {
         OWN: "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     },
-    "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "missing": "LoraFAOptimizer"},
+    "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "building_blocks": "LoraFAOptimizer"},
     "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
     "optimizers.riemannian": {
         OWN: "create_riemannian_optimizer",
@@ -264,11 +264,11 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {
-        "building_blocks": "BlockDiagonalLinear calculate_alora_offsets",
+        "building_blocks": "BlockDiagonalLinear calculate_alora_offsets get_alora_offsets_for_forward "
+        "get_alora_offsets_for_generate is_alora_relevant_in_batch",
         "missing": "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant DoraConv1dVariant "
         "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant "
-        "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant "
-        "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
+        "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant",
     },
     "tuners.lora.velora": {
         "building_blocks": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import nbpeft
 from nbpeft.engine.contract.registry import Method, methods
@@ -297,5 +298,9 @@ def test_broken_and_merged_adapters_are_refused() -> None:
 
 
 def test_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    convert_to_lora(adapter_on_llama(), 2, progressbar=True)
+    disable_progress_bar()  # of downloads, as HF_HUB_DISABLE_PROGRESS_BARS does
+    try:
+        convert_to_lora(adapter_on_llama(), 2, progressbar=True)
+    finally:
+        enable_progress_bar()
     assert "Converting to LoRA" in capsys.readouterr().err

@@ -16,7 +16,9 @@ import nbpeft.model as nbpeft
 from tests.pretend_cpu import pretend_repacking
 from tests.tiny_models import classifier, gpt2, llama, logits, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning", "ignore:merging into")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore::FutureWarning", "ignore:merging into", "ignore:Using Rank-Stabilized"
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},

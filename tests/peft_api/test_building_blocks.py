@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,33 @@ def test_places_of_invocations() -> None:
         assert offsets(configs, "a", rows) == [3, 2, None] and offsets(configs, "plain", rows) == [None] * 3
         assert offsets(configs, "a", rows, adapter_names=["a", "__base__", "b"]) == [3, None, 3]
         assert offsets(configs, "a", None) == []
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], None])
+def test_options_of_a_call_with_an_invoked_adapter(tokens: list[int] | None) -> None:
+    names = "get_alora_offsets_for_forward", "get_alora_offsets_for_generate", "is_alora_relevant_in_batch"
+    rows, embedded = torch.tensor([[0, 1, 2, 3]]), torch.zeros(1, 4, 8)
+    found = []
+    for library, (forward, generate, relevant) in zip(
+        (nbpeft, peft), both("tuners.lora.variants", *names), strict=True
+    ):
+        model = library.get_peft_model(
+            llama(), library.LoraConfig(alora_invocation_tokens=tokens, target_modules=["q_proj"])
+        )
+        with pytest.warns() as warned:
+            warnings.warn("one at least", stacklevel=1)
+            options = [
+                forward(model, rows, labels=1),
+                forward(model, alora_offsets=[1]),
+                forward(model, inputs_embeds=embedded),
+                forward(model),
+                generate(model, rows[0]),
+                generate(model, input_ids=rows),
+                generate(model, inputs_embeds=None),
+                relevant(model, ["default", "__base__"]),
+            ]
+        found.append((options, [str(one.message) for one in warned if "aLoRA" in str(one.message)]))
+    assert found[0] == found[1] and len(found[0][1]) == (2 if tokens else 0)
 
 
 def test_block_diagonal_layers() -> None:

@@ -301,3 +301,16 @@ def test_functions_about_places_in_a_model(library: Any, tmp_path: Path) -> None
     with pytest.raises(Exception, match=r"(?i)weights"):
         state.torch_load(tmp_path / "file")
     assert conversion.get_model_conversion_mapping(tiny_models.mixture("mixtral"))
+
+
+def test_trained_token_rows_are_no_keys_of_an_adapter() -> None:
+    found = []
+    for library in ("peft", "nbpeft"):
+        names = importlib.import_module(library)
+        tools = importlib.import_module(f"{library}.tuners.tuners_utils")
+        config = names.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[0, 1])
+        model = names.get_peft_model(tiny_models.llama(), config)
+        prefixes = tools._get_tuner_state_dict_key_prefixes(model)
+        found.append(set(tools._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)))
+        assert prefixes and not any("embed_tokens" in prefix for prefix in prefixes)
+    assert found[0] == found[1] and found[0]

@@ -8,24 +8,26 @@ from collections.abc import Iterable
 
 KINDS = {
     "wording": r"Regex pattern did not match|<ExceptionInfo|startswith of str"
-    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]",
-    "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)",
+    r"|DID NOT WARN[^[]*Emitted warnings: \[[^]]|False = _is_warn_triggered\(\[<",
+    "works here, PEFT refuses": r"DID NOT RAISE|supports_lora_conversion\(\)|^\S*test_warning_naming_conflict",
+    "the base stays as it is": r"with_other_adapter_warns|kasa_truncation_changes_base"
+    r"|conversion_same_output\S*\s+(AssertionError: )?assert (not True|16 == 8)",
     "no warning": r"DID NOT WARN|WarningsRecorder|warn\w*(\[.*\])?\nassert False",
-    "missing": "is not available: nbpeft does not implement",
+    "missing": r"(?<!\w)[A-Za-z]\w* is not available: nbpeft does not implement",
     "PEFT's internals": r"AttributeError|does not have the attribute"
+    r"|router layer not found|test_mixin_adds_variational_loss"
     r"|1 = len\(\{<class|tensor\([^=]*\) is tensor\(|data_ptr|KeyError|\nassert \[\]",
     "refused here": r"\nnbpeft\.errors",
     "did not run": r"\ndid not run|Timeout",
 }
 """A kind of difference -> what the test's name and the failure's message say; the first that fits."""
-OF_TESTS = ("wording", "works here, PEFT refuses", "PEFT's internals")
+OF_TESTS = ("wording", "works here, PEFT refuses", "the base stays as it is", "PEFT's internals")
 """Kinds that are not about what a model computes. They are told by messages alone: read those in ``artifacts``."""
 OTHER = "other"
 
 WHY = {
     "adaption_prompt": "`_active_adapter` of the base model",
-    "arrow": "no layer type of its own; another class of exception",
-    "boft": "another class of exception",
+    "arrow": "no layer type of its own",
     "cartridge": "a patched function of `peft.peft_model`",
     "config": "a patched `peft.config.__version__`; warnings of unknown fields",
     "custom_models": "`disable_adapter()` leaves `requires_grad`; no sampler modules of MonteCLoRA",
@@ -35,17 +37,16 @@ WHY = {
     "feature_extraction_models": "prefix tuning of DeBERTa is refused at once",
     "frod": "each adapter has its own tensors; a patched matrix product",
     "helpers": "DoRA's caches and MonteCLoRA's samplers are no modules; mixed dtypes compute",
-    "initialization": "OLoRA, PiSSA and KaSA leave the base as it is, so nothing to warn of; several adapters of VeRA",
+    "initialization": "OLoRA, PiSSA and KaSA leave the base as it is; prefix tuning without an embedding",
     "integrations": "a patched `ParamWrapper.update_layer`",
-    "lora_conversion": "(IA)³, LoKr and KaSA convert; no progress bar",
+    "lora_conversion": "(IA)³, LoKr and KaSA convert",
     "lora_variants": "variants are no classes on layers; beams with aLoRA work",
-    "lorafa": "entries of the optimizer's groups",
+    "lorafa": "a patched function",
     "low_level_api": "methods that share state are injected without a handle",
-    "mapping": "a handle takes another adapter without a warning",
+    "mapping": "names below a handle are those of its base",
     "mixed": "layers of all methods have one class",
     "multitask_prompt_tuning": "one task needs no `task_ids`",
     "osf": "unmerging OSF",
-    "other": "norms alone of a quantized model become float32",
     "pvera": "each adapter has its own projections, of any seed",
     "randlora": "each adapter has its own bases, of any seed",
     "seq_classifier": "AdaLoRA's regularization is in the training loss alone",

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
 import peft.optimizers
+import peft.optimizers.lorafa
 import pytest
 import torch
+from torch import nn
 
+from nbpeft.engine.methods.lora.optimizers import LoraFAOptimizer
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.training import create_lorafa_optimizer, train
 from tests.tiny_models import llama
@@ -95,6 +99,33 @@ def test_it_goes_into_a_training_and_its_state_can_be_loaded():
     again = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     again.load_state_dict(optimizer.state_dict())
     assert again.state[again.param_groups[0]["params"][0]]["step"] == 12
+
+
+def test_groups_name_their_parameters_as_in_peft():
+    group = create_lorafa_optimizer(trainable(lora_alpha=8), r=4, lora_alpha=8, lr=1e-2).param_groups[0]
+    named = dict(zip(group["names"], group["scaling_factors"], strict=True))
+    assert named and all(scaling == 2.0 for scaling in named.values()) and len(named) == len(group["params"])
+
+
+@pytest.mark.parametrize("given", [{"scaling_factors": [2.0, 2.0, None]}, {"scaling_factor": 2.0}])
+def test_groups_that_are_put_together_by_hand_learn_as_with_peft(given):
+    found = []
+    for kind in (LoraFAOptimizer, peft.optimizers.lorafa.LoraFAOptimizer):
+        torch.manual_seed(0)
+        lora_A, lora_B, other = (nn.Parameter(torch.randn(size)) for size in ((2, 6), (5, 2), (3, 3)))
+        names = ["lin.lora_A.default.weight", "lin.lora_B.default.weight", "head.weight"]
+        lora_A.requires_grad_(False)
+        optimizer = kind([{"params": [lora_A, lora_B, other], "names": names, **given}], lr=1e-2)
+        lora_B.grad, other.grad = torch.randn(5, 2), torch.randn(3, 3)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        told = [one.category for one in warned if "`scaling_factor` is deprecated" in str(one.message)]
+        assert told == ([FutureWarning] if "scaling_factor" in given else [])
+        found.append(torch.cat([one.detach().flatten() for one in (lora_A, lora_B, other)]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(found[0][-9:], torch.zeros(9))
 
 
 def test_impossible_requests():

@@ -9,7 +9,7 @@ from typing import Any
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.contract.base import LayerKind
-from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
+from nbpeft.errors import BiasError, ConfigError, LayerKindError, did_you_mean, few, shown
 
 _LARGEST_COUNT = 2**24
 """Upper bound on a rank or another size; larger values are typos."""
@@ -118,7 +118,7 @@ def check_seed(name: str, value: float) -> None:
 
 
 def check_linear(method: str, path: str, kind: LayerKind) -> None:
-    """Raises ConfigError where a method that works on linear layers meets another one.
+    """Raises LayerKindError where a method that works on linear layers meets another one.
 
     Args:
         method: what it is called.
@@ -126,7 +126,7 @@ def check_linear(method: str, path: str, kind: LayerKind) -> None:
         kind: of the layer.
     """
     if not kind.is_linear:
-        raise ConfigError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        raise LayerKindError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
 
 
 def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:

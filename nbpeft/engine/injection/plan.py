@@ -336,7 +336,7 @@ def plan(
     for problem in _problems(matcher, named, sites):
         if not allow_missing:
             raise problem
-        warnings.warn(str(problem), stacklevel=3)
+        warnings.warn(str(problem), RuntimeWarning, stacklevel=3)
     former = fused_layers(model, sites) if matcher.exclude else []
     known = (*(site.path for site in sites), *(path for one in former for path in (one.path, *one.former)))
     unused_exclude = matcher.excludes_none_of(known)

@@ -170,6 +170,24 @@ class ChoosesAlone(nn.Module):
         for name, adapter in self._named().items():
             adapter.requires_grad_(enabled and name in self.chosen_names())
 
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        """Where PEFT keeps what is active; libraries read and write it."""
+        return one_or_all(self.chosen_names())
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        self._act_alone([names] if isinstance(names, str) else list(names), enabled=self.adapters_enabled)
+
+    @property
+    def _disable_adapters(self) -> bool:
+        """Likewise, whether the active adapters are off."""
+        return not self.adapters_enabled
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self._act_alone(self.chosen_names(), enabled=not disabled)
+
     def chosen_names(self) -> list[str]:
         """Names of the adapters that are active here, whether or not they are enabled."""
         state: Any = self.__dict__["active_state"]

@@ -278,6 +278,11 @@ class ParameterMapping(_Shows, nn.ParameterDict):
         return live.held(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
+        live: Any = self._parameters
+        if key not in live.slots:
+            raise AdapterError(
+                f"the layer has no adapter {key!r} with this parameter: nothing would read what is written"
+            )
         self._parameters[key] = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value)
 
     def _get_name(self) -> str:

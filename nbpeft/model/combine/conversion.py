@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import warnings
@@ -209,10 +210,8 @@ def can_convert(manager: AdapterManager, name: str) -> bool:
 
 
 def _with_bar(layers: dict[str, AdaptedLayer]) -> Any:
-    """Path and layer, with a progress bar as transformers shows them."""
-    from transformers.utils.logging import tqdm
-
-    return tqdm(layers.items(), desc="Converting to LoRA")
+    """Path and layer, with a progress bar: the caller asks for it, whatever is set for downloads."""
+    return importlib.import_module("tqdm").tqdm(layers.items(), desc="Converting to LoRA")
 
 
 def _finite(name: str, path: str, adapter: Adapter, base: BaseLayer, rank: int | float, scale: float) -> NearestFactors:

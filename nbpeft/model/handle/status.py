@@ -144,16 +144,17 @@ def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:
-    """Returns one record for a handle or an adapted base model."""
+    """Returns one record for a handle or an adapted base model, of which it names no methods, as in PEFT."""
     manager = require_manager(model)
+    bare = _bare(model, manager)
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)
     parts = [*manager.layers.values(), *manager.copies.values()]
     tuners = sorted({tuner_class(method_of(config)).__name__ for config in manager.configs.values()})
     return ModelStatus(
-        base_model_type=type(manager.model).__name__,
-        adapter_model_type="None" if _bare(model, manager) else "/".join(tuners),
-        peft_types={name: _method(manager, name) for name in manager.names},
+        base_model_type="other" if bare and not hasattr(model, "config") else type(manager.model).__name__,
+        adapter_model_type="None" if bare else "/".join(tuners),
+        peft_types={} if bare else {name: _method(manager, name) for name in manager.names},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

@@ -140,7 +140,7 @@ def get_peft_model(
     if not isinstance(peft_config, AdapterConfig):
         raise ConfigError(f"get_peft_model needs a config such as LoraConfig, not a {type(peft_config).__name__}")
     known = manager_of(model)
-    there = () if known is None or isinstance(model, PeftModel) else known.names
+    there = () if known is None else known.names
     config = peft_config
     if revision is not None:
         if config.revision not in (None, revision):
@@ -157,7 +157,7 @@ def get_peft_model(
         warnings.warn(
             f"You are trying to modify a model that already carries {', '.join(map(repr, there))}: "
             + (f"{adapter_name!r} is reconfigured" if adapter_name in there else f"{adapter_name!r} is added")
-            + "; an older handle on it is dead now",
+            + ("" if isinstance(model, PeftModel) else "; an older handle on it is dead now"),
             stacklevel=2,
         )
     return handle

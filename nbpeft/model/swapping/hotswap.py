@@ -151,10 +151,13 @@ def prepare_model_for_compiled_hotswap(
             + did_you_mean(str(check_compiled), _CHECKS)
         )
     if _compiled(model) and check_compiled != "ignore":
-        problem = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
-            raise HotSwapError(problem)
-        warnings.warn(f"{problem}: it will compile again", stacklevel=2)
+            raise HotSwapError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        warnings.warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled: it will compile "
+            "again",
+            stacklevel=2,
+        )
     found = manager_of(model)
     if found is None:
         raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
-from nbpeft.engine.tree.model_tree import is_quantized, quantization_method
+from nbpeft.engine.tree.model_tree import is_quantized, is_quantized_layer, quantization_method
 from nbpeft.engine.wrappers.fake_quant import set_quantization_aware
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.memory.checkpointing import enable_checkpointing
@@ -85,7 +85,9 @@ def prepare_model_for_kbit_training(
             f"quantization_aware=True is for quantized models, and this {type(model).__name__} is not one",
             field="quantization_aware",
         )
-    chosen: Upcast = upcast if upcast is not None else "norms" if quantized else "peft"
+    # A flag alone, of a model in which no layer is quantized (any more), says nothing about its tensors.
+    keeps = bool(quantization_method(model)) or any(map(is_quantized_layer, model.modules()))
+    chosen: Upcast = upcast if upcast is not None else "norms" if keeps else "peft"
     done = prepare_model(
         model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=chosen
     )

@@ -19,7 +19,16 @@ from transformers import (
 )
 
 import nbpeft
-from nbpeft import LoraConfig, get_peft_model
+from nbpeft import (
+    ArrowConfig,
+    BOFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, TargetError
@@ -174,3 +183,23 @@ def test_what_is_shared_or_drawn_counts_as_well(case: str) -> None:
     with pytest.raises(ConfigError, match=r"the adapter would have [\d,]{11,} numbers, many times the model's"):
         get_peft_model(model, config)
     assert unchanged(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        (BOFTConfig(boft_block_size=2), nn.Conv2d(4, 4, 1, groups=2)),
+        (HRAConfig(), nn.Conv2d(4, 4, 1, groups=2)),
+        (HiraConfig(r=2), nn.Conv2d(4, 4, 1, groups=2)),
+        (LoraConfig(arrow_config=ArrowConfig()), nn.Conv2d(4, 4, 1)),
+        (IA3Config(feedforward_modules=[]), nn.Embedding(4, 4)),
+        (VeraConfig(), nn.Conv1d(4, 4, 1)),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_kind_of_layer_that_a_method_does_not_take_is_one_error_by_all_names(config: Any, layer: nn.Module) -> None:
+    # PEFT raises NotImplementedError, TypeError or ValueError, each for another method.
+    config.target_modules = ["0"]
+    with pytest.raises(LayerKindError, match="exclude it") as raised:
+        get_peft_model(nn.Sequential(layer), config)
+    assert all(isinstance(raised.value, kind) for kind in (NotImplementedError, TypeError, ValueError, ConfigError))

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import nbpeft
 from nbpeft.engine.hotswap import prepare_for_hotswap
-from nbpeft.errors import BaseMismatchError, MergeError, UnknownAdapterError
+from nbpeft.errors import AdapterError, BaseMismatchError, MergeError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, ModulesToSaveWrapper, get_peft_model
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False}
@@ -273,3 +273,32 @@ def test_attributes_by_adapter_are_compared_and_joined_as_dictionaries(library: 
     assert list(reversed(scaling)) == ["default"]
     scaling |= {"default": 3.0}
     assert layer.scaling == {"default": 3.0}
+
+
+@pytest.mark.parametrize("library", [nbpeft, peft])
+def test_what_is_active_on_one_layer_is_written_where_peft_keeps_it(library: Any) -> None:
+    config = library.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    model = library.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+    model.add_adapter("other", config)
+    layer, x = model.base_model.model[0], torch.ones(1, 4)
+    first = layer(x)
+    layer._active_adapter = "other"
+    assert layer.active_adapters == ["other"] and layer._active_adapter == "other"
+    assert not torch.equal(layer(x), first) and model.base_model.model[1].active_adapters == ["default"]
+    assert model.get_model_status().active_adapters == "irregular"
+    layer._disable_adapters = True
+    assert layer.disable_adapters and layer._disable_adapters and torch.equal(layer(x), layer.base_layer(x))
+    assert model.get_model_status().enabled == "irregular"
+    layer._disable_adapters = False
+    assert layer.active_adapters == ["other"] and not torch.equal(layer(x), layer.base_layer(x))
+    model.set_adapter("default")
+    assert layer.active_adapters == ["default"] and torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_embedding_A"])
+def test_a_parameter_that_an_adapter_lacks_cannot_be_written(name: str) -> None:
+    layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    key = "default" if "embedding" in name else "other"
+    with pytest.raises(AdapterError, match=f"no adapter '{key}'"):
+        getattr(layer, name)[key] = nn.Parameter(torch.zeros(2, 4)) if "embedding" in name else nn.Linear(4, 2)
+    assert list(layer.lora_A) == ["default"] and not layer.lora_embedding_A

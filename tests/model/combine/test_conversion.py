@@ -63,6 +63,7 @@ def test_peft_converts_to_the_same_file(tmp_path: Path) -> None:
     assert all(torch.allclose(given[key], own[key], atol=1e-5) for key in given)
 
 
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized")
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="DoRA"):
         trained(llama(), use_dora=True).save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion="x")

@@ -244,7 +244,7 @@ def test_batches_of_any_size_give_the_covariance_of_their_rows() -> None:
     [
         ("corda", {"r": 5}, r"one: preprocess_corda ran for rank 4 and \(32, 24\), this is rank 5"),
         ("lora_ga", {"r": 13}, "takes a rank of at most 12 there, not 13"),
-        ("corda", {"target_modules": [*TARGETS, "emb"]}, "works on linear layers only, not on an embedding"),
+        ("corda", {"target_modules": [*TARGETS, "emb"]}, "works on linear layers only, not on Embedding"),
     ],
 )
 def test_what_does_not_fit_is_refused(init: str, more: dict[str, Any], message: str) -> None:

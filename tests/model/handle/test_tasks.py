@@ -38,3 +38,12 @@ def test_inputs_go_by_place_or_name() -> None:
         model(ids, input_ids=ids)
     with pytest.raises(TypeError, match="takes 8 inputs by position, not 9"):
         model(*[None] * 9)
+
+
+@pytest.mark.parametrize("library", [nbpeft, peft])
+@pytest.mark.parametrize("of_handle", [True, False])
+def test_a_model_that_has_adapters_already_is_warned_of(library: Any, of_handle: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    handle = library.get_peft_model(model, library.LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="You are trying to modify a model"):
+        library.get_peft_model(handle if of_handle else model, library.LoraConfig(target_modules="(.*[.])?1"))

@@ -204,7 +204,7 @@ def test_compiled_models_need_room_and_then_never_compile_again(tmp_path: Path) 
         hotswap_adapter(compiled, bigger, "default")
     with pytest.raises(HotSwapError, match=r"\*before\* compiling"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8)
-    with pytest.warns(UserWarning, match="it will compile again"):
+    with pytest.warns(UserWarning, match="already compiled: it will compile again"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="warn")
     prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="ignore")
     logits(compiled)
@@ -302,3 +302,14 @@ def test_a_file_that_lacks_a_tensor_may_be_taken(in_memory: bool, tmp_path: Path
         layer = found.base_model.model[1]
         torch.testing.assert_close(layer(x), layer.base_layer(x))
         assert not torch.equal(found.base_model.model[0](x), found.base_model.model[0].base_layer(x))
+
+
+def test_patterns_of_ranks_take_the_target_rank_as_in_peft() -> None:
+    found = []
+    for library in (nbpeft, peft):
+        config = library.LoraConfig(r=2, rank_pattern={"v_proj": 3}, target_modules=["q_proj", "v_proj"])
+        model = library.get_peft_model(llama(), config)
+        swapping = importlib.import_module(f"{library.__name__}.utils.hotswap")
+        swapping.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+        found.append((model.peft_config["default"].r, model.peft_config["default"].rank_pattern))
+    assert found[0] == found[1] == (8, {"v_proj": 8})

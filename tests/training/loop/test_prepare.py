@@ -128,3 +128,14 @@ def test_four_bit_base_learns_and_saves_only_the_adapter(tmp_path):
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.1
     model.save_pretrained(str(tmp_path))
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 100_000
+
+
+@pytest.mark.filterwarnings("ignore:the model is not quantized")
+def test_a_flag_alone_makes_no_model_quantized():
+    found = []
+    for prepare in (prepare_model_for_kbit_training, peft.prepare_model_for_kbit_training):
+        model = llama(dtype=torch.float16)
+        model.is_loaded_in_8bit = True
+        prepare(model, use_gradient_checkpointing=False)
+        found.append(dtypes(model))
+    assert found[0] == found[1] and set(found[0].values()) == {torch.float32}

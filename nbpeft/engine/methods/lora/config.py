@@ -180,6 +180,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._check_numbers()
         self._check_choices()
         self._check_init_settings()
+        self._check_conversion()
         self._check_invocation()
         self._check_variants()
         self._check_quantization_aware()
@@ -237,6 +238,17 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 f"init_lora_weights={self.init_lora_weights!r} cannot be used with use_dora=True: a file could not say "
                 "what it started from; use 'pissa' or 'olora'",
                 field="use_dora",
+            )
+
+    def _check_conversion(self) -> None:
+        """Warns before a training of what cannot be saved for the base as it was."""
+        patterned = self.use_rslora and (self.rank_pattern or self.alpha_pattern)
+        if patterned and self.init_name in ("olora", "pissa", "pissa_niter"):  # others are always saved as plain LoRA
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion do not go "
+                f"together: an adapter that starts with init_lora_weights={self.init_lora_weights!r} cannot be saved "
+                "with path_initial_model_for_weight_conversion then",
+                stacklevel=4,
             )
 
     def _check_invocation(self) -> None:
@@ -381,7 +393,8 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         scalings = {path: self.scaling_at(path) for path in paths}
         usual = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
         others = {path: scaling * factor for path, scaling in scalings.items() if scaling != usual}
-        self.r, self.lora_alpha, self.rank_pattern = size, usual * factor, {}
+        self.r, self.lora_alpha = size, usual * factor
+        self.rank_pattern = dict.fromkeys(self.rank_pattern, size)
         self.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
 
     def unused_patterns(self, paths: Sequence[str]) -> str:

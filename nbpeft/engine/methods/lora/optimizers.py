@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from nbpeft.errors import ConfigError, TrainingError
 
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 _RIDGE = 1e-8
+_B_IN_NAME = re.compile(r"\.(lora|lora_embedding)_B\b")
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -33,37 +35,60 @@ class LoraFAOptimizer(Optimizer):
     """AdamW in which the gradients of B parameters are projected first.
 
     Args:
-        params: Parameters or groups.
-        partners: B parameter -> its A, (rank, in), and the scaling of their product. A parameter
-            that is not in it is trained by plain AdamW.
+        params: Parameters or groups. As in PEFT, a group may have ``names`` and ``scaling_factors`` of its parameters:
+            each B whose A is in the group, too, is trained by LoRA-FA.
         lr: Learning rate.
         betas: Decay of the running means of the gradient and of its square.
         eps: Added to the denominator.
         weight_decay: Share of the weights taken off after each step, times ``lr``.
         correct_bias: Whether the means are corrected for their start at zero.
+        partners: B parameter -> its A, (rank, in), and the scaling of their product, where groups do not say it. A
+            parameter without is trained by plain AdamW.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        partners: Mapping[nn.Parameter, tuple[Tensor, float]] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         correct_bias: bool = True,
+        *,
+        partners: Mapping[nn.Parameter, tuple[Tensor, float]] | None = None,
     ) -> None:
         if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"lr={lr}, betas={betas}, eps={eps}: rates must not be negative, betas lie in [0, 1)")
+        self._partners = dict(partners or {})
+        self._inverses: dict[Tensor, tuple[int, Tensor]] = {}
+        self._has_old_groups = False
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         )
-        self._partners = dict(partners or {})
-        self._inverses: dict[Tensor, tuple[int, Tensor]] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters; see ``torch.optim.Optimizer``."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        parameters, names = added["params"], added.get("names", ())
+        self._has_old_groups |= "scaling_factor" in added and "scaling_factors" not in added
+        scalings = added.get("scaling_factors") or [added.get("scaling_factor")] * len(parameters)
+        by_name = dict(zip(names, parameters, strict=bool(names)))
+        for name, scaling in zip(names, scalings, strict=bool(names)):
+            partner = by_name.get(_B_IN_NAME.sub(r".\1_A", name))
+            if scaling is not None and partner is not None and _B_IN_NAME.search(name):
+                self._partners[by_name[name]] = partner, scaling
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; returns what ``closure`` does."""
+        if self._has_old_groups:
+            warnings.warn(
+                "`scaling_factor` is deprecated: give a group `scaling_factors`, one for each parameter",
+                FutureWarning,
+                stacklevel=2,
+            )
+            self._has_old_groups = False
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -154,8 +179,10 @@ def create_lorafa_optimizer(
     for lora_A, _, _ in pairs:
         lora_A.requires_grad_(False)
     partners = {lora_B: (lora_A, scaling) for lora_A, lora_B, scaling in pairs}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return LoraFAOptimizer(trained, partners, lr=lr, weight_decay=weight_decay)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scalings = [partners[parameter][1] if parameter in partners else None for parameter in trained.values()]
+    group = {"params": list(trained.values()), "names": list(trained), "scaling_factors": scalings}
+    return LoraFAOptimizer([group], lr=lr, weight_decay=weight_decay, partners=partners)
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:

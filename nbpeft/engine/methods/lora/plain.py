@@ -18,7 +18,7 @@ from nbpeft.engine.methods.lora.initialization.inits import check_init, init_fac
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
 from nbpeft.engine.peft_names.peft_modules import ParameterModule
-from nbpeft.errors import ConfigError
+from nbpeft.errors import LayerKindError
 
 _MERGE_ROWS = 256
 """Rows of a weight merged at a time, which bounds the extra memory of a merge."""
@@ -47,7 +47,7 @@ class PlainLowRank(LowRankAdapter):
         shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
         if config.lora_bias:
             if low_rank.zero_init_factor == 0:
-                raise ConfigError(
+                raise LayerKindError(
                     f"{path}: lora_bias=True is not supported for {kind.peft_name}; exclude it", path=path
                 )
             shapes[f"{low_rank.factor_names[1]}_bias"] = (kind.features(module)[1],)

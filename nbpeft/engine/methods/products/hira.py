@@ -24,7 +24,7 @@ from nbpeft.engine.contract.initial_draws import linear_, normal_
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
-from nbpeft.errors import ConfigError
+from nbpeft.errors import LayerKindError
 
 _FACTORS, _EMBEDDING_FACTORS = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
 
@@ -87,7 +87,7 @@ class Hira(WeightDelta):
     ) -> dict[str, tuple[int, ...]]:
         """A, (r, in, *kernel), and B, (out, r, 1, …); see ``Adapter``."""
         if int(getattr(module, "groups", 1)) > 1:
-            raise ConfigError(f"{path}: HiRA does not work on a convolution in groups; exclude it", path=path)
+            raise LayerKindError(f"{path}: HiRA does not work on a convolution in groups; exclude it", path=path)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         names = _EMBEDDING_FACTORS if kind.takes_ids else _FACTORS
         return dict(zip(names, ((rank, columns, *kernel), (rows, rank, *[1] * len(kernel))), strict=True))

@@ -25,7 +25,7 @@ from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 _MATRICES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -82,7 +82,7 @@ class LoHa(ScaledDelta, ConvertsToLora):
     ) -> dict[str, tuple[int, ...]]:
         """A and B, twice, and the cores of a convolution; see ``Adapter``."""
         if kind.takes_ids:
-            raise ConfigError(f"{path}: LoHa does not work on an {kind.name}; exclude it", path=path)
+            raise LayerKindError(f"{path}: LoHa does not work on an {kind.name}; exclude it", path=path)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         if config.use_effective_conv2d and any(size != 1 for size in kernel):
             if len(kernel) > 2:

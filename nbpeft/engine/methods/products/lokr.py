@@ -25,7 +25,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta, keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, W2_A, W2_B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
@@ -120,7 +120,7 @@ class LoKr(ScaledDelta, ConvertsToLora):
     ) -> dict[str, tuple[int, ...]]:
         """W1 or its factors, and W2 or its factors, with a core where a convolution is taken apart; see ``Adapter``."""
         if kind.takes_ids:
-            raise ConfigError(f"{path}: LoKr does not work on an {kind.name}; exclude it", path=path)
+            raise LayerKindError(f"{path}: LoKr does not work on an {kind.name}; exclude it", path=path)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         m, n = two_factors(columns, config.decompose_factor)
         l, k = two_factors(rows, config.decompose_factor)  # noqa: E741 - the names of the docstring

@@ -30,7 +30,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 VECTORS = "tinylora_v"
 DOWN, UP, PROJECTION = "tinylora_A", "tinylora_B", "tinylora_P"
@@ -189,7 +189,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     ) -> dict[str, tuple[int, ...]]:
         """Nothing: what is trained is shared; see ``Adapter``."""
         if not kind.is_linear and not kind.takes_ids:
-            raise ConfigError(
+            raise LayerKindError(
                 f"{path}: TinyLoRA works on linear layers and embeddings, not on {kind.peft_name}; exclude it",
                 path=path,
             )

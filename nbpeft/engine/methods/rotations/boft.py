@@ -27,7 +27,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import cayley
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 ROTATION, SCALE = "boft_R", "boft_s"
 _MEANS = {ROTATION: 0.0, SCALE: 1.0}
@@ -140,11 +140,11 @@ class BOFT(Adapter):
     ) -> dict[str, tuple[int, ...]]:
         """The matrices and the scales, which are (1, out) for a convolution; see ``Adapter``."""
         if not kind.is_linear and kind.peft_name != "Conv2d":
-            raise ConfigError(
+            raise LayerKindError(
                 f"{path}: BOFT works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
             )
         if int(getattr(module, "groups", 1)) > 1:
-            raise ConfigError(f"{path}: BOFT does not work on a convolution in groups; exclude it", path=path)
+            raise LayerKindError(f"{path}: BOFT does not work on a convolution in groups; exclude it", path=path)
         rows, *others = kind.weight_shape(module)
         count, size = config.blocks_of(path, math.prod(others))
         matrices = (config.boft_n_butterfly_factor, count, size, size)

@@ -25,7 +25,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import widened
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 VECTORS = "hra_u"
 
@@ -79,9 +79,9 @@ class HRA(Adapter):
     ) -> dict[str, tuple[int, ...]]:
         """The vectors, (in, r), for a convolution (in * kernel, r); see ``Adapter``."""
         if kind.takes_ids:
-            raise ConfigError(f"{path}: HRA does not work on an {kind.name}; exclude it", path=path)
+            raise LayerKindError(f"{path}: HRA does not work on an {kind.name}; exclude it", path=path)
         if int(getattr(module, "groups", 1)) > 1:
-            raise ConfigError(f"{path}: HRA does not work on a convolution in groups; exclude it", path=path)
+            raise LayerKindError(f"{path}: HRA does not work on a convolution in groups; exclude it", path=path)
         features = math.prod(kind.weight_shape(module)[1:])
         if config.apply_GS and config.r > features:
             raise ConfigError(

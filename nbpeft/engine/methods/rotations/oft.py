@@ -28,7 +28,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta
 from nbpeft.engine.kernels.numerics import cayley, composes, neumann_cayley, without_autocast
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 ROTATION, EMBEDDING_ROTATION = "oft_R", "oft_embedding_R"
 _MOST_TERMS = 64
@@ -151,7 +151,7 @@ class OFT(Adapter):
         if size < 2:
             raise ConfigError(f"{path}: a block of one input cannot be rotated; choose larger blocks", path=path)
         if int(getattr(module, "groups", 1)) > 1:
-            raise ConfigError(f"{path}: OFT does not work on a convolution in groups; exclude it", path=path)
+            raise LayerKindError(f"{path}: OFT does not work on a convolution in groups; exclude it", path=path)
         name = EMBEDDING_ROTATION if kind.takes_ids else ROTATION
         return {name: (1 if config.block_share else count, size * (size - 1) // 2)}
 

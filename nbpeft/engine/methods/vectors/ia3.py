@@ -32,7 +32,7 @@ from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.errors import AdapterError, ConfigError, LayerKindError
 
 VECTOR = "ia3_l"
 
@@ -214,7 +214,7 @@ class IA3(Adapter):
     ) -> dict[str, tuple[int, ...]]:
         """The vector: (1, in) or (out, 1) of a linear layer, (1, channels, 1, …) of a convolution; see ``Adapter``."""
         if kind.takes_ids:
-            raise ConfigError(f"{path}: (IA)³ does not work on an {kind.name}; exclude it", path=path)
+            raise LayerKindError(f"{path}: (IA)³ does not work on an {kind.name}; exclude it", path=path)
         inputs = config.scales_input(path)
         features = kind.features(module)[0 if inputs else 1]
         if kind.is_linear:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import peft
 import pytest
 from torch import nn
 
+import nbpeft
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
 
@@ -51,3 +54,16 @@ def test_registered_layer_classes_are_copied_and_not_saved() -> None:
     assert config.custom_layer_class(nn.Linear(1, 1)) is nn.Identity
     assert LoraConfig().custom_layer_class(nn.LSTM(1, 1)) is None and "_custom_modules" not in config.to_dict()
     assert LoraConfig.check_kwargs(r=3) == {"r": 3}
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": False}, {"rank_pattern": {}}, {"init_lora_weights": True}])
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_3"])
+def test_what_cannot_be_converted_later_is_warned_of_as_in_peft(init: str, changes: dict[str, Any]) -> None:
+    fields = {"init_lora_weights": init, "use_rslora": True, "rank_pattern": {"a": 2}, **changes}
+    found = []
+    for library in (nbpeft, peft):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            library.LoraConfig(target_modules=["a"], **fields)
+        found.append([str(one.message).partition(" post-training")[0] for one in warned])
+    assert found[0] == found[1] and len(found[0]) == (not changes)

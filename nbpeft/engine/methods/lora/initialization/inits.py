@@ -47,7 +47,7 @@ from nbpeft.engine.methods.lora.initialization.decompositions import randomized_
 from nbpeft.engine.methods.lora.initialization.gradients import GRADIENT, gradient_factors
 from nbpeft.engine.methods.lora.initialization.loftq import QuantizedWeight, loftq_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, LayerKindError
 
 _ORTHOGONAL_SCALE = 10.0
 
@@ -129,8 +129,8 @@ def check_linear(setting: str, path: str, kind: LayerKind) -> None:
         kind: of the layer.
     """
     if not kind.is_linear:
-        raise ConfigError(
-            f"{path}: {setting} works on linear layers only, not on an {kind.name}; exclude it", path=path
+        raise LayerKindError(
+            f"{path}: {setting} works on linear layers only, not on {kind.peft_name}; exclude it", path=path
         )
 
 

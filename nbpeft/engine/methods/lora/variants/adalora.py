@@ -43,7 +43,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
-from nbpeft.errors import ConfigError, few, shown
+from nbpeft.errors import ConfigError, LayerKindError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
@@ -385,11 +385,11 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
     ) -> dict[str, tuple[int, ...]]:
         """A, (r, in * kernel), B, (out, r), and E, (r, 1); see ``Adapter``."""
         if not kind.is_linear and kind.peft_name != "Conv2d":
-            raise ConfigError(
+            raise LayerKindError(
                 f"{path}: AdaLoRA works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
             )
         if int(getattr(module, "groups", 1)) > 1:
-            raise ConfigError(f"{path}: AdaLoRA does not work on a convolution in groups; exclude it", path=path)
+            raise LayerKindError(f"{path}: AdaLoRA does not work on a convolution in groups; exclude it", path=path)
         rank, (rows, *others) = config.rank_at(path), kind.weight_shape(module)
         columns = 1
         for size in others:

@@ -6,7 +6,7 @@ can be read once and answered by several such adapters.
 
 Where a row is invoked is looked up once for each call of the model, in its ``input_ids``. Layers may see fewer
 tokens than that (what ``generate`` has cached is not computed again) or more (what it has written, where nothing
-is cached): those that a layer sees are the last ones.
+is cached): those that a layer sees are the last ones. A call may say it itself, in ``alora_offsets`` as in PEFT.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.errors import AdapterError
 
+_OFFSETS = "alora_offsets"
+"""Argument of a call: for each row, how many tokens before its end it is invoked, or None."""
+_ANY_LENGTH = 2**31
+"""The length of rows that a call does not show: tokens are counted from their end."""
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
 """Arguments by which ``generate`` checks several new tokens at once."""
 
@@ -57,10 +61,13 @@ def invocation_starts(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
 
 def _invoked(config: LoraConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What layers read in a call: (batch, 3) int64 of the start of the invocation, the length and if it drafts."""
-    if config.task_type != TaskType.CAUSAL_LM:
+    offsets = kwargs.get(_OFFSETS)
+    if config.task_type != TaskType.CAUSAL_LM and offsets is None:
         return None
     given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     if not isinstance(given, Tensor) or given.is_floating_point():
+        if offsets is not None:
+            return _of_rows(_starts(offsets, _ANY_LENGTH), _ANY_LENGTH, kwargs)
         if kwargs.get("inputs_embeds") is not None:
             warnings.warn(
                 "inputs_embeds do not say where alora_invocation_tokens are: the adapter does not act in this call; "
@@ -68,9 +75,19 @@ def _invoked(config: LoraConfig, args: Sequence[Any], kwargs: Mapping[str, Any])
                 stacklevel=2,
             )
         return None
+    length = given.shape[-1]
     starts = invocation_starts(given, config.alora_invocation_tokens or ())
+    return _of_rows(starts if offsets is None else _starts(offsets, length), length, kwargs)
+
+
+def _starts(offsets: Iterable[int | None], length: int) -> Tensor:
+    """The first token that an adapter acts on in each row, (batch,) int64; -1 where it does not act."""
+    return torch.tensor([-1 if offset is None else max(length - int(offset), 0) for offset in offsets])
+
+
+def _of_rows(starts: Tensor, length: int, kwargs: Mapping[str, Any]) -> Tensor:
     drafts = any(kwargs.get(name) is not None for name in _DRAFTING)
-    return torch.stack([starts, torch.full_like(starts, given.shape[-1]), torch.full_like(starts, drafts)], 1)
+    return torch.stack([starts, torch.full_like(starts, length), torch.full_like(starts, drafts)], 1)
 
 
 class _CombineInvoked(CombineLowRank):
@@ -105,7 +122,7 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
     paper="arXiv:2504.12397",
     listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
     applies=lambda config: config.variant == "alora_invocation_tokens",
-    calls=CallInputs(context=_invoked),
+    calls=CallInputs(context=_invoked, arguments=(_OFFSETS,)),
     **{**FAMILY, "combine": _CombineInvoked(), "files": replace(FILES, without_weight=_no_plain_lora)},
 )
 class ALoRA(PlainLowRank):
@@ -126,7 +143,10 @@ class ALoRA(PlainLowRank):
         """Warns of a task in which the adapter never acts."""
         yield from super().config_warnings(config, modules)
         if config.task_type != TaskType.CAUSAL_LM:
-            yield "alora_invocation_tokens acts only with task_type='CAUSAL_LM': this adapter will never act"
+            yield (
+                "alora_invocation_tokens acts only with task_type='CAUSAL_LM': this adapter will not act unless a call "
+                "passes alora_offsets"
+            )
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it is not a weight."""

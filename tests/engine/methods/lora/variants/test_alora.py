@@ -35,7 +35,8 @@ def invoked(base: nn.Module | None = None, **changes: Any) -> PeftModel:
 
 def theirs_and_ours(folder: Path, **changes: Any) -> tuple[Any, PeftModel]:
     """PEFT's model and ours with one adapter that PEFT has saved, both to be trained."""
-    config = peft.LoraConfig(**SETTINGS, alora_invocation_tokens=INVOCATION, init_lora_weights=False, **changes)
+    settings = {**SETTINGS, "alora_invocation_tokens": INVOCATION, "init_lora_weights": False, **changes}
+    config = peft.LoraConfig(**settings)
     torch.manual_seed(1)
     theirs = peft.get_peft_model(llama(), config).eval()
     theirs.save_pretrained(folder)
@@ -207,7 +208,7 @@ def test_layers_that_are_not_linear_are_refused() -> None:
 
 
 def test_another_task_or_embeddings_alone_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="never act"):
+    with pytest.warns(UserWarning, match="will not act unless a call passes alora_offsets"):
         get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=INVOCATION))
     model = invoked()
     base: Any = model.get_base_model()
@@ -253,3 +254,19 @@ def test_checkpointing_in_two_threads_keeps_their_calls_apart() -> None:
 
 def gradients_of(model: Any, rows: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(model(input_ids=rows, labels=rows).loss, model.manager.parameters("default"))
+
+
+@pytest.mark.filterwarnings("ignore:.*CAUSAL_LM")
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_a_call_says_where_it_begins_as_with_peft(tmp_path: Path, task: str | None) -> None:
+    theirs, ours = theirs_and_ours(tmp_path, **({} if task else {"task_type": task}))
+    ours.eval()
+    offsets, embedded = [2, None, 9], theirs.get_input_embeddings()(IDS).detach()
+    with torch.no_grad():
+        for given in ({"input_ids": IDS}, {"inputs_embeds": embedded}):
+            found, expected = (model(**given, alora_offsets=offsets).logits for model in (ours, theirs))
+            assert torch.allclose(found, expected, atol=1e-5)
+            with ours.disable_adapter():
+                plain = ours(**given).logits
+            assert torch.equal(found[0, :4], plain[0, :4]) and torch.equal(found[1], plain[1])
+            assert not torch.allclose(found[0, 4:], plain[0, 4:]) and not torch.allclose(found[2, 0], plain[2, 0])
