@@ -102,6 +102,25 @@ def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: s
         register(ShiftConfig, peft_type="FORMER", label="Former", **{field: None})
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("takes_quantized", "write kinds=OwnKinds(quantized=…)"),
+        ("tie_to", "derive from nbpeft.engine.contract.capabilities.UsesAnother"),
+        ("fixed_tensors", "derive from nbpeft.engine.contract.capabilities.HasFixedTensors"),
+    ],
+)
+def test_what_adapters_could_override_formerly_is_refused_where_nothing_reads_it(name: str, instead: str) -> None:
+    former = type("Former", (type("Base", (Shift,), {name: None}),), {})
+    with pytest.raises(ConfigError, match=rf"Base\.{name} is .*{re.escape(instead)}"):
+        register(ShiftConfig, peft_type="FORMER", label="Former")(former)
+
+
+def test_a_record_of_another_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Former: files must be a FileFormat, not \{'prefix': 'shift_'\}"):
+        register(ShiftConfig, peft_type="FORMER", label="Former", files={"prefix": "shift_"})(Shift)
+
+
 def test_a_shared_state_of_the_former_contract_is_refused() -> None:
     class Former(SharedState):
         @classmethod
