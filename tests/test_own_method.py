@@ -81,6 +81,7 @@ def test_its_targets_are_checked_as_those_of_other_methods() -> None:
 
 
 FORMER = {
+    "constant_parameters": ("shift_s",),
     "peft_attributes": {"r": "rank"},
     "wrapped_parameters": ("shift_s",),
 }

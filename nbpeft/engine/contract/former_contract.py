@@ -41,7 +41,7 @@ _MEMBERS = {
     "layer_names": "peft = PeftNames(mappings=…)",
     "takes_quantized": "kinds=OwnKinds(quantized=…) in register()",
     "has_tensors": "files=FileFormat(has_tensors=…) in register()",
-    "constant_parameters": "fixed_tensors, of nbpeft.engine.contract.capabilities.HasFixedTensors",
+    "constant_parameters": "peft = PeftNames(constants=…)",
 }
 """Former attribute of an adapter's class -> what is written instead."""
 
