@@ -473,11 +473,11 @@ class Adapter(Bindable):
         add_scaled_(weight, self.delta_weight(weight, base), scale)
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why what it adds is not a change of the layer's weight and bias, as what follows "adapter NAME"; else empty."""
+        """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
         return ""
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
-        """Why no product of two matrices can stand for it, as what follows "adapter NAME"; else empty."""
+        """Why no product of two matrices can stand for it, as part of a sentence; else empty."""
         reason = self.unmergeable_reason(base)
         if len(base.kind.weight_shape(base.module)) < 2:
             return "its weight is a vector, which is no product of two matrices"
@@ -509,7 +509,7 @@ class Adapter(Bindable):
         return {key: value for key, value in own if value is not None and key not in self.peft.constants}
 
     def swap_refusal(self) -> str:
-        """Why other tensors cannot take the place of its own, as what follows "adapter NAME"; else empty."""
+        """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
         return ""
 
     def reset_(self, base: BaseLayer) -> None:
