@@ -81,6 +81,7 @@ def test_its_targets_are_checked_as_those_of_other_methods() -> None:
 
 
 FORMER = {
+    "constant_parameters": ("shift_s",),
     "peft_attributes": {"r": "rank"},
     "wrapped_parameters": ("shift_s",),
 }
@@ -100,6 +101,25 @@ def test_an_attribute_of_the_former_contract_is_refused(name: str) -> None:
 def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(instead)):
         register(ShiftConfig, peft_type="FORMER", label="Former", **{field: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("takes_quantized", "write kinds=OwnKinds(quantized=…)"),
+        ("tie_to", "derive from nbpeft.engine.contract.capabilities.UsesAnother"),
+        ("fixed_tensors", "derive from nbpeft.engine.contract.capabilities.HasFixedTensors"),
+    ],
+)
+def test_what_adapters_could_override_formerly_is_refused_where_nothing_reads_it(name: str, instead: str) -> None:
+    former = type("Former", (type("Base", (Shift,), {name: None}),), {})
+    with pytest.raises(ConfigError, match=rf"Base\.{name} is .*{re.escape(instead)}"):
+        register(ShiftConfig, peft_type="FORMER", label="Former")(former)
+
+
+def test_a_record_of_another_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Former: files must be a FileFormat, not \{'prefix': 'shift_'\}"):
+        register(ShiftConfig, peft_type="FORMER", label="Former", files={"prefix": "shift_"})(Shift)
 
 
 def test_a_shared_state_of_the_former_contract_is_refused() -> None:

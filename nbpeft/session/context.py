@@ -15,7 +15,7 @@ from nbpeft._util.interrupts import HeldInterrupts, RunningBlock
 from nbpeft._util.logs import collapsed
 from nbpeft._util.subscribers import Subscribers
 from nbpeft.errors import AdapterError, BusyError, in_one_line
-from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
+from nbpeft.session.handles import is_module, uncompiled
 from nbpeft.session.history import History
 from nbpeft.session.lock import CommandLock
 from nbpeft.session.registry import ModelRegistry, TrackedModel
@@ -150,6 +150,8 @@ class SessionContext:
 
     def end_command(self) -> None:
         """Publish what a command has changed, if it was the outermost."""
+        if self.lock.depth == 0:
+            self.models.release_handles()
         # A run may publish "busy" without changing anything: that has to be taken back, too.
         if self.lock.depth == 0 and (self.changed or self._published_busy):
             self.publish()
@@ -171,13 +173,7 @@ class SessionContext:
         if not is_module(model):
             raise AdapterError(f"expected a model, or the name of one, not {model!r:.60}")
         self.variables.look()
-        tracked = self.models.find(model)
-        if tracked is None:
-            handle: Any = model if is_handle(model) else handle_over(model)
-            if handle is not None:
-                handle._check_live()
-                tracked = self.models.add(variable, handle)
-        return tracked
+        return self.models.find(model) or self.models.adopt(model, variable)
 
     def find_adapted(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel:
         """Find a model as ``find`` does, but refuse a bare one.

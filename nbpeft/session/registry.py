@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nbpeft.errors import AdapterError, did_you_mean
 from nbpeft.session.configs import meaning
-from nbpeft.session.handles import is_live, is_module, uncompiled
+from nbpeft.session.handles import handle_over, is_handle, is_live, is_module, uncompiled
 from nbpeft.session.snapshot import Snapshots
 from nbpeft.state import MemberState, MemoryState, ModelState, TrainState
 
@@ -245,6 +245,7 @@ class ModelRegistry:
         self._changed = changed
         self.watcher: Watcher | None = None
         self._current: str | None = None
+        self._handles: list[PeftModel] = []
         self.rebound = ""
 
     def known(self) -> tuple[TrackedModel, ...]:
@@ -339,6 +340,30 @@ class ModelRegistry:
         """Find a model by itself, its base model or its manager; None if it is not tracked."""
         return next((tracked for tracked in self.all() if tracked.matches(model)), None)
 
+    def adopt(self, model: Any, name: str | None = None) -> TrackedModel | None:
+        """Track a model that carries adapters and is not known; None for a bare one.
+
+        Where a variable holds only its base model, the command that runs keeps a handle on it alive.
+
+        Args:
+            model: an adapted model, or the base model of one.
+            name: of its variable; None for a free one.
+
+        Raises:
+            AdapterError: its adapters are no longer on the base model.
+        """
+        handle = model if is_handle(model) else handle_over(model) if is_module(model) else None
+        if handle is None:
+            return None
+        handle._check_live()
+        if handle is not model:
+            self._handles.append(handle)
+        return self.add(name, handle)
+
+    def release_handles(self) -> None:
+        """Called when the outermost command has ended."""
+        self._handles.clear()
+
     def get(self, model: object = None, *, command: str = "") -> TrackedModel:
         """Find a model by its name or itself, the only one for None.
 
@@ -362,7 +387,7 @@ class ModelRegistry:
         elif isinstance(model, str):
             found = self._models.get(model)
         else:
-            found = self.find(uncompiled(model))
+            found = self.find(uncompiled(model)) or self.adopt(uncompiled(model))
         if found is None:
             raise self._missing(model)
         if current is None:

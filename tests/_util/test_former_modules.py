@@ -11,13 +11,14 @@ import torch
 
 from nbpeft._util import former_modules
 
-MODELS = Path(__file__).parents[1] / "former" / "models-0.2.pt"
+FORMER = Path(__file__).parents[1] / "former"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_pickled_models_of_then_answer_as_then() -> None:
+@pytest.mark.parametrize("file", ["models-0.2.pt", "trainable-tokens-0.2.pt"])
+def test_pickled_models_of_then_answer_as_then(file: str) -> None:
     """Adapted ``nn.Sequential`` models with the inputs and outputs they had, pickled by nbpeft 0.2.0."""
-    for name, (model, inputs, outputs) in torch.load(MODELS, weights_only=False).items():
+    for name, (model, inputs, outputs) in torch.load(FORMER / file, weights_only=False).items():
         torch.testing.assert_close(model(inputs), outputs, msg=name)
 
 

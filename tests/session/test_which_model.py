@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from nbpeft.errors import AdapterError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
-from tests.tiny_models import llama
+from tests.tiny_models import config, llama
 from tests.training.support import token_rows
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
@@ -210,3 +212,16 @@ def test_what_cannot_be_a_path(session: Session, place: str) -> None:
             command(place)
         assert len(str(caught.value)) < 200
     assert torch.is_tensor(next(model.parameters())) and model.manager.merged == ()
+
+
+def test_a_base_model_whose_handle_nobody_kept_is_still_known_by_itself(tmp_path: Path) -> None:
+    session, base = Session(), llama()
+    get_peft_model(base, config(), "first")
+    session.add(base, {"r": 3}, name="second")
+    session.use("first", model=base)
+    session.save(tmp_path / "saved", model=base)
+    assert {"first", "second"} <= {found.name for found in (tmp_path / "saved").iterdir()}
+    reference = weakref.ref(base)
+    del base
+    gc.collect()
+    assert reference() is None

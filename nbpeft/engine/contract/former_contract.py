@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nbpeft.engine.contract.capabilities import HasFixedTensors, ShowsModules, StartsInWeight, UsesAnother
 from nbpeft.errors import ConfigError, did_you_mean
 
 _FIELDS = {
@@ -38,8 +39,14 @@ _MEMBERS = {
     "peft_attributes": "peft = PeftNames(attributes=…)",
     "peft_functions": "peft = PeftNames(functions=…)",
     "layer_names": "peft = PeftNames(mappings=…)",
+    "takes_quantized": "kinds=OwnKinds(quantized=…) in register()",
+    "has_tensors": "files=FileFormat(has_tensors=…) in register()",
+    "constant_parameters": "peft = PeftNames(constants=…)",
 }
 """Former attribute of an adapter's class -> what is written instead."""
+
+_CAPABILITIES = (HasFixedTensors, ShowsModules, StartsInWeight, UsesAnother)
+"""What every adapter's class could override; the engine asks only those that derive from these classes."""
 
 
 def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -76,12 +83,27 @@ def check_classes(label: str, adapter_class: type[Any], state_class: type[Any] |
         name = next((name for name in _MEMBERS if name in vars(cls)), None)
         if name is not None:
             raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer read: write {_MEMBERS[name]}", field=name)
+        _check_capabilities(label, adapter_class, cls)
     if state_class is not None and "device" in _parameters(state_class.create):
         raise ConfigError(
             f"{label}: {state_class.__name__}.create now takes (config, site, tensors); site has shapes, "
             "device and dtype",
             field="create",
         )
+
+
+def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) -> None:
+    """Refuses a base class that overrides what only a capability has, where the adapter does not derive from that."""
+    for capability in _CAPABILITIES:
+        if issubclass(adapter_class, capability):
+            continue
+        name = next((name for name in vars(capability) if not name.startswith("_") and name in vars(cls)), None)
+        if name is not None:
+            raise ConfigError(
+                f"{label}: {cls.__name__}.{name} is only read of classes that derive from "
+                f"{capability.__module__}.{capability.__name__}",
+                field=name,
+            )
 
 
 def _parameters(function: Any) -> Mapping[str, Any]:

@@ -140,7 +140,7 @@ class ModelAdapter(Adapter, TransformsOutput):
 
     def swap_refusal(self) -> str:
         """Why nothing takes its place; see ``Adapter``."""
-        return "it is a prompt of the whole model; load the other one beside it and switch with set_adapter()"
+        return "is a prompt of the whole model; load the other one beside it and switch with set_adapter()"
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
         """All parameters; see ``Adapter``."""

@@ -28,7 +28,7 @@ from nbpeft.engine.contract.method_records import Companion as Companion
 from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
-from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
+from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean, in_one_line, shortened, shown
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 
@@ -101,6 +101,12 @@ class Method:
         return self.variant(config) or self.label
 
 
+_RECORDS: dict[str, type[Any]] = {
+    "shares": SharedTensors,
+    "calls": CallInputs,
+    "files": FileFormat,
+    "kinds": OwnKinds,
+}
 _FIELDS = tuple(one.name for one in dataclasses.fields(Method))[4:]
 
 
@@ -134,9 +140,14 @@ def register(
 
     Raises:
         UnknownMethodError: another class has the label.
-        ConfigError: ``Method`` has no such attribute, or the class is written for the contract of nbpeft 0.2.
+        ConfigError: ``Method`` has no such attribute or one of another type, or the class is written for the contract
+            of nbpeft 0.2.
     """
     check_fields(label, fields, _FIELDS)
+    for name, record in _RECORDS.items():
+        if not isinstance(fields.get(name, record()), record):
+            message = f"{label}: {name} must be a {record.__name__}, not {shown(fields[name])}"
+            raise ConfigError(message, field=name)
 
     def decorate(cls: AdapterClass) -> AdapterClass:
         method = Method(label, peft_type, config_class, cls, **fields)

@@ -108,6 +108,9 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
             bare = frozen_module(ends[0])
             change.keep_data(bare.parameters())
             change.keep_attributes(bare, "num_embeddings", "padding_idx")
+            for place in (model, getattr(model, "config", None)):  # written before a tied head is found to have one
+                if hasattr(place, "vocab_size"):
+                    change.keep_attributes(place, "vocab_size")
         adapted = {end for end in ends if isinstance(end, AdaptedLayer | ModulesToSaveWrapper)}
         prompted = [
             (site.parent._modules, site.attribute, site.wrapper)
@@ -118,7 +121,7 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
             change.set_item(modules, name, layer.base_layer)
         try:
             resized = model.resize_token_embeddings(*args, **kwargs)
-        except TypeError as error:
+        except (TypeError, KeyError) as error:  # the latter where the weight of the head is to be tied again
             if adapted.issubset(layer for _, _, layer in prompted):
                 raise
             raise AdapterError(

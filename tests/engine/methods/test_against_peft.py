@@ -456,6 +456,7 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
     layers = {path: layer.adapter("default") for path, layer in model.manager.layers.items()}
     fixed = any(named.keys() - layers[path]._parameters.keys() for path, named in saved.adapters.items())
     refusal = next(iter(layers.values())).swap_refusal()
+    assert not refusal.startswith("it "), "its subject is the adapter"
     if config.initialised_from_weight:
         with pytest.raises(HotSwapError, match="starts in a part of the base weights"):
             hotswap_adapter(model, tmp_path, "default")

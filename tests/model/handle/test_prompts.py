@@ -13,7 +13,7 @@ from torch import nn
 import nbpeft
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError
-from tests.tiny_models import VOCABULARY, adapted, llama, logits, randomize, state
+from tests.tiny_models import VOCABULARY, adapted, llama, logits, randomize, same_state, state
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "PromptTuningConfig": {"num_virtual_tokens": 3},
@@ -90,6 +90,16 @@ def test_embeddings_with_adapters_of_their_own_are_not_resized(changes: dict[str
     assert all(torch.equal(before[key], value) for key, value in state(model).items())
     model.resize_token_embeddings(VOCABULARY)  # as they are
     assert torch.equal(logits(model), expected)
+
+
+def test_a_tied_head_with_an_adapter_is_not_resized() -> None:
+    model = adapted(llama(tie_word_embeddings=True), target_modules=["lm_head"])
+    base, before = model.get_base_model(), state(model)
+    with pytest.raises(AdapterError, match="size of the vocabulary"):
+        model.resize_token_embeddings(VOCABULARY + 4)
+    assert same_state(state(model), before)
+    assert base.lm_head.base_layer.weight is base.get_input_embeddings().weight
+    assert base.config.vocab_size == base.vocab_size == VOCABULARY
 
 
 def test_a_model_of_layers_alone_has_no_embeddings_to_resize() -> None:

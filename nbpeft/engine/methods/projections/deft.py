@@ -205,7 +205,7 @@ class Deft(Adapter, ConvertsToLora):
     def swap_refusal(self) -> str:
         """Why a layer that another adapter lacks cannot be left as it is; see ``Adapter``."""
         removes = self.only_removes and self.decomposition == "qr"
-        return "it takes directions out of every layer, whatever its tensors are" if removes else ""
+        return "takes directions out of every layer, whatever its tensors are" if removes else ""
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:

@@ -281,7 +281,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
 
     def swap_refusal(self) -> str:
         """Why nothing takes its place; see ``Adapter``."""
-        return "it is a network beside the model; load the other one beside it and switch with set_adapter()"
+        return "is a network beside the model; load the other one beside it and switch with set_adapter()"
 
     def reset_(self, base: BaseLayer) -> None:
         """Adds nothing again; see ``Adapter``."""

@@ -203,6 +203,13 @@ class TrainableTokens(Adapter, UsesAnother):
         container = "token_adapter" if config.companion else ""
         self.bind(source=None, _indices=config.indices, own_base=site.base, peft_container=container)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers = state["_buffers"]
+        if "token_indices" in buffers:  # pickled by nbpeft 0.2
+            buffers["tokens"] = buffers.pop("token_indices")
+            state["_non_persistent_buffers_set"].add("tokens")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def tie_to(self, source: Adapter) -> None:
         """Uses the rows of another adapter from now on."""
         self.bind(source=source)

@@ -383,7 +383,7 @@ class XLoraLayer(Adapter):
 
     def swap_refusal(self) -> str:
         """Why nothing takes its place."""
-        return "it consists of several adapters; load the other one beside it and switch with set_adapter()"
+        return "consists of several adapters; load the other one beside it and switch with set_adapter()"
 
     def configure(self, config: XLoraConfig, path: str) -> None:
         """Takes the settings of a config over."""
