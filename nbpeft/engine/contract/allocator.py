@@ -75,7 +75,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
             return
         self.bind(warned=True)
         warnings.warn(
-            f"{self.effect_without_step} unless it is told of each step: call "
+            f"{self.effect_without_step} unless the training loop reports each step: call "
             "model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
             stacklevel=12,  # the caller of the model, or above
         )
