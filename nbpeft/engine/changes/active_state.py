@@ -409,7 +409,7 @@ class ActiveState:
             if self._writer != call.thread and not self._inside(call.thread):
                 wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
             if not self._calls:
-                # A mixed batch whose `__exit__` was skipped by an interruption may have left its assignment in `traced`.
+                # If an interruption skipped `__exit__` of a mixed batch, its assignment may still be in `traced`.
                 self.trace()
             self._calls.add(call)
 
