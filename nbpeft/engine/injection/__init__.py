@@ -1,4 +1,4 @@
-"""From a config to modules in the tree: ask, plan, build, commit.
+"""From a config to modules in the tree: check, plan, build, commit.
 
 Door, what other rooms import:
 
@@ -6,14 +6,12 @@ Door, what other rooms import:
                     file
     build.py        Builds all parts of an adapter before any of them touches the model
     plan.py         Plans what applying a config will change in a model
-    replication.py  Layers of a transformer that are used several times, each time with adapters of their own
-                    (``layer_replication``)
+    replication.py  Repeats layers of a transformer, each time with separate adapters (``layer_replication``)
 
 Inside:
 
     config_warnings.py     Warnings about a config that is valid but probably not what the user meant
-    custom_layers.py       Layers of somebody else's class, as PEFT's ``_register_custom_module`` brings them, among
-                           those of the engine
+    custom_layers.py       Layers of a user's own class, registered with PEFT's ``_register_custom_module``
     encoder_fast_paths.py  Disables the fast path of nn.TransformerEncoderLayer, which reads weights of inner layers
                            without calling them
     injection_checks.py    Checks which modules of a model cannot have an adapter, before anything is changed

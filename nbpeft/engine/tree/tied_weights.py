@@ -93,7 +93,7 @@ def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, flo
         adapters: (adapter, factor on its delta).
     """
     return tuple(
-        (id(adapter.source or adapter), scale * float(getattr(adapter, "scaling", 1.0))) for adapter, scale in adapters
+        (id(member.source or member), scale * float(getattr(member, "scaling", 1.0))) for member, scale in adapters
     )
 
 
