@@ -1,12 +1,12 @@
-"""What acts at this moment, and how a change of it is made whole or not at all.
+"""Which adapters are active now, and how changes to a model succeed as a whole or are undone.
 
 Door, what other rooms import:
 
-    active_state.py    Which adapters act: one object that every adapted layer of a model reads
-    called_modules.py  The modules that are called, moved and put into another mode with a model, and what runs in
-                       their calls
-    random_numbers.py  The random numbers of a process: their state, and blocks that have random numbers of their own
-    spill_file.py      Weights that are only kept in case something goes wrong: on disk, so that they take no memory
-    step_gate.py       Turns of other threads between the steps of a training that runs in the background
-    transaction.py     One way to change a model: record how to undo, write, and be undone by whatever goes wrong
+    active_state.py    Which adapters are active: one object that every adapted layer of a model reads
+    called_modules.py  The modules of a model including its adapters, and whether anything but their class runs in their
+                       calls
+    random_numbers.py  The states of a process's random generators, and blocks that draw from separate ones
+    spill_file.py      Backups of weights for the case of a failure: on disk, so that they take no memory
+    step_gate.py       Lets other threads use a model between the steps of a training that runs in the background
+    transaction.py     Changes to a model that either succeed as a whole or are undone: record the old state, then write
 """

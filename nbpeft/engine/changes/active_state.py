@@ -1,10 +1,10 @@
-"""Which adapters act: one object that every adapted layer of a model reads.
+"""Which adapters are active: one object that every adapted layer of a model reads.
 
-Switching replaces one immutable value, whatever the number of modules and adapters. A call of
-the model pins the value for its own thread, so that a switch made meanwhile by another thread
-(a click during ``generate``) acts from the next call on, never inside one. A scope (``use``,
-``disable_adapter``) has a value of its own for the thread or asyncio task that opened it.
-Commands that change tensors or modules wait until no call runs (``close``).
+Switching adapters replaces one immutable value, whatever the number of modules and adapters. A call
+of the model pins the value for its own thread, so that a switch by another thread (a click during
+``generate``) takes effect with the next call and never inside one. A scope (``use``,
+``disable_adapter``) has a separate value for the thread or asyncio task that opened it. Commands
+that change tensors or modules wait until no call is running (``close``).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from nbpeft.engine.changes.step_gate import StepGate
 from nbpeft.errors import AdapterError, BusyError
 
 _MOST_PREPARED = 256
-"""Calls of a training whose backward has yet to come, of which is kept what methods prepared for them."""
+"""Number of recent training calls whose prepared contexts are stored for activation checkpointing in backward."""
 _ENTERED_BY = "nbpeft.model.handle.serving"
-"""The module with the contexts around a call, whose own frames are not those of the block."""
+"""The module whose context managers enter a call for their caller, so that its frames are not those of the block."""
 
 
 @dataclass
 class CallShape:
-    """The shape of a call of the model with a mixed batch, by which layers tell rows from positions.
+    """The shape of a call of the model with a mixed batch, so that layers can tell rows from positions.
 
     Attributes:
-        batch: rows, those for beams counted; None where the call does not show it.
-        lengths: how many positions a row may have.
-        first: the length of a row, and what else the second size of an input is.
+        batch: number of rows, those for beams included; None if the call's inputs do not show it.
+        lengths: the numbers of positions that a row may have.
+        first: the second sizes of the inputs, among them the length of a row.
     """
 
     batch: int | None = None
@@ -50,11 +50,11 @@ class CallShape:
     first: set[int] = field(default_factory=set)
 
     def note(self, shapes: Sequence[tuple[int, ...]], rows: int) -> None:
-        """Notes the shapes of the tensors of a call, without features, that which tells the batch first.
+        """Records the shapes of a call's input tensors.
 
         Args:
-            shapes: (batch, positions) mostly.
-            rows: how many adapters were named.
+            shapes: without the features, so usually (batch, positions); the main input first.
+            rows: length of ``adapter_names``, of which the batch is a multiple.
         """
         having = [shape for shape in shapes if shape and shape[0] and shape[0] % rows == 0]
         self.batch = having[0][0] if having else None
@@ -65,29 +65,29 @@ class CallShape:
                 self.add_positions(shape)
 
     def add_positions(self, shape: tuple[int, ...]) -> None:
-        """Notes how many positions of a row follow each other where a tensor of some shape is flattened."""
+        """Adds the numbers of positions of a row that are adjacent when a tensor of this shape is flattened."""
         self.lengths.update(math.prod(shape[1:end]) for end in range(2, len(shape) + 1))
 
     def holds(self, count: int) -> bool:
-        """Whether so many rows are those of the batch, or all their positions."""
+        """Whether ``count`` rows can be those of the batch, or all positions of these rows."""
         assert self.batch is not None
         return count == self.batch or any(count == self.batch * length for length in self.lengths)
 
     def is_positions_first(self, shape: tuple[int, ...], values: Tensor) -> bool:
-        """Whether a tensor has the positions in front of the batch, as far as that can be told."""
+        """Whether a tensor is (positions, batch, …), as far as its shape and strides show it."""
         return shape[1] == self.batch and (shape[0] in self.first or values.stride(0) < values.stride(1))
 
 
 @dataclass(frozen=True)
 class RowAssignment:
-    """Which adapter serves which row of a mixed batch.
+    """Which adapter serves each row of a mixed batch.
 
     Attributes:
-        names: distinct adapter names, without the base.
-        index: for each row the position in ``names``, or -1 for the base alone.
-        scales: factor on each adapter's delta.
-        cache: what layers prepare once for the call this assignment belongs to.
-        call: the shape of the call that runs.
+        names: distinct adapter names, without the base model.
+        index: for each row the position in ``names``, or -1 for the base model.
+        scales: factor on the delta of each adapter in ``names``.
+        cache: values that layers prepare once for all calls with this assignment.
+        call: the shape of the running call.
     """
 
     names: tuple[str, ...]
@@ -102,10 +102,17 @@ class RowAssignment:
         return len(set(self.index)) < 2
 
     def repeat_to(self, batch: int, device: torch.device) -> Tensor:
-        """``index`` as int64 (batch,), each row repeated where the batch holds beams or tokens.
+        """``index`` for a batch in which each row occurs several times, for its beams or tokens.
+
+        Args:
+            batch: size of the first dimension of a layer's input, a multiple of the rows.
+            device: of the result.
+
+        Returns:
+            int64, (batch,).
 
         Raises:
-            AdapterError: the batch is no multiple of the rows.
+            AdapterError: ``batch`` is not a multiple of the rows.
         """
         key = (batch, device)
         found = self.cache.get(key)
@@ -121,15 +128,18 @@ class RowAssignment:
         return found
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """One row that serves the whole batch (positions) once for each row; anything else as it is."""
+        """Expands a tensor with a single row, such as position ids, to the batch; others are returned unchanged."""
         count = self.call.batch or len(self.index)
         return values.expand(count, *values.shape[1:]) if values.shape[0] == 1 < count else values
 
     def runs(self, batch: int) -> list[tuple[str, slice]]:
-        """Neighbouring rows that one adapter serves: its name, or the empty string for the base alone, and the rows.
+        """Groups neighbouring rows with the same adapter.
 
         Args:
-            batch: rows, a multiple of those that were assigned.
+            batch: number of rows in a layer's input, a multiple of the assigned rows.
+
+        Returns:
+            (adapter name, or the empty string for the base model; its rows), in order.
         """
         if self.is_uniform:
             return [(self.names[0] if self.names else "", slice(0, batch))]
@@ -141,7 +151,16 @@ class RowAssignment:
         return found
 
     def rows_of(self, name: str, batch: int, device: torch.device) -> Tensor:
-        """Row numbers, int64, that an adapter serves."""
+        """The indices of the rows that an adapter serves.
+
+        Args:
+            name: of the adapter.
+            batch: number of rows in a layer's input, a multiple of the assigned rows.
+            device: of the result.
+
+        Returns:
+            int64, one-dimensional.
+        """
         key = (name, batch, device)
         found = self.cache.get(key)
         if found is None:
@@ -152,13 +171,13 @@ class RowAssignment:
 
 @dataclass(frozen=True)
 class ActiveAdapters:
-    """What acts in a forward.
+    """The active adapters of a forward pass; immutable.
 
     Attributes:
-        names: active adapters, in order.
-        scales: factor on each one's delta.
-        rows: the assignment of a mixed batch; ``names`` is then ignored.
-        context: adapter name -> what its method prepared for the call that runs, or finds in a first pass of it.
+        names: of the active adapters, in order.
+        scales: factor on the delta of each.
+        rows: the assignment of a mixed batch; if it is set, ``names`` is ignored.
+        context: adapter name -> value that its method prepared for the running call; ``BaseLayer.context``.
     """
 
     names: tuple[str, ...] = ()
@@ -172,16 +191,16 @@ NO_ADAPTERS = ActiveAdapters()
 
 @dataclass(eq=False)
 class Scope:
-    """What acts for one thread or asyncio task inside a block, and for the tasks that are started there.
+    """The selected adapters for one thread or asyncio task inside a block, and for tasks started in the block.
 
     Attributes:
         names: selected adapters.
-        enabled: whether they act.
-        chooses: whether the selection is its own; else one made in it is made around it, too, as in PEFT.
-        apart: whether its adapters learn side by side: the first acts, unless a call names others.
-        outer: the scope around it.
-        active: names as the layers read them.
-        closed: whether its block has ended; a task that outlives it goes on without it.
+        enabled: whether they are active.
+        chooses: whether a selection made inside is local to the block; otherwise it is also made outside, as in PEFT.
+        apart: whether its adapters are trained independently: only the first is active unless a call names others.
+        outer: the enclosing scope.
+        active: the selection in the form that layers read.
+        closed: whether its block has ended; a task that outlives the block uses the enclosing scope.
     """
 
     names: tuple[str, ...]
@@ -194,21 +213,21 @@ class Scope:
 
     @property
     def effective(self) -> tuple[str, ...]:
-        """Names of the adapters that act together."""
+        """Names of the active adapters."""
         return (self.names[:1] if self.apart else self.names) if self.enabled else ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Pin:
-    """What a running call has pinned.
+    """The value that a running call has pinned.
 
-    An interruption between two instructions can keep a context from ending. The call is therefore held
-    weakly, and asked whether its block still runs before anything else is pinned.
+    An interruption between two instructions can skip the ``__exit__`` of a call. The pin therefore has only a
+    weak reference to its call, and ``_tidy`` checks whether the call's block is still running.
 
     Attributes:
         call: the call.
-        active: what acts in it.
-        outer: what was in its place before.
+        active: the adapters that are active in it.
+        outer: the scope or pin that it replaced.
     """
 
     call: weakref.ref[Call]
@@ -217,19 +236,22 @@ class _Pin:
 
 
 _HERE: ContextVar[Mapping[ActiveState, Scope | _Pin]] = ContextVar("nbpeft_active", default={})  # noqa: B039
-"""For this thread or asyncio task: state -> its innermost scope, or what a running call has pinned."""
+"""For this thread or asyncio task: state -> its innermost scope, or the pin of a running call.
+
+A ``ContextVar`` and not a thread-local, because tasks of one asyncio thread need separate values.
+"""
 
 
 class ActiveState:
-    """The shared value and the gate around it.
+    """The value that all layers of a model read, and the lock between its calls and changes.
 
     Attributes:
-        live: what acts in the next call, outside of scopes.
-        traced: the same for compiled code, whose guards cannot tell threads apart: what the scope that was
-            opened last says, or ``live``.
-        gate: of a training in the background, while one runs: when the model may be called, and by whom.
-        layer_commands: what layers ask for; see ``nbpeft.engine.runtime.layer_commands``.
-        apart: layers that have a ``LayerState`` of their own.
+        live: the active adapters of the next call outside of scopes.
+        traced: the same for compiled code. Its guards cannot tell threads apart, so this is the value of the
+            scope that was opened last, or else ``live``.
+        gate: of a background training while one runs; decides when other threads may call the model.
+        layer_commands: executes commands given to single layers; see ``nbpeft.engine.runtime.layer_commands``.
+        apart: layers with a separate ``LayerState``.
     """
 
     def __init__(self) -> None:
@@ -249,32 +271,32 @@ class ActiveState:
         self._prepared: deque[tuple[int, int, int, ActiveAdapters]] = deque(maxlen=_MOST_PREPARED)
 
     def gather(self) -> None:
-        """Lets layers on which something else was active act with the others again; see ``LayerState``."""
+        """Removes the separate states of layers, so that all layers read this object again; see ``LayerState``."""
         for layer in tuple(self.apart):
             layer.__dict__["active_state"] = self
         self.apart.clear()
 
     def hold(self, *inside: str) -> AbstractContextManager[None]:
-        """Context manager for calls of the model: while a training runs in the background, between its steps.
+        """Context manager for calls of the model; during a background training it waits for the end of a step.
 
         Args:
-            inside: modules that enter it for somebody else.
+            *inside: names of modules that enter it for their caller; see ``StepGate.hold``.
         """
-        gate = self.gate  # the training may end, and take it away, at any moment
+        gate = self.gate  # read once: the training may end and remove it at any time
         return nullcontext() if gate is None else gate.hold(*inside)
 
     def refuse_changes(self) -> None:
-        """Refuses a change of the adapters while a training in the background has them.
+        """Refuses changes of the adapters during a background training.
 
         Raises:
-            BusyError: one does.
+            BusyError: a training runs in another thread.
         """
         gate = self.gate
         if gate is not None:
             gate.refuse()
 
     def current(self) -> ActiveAdapters:
-        """What acts for the calling thread or task."""
+        """The active adapters for the calling thread or task."""
         if torch.compiler.is_compiling():
             return self.traced
         here = self._here()
@@ -282,29 +304,34 @@ class ActiveState:
             return here.active
         if self._prepared and (found := self._recomputed()) is not None:
             return found
-        # Autograd has threads of its own on accelerators: what checkpointing computes again there belongs
-        # to the thread that called backward(), and so to its scope.
+        # On accelerators autograd runs backward in its own threads, which have no context variables of the caller.
+        # What activation checkpointing computes again there belongs to the thread that called backward(), and so to
+        # the scope that is open there.
         if self._scopes and torch._C._current_graph_task_id() != -1:
             return self.traced
         return self.live
 
     def remember(self, first: int, active: ActiveAdapters) -> None:
-        """Keeps what was prepared for a call that ends now, for checkpointing, which computes its layers again.
+        """Stores the prepared context of a call that ends now: checkpointing will run its layers again in backward.
 
         Args:
             first: autograd's next sequence number when the call began.
-            active: what acted in it.
+            active: the active adapters of the call.
         """
         self._prepared.append((first, torch._C._autograd._get_sequence_nr(), threading.get_ident(), active))
 
     def _recomputed(self) -> ActiveAdapters | None:
-        """What acted in the call whose layers autograd computes again: it recorded the node that runs now."""
+        """The active adapters of the call whose layers autograd is running again; None outside of backward.
+
+        The call is the one during which the node that runs now was recorded, found by its sequence number.
+        """
         node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
         if node is None:
             return None
         number, me = node._sequence_nr(), threading.get_ident()
         fitting = [(thread, active) for first, end, thread, active in list(self._prepared) if first <= number < end]
-        # Every thread counts for itself. On accelerators autograd computes in threads of its own.
+        # Sequence numbers are counted for each thread, so prefer calls of this one. On accelerators backward runs in
+        # autograd's own threads, where calls of any thread are considered.
         own = [active for thread, active in fitting if thread == me] or [active for _, active in fitting]
         return own[-1] if own else None
 
@@ -315,7 +342,7 @@ class ActiveState:
         return here
 
     def _tidy(self) -> None:
-        """Forgets calls of which an interruption has kept the end; the caller holds the condition."""
+        """Removes calls whose ``__exit__`` was skipped by an interruption; the caller must hold the condition."""
         for ended in [call for call in self._calls if not call.runs()]:
             self._calls.discard(ended)
         here = self._here()
@@ -324,12 +351,12 @@ class ActiveState:
             _set_here(self, here)
 
     def publish(self, live: ActiveAdapters) -> None:
-        """Sets what acts outside of scopes."""
+        """Sets the active adapters outside of scopes."""
         self.live = live
         self.trace()
 
     def trace(self) -> None:
-        """Brings ``traced`` up to date after a scope has changed."""
+        """Updates ``traced`` after a scope or ``live`` has changed."""
         self.traced = self._scopes[-1].active if self._scopes else self.live
 
     # Scopes
@@ -344,17 +371,17 @@ class ActiveState:
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
-        """All that are open, in any thread or task."""
+        """All open scopes, of any thread or task."""
         return tuple(self._scopes)
 
     def enter(self, scope: Scope) -> None:
-        """Opens a scope here."""
+        """Opens a scope for this thread or task."""
         self._scopes.append(scope)
         _set_here(self, scope)
         self.trace()
 
     def leave(self, scope: Scope) -> None:
-        """Ends a scope; what was around it acts here again. One inside of it that is still open goes on."""
+        """Closes a scope and returns to the enclosing one; an inner scope that is still open stays in effect."""
         scope.closed = True
         if scope in self._scopes:
             self._scopes.remove(scope)
@@ -364,11 +391,14 @@ class ActiveState:
     # Calls
 
     def call(self, active: ActiveAdapters | Callable[[], ActiveAdapters | None] | None = None) -> Call:
-        """One call of the model, to be used as a context: pins what acts, for this thread, until it ends.
+        """A context manager for one call of the model, which pins the active adapters of this thread.
 
         Args:
-            active: act with this instead of the live value (a mixed batch); a function is asked once no command can
-                change the adapters any more, and may give None, too.
+            active: the active adapters of the call, for a mixed batch, or a function that returns them; it is called
+                when no command can change the adapters any more. None, given or returned, for the current value.
+
+        Returns:
+            The context manager.
         """
         return Call(self, active)
 
@@ -379,7 +409,7 @@ class ActiveState:
             if self._writer != call.thread and not self._inside(call.thread):
                 wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
             if not self._calls:
-                # A mixed batch whose end an interruption has prevented may have left its assignment there.
+                # If an interruption skipped `__exit__` of a mixed batch, its assignment may still be in `traced`.
                 self.trace()
             self._calls.add(call)
 
@@ -400,15 +430,15 @@ class ActiveState:
     # The gate
 
     def close(self, *, wait: bool = True) -> None:
-        """Waits until no call runs and holds those of other threads back until ``open``; may be nested.
+        """Waits until no call is running, and makes calls of other threads wait until ``open``; may be nested.
 
-        To be called, with ``open``, while interruptions are held back.
+        Call it, and ``open``, inside ``HeldInterrupts``, so that an interruption cannot skip ``open``.
 
         Args:
             wait: False to raise instead of waiting.
 
         Raises:
-            BusyError: this thread is inside a call of the model itself, or another is and ``wait`` is False.
+            BusyError: this thread is inside a call of the model, or another thread is and ``wait`` is False.
         """
         me = threading.get_ident()
         with self._condition:
@@ -428,7 +458,7 @@ class ActiveState:
             self._depth += 1
 
     def open(self) -> None:
-        """Ends what ``close`` began."""
+        """Undoes one ``close``; after the outermost one other threads may call the model again."""
         with self._condition:
             self._depth -= 1
             if self._depth == 0:
@@ -444,15 +474,17 @@ class ActiveState:
 
 
 class LayerState:
-    """What acts on one layer where it was told so by itself, as PEFT's layers can be; a command on the model ends it.
+    """The active adapters of a single layer, after a command on that layer, which PEFT allows.
+
+    The next command on the model replaces it with the model's state again.
 
     Args:
-        shared: of the model.
-        names: adapters active on the layer.
-        enabled: whether they act.
-        active: what acts, with its scales; the adapters at their trained strength if None.
-        is_back: for a layer that was taken out of the model: whether it hangs in its old place again. Scopes then
-            hold for it at once, before a command finds it there.
+        shared: the state of the model.
+        names: adapters selected on the layer.
+        enabled: whether they are active.
+        active: the active adapters with their scales; None for those in ``names`` with scale 1.
+        is_back: for a layer that was taken out of the model: returns whether it is in its old place again. Scopes then
+            apply to it at once, before a command finds it there.
     """
 
     def __init__(
@@ -470,29 +502,33 @@ class LayerState:
         self._is_back = is_back
 
     def current(self) -> ActiveAdapters:
-        """What acts on the layer."""
+        """The active adapters of the layer."""
         in_scope = self._is_back is not None and self._is_back() and self.shared.scope is not None
         return self.shared.current() if in_scope else self._own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_is_back": None}  # a copy is in no old place
+        return {**self.__dict__, "_is_back": None}  # a copy was never in the model
 
 
 class ReplicaState:
-    """What a replica of nn.DataParallel reads, which runs in a thread of torch's: what acted where it was made."""
+    """The state of an ``nn.DataParallel`` replica.
+
+    It runs in one of torch's threads, so it keeps the value of the thread that made the replica.
+    """
 
     def __init__(self, active_state: ActiveState | LayerState) -> None:
         self._active = active_state.current()
 
     def current(self) -> ActiveAdapters:
-        """What acts in the replica."""
+        """The active adapters of the replica."""
         return self._active
 
 
 class Call:
-    """A running call of a model: a context that pins what acts for its thread.
+    """A running call of a model: a context manager that pins the active adapters of its thread.
 
-    It counts as running while it exists and its block is on the stack of its thread.
+    It counts as running as long as it exists and its block is on the stack of its thread, so that a skipped
+    ``__exit__`` cannot block commands for ever.
     """
 
     def __init__(
@@ -508,7 +544,7 @@ class Call:
         self.thread = threading.get_ident()
 
     def runs(self) -> bool:
-        """Whether its block still runs."""
+        """Whether its block is still running."""
         return self._block is not None and self._block.runs()
 
     def __enter__(self) -> Self:
@@ -541,13 +577,13 @@ class Call:
                 self._state.trace()
                 outer = self._state._here()
                 if isinstance(outer, _Pin) and (call := outer.call()) is not None and call._active is not None:
-                    self._state.traced = outer.active  # what this call was made in goes on, its backward too
+                    self._state.traced = outer.active  # the enclosing call continues, and its backward follows
             self._state._end(self)
-            self._block = None  # which keeps a frame and its variables
+            self._block = None  # it has a reference to a frame, and so to all its variables
 
 
 def _set_here(active_state: ActiveState, value: Scope | _Pin | None) -> None:
-    here = {key: held for key, held in _HERE.get().items() if key is not active_state}
+    here = {key: other for key, other in _HERE.get().items() if key is not active_state}
     if value is not None:
         here[active_state] = value
     _HERE.set(here)

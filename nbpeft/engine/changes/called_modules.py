@@ -1,4 +1,4 @@
-"""The modules that are called, moved and put into another mode with a model, and what runs in their calls."""
+"""The modules of a model including its adapters, and whether anything but their class runs in their calls."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(vars(torch_module)[f"_global{name}"] for name in _HOOKS)
-"""Those that torch runs in the calls of all modules; it fills these dictionaries and never replaces them."""
+"""torch's hooks for the calls of all modules. It changes these dictionaries in place, so they can be kept here."""
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a call of a module does something besides what its class says: a hook is on it, or another forward."""
+    """Whether a module computes other than its class: it has hooks, or its ``forward`` was replaced."""
     own = module.__dict__
     return any(own.get(name) for name in _HOOKS) or "forward" in own
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module does what its class says alone: no hook of a person or a library runs in it."""
+    """Whether a call of a module runs only what its class defines: no hooks, neither its own nor global ones."""
     return not (any(_GLOBAL_HOOKS) or is_changed(module))
 
 
 def called_modules(model: nn.Module) -> list[nn.Module]:
     """Returns all modules that ``train()`` of a model reaches, each once, the model itself first.
 
-    ``modules()`` of a model lists what PEFT's users know; adapters are not among that. A module whose
-    ``children()`` are others, too, has ``called_children()``.
+    ``modules()`` lists the tree that PEFT has, without the adapters themselves. Modules whose ``children()``
+    differ from the submodules that they call define ``called_children()``, which is used here.
     """
     found: dict[int, nn.Module] = {}
     waiting = [model]

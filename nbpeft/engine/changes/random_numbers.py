@@ -1,4 +1,4 @@
-"""The random numbers of a process: their state, and blocks that have random numbers of their own."""
+"""The states of a process's random generators, and blocks that draw from separate ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the random numbers of torch, on all devices in use, of Python, and of NumPy where it is imported."""
+    """The states of torch's generators on all devices in use, of Python's, and of NumPy's if it is imported."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Goes on from a state that ``random_state`` has returned."""
+    """Sets the generators to a state that ``random_state`` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if "cuda" in state:
@@ -40,10 +40,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def drawing_from(source: dict[str, Any] | int) -> Iterator[None]:
-    """Context manager: draws go on from an earlier state, or from a seed; afterwards as if none had been drawn.
+    """Context manager: draws from an earlier state or a seed inside, and restores the current state afterwards.
 
     Args:
-        source: what ``random_state`` has returned, or a seed.
+        source: what ``random_state`` returned, or a seed.
     """
     state = random_state()
     if isinstance(source, int):
@@ -60,8 +60,19 @@ def drawing_from(source: dict[str, Any] | int) -> Iterator[None]:
 
 
 def drawn_places(size: int, count: int, seed: int) -> Tensor:
-    """Different places in a flat weight, drawn from a seed, (count,), on the CPU; layers of one size share them."""
-    real = type(torch.empty(0)) is Tensor  # a forecast computes with tensors that hold nothing
+    """Draws distinct positions in a flattened weight.
+
+    The result is cached, so layers of the same size share the tensor.
+
+    Args:
+        size: entries of the weight.
+        count: how many positions to draw.
+        seed: of the generator.
+
+    Returns:
+        int64, (count,), on the CPU.
+    """
+    real = type(torch.empty(0)) is Tensor  # memory estimates run under FakeTensorMode: do not cache fake tensors
     return _drawn_places(size, count, seed) if real else _drawn_places.__wrapped__(size, count, seed)
 
 

@@ -1,4 +1,4 @@
-"""Weights that are only kept in case something goes wrong: on disk, so that they take no memory."""
+"""Backups of weights for the case of a failure: on disk, so that they take no memory."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from torch import Tensor
 from nbpeft._util.host_memory import host_memory
 
 _CACHED = 0.05
-"""Share of the memory up to which writes are taken for done at once: the system's file cache takes them."""
+"""Share of the host memory up to which writes return at once, because the system's file cache absorbs them."""
 _PLENTY = 0.25
-"""Share of the memory that has to be free for more to be kept there: the disk would be waited for."""
+"""Share of the host memory that must be free to keep further copies in memory; writing them would wait for the disk."""
 
 
 class SpillFile:
-    """Keeps copies of tensors in one file without a name, which goes with it."""
+    """Stores copies of tensors in one unnamed temporary file, which disappears with this object."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._size = 0
 
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Copies a tensor.
+        """Copies a tensor to the file, or to memory if that is faster or the disk is full.
 
         Args:
             tensor: any shape, dtype and device.
 
         Returns:
-            What gives the copy, on the CPU.
+            A function that returns the copy, on the CPU.
         """
         total, free = host_memory()
         cached = self._size + tensor.nbytes <= _CACHED * total
         if tensor.numel() and (cached or free < _PLENTY * total):
             try:
                 return self._write(tensor)
-            except OSError:  # no place on the disk
+            except OSError:  # the disk is full
                 pass
         copied = tensor.detach().to("cpu", copy=True)
         return lambda: copied
 
     def close(self) -> None:
-        """Gives the disk space back; copies that are in use stay readable."""
+        """Frees the disk space; copies that are still in use stay readable."""
         if self._file is not None:
             self._file.close()
 

@@ -1,12 +1,12 @@
-"""Turns of other threads between the steps of a training that runs in the background.
+"""Lets other threads use a model between the steps of a training that runs in the background.
 
-    training thread   step ── yield_between_steps() ── step ──          the model as in a training without any turn
+    training thread   step ── yield_between_steps() ── step ──          trains as if no other thread used the model
                                  │        ▲
-    another thread          hold(): evaluation mode, no gradients; its random numbers are not the training's
+    another thread          hold(): evaluation mode, no gradients, random numbers apart from those of the training
 
-Whoever calls the model waits for the end of the step; then each who waits has one turn, in the order in which they
-came, and those who come meanwhile wait for the next step: of n threads that never pause each has as many turns as the
-training has steps. Whoever would change its adapters is refused at once.
+A thread that calls the model waits until the current step ends. Then each waiting thread gets one turn, in the order
+of arrival; threads that arrive during these turns wait for the end of the next step. So every thread gets at most one
+turn for each step, and the training always continues. A thread that tries to change the adapters is refused at once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from nbpeft.engine.changes.random_numbers import random_state, set_random_state
 from nbpeft.errors import BusyError
 
 _STEP = 0.05
-"""Seconds after which the training looks whether a turn has ended without saying so."""
+"""Seconds between checks whether a thread ended its turn without notifying, because it was interrupted."""
 
 
 class StepGate:
-    """Who may use a model that one thread trains.
+    """Controls which thread may use a model that one thread trains.
 
     Args:
-        model: in training; held weakly.
-        description: what is refused is told, e.g. ``training sql``.
+        model: in training; only a weak reference is stored.
+        description: of the training, for error messages, such as ``training sql``.
     """
 
     def __init__(self, model: nn.Module, description: str) -> None:
@@ -51,21 +51,23 @@ class StepGate:
     # The thread that trains
 
     def acquire(self) -> None:
-        """Makes the calling thread the one that trains. Until then nobody gets a turn."""
+        """Makes the calling thread the one that trains; until then no thread gets a turn."""
         self._owner = threading.get_ident()
 
     def yield_between_steps(self, hurried: Callable[[], bool] = lambda: False) -> bool:
-        """Lets each who waits now take one turn, and returns when they are done; without any it returns at once.
+        """Gives each waiting thread one turn, and returns when these have ended; at once if no thread waits.
 
         Args:
-            hurried: asked meanwhile; once it is true, nobody begins a turn any more.
+            hurried: called repeatedly; once it returns True, no further turn begins.
 
         Returns:
-            Whether anybody waited.
+            Whether a thread was waiting.
         """
         model = self._model()
         if not self._waiting or model is None or hurried():
             return False
+        # Mode and random state are switched here, once for all turns, and not by each thread: only this thread knows
+        # that no step is running.
         training = [module for module in called_modules(model) if module.training]
         mine = random_state()
         set_random_state(self._outside)
@@ -87,13 +89,16 @@ class StepGate:
         return True
 
     def end(self) -> None:
-        """Lets everybody in: the training is over."""
+        """Opens the gate for all threads, because the training has ended."""
         with self._condition:
             self._ended = True
             self._condition.notify_all()
 
     def _is_taken(self) -> bool:
-        """Whether somebody is inside; an interruption can keep a block from saying that it has ended."""
+        """Whether a thread has its turn now.
+
+        ``_taken`` alone does not tell: an interruption between two instructions can skip the block's ``__exit__``.
+        """
         if self._taken is not None and not self._taken.runs():
             self._taken = None
         return self._taken is not None
@@ -106,10 +111,10 @@ class StepGate:
         return self._owner == threading.get_ident()
 
     def refuse(self) -> None:
-        """Refuses a change of the adapters by a thread that does not train them.
+        """Refuses changes of the adapters by any thread but the one that trains.
 
         Raises:
-            BusyError: it is another thread.
+            BusyError: the calling thread is another one, and the training has not ended.
         """
         if not self.is_mine and not self._ended:
             raise BusyError(
@@ -118,13 +123,14 @@ class StepGate:
 
     @contextmanager
     def hold(self, *inside: str) -> Iterator[None]:
-        """Context manager: the model is this thread's, in evaluation mode and without gradients, until the block ends.
+        """Context manager: one turn of the calling thread, in evaluation mode and without gradients.
 
-        It waits for the end of the step that runs. In the thread that trains, inside another turn and after the
-        training it changes nothing.
+        Waits for the end of the current step. Has no effect in the thread that trains, inside another turn of the same
+        thread, and after the training.
 
         Args:
-            inside: modules that enter it for somebody else, whose block it is.
+            *inside: names of modules whose context managers enter this one for their caller; frames of these modules
+                are skipped when looking for the frame whose block this is.
         """
         if self.is_mine or (self._taken is not None and self._taken.thread == threading.get_ident()):
             yield

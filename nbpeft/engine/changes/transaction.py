@@ -1,12 +1,13 @@
-"""One way to change a model: record how to undo, write, and be undone by whatever goes wrong.
+"""Changes to a model that either succeed as a whole or are undone: record the old state, then write.
 
     with manager.transaction() as change:
         change.keep(layer.adapters._modules)        # before the first write
         layer.adapters["sql"] = adapter
 
-No call of the model runs meanwhile, interruptions are held back, and any exception puts everything back
-that was recorded. Blocks nest: an inner one joins the outer, and undoes its own part alone when the
-error ends there. Subscribers hear of it once, when the outermost one is done.
+Inside the block no call of the model runs and interruptions (Ctrl+C) are delayed. Any exception restores
+everything that was recorded. Blocks nest: an inner block is part of the outer one, and if the caller
+catches an error of the inner block, only the inner changes are undone. Subscribers are notified once,
+when the outermost block has succeeded.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ CHANGED_MEANWHILE = "another thread changed the adapters meanwhile: try again"
 
 
 class Transaction:
-    """What a command changes, and how to undo it. One for each manager; a thread has it to itself.
+    """The changes of a command and how to undo them. Each manager has one; only one thread at a time can use it.
 
     Args:
-        active_state: of the model; keeps calls out.
-        done: called after the outermost block, if it succeeded.
+        active_state: of the model; blocks its calls during changes.
+        done: called after the outermost block, if it succeeded and is not quiet.
 
     Attributes:
-        revision: grows with every change, before another thread can make the next one.
-        spill: keeps large tensors until the outermost block ends.
+        revision: increases with every change, before another thread can make the next one.
+        spill: stores backups of large tensors until the outermost block ends.
     """
 
     def __init__(self, active_state: ActiveState, done: Callable[[], None]) -> None:
@@ -55,16 +56,19 @@ class Transaction:
         self.spill = SpillFile()
 
     def block(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
-        """A block of changes, to be used as a context that gives this transaction.
+        """A block of changes; a context manager that returns this transaction.
 
         Args:
-            during_calls: do not wait until no call of the model runs: the change acts from the next call on.
-            quiet: nobody need hear of it: count no change, and do not call ``done``.
+            during_calls: do not wait for running calls of the model: the change takes effect with the next call.
+            quiet: do not raise ``revision``, and do not call ``done``.
+
+        Returns:
+            The context manager.
         """
         return Block(self, during_calls, quiet)
 
     def begin(self) -> None:
-        """Waits until the transaction is this thread's, and marks where an inner block starts."""
+        """Waits until this thread has the transaction, and records where the new block's changes begin."""
         me = threading.get_ident()
         if self._owner != me:
             while not self._lock.acquire(timeout=0.05):
@@ -73,14 +77,14 @@ class Transaction:
         self._marks.append(len(self._undo))
 
     def end(self, *, failed: bool, quiet: bool) -> bool:
-        """Ends the innermost block, and undoes what was recorded in it if it failed.
+        """Ends the innermost block, and undoes its changes if it failed.
 
         Args:
-            failed: whether it did.
+            failed: whether it failed.
             quiet: see ``block``.
 
         Returns:
-            Whether it was the outermost one and its changes stand.
+            Whether it was the outermost block and succeeded.
         """
         mark = self._marks.pop()
         self._has_changes = self._has_changes or not (failed or quiet)
@@ -101,15 +105,15 @@ class Transaction:
         return outermost and not failed
 
     def reading(self) -> Block:
-        """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        """A block in which no other thread changes the adapters; calls of the model may run."""
         return self.block(during_calls=True, quiet=True)
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """Context manager around the part of a command that looks at adapters and takes too long for a block.
+        """Context manager for reading adapters without a block, where that takes too long to keep others waiting.
 
         Raises:
-            BusyError: something went wrong that another thread may have brought about, because it changed the adapters.
+            BusyError: the block failed, and another thread changed the adapters meanwhile, which may be the cause.
         """
         revision = self.revision
         try:
@@ -122,7 +126,7 @@ class Transaction:
             raise BusyError(CHANGED_MEANWHILE) from error
 
     def report(self) -> None:
-        """Counts a change that was made outside of all blocks, and calls ``done``."""
+        """Raises ``revision`` for a change that was made outside of a block, and calls ``done``."""
         with self.reading():
             self._has_changes = True
         self._done()
@@ -133,7 +137,7 @@ class Transaction:
 
     @property
     def is_open(self) -> bool:
-        """Whether some thread is inside a block."""
+        """Whether any thread is inside a block."""
         return self._owner is not None
 
     @property
@@ -143,7 +147,7 @@ class Transaction:
 
     @torch.no_grad()
     def _undo_to(self, mark: int) -> None:
-        """Undoes the last records first; one that fails does not keep the others from being undone."""
+        """Undoes changes in reverse order; if one fails, the others are undone before its error is raised."""
         failures = []
         while len(self._undo) > mark:
             try:
@@ -154,46 +158,62 @@ class Transaction:
             raise failures[0]
 
     def on_undo(self, undo: Callable[[], None]) -> None:
-        """Records how to undo a write; called before it."""
+        """Records a function that undoes a write; call it before that write."""
         self._undo.append(undo)
 
     def keep(self, *mappings: MutableMapping[Any, Any]) -> None:
-        """Records what mappings hold, in their order."""
-        held = [(mapping, dict(mapping)) for mapping in mappings]
+        """Records the entries of mappings and their order."""
+        snapshots = [(mapping, dict(mapping)) for mapping in mappings]
 
         def undo() -> None:
-            for mapping, items in held:
+            for mapping, items in snapshots:
                 mapping.clear()
                 mapping.update(items)
 
         self._undo.append(undo)
 
     def keep_attributes(self, thing: object, *names: str) -> None:
-        """Records attributes of an object's own, sets and dictionaries with what is in them."""
+        """Records attributes of an object, and the contents of those that are sets or dictionaries.
+
+        Args:
+            thing: the object.
+            *names: keys of its ``__dict__``; one that is absent now is removed when the change is undone.
+        """
         own = thing.__dict__
-        held = {name: own[name] for name in names if name in own}
-        items = {name: type(value)(value) for name, value in held.items() if type(value) in (dict, set)}
+        present = {name: own[name] for name in names if name in own}
+        items = {name: type(value)(value) for name, value in present.items() if type(value) in (dict, set)}
 
         def undo() -> None:
             for name in names:
-                if name not in held:
+                if name not in present:
                     own.pop(name, None)
                     continue
-                own[name] = held[name]
+                own[name] = present[name]
                 if name in items:
-                    held[name].clear()
-                    held[name].update(items[name])
+                    present[name].clear()
+                    present[name].update(items[name])
 
         self._undo.append(undo)
 
     def set_item(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        """Replaces one entry of a mapping, which keeps its place."""
+        """Replaces the value of an existing entry, which keeps its position in the order.
+
+        Args:
+            mapping: has ``key``.
+            key: of the entry.
+            value: the new value.
+        """
         present = mapping[key]
         self._undo.append(lambda: mapping.__setitem__(key, present))
         mapping[key] = value
 
     def set_requires_grad(self, parameters: Iterable[Tensor], requires_grad: bool) -> None:
-        """Sets ``requires_grad`` of those tensors that have another."""
+        """Sets ``requires_grad`` of tensors.
+
+        Args:
+            parameters: the tensors.
+            requires_grad: the new value.
+        """
         others = [parameter for parameter in parameters if parameter.requires_grad is not requires_grad]
         if others:
             self._undo.append(lambda: _set_requires_grad(others, not requires_grad))
@@ -210,7 +230,7 @@ class Transaction:
         self._undo.append(undo)
 
     def keep_values(self, tensors: Sequence[Tensor]) -> None:
-        """Records what tensors hold, in one block of memory for each of their dtypes and devices."""
+        """Records the values of tensors, in one flat copy for each dtype and device."""
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
@@ -218,11 +238,11 @@ class Transaction:
             self._undo.append(functools.partial(_put_back, group, torch.cat([tensor.reshape(-1) for tensor in group])))
 
     def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Records which storage parameters have, and their gradients; for those that get another one."""
-        held = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+        """Records ``data`` and ``grad`` of parameters, without a copy; for writes that replace both."""
+        snapshots = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
 
         def undo() -> None:
-            for parameter, data, gradient in held:
+            for parameter, data, gradient in snapshots:
                 parameter.data = data
                 parameter.grad = gradient
 
@@ -240,13 +260,14 @@ class Block:
 
     def __enter__(self) -> Transaction:
         gate = self._transaction.active_state.gate
-        if gate is not None and not (self._quiet and self._gate is None):  # a scope of the thread's own disturbs nobody
+        # During a background training only blocks that change nothing for other threads may run (quiet, during calls).
+        if gate is not None and not (self._quiet and self._gate is None):
             gate.refuse()
         self._held.__enter__()
         closed = False
         try:
             if self._gate is not None:
-                # A thread that has a transaction already must not wait for one that waits for it.
+                # A thread that has the transaction must not wait for calls: one of them may wait for the transaction.
                 self._gate.close(wait=not self._transaction.is_mine)
                 closed = True
             self._transaction.begin()
@@ -272,7 +293,7 @@ class Block:
             self._held.__exit__(kind, error, trace)
 
     def _end(self, *, failed: bool) -> bool:
-        """A command that is interrupted has not happened: its caller gets no result."""
+        """Ends the block; a delayed interruption undoes it, since the caller will not get its result."""
         try:
             if not failed:
                 check_interrupt()
@@ -283,7 +304,7 @@ class Block:
 
 
 def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
-    """Writes into tensors what lies in one block of memory, one after the other."""
+    """Copies the parts of a flat tensor back into the tensors that it was made from."""
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
 

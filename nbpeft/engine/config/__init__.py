@@ -3,13 +3,12 @@
 Door, what other rooms import:
 
     adapter_names.py  Names and scales of adapters, as people give them
-    config_checks.py  Checks of the config fields that several methods have: which modules they target, ranks, shares,
-                      patterns
-    layers_config.py  Fields that the configs of most methods have: which layers they adapt, with which rank and
-                      strength
-    module_paths.py   Names and patterns that mean modules by the end of their path
-    patterns.py       Regular expressions of configs, refused where matching one could take for ever
-    prompt_config.py  What the configs of all methods that learn a prompt have: how many tokens, and the sizes of the
+    config_checks.py  Checks of config fields that several methods have: targets, ranks, dropouts, patterns
+    layers_config.py  Base classes of configs with the fields of most methods: the layers to adapt, rank and alpha
+    module_paths.py   Matching of names and patterns against the end of module paths
+    patterns.py       Refuses regular expressions in configs whose matching could take too long (catastrophic
+                      backtracking)
+    prompt_config.py  Base classes of configs for methods that learn a prompt: the number of tokens, and sizes of the
                       model
-    targets.py        Target patterns -> module paths: which paths a config means, without touching a model
+    targets.py        Resolves target names and patterns to module paths; works on paths alone, without a model
 """

@@ -18,16 +18,22 @@ _TAKEN_NAMES = {
 
 
 class ByName(dict[str, Any]):
-    """What there is of each adapter, by its name; to ask for one that is not there is an error of one line.
+    """A dictionary by adapter name in which a missing name raises ``UnknownAdapterError``.
 
-    Another thread may take an adapter out at any moment, so that whoever asks may be wrong by then.
+    Another thread may delete an adapter at any time, so that even a name that was just checked can be missing.
     """
 
     def __missing__(self, name: object) -> Any:
         raise unknown_adapter(name, self)
 
     def place(self, name: str, value: Any, place: int) -> None:
-        """Sets what there is of an adapter, and where it is among the others, from 0."""
+        """Sets an entry and its position in the order.
+
+        Args:
+            name: of the adapter.
+            value: its new value.
+            place: position among the other entries, from 0.
+        """
         items = [item for item in self.items() if item[0] != name]
         items.insert(place, (name, value))
         self.clear()
@@ -35,11 +41,14 @@ class ByName(dict[str, Any]):
 
 
 def unknown_adapter(name: object, present: Collection[str]) -> UnknownAdapterError:
-    """The error that there is no such adapter.
+    """Creates the error for an unknown adapter name.
 
     Args:
-        name: what was asked for.
-        present: names of those there are.
+        name: the unknown name.
+        present: names of the adapters on the model.
+
+    Returns:
+        The error, for the caller to raise.
     """
     have = ", ".join(map(repr, present)) or "none"
     return UnknownAdapterError(
@@ -62,10 +71,10 @@ def check_name(name: object) -> None:
 
 
 def names_in(names: object) -> tuple[str, ...]:
-    """One name or several as a tuple, each once.
+    """Converts one name or several to a tuple without repeats.
 
     Raises:
-        AdapterError: they are neither.
+        AdapterError: ``names`` is neither a string nor iterable.
     """
     if isinstance(names, str):
         return (names,)
@@ -76,15 +85,18 @@ def names_in(names: object) -> tuple[str, ...]:
 
 
 def check_scale(name: str, scale: Any, *, fixed: bool = False) -> float:
-    """The factor on an adapter's delta as a float.
+    """Checks the factor on an adapter's delta.
 
     Args:
         name: of the adapter.
         scale: the factor.
-        fixed: whether the adapter has no delta, so that the factor can only be 1.
+        fixed: whether the adapter has no delta (a prompt), so that the factor can only be 1.
+
+    Returns:
+        The factor as a float.
 
     Raises:
-        AdapterError: it is no finite number, or cannot be that one.
+        AdapterError: it is not a finite number, or not 1 although ``fixed``.
     """
     try:
         factor = float(scale)

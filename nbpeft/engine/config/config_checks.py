@@ -1,4 +1,4 @@
-"""Checks of the config fields that several methods have: which modules they target, ranks, shares, patterns."""
+"""Checks of config fields that several methods have: targets, ranks, dropouts, patterns."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from nbpeft.engine.contract.base import LayerKind
 from nbpeft.errors import BiasError, ConfigError, LayerKindError, did_you_mean, few, shown
 
 _LARGEST_COUNT = 2**24
-"""Upper bound on a rank or another size; larger values are typos."""
+"""Upper bound on a rank or another size; larger values are taken to be typos."""
 
 
 def check_target_fields(config: Any, *, name_fields: Sequence[str] = (), pattern_fields: Sequence[str] = ()) -> None:
-    """Checks the fields that say what is adapted, as far as a config has them; lists of names become sets, as in PEFT.
+    """Checks the fields that select modules, and turns lists of names into sets, as PEFT does.
 
     Args:
-        config: has some of ``target_modules``, ``exclude_modules``, ``modules_to_save``,
+        config: changed in place; may have any of ``target_modules``, ``exclude_modules``, ``modules_to_save``,
             ``layers_to_transform`` and ``layers_pattern``.
-        name_fields: further fields that hold names or a pattern, as ``target_modules`` does.
-        pattern_fields: fields that map patterns over paths to values.
+        name_fields: further fields with names or a pattern, like ``target_modules``.
+        pattern_fields: fields that map path patterns to values, like ``rank_pattern``.
 
     Raises:
-        ConfigError: a value is impossible, or a pattern could take for ever to match.
+        ConfigError: a value is invalid, or matching a pattern could take too long.
     """
     fields = [name for name in ("target_modules", "exclude_modules", *name_fields) if hasattr(config, name)]
     for name in fields:
@@ -50,7 +50,7 @@ def _check_layer_fields(config: Any) -> None:
 
 
 def _patterns(config: Any, fields: Sequence[str], pattern_fields: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """All regular expressions among the values, as ``check_patterns`` takes them."""
+    """Yields all regular expressions in these fields, in the form that ``check_patterns`` takes."""
     for name in fields:
         value = getattr(config, name)
         if isinstance(value, str) and value != "all-linear":
@@ -63,14 +63,17 @@ def _patterns(config: Any, fields: Sequence[str], pattern_fields: Sequence[str])
 
 
 def checked_names(name: str, value: Any) -> Any:
-    """A pattern as it is, any other collection of names as a list without repeats.
+    """Checks a field that takes a pattern or a collection of names.
 
     Args:
         name: the field.
         value: its value.
 
+    Returns:
+        None or a pattern unchanged; a collection as a list without repeats.
+
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the value is none of these.
     """
     if value is None or isinstance(value, str):
         return value
@@ -81,12 +84,15 @@ def checked_names(name: str, value: Any) -> Any:
 
 
 def check_count(name: str, value: object, *, field: str = "") -> None:
-    """Raises ConfigError for a rank or size that is not a positive whole number of a possible size.
+    """Checks a rank or another size.
 
     Args:
-        name: what it is called in the error.
+        name: how the error names the value.
         value: the value.
-        field: its field, where that is not the name.
+        field: name of its field, if that differs from ``name``.
+
+    Raises:
+        ConfigError: it is not a whole number from 1 to 2**24.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_COUNT:
         small = f" of at most {_LARGEST_COUNT:,}" if isinstance(value, int) and value > _LARGEST_COUNT else ""
@@ -96,7 +102,7 @@ def check_count(name: str, value: object, *, field: str = "") -> None:
 
 
 def check_number(name: str, value: object, *, field: str = "") -> None:
-    """Raises ConfigError for what is not a finite number; see ``check_count``."""
+    """Raises ConfigError for a value that is not a finite number; the arguments are those of ``check_count``."""
     try:
         finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -106,36 +112,42 @@ def check_number(name: str, value: object, *, field: str = "") -> None:
 
 
 def check_share(name: str, value: float | None) -> None:
-    """Raises ConfigError for a dropout or another share that is not between 0 and 1."""
+    """Raises ConfigError for a dropout, or another fraction, that is not between 0 and 1."""
     if value is None or not 0.0 <= value <= 1.0:
         raise ConfigError(f"{name} must be between 0 and 1, not {shown(value)}", field=name)
 
 
 def check_seed(name: str, value: float) -> None:
-    """Raises ConfigError for a number that torch's generators do not take."""
+    """Raises ConfigError for a number that cannot seed torch's generators."""
     if not 0 <= value < 2**63:
         raise ConfigError(f"{name} must be a whole number from 0 to 2**63 - 1, not {value:.3g}", field=name)
 
 
 def check_linear(method: str, path: str, kind: LayerKind) -> None:
-    """Raises LayerKindError where a method that works on linear layers meets another one.
+    """Checks that a layer is linear, for methods that support no other kind.
 
     Args:
-        method: what it is called.
+        method: its display name.
         path: of the layer.
         kind: of the layer.
+
+    Raises:
+        LayerKindError: the layer is not linear.
     """
     if not kind.is_linear:
         raise LayerKindError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
 
 
 def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:
-    """Raises ConfigError where ``n_frequency`` asks for more numbers than the weight of a linear layer has.
+    """Checks that ``n_frequency`` is not larger than the number of entries of a linear layer's weight.
 
     Args:
-        count: how many.
+        count: value of ``n_frequency``.
         path: of the layer.
         features: (in, out) of the layer.
+
+    Raises:
+        ConfigError: it is larger.
     """
     in_features, out_features = features
     if count > in_features * out_features:
@@ -146,7 +158,7 @@ def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:
 
 
 def check_bias(bias: object, choices: Sequence[str]) -> None:
-    """Raises BiasError for a ``bias`` that is none of the choices."""
+    """Raises BiasError for a ``bias`` that is not one of the choices."""
     if bias not in choices:
         raise BiasError(
             f"bias must be one of {', '.join(map(repr, choices))}, not {shown(bias)}."
@@ -156,19 +168,34 @@ def check_bias(bias: object, choices: Sequence[str]) -> None:
 
 
 def checked_pattern(name: str, patterns: Mapping[str, Any] | None, check: Callable[..., None]) -> dict[str, Any]:
-    """The entries of a field that maps patterns over paths to values, each of which is checked."""
+    """Checks the values of a field that maps path patterns to values.
+
+    Args:
+        name: the field.
+        patterns: its value.
+        check: called as ``check(name_of_entry, value, field=name)`` for each entry.
+
+    Returns:
+        The entries as a new dictionary; empty for None.
+
+    Raises:
+        ConfigError: ``check`` refuses a value.
+    """
     for pattern, value in (patterns or {}).items():
         check(f"{name}[{shown(pattern)}]", value, field=name)
     return dict(patterns or {})
 
 
 def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> str:
-    """Describes the keys of fields that map patterns to values which match none of the paths; else empty.
+    """Describes patterns that match none of the adapted modules.
 
     Args:
         config: a config.
-        names: the fields.
+        names: its fields that map path patterns to values.
         paths: of the adapted modules.
+
+    Returns:
+        Sentences for a warning; empty if every pattern matches.
     """
     last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
     parts = []

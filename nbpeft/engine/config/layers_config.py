@@ -1,4 +1,4 @@
-"""Fields that the configs of most methods have: which layers they adapt, with which rank and strength."""
+"""Base classes of configs with the fields of most methods: the layers to adapt, rank and alpha."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from nbpeft.errors import BiasError, ConfigError, did_you_mean, shown
 
 @dataclass
 class LayersConfig(AdapterConfig):
-    """Which layers are adapted.
+    """Selects the layers to adapt.
 
     Attributes:
-        target_modules: names of the layers to adapt, 'all-linear', or a pattern; None for the model type's usual ones.
-        exclude_modules: names of layers to leave as they are, or a pattern.
-        layers_to_transform: numbers of the layers to adapt; None for all.
-        layers_pattern: name of the list of layers that layers_to_transform counts in.
+        target_modules: names of the layers to adapt, 'all-linear', or a pattern; None for the model type's defaults.
+        exclude_modules: names of layers that are not adapted, or a pattern.
+        layers_to_transform: indices of the transformer layers to adapt; None for all.
+        layers_pattern: name of the module list that layers_to_transform indexes.
         modules_to_save: names of other modules that are copied, trained as a whole and saved.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     target_modules: Collection[str] | str | None = field(default=None)
@@ -49,13 +49,13 @@ class LayersConfig(AdapterConfig):
     method_type: ClassVar[str] = ""
     """The ``peft_type``."""
     counts: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold a rank or another size."""
+    """Fields with a rank or another size: whole numbers from 1."""
     shares: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold a dropout or another share, from 0 to 1."""
+    """Fields with a dropout or another fraction, from 0 to 1."""
     not_in_peft: ClassVar[tuple[str, ...]] = ()
-    """Fields that PEFT's config of the method lacks."""
+    """Fields that PEFT's config of the method does not have; ``to_dict`` leaves them out if they are None."""
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {}
-    """Fields that map patterns over paths to values -> what checks a value."""
+    """Field that maps path patterns to values -> function that checks a value; see ``checked_pattern``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,40 +72,40 @@ class LayersConfig(AdapterConfig):
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; without those that PEFT's config lacks, where they say nothing."""
+        """All fields, without those of ``not_in_peft`` that are None; see ``AdapterConfig``."""
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name not in self.not_in_peft or value is not None}
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes the keys of its patterns that match no module; see ``AdapterConfig``."""
+        """Describes keys of ``pattern_fields`` that match no adapted module; see ``AdapterConfig``."""
         return unused_patterns(self, tuple(self.pattern_fields), paths)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[Any]) -> None:
-    if not any(value is one or (isinstance(value, str) and value == one) for one in choices):
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         shown_choices = ", ".join(map(repr, choices))
         kind = BiasError if name == "bias" else ConfigError
-        near = did_you_mean(str(value), [one for one in choices if isinstance(one, str)])
+        near = did_you_mean(str(value), [choice for choice in choices if isinstance(choice, str)])
         raise kind(f"{name} must be one of {shown_choices}, not {shown(value)}.{near}", field=name)
 
 
 def check_filled(config: Any) -> None:
-    """Raises ConfigError for None where a number, a text, True or False is the default and None no choice."""
-    for one in dataclasses.fields(config):
-        needs_value = isinstance(one.default, bool | int | float | str) and None not in config.choices.get(one.name, ())
-        if getattr(config, one.name) is None and needs_value:
-            raise ConfigError(f"{one.name} must have a value, such as {one.default!r}, not None", field=one.name)
+    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
+    for item in dataclasses.fields(config):
+        is_plain = isinstance(item.default, bool | int | float | str)
+        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
+            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
 
 
 @dataclass
 class RankedConfig(LayersConfig):
-    """A rank and an alpha, which patterns may change for some layers.
+    """Adds a rank and an alpha, which patterns can override for some layers.
 
     Attributes:
-        r: rank of the factors: how much an adapter can learn, and its size.
-        alpha: what the adapter adds is multiplied by alpha / r.
-        rank_pattern: layer name or pattern -> another r.
-        alpha_pattern: layer name or pattern -> another alpha.
+        r: rank of the factors; determines the capacity and the size of the adapter.
+        alpha: the delta is multiplied by alpha / r.
+        rank_pattern: layer name or pattern -> r for these layers.
+        alpha_pattern: layer name or pattern -> alpha for these layers.
     """
 
     r: int = field(default=8)
@@ -125,45 +125,51 @@ class RankedConfig(LayersConfig):
         check_number("alpha", self.alpha)
 
     def rank_at(self, path: str) -> int:
-        """The rank at a module path."""
+        """The rank of the layer at a path, ``rank_pattern`` included."""
         return int(pattern_table(self, "rank_pattern").get(path, self.r))
 
     def alpha_at(self, path: str) -> float:
-        """The alpha at a module path."""
+        """The alpha of the layer at a path, ``alpha_pattern`` included."""
         return float(pattern_table(self, "alpha_pattern").get(path, self.alpha))
 
     def scaling_at(self, path: str) -> float:
-        """alpha / r at a module path."""
+        """alpha / r of the layer at a path."""
         return self.alpha_at(path) / self.rank_at(path)
 
 
 class LayerByLayer:
-    """A config that may say something of one layer alone, and bring classes that adapt some instead of the engine."""
+    """A config that can have settings for a single layer, and custom classes for some layers."""
 
     def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Any:
-        """A copy that says of one layer what another config of the method says, so that a file holds it.
+        """A copy with the settings of another config for one layer, so that they are saved.
 
         Args:
             path: of the layer.
-            layer_config: what the adapter has there.
-            target: whether the layer becomes a target, which it was not.
+            layer_config: config of the method with the settings for this layer.
+            target: whether the layer has to be added to the targets.
+
+        Returns:
+            The copy.
 
         Raises:
-            ConfigError: one config cannot say both.
+            ConfigError: the settings cannot be expressed in one config.
         """
         raise NotImplementedError
 
     def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
-        """A class of somebody else's for a layer, or None; see ``engine.custom_layers``."""
+        """The custom class that is registered for a layer, or None; see ``injection.custom_layers``."""
         raise NotImplementedError
 
     def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
-        """Makes an object of such a class.
+        """Creates the custom layer around a frozen one.
 
         Args:
-            layer_class: the class.
+            layer_class: what ``custom_layer_class`` returned.
             module: the frozen layer.
             path: of the layer.
             name: of the adapter.
+
+        Returns:
+            The custom layer, with one adapter.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Names and patterns that mean modules by the end of their path."""
+"""Matching of names and patterns against the end of module paths."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 from nbpeft.engine.config.patterns import ENDING
 
 PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
-"""A pattern that is a name, or with ``^`` a whole path."""
+"""A pattern that is just a name, or with ``^`` a full path."""
 
 
 class PatternTable:
-    """First pattern that matches the end of a path at a dot, in O(segments) for plain names.
+    """A mapping from patterns to values, in which the first pattern that matches the end of a path counts.
 
-    A pattern is a regular expression over whole trailing segments, as in PEFT; one that holds
-    only names and dots is looked up instead of matched, so thousands of them cost nothing.
+    A pattern is a regular expression for whole trailing segments of a path, as in PEFT. Patterns of
+    names and dots alone are looked up in a dictionary, O(segments) for any number of them.
+
+    Args:
+        patterns: pattern -> value, in order of precedence.
     """
 
     def __init__(self, patterns: dict[str, Any]) -> None:
@@ -31,7 +34,7 @@ class PatternTable:
         self._values = list(self.patterns.values())
 
     def get(self, path: str, default: Any) -> Any:
-        """The value of the first matching pattern, or the default."""
+        """The value of the first pattern that matches ``path``, or ``default``."""
         if not self._values:
             return default
         found = [self._plain[name] for name in (f"^{path}", *suffixes(path)) if name in self._plain]
@@ -44,7 +47,7 @@ class PatternTable:
         return default if best == len(self._values) else self._values[best]
 
     def unused(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """Patterns that match none of the paths, whether or not an earlier one comes before them."""
+        """Patterns that match none of the paths; one that matches but comes after another match counts as used."""
         if not self._values:
             return ()
         known = list(paths)
@@ -55,12 +58,16 @@ class PatternTable:
 
 
 def wrapper_places(parameters: Iterable[str]) -> dict[str, str]:
-    """Path of an adapted parameter -> place of its wrapper: ``a.experts.down`` -> ``a.experts``.
+    """The paths of the wrappers around adapted parameters: ``a.experts.down`` -> ``a.experts``.
 
-    Several of one module have a wrapper each, the last one outside: ``a.experts.base_layer`` is the next.
+    Several parameters of one module have a wrapper each, one inside the other. That of the last parameter is the
+    outermost; the next one is at ``a.experts.base_layer``.
 
     Args:
-        parameters: paths, those of one module in its own order.
+        parameters: paths of the parameters, those of one module in its own order.
+
+    Returns:
+        Path of each parameter -> path of its wrapper.
     """
     places: dict[str, str] = {}
     inside: dict[str, str] = {}
@@ -72,7 +79,7 @@ def wrapper_places(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def suffixes(path: str) -> Iterable[str]:
-    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
+    """Yields a path and its shorter endings: ``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
     yield path
     start = path.find(".")
     while start >= 0:
@@ -81,7 +88,14 @@ def suffixes(path: str) -> Iterable[str]:
 
 
 def pattern_table(config: Any, name: str) -> PatternTable:
-    """The table of a config's field that maps patterns to values, kept with the config until the field changes."""
+    """The table for a field that maps patterns to values.
+
+    It is cached on the config until the field changes.
+
+    Args:
+        config: a config.
+        name: of the field.
+    """
     patterns = getattr(config, name) or {}
     table: PatternTable | None = config.__dict__.get(f"_{name}_table")
     if table is None or table.patterns != patterns:

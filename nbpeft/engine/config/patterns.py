@@ -1,9 +1,9 @@
-"""Regular expressions of configs, refused where matching one could take for ever.
+"""Refuses regular expressions in configs whose matching could take too long (catastrophic backtracking).
 
-Python's ``re`` tries one way after another to match a text. How many there can be is estimated from
-the parsed expression: a repeat that cannot tell from the next letter whether it goes on multiplies
-them, and one inside another raises them to a power. A config file comes from anybody, so what is
-too much is refused before the first match.
+Config files come from strangers, so each expression is checked before its first match. Python's ``re``
+matches by backtracking: it tries one way after another. The number of ways is estimated from the parsed
+expression. A repeat multiplies it if the next character does not decide whether the repeat continues;
+a repeat inside a repeat raises it to a power.
 """
 
 from __future__ import annotations
@@ -28,34 +28,36 @@ _codes: Any = importlib.import_module("re._constants")
 _parser: Any = importlib.import_module("re._parser")
 
 _MOST_STEPS = 300_000
-"""For one path and all expressions of a config; a few milliseconds."""
+"""Allowed steps for one path and all expressions of a config; a few milliseconds."""
 _LEAST_STEPS = 150
-"""What any expression costs, being compiled."""
+"""Steps counted for any expression, for compiling it."""
 _LONGEST = 50_000
+"""Characters of the longest expression that is accepted."""
 _LENGTH = 64
-"""Letters of a long path."""
+"""Characters of a long module path."""
 _FEW = 6
-"""How often one letter comes in it, or so; each further one comes once more."""
+"""Roughly how often the same character occurs in a path; a repeat over more characters counts one more for each."""
 _ALTERNATIVES = 20
-"""As many alternatives are tried in about the time of one repeat."""
+"""Number of alternatives (``|``) that take about as long as one step of a repeat."""
 _OTHER = "é"
-"""Stands for every letter that is not ASCII."""
+"""Represents every character that is not ASCII."""
 _LETTERS = frozenset(map(chr, range(128))) | {_OTHER}
 _AFTER = frozenset({"after"})
-"""Stands for what comes behind, where it is asked whether an expression can be empty."""
+"""A marker for whatever follows; if it is among the first characters of an expression, that can match nothing."""
 _ENDLESS = float("inf")
 
 Letters = frozenset[str]
 
 
 def check_patterns(patterns: Iterable[tuple[str, str, str]]) -> None:
-    """Refuses expressions that cannot be read, or could take for ever.
+    """Refuses expressions that are invalid, or whose matching could take too long.
 
     Args:
-        patterns: (field, expression, what it stands in: ``WHOLE``, ``ENDING``, ``ANYWHERE`` or ``LAYER_INDEX``).
+        patterns: (field, expression, template it is inserted into: ``WHOLE``, ``ENDING``, ``ANYWHERE`` or
+            ``LAYER_INDEX``).
 
     Raises:
-        ConfigError: one cannot be read, or all together take too long.
+        ConfigError: an expression is invalid, or all together could take too long.
     """
     total = 0.0
     for field, pattern, around in patterns:
@@ -69,11 +71,11 @@ def check_patterns(patterns: Iterable[tuple[str, str, str]]) -> None:
 
 
 def _steps(field: str, pattern: str, around: str) -> float:
-    """About how many steps matching takes at most, infinity included."""
+    """An estimate of the largest number of steps that matching takes, possibly infinite."""
     if not isinstance(pattern, str) or len(pattern) > _LONGEST:
         raise ConfigError(f"{field}: {shown(pattern)} is no regular expression, or far too long", field=field)
     try:
-        # Compiled here too, because some mistakes come out only then; ``re`` keeps it for later.
+        # Compiled here too, because some mistakes show only then; ``re`` caches the result for later.
         re.compile(around.format(pattern))
         parsed = _parser.parse(around.format(pattern))
         reading = _Reading()
@@ -84,10 +86,11 @@ def _steps(field: str, pattern: str, around: str) -> float:
 
 
 class _Reading:
-    """Reads a parsed expression from its end, since what comes behind decides what a repeat can do.
+    """Analyses a parsed expression from its end, since what follows a repeat decides how it can backtrack.
 
-    Each method returns the number of ways to match, and the letters that can come first; those
-    behind are among them where the part can be empty.
+    Each method takes the characters that can follow (``behind``) and the number of repeats around the part
+    (``loops``). It returns the number of ways to match, and the characters that can come first, which
+    include those of ``behind`` if the part can match nothing.
     """
 
     def __init__(self) -> None:
@@ -121,10 +124,10 @@ class _Reading:
         self.alternatives += len(branches)
         read = [self.sequence(branch, behind, loops) for branch in branches]
         first: Letters = frozenset().union(*(letters for _, letters in read))
-        told_apart = sum(len(letters) for _, letters in read) == len(first)
-        # Of plain names at most one or two fit, whatever letter they share.
+        are_disjoint = sum(len(letters) for _, letters in read) == len(first)
+        # Of plain names at most one or two can match, whichever characters they share.
         named = [all(code is _codes.LITERAL for code, _ in branch) for branch in branches]
-        if told_apart:
+        if are_disjoint:  # the first character decides which branch can match
             return max(ways for ways, _ in read), first
         if loops:
             return sum(ways for ways, _ in read), first
@@ -146,20 +149,20 @@ class _Reading:
             return _ENDLESS, behind
         first = self.sequence(body, _AFTER, loops)[1]
         if first & _AFTER:
-            return _ENDLESS, behind  # it repeats what can be empty
+            return _ENDLESS, behind  # a repeat of something that can match nothing
         ways, _ = self.sequence(body, first | behind if least < most else behind, loops + 1)
         return min(ways, 1e9) ** most * self._choices(least, most, first, behind), first if least else first | behind
 
     @staticmethod
     def _choices(least: int, most: int, letters: Letters, behind: Letters) -> float:
-        """In how many places a repeat of some letters can end."""
+        """Number of positions at which a repeat over some characters can end."""
         if least == most or (behind and not letters & behind) or (not behind and letters >= _LETTERS - {"\n"}):
             return 1.0
         return float(min(most - least + 1, _FEW + len(letters & behind)))
 
 
 def _single(items: Any) -> Letters | None:
-    """The letters of an expression that is exactly one of them."""
+    """The characters of an expression that matches exactly one character; None for any other expression."""
     if len(items) != 1:
         return None
     code, value = items[0]
@@ -167,7 +170,7 @@ def _single(items: Any) -> Letters | None:
 
 
 def _letters(code: Any, value: Any) -> Letters | None:
-    """The letters that one place takes, upper or lower case; None for everything else."""
+    """The characters that an item for one character matches, in both cases; None for any other item."""
     if code is _codes.ANY:
         return _LETTERS - {"\n"}
     if code is _codes.LITERAL:
@@ -190,7 +193,7 @@ def _letters(code: Any, value: Any) -> Letters | None:
 
 
 def _both_cases(letters: Iterable[str]) -> Letters:
-    # Whether the expression minds the case does not matter: too many letters only make it stricter.
+    # Always both cases, even if the expression is case-sensitive: too many characters only make the check stricter.
     return frozenset(case for letter in letters for case in (letter, letter.swapcase())) & _LETTERS
 
 

@@ -1,4 +1,4 @@
-"""What the configs of all methods that learn a prompt have: how many tokens, and the sizes of the model."""
+"""Base classes of configs for methods that learn a prompt: the number of tokens, and sizes of the model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 PROMPT_KEY = "prompt_embeddings"
-"""Key of a file under which PEFT looks for what a prompt computes."""
+"""Key in a file under which PEFT expects the computed prompt."""
 ENCODER_KEY = "input.weight"
-"""Key that a file has where it holds the encoder of a prompt too, which PEFT does not save."""
+"""Key that shows that a file has the prompt's encoder too, which PEFT does not save."""
 
 _SIZES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
-"""Field -> what configs of models call it."""
+"""Field -> its possible names in configs of models."""
 
 
 @dataclass
@@ -29,15 +29,15 @@ class PromptLearningConfig(AdapterConfig):
     """Config of a learned prompt. Field names and defaults are PEFT's.
 
     Attributes:
-        num_virtual_tokens: how many trained tokens come in front of the input.
-        token_dim: features of each; by default the model's.
-        num_transformer_submodules: 2 for an encoder and a decoder with tokens of their own; else 1.
-        num_attention_heads: heads of attention; by default the model's.
-        num_layers: layers; by default the model's.
+        num_virtual_tokens: number of trained tokens in front of the input.
+        token_dim: features of each token; by default those of the model.
+        num_transformer_submodules: 2 if encoder and decoder have separate tokens; else 1.
+        num_attention_heads: attention heads of the model; by default read from its config.
+        num_layers: layers of the model; by default read from its config.
         modules_to_save: names of modules that are copied, trained as a whole and saved.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     num_virtual_tokens: int | None = field(default=None)
@@ -53,11 +53,11 @@ class PromptLearningConfig(AdapterConfig):
     counts: ClassVar[tuple[str, ...]] = (
         *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
     )
-    """Fields that hold a size; None for the model's."""
+    """Fields with a size; None for that of the model."""
     beside_embeddings: ClassVar[bool] = True
-    """Whether its tokens stand beside the model's embeddings, so that they have as many features."""
+    """Whether its tokens are joined to the model's embeddings, so that they need the same number of features."""
     encoded: ClassVar[bool] = True
-    """Whether the network that computes the tokens is there; False on a copy for a file that holds the tokens alone."""
+    """Whether the network that computes the tokens is present; False in a copy for a file with only the tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,16 +76,16 @@ class PromptLearningConfig(AdapterConfig):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether a network computes the tokens, which trains and is saved beside them."""
+        """Whether a network computes the tokens; it is trained, and saved together with them."""
         return False
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all parts of the model together."""
+        """Number of tokens of all submodules together."""
         return int(self.num_virtual_tokens or 0) * int(self.num_transformer_submodules or 1)
 
     def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """The config without an encoder where the file holds none; see ``AdapterConfig``."""
+        """Removes the encoder from the config if the file has none; see ``AdapterConfig``."""
         if not self.has_encoder:
             return self, tensors
         encoded = ENCODER_KEY in tensors
@@ -93,14 +93,14 @@ class PromptLearningConfig(AdapterConfig):
         return self.copy(encoded=encoded), kept
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Fills in the sizes that are not given.
+        """Fills in sizes that are None, in place; see ``AdapterConfig``.
 
         Args:
             model: the base model.
             width: features of its input embedding.
 
         Raises:
-            ConfigError: the model's config does not name one.
+            ConfigError: the model's config lacks a size, or ``token_dim`` does not fit the model.
         """
         if self.num_virtual_tokens is None:
             raise ConfigError(
@@ -122,15 +122,18 @@ class PromptLearningConfig(AdapterConfig):
 
 
 def size_in(config: Any, field: str, names: Sequence[str] = ()) -> int:
-    """A size from the config of a model, of its language model where it has several.
+    """Reads a size from the config of a model, or of its language model if it consists of several.
 
     Args:
         config: of the model.
         field: of the adapter's config, for the error.
-        names: what the model's config may call it.
+        names: possible names of the size in the model's config.
+
+    Returns:
+        The value of the first name that the config has.
 
     Raises:
-        ConfigError: it has none of them.
+        ConfigError: it has none of these names.
     """
     text = getattr(config, "text_config", None) or config
     for name in names:
@@ -141,25 +144,25 @@ def size_in(config: Any, field: str, names: Sequence[str] = ()) -> int:
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    known = [None if one is None else str(getattr(one, "value", one)) for one in choices]
+    known = [None if choice is None else str(getattr(choice, "value", choice)) for choice in choices]
     if (None if value is None else str(getattr(value, "value", value))) in known:
         return
-    near = did_you_mean(str(value), [one for one in known if one])
+    near = did_you_mean(str(value), [choice for choice in known if choice])
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {shown(value)}.{near}", field=name)
 
 
 @dataclass
 class InitialisedPromptConfig(PromptLearningConfig):
-    """Config of a prompt whose tokens may start as those of a text. Field names and defaults are PEFT's.
+    """Config of a prompt that can be initialised from a text. Field names and defaults are PEFT's.
 
     Attributes:
-        prompt_tuning_init: what the tokens start as.
-        prompt_tuning_init_text: the text, for TEXT; repeated or cut to the number of tokens.
-        tokenizer_name_or_path: its tokenizer.
+        prompt_tuning_init: how the tokens are initialised.
+        prompt_tuning_init_text: the text for ``TEXT``; it is repeated or cut to the number of tokens.
+        tokenizer_name_or_path: tokenizer for the text.
         tokenizer_kwargs: further arguments of ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     prompt_tuning_init: Any = field(default="RANDOM")

@@ -1,7 +1,7 @@
-"""Target patterns -> module paths: which paths a config means, without touching a model.
+"""Resolves target names and patterns to module paths; works on paths alone, without a model.
 
-A list entry means a module whose path is the entry or ends with ``.entry``; a string is a
-regular expression for the whole path. Names are matched in whole path segments only.
+A list entry matches a module whose path is the entry or ends with ``.entry``. A string is a
+regular expression for the whole path. Names match whole path segments only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nbpeft.errors import TargetError, did_you_mean, few, near, shown
 
 ALL_LINEAR = "all-linear"
 CONDENSE_FROM = 20
-"""As many target names as this are condensed to suffixes, as PEFT does."""
+"""Number of target names from which they are condensed to suffixes, as in PEFT."""
 _MOST_HINTS = 5
-"""For so many names that match nothing the nearest ones are looked up."""
+"""Number of unmatched names for which an error suggests similar ones."""
 
 _USUAL_TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): (
@@ -54,12 +54,12 @@ _DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
 def is_all_linear(targets: object) -> bool:
-    """Whether targets mean all linear layers, however that is spelled."""
+    """Whether targets are "all-linear", in upper or lower case."""
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def usual_targets(model_type: str | None) -> list[str] | str | None:
-    """The attention projections usually adapted in an architecture (``config.model_type``); None if unknown."""
+    """The default targets of an architecture (``config.model_type``), attention projections; None if unknown."""
     if model_type in _DEFAULT_PATTERNS:
         return _DEFAULT_PATTERNS[model_type]
     for targets, model_types in _USUAL_TARGETS.items():
@@ -69,31 +69,42 @@ def usual_targets(model_type: str | None) -> list[str] | str | None:
 
 
 def usual_unfused_targets(model_type: str | None) -> list[str] | str | None:
-    """``usual_targets``, but for GPT-2, whose query, key and value are one weight: there the down projection."""
+    """``usual_targets``, except the down projection for GPT-2, where query, key and value are one weight."""
     return ["mlp.c_proj"] if model_type in ("gpt2", "gpt_bigcode") else usual_targets(model_type)
 
 
 def usual_wide_targets(model_type: str | None) -> list[str] | str | None:
-    """``usual_targets``, but for some older architectures, of which all projections are adapted."""
+    """``usual_targets``, except all projections for some older architectures."""
     return _WIDE_TARGETS.get(model_type or "") or usual_targets(model_type)
 
 
 def usual_model_types() -> list[str]:
-    """The architectures (``config.model_type``) that have usual targets."""
+    """The architectures (``config.model_type``) that have default targets."""
     return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]
 
 
 def with_target(targets: Collection[str] | str | None, path: str) -> Collection[str] | str:
-    """Targets that name one more module."""
+    """Adds a module to targets.
+
+    Args:
+        targets: names, a pattern or None.
+        path: of the module.
+
+    Returns:
+        A set, or a pattern if ``targets`` was one.
+    """
     return f"(?:{targets})|{re.escape(path)}" if isinstance(targets, str) else {*(targets or ()), path}
 
 
 def condensed_if_many(targets: Any, module_names: Iterable[str]) -> Any:
-    """Targets, condensed where they are so many names that PEFT does that, and that makes them fewer.
+    """Condenses targets if PEFT would, and if that makes them fewer.
 
     Args:
         targets: names, a pattern or None.
         module_names: all module names of the model.
+
+    Returns:
+        Suffixes from ``condense_targets``, or ``targets`` unchanged.
     """
     if not isinstance(targets, list | set | tuple) or len(targets) < CONDENSE_FROM:
         return targets
@@ -102,11 +113,14 @@ def condensed_if_many(targets: Any, module_names: Iterable[str]) -> Any:
 
 
 def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set[str]:
-    """The fewest, shortest suffixes that name the same modules.
+    """Finds shorter suffixes that match the same modules.
 
     Args:
         targets: names or suffixes of names.
-        module_names: all module names of the model; those that a target names are left out here.
+        module_names: all module names of the model, including those that the targets match.
+
+    Returns:
+        The suffixes.
 
     Raises:
         TargetError: a target is empty.
@@ -118,10 +132,10 @@ def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set
     others = (name for name in module_names if name not in wanted and not name.endswith(endings))
     taken = {suffix for name in others for suffix in suffixes(name)}
     chosen: set[str] = set()
-    for endings_of_one in sorted(list(suffixes(name))[::-1] for name in wanted):
-        if not chosen.isdisjoint(endings_of_one):
+    for shortest_first in sorted(list(suffixes(name))[::-1] for name in wanted):
+        if not chosen.isdisjoint(shortest_first):
             continue
-        shortest = next((suffix for suffix in endings_of_one if suffix not in taken), None)
+        shortest = next((suffix for suffix in shortest_first if suffix not in taken), None)
         if shortest is not None:
             chosen.add(shortest)
     return chosen or wanted
@@ -129,14 +143,14 @@ def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set
 
 @dataclass
 class Matcher:
-    """Asks of one path after another whether a config means it.
+    """Decides whether a config targets a module path, and records which targets matched.
 
     Attributes:
-        targets: list of names or a regular expression.
-        exclude: list of names, a regular expression, or None.
-        layers: layer indices to keep, or None for all.
-        layers_pattern: names of the list that holds the layers; None for any.
-        seen: target names that matched a path so far.
+        targets: names or a regular expression.
+        exclude: names, a regular expression, or None.
+        layers: indices of the layers to adapt, or None for all.
+        layers_pattern: names of the module list that contains the layers; None for any.
+        seen: targets that matched a path so far.
     """
 
     targets: Collection[str] | str
@@ -151,23 +165,23 @@ class Matcher:
         self._exclude_names = _as_set(self.exclude)
         self._exclude_pattern = _as_pattern(self.exclude)
         self._indices = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
-        given = self.layers_pattern or ()
-        names = [given] if isinstance(given, str) else given
+        lists = self.layers_pattern or ()
+        names = [lists] if isinstance(lists, str) else lists
         sources = [LAYER_INDEX.format(name) for name in names] or [r".*?\.[^.]*\.(\d+)\."]
         self._index_patterns = [re.compile(source) for source in sources]
 
     def excluded(self, path: str) -> bool:
-        """Whether ``exclude`` names the path."""
+        """Whether ``exclude`` matches the path."""
         if self._exclude_pattern is not None:
             return self._exclude_pattern.fullmatch(path) is not None
         return any(suffix in self._exclude_names for suffix in suffixes(path))
 
     def excludes_none_of(self, paths: Iterable[str]) -> bool:
-        """Whether there is an ``exclude`` that names none of the paths."""
+        """Whether ``exclude`` is set but matches none of the paths."""
         return bool(self.exclude) and not any(self.excluded(path) for path in paths)
 
     def matches(self, path: str) -> bool:
-        """Whether the targets name the path (exclusion apart)."""
+        """Whether the targets match the path; ``exclude`` is not considered."""
         if self._target_pattern is not None:
             found = self._target_pattern.fullmatch(path) is not None
             if found:
@@ -187,29 +201,32 @@ class Matcher:
         return None
 
     def missing(self) -> tuple[str, ...]:
-        """Targets that matched nothing so far."""
+        """Targets that matched no path so far, sorted."""
         wanted = [self.targets] if isinstance(self.targets, str) else self.targets
         return tuple(sorted(name for name in wanted if name not in self.seen))
 
 
 def matches_segment_names(path: str, names: Iterable[str]) -> bool:
-    """Whether a path is one of the names or ends with it, in whole segments."""
+    """Whether a path is one of the names or ends with one, in whole segments."""
     wanted = names if isinstance(names, set | frozenset) else set(names)
     return any(suffix in wanted for suffix in suffixes(path))
 
 
 def names_part(name: str, path: str) -> bool:
-    """Whether a name is a path or whole segments anywhere in it."""
+    """Whether a name consists of whole segments anywhere in a path."""
     return f".{name}." in f".{path}."
 
 
 def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequence[str]) -> TargetError:
-    """The error for a config that means no module at all.
+    """Creates the error for a config that targets no module at all.
 
     Args:
-        matcher: was asked about all paths.
-        excluded: paths that the targets name and that were taken out.
+        matcher: after it was called with all paths.
+        excluded: paths that the targets match and ``exclude_modules`` removes.
         available: paths that could be adapted.
+
+    Returns:
+        The error, for the caller to raise.
     """
     missing = matcher.missing()
     if missing and isinstance(matcher.targets, str):
@@ -229,12 +246,21 @@ def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequen
 
 
 def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
-    """The error for names that match nothing, with what the model does have."""
+    """Creates the error for names that match nothing.
+
+    Args:
+        missing: the names.
+        available: paths in the model, from which similar names are suggested.
+        what: the field.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
     hints = {name: near(name, last_names) for name in missing[:_MOST_HINTS]}
     hint = did_you_mean(missing[0], last_names) if len(missing) == 1 else _hints(hints)
     if what == "target_modules":
-        problem = f"Target modules {few(missing)} not found in the base model."  # users of PEFT look for these words
+        problem = f"Target modules {few(missing)} not found in the base model."  # PEFT's wording, which users search
     else:
         problem = f"{what} {few(missing)} {'matches' if len(missing) == 1 else 'match'} no module of the model."
     return TargetError(
@@ -246,7 +272,15 @@ def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "t
 
 
 def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
-    """The error for a pattern that matches no path: most often a name was meant."""
+    """Creates the error for a pattern that matches no path; most often the user meant a name.
+
+    Args:
+        pattern: the regular expression.
+        available: paths in the model, from which similar names are suggested.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
     if pattern in last_names:
         hint = f"for every module of that name use target_modules=[{shown(pattern)}]."

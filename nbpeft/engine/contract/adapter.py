@@ -1,10 +1,11 @@
-"""The contract of a method: its config, its adapters, and what else an adapter may be able to do.
+"""The contract of a method: its config, its adapters, and their optional capabilities.
 
     Adapter        the maths of one method on one layer: what to ADD to the output and to the weight
-    SharedState    what the layers of one adapter share, where a method needs that (a common projection)
+    SharedState    tensors that all layers of one adapter share, where a method needs them (a common projection)
 
-An adapter knows no name, no activation and no quantization: M methods, K kinds of layers and N ways to
-store a weight (``base.py``) are M + K + N files. What only some methods can do is a capability (``capabilities.py``).
+An adapter does not know its own name, whether it is active, or how the weight is quantized. So M methods, K kinds of
+layers and N weight backends (``base.py``) take M + K + N files, not M * K * N. What only some methods can do is a
+capability (``capabilities.py``).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ConfigStore(Protocol):
     """Reads and writes configs on disk or a hub; the checkpoint package provides it."""
 
     def make(self, fields: dict[str, Any]) -> AdapterConfig:
-        """The config that fields, as a file holds them, mean."""
+        """Builds a config from its fields, spelled as in ``adapter_config.json``."""
         ...
 
     def read(self, source: str, **options: Any) -> AdapterConfig:
@@ -81,19 +82,29 @@ class ConfigStore(Protocol):
         ...
 
     def adapter(self, source: str, model: nn.Module) -> tuple[AdapterConfig, ReadsTensors]:
-        """The config of a saved adapter in a folder or on the hub, and what reads its tensors for a model."""
+        """Reads the config of a saved adapter in a folder or on the Hub.
+
+        Returns:
+            The config, and a function that reads the adapter's tensors for ``model``.
+        """
         ...
 
 
 @dataclass
 class AdapterConfig:
-    """Fields every method has. Names, defaults and meanings are PEFT's.
+    """Fields that every method has. Names, defaults and meanings are PEFT's.
 
-    Public as ``nbpeft.PeftConfig``. A config handed to the engine is copied, so that later
-    changes to the caller's object change nothing.
+    Public as ``nbpeft.PeftConfig``. The engine copies a config that it is given, so later changes to the caller's
+    object have no effect on the adapter.
 
     Attributes:
         task_type: what the model is for; decides which new heads are trained and how the adapter is loaded.
+        peft_type: the method, as in ``adapter_config.json``.
+        auto_mapping: class and module of a base model that has no ``task_type``, so that PEFT can load it.
+        peft_version: version of PEFT whose file format is written.
+        base_model_name_or_path: Hub id or folder of the base model.
+        revision: revision of the base model on the Hub.
+        inference_mode: whether the adapter is loaded frozen.
     """
 
     task_type: TaskType | str | None = field(default=None)
@@ -106,29 +117,29 @@ class AdapterConfig:
 
     store: ClassVar[ConfigStore | None] = None
     not_implemented: ClassVar[tuple[str, ...]] = ()
-    """Fields that are accepted only while they ask for nothing; their type is not asked about."""
+    """Fields of PEFT that are not implemented: only false values are accepted, and their type is not checked."""
     instead: ClassVar[Mapping[str, str]] = {}
-    """Such a field -> what to do instead."""
+    """Field of ``not_implemented`` -> advice for the error message."""
     unused: ClassVar[tuple[str, ...]] = ()
-    """Fields that say something only together with those; completion leaves them out."""
+    """Fields that have an effect only together with a field of ``not_implemented``; completion leaves them out."""
     checked_apart: ClassVar[tuple[str, ...]] = ()
-    """Fields whose type is checked with their value."""
+    """Fields that ``check_types`` skips because another check covers their type and value."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Field -> the values it takes, or examples of them; those of its type where it is not named."""
+    """Field -> its valid values, or examples of them. A field that is missing here takes any value of its type."""
     condenses_targets: ClassVar[bool] = True
-    """Whether a long list of targets may be saved as the suffixes that mean the same modules."""
+    """Whether a long list of targets may be saved as shorter suffixes that match the same modules."""
     value_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that change what an adapter computes and not which tensors it has."""
+    """Fields that change what an adapter computes, but not the names and shapes of its tensors."""
     card_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that a model card lists; if empty, the method's own fields that are not at their default."""
+    """Fields that a model card lists; if empty, the method's own fields that differ from their default."""
     card_tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card."""
     own_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that PEFT does not have: a file holds them only where they are set."""
+    """Fields that PEFT does not have; they are saved only if they are set."""
     slot_fields: ClassVar[tuple[str, ...]] = (
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     )
-    """Fields that say what an adapter consists of: hot-swapping another one into its place does not change them."""
+    """Fields that decide which modules an adapter has; hot-swapping another adapter into its slot keeps them."""
 
     def __post_init__(self) -> None:
         hooks.configured()
@@ -154,27 +165,39 @@ class AdapterConfig:
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether an adapter takes over a part of the weight at its start, so that it depends on the base's values."""
+        """Whether an adapter is initialised from a part of the base weight, and so depends on its values (PiSSA)."""
         return False
 
     def started_as(self, init: str) -> Self | None:
-        """A copy that takes over what an init finds in the weight; None where it would not find the same again."""
+        """A copy that is initialised from the weight with ``init``.
+
+        Args:
+            init: as in the config (``init_lora_weights``).
+
+        Returns:
+            The copy; None if ``init`` alone cannot find the same part of the weight again, as when it needs data.
+        """
         return None
 
     def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
-        """Whether what another adapter of the method takes over of the weights at some paths fits to this one."""
+        """Whether this config can use the part of the weight that another adapter was initialised from.
+
+        Args:
+            other: config of the other adapter, of the same method.
+            paths: of the layers in question.
+        """
         return False
 
     @property
     def is_quantization_aware(self) -> bool:
-        """Whether an adapter acts as it will once it is merged into quantized weights, and learns so."""
+        """Whether the adapter is trained against the rounding that merging it into quantized weights will cause."""
         return False
 
     def rounded(self) -> Self:
-        """A copy whose adapters act so.
+        """A copy with quantization-aware training; see ``is_quantization_aware``.
 
         Raises:
-            ConfigError: those of the method cannot.
+            ConfigError: the method does not support it.
         """
         raise ConfigError(
             f"the model was prepared with quantization_aware=True, which {type(self).__name__} does not know: use a "
@@ -183,25 +206,35 @@ class AdapterConfig:
         )
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes patterns over module paths among the values that match none of the adapted modules; else empty."""
+        """Describes patterns in this config that match none of the adapted modules.
+
+        Args:
+            paths: of the adapted modules.
+
+        Returns:
+            Sentences for a warning; empty if every pattern matches.
+        """
         return ""
 
     @property
     def is_prompt_learning(self) -> bool:
-        """PEFT's question: whether the method learns a prompt."""
+        """Whether the method learns a prompt; PEFT's name."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """PEFT's question: whether the method adds the attention to prompts inside the model."""
+        """Whether the method adds attention over learned prompts inside the model; PEFT's name."""
         return False
 
     def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> AdapterConfig:
-        """The config that a model is adapted with: a copy, where other adapters or the model itself complete it.
+        """Completes this config from the model, or from saved adapters that it names.
 
         Args:
             model: the base model.
-            planned: gives the plan of another config for it.
+            planned: returns the plan for adding another config to this model.
+
+        Returns:
+            A completed copy; this config itself if there is nothing to complete.
 
         Raises:
             NbpeftError: it cannot be completed, or an adapter that it names cannot be read.
@@ -209,57 +242,77 @@ class AdapterConfig:
         return self
 
     def fill_in(self, model_type: str | None) -> None:
-        """Fills in what the method derives from a model's type; called on a copy of a config, its targets resolved.
+        """Fills in fields that depend on the type of model, in place; called on a copy whose targets are resolved.
+
+        Args:
+            model_type: ``config.model_type`` of the base model; None if it has none.
 
         Raises:
             ConfigError: a field has no default for this type of model.
         """
 
     def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
-        """Fills in what the shapes on a layer owe to all layers together; called on a copy of a config.
+        """Fills in fields that need the sizes of all adapted layers, in place; called on a copy of a config.
 
         Args:
             features: path -> (in, out) features of each layer that gets an adapter, in the order of the model.
 
         Returns:
-            Whether there is such a thing, so that ``parameter_shapes`` has to be asked again.
+            Whether a field changed, so that ``parameter_shapes`` has to be called again.
         """
         return False
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Fills in what a method without layers derives from the model; called on a copy of a config.
+        """Fills in the sizes that a prompt method takes from the model, in place; called on a copy of a config.
 
         Args:
             model: the base model.
             width: features of its input embedding.
 
         Raises:
-            ConfigError: the model does not say what is needed.
+            ConfigError: the model's config lacks a size that is needed.
         """
 
     def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
+        """Reconciles this config with the tensors of its file, where one decides how to read the other.
+
+        Args:
+            tensors: key -> tensor of the file.
+
+        Returns:
+            The config to use, and the tensors to bind, by key.
+        """
         return self, tensors
 
     def stored_tensors(self, path: str) -> dict[str, Tensor]:
-        """The tensors of a file that a field names, by key.
+        """Reads the tensors of a file whose path is the value of a field.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            Key -> tensor.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the file cannot be read.
         """
         return store_of(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:
-        """The size (rank) of the adapter, where the method has one and it is the same for all layers."""
+        """The size (rank) of the adapter; None if the method has none, or it differs between layers."""
         return None
 
     def resized(self, size: int) -> Self:
-        """A copy with another size; only where ``size`` is not None."""
+        """A copy with another size; called only if ``size`` is not None."""
         raise NotImplementedError
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
-        """Sets the config to one size (rank) for all layers, and keeps the strength of each of the paths.
+        """Sets one size (rank) for all layers, in place, and keeps the scaling of each layer.
+
+        Args:
+            size: the new size.
+            paths: of the adapted layers.
 
         Raises:
             ConfigError: adapters of this method have no size that could be set.
@@ -267,12 +320,15 @@ class AdapterConfig:
         raise ConfigError(f"{type(self).__name__} has no size that could be set")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields but those of this process alone, nested configs as dictionaries, as PEFT's ``to_dict``."""
+        """All fields that are saved, nested configs as dictionaries, as PEFT's ``to_dict``.
+
+        ``runtime_config``, which is valid only in this process, and unset ``own_fields`` are left out.
+        """
         unset = [name for name in self.own_fields if not getattr(self, name)]
         return {name: v for name, v in dataclasses.asdict(self).items() if name not in ("runtime_config", *unset)}
 
     def copy(self, **changes: Any) -> Self:
-        """A deep copy with some fields replaced, without the checks of the constructor."""
+        """A deep copy with some fields replaced; the checks of the constructor do not run again."""
         twin = copy.deepcopy(self)
         for name, value in changes.items():
             setattr(twin, name, value)
@@ -282,12 +338,15 @@ class AdapterConfig:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **options: Any
     ) -> AdapterConfig:
-        """Reads the config of a saved adapter from a folder or a hub id.
+        """Reads the config of a saved adapter from a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: the folder or id.
+            pretrained_model_name_or_path: a folder, or an id on the Hub.
             subfolder: a folder inside it.
-            **options: ``revision``, ``cache_dir``, ``token``, …; what else libraries hand on is ignored.
+            **options: ``revision``, ``cache_dir``, ``token``, …; other keywords that libraries pass on are ignored.
+
+        Returns:
+            The config, of the class that its ``peft_type`` names.
 
         Raises:
             CheckpointNotFoundError: there is no ``adapter_config.json``.
@@ -297,15 +356,15 @@ class AdapterConfig:
 
     @classmethod
     def from_peft_type(cls, **fields: Any) -> AdapterConfig:
-        """A config of the method that ``peft_type`` names; without one, of this class.
+        """Builds a config of the class that ``peft_type`` names; of this class if there is no ``peft_type``.
 
-        Fields that are not known are left out, with a warning.
+        With a ``peft_type``, unknown fields are left out with a warning.
         """
         return store_of(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The fields of a config file, as it holds them."""
+        """Reads the fields of a config file, unchecked; ``runtime_config`` is left out."""
         with open(path_json_file, encoding="utf-8") as file:
             fields: dict[str, Any] = json.load(file)
         return {name: value for name, value in fields.items() if name != "runtime_config"}
@@ -318,17 +377,17 @@ class AdapterConfig:
         """Uploads ``adapter_config.json`` to a repository on the hub.
 
         Args:
-            repo_id: ``user/name``; made if need be.
+            repo_id: ``user/name``; the repository is created if it does not exist.
             **options: ``token``, ``private``, ``endpoint``, and what ``HfApi.upload_folder`` takes.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
         """
         return store_of(type(self)).push(self, repo_id, **options)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook before a config is made from keywords; the constructor checks them here."""
+        """PEFT's hook before a config is built from keywords; returns them, as the constructor checks them here."""
         return kwargs
 
 
@@ -336,64 +395,84 @@ _IN_USE = "_is_of_an_adapter"
 
 
 def note_use(config: AdapterConfig) -> AdapterConfig:
-    """Notes that an adapter has a config; copies of it, also those of a copied model, know it too. Returns it."""
+    """Marks a config as that of an adapter on a model, and returns it. Copies of the config carry the mark too."""
     vars(config)[_IN_USE] = True
     return config
 
 
 def is_of_an_adapter(config: AdapterConfig) -> bool:
-    """Whether an adapter of some model has a config, or one that it is a copy of."""
+    """Whether a config, or one that it was copied from, belongs to an adapter on a model."""
     return _IN_USE in vars(config)
 
 
 def store_of(cls: type[AdapterConfig]) -> ConfigStore:
-    """What reads and writes configs of a class; raises ConfigError where nothing does."""
+    """The store that reads and writes configs of a class.
+
+    Raises:
+        ConfigError: no store is set, because ``nbpeft.checkpoint`` was not imported.
+    """
     if cls.store is None:
         raise ConfigError("reading and writing configs needs nbpeft.checkpoint to be imported")
     return cls.store
 
 
 class Adapter(Bindable):
-    """One method, for one name, on one layer. Subclass it in ``methods/``.
+    """One method, for one adapter name, on one layer. Subclass it in ``methods/``.
 
-    A subclass gives ``parameter_shapes``, ``initial_tensors``, ``forward`` and ``delta_weight``, and declares in
-    ``from_config`` what it takes from its config. All its tensors to train are direct parameters, named as in the
-    papers; ``parameter_shapes`` gives their names and shapes before anything is allocated.
+    A subclass implements ``parameter_shapes``, ``initial_tensors``, ``forward`` and ``delta_weight``, and declares in
+    ``from_config`` which settings it takes from its config. All tensors that it trains are its own parameters, named as
+    in the paper; ``parameter_shapes`` returns their names and shapes before anything is allocated.
     """
 
     from_config: ClassVar[Mapping[str, str]] = {}
-    """Attribute -> field or property of the config, or its function of the layer's path, that it is the value of.
+    """Attribute of the adapter -> the field, property or method of the config that gives its value.
 
-    They are set when the adapter is made, replaced and restored when another one is swapped in, and shown by ``repr``.
-    One named ``scaling`` is the factor that ``Rescales`` changes.
+    A method of the config is called with the path of the layer. The attributes are set when the adapter is created,
+    replaced (and restored on failure) when another adapter is swapped in, and shown by ``repr``. An attribute named
+    ``scaling`` is the factor that ``Rescales`` changes.
     """
 
     identity: ClassVar[Mapping[str, float]] = {}
-    """Parameter -> the value with which the adapter changes nothing, whatever the others are; empty: all at zero."""
+    """Parameter -> a value at which the adapter changes nothing, whatever its other parameters are.
+
+    Empty if the adapter changes nothing when all its parameters are zero.
+    """
 
     reads_weight: ClassVar[bool] = False
-    """Whether ``delta_weight`` depends on the weight it is given, so that several adapters need the frozen one."""
+    """Whether ``delta_weight`` depends on its ``weight``; then each of several adapters needs the frozen weight."""
 
     supports_fused_add: ClassVar[bool] = False
-    """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
+    """Whether ``forward`` takes ``fused=True``: return ``base_output`` plus delta, which can be cheaper."""
 
     is_quantization_aware: bool = False
-    """Whether its layers act as they will once it is merged into quantized weights (``merged_twin``)."""
+    """Whether the layer computes as if the adapter were merged into its quantized weight (``merged_twin``)."""
 
     is_tied: ClassVar[bool] = False
-    """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
+    """Whether it does not change the layer's weight as a whole (prompts, some rows of an embedding).
+
+    Such a layer does not count as targeted, and the method itself handles layers that share its weight.
+    """
 
     peft: ClassVar[PeftNames] = PeftNames()
-    """PEFT's names of what it has."""
+    """PEFT's names for its parameters and attributes."""
 
     peft_container: str = ""
-    """The module below the layer in which PEFT has the parameters; empty for the layer itself."""
+    """The module below the layer in which PEFT keeps the parameters; empty for the layer itself."""
 
-    # What every method gives
+    # What every method implements
 
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape this method will have at ``path``.
+        """The parameters that an adapter on this layer will have.
+
+        Args:
+            config: the method's own config.
+            path: of the layer in the base model.
+            module: the frozen layer.
+            kind: of the layer; gives its features and the shape of its canonical weight.
+
+        Returns:
+            Parameter name -> shape.
 
         Raises:
             ConfigError: the method does not work on this layer with this config.
@@ -402,28 +481,31 @@ class Adapter(Bindable):
 
     @classmethod
     def initial_tensors(cls, config: Any, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Makes the tensors of a new adapter, by name; zeros unless a method says otherwise.
+        """Creates the tensors of a new adapter; by default all are zeros.
 
         Args:
             config: the method's own config.
-            site: the layer; ``site.new`` makes tensors where and as they are needed.
+            site: the layer; ``site.new`` makes tensors on its device and in the dtype of new parameters.
+
+        Returns:
+            Parameter name -> tensor.
         """
         return {name: site.new(shape) for name, shape in site.shapes.items()}
 
     def prepare(self, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Sets buffers and attributes that follow neither from ``from_config`` nor from the parameters.
+        """Sets buffers and attributes that are neither in ``from_config`` nor parameters; called after those are set.
 
         Args:
             config: the method's own config.
             site: the layer, with the state that it shares with others.
-            tensors: loaded or initial ones, those of ``fixed_tensors`` among them if they are there.
+            tensors: the loaded or initial tensors by name, including those of ``fixed_tensors`` that are present.
         """
 
     _names: tuple[str, ...] = ()
 
     @classmethod
     def class_at(cls, config: Any, site: AdapterSite) -> type[Self]:
-        """The class of the adapter of a layer, where a method has several."""
+        """The class of the adapter on one layer, for a method that has several classes."""
         return cls
 
     @classmethod
@@ -433,7 +515,10 @@ class Adapter(Bindable):
         Args:
             config: the method's own config.
             site: the layer.
-            tensors: loaded parameters to bind as they are, or None to initialise.
+            tensors: loaded tensors by name, which are used without a copy; None to initialise new ones.
+
+        Returns:
+            The adapter.
         """
         made = cls.class_at(config, site)()
         given = cls.initial_tensors(config, site) if tensors is None else tensors
@@ -446,38 +531,51 @@ class Adapter(Bindable):
         """Computes what to ADD to the layer's output.
 
         Args:
-            x: the layer's input, (…, in), in its own dtype (an adapter casts inside, and keeps ``x``).
-            base_output: what the frozen layer gave, (…, out), bias included.
+            x: the layer's input, (…, in), in its own dtype. The adapter casts a copy and does not change ``x``.
+            base_output: the output of the frozen layer, (…, out), bias included.
             base: the layer.
 
         Returns:
-            A tensor shaped like ``base_output`` in the adapter's or the autocast dtype.
+            A tensor shaped like ``base_output``, in the dtype of the adapter or of autocast.
         """
         raise NotImplementedError
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Computes what to ADD to the canonical weight, which is the frozen base's. Same shape."""
+        """Computes what to ADD to the weight of the layer.
+
+        Args:
+            weight: the frozen canonical weight, (out, in) or (out, in / groups, *kernel).
+            base: the layer.
+
+        Returns:
+            A tensor shaped like ``weight``.
+        """
         raise NotImplementedError
 
-    # What a method may do better than by default
+    # Defaults that a method may improve on
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """Computes what to ADD to the layer's bias, (out,); None where that stays."""
+        """Computes what to ADD to the layer's bias, (out,); None if the bias does not change."""
         return None
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
         """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
 
-        A method overrides it to spend less memory than a second weight.
+        Override it if that needs no second tensor of the weight's size.
+
+        Args:
+            weight: the canonical weight to change.
+            base: the layer.
+            scale: factor on the delta.
         """
         add_scaled_(weight, self.delta_weight(weight, base), scale)
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
+        """Why it cannot be merged, to complete the sentence "it cannot be merged into …"; empty if it can be."""
         return ""
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
-        """Why no product of two matrices can stand for it, as part of a sentence; else empty."""
+        """Why no product of two matrices can replace its delta, as part of a sentence; empty if one can."""
         reason = self.unmergeable_reason(base)
         if len(base.kind.weight_shape(base.module)) < 2:
             return "its weight is a vector, which is no product of two matrices"
@@ -488,28 +586,36 @@ class Adapter(Bindable):
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         """Measures the change of the weight.
 
+        Args:
+            weight: the frozen canonical weight.
+            base: the layer.
+
         Returns:
-            Its Frobenius norm, and how many directions hold most of it where that is cheap to compute.
+            The Frobenius norm of the change, and how many singular directions hold most of it; None for the latter
+            where it is expensive to compute.
         """
         delta = self.delta_weight(weight, base)
         return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32))), None
 
     @property
     def delta_rank(self) -> int | None:
-        """The largest rank its change of the weight can have, where the method bounds it."""
+        """The largest rank that its delta can have; None if the method does not bound it."""
         return None
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """What an adapter's file holds of it: references to its parameters, or views of them.
+        """The tensors that are saved: its parameters or views of them, not copies.
 
         Args:
             shapes: returns what ``parameter_shapes`` gives for its config.
+
+        Returns:
+            Parameter name -> tensor.
         """
         own = self._parameters.items()
         return {key: value for key, value in own if value is not None and key not in self.peft.constants}
 
     def swap_refusal(self) -> str:
-        """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
+        """Why its tensors cannot be replaced by hot-swapping, as part of a sentence; empty if they can."""
         return ""
 
     def reset_(self, base: BaseLayer) -> None:
@@ -521,7 +627,7 @@ class Adapter(Bindable):
 
     @classmethod
     def _config_values(cls, config: Any, path: str) -> dict[str, Any]:
-        """The values of ``from_config`` on a layer."""
+        """Attribute of ``from_config`` -> its value on the layer at ``path``."""
         values = {}
         for name, field_name in cls.from_config.items():
             value = getattr(config, field_name)
@@ -531,36 +637,49 @@ class Adapter(Bindable):
         return values
 
     def configure(self, config: Any, path: str) -> None:
-        """Takes the values of another config over; after its tensors were replaced."""
+        """Applies another config of the method to this adapter; called after its tensors were replaced.
+
+        Args:
+            config: the new config.
+            path: of the layer.
+        """
         values = self._config_values(config, path)
         if isinstance(self, Rescales) and "scaling" in values:
             self.rescale(values.pop("scaling"), trained=True)
         self.bind(**values)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records what ``configure`` changes."""
+        """Records the attributes that ``configure`` changes, so that a failed change can restore them."""
         if isinstance(self, Rescales):
             self.keep_scaling(change)
         change.keep_attributes(self, *self.from_config)
 
     def extra_repr(self) -> str:
-        """The shapes of its parameters, and what it takes from its config."""
-        shapes = {name: tuple(one.shape) for name, one in self._parameters.items() if one is not None}
+        """The shapes of its parameters, and the settings of ``from_config``."""
+        shapes = {name: tuple(value.shape) for name, value in self._parameters.items() if value is not None}
         shown = {**shapes, **{name: getattr(self, name) for name in self.from_config}}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The size (rank) of an adapter with these parameter shapes, where the method has one."""
+        """The size (rank) of an adapter with these parameter shapes; None if the method has no such size."""
         return None
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """What a person should know about a config on these layers (path, layer, kind) before it is used."""
+        """Warnings about a config, to be shown before it is applied.
+
+        Args:
+            config: the method's own config.
+            modules: path, module and kind of each layer that it targets.
+
+        Returns:
+            One sentence for each problem.
+        """
         return ()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Sets whether gradients reach its parameters, but for those that are never trained."""
+        """Sets ``requires_grad`` on its parameters, except that ``frozen_parameters`` never get it."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(requires_grad and name not in self.frozen_parameters)
         return self
@@ -570,5 +689,5 @@ class Adapter(Bindable):
 
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
-        """Adapters that it consists of, submodules of it, by the names under which PEFT's layers have their parts."""
+        """Adapters that this one consists of, as submodules, by the names that PEFT's layers use for these parts."""
         return {}

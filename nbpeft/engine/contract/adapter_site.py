@@ -1,4 +1,4 @@
-"""Where an adapter of a layer is built, and what makes its new parameters."""
+"""The layer that an adapter is built for, and how its new parameters are created."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nbpeft.engine.contract.shared_state import SharedState
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """Where an adapter is built.
+    """The layer that an adapter is built for.
 
     Attributes:
         path: of the layer in the base model; patterns are matched against it.
         base: the layer.
-        shapes: what ``parameter_shapes`` gave for it.
+        shapes: parameter name -> shape, as ``parameter_shapes`` returned for this layer.
         dtype: dtype of new parameters.
-        shared: the state that the adapter shares with those of other layers, where its method has one.
-        name: of the adapter; for layers of somebody else's class, which go by it.
-        start: the part of the weight that it takes over, where that is known already.
+        shared: the state that the adapter shares with those of other layers; None if its method has none.
+        name: of the adapter; needed by custom layer classes, which store their tensors under it.
+        start: the part of the weight that the adapter is initialised from, if it is known already.
     """
 
     path: str
@@ -39,7 +39,7 @@ class AdapterSite:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the layer is, and its parameters go."""
+        """The device of the layer, and so of its new parameters."""
         return self.base.device
 
     def new(self, shape: Sequence[int], fill: Fill | None = None) -> Tensor:
@@ -47,7 +47,10 @@ class AdapterSite:
 
         Args:
             shape: of the tensor.
-            fill: fills it with random numbers, see ``initial_draws``; None for zeros.
+            fill: fills it with random numbers in place, see ``initial_draws``; None for zeros.
+
+        Returns:
+            The tensor.
         """
         if fill is None:
             return torch.zeros(shape, device=self.device, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""The tensors of one adapter, apart from where they hang and from any file format."""
+"""The tensors of one adapter, independent of the model that they are on and of any file format."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[str, Mapping[str, Tensor]]]
-"""Path of a layer -> parameter -> shape, of an adapter on a model: the same with the tensors of its file."""
+"""Reads a file: given path of a layer -> parameter -> shape, returns the same mapping with tensors as values."""
 
 
 @dataclass(frozen=True)
 class TakenOver:
-    """The part of a layer's weight that an adapter starts in: ``-scaling * neg_up @ down``, with its own scaling.
+    """The part of a layer's weight that an adapter is initialised from: ``-scaling * neg_up @ down``.
+
+    ``scaling`` is that of the adapter, which subtracts this part from the frozen weight.
 
     Attributes:
         down: (r, in).
-        neg_up: (out, r).
-        init: what found it, as in the adapter's config.
-        names: of the two parameters that start there.
+        neg_up: (out, r); the negative of the second factor.
+        init: how it was computed, as in ``init_lora_weights`` of the config.
+        names: of the two parameters that are initialised with the factors.
     """
 
     down: Tensor
@@ -29,7 +31,13 @@ class TakenOver:
     names: tuple[str, str]
 
     def is_start_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether parameters are nearer to these factors than to zero, as after a training that started here."""
+        """Whether an adapter's product is nearer to this one than to zero, as after training from this start.
+
+        Args:
+            tensors: parameter name -> tensor of the adapter.
+        """
+        # With P the product of the adapter and S that of the start: |P - S| < |P| if and only if 2 <P, S> > |S|^2.
+        # All products here are (r, r), so that no tensor of the weight's size is made.
         down, up = (tensors[name].to(own) for name, own in zip(self.names, (self.down, self.neg_up), strict=True))
         common = ((up.mT @ self.neg_up) * (down @ self.down.mT)).sum()
         return bool(-2 * common > ((self.neg_up.mT @ self.neg_up) * (self.down @ self.down.mT)).sum())
@@ -37,16 +45,17 @@ class TakenOver:
 
 @dataclass
 class AdapterWeights:
-    """The tensors of one adapter, apart from any file format.
+    """The tensors of one adapter, independent of any file format.
 
     Attributes:
         adapters: path of the adapted module -> parameter name -> tensor.
-        copies: path of a module trained as a whole (``modules_to_save``) -> parameter or
-            buffer name inside that module -> tensor.
-        base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
+        copies: path of a module trained as a whole (``modules_to_save``) -> name of a parameter or
+            buffer inside that module -> tensor.
+        base: name of a trained base parameter (``bias="all"``), as in the model without adapters -> tensor.
         shared: name of a tensor that all layers of the adapter share -> tensor.
-        parameters: those of the paths in ``adapters`` that are parameters, those of one module in its own order.
-        starts: path -> the part of the weight that the adapter takes over there, which no file holds.
+        parameters: the paths in ``adapters`` that are those of parameters and not of modules (``target_parameters``);
+            parameters of the same module are in that module's order.
+        starts: path -> the part of the weight that the adapter is initialised from there; it is not saved to a file.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -59,12 +68,15 @@ class AdapterWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def copied(self, device: str | None = None) -> AdapterWeights:
-        """Returns copies of all tensors, without history, that nothing else writes to.
+        """Copies all tensors, detached; the copies share no memory with the originals.
 
-        A tensor that stands in several places of ``adapters`` stays one.
+        A tensor that appears several times in ``adapters`` is copied once.
 
         Args:
-            device: where to; None: each stays where it is.
+            device: of the copies; None for the device of each original.
+
+        Returns:
+            The copies.
         """
         copies = {id(value): _copied(value, device) for named in self.adapters.values() for value in named.values()}
         return AdapterWeights(
@@ -81,7 +93,7 @@ class AdapterWeights:
 
     @property
     def tensors(self) -> dict[tuple[str, str, str], Tensor]:
-        """All tensors but those of the starts: (group, path, name) -> tensor."""
+        """(group, path, name) -> tensor; those of ``starts`` are left out."""
         groups = {"adapters": self.adapters, "copies": self.copies, "": {"base": self.base, "shared": self.shared}}
         return {
             (group, path, key): tensor
@@ -92,13 +104,13 @@ class AdapterWeights:
 
     @property
     def byte_count(self) -> int:
-        """Bytes of the tensors, each counted once."""
+        """Bytes of all tensors except those of ``starts``; a shared tensor is counted once."""
         return sum({id(tensor): tensor.nbytes for tensor in self.tensors.values()}.values())
 
     def equals(self, other: AdapterWeights) -> bool:
-        """Whether both have the same tensors, bit for bit, wherever they are."""
-        found, wanted = self.tensors, other.tensors
-        return found.keys() == wanted.keys() and all(torch.equal(found[key].cpu(), wanted[key].cpu()) for key in wanted)
+        """Whether both have the same tensors with equal values; devices may differ."""
+        own, others = self.tensors, other.tensors
+        return own.keys() == others.keys() and all(torch.equal(own[key].cpu(), others[key].cpu()) for key in others)
 
 
 def _all_copied(tensors: Mapping[str, Tensor], device: str | None) -> dict[str, Tensor]:
@@ -117,7 +129,7 @@ class LowRankDelta:
         down: (r, in), for a convolution (r, in, *kernel).
         up: (out, r), for a convolution (out, r, 1, …).
         scaling: factor on the product.
-        bias: (out,), added to the layer's bias as it is; None where there is none.
+        bias: (out,), added to the layer's bias without ``scaling``; None if there is none.
     """
 
     down: Tensor
@@ -127,5 +139,5 @@ class LowRankDelta:
 
     @property
     def rank(self) -> int:
-        """Rows of ``down``."""
+        """The rank r: the number of rows of ``down``."""
         return int(self.down.shape[0])

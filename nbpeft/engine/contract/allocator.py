@@ -1,4 +1,4 @@
-"""What shares a budget out among the layers of an adapter as it trains: ranks, subspaces."""
+"""Base class of methods that distribute a budget (of ranks or subspaces) over the layers during training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from nbpeft.engine.contract.training_hooks import HasTrainingState, LearnsWithHo
 
 
 class Allocator(Together, LearnsWithHooks, HasTrainingState):
-    """Knows the adapters of all layers, and is told of each optimizer step.
+    """Distributes a budget over the adapters of all layers, after each optimizer step.
 
     Args:
         config: of the adapter.
+
+    Attributes:
+        sums: sum of each parameter at the last call of ``warn_if_not_stepped``; shows whether an optimizer stepped.
+        seen: a gradient at the last allocation, and its version counter; shows whether there was a new step.
+        reported: whether ``after_backward`` was ever called.
+        warned: whether the warning about missing calls was given.
     """
 
     effect_without_step: ClassVar[str]
-    """What does not happen where nobody tells it of a step, as the start of a sentence."""
+    """What does not happen if ``after_backward`` is never called, as the start of a warning's sentence."""
 
     sums: list[Tensor] | None = None
     seen: tuple[Tensor | None, int] = (None, 0)
@@ -30,7 +36,9 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 
     @abstractmethod
     def allocate(self, step: int) -> None:
-        """Measures what matters, and takes away what does not where it is time; while the gradients are there.
+        """Updates the importance scores and, when it is due, removes the least important parts.
+
+        Gradients of the step are still available.
 
         Args:
             step: number of the optimizer step, from 0.
@@ -39,7 +47,8 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
     def after_backward(self, step: int) -> None:
         """Allocates; see ``LearnsWithHooks``.
 
-        A second call after one optimizer step, as of a callback beside a Trainer that calls it anyway, does nothing.
+        A second call after the same optimizer step does nothing: a callback of the user may call it although the
+        Trainer already does.
         """
         self.bind(reported=True)
         gradient, version = self._gradient()
@@ -56,7 +65,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
         return None
 
     def warn_if_not_stepped(self) -> None:
-        """Warns in the second step of a training that nobody tells it of."""
+        """Warns once parameters have changed although ``after_backward`` was never called."""
         if self.reported or self.warned or not torch.is_grad_enabled():
             return
         before = self.sums
@@ -66,26 +75,29 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
             return
         self.bind(warned=True)
         warnings.warn(
-            f"{self.effect_without_step} unless it is told of each step: call "
+            f"{self.effect_without_step} unless the training loop reports each step: call "
             "model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
             stacklevel=12,  # the caller of the model, or above
         )
 
     def _gradient(self) -> tuple[Tensor | None, int]:
-        """One of the gradients that are there, and its version: fused optimizers do not change that of a parameter."""
+        """Any one of the gradients, and its version counter; -1 without a gradient.
+
+        The version of a parameter would not do: fused optimizers write to parameters without raising it.
+        """
         parameters = (parameter for adapter in self.adapters.values() for parameter in adapter.parameters())
-        gradient = next((one.grad for one in parameters if one.grad is not None), None)
+        gradient = next((parameter.grad for parameter in parameters if parameter.grad is not None), None)
         return gradient, -1 if gradient is None else gradient._version
 
 
 def update_and_allocate(manager: Any, global_step: int) -> None:
-    """Measures what matters in the adapters that train and takes away what does not, where it is time.
+    """Updates the importance scores of the active adapters, and prunes them when it is due.
 
-    The Trainer, ``nbpeft.train`` and ``track()`` do it; a loop of one's own calls it in each step between
+    The Trainer, ``nbpeft.train`` and ``track()`` call it; a custom training loop calls it in each step, between
     ``optimizer.step()`` and ``zero_grad()``.
 
     Args:
-        manager: of the model.
+        manager: the model's ``AdapterManager``.
         global_step: number of the optimizer step, from 0.
     """
     manager.after_backward(global_step)

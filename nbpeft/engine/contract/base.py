@@ -1,9 +1,9 @@
-"""What the engine asks of a kind of layer and of a way to store its weight.
+"""The interfaces of a kind of layer and of a weight backend, and the layer as an adapter sees it.
 
 LayerKind   one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
-Composite   one whose modules compute with several weights themselves (MultiheadAttention)
-Backend     one way a weight is stored (dense, bitsandbytes 4-bit, …)
-BaseLayer   what an adapter may see of the layer it sits on: its kind and backend, joined
+Composite   a kind whose modules compute with several weights themselves (MultiheadAttention)
+Backend     one way to store a weight (dense, bitsandbytes 4-bit, …)
+BaseLayer   the frozen layer as an adapter sees it: its module, kind and backend
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 
 class Backend(Protocol):
-    """One way a weight is stored. Stateless; one instance serves all modules.
+    """One way to store a weight. Stateless; one instance serves all modules.
 
-    ``matches`` must not import the optional library it speaks of: look in ``sys.modules``.
+    ``matches`` is called for every module of every model, so it must not import the optional library of the backend:
+    look it up in ``sys.modules``.
     """
 
     name: str
     peft_name: str
-    """PEFT's name of an adapted layer with such a weight, ``Linear4bit``; empty where the kind of layer gives it."""
+    """PEFT's name of an adapted layer with such a weight, ``Linear4bit``; empty to use that of the layer kind."""
     can_merge: bool
     unmergeable_reason: str
-    """Why ``can_merge`` is False, for the error's message; empty otherwise."""
+    """Why ``can_merge`` is False, for the error message; empty otherwise."""
 
     @property
     def backend_name(self) -> str:
@@ -43,7 +44,7 @@ class Backend(Protocol):
         """Prepares a module of a model that gets its first adapter. Idempotent.
 
         Returns:
-            Whether ``release`` is to be called once the adapters are gone.
+            Whether ``release`` must be called after the last adapter is removed.
         """
         ...
 
@@ -52,63 +53,68 @@ class Backend(Protocol):
         ...
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All tensors that the weight is stored in, with its quantization constants."""
+        """All tensors that the weight is stored in, including its quantization constants."""
         ...
 
     def label(self, module: nn.Module) -> str:
-        """What a person calls the way it is stored: ``bf16``, ``nf4``, ``int8``."""
+        """The storage format as shown to users: ``bf16``, ``nf4``, ``int8``."""
         ...
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where the weight lies."""
+        """The device of the weight."""
         ...
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The floating dtype the weight stands for (what ``dequantize`` returns)."""
+        """The floating-point dtype of the dequantized weight."""
         ...
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """The weight as a floating tensor in the module's own orientation, detached.
+        """The weight as a floating-point tensor in the module's own orientation, detached.
 
-        Right at any time, also after a forward has re-packed the storage. A dense backend
-        returns the stored tensor itself, so writing in place changes the module.
+        Must be right at any time, also after a forward pass has repacked the storage. A dense backend
+        returns the stored tensor itself, so that writing to it in place changes the module.
         """
         ...
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Puts a floating weight (own orientation) into the module, quantizing as it was."""
+        """Stores a new weight in the module, quantized in the same format as before.
+
+        Args:
+            module: the layer.
+            weight: floating-point, in the module's own orientation.
+        """
         ...
 
     def snapshot(self, module: nn.Module) -> Any:
-        """A copy of everything ``store`` changes, kept off the accelerator."""
+        """A copy of everything that ``store`` changes, not on the accelerator."""
         ...
 
     def restore(self, module: nn.Module, snapshot: Any) -> None:
-        """Puts a snapshot back, bit for bit."""
+        """Restores a snapshot, bit for bit."""
         ...
 
     def byte_count(self, module: nn.Module) -> int:
-        """Bytes the stored weight takes, with its quantization constants."""
+        """Bytes of the stored weight, including its quantization constants."""
         ...
 
 
 class LayerKind(Protocol):
     """One kind of layer that can be adapted. Stateless.
 
-    The canonical weight is (out, in) or (out, in / groups, *kernel): every method's maths is
-    written for it, whatever the module stores.
+    The canonical weight is (out, in) or (out, in / groups, *kernel). Every method's maths is
+    written for it, whatever orientation the module stores.
     """
 
     name: str
     peft_name: str
     """PEFT's name of an adapted layer of this kind: ``Linear``, ``Embedding``, ``Conv2d``."""
     is_linear: bool
-    """Whether it is a matrix product over the input's last dimension."""
+    """Whether the layer is a matrix product over the last dimension of the input."""
     takes_ids: bool
-    """Whether its input is indices of columns of the canonical weight instead of features."""
+    """Whether its input is ids (int64), which select columns of the canonical weight, instead of features."""
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the module is of this kind (quantized versions included)."""
+        """Whether the module is of this kind, quantized versions included."""
         ...
 
     def features(self, module: nn.Module) -> tuple[int, int]:
@@ -120,46 +126,64 @@ class LayerKind(Protocol):
         ...
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """A view of a weight in the module's orientation as the canonical one; its own inverse."""
+        """Views a weight in the module's orientation as the canonical weight, or the other way round.
+
+        Args:
+            module: the layer.
+            weight: in either orientation: the conversion is its own inverse.
+
+        Returns:
+            A view.
+        """
         ...
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's map with another canonical weight and no bias."""
+        """Computes the output of the layer with another weight and without a bias.
+
+        Args:
+            module: the layer; gives stride, padding and the like.
+            x: the layer's input.
+            weight: a canonical weight.
+
+        Returns:
+            The output, (…, out), or (batch, out, …) for a convolution.
+        """
         ...
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
-        """Views a vector over out channels so that it multiplies the module's output."""
+        """Views a vector, (out,), so that it broadcasts over the channels of the module's output."""
         ...
 
 
 class Composite(ABC):
-    """A ``LayerKind`` of modules that compute with several weights, some of layers inside them that they never call.
+    """A ``LayerKind`` of modules that compute with several weights, such as ``nn.MultiheadAttention``.
 
-    Each of the weights gets an adapter: the module's own parameter one at the path of the module, those of the
-    layers one at theirs. A method names the class of such adapters (``OwnKinds.classes``).
+    Some of the weights belong to layers inside the module that it never calls. Each weight gets an adapter of its own:
+    the module's own parameter at the path of the module, and the weight of an inner layer at that layer's path. A
+    method names the class of such adapters in ``OwnKinds.classes``.
     """
 
     parameter: ClassVar[str]
     """The module's own parameter that is adapted."""
     layers: ClassVar[tuple[str, ...]]
-    """Names of the layers inside it whose weights it reads."""
+    """Names of the inner layers whose weights it reads."""
     private: ClassVar[tuple[str, ...]] = ()
-    """Private attributes of such a module that modules around it read."""
+    """Private attributes of such a module that the modules around it read."""
 
     @abstractmethod
     def refusal(self, module: nn.Module) -> str:
-        """Why a module of the kind cannot be adapted, as part of a sentence; else empty."""
+        """Why a module of this kind cannot be adapted, as part of a sentence; empty if it can be."""
 
 
 class BaseLayer:
-    """What an adapter may see of the layer it sits on.
+    """The frozen layer as an adapter sees it.
 
     Attributes:
-        module: the frozen layer itself.
-        kind: what kind of layer it is.
+        module: the frozen layer.
+        kind: its kind.
         backend: how its weight is stored.
-        context: in a forward, what the adapter's method prepared for this call of the model; else None.
-        adapters: name -> adapter of what is on the layer; empty where it is seen by itself.
+        context: during a forward pass, what ``CallInputs.context`` of the method returned for this call; else None.
+        adapters: name -> adapter on the layer; empty for a ``BaseLayer`` that was made without them.
     """
 
     __slots__ = ("adapters", "backend", "context", "kind", "module")
@@ -179,7 +203,7 @@ class BaseLayer:
         self.adapters: Mapping[str, Any] = {} if adapters is None else adapters
 
     def within(self, context: Any) -> BaseLayer:
-        """The same layer in a call with a context."""
+        """A ``BaseLayer`` of the same layer with another context."""
         return BaseLayer(self.module, self.kind, self.backend, context, self.adapters)
 
     @property
@@ -194,40 +218,40 @@ class BaseLayer:
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's own bias, (out,), or None."""
+        """The bias of the frozen layer, (out,), or None."""
         with onloaded(self.module):
             bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes: where its weight lies, or is brought to for each call."""
+        """The device on which the layer computes: for an offloaded weight the one that it is loaded to."""
         hook = offloading(self.module)
         return self.backend.device(self.module) if hook is None else torch.device(hook.execution_device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype the weight stands for."""
+        """The floating-point dtype of the dequantized weight."""
         return self.backend.dtype(self.module)
 
     def weight(self) -> Tensor:
-        """The frozen weight, dequantized, canonical (out, in, …), detached."""
+        """The frozen weight, dequantized, in canonical orientation (out, in, …), detached."""
         with onloaded(self.module):
             weight = self.backend.dequantize(self.module)
         return self.kind.canonical(self.module, weight)
 
 
 def offloading(module: nn.Module) -> Any:
-    """The hook by which accelerate keeps a layer's tensors elsewhere between calls, or None.
+    """accelerate's hook that offloads a layer's tensors between calls, or None.
 
-    Between calls they are on the meta device; what the layer has of its own beside them stays where it is.
+    Between calls the tensors are on the meta device. Submodules that were added to the layer are not offloaded.
     """
     hook = module.__dict__.get("_hf_hook")
     return hook if getattr(hook, "offload", False) else None
 
 
 def onloaded(module: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: loads an offloaded layer's tensors where it computes. Writes to them are discarded."""
+    """Context manager: loads an offloaded layer's tensors to the device of its calls; writes to them are lost."""
     hook = offloading(module)
     return _NOTHING if hook is None else _brought(module, hook)
 

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 class Bindable(nn.Module):
-    """A module of which there is one for each adapted layer, or which all these layers refer to.
+    """Base class of adapters and of the states that their layers share.
 
-    ``nn.Module.__setattr__`` would take a tenth of the time of adding an adapter, and it would make a submodule of each
-    layer of what all layers share.
+    It bypasses ``nn.Module.__setattr__`` for two reasons: that would take a tenth of the time of adding an adapter, and
+    would register a state that all layers share as a submodule of each of them.
     """
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that are never trained."""
 
     def bind(self, tensors: Mapping[str, Tensor] | None = None, /, **attributes: Any) -> None:
-        """Makes tensors parameters, and sets plain attributes.
+        """Registers parameters and sets plain attributes.
 
         Args:
-            tensors: parameter name -> tensor, or a parameter that is used as it is.
-            **attributes: set as they are; modules among them do not become submodules.
+            tensors: parameter name -> tensor, which is wrapped in an ``nn.Parameter`` unless it is one already.
+            **attributes: set without registering; a module among them does not become a submodule.
         """
         if tensors:
             frozen = self.frozen_parameters
@@ -34,34 +34,56 @@ class Bindable(nn.Module):
         set_plain(self, **attributes)
 
     def ds_external_parameters(self) -> tuple[()]:
-        """What DeepSpeed's ZeRO-3 asks each module with hooks for: parameters of other modules that it uses; none."""
+        """Parameters of other modules that this one uses: none. DeepSpeed's ZeRO-3 calls it on modules with hooks."""
         return ()
 
     @property
     def held(self) -> Mapping[str, Any]:
-        """Its parameters by name; replicas of ``nn.DataParallel`` have plain attributes instead."""
+        """Its parameters by name.
+
+        In a replica of ``nn.DataParallel`` ``_parameters`` is empty and parameters are plain attributes; then all
+        attributes are returned.
+        """
         return self._parameters or self.__dict__
 
     def tensor(self, name: str) -> Tensor:
-        """One of its parameters or buffers, which replicas of ``nn.DataParallel`` have as plain attributes."""
-        found: Any = self._parameters.get(name)
-        if found is None:
-            found = self._buffers.get(name)
-        return self.__dict__[name] if found is None else found  # type: ignore[no-any-return]
+        """One of its parameters or buffers by name; works in replicas of ``nn.DataParallel`` too, see ``held``."""
+        tensor: Any = self._parameters.get(name)
+        if tensor is None:
+            tensor = self._buffers.get(name)
+        return self.__dict__[name] if tensor is None else tensor  # type: ignore[no-any-return]
 
 
 def set_plain(module: nn.Module, **attributes: Any) -> None:
-    """Sets attributes of a module as they are; modules and parameters among them do not become its own."""
+    """Sets attributes of a module without registering them, even if they are modules or parameters.
+
+    Args:
+        module: the module.
+        **attributes: name -> value.
+    """
     module.__dict__.update(attributes)
 
 
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
-    """A parameter that a module itself registered; None if it has none of the name, even if it has an attribute."""
+    """The parameter registered under a name in the module itself; None if there is none.
+
+    A property or plain attribute of that name is ignored.
+    """
     return module._parameters.get(name)
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
-    """A shallow copy of a module with other parameters; the module is left alone: other threads may run it."""
+    """A shallow copy of a module in which some parameters are replaced.
+
+    The module itself is not changed, because other threads may be running it.
+
+    Args:
+        module: the module to copy.
+        parameters: name -> replacement, or None for a parameter that is absent.
+
+    Returns:
+        The copy, which shares all other state with ``module``.
+    """
     shell = object.__new__(type(module))
     shell.__dict__.update(module.__dict__)
     shell.__dict__["_parameters"] = {**module._parameters, **parameters}

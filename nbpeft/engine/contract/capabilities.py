@@ -1,20 +1,20 @@
-"""What only some adapters can do: classes to derive from beside ``Adapter``.
+"""Optional capabilities of adapters: classes to derive from in addition to ``Adapter``.
 
-The engine asks ``isinstance(adapter, Rescales)`` and never for a method:
+The engine checks ``isinstance(adapter, Rescales)`` and never which method it has:
 
-    TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
-    ReplacesCall                        compute what a layer gives without the base call
+    TransformsInput, TransformsOutput   change the input or output of the base call, without a second matrix product
+    ReplacesCall                        compute the layer's output without the base call
     Rescales                            have a factor that can be changed while loaded
-    ChangesBase                         change the layer itself when they are put on it
-    Pads                                fit into larger tensors, so that a compiled model need not compile again
+    ChangesBase                         change the frozen layer when they are added to it
+    Pads                                fit into larger tensors, so that a compiled model is not compiled again
     ServesRows                          serve a mixed batch in one pass
-    ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
+    ConvertsToLora                      add a product of two thin matrices, from which a LoRA can be made exactly
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     HasFixedTensors                     have buffers that are saved
-    StartsInWeight                      start in a part of the weight
+    StartsInWeight                      are initialised from a part of the weight
     UsesAnother                         use the tensors of the adapter on another layer
-    ShowsModules                        show users of PEFT modules that compute
-    LearnsWithHooks                     take part in training beside the gradient (``training_hooks.py``)
+    ShowsModules                        offer submodules that PEFT's layers have and that can be called
+    LearnsWithHooks                     run code in each training step besides backward (``training_hooks.py``)
 """
 
 from __future__ import annotations
@@ -35,34 +35,61 @@ Shape = tuple[int, ...]
 
 
 class TransformsInput(ABC):
-    """Alone on a layer, changes the input of the base call instead of adding to its output."""
+    """Changes the input of the base call instead of adding to its output, if it is the only active adapter there."""
 
     @abstractmethod
     def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
-        """The input (…, in) to call the frozen layer with, in the dtype of ``x``."""
+        """Computes the input to call the frozen layer with.
+
+        Args:
+            x: the layer's input, (…, in).
+            base: the layer.
+
+        Returns:
+            A tensor with the shape and dtype of ``x``.
+        """
 
 
 class ReplacesCall(ABC):
-    """Alone on a layer without hooks, computes what the layer gives in place of the base call."""
+    """Computes the layer's output without the base call, if it is the only active adapter and there are no hooks."""
 
     @abstractmethod
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """What the layer gives for ``x``, bias included, in its own dtype; None where the base has to be called."""
+        """Computes the output of the adapted layer.
+
+        Args:
+            x: the layer's input, (…, in).
+            base: the layer.
+
+        Returns:
+            The output, (…, out), bias included, in the layer's dtype; None if the base layer must be called instead.
+        """
 
 
 class TransformsOutput(ABC):
-    """Alone on a layer, changes the output of the base call; beside ``TransformsInput``, of that call."""
+    """Changes the output of the base call, if it is the only active adapter there.
+
+    With ``TransformsInput`` in the same class, that is the call with the changed input.
+    """
 
     @abstractmethod
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
-        """What the layer gives instead of ``output`` (…, out), in the dtype of that."""
+        """Computes the output of the adapted layer.
+
+        Args:
+            output: of the base call, (…, out), bias included.
+            base: the layer.
+
+        Returns:
+            A tensor with the shape and dtype of ``output``.
+        """
 
 
 class Rescales:
-    """Has a factor on what it adds, ``scaling``, which can be changed while the adapter is loaded.
+    """Has a factor on its delta, ``scaling``, which can be changed while the adapter is loaded.
 
     Attributes:
-        scaling: the factor; a 0-d tensor once the model is prepared for compiled hot-swapping.
+        scaling: the factor; a 0-d tensor after the model was prepared for hot-swapping under ``torch.compile``.
     """
 
     scaling: float | Tensor
@@ -70,15 +97,15 @@ class Rescales:
 
     @property
     def trained_scaling(self) -> float:
-        """The factor its config asks for, whatever was written since."""
+        """The factor from its config, whatever it was changed to since."""
         return float(self.scaling) if self._trained_scaling is None else self._trained_scaling
 
     def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
-        """Sets the factor, in place where it is held as a tensor.
+        """Sets the factor, in place if it is a tensor.
 
         Args:
             scaling: the new factor.
-            trained: take it for the trained one from now on.
+            trained: also make it the ``trained_scaling``.
         """
         own = vars(self)
         own["_trained_scaling"] = None if trained else self.trained_scaling
@@ -88,78 +115,100 @@ class Rescales:
             own["scaling"] = float(scaling)
 
     def keep_scaling(self, change: Transaction) -> None:
-        """Records the factor."""
+        """Records the factor, so that a failed change can restore it."""
         change.keep_attributes(self, "scaling", "_trained_scaling")
         if isinstance(self.scaling, Tensor):
             change.keep_values([self.scaling])
 
     def hold_scaling_as_tensor(self, device: torch.device) -> None:
-        """Lets the factor change without recompiling."""
+        """Stores the factor as a tensor: ``torch.compile`` specialises on a float, and would recompile on a change."""
         if not isinstance(self.scaling, Tensor):
             vars(self)["scaling"] = torch.tensor(float(self.scaling), device=device)
 
 
 class ChangesBase(ABC):
-    """Changes the layer it is put on, beside what it adds."""
+    """Changes the frozen layer itself, in addition to what it adds."""
 
     @abstractmethod
     def change_base(self, base: BaseLayer, change: Transaction) -> None:
-        """Changes the layer, once, as the adapter is put on it; what it changes is recorded."""
+        """Changes the layer; called once, when the adapter is added to it.
+
+        Args:
+            base: the layer.
+            change: records what is written, so that a failure can undo it.
+        """
 
 
 class Pads(ABC):
-    """Can have more room in its tensors than it uses, so that adapters of another size fit in."""
+    """Its tensors can be larger than it needs, so that adapters of another size (rank) fit into them."""
 
     @property
     @abstractmethod
     def room(self) -> int:
-        """The largest size (rank) that fits into its tensors now."""
+        """The largest size (rank) that fits into its tensors as they are."""
 
     @abstractmethod
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Views of the part of a parameter that an adapter of some shape uses, and of the rest."""
+        """Splits a padded parameter.
+
+        Args:
+            key: name of the parameter.
+            tensor: its padded value.
+            shape: of the parameter in an unpadded adapter.
+
+        Returns:
+            A view of the part with ``shape``, and views of the padding.
+        """
 
     @abstractmethod
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The parameters that grow to a size, and their values padded with zeros."""
+        """Pads the parameters to a larger size; nothing is changed yet.
+
+        Args:
+            size: the new size (rank).
+            base: the layer.
+
+        Yields:
+            A parameter that has to grow, and its value padded with zeros.
+        """
 
     @abstractmethod
     def mark_padded(self) -> None:
-        """Remembers that its tensors have more room than it uses."""
+        """Marks the adapter as padded: its tensors may be larger than it needs."""
 
 
 class ServesRows(ABC):
-    """Can serve a batch, whose rows are served by several adapters of the class, in one pass."""
+    """Serves a mixed batch in one pass: rows may use different adapters of this class."""
 
     @classmethod
     @abstractmethod
     def mixed(
         cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """One pass for a batch whose rows are served by several adapters of this method.
+        """Prepares a function that computes the deltas of all rows in one pass.
 
         Args:
-            adapters: what may serve a row; None where the layer lacks the adapter.
-            scales: factor on each one's delta.
+            adapters: the adapters of the batch; None for one that this layer does not have.
+            scales: factor on the delta of each adapter.
             base: the layer.
-            kept: a place for what is prepared once for many calls.
+            kept: a cache of this layer that lasts as long as the assignment of rows to adapters.
 
         Returns:
-            A function of the input (batch, …) and an index (batch,) into ``adapters`` (-1: none)
-            that gives the delta to add, or None where rows have to be served adapter by adapter.
+            A function of the input, (batch, …), and an int64 index into ``adapters``, (batch,), -1 for no adapter. It
+            returns the delta to add to the output. None if rows have to be served adapter by adapter.
         """
 
 
 class ConvertsToLora(ABC):
-    """What it adds to a weight is exactly the product of two thin matrices."""
+    """Its delta is exactly the product of two thin matrices."""
 
     @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The two matrices, detached, without rows that are only padding; None where there are none on the layer."""
+        """The two matrices, detached and without padding; None if there are none on this layer."""
 
 
 class IsLowRank(ConvertsToLora):
-    """Its parameters are those two matrices, on every layer."""
+    """On every layer its delta is such a product, which is also how it can be saved."""
 
     @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
@@ -167,119 +216,155 @@ class IsLowRank(ConvertsToLora):
 
 
 class HasFixedTensors:
-    """Has buffers that a file holds, or values that follow from its config; ``prepare`` sets them."""
+    """Has buffers that are saved, or values that follow from its config; ``prepare`` sets both."""
 
     optional_tensors: ClassVar[tuple[str, ...]] = ()
-    """Those of ``fixed_tensors`` that a file may lack; ``prepare`` finds them."""
+    """Those of ``fixed_tensors`` that a file may lack; then ``prepare`` computes them."""
 
     @classmethod
     def fixed_tensors(
         cls, config: Any, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """What a file holds of it that is not trained: name of a buffer -> its shape and dtype.
+        """The saved tensors that are not trained.
 
         Args:
             config: the method's own config.
-            shapes: what ``parameter_shapes`` gave.
-            module: the layer.
+            shapes: what ``parameter_shapes`` returned.
+            module: the frozen layer.
             kind: of the layer.
+
+        Returns:
+            Buffer name -> its shape and dtype.
         """
         return {}
 
     @classmethod
     def unsaved_elements(cls, config: Any, module: nn.Module, kind: LayerKind) -> int:
-        """Number of values it keeps on a layer that no file holds, where a config can ask for any number of them."""
+        """Number of values on one layer that are not saved, for methods whose config can set that number freely.
+
+        It is checked before they are allocated.
+
+        Args:
+            config: the method's own config.
+            module: the frozen layer.
+            kind: of the layer.
+        """
         return 0
 
 
 class StartsInWeight(ABC):
-    """May start in a part of the weight, which it subtracts from the layer."""
+    """May be initialised from a part of the weight, which it subtracts from the layer (PiSSA, OLoRA)."""
 
     loses_start: bool = False
-    """Whether a file cannot say what it started from: it is saved as one without (``FileFormat.without_weight``)."""
+    """Whether a file cannot record how to compute the initial part again, because that took data.
+
+    It is then saved as an adapter without an initial part (``FileFormat.without_weight``).
+    """
 
     leaves_start: bool = False
-    """Whether it was saved for a base without the part of the weight that it starts in (``take_out_``)."""
+    """Whether its file is for the residual: a base model from which the initial part is already subtracted."""
 
     @property
     @abstractmethod
     def taken_over(self) -> TakenOver | None:
-        """The part of the weight that it starts in, and subtracts from the layer; None where there is none."""
+        """The part of the weight that it is initialised from and subtracts from the layer; None if there is none."""
 
     @abstractmethod
     def take_out_(self, weight: Tensor) -> None:
-        """Subtracts that part from a canonical weight in place, as the adapter does not do in a file without it."""
+        """Subtracts the initial part from a canonical weight in place, which gives the residual."""
 
     @abstractmethod
     def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its tensors in a file; only where it ``loses_start``."""
+        """Parameter name -> shape in a file, the initial part included; called only if it ``loses_start``."""
 
     @abstractmethod
     def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
-        """Takes the start over that tensors of a file hold, and returns those of its parameters.
+        """Separates the tensors of a file into the initial part, which it stores, and the parameters.
 
         Args:
-            tensors: parameter name -> tensor, as ``shapes_with_start`` says; only where it ``loses_start``.
-            change: records what is written.
+            tensors: parameter name -> tensor with ``shapes_with_start``; called only if it ``loses_start``.
+            change: records what is written, so that a failure can undo it.
+
+        Returns:
+            Parameter name -> tensor to bind.
         """
 
 
 class UsesAnother(ABC):
-    """Uses the tensors of the adapter on another layer, its ``source``, where two layers share one weight."""
+    """Uses the tensors of the adapter on another layer, its ``source``, because the two layers share one weight."""
 
     @abstractmethod
     def tie_to(self, source: Any) -> None:
-        """Makes this adapter use the tensors of another one, for layers that share one weight."""
+        """Makes this adapter use the tensors of ``source``, an adapter on another layer with the same weight."""
 
     @classmethod
     def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a file holds of an adapter with some parameters that uses these of another one: views of them."""
+        """The tensors to save for an adapter that uses those of another one.
+
+        Args:
+            names: of the parameters of the tied adapter.
+            source: parameter name -> tensor of the other one.
+
+        Returns:
+            Parameter name -> a view of a tensor in ``source``.
+        """
         return {}
 
     @classmethod
     def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
-        """Whether loaded tensors of an adapter that uses those of another one differ from what is given of these."""
+        """Whether loaded tensors of a tied adapter differ from what its source gives for them.
+
+        Args:
+            own: parameter name -> tensor in the file.
+            source: parameter name -> tensor of the other adapter.
+        """
         tied = cls.tied_tensors(own, source)
         return any(name in tied and not torch.equal(tensor, tied[name]) for name, tensor in own.items())
 
 
 class ShowsModules:
-    """Shows users of PEFT modules that compute as it does (``PeftNames.wrapped`` and ``modules``)."""
+    """Offers modules that PEFT's layers have and that can be called (``PeftNames.wrapped`` and ``modules``)."""
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """Makes the module that users of PEFT know under a name of ``wrapped`` or ``modules`` of ``peft``.
+        """Makes the module that PEFT's layers have under a name in ``peft.wrapped`` or ``peft.modules``.
 
-        The parameter becomes its ``weight``. One of ``modules`` has this adapter as its ``adapter``.
+        For a name in ``wrapped`` the parameter becomes the module's ``weight``. A module for a name in ``modules`` has
+        this adapter as its attribute ``adapter``.
 
         Args:
-            name: one of them.
+            name: one of these names.
             base: the layer.
 
         Returns:
-            A new module; None for one that only holds the parameter.
+            A new module; None if a plain module that only stores the parameter will do.
         """
         return None
 
     @property
     def computes_by_parts(self) -> bool:
-        """Whether a call can be computed by the modules that ``peft_module`` made, one after the other."""
+        """Whether the layer can be computed by calling the modules of ``peft_module`` one after the other."""
         return False
 
     def forget_observed(self, name: str) -> None:
-        """Computes without the module of a name again, which is as ``peft_module`` makes it."""
+        """Undoes ``observe`` for a name; the module there is again the one that ``peft_module`` makes."""
 
     def observe(self, module: nn.Module, name: str = "") -> None:
-        """Called when somebody puts a hook on a module that ``peft_module`` made, or another module in its place.
+        """Called when a user adds a hook to a module of ``peft_module``, or replaces it with another module.
 
         Args:
-            module: the module, which a layer does not call by itself.
-            name: of what it takes the place of, as for ``peft_module``.
+            module: the module with the hook, or the new one; by default the layer does not call it.
+            name: as for ``peft_module``.
         """
         warn_not_called(module, stacklevel=5)
 
 
 def warn_not_called(module: nn.Module, stacklevel: int) -> None:
-    """Warns of a hook on a module that no call of the model runs."""
+    """Warns that a hook was added to a module that the model does not call.
+
+    Args:
+        module: with the hook.
+        stacklevel: as in ``warnings.warn``.
+    """
     warnings.warn(
         f"a {type(module).__name__} of an adapter computes only where it is called itself: this hook will not run "
         "in calls of the model; put it on the layer",

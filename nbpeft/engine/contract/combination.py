@@ -1,4 +1,4 @@
-"""What combining adapters takes and gives, whatever their method."""
+"""Inputs and results of combining adapters, for every method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Member:
     Attributes:
         adapter: the adapter.
         base: the layer.
-        tensors: its parameters as a file holds them.
+        tensors: parameter name -> tensor, as saved.
         scale: factor on its delta.
     """
 
@@ -34,12 +34,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Loss:
-    """How far the delta of a combination is from the true weighted delta, in squared Frobenius norms.
+    """Distance between the delta of a combination, K, and the true weighted sum of deltas, T.
 
     Attributes:
-        true: of the true delta T.
-        kept: of the kept delta K.
-        error: of T - K.
+        true: squared Frobenius norm of T.
+        kept: squared Frobenius norm of K.
+        error: squared Frobenius norm of T - K.
         overlap: inner product of T and K.
     """
 
@@ -57,14 +57,14 @@ class Loss:
 
     @property
     def energy_kept(self) -> float:
-        """Share of ‖T‖² that lies along K, in [0, 1]: for a truncated SVD the energy of what it keeps."""
+        """Share of ‖T‖² that lies along K, in [0, 1]; for a truncated SVD the energy of the kept singular values."""
         if self.true > 0 and self.kept > 0:
             return min(max(self.overlap, 0.0) ** 2 / (self.true * self.kept), 1.0)
         return 1.0 if self.true == self.kept else 0.0
 
     @classmethod
     def between(cls, true: Tensor, kept: Tensor) -> Loss:
-        """The loss of a delta, of the shape of the true one."""
+        """Measures the loss of a delta ``kept`` against ``true``, two tensors of the same shape."""
         whole, part, missed = (float(torch.linalg.vector_norm(delta)) ** 2 for delta in (true, kept, true - kept))
         return cls(whole, part, missed, float((true * kept).sum()))
 
@@ -76,15 +76,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Combination:
-    """A new adapter.
+    """The new adapter that a combination results in.
 
     Attributes:
         config: its config.
         tensors: path -> parameter name -> tensor.
-        combination_type: how it was made.
-        losses: path -> distance to the true weighted delta; None where it takes the frozen weights to tell, and is
-            measured once the adapter is built.
-        finish: (path, new adapter, layer) -> None, called once it is built; for what depends on the layer.
+        combination_type: how it was computed.
+        losses: path -> distance to the true weighted delta; None if that needs the frozen weights, so that it is
+            measured after the adapter was built.
+        finish: (path, new adapter, layer) -> None; called after the adapter was built, to set what needs the layer.
     """
 
     config: Any
@@ -95,15 +95,15 @@ class Combination:
 
 
 class Combine(Protocol):
-    """How adapters of one method, or of several that can be combined, are combined."""
+    """Combines adapters of one method, or of several methods that share this object."""
 
     types: Sequence[str]
-    """Names of the ways."""
+    """The valid values of ``combination_type``."""
     usual_type: str
-    """The one that PEFT takes where none is named."""
+    """PEFT's default ``combination_type``."""
 
     def takes(self, combination_type: str) -> Collection[str]:
-        """Names of the settings that mean something for a type, among ``svd_rank``, ``svd_clamp`` and ``density``."""
+        """The settings that have an effect for a type, among ``svd_rank``, ``svd_clamp`` and ``density``."""
         ...
 
     def __call__(
@@ -118,10 +118,13 @@ class Combine(Protocol):
 
         Args:
             layers: path -> adapter name -> adapter, in the model's order.
-            configs: one for each of the adapters.
-            adapters: names; one without an adapter on a layer adds nothing there.
-            weights: one for each; negative ones subtract.
-            settings: ``combination_type`` and what goes with it.
+            configs: of each adapter.
+            adapters: names; an adapter that a layer does not have adds nothing there.
+            weights: of each adapter; negative weights subtract.
+            settings: ``combination_type`` and the settings that it takes.
+
+        Returns:
+            The new adapter.
 
         Raises:
             AdapterError: they cannot be combined.
@@ -131,10 +134,14 @@ class Combine(Protocol):
 
 
 def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
-    """Checks that there is one finite weight for each adapter.
+    """Checks that each adapter has one finite weight.
+
+    Args:
+        adapters: names of the adapters to combine.
+        weights: of each.
 
     Raises:
-        AdapterError: there is none, their numbers differ, or a weight is not finite.
+        AdapterError: there are no adapters, the numbers of both differ, or a weight is not finite.
     """
     if not adapters:
         raise AdapterError("no adapters to combine: name at least one")
@@ -151,7 +158,7 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value can be compared with numbers; a tensor of one entry can."""
+    """Whether a value converts to a float without being text; a tensor with one element does."""
     try:
         float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -1,8 +1,8 @@
-"""Checks the fields of a config against their annotations, so that no value is guessed at.
+"""Checks the fields of a config against their annotations.
 
-``use_dora: "no"`` would be true, ``r: "8"`` a text: both are refused, from a file and from a
-constructor. Numbers of numpy are taken for those of Python. None always passes; whether a field
-can do without a value is asked elsewhere.
+``use_dora: "no"`` would be true and ``r: "8"`` a string: both are refused, in a file and in a
+constructor. NumPy's numbers are converted to Python's. None always passes here; whether a field
+needs a value is checked elsewhere.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 
 def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
-    """Raises ConfigError for the first field whose value is of another type than its annotation.
+    """Checks that the type of each value fits the annotation of its field.
 
     Args:
-        config: an instance of a dataclass; numbers of numpy in it become Python's.
-        passing: names of fields that are not asked about.
+        config: an instance of a dataclass; NumPy numbers in it are replaced with Python's.
+        passing: names of fields that are not checked.
+
+    Raises:
+        ConfigError: the type of a value does not fit; names the first such field.
     """
     config_class: Any = type(config)
     for name, kind in _annotations(config_class).items():
@@ -46,7 +49,7 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
 def _annotations(config_class: Any) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # a class of another package whose annotations cannot be told
+    except (NameError, TypeError):  # a class of another package whose annotations cannot be resolved
         return {}
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
@@ -54,7 +57,7 @@ def _annotations(config_class: Any) -> dict[str, Any]:
 def _fits(value: Any, kind: Any) -> bool:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in arguments)
+        return any(_fits(value, choice) for choice in arguments)
     if kind is bool:
         return _is_bool(value)
     if kind is int:
@@ -69,16 +72,16 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Collection):
         if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
             return False
-        # What can be gone through only once is left alone.
+        # Items of an iterator are not checked: that would consume it.
         item = Any if origin is tuple else arguments[0]
-        return not isinstance(value, Collection) or all(_fits(one, item) for one in value)
+        return not isinstance(value, Collection) or all(_fits(element, item) for element in value)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return isinstance(value, str | kind)
     return kind is not type(None)
 
 
 def _culprit(name: str, kind: Any, value: Any) -> tuple[str, Any, Any]:
-    """What does not fit: the value, or the first entry of a dictionary that does not."""
+    """Name, expected type and value of what does not fit: the field itself, or the first such entry of a dict."""
     if typing.get_origin(kind) is dict and isinstance(value, Mapping):
         keys, values = typing.get_args(kind)
         for key, entry in value.items():
@@ -94,7 +97,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy as Python's; everything else as it is."""
+    """Converts a NumPy number to Python's; returns everything else unchanged."""
     if isinstance(value, int | float | enum.Enum):
         return value
     if _is_bool(value):
@@ -107,7 +110,7 @@ def plain(value: Any) -> Any:
 def _described(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        words = dict.fromkeys(_described(one) for one in arguments if one is not type(None))
+        words = dict.fromkeys(_described(choice) for choice in arguments if choice is not type(None))
         return " or ".join(words)
     if kind in _WORDS:
         return _WORDS[kind]

@@ -1,4 +1,4 @@
-"""Refuses methods that are written for the contract of nbpeft 0.2, and says what has taken the place of what."""
+"""Refuses methods that are written for the contract of nbpeft 0.2, and names the replacement of each former name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FIELDS = {
         for name in ("layer_prefix", "model_functions", "model_attributes")
     },
 }
-"""Former keyword of ``register`` -> what is written instead."""
+"""Former keyword of ``register`` -> its replacement."""
 
 _MEMBERS = {
     "wrapped_parameters": "peft = PeftNames(wrapped=…)",
@@ -43,7 +43,7 @@ _MEMBERS = {
     "has_tensors": "files=FileFormat(has_tensors=…) in register()",
     "constant_parameters": "peft = PeftNames(constants=…)",
 }
-"""Former attribute of an adapter's class -> what is written instead."""
+"""Former attribute of an adapter class -> its replacement."""
 
 _CAPABILITIES = (HasFixedTensors, ShowsModules, StartsInWeight, UsesAnother)
 """What every adapter's class could override; the engine asks only those that derive from these classes."""
@@ -54,11 +54,11 @@ def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None
 
     Args:
         label: of the method.
-        given: keywords.
-        known: those that it takes.
+        given: the keywords that were passed.
+        known: the keywords that it takes.
 
     Raises:
-        ConfigError: there is one; names what is written instead.
+        ConfigError: a keyword is unknown; names its replacement or the nearest known one.
     """
     known = list(known)
     for name in given:
@@ -69,15 +69,15 @@ def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None
 
 
 def check_classes(label: str, adapter_class: type[Any], state_class: type[Any] | None) -> None:
-    """Refuses classes of an adapter and of what its layers share that are written for the former contract.
+    """Refuses an adapter class or a shared state that is written for the former contract.
 
     Args:
         label: of the method.
         adapter_class: class of its adapters.
-        state_class: class of what they share, if anything.
+        state_class: class of the state that their layers share, or None.
 
     Raises:
-        ConfigError: one is; names what is written instead.
+        ConfigError: a class uses a former name or signature; names the replacement.
     """
     for cls in adapter_class.__mro__:
         name = next((name for name in _MEMBERS if name in vars(cls)), None)

@@ -1,13 +1,13 @@
-"""The random numbers of new parameters, drawn as torch's own modules draw theirs.
+"""The random numbers of new parameters, drawn in the same order as PEFT draws them.
 
-New numbers come from the default generator, where and in the dtype in which torch makes new tensors (the CPU and
-float32 unless somebody set another one), and are then moved to the layer: one seed gives one start on every device.
+Numbers come from torch's default generator, on the device and in the dtype in which torch makes new tensors (the CPU
+and float32 by default). They are moved to the layer afterwards, so that a seed gives the same values on every device.
 On a layer in half precision they are rounded to its dtype first.
 
-What the original implementation of a method keeps in ``nn.Linear``, ``nn.Embedding`` or a convolution was drawn there
-once before the method's own init overwrote it. Such numbers are drawn here, too: whatever is drawn later, the next
-layer, dropout, the order of the data, depends on how far the generator has moved. Each method says so in its
-``create``, before its own init.
+The original implementation of a method often stores parameters in ``nn.Linear``, ``nn.Embedding`` or a convolution.
+Their constructors draw numbers, which the method's own init then overwrites. Such numbers are drawn here too and
+dropped: everything drawn later (the next layer, dropout, the order of the data) depends on how far the generator has
+advanced. Each method does this in its ``create``, before its own init.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ Fill = Callable[[Tensor], Any]
 
 
 def linear_(tensor: Tensor, fan_in: int = 0) -> Tensor:
-    """Fills a weight (out, in, …) as a new linear layer or convolution does: uniform in 1 / sqrt(fan in).
+    """Fills a tensor as ``nn.Linear`` and convolutions do: uniform in ±1 / sqrt(fan in).
 
     Args:
-        tensor: the weight; or a bias, of which ``fan_in`` has to be given.
-        fan_in: inputs of each output; those that the shape of a weight says.
+        tensor: a weight, (out, in, …), or a bias, for which ``fan_in`` is required.
+        fan_in: number of inputs of each output; by default taken from the shape of the weight.
+
+    Returns:
+        ``tensor``.
     """
     bound = 1 / math.sqrt(fan_in) if fan_in else _bound(max(1, math.prod(tensor.shape[1:])))
     return tensor.uniform_(-bound, bound)
@@ -39,12 +42,12 @@ def linear_(tensor: Tensor, fan_in: int = 0) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _bound(fan_in: int) -> float:
-    """What ``nn.init.kaiming_uniform_`` computes for a weight of ``nn.Linear``, rounded as there."""
+    """The bound that ``nn.init.kaiming_uniform_`` computes for a weight of ``nn.Linear``, rounded in the same way."""
     return math.sqrt(3.0) * (nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(fan_in))
 
 
 def normal_(tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> Tensor:
-    """Fills a tensor with normal numbers."""
+    """Fills a tensor with normally distributed numbers and returns it."""
     return tensor.normal_(mean, std)
 
 
@@ -55,10 +58,13 @@ def drawn(
 
     Args:
         shape: of the tensor.
-        fill: fills it.
-        device: where it goes; for the meta device nothing is drawn.
-        dtype: its dtype in the end.
-        through: a dtype that it is rounded to before.
+        fill: fills it in place.
+        device: of the result; on the meta device nothing is drawn.
+        dtype: of the result.
+        through: a dtype that the numbers are rounded to first; None for no rounding.
+
+    Returns:
+        The tensor.
     """
     if device.type == "meta":
         return torch.empty(shape, device=device, dtype=dtype)
@@ -70,32 +76,32 @@ def drawn(
 
 
 def skip(fill: Fill, device: torch.device, *shapes: Sequence[int]) -> None:
-    """Draws numbers that nobody needs, so that the generator moves as far as if they were.
+    """Draws random numbers and drops them, to advance the generator as the original implementation does.
 
     Args:
-        fill: fills a tensor.
-        device: where they would go, as for ``drawn``.
-        *shapes: of the tensors, one after the other.
+        fill: fills a tensor in place.
+        device: of the layer; on the meta device nothing is drawn.
+        *shapes: of the tensors to fill, one after the other.
     """
     for shape in shapes if device.type != "meta" else ():
         fill(_empty(shape))
 
 
 def skip_linear(device: torch.device, *shapes: Sequence[int]) -> None:
-    """Draws what new linear layers and convolutions draw for their weights and biases, and drops it; see ``skip``."""
+    """Draws and drops what new linear layers and convolutions draw for their weights and biases; see ``skip``."""
     skip(Tensor.uniform_, device, (sum(map(math.prod, shapes)),))
 
 
 def dtype_in_layer(base: BaseLayer) -> torch.dtype | None:
-    """The dtype of a layer, through which modules go that are moved to it; None where its weight has no such dtype."""
+    """The dtype to which PEFT casts new modules on a layer, for ``through`` of ``drawn``; None if it does not cast."""
     weight = base.module._parameters.get("weight")
     if weight is not None and weight.is_floating_point():
         return weight.dtype
-    # A weight in integers need not say what it is computed in.
+    # An integer weight has a dtype to compute in only if its layer has a `compute_dtype`.
     return base.dtype if weight is None or "compute_dtype" in base.module.__dict__ else None
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
     made = torch.empty(shape)
-    # Under `torch.device("meta")` a layer that has values gets an adapter that has some.
+    # Inside `torch.device("meta")` too, a layer with real values gets an adapter with real values.
     return torch.empty(shape, device="cpu") if made.is_meta else made

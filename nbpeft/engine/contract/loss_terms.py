@@ -1,12 +1,12 @@
-"""What methods add to the loss of a training (AdaLoRA, KaSA, MonteCLoRA): each loss has it once, whoever adds it.
+"""Terms that methods add to the training loss (AdaLoRA, KaSA, MonteCLoRA), each at most once.
 
-    output = model(labels=…)       output.loss has it, but in the step of a Trainer
-    model._get_kasa_loss()         a LossTerm: a loss that has it already stays as it is when it is added
-    Trainer.training_step          adds it to what compute_loss returns, where that does not have it
+    output = model(labels=…)       output.loss includes the terms, except in a training step of a Trainer
+    model._get_kasa_loss()         returns a LossTerm; adding it to a loss that includes it already has no effect
+    Trainer.training_step          adds the terms to what compute_loss returns, unless they are included
 
-A loss is known to have it by its autograd graph, whatever was computed with it in between: where none is recorded
-(``torch.no_grad()``), the term is added to it again. Two calls of ``backward``, one for a loss that has the term and
-one for the term, give its gradient twice.
+Whether a loss includes a term is read from its autograd graph, whatever was computed with the loss in between. Without
+a graph (``torch.no_grad()``) that is unknown, and the term is added again. Two calls of ``backward``, one for a loss
+that includes the term and one for the term, give its gradient twice.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from nbpeft.engine.kernels.numerics import composes, summed
 from nbpeft.names import IGNORED_LABEL
 
 Key = tuple[Any, str]
-"""Which term it is: the manager and the name of the adapter."""
+"""Identifies a term: the manager, and the name of the adapter."""
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
-"""Functions that losses and terms are put together by, to be summed then."""
+"""Functions that collect losses and terms in one tensor, which is then summed."""
 
 
 @dataclass
 class TrainerStep:
-    """A training step of a Trainer, which adds the terms by itself.
+    """A training step of a Trainer, which adds the terms itself.
 
     Attributes:
-        manager: of its model.
-        share: what a term is multiplied by, so that it counts once in gradients that are accumulated.
-        requested: whether a term was handed out in the step, so that the loss may have it.
+        manager: the ``AdapterManager`` of its model.
+        share: factor on each term, so that with gradient accumulation the terms count once for all batches.
+        requested: whether a term was returned to the user during the step, so that the loss may include it.
     """
 
     manager: Any
@@ -51,11 +51,14 @@ _step: ContextVar[TrainerStep | None] = ContextVar("nbpeft_trainer_step", defaul
 
 @contextmanager
 def added_by_trainer(manager: Any, share: float) -> Iterator[TrainerStep]:
-    """A block in which losses that a model returns are without the terms; who opens it adds them.
+    """Context manager: the model returns losses without the terms, and the caller adds them.
 
     Args:
-        manager: of the model.
-        share: of each term.
+        manager: the ``AdapterManager`` of the model.
+        share: factor on each term.
+
+    Yields:
+        The step.
     """
     step = TrainerStep(manager, share)
     token = _step.set(step)
@@ -66,18 +69,21 @@ def added_by_trainer(manager: Any, share: float) -> Iterator[TrainerStep]:
 
 
 def current_step(manager: Any) -> TrainerStep | None:
-    """The step of a Trainer that a model is in, if any."""
+    """The Trainer step that is running for a manager's model, or None."""
     step = _step.get()
     return step if step is not None and step.manager is manager else None
 
 
 def share_of_batch(labels: Any, items: Any, *, shifts: bool) -> Tensor | float:
-    """The share that a batch has of the learned tokens of all batches whose gradients are accumulated.
+    """The share of a batch in the learned tokens of all batches whose gradients are accumulated.
 
     Args:
         labels: of the batch, (rows, length).
-        items: learned tokens of all of them; None for a batch alone.
-        shifts: whether nothing predicts the first label of a row.
+        items: number of learned tokens in all of these batches; None if gradients are not accumulated.
+        shifts: whether the model shifts labels, so that the first label of a row is not learned.
+
+    Returns:
+        A number from 0 to 1; 1.0 without ``items``.
     """
     if items is None or not isinstance(labels, Tensor) or labels.ndim < 2:
         return 1.0
@@ -86,10 +92,10 @@ def share_of_batch(labels: Any, items: Any, *, shifts: bool) -> Tensor | float:
 
 
 def requested_loss(manager: Any, terms: Mapping[str, Iterable[Tensor]]) -> Tensor | float:
-    """What a function of PEFT's name (``_get_kasa_loss``) returns to be added to a loss.
+    """What functions with PEFT's names (``_get_kasa_loss``) return, for the user to add to a loss.
 
     Args:
-        manager: of the model.
+        manager: the ``AdapterManager`` of the model.
         terms: adapter name -> its terms.
 
     Returns:
@@ -106,22 +112,25 @@ def requested_loss(manager: Any, terms: Mapping[str, Iterable[Tensor]]) -> Tenso
 
 
 def marked_sum(manager: Any, terms: Mapping[str, Iterable[Tensor]]) -> Tensor | None:
-    """The sum of terms, by which the graph of a loss shows that it has them; None without any.
+    """The sum of terms, marked in the autograd graph so that ``terms_in`` finds them in a loss.
 
     Args:
-        manager: of the model.
+        manager: the ``AdapterManager`` of the model.
         terms: adapter name -> its terms.
+
+    Returns:
+        A scalar; None without any term.
     """
-    sums = ((name, summed(found)) for name, found in terms.items())
+    sums = ((name, summed(scalars)) for name, scalars in terms.items())
     return summed(_marked(total, (manager, name)) for name, total in sums if total is not None)
 
 
 class LossTerm(Tensor):
-    """A part of a loss; a loss that has it already stays as it is when it is added."""
+    """A part of a loss; adding it to a loss that includes it already returns that loss."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Adds it where it is lacking; all else is as for any tensor."""
+        """Handles additions and joins; every other function behaves as for an ordinary tensor."""
         name = getattr(func, "__name__", "")
         if name in _JOINS and args and not all(isinstance(part, cls) for part in args[0]):
             return func(_joined(args[0]), *args[1:], **(kwargs or {}))
@@ -136,7 +145,7 @@ class LossTerm(Tensor):
 
 
 def _joined(parts: Iterable[Tensor]) -> list[Tensor]:
-    """Losses and terms that are put together: a term that one of the losses has already is zero there."""
+    """The parts of a join as ordinary tensors; a term that one of the losses includes already becomes zero."""
     parts = list(parts)
     present = set[Key]().union(*(terms_in(part) for part in parts if not isinstance(part, LossTerm)))
     plain = (part.as_subclass(Tensor) if isinstance(part, LossTerm) else part for part in parts)
@@ -147,7 +156,7 @@ def _joined(parts: Iterable[Tensor]) -> list[Tensor]:
 
 
 class _Marked(torch.autograd.Function):
-    """A term on its way into a loss, by which the graph of that loss shows that it has it."""
+    """The identity; its node marks the term in the autograd graph of a loss."""
 
     @staticmethod
     def forward(ctx: Any, term: Tensor, key: Key) -> Tensor:
@@ -162,17 +171,20 @@ class _Marked(torch.autograd.Function):
 def _marked(term: Tensor, key: Key) -> Tensor:
     if composes() or not torch.is_grad_enabled():
         return term
-    if not term.requires_grad:  # a graph begins with what requires one
+    if not term.requires_grad:  # otherwise no node would be recorded
         term = term.detach().requires_grad_()
     return _Marked.apply(term, key)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def terms_in(loss: Tensor, wanted: Iterable[Key] = ()) -> set[Key]:
-    """The terms that a loss has.
+    """The terms that a loss includes, read from its autograd graph.
 
     Args:
-        loss: a tensor with its graph.
-        wanted: the search ends where these are found; all are found without any.
+        loss: a tensor; without a graph nothing is found.
+        wanted: stop the search once these are found; if empty, search the whole graph.
+
+    Returns:
+        The keys found.
     """
     limit, found = set(wanted), set[Key]()
     waiting = deque([] if loss.grad_fn is None else [loss.grad_fn])

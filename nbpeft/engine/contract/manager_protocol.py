@@ -1,4 +1,4 @@
-"""What modules below :class:`~nbpeft.engine.runtime.manager.AdapterManager`, which imports them, need of it."""
+"""The protocol of ``AdapterManager`` for modules that it imports, and that therefore cannot import it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 
 
 class Manager(Protocol):
-    """The adapters of a model; see ``AdapterManager``, which has these members and more."""
+    """The adapters of a model; ``AdapterManager`` implements this and documents the members."""
 
     alive: bool
     active_state: ActiveState

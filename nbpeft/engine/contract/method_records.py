@@ -1,4 +1,4 @@
-"""What a method may say of itself beside its config and its adapter: optional records of ``register``."""
+"""Optional records that a method passes to ``register`` in addition to its config and adapter classes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nbpeft.engine.contract.shared_state import SharedState
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter that a config of another method asks for on some layer.
+    """An adapter that a config of another method requests on one layer.
 
     Attributes:
-        config: what ``create`` of the method takes.
-        tied_to: path of the layer whose adapter it shares the tensors of; else empty.
+        config: passed to ``create`` of the companion's adapter class.
+        tied_to: path of the layer whose adapter's tensors it uses; empty if it has its own.
     """
 
     config: Any
@@ -28,60 +28,67 @@ class Part:
 
 
 class Companion(Protocol):
-    """How configs of other methods ask for adapters of a method, with a field of theirs."""
+    """Lets configs of other methods request adapters of this method through one of their fields.
+
+    Trainable tokens are one: ``trainable_token_indices`` of a ``LoraConfig`` requests them.
+    """
 
     field: str
-    """The field; empty or None asks for nothing."""
+    """Name of the field; an empty or None value requests nothing."""
 
     @property
     def file_keys(self) -> Mapping[str, str]:
         """Parameter name -> what follows the module path in the files of the other methods."""
 
     def __call__(self, model: nn.Module, config: Any, modules: Sequence[tuple[str, nn.Module]]) -> Mapping[str, Part]:
-        """Path -> adapter that the field asks for.
+        """The adapters that the field requests.
 
         Args:
             model: the base model.
             config: any config, with the field or without.
             modules: path and module of everything in the model; a module may come several times.
 
+        Returns:
+            Path -> requested adapter.
+
         Raises:
-            TargetError: a module is not there, or cannot have such an adapter.
-            ConfigError: the value is impossible.
+            TargetError: a module does not exist, or cannot have such an adapter.
+            ConfigError: the value of the field is invalid.
         """
         ...
 
     def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-        """Combines what configs asked for.
+        """Combines requested adapters of several configs.
 
         Args:
-            parts: path -> adapters there, each with the weight of its change.
+            parts: path -> adapters there, each with its weight in the combination.
 
         Returns:
-            The field's value for the combination, and path -> parameter name -> tensor.
+            The value of the field in the combined config, and path -> parameter name -> tensor.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How the files of a method differ from the names and tensors of its parameters.
+    """How the files of a method differ from its parameters.
 
     Attributes:
-        prefix: starts the names of its parameters; the ``peft_type`` in small letters if empty.
-        keys: parameter name -> what follows the module path in PEFT's files, where that is not the name itself.
-        pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
-        unpack: (config, key -> tensor of a file) -> the tensors of an adapter. Called with tensors on the meta device
-            first, whose shapes are checked before the file is read.
-        derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
-        fuse: (key -> tensor of a file, parameter of experts -> layers that it was) -> the same, with the tensors of
-            those layers joined to the parameter's; for files from before transformers 5.
-        parts: (manager, adapter name) -> folder beside its file -> config, and path -> parameter -> tensor, of other
-            adapters that it consists of.
-        with_parts: (config of a file, folder of such an adapter -> its place or None, keywords of loading) -> the same
-            config with their places.
-        has_tensors: whether there is anything in an adapter that a file holds.
-        without_weight: rewrites an adapter that is initialised from the weight as one that is not.
+        prefix: start of the keys of its parameters in PEFT's files; if empty, ``peft_type`` in lower case and ``_``.
+        keys: parameter name -> what follows the module path in PEFT's files; needed only if that is not the name.
+        pack: (config, key -> tensor) -> key -> tensor to write to a file, if the tensors are not saved as they are.
+        unpack: (config, key -> tensor in a file) -> key -> tensor of the adapter; the inverse of ``pack``. It is called
+            with tensors on the meta device first, so that shapes are checked before the file is read.
+        derived: (config, parameters of one layer) -> key -> further tensor to write, computed from the parameters.
+        fuse: (key -> tensor in a file, name of an expert parameter -> layers it was made from) -> the same tensors,
+            with those of the layers joined to one for the parameter; for files from before transformers 5.
+        parts: (manager, adapter name) -> subfolder -> (config, path -> parameter -> tensor) of other adapters that it
+            consists of; each is saved in its subfolder.
+        with_parts: (config of a file, function from a subfolder to its location or None, keywords of loading) -> the
+            config with the locations of such adapters.
+        has_tensors: whether an adapter of the method has any tensors to save.
+        without_weight: (config, path -> adapter, weights) -> config and weights of an equal adapter that is not
+            initialised from the base weight.
     """
 
     prefix: str = ""
@@ -98,16 +105,17 @@ class FileFormat:
 
 @dataclass(frozen=True)
 class SharedTensors:
-    """What the layers of one adapter share, or an adapter with those of other methods.
+    """Tensors that the layers of one adapter share, and adapters of this method inside those of other methods.
 
     Attributes:
-        state: class of what all its layers share, if anything.
+        state: class of the state that all layers of an adapter share; None if there is none.
         tied: (config, path -> (in, out) features of its layers, in model order) -> path -> parameter -> path of the
-            earlier layer whose parameter it is, where some layers share one. A file holds it for each of them. The
-            names of the config's targets are condensed before, where they are many.
-        tied_class: (config, paths of layers that share one weight) -> class of the adapters that use the tensors of the
-            one on the first of them, for ``ensure_weight_tying``; None where there is none.
-        companion: lets configs of other methods ask for it.
+            earlier layer that has this parameter; for methods in which some layers share one. It is saved for each of
+            these layers. A long list of targets in the config is condensed before the call.
+        tied_class: (config, paths of layers that share one weight) -> class of the adapters on all but the first of
+            these layers, which use the tensors of the first one's adapter; None if the method cannot do that. For
+            ``ensure_weight_tying``.
+        companion: lets configs of other methods request adapters of this one; None if they cannot.
     """
 
     state: type[SharedState] | None = None
@@ -118,15 +126,15 @@ class SharedTensors:
 
 @dataclass(frozen=True)
 class CallInputs:
-    """What the adapters of a method take from a call of the model.
+    """What the adapters of a method read from a call of the model.
 
     Attributes:
-        context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context`` while the
-            call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
-        arguments: names of arguments of a call that are for that alone, and not for the model.
-        token_arguments: those of them that are one number for each token of the input, (rows, length); the others are
-            one for each row.
-        generation: (config, model) -> arguments of ``generate`` where a call does not say otherwise.
+        context: (config, args, kwargs of the call) -> value of ``base.context`` in its adapters during the call. In a
+            mixed batch, a tensor with one entry for each row is cut to the rows of the adapter.
+        arguments: names of keyword arguments of a call that are only for ``context``; the model does not get them.
+        token_arguments: those in ``arguments`` with one value for each token, (rows, length); the others have one for
+            each row.
+        generation: (config, model) -> default arguments of ``generate``.
     """
 
     context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
@@ -137,13 +145,13 @@ class CallInputs:
 
 @dataclass(frozen=True)
 class OwnKinds:
-    """Kinds of layers that a method treats in its own way.
+    """Which kinds of layers a method supports, if that differs from the default.
 
     Attributes:
-        only: kinds of layers that it alone takes; where it has some, it takes no others.
-        classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for bare
-            parameters (``target_parameters``) and for each ``Composite`` kind, or goes on none.
-        quantized: whether it goes on a layer whose weight is stored quantized.
+        only: kinds of layers that only this method knows; if not empty, it supports no other kinds.
+        classes: name of a layer kind -> adapter class for that kind, if it is not the registered one. Bare parameters
+            (``target_parameters``) and ``Composite`` kinds are supported only if they have an entry here.
+        quantized: whether it supports layers with a quantized weight.
     """
 
     only: tuple[LayerKind, ...] = ()

@@ -1,16 +1,18 @@
-"""The contract of an adapter without layers: it acts on whole calls of a model, in ``forward`` and ``generate``.
+"""The contract of adapters without target layers (prompt methods): they change whole calls of the model.
 
-A ``ModelAdapter`` puts trained vectors in front of what a model reads:
+A ``ModelAdapter`` prepends trained vectors to what the model reads, in ``forward`` and ``generate``:
 
-    input_tokens     embeddings in front of the input's (soft prompts)
+    input_tokens     embeddings in front of those of the input (soft prompts)
     decoder_tokens   the same for the decoder of an encoder-decoder model
-    cached_states    keys and values in front of those that attention caches (a prefix)
+    cached_states    keys and values at the start of the attention cache (a prefix)
 
-It hangs at the input embedding, which it leaves as it is: so it moves, trains, is saved and is copied with the model
-as every adapter does. ``model_calls`` puts what it gives into a call, with mask, positions and labels. One that
-``WeighsTokens`` says besides which tokens a language model learns, its own among them, and how much each counts. One
-that ``AddsInside`` adds to what modules inside the model give (``inner_calls``), and one that ``RunsBeside`` changes
-what blocks read (``side_network``).
+It is stored on the input embedding, whose output it does not change, so that it is moved, trained, saved and copied
+with the model like every other adapter. ``model_calls`` inserts its vectors into a call and extends the attention
+mask, positions and labels. Capabilities in addition to that:
+
+    WeighsTokens     decides which tokens a language model learns, and the weight of each in the loss
+    AddsInside       adds to the outputs of modules inside the model (``inner_calls``)
+    RunsBeside       runs a side network that changes the inputs of blocks (``side_network``)
 """
 
 from __future__ import annotations
@@ -29,19 +31,19 @@ from nbpeft.errors import ConfigError
 
 
 class ModelAdapter(Adapter, TransformsOutput):
-    """An adapter that acts on calls of the whole model. Subclass it in ``methods/``.
+    """An adapter that changes calls of the whole model. Subclass it in ``methods/``.
 
-    A subclass makes its modules in ``__init__``, from the config alone, with the initial values that torch draws;
+    A subclass creates its modules in ``__init__``, from the config alone, with torch's default initial values;
     ``initialise`` overwrites those that depend on the model.
 
     Attributes:
-        call_argument: name of an argument of calls that is for the adapter alone, its ``base.context``; or empty.
-        token_count: embeddings that it puts in front of the input's.
-        decoder_token_count: the same for a decoder that has an encoder.
-        state_count: keys and values that it puts in front of the cached ones.
+        call_argument: name of a keyword argument of calls that only the adapter gets, as ``base.context``; or empty.
+        token_count: number of embeddings that it prepends to the input.
+        decoder_token_count: number of embeddings that it prepends to the input of an encoder-decoder model's decoder.
+        state_count: number of key/value positions that it prepends to the cache of each layer.
     """
 
-    is_tied: ClassVar[bool] = True  # it leaves the embedding's weight as it is, whoever shares that
+    is_tied: ClassVar[bool] = True  # it does not change the embedding's weight, so tied weights need no attention
     peft: ClassVar[PeftNames] = PeftNames(shown_as="prompt_encoder")
     call_argument: ClassVar[str] = ""
     token_count: int = 0
@@ -51,10 +53,10 @@ class ModelAdapter(Adapter, TransformsOutput):
     def __init__(self, config: Any) -> None:
         super().__init__()
 
-    # What a method gives
+    # What a method implements
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
-        """Gives new parameters their values, as far as those depend on the model; without gradient.
+        """Sets initial values that depend on the model, in place; called under ``torch.no_grad()``.
 
         Args:
             config: the method's own config.
@@ -62,30 +64,44 @@ class ModelAdapter(Adapter, TransformsOutput):
         """
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """Embeddings (1 or rows, ``token_count``, features) to put in front of the input's.
+        """Computes the embeddings to prepend to the input.
 
         Args:
-            base: the input embedding; its ``context`` is what the method prepared for the call.
+            base: the input embedding; its ``context`` is what ``CallInputs.context`` returned for the call.
+
+        Returns:
+            (1 or rows, ``token_count``, features).
         """
         raise NotImplementedError
 
     def decoder_tokens(self, base: BaseLayer) -> Tensor:
-        """Embeddings (1 or rows, ``decoder_token_count``, features) to put in front of the decoder's input."""
+        """Computes the embeddings to prepend to the decoder's input: (1 or rows, ``decoder_token_count``, features)."""
         raise NotImplementedError
 
     def cached_states(self, base: BaseLayer) -> Tensor:
-        """Keys and values (1 or rows, ``state_count``, layers, 2, heads, head features) to begin the cache with."""
+        """Computes keys and values to start the cache with.
+
+        Args:
+            base: the input embedding; its ``context`` is what ``CallInputs.context`` returned for the call.
+
+        Returns:
+            (1 or rows, ``state_count``, layers, 2 for keys and values, heads, features of a head).
+        """
         raise NotImplementedError
 
     @classmethod
     def check_model(cls, config: Any, model: nn.Module) -> None:
-        """Refuses a model that the method cannot act on.
+        """Refuses models that the method does not support.
+
+        Args:
+            config: the method's own config.
+            model: the base model.
 
         Raises:
-            ConfigError: it is one.
+            ConfigError: the model is not supported.
         """
 
-    # What follows from that
+    # What this class implements from that
 
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
@@ -108,7 +124,15 @@ class ModelAdapter(Adapter, TransformsOutput):
 
     @classmethod
     def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:
-        """Makes an adapter of a config whose parameters, by their name in files, are these tensors."""
+        """Builds an adapter from given tensors.
+
+        Args:
+            config: the method's own config.
+            tensors: name in files -> tensor, which is used without a copy.
+
+        Returns:
+            The adapter.
+        """
         with torch.device("meta"):
             made = cls(config)
         paths = made.paths_by_name_in_files()
@@ -118,11 +142,11 @@ class ModelAdapter(Adapter, TransformsOutput):
         return made
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Nothing to add to the embedding's output; see ``Adapter``."""
+        """Zeros: nothing is added to the embedding's output; see ``Adapter``."""
         return base_output.new_zeros(()).expand_as(base_output)
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
-        """The embedding's output as it is."""
+        """The embedding's output, unchanged."""
         return output
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -139,7 +163,7 @@ class ModelAdapter(Adapter, TransformsOutput):
         return "the weights: it puts trained tokens in front of the input and changes no weight"
 
     def swap_refusal(self) -> str:
-        """Why nothing takes its place; see ``Adapter``."""
+        """Why it cannot be hot-swapped; see ``Adapter``."""
         return "is a prompt of the whole model; load the other one beside it and switch with set_adapter()"
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
@@ -147,11 +171,11 @@ class ModelAdapter(Adapter, TransformsOutput):
         return dict(self.named_in_files())
 
     def name_in_files(self, name: str) -> str:
-        """What a file calls a parameter, by its path here, before ``file_keys`` of the method spells it."""
+        """The name of a parameter in files before ``FileFormat.keys`` is applied, from its path in this module."""
         return name
 
     def paths_by_name_in_files(self) -> dict[str, str]:
-        """What a file calls a parameter or buffer -> its path here."""
+        """Name of a parameter or buffer in files -> its path in this module."""
         named = (*self.named_parameters(), *self.named_buffers())
         return {self.name_in_files(path): path for path, _ in named}
 
@@ -166,26 +190,26 @@ class ModelAdapter(Adapter, TransformsOutput):
 
 
 class WeighsTokens(ABC):
-    """Says what of a call with labels a language model learns; a ``ModelAdapter`` with tokens in front of the input."""
+    """Changes labels, and their weights in the loss of a language model; a ``ModelAdapter`` with input tokens."""
 
     @abstractmethod
     def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """The labels of a call as the adapter wants them, and how much each counts in the mean.
+        """Computes the labels of a call and their weights in the mean loss.
 
         Args:
-            labels: int64 (rows, positions), for all that is in front of the input, and then the input; -100 where
-                nothing is learned. Those of the adapter's own tokens are among them, -100 so far.
-            start: the position of its own tokens.
-            front: that of the input.
-            base: the input embedding; its ``context`` is what the method prepared for the call.
+            labels: int64, (rows, positions), for all prepended tokens and then the input; -100 is not learned. The
+                adapter's own tokens have -100.
+            start: first position of its own tokens.
+            front: first position of the input.
+            base: the input embedding; its ``context`` is what ``CallInputs.context`` returned for the call.
 
         Returns:
-            New labels, and float32 weights, both (rows, positions).
+            New labels (int64) and weights (float32), both (rows, positions).
         """
 
 
 class AddsInside(ABC):
-    """Adds to what some modules inside the model give, such as the attentions of some layers; a ``ModelAdapter``.
+    """Adds to the outputs of some modules inside the model, such as attention modules; a ``ModelAdapter``.
 
     Attributes:
         places: paths of the modules in the base model.
@@ -197,28 +221,31 @@ class AddsInside(ABC):
     def addition(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
     ) -> Tensor:
-        """What to add to the output of a module, or to the first part of it; shaped like that.
+        """Computes what to add to the output of a module.
 
         Args:
             path: of the module.
-            module: the module; layers inside it act as in its own call.
-            args: what it was called with.
-            kwargs: likewise.
-            rows: rows to call those layers with where they are called with something else than the input: 1, or as
-                many as the input has where each is served by an adapter of its own.
+            module: the module; layers inside it may be called, and apply their adapters as in the module's own call.
+            args: of the module's call.
+            kwargs: of the module's call.
+            rows: batch size for calls of layers inside ``module`` with other inputs than the module's: 1, or the batch
+                size of the input in a mixed batch.
+
+        Returns:
+            A tensor shaped like the output of the module, or like its first element if that is a tuple.
         """
 
 
 class RunsBeside(ABC):
-    """Has a network that runs beside the model, whose state goes through some blocks of it; a ``ModelAdapter``.
+    """Has a side network with a state that is updated at some blocks of the model; a ``ModelAdapter``.
 
-    Its method declares a ``context`` of None (``CallInputs``): the state takes that place while the call runs.
+    Its method declares a ``CallInputs.context`` that returns None: during a call the engine stores the state there.
 
     Attributes:
-        title: of its method, for messages.
-        places: paths of the blocks in the base model, one behind the other.
+        title: name of its method, for messages.
+        places: paths of the blocks in the base model, in the order of their calls.
         loss_weight: factor on its own loss.
-        last_loss: the loss of the last call that had labels, detached; None after one that had none.
+        last_loss: its own loss in the last call, detached; None if that call had no labels.
     """
 
     title: str
@@ -228,45 +255,57 @@ class RunsBeside(ABC):
 
     @abstractmethod
     def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
-        """The state in front of the first block, (rows, length, features).
+        """Computes the state before the first block.
 
         Args:
             model: the base model.
-            call: the arguments of its call by name; changed where a cache has to keep what the network computes.
+            call: name -> argument of the call; changed in place if the cache must store what the network computes.
+
+        Returns:
+            (rows, length, features).
         """
 
     @abstractmethod
     def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
-        """What a block reads in place of its hidden states.
+        """Computes the input of a block.
 
         Args:
             path: of the block.
-            hidden: (rows, length, features).
-            state: in front of it.
+            hidden: its hidden states without the adapter, (rows, length, features).
+            state: before the block.
             scale: factor on what is added.
+
+        Returns:
+            New hidden states, (rows, length, features).
         """
 
     @abstractmethod
     def advanced(self, path: str, hidden: Tensor, state: Tensor) -> Tensor:
-        """The state behind a block.
+        """Computes the state after a block.
 
         Args:
             path: of the block.
-            hidden: what it gave.
-            state: in front of it.
+            hidden: output of the block, (rows, length, features).
+            state: before the block.
+
+        Returns:
+            The new state.
         """
 
     @abstractmethod
     def own_loss(self, model: nn.Module, call: Mapping[str, Any], state: Tensor) -> Tensor | None:
-        """The loss of the network by itself; None where it has none.
+        """Computes the side network's own loss.
 
         Args:
             model: the base model.
-            call: the arguments of its call by name, ``labels`` among them.
-            state: in front of the first block.
+            call: name -> argument of the call, including ``labels``.
+            state: before the first block.
+
+        Returns:
+            A scalar; None if the network has no loss of its own.
         """
 
 
 def learns_prompt(adapter: object) -> TypeGuard[ModelAdapter]:
-    """Whether something is an adapter that puts tokens or states in front of what a model reads."""
+    """Whether an object is an adapter that prepends tokens or cached states."""
     return isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside | RunsBeside)

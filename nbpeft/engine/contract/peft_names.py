@@ -1,4 +1,4 @@
-"""What users of PEFT find on a layer or model under names of PEFT's: what a method declares of it."""
+"""The names that PEFT's layers and models have for what a method stores, as the method declares them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ADAPTER_PARTS = "adapter_parts"
-"""Where the submodules of adapters are shown, for which PEFT has no name."""
+"""Attribute of a layer for submodules of adapters that have no name in PEFT."""
 
 
 @dataclass(frozen=True)
 class PeftNames:
-    """PEFT's names of what an adapter has; a method without it works everywhere but under these names.
+    """PEFT's names for the parts of an adapter. A method without them works, only PEFT's names are then missing.
 
     Attributes:
-        parameters: names under which PEFT's layers keep its parameters, separated by spaces.
-        others: the same of what they keep besides.
-        layer: name of a layer that carries adapters of the method alone; empty for ``<peft_type>.<kind>``.
-        layer_prefix: what the names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
-        mappings: mappings that every layer has, also where the method has no entry for them.
-        single_mapping: the one mapping in which layers keep all parameters, where that is so.
-        attributes: attribute of an adapted layer -> that of the adapter behind it.
-        functions: method of an adapted layer -> a function of the layer and arguments.
-        wrapped: parameters kept in a small module, as its ``weight``: ``layer.core["default"].weight``.
-        names_in_modules: such a parameter -> its name there, where that is another one.
-        lists: what is kept in a list, ``layer.core["default"][0]``: the parameters ``core.0``, ``core.1``, …
-        modules: what is kept in modules beside the parameters; ``ShowsModules.peft_module`` makes them.
-        constants: parameters that no file holds and nothing reads: users of PEFT count them.
-        shown_as: where the submodules of adapters are shown on a layer.
-        model_functions: function of a model whose first adapter has such a config -> a function of the model's manager
-            and the arguments.
-        model_attributes: attribute of such a model's ``base_model`` -> a function of that.
+        parameters: attributes of PEFT's layers that map adapter names to parameters, separated by spaces.
+        others: attributes of PEFT's layers that map adapter names to other values, separated by spaces.
+        layer: class name of a layer whose adapters are all of this method; empty for ``<peft_type>.<kind>``.
+        layer_prefix: start of the names of its layer classes: ``HRA`` of ``HRALinear``.
+        mappings: mappings that every layer has, even if they are empty there.
+        single_mapping: the one mapping that contains all parameters, if PEFT's layers have only that one.
+        attributes: attribute of an adapted layer -> attribute of the adapter that it reads.
+        functions: method of an adapted layer -> function of the layer and the arguments.
+        wrapped: parameters stored in a small module as its ``weight``: ``layer.core["default"].weight``.
+        names_in_modules: parameter in ``wrapped`` -> its name in the module, if that is not ``weight``.
+        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …
+        modules: further modules of PEFT's layers, besides those for ``wrapped``; see ``ShowsModules.peft_module``.
+        constants: parameters that are neither saved nor read; they exist because PEFT counts them.
+        shown_as: attribute of a layer under which the submodules of adapters are found.
+        model_functions: method of a model whose first adapter has such a config -> function of the model's manager and
+            the arguments.
+        model_attributes: attribute of such a model's ``base_model`` -> function of the ``base_model``.
     """
 
     parameters: str = ""

@@ -1,4 +1,4 @@
-"""What configs and files say an adapter is of: the task of its model, and its method."""
+"""The values of ``task_type`` and ``peft_type`` in configs and files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Names of heads that start random; a model need not have one of that name."""
+"""Task -> names of heads, which are randomly initialised; a model need not have a module of that name."""
 
 
 class _Extensible(enum.EnumMeta):
-    """An enum that methods add their member to."""
+    """An enum to which methods add their own member."""
 
     def add(cls, value: str) -> None:
-        """Adds a member that is called as its value; does nothing where there is one."""
+        """Adds a member whose name is its value; does nothing if it exists."""
         if value in cls._value2member_map_:
             return
         member: Any = str.__new__(cls, value)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ class _Extensible(enum.EnumMeta):
 
 
 class PeftType(str, enum.Enum, metaclass=_Extensible):
-    """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
+    """Values of ``peft_type`` in config files: those of PEFT and those of registered methods."""
 
 
 for _name in PEFT_TYPES:

@@ -1,4 +1,4 @@
-"""Where adapters come from that are named and not on the model."""
+"""Interface for loading adapters on demand that are known by name but not on the model."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Protocol
 
 
 class AdapterProvider(Protocol):
-    """Brings adapters that are kept elsewhere onto the model."""
+    """Loads adapters that are stored elsewhere (in host memory or files) onto the model."""
 
     @property
     def offloaded_count(self) -> int:
-        """How many adapters it knows that are not on the model now."""
+        """Number of adapters that it knows and that are not on the model now."""
         ...
 
     def can_provide(self, name: str) -> bool:
-        """Whether it can bring that adapter."""
+        """Whether it knows an adapter of this name."""
         ...
 
     def provide(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
-        """Has those of the adapters that it knows on the model, all together, until the block ends.
+        """Context manager: all of these adapters that it knows are on the model until the block ends.
 
         Args:
-            names: adapters.
-            switching: the block makes them the active ones, so the active ones may go for them.
+            names: of the adapters; unknown names are ignored.
+            switching: the block makes them the active adapters, so that those active now may be evicted.
         """
         ...

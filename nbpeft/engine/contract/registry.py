@@ -1,8 +1,8 @@
-"""What methods, kinds of layers and ways to store a weight there are, and which one fits.
+"""The registry of methods, layer kinds and weight backends, and the lookups in it.
 
-A file in ``methods/``, ``layer_kinds/`` or ``backends/`` registers what it defines; nothing else
-lists them. Packages outside nbpeft add methods through the entry point group ``nbpeft.methods``:
-each entry point names a module whose import registers.
+Each file in ``methods/``, ``layer_kinds/`` or ``backends/`` registers what it defines; there is no other
+list of them. Packages outside nbpeft add methods through the entry point group ``nbpeft.methods``:
+each entry point names a module, which registers its methods when it is imported.
 """
 
 from __future__ import annotations
@@ -40,25 +40,26 @@ class Method:
     """One registered method.
 
     Attributes:
-        label: its name for people, e.g. ``DoRA``.
+        label: display name, such as ``DoRA``.
         peft_type: the ``peft_type`` in config files.
         config_class: class of its configs.
         adapter_class: class of its adapters.
-        applies: whether a config of that class means this method (several may share a class).
-        default_targets: model type -> usual targets, names, a pattern or "all-linear"; None if unknown.
-        variant: config -> a name more exact than the label, or empty: ``rsLoRA``.
-        summary: config -> what panels, cards and previews show of it: ``{"r": "16", "α": "32"}``.
-        smaller: config -> one with fewer parameters, for forecasts that do not fit; None where there is none.
-        sample_configs: name -> fields of a config, without targets; the tests try the method with each.
-        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
+        applies: config -> whether it is one of this method; for config classes that several methods share.
+        default_targets: model type -> default targets: names, a pattern or "all-linear"; None if unknown.
+        variant: config -> a display name that is more specific than the label (``rsLoRA``), or the empty string.
+        summary: config -> settings shown in panels, model cards and previews: ``{"r": "16", "α": "32"}``.
+        smaller: config -> one with fewer parameters, to suggest if a memory estimate does not fit; None if there is
+            none.
+        sample_configs: name -> fields of a config, without targets; the method's tests run with each of them.
+        listed_with: fields of the config that lists of methods show it with, if its defaults are not valid.
         when: when to choose it, in a few words.
-        paper: where it is described: ``arXiv:2106.09685``, or an address.
-        draws_in_training: whether its adapters compute with random numbers in training mode, besides dropout.
-        combine: how adapters of it are combined; methods that can be combined with each other have the same.
-        shares: tensors that its layers share with each other.
-        calls: what it takes from calls of the model.
+        paper: where it is described: ``arXiv:2106.09685``, or a URL.
+        draws_in_training: whether its adapters use random numbers in training mode, apart from dropout.
+        combine: combines its adapters; methods that can be combined with each other share one object.
+        shares: tensors that its layers share.
+        calls: what it reads from calls of the model.
         files: how its files differ from its parameters.
-        kinds: kinds of layers that it treats in its own way.
+        kinds: which kinds of layers it supports, if that differs from the default.
     """
 
     label: str
@@ -83,21 +84,21 @@ class Method:
 
     @property
     def prefix(self) -> str:
-        """What the names of its parameters start with."""
+        """The start of its parameters' keys in PEFT's files."""
         return self.files.prefix or f"{self.peft_type.lower()}_"
 
     @property
     def peft(self) -> PeftNames:
-        """PEFT's names of what its adapters have."""
+        """PEFT's names for the parts of its adapters."""
         return self.adapter_class.peft
 
     @property
     def transforms_calls(self) -> bool:
-        """Whether its adapters act on calls of the whole model, and not on layers."""
+        """Whether its adapters change calls of the whole model instead of layers."""
         return issubclass(self.adapter_class, ModelAdapter)
 
     def title(self, config: AdapterConfig) -> str:
-        """Its name for people, for one config."""
+        """Its display name for one config: the variant if there is one, else the label."""
         return self.variant(config) or self.label
 
 
@@ -107,7 +108,7 @@ _RECORDS: dict[str, type[Any]] = {
     "files": FileFormat,
     "kinds": OwnKinds,
 }
-_FIELDS = tuple(one.name for one in dataclasses.fields(Method))[4:]
+_FIELDS = tuple(field.name for field in dataclasses.fields(Method))[4:]
 
 
 class _Ranked(Protocol):
@@ -130,16 +131,19 @@ _entry_points_lock = threading.RLock()
 def register(
     config_class: type[AdapterConfig], *, peft_type: str, label: str, **fields: Any
 ) -> Callable[[AdapterClass], AdapterClass]:
-    """Registers an adapter class as a method.
+    """Class decorator that registers an adapter class as a method.
 
     Args:
         config_class: class of its configs.
         peft_type: the ``peft_type`` in config files.
-        label: its name for people.
+        label: its display name.
         **fields: the other attributes of ``Method``.
 
+    Returns:
+        The decorator.
+
     Raises:
-        UnknownMethodError: another class has the label.
+        UnknownMethodError: another class has this label.
         ConfigError: ``Method`` has no such attribute or one of another type, or the class is written for the contract
             of nbpeft 0.2.
     """
@@ -167,39 +171,39 @@ def register(
 
 
 def register_layer_kind(cls: KindClass) -> KindClass:
-    """Registers a kind of layer; ``priority`` orders them, higher is asked first."""
+    """Class decorator that registers a kind of layer; kinds of higher ``priority`` are tried first."""
     _insert(_layer_kinds, cls())
     _composites[:] = [kind for kind in _layer_kinds if isinstance(kind, Composite)]
     return cls
 
 
 def register_backend(cls: KindClass) -> KindClass:
-    """Registers a backend class; ``priority`` orders them, higher is asked first."""
+    """Class decorator that registers a backend; backends of higher ``priority`` are tried first."""
     _insert(_backends, cls())
     return cls
 
 
 def methods() -> tuple[Method, ...]:
-    """All methods, those of other packages included."""
+    """All methods, including those of other packages."""
     _load_entry_points()
     return tuple(_methods)
 
 
 def layer_kinds() -> tuple[LayerKind, ...]:
-    """All kinds of layers, in the order they are asked."""
+    """All kinds of layers, in the order in which they are tried."""
     return tuple(_layer_kinds)
 
 
 def backends() -> tuple[Backend, ...]:
-    """All backends, in the order they are asked."""
+    """All backends, in the order in which they are tried."""
     return tuple(_backends)
 
 
 def method_of(config: AdapterConfig) -> Method:
-    """The method a config means.
+    """The method of a config.
 
     Raises:
-        UnknownMethodError: no registered method takes this config.
+        UnknownMethodError: no registered method has configs of this class.
     """
     for method in _methods if any(m.config_class is type(config) for m in _methods) else methods():
         if method.config_class is type(config) and method.applies(config):
@@ -213,7 +217,7 @@ def method_of(config: AdapterConfig) -> Method:
 
 
 def method_of_adapter(adapter: Adapter) -> Method | None:
-    """The method that an adapter is made by, that of the nearest registered class; None if there is none."""
+    """The method of an adapter, found by the nearest registered class among its bases; None if there is none."""
     for cls in type(adapter).__mro__:
         for method in _methods:
             if cls in (method.adapter_class, *method.kinds.classes.values()):
@@ -227,20 +231,20 @@ def methods_of_type(peft_type: str) -> tuple[Method, ...]:
 
 
 def transforms_calls(peft_type: str) -> bool:
-    """Whether adapters with a ``peft_type`` act on calls of the whole model: their files name no layers."""
+    """Whether adapters with a ``peft_type`` change calls of the whole model, so that their files name no layers."""
     return any(method.transforms_calls for method in methods_of_type(peft_type))
 
 
 def companions() -> tuple[Method, ...]:
-    """The methods that configs of other methods can ask for."""
+    """The methods whose adapters configs of other methods can request."""
     return tuple(method for method in methods() if method.shares.companion is not None)
 
 
 def file_keys(peft_type: str) -> dict[str, str]:
-    """Parameter name -> what follows the module path in PEFT's files; a name that is not in it stays as it is.
+    """Parameter name -> what follows the module path in PEFT's files; missing names are spelled as they are.
 
     Args:
-        peft_type: of the config beside the file.
+        peft_type: of the config in the same folder.
     """
     keys: dict[str, str] = {}
     for method in methods():
@@ -254,9 +258,9 @@ def file_keys(peft_type: str) -> dict[str, str]:
 
 
 def prefixes(peft_type: str) -> tuple[str, ...]:
-    """What the names of parameters in a file with such a config may start with."""
-    found = {method.prefix for method in (*methods_of_type(peft_type), *companions())}
-    return tuple(sorted(found))
+    """The possible starts of parameter keys in a file whose config has this ``peft_type``."""
+    starts = {method.prefix for method in (*methods_of_type(peft_type), *companions())}
+    return tuple(sorted(starts))
 
 
 def config_class_of(peft_type: str) -> type[AdapterConfig]:
@@ -276,36 +280,44 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
 
 
 def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> LayerKind | None:
-    """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
+    """The kind of a layer.
+
+    Args:
+        module: the frozen layer.
+        method: whose own kinds are tried instead, if it has any (``OwnKinds.only``).
+
+    Returns:
+        The kind; None if the layer cannot be adapted.
+    """
     kinds = _layer_kinds if method is None or not method.kinds.only else method.kinds.only
     return _first_match(kinds, module)
 
 
 def composite_kind(module: nn.Module) -> Any:
-    """The kind of a module that computes with several weights itself, a ``Composite``; None of any other module."""
+    """The ``Composite`` kind of a module that computes with several weights itself; None for any other module."""
     return _first_match(_composites, module)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:
-    """The backend that reads a module's weight, or None."""
+    """The backend that can read a module's weight, or None."""
     return _first_match(_backends, module)
 
 
 def _first_match(ranked: Sequence[Matching], module: nn.Module) -> Matching | None:
-    for one in ranked:  # asked of every module of a model: a generator costs as much again
-        if one.matches(module):
-            return one
+    for candidate in ranked:  # runs for every module of a model; a generator expression would take twice as long
+        if candidate.matches(module):
+            return candidate
     return None
 
 
 def layer_kind_named(name: str) -> LayerKind:
-    """The kind of a name that ``resolve_layer_kind`` gave."""
+    """The kind with a name, as in ``LayerKind.name``."""
     own = (kind for method in _methods for kind in method.kinds.only)
     return next(kind for kind in chain(_layer_kinds, own) if kind.name == name)
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of a name that ``resolve_backend`` gave."""
+    """The backend with a name, as in ``Backend.name``."""
     return next(backend for backend in _backends if backend.name == name)
 
 
@@ -316,13 +328,14 @@ def _insert(ranked: list[Any], new: _Ranked) -> None:
 
 
 def _load_entry_points() -> None:
-    """Lets other packages register their methods, once; one that cannot be loaded is skipped with a warning."""
+    """Imports the modules of other packages that register methods, once; a failing one is skipped with a warning."""
     global _entry_points_loaded, _entry_points_loading
     if _entry_points_loaded:
         return
     failures = []
     with HeldInterrupts(), _entry_points_lock:
-        if _entry_points_loaded or _entry_points_loading:  # a package may use the registry while it is imported
+        # The lock is reentrant: a package may use the registry while it is being imported here.
+        if _entry_points_loaded or _entry_points_loading:
             return
         _entry_points_loading = True
         try:

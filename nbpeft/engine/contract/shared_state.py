@@ -1,4 +1,4 @@
-"""What the layers of one adapter share: a common projection, a bank of vectors."""
+"""State that the layers of one adapter share: a common projection, a bank of vectors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nbpeft.engine.contract.initial_draws import Fill, drawn
 
 @dataclass(frozen=True)
 class SharedSite:
-    """Where a shared state is built.
+    """What a shared state is built from.
 
     Attributes:
-        shapes: what ``tensor_shapes`` gave.
-        device: where the first layer is.
-        dtype: dtype of new tensors.
+        shapes: name -> shape, as ``tensor_shapes`` returned.
+        device: of the first adapted layer.
+        dtype: of new tensors.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -37,40 +37,46 @@ class SharedSite:
 
 
 class SharedState(Bindable):
-    """What all layers of one adapter share; one for each adapter name. Derive from it where a method needs one.
+    """State that all layers of one adapter share, one object per adapter name. Derive from it if a method needs one.
 
-    It hangs in the first adapted layer, so it moves and trains with the model.
+    It is registered as a submodule of the first adapted layer, so that it is moved and trained with the model.
     """
 
     made_from: ClassVar[tuple[str, ...]] = ()
-    """Fields that say, with its shapes, what ``create`` makes where no file holds it."""
+    """Fields of the config that, with the shapes, determine what ``create`` makes if no file has the state."""
 
     is_trained: ClassVar[bool] = True
-    """Whether its tensors are trained, or else frozen."""
+    """Whether its tensors are trained; otherwise they are frozen."""
 
     named_first: ClassVar[tuple[str, ...]] = ()
-    """Of its modules, which give tensors by name, those of which PEFT has these by name first and then by adapter."""
+    """Names of its modules in which PEFT maps tensor names to adapter names, and not the other way round."""
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of its tensors.
+        """The names and shapes of its tensors.
 
         Args:
             config: the method's own config.
             features: path -> (in, out) features of each layer that gets an adapter, in the order of the model.
 
+        Returns:
+            Name -> shape.
+
         Raises:
-            ConfigError: the layers cannot share a state.
+            ConfigError: layers of these sizes cannot share a state.
         """
         raise NotImplementedError
 
     @classmethod
     def initial_tensors(cls, config: Any, site: SharedSite) -> Mapping[str, Tensor]:
-        """Makes the tensors of a new state, by name; zeros unless a method says otherwise.
+        """Creates the tensors of a new state; by default all are zeros.
 
         Args:
             config: the method's own config.
             site: shapes, device and dtype; ``site.new`` makes tensors.
+
+        Returns:
+            Name -> tensor.
         """
         return {name: site.new(shape) for name, shape in site.shapes.items()}
 
@@ -81,7 +87,10 @@ class SharedState(Bindable):
         Args:
             config: the method's own config.
             site: shapes, device and dtype.
-            tensors: loaded tensors by name, or None to initialise.
+            tensors: name -> loaded tensor, or None to initialise new ones.
+
+        Returns:
+            The state.
         """
         given = cls.initial_tensors(config, site) if tensors is None else tensors
         made = cls()
@@ -90,44 +99,47 @@ class SharedState(Bindable):
 
     @classmethod
     def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
-        """Name -> dtype of those of its tensors that hold no floating numbers, such as places.
+        """The dtypes of tensors that are not floating-point, such as indices.
 
         Args:
-            shapes: what ``tensor_shapes`` gave.
+            shapes: name -> shape, as ``tensor_shapes`` returned.
+
+        Returns:
+            Name -> dtype; floating-point tensors are left out.
         """
         return {}
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Tells it, once it is built and before the adapters are, which layers share it; most do not ask.
+        """Called after the state was built and before the adapters are; most methods do not need it.
 
-        What depends on their weights and is in no file is made here.
+        Override it to compute what depends on the weights of the layers and is not saved.
 
         Args:
             layers: path -> layer, in the order of the model.
         """
 
     def settle(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
-        """Called when its tensors were overwritten: what adapters keep that follows from them is computed again.
+        """Called after its tensors were overwritten, to update values in adapters that were computed from them.
 
         Args:
             layers: path -> adapter and layer.
-            change: records what is written.
+            change: records what is written, so that a failure can undo it.
         """
 
     @classmethod
     def is_saved(cls, config: Any) -> bool:
-        """Whether a file holds its tensors; otherwise ``create`` makes the same ones again from the config."""
+        """Whether its tensors are saved; otherwise ``create`` must make the same ones again from the config."""
         return True
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """What an adapter's file holds of it, by name; references."""
+        """Name -> tensor to save; the tensors themselves, not copies."""
         return dict(self.state_dict(keep_vars=True))
 
 
 class DrawnTensors(SharedState):
-    """Frozen tensors that are drawn from a seed (``projection_prng_key``) and saved if ``save_projection`` asks for it.
+    """Frozen tensors that are drawn from a seed (``projection_prng_key``), and saved only with ``save_projection``.
 
-    A subclass gives ``names``, ``tensor_shapes`` and ``drawn``.
+    A subclass implements ``names``, ``tensor_shapes`` and ``drawn``.
     """
 
     made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection")
@@ -141,7 +153,7 @@ class DrawnTensors(SharedState):
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Both, in the order of their names."""
+        """Both tensors, in the order of ``names``."""
         first, second = (self.get_buffer(name) for name in self.names)
         return first, second
 
@@ -149,12 +161,21 @@ class DrawnTensors(SharedState):
     def drawn(
         cls, config: Any, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Draws the tensors, by name, on the CPU, as PEFT does."""
+        """Draws the tensors on the CPU, with the same numbers as PEFT.
+
+        Args:
+            config: the method's own config.
+            shapes: name -> shape, as ``tensor_shapes`` returned.
+            generator: seeded with ``projection_prng_key``.
+
+        Returns:
+            Name -> tensor.
+        """
         raise NotImplementedError
 
     @classmethod
     def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or draws them from the config's seed."""
+        """Registers loaded tensors, or draws them from the config's seed; see ``SharedState``."""
         if tensors is None:
             tensors = cls.drawn(config, site.shapes, torch.Generator().manual_seed(config.projection_prng_key))
         placed = {name: tensor.to(site.device, site.dtype) for name, tensor in tensors.items()}
@@ -162,12 +183,12 @@ class DrawnTensors(SharedState):
 
     @classmethod
     def is_saved(cls, config: Any) -> bool:
-        """Whether the config asks for it."""
+        """``save_projection`` of the config."""
         return bool(config.save_projection)
 
 
 class Together(SharedState):
-    """Knows the adapters of all layers, for what is computed over all of them.
+    """A shared state without tensors that refers to the adapters of all layers, to compute over all of them.
 
     Args:
         config: of the adapter.
@@ -181,20 +202,20 @@ class Together(SharedState):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        # Each adapter is a module of its layer.
+        # Plain attributes: each adapter is a submodule of its layer already.
         self.bind(config=config, adapters={})
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """It has no tensors."""
+        """None: it has no tensors."""
         return {}
 
     @classmethod
     def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Starts without any adapter."""
+        """A state without adapters yet."""
         return cls(config)
 
     @classmethod
     def is_saved(cls, config: Any) -> bool:
-        """A file holds nothing of it."""
+        """False: there is nothing to save."""
         return False

@@ -1,8 +1,8 @@
-"""Marks an adapter as unsaved when an optimizer has changed it, whoever makes the step.
+"""Marks an adapter as unsaved when any optimizer has changed it.
 
-torch calls back after the step of any optimizer: one of a Trainer, or of a loop of somebody's own that
-nothing here knows of. What a step has cost once, it does not cost again: an adapter that is marked is
-not looked at until it is saved.
+torch calls the hook here after the step of every optimizer, also in a training loop that does not use
+nbpeft. An adapter that is marked already is not examined again until it is saved, so later steps cost
+almost nothing.
 """
 
 from __future__ import annotations
@@ -18,25 +18,33 @@ from nbpeft.engine.contract.manager_protocol import Manager
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
 _held: weakref.WeakKeyDictionary[Optimizer, weakref.WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]]]
 _held = weakref.WeakKeyDictionary()
-"""Optimizer -> manager -> its revision, and the adapters of which the optimizer holds parameters."""
+"""Optimizer -> manager -> its revision, and the names of the adapters whose parameters the optimizer has."""
 _hooked: list[object] = []
 _steps = [0]
 
 
 def watch(manager: Manager) -> None:
-    """Marks the adapters of a manager, which is held weakly, from now on."""
+    """Starts to mark the adapters of a manager; only a weak reference to it is stored."""
     _managers.add(manager)
-    if not _hooked:  # not when this is imported: that changes nothing in other libraries
+    if not _hooked:  # not at import, because importing nbpeft must not change other libraries
         _hooked.append(register_optimizer_step_post_hook(_after_step))
 
 
 def optimizer_steps() -> int:
-    """How many steps optimizers have made since the first model was adapted: fused ones leave no other trace."""
+    """Number of optimizer steps since the first model was adapted.
+
+    Needed because a fused optimizer changes parameters without raising their version counters.
+    """
     return _steps[0]
 
 
 def mark_unsaved(manager: Manager, *names: str) -> None:
-    """Marks adapters, and tells those who follow the manager."""
+    """Marks adapters as unsaved, and notifies the manager's subscribers if any was marked as saved.
+
+    Args:
+        manager: of the model.
+        *names: of the adapters.
+    """
     new = set(names) - manager.unsaved
     if new:
         manager.unsaved |= new
@@ -44,7 +52,12 @@ def mark_unsaved(manager: Manager, *names: str) -> None:
 
 
 def mark_saved(manager: Manager, *names: str) -> None:
-    """Takes the mark off adapters, and tells those who follow the manager."""
+    """Marks adapters as saved, and notifies the manager's subscribers if any was marked as unsaved.
+
+    Args:
+        manager: of the model.
+        *names: of the adapters.
+    """
     old = set(names) & manager.unsaved
     if old:
         manager.unsaved -= old
@@ -65,8 +78,8 @@ def _held_by(optimizer: Optimizer, manager: Manager) -> tuple[str, ...]:
     known = _held.setdefault(optimizer, weakref.WeakKeyDictionary())
     revision, names = known.get(manager, (-1, ()))
     if revision != manager.revision:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        names = tuple(name for name in manager.names if any(id(one) in held for one in manager.parameters(name)))
+        in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        names = tuple(name for name in manager.names if any(id(p) in in_groups for p in manager.parameters(name)))
         known[manager] = manager.revision, names
     return names
 

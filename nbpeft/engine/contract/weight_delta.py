@@ -1,9 +1,9 @@
-"""Adapters whose delta is a whole weight, computed anew from few parameters at each call.
+"""Adapters whose delta has the size of the weight and is computed from few parameters in each call.
 
-    y = W x + Δ(p) x        Δ: shaped like the weight, p: what is trained
+    y = W x + Δ(p) x        Δ: shaped like the weight, p: the trained parameters
 
-Composed from ordinary operations, autograd would keep Δ and all that it is made of, one or more weights a
-layer. Here backward computes Δ again, from the parameters alone.
+With ordinary operations autograd would store Δ and its intermediate results for backward, one or more
+tensors of the weight's size for each layer. Here backward computes Δ again from the parameters.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import composes, compute_dtype, without_autocast
 
 Compute = Callable[..., Tensor]
-"""Parameters, in their order -> Δ, shaped like the canonical weight."""
+"""Function of the parameters, in the order of ``parameter_shapes``, to Δ, shaped like the canonical weight."""
 
 
 class WeightDelta(Adapter):
     """An adapter that adds ``delta(*parameters)`` to the weight, a differentiable function of its parameters.
 
-    Subclasses give ``delta`` and, where they drop something in training, ``delta_in_training``.
+    Subclasses implement ``delta`` and, if they have a form of dropout, ``delta_in_training``.
     """
 
     @property
@@ -37,16 +37,33 @@ class WeightDelta(Adapter):
         return tuple(self.held[name] for name in self._names)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Computes what to add to the canonical weight, in that shape and the dtype of the parameters."""
+        """Computes the delta; must be differentiable, and give the same result when backward calls it again.
+
+        Args:
+            base: the layer.
+            *parameters: in the order of ``parameter_shapes``.
+
+        Returns:
+            Shaped like the canonical weight, in the dtype of the parameters.
+        """
         raise NotImplementedError
 
     def delta_in_training(self, base: BaseLayer) -> Compute | None:
-        """Returns what computes it in this call of a training; None where nothing is added in it."""
+        """The function that computes the delta in one call in training mode.
+
+        Draw random numbers here and not in the function, which backward calls again.
+
+        Args:
+            base: the layer.
+
+        Returns:
+            The function; None if nothing is added in this call.
+        """
         return lambda *parameters: self.delta(base, *parameters)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with the delta as its weight, shaped like the output; see ``Adapter``."""
-        compute = self.delta_in_training(base) if self.training else lambda *given: self.delta(base, *given)
+        """The layer's output with the delta as its weight; see ``Adapter``."""
+        compute = self.delta_in_training(base) if self.training else lambda *tensors: self.delta(base, *tensors)
         if compute is None:
             return torch.zeros_like(base_output)
         return apply_delta(x, base, compute, self.tensors)
@@ -58,14 +75,14 @@ class WeightDelta(Adapter):
 
 
 class ScaledDelta(WeightDelta, Rescales):
-    """A delta times a scaling, alpha / r; in training the whole of it may be dropped, or rows of it.
+    """A delta times ``scaling`` (alpha / r), with dropout of the whole delta or of its rows in training.
 
     Attributes:
-        rank: what the config asks for on the layer.
-        alpha: likewise.
+        rank: from the config, on this layer.
+        alpha: from the config, on this layer.
         module_dropout: probability that nothing is added in a call.
-        rank_dropout: probability on each row of the delta.
-        rescales_rows: whether the rows that are left are made larger by the share of those that are not.
+        rank_dropout: probability that a row of the delta is zero in a call.
+        rescales_rows: whether the remaining rows are divided by their share, which keeps the mean.
     """
 
     from_config: ClassVar[Mapping[str, str]] = {
@@ -86,7 +103,15 @@ class ScaledDelta(WeightDelta, Rescales):
     rescales_rows: bool = True
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Computes the delta without its scaling, shaped like the canonical weight."""
+        """Computes the delta without ``scaling``; see ``WeightDelta.delta``.
+
+        Args:
+            base: the layer.
+            *parameters: in the order of ``parameter_shapes``.
+
+        Returns:
+            Shaped like the canonical weight, in the dtype of the parameters.
+        """
         raise NotImplementedError
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
@@ -94,13 +119,16 @@ class ScaledDelta(WeightDelta, Rescales):
         return self.unscaled_delta(base, *parameters) * self.scaling
 
     def is_left_out(self) -> bool:
-        """Whether a layer goes without it in a call of a training; a number is drawn for each, as in PEFT."""
+        """Draws whether ``module_dropout`` drops the delta in this call.
+
+        A number is drawn even if the probability is 0, to advance the generator as PEFT does.
+        """
         if not self.module_dropout and composes():
             return False
         return float(torch.rand(1)) <= self.module_dropout
 
     def delta_in_training(self, base: BaseLayer) -> Compute | None:
-        """Drops it, or rows of it; see ``WeightDelta``."""
+        """Applies ``module_dropout`` and ``rank_dropout``; see ``WeightDelta``."""
         if self.is_left_out():
             return None
         if not self.rank_dropout:
@@ -114,7 +142,7 @@ class ScaledDelta(WeightDelta, Rescales):
 
 
 class ComputedFactors(Adapter, IsLowRank):
-    """An adapter that adds ``B A dropout(x)``, whose two factors are computed from what is trained."""
+    """An adapter that adds ``B A dropout(x)``, where A and B are computed from the trained parameters."""
 
     dropout: float
 
@@ -125,7 +153,7 @@ class ComputedFactors(Adapter, IsLowRank):
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A, (r, in), and B, (out, r), differentiable functions of the parameters."""
+        """Computes A, (r, in), and B, (out, r); differentiable."""
 
     @property
     def delta_rank(self) -> int | None:
@@ -160,15 +188,18 @@ def apply_delta(
     dtype: torch.dtype | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The map of a layer with a computed weight; backward keeps its arguments and nothing else.
+    """Computes the output of a layer with a computed weight; autograd stores only ``x`` and the parameters.
 
     Args:
         x: the layer's input, (…, in) or ids.
         base: the layer.
-        compute: parameters -> canonical weight.
-        parameters: tensors that are trained.
-        dtype: to compute in; that of the parameters, or autocast's, if None.
-        bias: frozen, (out,), of a linear layer; None for none.
+        compute: function of the parameters to a canonical weight; backward calls it again.
+        parameters: the trained tensors.
+        dtype: to compute in; None for autocast's, or else that of the parameters.
+        bias: of a linear layer, (out,), which is frozen; None for none.
+
+    Returns:
+        The output, (…, out), in ``dtype``.
     """
     dtype = dtype or compute_dtype(x, parameters[0])
     if composes():
@@ -179,31 +210,37 @@ def apply_delta(
 def in_one_product(
     x: Tensor, base: BaseLayer, changed: Callable[..., Tensor], parameters: tuple[Tensor, ...]
 ) -> Tensor | None:
-    """``W' x + b`` of a linear layer; None where its weight is not stored as it is, so that no W is at hand.
+    """Computes ``W' x + b`` of a linear layer in one product, with a changed weight W'.
 
     Args:
         x: the layer's input, (…, in).
         base: the layer.
-        changed: the canonical weight and the parameters -> W'.
-        parameters: tensors that are trained.
+        changed: function of the canonical weight and the parameters to W'.
+        parameters: the trained tensors.
+
+    Returns:
+        The output, (…, out); None if the weight is quantized, so that it would have to be dequantized first.
     """
     if base.backend.name != "dense":
         return None
     weight = base.weight()
     dtype = compute_dtype(x, weight)
-    return apply_delta(x, base, lambda *given: changed(weight, *given), parameters, dtype=dtype, bias=base.bias)
+    return apply_delta(x, base, lambda *tensors: changed(weight, *tensors), parameters, dtype=dtype, bias=base.bias)
 
 
 def with_entries(weight: Tensor, places: Tensor, entries: Tensor) -> Tensor:
-    """A weight with entries added at some places; not in place.
+    """Adds values at some positions of a weight; not in place.
 
     Args:
         weight: (out, in).
-        places: whole numbers, rows and columns, (2, n), or places in the flat weight, (n,).
-        entries: (n,).
+        places: integer indices: rows and columns, (2, n), or positions in the flattened weight, (n,).
+        entries: the values to add, (n,).
+
+    Returns:
+        A new tensor, (out, in).
     """
     places = places.to(weight.device).long()
-    if places.dim() == 2:  # in one dimension torch adds many times faster
+    if places.dim() == 2:  # torch adds many times faster with a one-dimensional index
         places = places[0] * weight.shape[1] + places[1]
     return weight.reshape(-1).index_add(0, places, entries.to(weight.dtype)).view_as(weight)
 
@@ -217,7 +254,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _ApplyDelta(torch.autograd.Function):
-    """The map with Δ, which backward computes again."""
+    """The layer's output with Δ as its weight; backward computes Δ again."""
 
     @staticmethod
     def forward(
@@ -239,6 +276,8 @@ class _ApplyDelta(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, *saved = ctx.saved_tensors
         of_output, base = gradients[0], ctx.base
+        # Two steps, so that the graph of Δ is all that autograd keeps: first the gradient of Δ from the layer's map,
+        # then the gradients of the parameters from that of Δ.
         learning = [parameter.requires_grad for parameter in saved]
         leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved, learning, strict=True)]
         with without_autocast(x.device.type):
@@ -256,7 +295,7 @@ class _ApplyDelta(torch.autograd.Function):
 def _gradients(
     base: BaseLayer, x: Tensor, delta: Tensor, of_output: Tensor, ctx: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the input and of the delta, where they are needed."""
+    """Gradients of the input and of the delta; None for one that is not needed."""
     for_x, for_delta = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
     if base.kind.is_linear:
         of_x = of_output @ delta if for_x else None
@@ -275,14 +314,17 @@ def _gradients(
 def keeping_inputs(
     function: Callable[..., Tensor], x: Tensor, *parameters: Tensor, keeps_little: bool = False
 ) -> Tensor:
-    """``function(x, *parameters)``, of which backward keeps the arguments alone and computes the rest again.
+    """Computes ``function(x, *parameters)``; autograd stores only the arguments, and backward computes the rest again.
 
     Args:
         function: differentiable, and without random numbers.
         x: the layer's input.
-        parameters: tensors that are trained.
-        keeps_little: autograd would keep little beside the arguments, but for a copy of ``x`` in another dtype: nothing
-            is computed again where there is none.
+        *parameters: the trained tensors.
+        keeps_little: apart from a copy of ``x`` in another dtype, autograd would store little more than the arguments;
+            so if no such copy is needed, nothing is computed again.
+
+    Returns:
+        What the function returns.
     """
     if composes() or (keeps_little and compute_dtype(x, parameters[0]) == x.dtype):
         return function(x, *parameters)
@@ -290,7 +332,7 @@ def keeping_inputs(
 
 
 class _KeepingInputs(torch.autograd.Function):
-    """A function whose intermediate results are computed again."""
+    """A function whose intermediate results backward computes again."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -305,9 +347,9 @@ class _KeepingInputs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         inputs = [tensor.detach() for tensor in ctx.saved_tensors]
-        leaves = [tensor.requires_grad_(one) for tensor, one in zip(inputs, needed, strict=True)]
+        leaves = [tensor.requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
         with torch.enable_grad(), without_autocast(inputs[0].device.type):
             output = ctx.function(*leaves)
-            wanted = [leaf for leaf, one in zip(leaves, needed, strict=True) if one]
+            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
             found = iter(torch.autograd.grad(output, wanted, gradients[0], allow_unused=True))
-        return None, *(next(found) if one else None for one in needed)
+        return None, *(next(found) if need else None for need in needed)

@@ -1,4 +1,4 @@
-"""Tensors of the base that belong to an adapter: biases it trains, embeddings that its file brought."""
+"""Parameters of the base model that belong to an adapter: biases that it trains, embeddings from its file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from nbpeft.errors import ConfigError
 
 
 class BaseBiases:
-    """Which tensors of the base belong to which adapter, and what they were before.
+    """Which base parameters belong to which adapter, and their original values.
 
-    They are the base model's own parameters: biases that train along (``bias="all"`` or
-    ``"lora_only"``), which only one adapter may do, and others that a file brought, which stay
-    frozen. Disabling an adapter does not bring the old values back; removing it does.
+    These are biases that an adapter trains (``bias="all"`` or ``"lora_only"``), which only one adapter
+    of a model may do, and parameters loaded from its file, which stay frozen. Disabling an adapter does
+    not restore the original values; deleting it does.
+
+    Args:
+        model: the base model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,11 +30,19 @@ class BaseBiases:
 
     @property
     def are_trained(self) -> bool:
-        """Whether an adapter trains some."""
+        """Whether an adapter trains biases of the base model."""
         return bool(self._trained)
 
     def check(self, adapter: str, names: Collection[str]) -> None:
-        """Raises ConfigError if another adapter trains base biases already, or one has no data to train."""
+        """Checks that an adapter can train biases.
+
+        Args:
+            adapter: its name.
+            names: of the biases.
+
+        Raises:
+            ConfigError: another adapter trains biases already, or a bias has no data.
+        """
         others = [other for other in self._trained if other != adapter]
         if names and others:
             raise ConfigError(
@@ -43,7 +54,7 @@ class BaseBiases:
             raise ConfigError(f"{absent} has no data here (meta device): use bias='none', or load the model whole")
 
     def keep(self, change: Transaction) -> None:
-        """Records whose parameters of the base are taken."""
+        """Records which parameters belong to which adapter, so that a failure can restore it."""
         change.keep_attributes(self, "_originals", "_trained")
         for originals in self._originals.values():
             change.keep(originals)
@@ -51,13 +62,13 @@ class BaseBiases:
     def start(
         self, adapter: str, names: Collection[str], values: Mapping[str, Tensor] | None, change: Transaction
     ) -> None:
-        """Takes parameters of the base for an adapter, with new values where given.
+        """Assigns base parameters to an adapter, and sets new values.
 
         Args:
-            adapter: the adapter.
-            names: biases it trains.
-            values: name -> value, of those and of others, which stay frozen.
-            change: records the parameters.
+            adapter: its name.
+            names: of the biases that it trains.
+            values: name -> new value of these biases, and of others, which stay frozen.
+            change: records the old values.
         """
         parameters = self._owners([*names, *(values or {})])
         if not parameters:
@@ -72,7 +83,14 @@ class BaseBiases:
                     parameters[name].copy_(value)
 
     def stop(self, adapter: str, change: Transaction) -> None:
-        """Puts the old values back; where a later adapter has put its own over them, it inherits the old ones."""
+        """Restores the original values of an adapter's parameters.
+
+        If a later adapter has overwritten a parameter, that one's record gets the original value instead.
+
+        Args:
+            adapter: its name.
+            change: records what is written.
+        """
         adapters = list(self._originals)
         later = adapters[adapters.index(adapter) + 1 :] if adapter in adapters else []
         originals = self._originals.pop(adapter, {})
@@ -89,26 +107,26 @@ class BaseBiases:
                 parameters[name].copy_(value)
 
     def forget(self, adapter: str) -> None:
-        """Keeps the new values for good."""
+        """Makes the present values permanent."""
         self._originals.pop(adapter, None)
         self._trained.pop(adapter, None)
 
     def rename(self, old: str, new: str) -> None:
-        """Moves the record to another adapter name, at the same place in the order."""
+        """Renames an adapter; its position in the order does not change."""
         self._originals = {new if name == old else name: kept for name, kept in self._originals.items()}
         if old in self._trained:
             self._trained[new] = self._trained.pop(old)
 
     def of(self, adapter: str) -> dict[str, nn.Parameter]:
-        """Name in the bare base model -> bias that an adapter trains."""
+        """Name in the base model without adapters -> bias that an adapter trains."""
         return self._owners(self._trained.get(adapter, ()))
 
     def originals(self, adapter: str) -> dict[str, Tensor]:
-        """Name -> what was there before the adapter, of all that it took."""
+        """Name -> original value of all parameters that belong to an adapter."""
         return dict(self._originals.get(adapter, {}))
 
     def present(self, adapter: str) -> dict[str, Tensor]:
-        """Name -> what is there now, of all that an adapter took."""
+        """Name -> present value of all parameters that belong to an adapter."""
         return {name: parameter.detach() for name, parameter in self._owners(self._originals.get(adapter, ())).items()}
 
     def _owners(self, names: Iterable[str]) -> dict[str, nn.Parameter]:

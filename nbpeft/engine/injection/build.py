@@ -44,14 +44,14 @@ _PREPARED = "_nbpeft_prepared_by"
 
 @dataclass
 class Parts:
-    """What ``commit`` puts into the model: nothing in here is part of it yet.
+    """What ``commit`` adds to the model; nothing here is part of the model yet.
 
     Attributes:
         adapters: (sites of one module, its wrapper, the new adapter) in model order.
         copies: (sites, wrapper, trained copy).
-        shared: what the adapters share, if anything.
+        shared: the state that the adapters share, or None.
         model: the base model.
-        complete: makes them once the layers of the model are replicated, where the config asks for that.
+        complete: with ``layer_replication``, a function that replicates the layers and then builds the parts.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
@@ -76,14 +76,16 @@ def build(
     Args:
         model: the base model.
         plan: what to create.
-        active_state: what new wrappers read.
-        weights: loaded tensors to bind instead of initialising; for a path or parameter that
-            is not in them the usual init is used.
-        name: of the adapter, for layers that go by it.
-        half: keep adapters in the base's dtype also where that is a half one; otherwise they
+        active_state: of the model, for new wrappers.
+        weights: loaded tensors; a path or parameter that they lack is initialised.
+        name: of the adapter, for custom layer classes.
+        half: use the base's dtype for adapters even if it has half precision; by default they
             are float32 there, which training needs.
-        training: the mode that new adapters, and wrappers for them, are put into; None for that of the adapter whose
-            place one takes, or of its layer.
+        training: mode of new adapters and their wrappers; None for that of the adapter which is replaced, or else of
+            its layer.
+
+    Returns:
+        The new parts.
 
     Raises:
         ConfigError: a module to be copied is offloaded.
@@ -110,7 +112,7 @@ def build(
     parts = Parts([], [], shared, model)
 
     def create(target: Target) -> Adapter:
-        check_interrupt()  # some inits take a second a layer
+        check_interrupt()  # some initialisations take a second for each layer
         base = layers[target.path].base
         start = None if weights is None else weights.starts.get(target.path)
         dtype = adapter_dtype(base.dtype, half=half)
@@ -139,7 +141,7 @@ def build(
 
 
 def _mode(layer: AdaptedLayer, name: str) -> bool:
-    """Whether the adapter of a name on a layer is in training mode; where there is none, whether the layer is."""
+    """The training mode of an adapter on a layer, or that of the layer if it has no such adapter."""
     present = layer.adapters._modules.get(name)
     return layer.training if present is None else present.training
 
@@ -156,7 +158,7 @@ def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | N
 
 
 def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: bool) -> None:
-    """Raises ConfigError where a new adapter cannot act on rounded weights; of a loaded one it warns."""
+    """Raises ConfigError if a new adapter cannot be trained quantization-aware; warns if a loaded one cannot."""
     paths = {id(layer): path for path, layer in layers.items()}
     try:
         fake_quant.check((paths[id(layer)], layer, adapter) for _, layer, adapter in parts.adapters)
@@ -167,7 +169,7 @@ def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: 
 
 
 def _check_owner(site: Site, active_state: ActiveState) -> None:
-    """Raises AdapterError where the adapters on a layer are those of another model."""
+    """Raises AdapterError if a layer has adapters of another model."""
     wrapper = site.wrapper
     if wrapper is None or wrapper._shared_state() is active_state:
         return
@@ -205,7 +207,7 @@ def shared_state(
     device: torch.device,
     dtype: torch.dtype,
 ) -> SharedState | None:
-    """Builds what the layers of an adapter share, where its method has that.
+    """Builds the state that the layers of an adapter share.
 
     Args:
         plan: of the adapter.
@@ -213,6 +215,9 @@ def shared_state(
         layers: path of each target -> the layer.
         device: of its tensors.
         dtype: of new tensors.
+
+    Returns:
+        The state; None if the method has none.
     """
     shared = method_of(plan.config).shares.state
     if shared is None:
@@ -229,13 +234,13 @@ def shared_state(
 def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
     if given is None:
         return target.adapter_class.create(target.config, site, None)
-    # In the order in which a new adapter has them: an optimizer's state goes by it.
+    # In the order of a new adapter, because optimizer state is keyed by that order.
     placed = {
         name: given[name].to(site.base.device, site.dtype if name in site.shapes else None)
         for name in target.saved_shapes
         if name in given
     }
-    if target.tied_to or site.shapes.keys() <= placed.keys():  # what a tied one lacks its source has
+    if target.tied_to or site.shapes.keys() <= placed.keys():  # a tied adapter uses its source's tensors for the rest
         return target.adapter_class.create(target.config, site, placed)
     adapter = target.adapter_class.create(target.config, site, None)
     here = adapter.paths_by_name_in_files() if isinstance(adapter, ModelAdapter) else {}
@@ -251,19 +256,27 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
 
 
 def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
-    """dtype of an adapter's parameters on a layer whose weight stands for dtype ``base``."""
+    """The dtype of an adapter's parameters.
+
+    Args:
+        base: dtype of the layer's dequantized weight.
+        half: see ``build``.
+    """
     return torch.float32 if base in _HALF and not half else base
 
 
 def copy_module(
     module: nn.Module, weights: Mapping[str, Tensor] | None, tied: dict[int, Any] | None = None
 ) -> nn.Module:
-    """A trainable deep copy, with loaded tensors in place of its own where given.
+    """A trainable deep copy of a module.
 
     Args:
         module: the module.
-        weights: loaded tensors by name.
-        tied: what was copied before with tensors that this copy shares, as ``copy.deepcopy`` notes it.
+        weights: name -> loaded tensor, which replaces the values of the copy.
+        tied: the ``memo`` of ``copy.deepcopy`` from earlier copies with which this one shares tensors.
+
+    Returns:
+        The copy.
     """
     memo = {} if tied is None else tied
     memo.update({key: value for key, value in _cloned_fakes(module).items() if key not in memo})
@@ -283,9 +296,9 @@ def _copy_in(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
-    """What a deep copy takes for fake tensors, those of a forecast.
+    """Copies of fake tensors (of a memory estimate), for the ``memo`` of ``copy.deepcopy``.
 
-    Copied by themselves they copy their mode too, which ends in memory that is freed twice.
+    ``deepcopy`` of a fake tensor would copy its mode too, and then memory is freed twice.
     """
     fake = loaded("torch._subclasses.fake_tensor", "FakeTensor")
     memo: dict[int, Tensor] = {}
@@ -297,11 +310,11 @@ def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
 
 
 class CollectionPaused:
-    """Holds the cyclic garbage collector back while thousands of modules are made, as a context.
+    """Context manager: pauses the cyclic garbage collector while thousands of modules are created.
 
-    Nothing made here is garbage, but the allocations alone would trigger full collections, which
-    cost more than the work itself once torch and transformers are loaded. It ends with its last
-    reference at the latest: an interruption can keep a context from ending.
+    Nothing created here is garbage, but the allocations would trigger full collections, which take
+    longer than the work itself once torch and transformers are loaded. ``__del__`` ends the pause
+    too, since an interruption can skip ``__exit__``.
     """
 
     _was_enabled = False
@@ -318,12 +331,12 @@ class CollectionPaused:
 
 
 def hook_in(model: nn.Module, layer: AdaptedLayer, adapters: Iterable[Any], change: Transaction) -> None:
-    """Lets adapters of a layer act on calls of the model, where their method needs that.
+    """Registers the hooks of adapters that change calls of the model.
 
     Args:
         model: the base model.
         layer: the layer, in the module tree.
-        adapters: those of its adapters that hang there now and did not before.
+        adapters: its new adapters.
         change: records the hooks of modules.
     """
     for adapter in adapters:
@@ -336,15 +349,15 @@ def hook_in(model: nn.Module, layer: AdaptedLayer, adapters: Iterable[Any], chan
 
 
 def commit(name: str, parts: Parts, change: Transaction) -> Parts:
-    """Hangs built parts into the model.
+    """Adds built parts to the model.
 
     Args:
         name: of the adapter.
-        parts: what was built.
-        change: records the places where wrappers are put; the adapters that hang there are recorded by the caller.
+        parts: from ``build``.
+        change: records the replaced modules; the caller records the adapters of existing wrappers.
 
     Returns:
-        What was hung in.
+        The parts that were added.
     """
     parts = parts.complete(change) if parts.complete is not None else parts
     for sites, layer, adapter in parts.adapters:
@@ -372,15 +385,15 @@ def drop(
     change: Transaction,
     keep: Parts | None = None,
 ) -> None:
-    """Takes an adapter's modules out; wrappers left empty go, unless ``keep`` reuses them.
+    """Removes an adapter; wrappers without adapters are removed too, unless ``keep`` reuses them.
 
     Args:
         model: the base model.
         name: of the adapter.
-        layers: the adapted layers; the adapters that hang there are recorded by the caller.
-        copies: likewise.
-        change: records the places from which wrappers are taken.
-        keep: what comes in its place.
+        layers: the adapted layers; the caller records their adapters.
+        copies: the modules with copies; the caller records these.
+        change: records the replaced modules.
+        keep: parts of the adapter that replaces this one, or None.
     """
     kept = set() if keep is None else {id(part[1]) for part in (*keep.adapters, *keep.copies)}
     empty: dict[int, nn.Module] = {}
@@ -409,14 +422,15 @@ def replace_modules(
     merged: bool | None = None,
     release: bool = False,
 ) -> None:
-    """Puts other modules wherever those with the given ids hang.
+    """Replaces modules wherever they are in the model.
 
     Args:
         model: the base model.
-        replacements: id of a module -> what takes its place.
-        change: records the places.
-        merged: where no adapter is left: whether some were merged for good, into replicated layers too.
-        release: whether backends undo what they did to layers for the sake of adapters.
+        replacements: id of a module -> its replacement.
+        change: records the replaced modules.
+        merged: if no adapter is left, whether some were merged permanently, so that replicated layers must stay; None
+            if adapters are left.
+        release: whether backends undo their preparation of layers for adapters.
     """
     _replace(model, replacements, change)
     if merged is not None:
@@ -441,9 +455,13 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Tr
 
 
 def prepare_storage(model: nn.Module, change: Transaction) -> None:
-    """Lets backends see to every quantized layer of a model, adapted or not.
+    """Lets backends prepare every quantized layer of a model, with or without adapters.
 
-    Gradients pass through layers without adapters too. Done before anything else runs.
+    Gradients pass through layers without adapters too.
+
+    Args:
+        model: the base model.
+        change: records the layers.
     """
     idle = StoredWeight.prepare
     willing = [backend for backend in backends() if getattr(type(backend), "prepare", idle) is not idle]

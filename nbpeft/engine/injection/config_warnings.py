@@ -1,4 +1,4 @@
-"""Warnings about a config that is valid but probably not what was meant, and models nothing can be done with yet."""
+"""Warnings about a config that is valid but probably not what the user meant."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nbpeft.errors import PeftWarning, TargetError, few, shown
 
 
 def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
-    """Names that a task adds to ``modules_to_save``, though a model need not have them."""
+    """Names of heads that a task adds to ``modules_to_save``; a model need not have them."""
     return TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
 
 
 def missing_head_message(missing: Sequence[str]) -> str:
-    """Says that a model has none of the heads that its task usually has."""
+    """The message that a model has none of the usual heads of its task."""
     return (
         f"the model has no module {' or '.join(missing)}: its head, under whatever name, is neither trained nor "
         "saved unless modules_to_save names it"
@@ -27,7 +27,7 @@ def missing_head_message(missing: Sequence[str]) -> str:
 
 
 def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
-    """Says once where an adapter does not act, because the module around its layer only reads the layer's weight.
+    """Warns once about an adapter without effect, because the module around its layer only reads the layer's weight.
 
     Args:
         sites: of the layers that get an adapter.
@@ -45,11 +45,11 @@ def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
 
 
 def warn_of_ensured(tied: Collection[str], changed: Set[str]) -> None:
-    """Says where nothing comes of ``ensure_weight_tying``.
+    """Warns if ``ensure_weight_tying`` has no effect.
 
     Args:
-        tied: paths of the modules that share the input embedding's weight, that itself among them; none if none do.
-        changed: paths of what is adapted or trained as a whole.
+        tied: paths of the input embedding and the modules that share its weight; empty if none do.
+        changed: paths of modules that are adapted or trained as a whole.
     """
     if not tied:
         warnings.warn(
@@ -68,7 +68,7 @@ def warn_of_ensured(tied: Collection[str], changed: Set[str]) -> None:
 def warn_of_tied(
     model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str], config: AdapterConfig
 ) -> None:
-    """Says where an adapter changes an embedding or head that shares its weight with another module.
+    """Warns if an adapter changes an embedding or head that shares its weight with another module.
 
     Args:
         model: the base model.
@@ -97,7 +97,7 @@ def warn_of_tied(
 
 
 def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
-    """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach, if it reaches none.
+    """Warns if ``"all-linear"`` adapts no stacked weights, although the model has some (experts of a mixture).
 
     Args:
         model: the base model.
@@ -116,10 +116,10 @@ def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
 
 
 def warn_of_experts_along(added: Sequence[tuple[int, int]]) -> None:
-    """Says what the experts, which were linear layers, add to an adapter of all of those.
+    """Warns how many parameters the experts add to an "all-linear" adapter, because they were linear layers.
 
     Args:
-        added: of each target, how many matrices it has and how many parameters it gets.
+        added: (number of matrices, number of adapter parameters) of each target.
     """
     total, experts = sum(count for _, count in added), sum(count for matrices, count in added if matrices > 1)
     if not experts:
@@ -145,7 +145,7 @@ def warn_about_config(
     strict: bool,
     unused_exclude: bool = False,
 ) -> None:
-    """Warns of what a config says in vain, and of what its method knows about these layers.
+    """Warns about options without effect, and passes on the method's own warnings about these layers.
 
     Args:
         config: the config.

@@ -1,10 +1,11 @@
-"""Layers of somebody else's class, as PEFT's ``_register_custom_module`` brings them, among those of the engine.
+"""Layers of a user's own class, registered with PEFT's ``_register_custom_module``.
 
-The class computes with the adapters by itself, in its own ``forward``. It has PEFT's names: mappings by adapter
-name (``adapter_layer_names`` says which hold parameters), ``active_adapters``, ``disable_adapters``, ``merge``.
+The class applies the adapters itself, in its own ``forward``. It has the interface of PEFT's layers: mappings by
+adapter name (``adapter_layer_names`` lists those with parameters), ``active_adapters``, ``disable_adapters`` and
+``merge``.
 
-    CustomLayer     what hangs in the model: an adapted layer for the manager, the other object for everybody else
-    CustomAdapter   what belongs to one adapter in the mappings of that object
+    CustomLayer     the module in the tree: an adapted layer for the manager, the user's layer for everything else
+    CustomAdapter   the entries of one adapter in the mappings of the user's layer
 """
 
 from __future__ import annotations
@@ -33,21 +34,29 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class CustomPart:
-    """What makes an adapter on a layer of such a class.
+    """What is needed to create an adapter on a custom layer.
 
     Attributes:
         config: of the adapter.
-        layer_class: the class.
+        layer_class: the user's class.
     """
 
     config: LayerByLayer
     layer_class: type[nn.Module]
 
     def make(self, module: nn.Module, path: str, name: str) -> CustomAdapter:
-        """Makes an object of the class around a frozen layer, for one adapter.
+        """Creates a custom layer around a frozen layer, for one adapter.
+
+        Args:
+            module: the frozen layer.
+            path: of the layer.
+            name: of the adapter.
+
+        Returns:
+            The adapter, with the custom layer as its ``owner``.
 
         Raises:
-            LayerKindError: the object has no parameters for the adapter.
+            LayerKindError: the custom layer does not have the frozen one as its ``base_layer``.
         """
         adapter = CustomAdapter(self.config.make_custom_layer(self.layer_class, module, path, name), name)
         if adapter.owner._modules.get("base_layer") is not module:
@@ -58,17 +67,20 @@ class CustomPart:
 
 
 def custom_part(module: nn.Module, wrapper: nn.Module | None, config: Any, path: str) -> CustomPart | None:
-    """The class of its own that a layer gets, or has; None for one that is the engine's.
+    """Decides whether a layer gets, or has, a custom class.
 
     Args:
         module: the frozen layer.
-        wrapper: what is around it now, if anything.
-        config: of the adapter to come.
+        wrapper: around it now, or None.
+        config: of the new adapter.
         path: of the layer.
 
+    Returns:
+        The custom class and the config; None for an ordinary layer.
+
     Raises:
-        LayerKindError: the layer carries adapters already that do not go together with those of the class.
-        ConfigError: it has a class, and the config's method none.
+        LayerKindError: the layer has adapters already that cannot be combined with this class.
+        ConfigError: the layer has a custom class, and the method of the config does not support any.
     """
     if not isinstance(config, LayerByLayer):
         if isinstance(wrapper, CustomLayer):
@@ -95,7 +107,16 @@ def _title(layer_class: type) -> tuple[str, str]:
 
 
 def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> shape that an adapter will have, found by making one, which draws no random numbers."""
+    """Finds the shapes of an adapter by creating one; the state of the CPU's random generator is restored.
+
+    Args:
+        part: the custom class and the config.
+        module: the frozen layer.
+        path: of the layer.
+
+    Returns:
+        Parameter name -> shape.
+    """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = part.make(module, path, "default")
@@ -103,7 +124,7 @@ def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> dict[str, t
 
 
 class OpaqueKind:
-    """A layer of which nothing is known but that it can be called."""
+    """The kind of a custom layer around a module that no other kind knows; it can only be called."""
 
     name = "custom"
     peft_name = ""
@@ -138,7 +159,7 @@ class OpaqueKind:
 
 
 class OpaqueWeights(StoredWeight):
-    """The tensors of such a layer, whatever they are called."""
+    """The backend of such a layer: all its tensors, under any names."""
 
     name = "dense"
 
@@ -191,20 +212,20 @@ _OPAQUE_WEIGHTS: Backend = OpaqueWeights()
 
 
 def kind_and_backend(module: nn.Module) -> tuple[LayerKind, Backend]:
-    """What is known of a layer that gets a class of its own."""
+    """The kind and backend of a frozen layer that gets a custom class; opaque ones if none fits."""
     kind, backend = resolve_layer_kind(module), resolve_backend(module)
     return (_OPAQUE_KIND, _OPAQUE_WEIGHTS) if kind is None or backend is None else (kind, backend)
 
 
 class CustomAdapter(Adapter, Rescales):
-    """What belongs to one adapter in the mappings of a layer of somebody else's class.
+    """The entries of one adapter in the mappings of a custom layer.
 
     Args:
-        owner: the layer's object.
-        name: the adapter's name there.
+        owner: the custom layer.
+        name: of the adapter there.
 
     Attributes:
-        entries: attribute of the object -> what it has under the adapter's name.
+        entries: attribute of the custom layer -> its entry for the adapter.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -306,17 +327,17 @@ def mappings_of(owner: nn.Module) -> dict[str, Any]:
 
 
 class CustomLayer(AdaptedLayer):
-    """An adapted layer that somebody else's class computes.
+    """An adapted layer whose output a user's class computes.
 
-    It shows the object's modules, parameters and attributes as its own: for ``state_dict()``, ``named_modules()``
-    and ``isinstance`` it is that object.
+    It has the modules, parameters and attributes of the custom layer: ``state_dict()``, ``named_modules()``
+    and ``isinstance`` give the same results as for that.
 
     Args:
         base_layer: the frozen layer.
         active_state: of the model.
 
     Attributes:
-        custom: the object; the one that was made for the first adapter takes the entries of the others.
+        custom: the custom layer that was created for the first adapter; entries of later adapters are moved into it.
     """
 
     custom: Any = None
@@ -325,10 +346,10 @@ class CustomLayer(AdaptedLayer):
         super().__init__(base_layer, *kind_and_backend(base_layer), active_state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the object computes with the adapters that are active in this call.
+        """Calls the custom layer, which applies the adapters that are active in this call.
 
         Raises:
-            NotSupportedError: the call wants what the object cannot know of: a scale, or an adapter for each row.
+            NotSupportedError: the call needs a scale or a mixed batch, which custom layers do not support.
         """
         self.show_adapters()
         active, here = self.active_state.current(), self.adapters._modules

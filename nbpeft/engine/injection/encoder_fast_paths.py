@@ -1,7 +1,7 @@
-"""The fast path of nn.TransformerEncoderLayer, which reads the weights of the layers inside and calls none of them.
+"""Disables the fast path of nn.TransformerEncoderLayer, which reads weights of inner layers without calling them.
 
-torch takes it in evaluation, unless a module there has a hook. nn.TransformerEncoder packs a padded batch for it
-before, into a tensor that the other path cannot take.
+torch uses it in evaluation mode unless a module there has a hook. For the fast path nn.TransformerEncoder packs a
+padded batch into a nested tensor, which the ordinary path does not support.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PACKED = "_nbpeft_use_nested_tensor"
 
 
 def refresh_fast_paths(model: nn.Module, change: Transaction) -> None:
-    """Sees to it that encoder layers with adapters call the layers inside, and that others are as they were.
+    """Makes encoder layers with adapters call their inner layers, and restores encoder layers without adapters.
 
     Args:
         model: the base model.

@@ -1,7 +1,7 @@
-"""What of a model can carry no adapter, asked before anything is changed.
+"""Checks which modules of a model cannot have an adapter, before anything is changed.
 
-Mamba's mixers hand the weights of some layers to fused kernels, and never call others at all: an
-adapter there would be trained and would not act.
+Mamba's mixers pass the weights of some layers to fused kernels without calling the layers. An
+adapter there would have no effect.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ _READ_DIRECTLY = {
 
 
 def bypassed(model: nn.Module, path: str) -> str:
-    """Why an adapter on a layer would not act; empty where it would.
+    """Why an adapter on a layer would have no effect.
 
     Args:
         model: the base model.
         path: of the layer.
+
+    Returns:
+        Part of a sentence; empty if it would have an effect.
     """
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
@@ -47,7 +50,7 @@ def bypassed(model: nn.Module, path: str) -> str:
 
 
 def check_called(model: nn.Module, path: str) -> None:
-    """Raises TargetError where an adapter would not act, because the model does not call the layer."""
+    """Raises TargetError if an adapter would have no effect, because the model does not call the layer."""
     reason = bypassed(model, path)
     if reason:
         name = path.rpartition(".")[2]
@@ -57,7 +60,7 @@ def check_called(model: nn.Module, path: str) -> None:
 
 
 def check_shaped(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raises LayerKindError where a lazy layer does not know its shape yet."""
+    """Raises LayerKindError if a lazy layer has no shape yet."""
     for path, module in modules:
         if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
             raise LayerKindError(
@@ -67,7 +70,17 @@ def check_shaped(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
-    """Raises TargetError where a module cannot be trained as a whole."""
+    """Checks that a module can be trained as a whole (``modules_to_save``).
+
+    Args:
+        path: of the module.
+        module: the base module.
+        wrapper: around it now, or None.
+
+    Raises:
+        TargetError: it has adapters, or stores quantized matrices.
+        LayerKindError: it is a container without a forward.
+    """
     if isinstance(wrapper, AdaptedLayer):
         raise TargetError(f"{path} carries adapters already and cannot be trained as a whole (modules_to_save)")
     inner = next((name for name, part in module.named_modules() if isinstance(part, AdaptedLayer)), None)

@@ -1,6 +1,6 @@
-"""What applying a config would change in a model.
+"""Plans what applying a config will change in a model.
 
-``plan`` changes nothing and needs no memory: it works on a model of meta tensors too.
+``plan`` changes nothing and allocates nothing, so it works with a model on the meta device too.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
 from nbpeft.errors import CheckpointError, ConfigError, LayerKindError, TargetError
 
 _LARGEST = 10**8
-"""Numbers up to which an adapter may be larger than its model: tiny models try large ranks."""
+"""Number of values up to which an adapter may be much larger than its model, as with large ranks on tiny models."""
 _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
 
 
@@ -281,18 +281,20 @@ class InjectionPlan:
 def plan(
     model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True, replacing: str | None = None
 ) -> InjectionPlan:
-    """Works out what a config means for a model.
+    """Plans what adding an adapter will change in a model.
 
     Args:
-        model: the base model, with or without adapters on it; meta tensors will do.
-        config: the config of any registered method.
-        allow_missing: warn about targets that match nothing, as long as others match; without
-            it that is an error.
-        replacing: an adapter on it whose place the new one takes.
+        model: the base model, with or without adapters, also on the meta device.
+        config: of any registered method.
+        allow_missing: only warn about targets that match nothing, if others match; False to raise an error.
+        replacing: name of an adapter on the model that the new one replaces.
+
+    Returns:
+        The plan.
 
     Raises:
-        TargetError: nothing matches, a target cannot be adapted, or something is missing.
-        ConfigError: a value of the config is impossible for a layer.
+        TargetError: nothing matches, a target cannot be adapted, or a target is missing.
+        ConfigError: a value of the config is invalid for a layer.
     """
     method = method_of(config)
     config = config.on_model(model, lambda other: plan(model, other, allow_missing=allow_missing, replacing=replacing))
@@ -363,7 +365,7 @@ def _warn_of_ties(
     changed: Set[str],
     parts: list[Target],
 ) -> None:
-    """Warns of what changes one of several modules that share a weight, and where asking for them is in vain."""
+    """Warns if only some users of a shared weight are changed, and if tying is requested but has no effect."""
     if getattr(config, "ensure_weight_tying", False):
         warn_of_ensured(tied, changed | {part.path for part in parts})
     if not tied:
@@ -382,7 +384,7 @@ def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[T
 def _plan_for_calls(
     model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
 ) -> InjectionPlan:
-    """The plan of an adapter that acts on calls of the whole model: it hangs at the input embedding."""
+    """The plan for an adapter that changes calls of the whole model; it is stored on the input embedding."""
     site = _embedding_site(model, sites)
     if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
         why = (
@@ -404,7 +406,7 @@ def _plan_for_calls(
 
 
 def _other_paths(paths: Sequence[str], sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
-    """Path -> where else the module at that path hangs; only of modules that hang in several places."""
+    """Path -> other paths of the same module; only for modules that are in several places."""
     places: dict[int, list[str]] = {}
     modules: dict[str, int] = {}
     for site in sites:
@@ -415,7 +417,7 @@ def _other_paths(paths: Sequence[str], sites: Iterable[Site]) -> dict[str, tuple
 
 
 def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:
-    """Where the input embedding of a model is: the one that it names, else the first for its whole vocabulary."""
+    """The site of the input embedding: the one that the model names, else the first for its whole vocabulary."""
     embedding = embedding_of(model)
     if embedding is not None:
         return next((site for site in sites if site.module is frozen_module(embedding)), None)
@@ -617,11 +619,14 @@ def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site
 
 
 def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> list[tuple[Target, Adapter]]:
-    """Makes the adapter of each target, in the plan's order.
+    """Creates the adapter of each target, and ties those that share tensors.
 
     Args:
         plan: the plan.
-        create: makes one.
+        create: creates the adapter of one target.
+
+    Returns:
+        (target, adapter) in the plan's order.
     """
     made: dict[str, tuple[Target, Adapter]] = {}
     for target in plan.targets:

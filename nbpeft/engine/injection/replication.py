@@ -1,7 +1,7 @@
-"""Layers of a transformer that are used several times, each time with adapters of their own (``layer_replication``).
+"""Repeats layers of a transformer, each time with separate adapters (``layer_replication``).
 
-A map of ``[[0, 4], [2, 5]]`` makes seven layers of five: 0 1 2 3 2 3 4. They are modules of their own with the tensors
-of those they repeat, so they cost no memory; an adapter merged into one of them gets a weight of its own there.
+The map ``[[0, 4], [2, 5]]`` makes seven layers out of five: 0 1 2 3 2 3 4. Repeated layers are separate modules that
+share the tensors of the original, so they take no memory. Merging an adapter gives the layer a separate weight.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LayerMap = Sequence[Sequence[int]]
 
 _FIELD = "layer_replication"
 _RECORD = "_nbpeft_replication"
-"""Attribute of a list of replicated layers, until they are there for good."""
+"""Attribute of the replicated layer list with its ``Replication``, until the replication becomes permanent."""
 _INSIDE = ("model", "bert", "transformer")
-"""Names under which architectures keep the part that has the layers."""
+"""Names of the submodule with the layers, by architecture."""
 _LISTS = (("layers",), ("encoder", "layer"), ("h",))
-"""Where that keeps them: Llama and Mistral, BERT, Falcon."""
+"""Path of the layer list in that submodule: Llama and Mistral, BERT, Falcon."""
 _PER_LAYER = "layer_types"
 
 
@@ -48,15 +48,18 @@ class Replication:
 
 
 def pending_replication(model: nn.Module, config: Any) -> list[tuple[int, int]] | None:
-    """The map by which a config replicates layers of a model that are not yet; None where there is nothing to do.
+    """Checks whether a config requires layers to be replicated that are not replicated yet.
 
     Args:
         model: the base model.
         config: of an adapter.
 
+    Returns:
+        The map, as [start, end) pairs; None if there is nothing to do.
+
     Raises:
-        ConfigError: the layers are replicated in another way, or the map does not fit them.
-        TargetError: the model has no list of layers, or they carry adapters.
+        ConfigError: the layers are replicated with another map, or the map does not fit the model.
+        TargetError: the model has no known layer list, or the layers have adapters already.
     """
     layer_map = _checked(getattr(config, _FIELD, None))
     there = _record(model) if layer_map else None
@@ -132,11 +135,14 @@ def _order(layer_map: LayerMap) -> list[int]:
 
 
 def replicated(model: nn.Module, layer_map: LayerMap) -> nn.Module:
-    """A model that shares everything with another one but the list of its layers, to plan on.
+    """A shallow copy of a model with replicated layers, for planning.
 
     Args:
-        model: the other one, which stays as it is.
-        layer_map: what ``pending_replication`` gave.
+        model: the original, which is not changed.
+        layer_map: what ``pending_replication`` returned.
+
+    Returns:
+        The copy.
     """
     layers = model.get_submodule(_path_of_layers(model))
     assert isinstance(layers, nn.ModuleList)
@@ -144,10 +150,13 @@ def replicated(model: nn.Module, layer_map: LayerMap) -> nn.Module:
 
 
 def before_replication(model: nn.Module) -> nn.Module:
-    """The model itself, or one that shares everything with it but the layers, which are those it had before.
+    """The model as it was before its layers were replicated.
 
     Args:
         model: the base model.
+
+    Returns:
+        A shallow copy with the original layers; the model itself if no layers are replicated.
     """
     record = _record(model)
     return model if record is None else _with_layers(model, record.layers)
@@ -198,12 +207,12 @@ def replicate_layers_(model: nn.Module, layer_map: LayerMap, change: Transaction
 
 
 def settle_layers(model: nn.Module, change: Transaction, *, keep: bool) -> None:
-    """Puts the layers back that were replicated, once no adapter needs it any more.
+    """Undoes the replication of layers when no adapter needs it any more.
 
     Args:
         model: the base model.
         change: records what is changed.
-        keep: leave them replicated for good: adapters were merged into them.
+        keep: leave them replicated permanently, because adapters were merged into them.
     """
     record = _record(model)
     if record is None:

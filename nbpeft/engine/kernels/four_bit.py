@@ -1,4 +1,4 @@
-"""The arithmetic of bitsandbytes' 4-bit codes: blocks of a weight in row-major order, each with one constant.
+"""The arithmetic of bitsandbytes' 4-bit codes: blocks of a weight in row-major order, each with one scale.
 
 References: QLoRA, https://arxiv.org/abs/2305.14314.
 """
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 NESTED_BLOCK = 256
-"""Constants that share one of their own, where constants are quantized too."""
+"""Number of constants in a block of nested (double) quantization, which quantizes the constants too."""
 _FITTED_BLOCKS = 1024
-"""Blocks that are fitted at a time, so that fitting takes little memory beside a weight."""
+"""Number of blocks that are fitted at a time, so that fitting needs little memory compared with a weight."""
 
 
 def in_blocks(values: Tensor, size: int) -> Tensor:
-    """(blocks, size); the last one filled with zeros."""
+    """Splits a flat tensor into (blocks, size); the last block is padded with zeros."""
     return nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
 
 
 def fitted(weight: Tensor, data: Tensor, constants: Tensor, size: int, quant_type: str) -> Tensor:
-    """For each block the constant that brings its codes nearest to the weight.
+    """Computes the constant of each block that brings its codes nearest to the weight (least squares).
 
     Args:
-        weight: what the codes stand for, of any shape.
-        data: codes, two a byte, in row-major order.
-        constants: (blocks,), kept where all codes of a block are zero.
+        weight: before quantization, of any shape.
+        data: its codes, two in each byte, in row-major order.
+        constants: float32, (blocks,); returned unchanged for a block whose codes are all zero.
         size: numbers in a block.
         quant_type: ``nf4`` or ``fp4``.
 

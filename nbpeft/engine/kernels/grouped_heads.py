@@ -1,8 +1,8 @@
-"""Attention of a model on the CPU in which several query heads share a key and a value, as they are.
+"""Grouped-query attention on the CPU without repeating keys and values for each query head.
 
-transformers repeats keys and values for each query head where there is a mask, because an accelerator's fast kernels
-take no groups with one. The CPU's kernel does: same outputs bit by bit, and a third to an eighth of the bytes of keys
-and values is kept for backward.
+With an attention mask transformers repeats keys and values, because the fast kernels of accelerators do not support
+grouped heads together with a mask. The CPU kernel does. Outputs are the same bit for bit, and autograd stores only a
+third to an eighth of the bytes of keys and values for backward.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from contextlib import contextmanager
 from torch import nn
 
 _SWITCH = "TRANSFORMERS_SDPA_FORCE_GQA"
-"""An environment variable that transformers reads with each call of its attention."""
+"""Environment variable that transformers reads in each call of its attention."""
 _lock = threading.Lock()
 _blocks = 0
-"""How many blocks are open that have set it."""
+"""Number of open blocks that rely on the variable; it belongs to the process, so threads share it."""
 
 
 @contextmanager
 def grouped_heads(model: nn.Module) -> Iterator[None]:
-    """A block in which attention does not repeat keys and values, where a model lies on the CPU and nobody has chosen.
+    """Context manager: attention does not repeat keys and values.
+
+    Only for a model on the CPU, and only if the user has not set the environment variable.
 
     Args:
-        model: of transformers, with or without adapters; any other is as it was.
+        model: with or without adapters; one that is not of transformers is not affected.
     """
     first = next(model.parameters(), None)
     if first is None or first.device.type != "cpu" or not _opened():

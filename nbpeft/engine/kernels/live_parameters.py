@@ -1,4 +1,4 @@
-"""Parameters of a module that belong to other modules: read and written where they are."""
+"""A parameter mapping that reads and writes the parameters of other modules."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 Slot = tuple[nn.Module, str]
-"""A module and the name of a parameter of its."""
+"""A module and the name of one of its parameters."""
 
 
 class LiveParameters(MutableMapping[str, Any]):
-    """The parameters of a module that belong to others.
+    """A replacement for ``_parameters`` of a module whose parameters belong to other modules.
 
     Args:
-        slots: name in the module -> the owner, and its own name of the parameter; it need not have one.
+        slots: name in this module -> the owner, and the parameter's name there; the owner need not have it now.
     """
 
-    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 notes the first
+    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 sets the first on every `_parameters`
 
     def __init__(self, slots: dict[str, Slot]) -> None:
         self.slots = slots
@@ -29,9 +29,9 @@ class LiveParameters(MutableMapping[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         owner, own = self.slots[name]
-        held = owner._parameters.get(own, owner.__dict__.get(own))
-        if held is not None and value is not None and held.shape != value.shape:
-            raise ValueError(f"{own} must have shape {tuple(held.shape)}, not {tuple(value.shape)}")
+        present = owner._parameters.get(own, owner.__dict__.get(own))
+        if present is not None and value is not None and present.shape != value.shape:
+            raise ValueError(f"{own} must have shape {tuple(present.shape)}, not {tuple(value.shape)}")
         owner.__dict__.pop(own, None)
         owner._parameters[own] = value
 
@@ -50,15 +50,20 @@ class LiveParameters(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def held(self, name: str) -> Any:
-        """What the owner has in the place of a parameter: also a plain tensor, which FSDP puts there; or None."""
+        """The owner's parameter, or the plain tensor that FSDP puts in its place; None without either."""
         owner, own = self.slots[name]
         return owner._parameters.get(own, owner.__dict__.get(own))
 
     def hold(self, name: str, value: Tensor) -> None:
-        """Puts a plain tensor into the place of a parameter that was taken out."""
+        """Sets a plain tensor in place of the owner's parameter, which FSDP has removed.
+
+        Args:
+            name: in this module.
+            value: the tensor.
+        """
         owner, own = self.slots[name]
         owner.__dict__[own] = value
 
     def copy(self) -> dict[str, Any]:
-        """A dictionary of what it holds now."""
+        """A plain dictionary of the current entries."""
         return dict(self)

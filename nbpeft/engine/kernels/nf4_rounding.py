@@ -1,8 +1,8 @@
-"""Rounding the blocks of a weight to the nearest of sixteen levels on a CPU, many times faster than searching for them.
+"""Rounds blocks of a weight to the nearest of 16 levels (nf4) on a CPU, many times faster than a search.
 
-A number divided by the largest of its block lies between -1 and 1. A table over 65,537 steps of that range holds the
-level of each, so that a number's level is one look-up. It is another one than the nearest only for numbers within
-1/65,536 of the middle between two levels, where both are as good.
+A number divided by the largest magnitude of its block is between -1 and 1. A table contains the nearest level for
+65,537 steps of that range, so that rounding a number is one look-up. The result can differ from the nearest level only
+within 1/65,536 of the midpoint between two levels, where both are equally good.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 _HALF = 1 << 15
 """Steps of the table from 0 to 1."""
 _SMALLEST = 1e-30
-"""Blocks of smaller numbers are taken for zeros."""
+"""Blocks whose numbers are all smaller are treated as zeros."""
 _CHUNK = 1 << 16
-"""Numbers that are rounded at a time: what is computed on the way stays in the processor's cache."""
+"""Numbers that are rounded at a time, so that intermediate results stay in the processor's cache."""
 
 
 def round_blocks(weight: Tensor, size: int, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds a weight to levels times a constant for each block.
+    """Quantizes a weight to 4-bit codes and one constant for each block.
 
     Args:
-        weight: on the CPU, any shape, contiguous; floating.
-        size: numbers of a block, even; the last block may be shorter.
+        weight: on the CPU, contiguous, floating-point, any shape.
+        size: numbers in a block, even; the last block may be shorter.
         code: the value of each of the 16 codes, float32, from -1 to 1.
 
     Returns:
-        Codes, two a byte, the first in the upper half, (bytes, 1) uint8; and the constants that bring these codes
-        nearest to the weight (least squares), (blocks,) float32.
+        Codes, (bytes, 1) uint8, two in each byte, the first in the upper half; and the constants that bring these
+        codes nearest to the weight (least squares), (blocks,) float32.
     """
     flat = weight.reshape(-1)
     blocks = -(-flat.numel() // size)
@@ -46,7 +46,7 @@ def round_blocks(weight: Tensor, size: int, code: Tensor) -> tuple[Tensor, Tenso
 
 @functools.lru_cache(maxsize=4)
 def _table(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """The code at each step, int32, and the values of the codes."""
+    """The nearest code for each step of the range, int32, and the value of each code, float32."""
     code = torch.tensor(values)
     levels, order = code.sort(stable=True)
     steps = (torch.arange(2 * _HALF + 1, dtype=torch.float64) - _HALF) / _HALF
@@ -55,7 +55,7 @@ def _table(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
 
 
 class _Chunk:
-    """Room for rounding some blocks at a time: fresh memory costs more than the arithmetic."""
+    """Buffers for rounding some blocks at a time, used again and again: allocation costs more than the arithmetic."""
 
     def __init__(self, rows: int, size: int, code: Tensor) -> None:
         self.rows = rows
@@ -64,10 +64,17 @@ class _Chunk:
         self._steps, self._codes = torch.empty(2, rows, size, dtype=torch.int32)
 
     def round(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs of codes, int32, and constants; overwritten by the next call."""
+        """Rounds some blocks.
+
+        Args:
+            part: flat numbers of at most ``rows`` blocks.
+
+        Returns:
+            Pairs of codes, int32, and constants; the next call overwrites both.
+        """
         size = self._numbers.shape[1]
         rows = -(-part.numel() // size)
-        work, steps, codes = (room[:rows] for room in (self._work, self._steps, self._codes))
+        work, steps, codes = (buffer[:rows] for buffer in (self._work, self._steps, self._codes))
         if part.dtype == torch.float32 and part.numel() == rows * size:
             numbers = part.view(rows, size)
         else:
@@ -78,7 +85,7 @@ class _Chunk:
         torch.mul(numbers, (_HALF / largest.clamp(min=_SMALLEST)).unsqueeze(1), out=work).add_(_HALF + 0.5)
         steps.copy_(work if bool(largest.sum().isfinite()) else work.nan_to_num_(_HALF, _HALF, _HALF))
         torch.index_select(self._table, 0, steps.view(-1), out=codes.view(-1))
-        # The values of the codes take the place of the steps' room.
+        # The buffer of the steps is no longer needed: use it for the values of the codes.
         values = steps.view(torch.float32)
         torch.index_select(self._code, 0, codes.view(-1), out=values.view(-1))
         length = torch.mul(values, values, out=work).sum(1)

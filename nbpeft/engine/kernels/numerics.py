@@ -1,4 +1,4 @@
-"""Arithmetic that layers and methods share: dtypes, sums in place, finite numbers, whether a tensor has changed."""
+"""Arithmetic that layers and methods share: dtypes, in-place sums, checks for finite values and for changed tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.autograd import forward_ad
 
 
 def fits(factor: float, dtype: torch.dtype) -> bool:
-    """Whether torch's in-place sums take a factor (``alpha``) on tensors of a dtype: not one beyond its range."""
+    """Whether torch's in-place sums accept a factor (``alpha``) for a dtype: it must be within the dtype's range."""
     return abs(factor) <= torch.finfo(dtype).max
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least: LAPACK and cuSOLVER have nothing for half precision."""
+    """The tensor in at least float32, because LAPACK and cuSOLVER do not support half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """The rotations ``(I - Q) (I + Q)⁻¹`` of skew-symmetric matrices (…, b, b), in their dtype."""
+    """The Cayley transform: rotations ``(I - Q) (I + Q)⁻¹`` of skew-symmetric matrices (…, b, b), in their dtype."""
     wide = widened(skew)
     identity = torch.eye(wide.shape[-1], device=wide.device, dtype=wide.dtype)
     rotations: Tensor = torch.linalg.solve(identity + wide, identity - wide, left=False)
@@ -30,7 +30,15 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def neumann_cayley(skew: Tensor, terms: int) -> Tensor:
-    """``(I + Q) (I - Q)⁻¹``, (…, b, b), with the first terms of the inverse's series: I + 2 Q + 2 Q² + … + Qⁿ."""
+    """An approximate Cayley transform: ``(I + Q) (I - Q)⁻¹`` as I + 2 Q + 2 Q² + … + Qⁿ, by the Neumann series.
+
+    Args:
+        skew: skew-symmetric matrices Q, (…, b, b).
+        terms: number of terms of the sum.
+
+    Returns:
+        (…, b, b) in the dtype of ``skew``.
+    """
     total = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype).expand_as(skew)
     if terms > 1:
         total = total + 2 * skew
@@ -46,15 +54,21 @@ def neumann_cayley(skew: Tensor, terms: int) -> Tensor:
 
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinite numbers."""
-    # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
+    """Whether a floating-point tensor contains neither NaN nor infinity."""
+    # A sum is fast, and finite only if all its terms are. It may also overflow, so then look at every number.
     tensor = tensor if tensor.element_size() > 1 else tensor.float()
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
 def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
-    """Adds ``scale * delta`` to a weight of the same shape in place; beyond a dtype's range that is infinite."""
+    """Adds ``scale * delta`` to a weight in place; a result beyond the range of its dtype becomes infinite.
+
+    Args:
+        weight: any shape.
+        delta: of the same shape.
+        scale: factor on ``delta``.
+    """
     if fits(scale, weight.dtype):
         weight.add_(delta, alpha=scale)
     else:
@@ -62,11 +76,16 @@ def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes in which a weight is stored as what it is."""
+"""Dtypes of weights that are not quantized."""
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype an adapter computes in: autocast's where it is on, else the weight's."""
+    """The dtype in which an adapter computes: that of autocast if it is on, else that of its own weight.
+
+    Args:
+        x: the layer's input; autocast is looked up for its device.
+        weight: a parameter of the adapter.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -74,10 +93,10 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def composes() -> bool:
-    """Whether ordinary operations are wanted instead of our own autograd functions.
+    """Whether to compute with ordinary operations instead of custom autograd functions.
 
-    The compiler decides by itself what to keep and what to compute again; tracers, torch.func's
-    transforms (grad, vmap, jvp, …) and forward-mode derivatives see through ordinary operations alone.
+    ``torch.compile`` decides itself what to store for backward; tracers, torch.func's transforms
+    (grad, vmap, jvp, …) and forward-mode derivatives support ordinary operations only.
     """
     return (
         torch.compiler.is_compiling()
@@ -88,20 +107,28 @@ def composes() -> bool:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Turns autocast off for a block, where it is on: it costs less not to, and no interruption can leave it off."""
+    """Context manager: turns autocast off if it is on.
+
+    If it is off nothing is entered, which is faster and leaves no state that an interruption could keep.
+    """
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def summed(scalars: Iterable[Tensor]) -> Tensor | None:
-    """The sum of scalars, on the device of the first; None without any."""
-    found = [*scalars]
-    return sum((one.to(found[0].device) for one in found[1:]), found[0]) if found else None
+    """The sum of scalars, on the device of the first; None if there are none."""
+    terms = [*scalars]
+    return sum((term.to(terms[0].device) for term in terms[1:]), terms[0]) if terms else None
 
 
 def stamp(tensor: Tensor, *, deep: bool = False) -> Any:
-    """Changes when the tensor does; None where that cannot be told.
+    """A value that changes when the tensor is written to.
 
-    The version counter misses writes through ``.data``, so small host tensors are summed too.
+    Args:
+        tensor: any tensor.
+        deep: also sum a tensor on the CPU, because the version counter misses writes through ``.data``.
+
+    Returns:
+        To be compared with an earlier value; None for an inference tensor, which has no version counter.
     """
     if tensor.is_inference():
         return None
@@ -110,7 +137,7 @@ def stamp(tensor: Tensor, *, deep: bool = False) -> Any:
 
 
 class _AddDelta(torch.autograd.Function):
-    """output + delta in the output's dtype, where the two differ."""
+    """``output + delta`` in the dtype of ``output``, for two different dtypes."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, delta: Tensor) -> Tensor:
@@ -126,10 +153,17 @@ class _AddDelta(torch.autograd.Function):
 
 
 def add_delta(output: Tensor, delta: Tensor) -> Tensor:
-    """``output + delta`` in the output's dtype, summed in the wider of the two.
+    """``output + delta`` in the dtype of ``output``, added in the wider of both dtypes.
 
-    Adding tensors of two dtypes at once is many times slower on a CPU than casting one of them
-    first, and autograd would cast the gradient of the output up and down again.
+    On a CPU adding tensors of two dtypes is many times slower than casting one of them first,
+    and autograd would cast the gradient of the output up and down again.
+
+    Args:
+        output: any shape.
+        delta: of the same shape.
+
+    Returns:
+        A new tensor.
     """
     if output.dtype == delta.dtype:
         return output + delta

@@ -1,9 +1,9 @@
-"""A tensor of several matrices, the experts of a mixture, each quantized for itself: nf4, fp4 or int8.
+"""A tensor of several matrices (the experts of a mixture), each quantized separately: nf4, fp4 or int8.
 
-It stands in the place of the parameter ``(experts, rows, columns)`` and looks like it. What a forward picks out of it
-(``weight[expert]``, ``weight[experts]``) and turns around stays quantized; a product dequantizes the experts that it
-reaches one after the other, for its own time: backward dequantizes them again. Anything else that is done with the
-tensor is done with a dequantized copy.
+It replaces the parameter ``(experts, rows, columns)`` and has its shape and dtype. Indexing (``weight[expert]``,
+``weight[experts]``) and transposing give quantized tensors again. A product dequantizes the experts that it needs, one
+after the other, and drops them afterwards; backward dequantizes them again. Every other operation works on a
+dequantized copy.
 
 References: QLoRA, https://arxiv.org/abs/2305.14314; LLM.int8(), https://arxiv.org/abs/2208.07339 (its rows of int8; the
 inputs stay floating).
@@ -26,22 +26,22 @@ from nbpeft.engine.kernels.four_bit import NESTED_BLOCK, fitted
 from nbpeft.errors import ConfigError
 
 BLOCK = 64
-"""Numbers of a matrix in row-major order that share a constant in 4 bits."""
+"""Numbers in a 4-bit block, in row-major order, that share a constant."""
 _CODES = 127
 _NAMES = ("codes", "constants", "nested", "offset", "table")
-"""All tensors that may make up a quantized one; all but the table have an entry for each matrix."""
+"""Names of all tensors that a quantized one may consist of; each has an entry for each matrix, except the table."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How each matrix is stored, and how it is shown.
+    """The storage format of each matrix, and its orientation.
 
     Attributes:
         kind: ``nf4``, ``fp4`` or ``int8``.
-        double: whether 4-bit constants are quantized too.
-        rows: of a matrix as it is stored.
-        columns: of a matrix as it is stored.
-        transposed: whether it is shown the other way round.
+        double: whether 4-bit constants are quantized too (double quantization).
+        rows: of a stored matrix.
+        columns: of a stored matrix.
+        transposed: whether the tensor shows the transposed of the stored matrices.
     """
 
     kind: str
@@ -52,20 +52,20 @@ class Form:
 
     @property
     def label(self) -> str:
-        """``nf4 double``, ``int8``."""
+        """The format for users, such as ``nf4 double`` or ``int8``."""
         return f"{self.kind} double" if self.double else self.kind
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of a matrix as it is shown."""
+        """Shape of one matrix of the tensor, ``transposed`` applied."""
         return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
 
     def byte_count(self, count: int) -> int:
-        """Bytes of ``count`` quantized matrices, all constants included."""
+        """Bytes of ``count`` quantized matrices, including all constants."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout(count).values())
 
     def layout(self, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor that ``count`` matrices are stored in."""
+        """The tensors that ``count`` matrices are stored in: name -> (shape, dtype)."""
         if self.kind == "int8":
             shape = (count, self.rows, self.columns)
             return {"codes": (shape, torch.int8), "constants": (shape[:2], torch.float32)}
@@ -79,12 +79,15 @@ class Form:
         return found | parts | {"offset": ((count,), torch.float32), "table": ((256,), torch.float32)}
 
     def quantized(self, matrix: Tensor, *, fit: bool = False) -> dict[str, Tensor]:
-        """Quantizes one matrix (rows, columns).
+        """Quantizes one matrix.
 
         Args:
-            matrix: floating.
-            fit: take the constants of 4-bit blocks that bring the codes nearest to the matrix, not the largest
-                magnitudes.
+            matrix: floating-point, (rows, columns).
+            fit: for 4-bit blocks use the constants that bring the codes nearest to the matrix (least squares), instead
+                of the largest magnitudes.
+
+        Returns:
+            Name -> tensor, as in ``layout`` without the first dimension.
         """
         if self.kind == "int8":
             largest = matrix.float().abs().amax(1)
@@ -110,7 +113,15 @@ class Form:
         }
 
     def dequantized(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The matrix (rows, columns) that the tensors of one matrix stand for."""
+        """Dequantizes one matrix.
+
+        Args:
+            parts: what ``quantized`` returned.
+            dtype: of the result.
+
+        Returns:
+            (rows, columns).
+        """
         if self.kind == "int8":
             return (parts["codes"].float() * (parts["constants"] * (1.0 / _CODES))[:, None]).to(dtype)
         _bitsandbytes()
@@ -121,7 +132,8 @@ class Form:
             )
             constants = constants + parts["offset"]
         numbers = self.rows * self.columns
-        # Seen as rows of one block each, or as one row: the library's CPU kernel takes other rows apart otherwise.
+        # As rows of one block each, or as a single row: for other shapes bitsandbytes' CPU kernel starts a new block
+        # in each row.
         shape = (numbers // BLOCK, BLOCK) if numbers % BLOCK == 0 else (2 * parts["codes"].numel(),)
         matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
             parts["codes"], constants, BLOCK, self.kind, shape, dtype
@@ -130,17 +142,17 @@ class Form:
 
 
 def _bitsandbytes() -> Any:
-    """The library, imported: its operators exist from then on."""
+    """Imports bitsandbytes, which registers its operators with torch."""
     with needs("bitsandbytes", "A weight in 4 bits"):
         return importlib.import_module("bitsandbytes")
 
 
 class QuantizedMatrices(Tensor):
-    """Matrices (n, rows, columns), or one of them (rows, columns), quantized; see the module.
+    """Quantized matrices (n, rows, columns), or a single one (rows, columns); see the module's docstring.
 
     Attributes:
-        form: how they are stored.
-        picked: which of the stored matrices they are, (n,); None for all in their order.
+        form: the storage format.
+        picked: int64 indices of the stored matrices that this tensor consists of, (n,); None for all in order.
     """
 
     form: Form
@@ -155,14 +167,14 @@ class QuantizedMatrices(Tensor):
         picked: Tensor | None = None,
         single: bool = False,
     ) -> Self:
-        """Binds the tensors of quantized matrices.
+        """Creates the tensor from its stored parts.
 
         Args:
-            parts: the tensors that ``Form.layout`` names.
-            form: how they are stored.
-            dtype: the floating dtype that they stand for.
+            parts: the tensors of ``Form.layout``, by name.
+            form: the storage format.
+            dtype: the floating-point dtype that the tensor has and is dequantized to.
             picked: see the class.
-            single: whether it is one matrix.
+            single: whether the tensor is a single matrix, without the first dimension.
         """
         count = len(parts["codes"] if picked is None else picked)
         rows, columns = form.shape
@@ -179,13 +191,16 @@ class QuantizedMatrices(Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, kind: str, *, double: bool = False, device: torch.device | None = None) -> Self:
-        """Quantizes a tensor (n, rows, columns), one matrix after the other.
+        """Quantizes a tensor, one matrix after the other.
 
         Args:
-            weight: floating; it is not changed.
+            weight: floating-point, (n, rows, columns); it is not changed.
             kind: ``nf4``, ``fp4`` or ``int8``.
             double: whether 4-bit constants are quantized too.
-            device: where to quantize and keep it; where the weight is if left out.
+            device: where to quantize and store it; by default that of ``weight``.
+
+        Returns:
+            The quantized tensor, with the dtype of ``weight``.
         """
         form = Form(kind, double and kind != "int8", *weight.shape[1:])
         parts = {
@@ -198,22 +213,30 @@ class QuantizedMatrices(Tensor):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The tensors that it is stored in."""
+        """Name -> tensor that it is stored in."""
         return {name: self.__dict__[name] for name in _NAMES if name in self.__dict__}
 
     @property
     def count(self) -> int:
-        """Number of matrices that are stored."""
+        """Number of stored matrices."""
         return len(self.parts["codes"])
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes of the storage that its matrices lie in, all constants included."""
+        """Bytes of its storage, including all constants."""
         return sum(part.nbytes for part in self.parts.values())
 
     @torch.no_grad()
     def write(self, weight: Tensor, *, fit: bool) -> None:
-        """Quantizes another floating tensor of the same shape into the same storage."""
+        """Quantizes another tensor into the same storage.
+
+        Args:
+            weight: floating-point, of the same shape.
+            fit: see ``Form.quantized``.
+
+        Raises:
+            ConfigError: the shape differs, or this tensor is a selection of the stored matrices.
+        """
         if self.picked is not None or weight.shape != self.shape:
             raise ConfigError(f"cannot store {tuple(weight.shape)} in quantized matrices {tuple(self.shape)}")
         parts = self.parts
@@ -223,14 +246,22 @@ class QuantizedMatrices(Tensor):
                 (parts[name] if name == "table" else parts[name][i]).copy_(value)
 
     def matrix(self, i: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A stored matrix, dequantized: in the dtype that it stands for, then cast."""
+        """Dequantizes a stored matrix.
+
+        Args:
+            i: index of the stored matrix.
+            dtype: to cast the result to; None for no cast.
+
+        Returns:
+            The matrix, ``transposed`` applied.
+        """
         chosen = {name: part if name == "table" else part[i] for name, part in self.parts.items()}
         found = self.form.dequantized(chosen, self.dtype)
         found = found.t() if self.form.transposed else found
         return found if dtype is None else found.to(dtype)
 
     def dequantize(self) -> Tensor:
-        """All of it as a floating tensor of its shape."""
+        """Dequantizes the whole tensor, to its shape and dtype."""
         if self.ndim == 2:
             return self.matrix(0)
         found = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -239,7 +270,7 @@ class QuantizedMatrices(Tensor):
         return found
 
     def uses(self) -> Iterator[tuple[int, Any]]:
-        """Yields (stored matrix, the places among the n that it has)."""
+        """Yields (index of a stored matrix, its positions in the first dimension of this tensor)."""
         if self.picked is None:
             yield from ((i, slice(i, i + 1)) for i in range(self.count))
             return
@@ -247,7 +278,15 @@ class QuantizedMatrices(Tensor):
             yield i, (self.picked == i).nonzero()[:, 0]
 
     def groups(self, offs: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-        """Yields (matrix, its rows) where rows of matrix i end before ``offs[i]``; those without rows are left out."""
+        """Yields the rows of a grouped product for each matrix that has any.
+
+        Args:
+            offs: (n,); the rows of matrix i end before ``offs[i]``.
+            rows: number of all rows.
+
+        Yields:
+            (index of the matrix, its rows).
+        """
         start = 0
         for i, end in enumerate(offs.tolist()):
             if end > start:
@@ -255,20 +294,36 @@ class QuantizedMatrices(Tensor):
             start = max(start, end)
 
     def like(self, parts: Mapping[str, Tensor] | None = None, **changes: Any) -> Self:
-        """The same with other tensors, ``form``, ``dtype`` or ``picked``."""
-        given: dict[str, Any] = {"form": self.form, "dtype": self.dtype, "picked": self.picked}
-        given |= {"single": self.ndim == 2, **changes}
-        return type(self)(self.parts if parts is None else parts, **given)
+        """A tensor that differs from this one in some arguments of the constructor.
+
+        Args:
+            parts: the stored tensors; None for those of this one, which are then shared.
+            **changes: ``form``, ``dtype``, ``picked`` or ``single``.
+
+        Returns:
+            The new tensor.
+        """
+        options: dict[str, Any] = {"form": self.form, "dtype": self.dtype, "picked": self.picked}
+        options |= {"single": self.ndim == 2, **changes}
+        return type(self)(self.parts if parts is None else parts, **options)
 
     def pick(self, i: int) -> Self:
-        """One of the matrices."""
+        """The matrix at index ``i``, quantized, as a view of the storage."""
         i = int(i if self.picked is None else self.picked[i])
         i = i + self.count if i < 0 else i
         parts = {name: part if name == "table" else part[i : i + 1] for name, part in self.parts.items()}
         return self.like(parts, picked=None, single=True)
 
     def mapped(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
-        """The same with each of its tensors changed."""
+        """A tensor of which each stored tensor, and ``picked``, is passed through a function.
+
+        Args:
+            change: applied to each of them.
+            dtype: of the new tensor; None for that of this one.
+
+        Returns:
+            The new tensor.
+        """
         picked = None if self.picked is None else change(self.picked)
         parts = {name: change(part) for name, part in self.parts.items()}
         return self.like(parts, picked=picked, dtype=dtype or self.dtype)
@@ -290,14 +345,18 @@ class QuantizedMatrices(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.form.label} of {self.dtype}, device={self.device})"
 
-    # Above autograd it is an ordinary tensor.
+    # Operations are handled below autograd (`__torch_dispatch__`); for autograd this is an ordinary tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Keeps what only picks or moves quantized, dequantizes piece by piece in products, and all of it elsewhere."""
+        """Runs an operation.
+
+        Indexing and moving keep the result quantized, products dequantize one matrix at a time, and every other
+        operation gets a dequantized copy.
+        """
         kwargs = kwargs or {}
         handled = _HANDLED.get(str(function.overloadpacket))
         if handled is not None:
@@ -317,7 +376,7 @@ def _rebuilt(
     single: bool,
     is_parameter: bool,
 ) -> Tensor:
-    """What was pickled."""
+    """Creates the tensor when it is unpickled."""
     found = cls(parts, form, dtype, picked=picked, single=single)
     return torch.nn.Parameter(found, requires_grad=False) if is_parameter else found
 
@@ -327,7 +386,7 @@ def _dense(value: Any) -> Any:
 
 
 def _refuse_writing(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises where an operation would write into a dequantized copy, which would be lost."""
+    """Raises ConfigError for an operation that would write to a dequantized copy, where the result would be lost."""
     schema = function._schema
     if not schema.is_mutable:
         return
@@ -341,7 +400,7 @@ def _refuse_writing(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
             )
 
 
-# What does not dequantize everything
+# Operations that do not dequantize the whole tensor
 
 
 def _same(function: Any, weight: Any) -> Any:
@@ -403,7 +462,7 @@ def _made_like(function: Any, weight: Any, *args: Any, **options: Any) -> Any:
 
 
 def _multiplied(function: Any, *args: Any, **options: Any) -> Any:
-    """A product with one matrix."""
+    """Products with a single matrix."""
     dtype = next(
         value.dtype for value in args if isinstance(value, Tensor) and not isinstance(value, QuantizedMatrices)
     )
@@ -412,7 +471,7 @@ def _multiplied(function: Any, *args: Any, **options: Any) -> Any:
 
 
 def _batched(function: Any, first: Any, second: Any) -> Any:
-    """``bmm``: products with several matrices, one after the other."""
+    """``bmm``: products with several matrices, dequantized one after the other."""
     if isinstance(first, QuantizedMatrices) and isinstance(second, QuantizedMatrices):
         return NotImplemented
     weight, x = (first, second) if isinstance(first, QuantizedMatrices) else (second, first)
@@ -426,7 +485,7 @@ def _batched(function: Any, first: Any, second: Any) -> Any:
 def _grouped(
     function: Any, x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    """Rows of ``x`` (rows, in), in groups, times a matrix (in, out) of each group."""
+    """Grouped product: rows of ``x``, (rows, in), each times the matrix (in, out) of its group."""
     known = isinstance(weight, QuantizedMatrices) and weight.ndim == 3 and weight.picked is None
     if not known or offs is None or x.ndim != 2 or bias is not None:
         return NotImplemented
@@ -437,7 +496,7 @@ def _grouped(
 
 
 def _grouped_backward(function: Any, x: Tensor, weight: Any, offs: Tensor, gradient: Tensor) -> Any:
-    """Gradient of the input of transformers' own grouped product; the weight's is not asked for."""
+    """Backward of transformers' own grouped product: the gradient of the input; that of the weight is not needed."""
     if not isinstance(weight, QuantizedMatrices):
         return NotImplemented
     found = _grouped(None, gradient, _turned(None, weight, 1, 2), offs)
@@ -459,4 +518,4 @@ _HANDLED: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("aten._grouped_mm", "transformers.grouped_mm_fallback"), _grouped),
     "transformers.grouped_mm_fallback_backward": _grouped_backward,
 }
-"""Operator -> what does it; it returns NotImplemented where it takes a dequantized copy."""
+"""Operator -> its implementation, which returns NotImplemented if a dequantized copy is needed after all."""

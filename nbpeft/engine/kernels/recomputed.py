@@ -1,12 +1,11 @@
-"""Tensors that are computed again in the backward pass instead of being kept for it.
+"""Tensors that the backward pass computes again instead of storing them.
 
-    hidden = recompute(product, gate, up)     # product(gate, up); keeps gate and up alone
-    origin_of(hidden)                         # lets whoever needs hidden in backward keep gate and up, too
+    hidden = recompute(product, gate, up)     # product(gate, up); autograd stores only gate and up
+    origin_of(hidden)                         # an operation that needs hidden in backward can store gate and up, too
 
-Activations and norms cost next to nothing beside the matrix products around them, but what autograd
-keeps of them is more than half of what a layer keeps. A function is run again as it is, so that outputs
-and gradients are those of the function itself, bit by bit. All that is needed of it is that it gives the
-same output for the same inputs.
+Activation functions and norms take almost no time compared with the matrix products around them, but
+what autograd stores for them is more than half of the memory of a layer. The function itself runs again,
+so outputs and gradients are the same bit for bit. It must return the same output for the same inputs.
 """
 
 from __future__ import annotations
@@ -22,26 +21,29 @@ from torch import Tensor
 from nbpeft.engine.kernels.numerics import composes
 
 _ORIGIN = "_nbpeft_origin"
-"""Attribute of an output that can be computed again: how, and from what."""
+"""Attribute of a tensor that can be computed again; its value is an ``Origin``."""
 _PARTS = 8
-"""In how many parts at most the gradient of what acts on each number alone is computed."""
+"""The largest number of parts in which the gradient of a pointwise function is computed."""
 _LEAST_PART = 1 << 16
-"""Numbers of a part, or a multiple: processors compute several at once, and what is left at the end by other code."""
+"""The size of a part is a multiple of this.
+
+Vectorized kernels compute a remainder with other code, whose results can differ in the last bit.
+"""
 
 
 class Recomputation:
     """One call of a function, to be repeated in the backward pass.
 
-    Backward needs the output for the weights of whoever reads it, and then the function's own gradient. The
-    first of them repeats the call, the last reader drops the output, and the function's own gradient all else. Where
-    that is computed in parts, nothing but the output is left between them.
+    In backward the operations that read the output (readers) need it for the gradients of their weights, and
+    afterwards the function's own gradient is computed. The first reader repeats the call. The last reader frees the
+    output, and the function's own gradient frees everything else. For a pointwise function only the output is stored
+    in between.
 
     Args:
-        function: takes ``inputs``, returns a tensor; the same for the same inputs.
-        inputs: those of this call.
-        pointwise: whether it acts on each number alone, and all inputs have the shape of the output: its gradient
-            is then computed in parts, which need no room beside it.
-
+        function: takes ``inputs`` and returns a tensor, always the same for the same inputs.
+        inputs: of this call.
+        pointwise: whether each number of the output depends only on the same position of the inputs, all of the same
+            shape. The gradient is then computed in parts, which needs little additional memory.
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pointwise: bool = False) -> None:
@@ -54,14 +56,14 @@ class Recomputation:
         self._graph: tuple[list[Tensor], Any] | None = None
 
     def add_reader(self) -> None:
-        """Notes that one more will ask for the output in a backward pass."""
+        """Registers one more operation that will read the output in backward."""
         self._readers += 1
 
     def output(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output, detached.
+        """The output, detached, for one reader.
 
         Args:
-            inputs: as they were kept.
+            inputs: of the call, as autograd stored them.
         """
         if self._output is None:
             self._output, self._read = self._repeat(inputs), 0
@@ -72,11 +74,14 @@ class Recomputation:
         return output
 
     def gradients(self, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
-        """The gradients of the inputs, None for one that needs none.
+        """The gradients of the inputs.
 
         Args:
-            inputs: as they were kept.
+            inputs: of the call, as autograd stored them.
             upstream: gradient of the output.
+
+        Returns:
+            One for each input; None for one that does not require a gradient.
         """
         self._output = None
         if self._pointwise:
@@ -87,16 +92,16 @@ class Recomputation:
         return self._gradients(leaves, edge, upstream)
 
     def differentiable_output(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output as a function of the inputs, for derivatives of higher order."""
+        """The output with a graph back to the inputs, for derivatives of higher order."""
         with self._as_before():
             return self._function(*inputs)
 
     def differentiable_gradients(self, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
-        """The gradients as functions of inputs and ``upstream``."""
+        """The gradients with a graph back to the inputs and ``upstream``, for derivatives of higher order."""
         return self._gradients(inputs, self.differentiable_output(inputs), upstream, create_graph=True)
 
     def _repeat(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output, detached; what its gradient needs is held until that is computed."""
+        """Runs the function again and returns its output, detached; the graph is stored unless it is pointwise."""
         with torch.set_grad_enabled(not self._pointwise), self._as_before():
             leaves = self._leaves(inputs)
             output = self._function(*leaves)
@@ -116,17 +121,17 @@ class Recomputation:
 
     def _gradients_in_parts(self, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
         found = [
-            torch.empty_like(one, memory_format=torch.contiguous_format) if need else None
-            for one, need in zip(inputs, self._needed, strict=True)
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else None
+            for tensor, need in zip(inputs, self._needed, strict=True)
         ]
-        places = [None if one is None else one.view(-1) for one in found]
-        numbers, passed = [one.detach().reshape(-1) for one in inputs], upstream.reshape(-1)
+        places = [None if gradient is None else gradient.view(-1) for gradient in found]
+        numbers, passed = [tensor.detach().reshape(-1) for tensor in inputs], upstream.reshape(-1)
         size = -(-len(passed) // _PARTS)
         size = max(size + -size % _LEAST_PART, _LEAST_PART)
         for start in range(0, len(passed), size):
             part = slice(start, start + size)
             with torch.enable_grad(), self._as_before():
-                leaves = self._leaves([one[part] for one in numbers])
+                leaves = self._leaves([flat[part] for flat in numbers])
                 output = self._function(*leaves)
             for place, new in zip(places, self._gradients(leaves, output, passed[part]), strict=True):
                 if place is not None and new is not None:
@@ -134,14 +139,14 @@ class Recomputation:
         return found
 
     def _as_before(self) -> AbstractContextManager[Any]:
-        """Autocast as it was in the forward pass: backward runs outside of it, as a rule."""
+        """Context manager: autocast as in the forward pass; backward usually runs outside of its block."""
         if self._autocast == _autocast_dtype(self._device_type):
             return nullcontext()
         return torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None)
 
 
 class _RowsAgain:
-    """Some rows of what a call returns."""
+    """Some rows of the output of a ``Recomputation``, with the same methods for readers."""
 
     def __init__(self, whole: Recomputation | _RowsAgain, rows: slice) -> None:
         self._whole, self._rows = whole, rows
@@ -161,12 +166,12 @@ class _RowsAgain:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor comes from.
+    """How to compute a tensor again.
 
     Attributes:
-        recomputation: computes it again.
-        inputs: what from; kept for the backward anyway.
-        version: of the tensor: one that was changed since cannot be computed again.
+        recomputation: computes it.
+        inputs: to compute it from; autograd stores them anyway.
+        version: version counter of the tensor when it was made; one that was written to since cannot be recomputed.
     """
 
     recomputation: Recomputation | _RowsAgain
@@ -175,7 +180,7 @@ class Origin:
 
 
 class _Recompute(torch.autograd.Function):
-    """A function's output; keeps its inputs alone."""
+    """Calls a function; autograd stores only its inputs."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], recomputation: Recomputation, *inputs: Tensor) -> Tensor:
@@ -191,12 +196,13 @@ class _Recompute(torch.autograd.Function):
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor, pointwise: bool = False) -> Tensor:
-    """``function(*inputs)``, of which autograd keeps the inputs alone.
+    """Computes ``function(*inputs)``; autograd stores only the inputs, and backward calls the function again.
 
     Args:
-        function: takes tensors, returns a new one, the same for the same; what else it reads is not trained.
-        *inputs: tensors of one device, any shapes and dtypes.
-        pointwise: whether it acts on each number alone, see ``Recomputation``.
+        function: takes tensors and returns a new one, always the same for the same inputs. Other tensors that it reads
+            get no gradient.
+        *inputs: tensors on one device, any shapes and dtypes.
+        pointwise: see ``Recomputation``.
 
     Returns:
         What the function returns.
@@ -211,13 +217,21 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor, pointwise: bool 
 
 
 def origin_of(tensor: Tensor) -> Origin | None:
-    """How a tensor is computed again, or None where it has to be kept."""
+    """How to compute a tensor again; None if it has to be stored."""
     origin: Origin | None = getattr(tensor, _ORIGIN, None)
     return origin if origin is not None and origin.version == tensor._version else None
 
 
 def parts_of(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """``tensor.split(sizes)``, computed again where the tensor is."""
+    """``tensor.split(sizes)``; if the tensor can be computed again, so can the parts.
+
+    Args:
+        tensor: any shape.
+        sizes: of the parts in the first dimension.
+
+    Returns:
+        The parts.
+    """
     parts, origin, start = list(torch.split(tensor, list(sizes))), origin_of(tensor), 0
     for part in parts if origin is not None else ():
         again = _RowsAgain(origin.recomputation, slice(start, start + len(part)))  # type: ignore[union-attr]
@@ -227,7 +241,7 @@ def parts_of(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """``tensor.detach()``, computed again where the tensor is."""
+    """``tensor.detach()``; if the tensor can be computed again, so can the result."""
     part, origin = tensor.detach(), origin_of(tensor)
     if origin is not None:
         setattr(part, _ORIGIN, Origin(origin.recomputation, origin.inputs, part._version))
@@ -235,5 +249,5 @@ def detached(tensor: Tensor) -> Tensor:
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast, or None where it is off."""
+    """The dtype of autocast on a device; None if it is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

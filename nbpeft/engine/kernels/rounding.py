@@ -1,8 +1,8 @@
-"""Rounding a weight to a grid so that a layer's outputs stay, not each number by itself.
+"""Rounds a weight to a quantization grid so that the layer's outputs change little (GPTQ).
 
-What an adapter adds to a weight is often less than half a step between two levels of a 4-bit grid, so that
-rounding each number to the nearest level puts the weight back to where it was. Here the error of each column goes on
-to those that are not rounded yet, in the proportion that changes the outputs least on inputs that were seen.
+The delta of an adapter is often smaller than half a step of a 4-bit grid, so that rounding each number to the nearest
+level would undo it. Here the rounding error of each column is added to the columns that are not rounded yet, in the
+proportion that changes the outputs least on calibration inputs.
 
 Reference: GPTQ, https://arxiv.org/abs/2210.17323 (columns in the order of their inputs' energy, the largest first).
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 _DAMPING = 0.01
-"""Share of the mean energy that is added to every input's: inputs that were hardly seen decide little."""
+"""Share of the mean energy that is added to that of every input, so that rare inputs have little influence."""
 _BLOCK = 64
-"""Columns whose errors are handed on at once."""
+"""Columns whose errors are passed on to the later columns in one matrix product."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Grid:
     """The values that a stored weight can have.
 
     Attributes:
-        levels: ascending, float32, in units of the scales.
-        scales: of each number, broadcasts to (out, in), float32.
-        stored: given the place of each number among the levels, (out, in), what the backend's ``restore`` takes.
+        levels: float32, ascending, in units of the scales.
+        scales: float32, of each number; broadcasts to (out, in).
+        stored: function from the index of each number's level, (out, in), to what the backend's ``restore`` takes.
     """
 
     levels: Tensor
@@ -37,44 +37,44 @@ class Grid:
     stored: Callable[[Tensor], Any]
 
     def values(self, places: Tensor) -> Tensor:
-        """The weight whose numbers are at these places, (out, in) float32."""
+        """The weight for given level indices, both (out, in); the result is float32."""
         return self.levels[places.int()] * self.scales
 
 
 @runtime_checkable
 class HasGrid(Protocol):
-    """A way to store a weight whose grid is known, so that what a weight is rounded to can be chosen."""
+    """A weight backend whose grid is known, so that the level of each number can be chosen."""
 
     def grid(self, module: nn.Module, weight: Tensor) -> Grid | None:
-        """The grid that a layer's weight has now, wider where another weight reaches beyond it.
+        """The present grid of a layer, widened if another weight exceeds it.
 
         Args:
-            module: the layer, which stays as it is.
+            module: the layer, which is not changed.
             weight: to be rounded, (out, in) float32.
 
         Returns:
-            None where it is not known, or the layer is not quantized yet.
+            The grid; None if it is unknown, or the layer is not quantized yet.
         """
         ...
 
 
 @torch.no_grad()
 def round_with_feedback(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
-    """Rounds a weight so that its products with inputs like those seen change little.
+    """Rounds a weight so that its products with inputs like the calibration data change little.
 
     Args:
         weight: (out, in) float32.
-        gram: the sum or mean of x xᵀ over the inputs x of the layer, (in, in) float32.
+        gram: the sum or mean of x xᵀ over calibration inputs x of the layer, (in, in) float32.
         grid: to round to.
 
     Returns:
-        The place of each number among the levels, (out, in) uint8.
+        The index of the level of each number, (out, in) uint8.
     """
     energy = gram.diagonal()
     order = torch.argsort(energy, descending=True, stable=True)
     factor = _factor(gram[order][:, order], _DAMPING * float(energy.mean()) or 1.0)
     bounds = (grid.levels[1:] + grid.levels[:-1]) / 2
-    # Columns as rows, so that each of them is one piece of memory.
+    # Transposed, so that each column of the weight is contiguous in memory.
     left, scales = (part.t()[order].contiguous() for part in (weight, grid.scales.expand_as(weight)))
     places = torch.empty_like(left, dtype=torch.uint8)
     for first in range(0, len(left), _BLOCK):
@@ -94,23 +94,23 @@ def round_with_feedback(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
 
 
 def _factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse."""
+    """The upper Cholesky factor of the inverse of the damped Gram matrix, which is changed in place."""
     gram.diagonal().add_(damping)
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
     return factor
 
 
 def share_lost(rounded: Tensor, wanted: Tensor, frozen: Tensor, gram: Tensor) -> float:
-    """What rounding takes away of what a change of the weight does to the outputs, as a share of it.
+    """The error that rounding causes in the outputs, relative to the effect of the adapter.
 
     Args:
-        rounded: the weight that is stored, (out, in).
-        wanted: the weight that was to be stored, (out, in).
-        frozen: the weight before the change, (out, in).
-        gram: of the inputs, (in, in).
+        rounded: the stored weight, (out, in).
+        wanted: the weight before rounding, (out, in).
+        frozen: the weight without the adapter, (out, in).
+        gram: of the inputs, (in, in); see ``round_with_feedback``.
 
     Returns:
-        Root mean square error over root mean square effect; 0 where the change has no effect.
+        Root mean square error divided by root mean square effect; 0 if the adapter has no effect.
     """
     error, effect = rounded - wanted, wanted - frozen
     lost, all_of_it = ((part @ gram).mul_(part).sum().clamp(min=0.0).sqrt() for part in (error, effect))

@@ -1,4 +1,4 @@
-"""What all backends share: where a weight lies and what it takes follow from its tensors."""
+"""Base classes of weight backends, and helpers for storages, tensor subclasses and dtypes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch._utils import _set_obj_state
 from nbpeft.errors import MergeError
 
 _BACKENDS = {"dense": "", "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
-"""PEFT's names of the ways to store a weight, where they differ."""
+"""Backend -> PEFT's name of the quantization, where that differs from ``name``."""
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
 class StoredWeight:
-    """Base class of backends; see ``nbpeft.engine.contract.base.Backend`` for the contract.
+    """Base class of backends, which derives device and size from the tensors of the weight.
 
-    A subclass gives ``name``, ``matches``, ``dtype``, ``dequantize``, ``store``, ``snapshot``,
-    ``restore`` and ``tensors``.
+    A subclass implements ``name``, ``matches``, ``dtype``, ``dequantize``, ``store``, ``snapshot``,
+    ``restore`` and ``tensors`` of ``nbpeft.engine.contract.base.Backend``.
     """
 
     name: str
     peft_name: str = ""
     priority: int = 100
-    """Backends of higher priority are asked first; a dense weight is the last guess."""
+    """Backends of higher priority are tried first; the dense one is last."""
     can_merge: bool = True
     unmergeable_reason: str = ""
 
@@ -38,28 +38,28 @@ class StoredWeight:
         return _BACKENDS.get(self.name, self.name)
 
     def prepare(self, module: nn.Module) -> bool:
-        """Called on every module of a model that gets its first adapter. Idempotent; most need nothing.
+        """Called on every module of a model that gets its first adapter. Idempotent; most backends do nothing.
 
         Returns:
-            Whether ``release`` is to be called once the adapters are gone.
+            Whether ``release`` must be called after the last adapter is removed.
         """
         return False
 
     def release(self, module: nn.Module) -> None:
-        """Undoes what ``prepare`` did to how the module computes, where that returned True."""
+        """Undoes what ``prepare`` changed in how the module computes; called only if that returned True."""
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All tensors that the weight is stored in, with its quantization constants."""
+        """All tensors that the weight is stored in, including its quantization constants."""
         return [plain(module.weight)]
 
     def label(self, module: nn.Module) -> str:
-        """What a person calls the way it is stored: ``bf16``, ``nf4``, ``int8``."""
+        """The storage format as shown to users: ``bf16``, ``nf4``, ``int8``."""
         return short_name(self.tensors(module)[0].dtype)
 
     def twin(self, module: nn.Module) -> nn.Module:
-        """A second layer like a module, with the same hooks and bias: what is stored into it leaves the first alone.
+        """A shallow copy of a layer, with the same hooks and bias; storing a weight in it does not change the layer.
 
-        A backend whose ``store`` writes into the tensors of a layer, instead of replacing them, gives it others.
+        A backend whose ``store`` writes to existing tensors instead of replacing them must copy those tensors.
         """
         twin: nn.Module = object.__new__(type(module))
         state = {name: dict(value) if name in _HELD else value for name, value in module.__dict__.items()}
@@ -69,40 +69,41 @@ class StoredWeight:
         return twin
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where the weight lies."""
+        """The device of the weight."""
         return self.tensors(module)[0].device
 
     def byte_count(self, module: nn.Module) -> int:
-        """Bytes of all tensors, each storage once."""
+        """Bytes of all tensors; a shared storage is counted once."""
         return sum(unique_storages(self.tensors(module)).values())
 
 
 class ReadOnlyWeight(StoredWeight):
-    """Base of backends whose library can compute with a weight but not store another one.
+    """Base class of backends whose library can compute with a weight but not quantize a new one.
 
-    The weight is read by sending the identity through the layer, which is right whatever the
-    layout and the kernel. A subclass gives ``name``, ``matches`` and ``unmergeable_reason``.
+    The weight is read by calling the layer with an identity matrix, which works for any memory
+    layout and kernel. A subclass implements ``name``, ``matches`` and ``unmergeable_reason``.
     """
 
     can_merge = False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All parameters and buffers of the layer but its bias."""
-        held = {**module._parameters, **module._buffers}
-        return [plain(tensor) for name, tensor in held.items() if tensor is not None and name != "bias"]
+        """All parameters and buffers of the layer except its bias."""
+        own = {**module._parameters, **module._buffers}
+        return [plain(tensor) for name, tensor in own.items() if tensor is not None and name != "bias"]
 
     def label(self, module: nn.Module) -> str:
         """The name of the backend."""
         return self.name
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype of the scales, else float16."""
+        """The dtype of the scales; float16 without any."""
         floating = (t.dtype for t in self.tensors(module) if t.is_floating_point() and t.element_size() > 1)
         return next(floating, torch.float16)
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """(out, in), a new tensor, as exact as the layer's own products."""
-        holder = next((held for held in (module._parameters, module._buffers) if held.get("bias") is not None), None)
+        """A new tensor, (out, in), as exact as the layer's own products."""
+        # The bias is taken out for the call, so that the output is the transposed weight alone.
+        holder = next((own for own in (module._parameters, module._buffers) if own.get("bias") is not None), None)
         bias = None if holder is None else holder["bias"]
         layer: Any = module
         unit = torch.eye(layer.in_features, dtype=self.dtype(module), device=self.device(module))
@@ -120,12 +121,12 @@ class ReadOnlyWeight(StoredWeight):
         """Always refuses.
 
         Raises:
-            MergeError: the library cannot quantize a weight on its own.
+            MergeError: the library cannot quantize a new weight.
         """
         raise MergeError(f"a {self.name} weight cannot be written: {self.unmergeable_reason}", backend=self.name)
 
     def snapshot(self, module: nn.Module) -> None:
-        """Nothing: ``store`` changes nothing."""
+        """None, because ``store`` never changes anything."""
 
     def restore(self, module: nn.Module, snapshot: None) -> None:
         """Does nothing."""
@@ -138,9 +139,9 @@ def plain(weight: Any) -> Tensor:
 
 
 def keep_parameter_classes(module: nn.Module) -> None:
-    """Lets pickle keep the classes of a module's parameters, as bitsandbytes has them, with their attributes.
+    """Makes pickle keep the classes and attributes of a module's parameters, such as those of bitsandbytes.
 
-    As torch pickles them they come back as plain parameters, whose deep copies have no attributes.
+    torch itself pickles a subclass of ``nn.Parameter`` as a plain parameter, without its attributes.
     """
     for kind in {type(parameter) for parameter in module._parameters.values()}:
         if nn.Parameter in kind.__mro__[1:]:
@@ -148,13 +149,13 @@ def keep_parameter_classes(module: nn.Module) -> None:
 
 
 def reduced_parameter(parameter: Any) -> tuple[Any, ...]:
-    """How to pickle a parameter of a class of its own, so that it is read back by torch alone."""
+    """The pickle reduction of a parameter subclass, which needs only torch (not nbpeft) to be read."""
     data = (type(parameter), plain(parameter), parameter.requires_grad)
     return Tensor._make_subclass, data, dict(vars(parameter)), None, None, _set_obj_state
 
 
 def inner_tensors(weight: Any) -> list[Tensor]:
-    """The plain tensors that a wrapping tensor subclass stores; the tensor itself if it wraps none."""
+    """The plain tensors inside a wrapper tensor subclass; any other tensor itself."""
     if not hasattr(weight, "__tensor_flatten__"):
         return [plain(weight)]
     names, _ = weight.__tensor_flatten__()
@@ -162,7 +163,15 @@ def inner_tensors(weight: Any) -> list[Tensor]:
 
 
 def moved_copy(weight: Any, device: torch.device | str) -> Any:
-    """A copy of a wrapping tensor subclass on a device, bit for bit."""
+    """Copies a wrapper tensor subclass to a device, bit for bit.
+
+    Args:
+        weight: such a tensor, or a plain one.
+        device: of the copy.
+
+    Returns:
+        The copy, of the same class.
+    """
     if not hasattr(weight, "__tensor_flatten__"):
         return plain(weight).to(device, copy=True)
     names, context = weight.__tensor_flatten__()
@@ -174,19 +183,19 @@ _SHORT = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float8_e5m2:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """``fp32``, ``bf16``, ``int8``."""
+    """The short name of a dtype: ``fp32``, ``bf16``, ``int8``."""
     name = str(dtype).removeprefix("torch.")
     return _SHORT.get(dtype, name.replace("float", "fp"))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, of one that is sharded (``DTensor``); any other as it is."""
+    """This process's shard of a ``DTensor``; any other tensor itself."""
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return part
 
 
 def storage_of(tensor: Any) -> torch.UntypedStorage:
-    """The storage of a tensor, or of the first one that it wraps: the same for all views of it."""
+    """The storage of a tensor, or of the first tensor that it wraps; all views of a tensor have the same storage."""
     while hasattr(tensor, "__tensor_flatten__"):
         tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
     found: torch.UntypedStorage = tensor.untyped_storage()
@@ -194,7 +203,7 @@ def storage_of(tensor: Any) -> torch.UntypedStorage:
 
 
 def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address of each storage on a real device -> its size in bytes. Meta tensors have none."""
+    """The storages of some tensors: address -> bytes. Tensors on the meta device have none."""
     storages: dict[int, int] = {}
     for tensor in tensors:
         for part in inner_tensors(local(tensor)):
@@ -205,7 +214,15 @@ def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def loaded(module_name: str, *names: str) -> tuple[type[Any], ...]:
-    """Classes of an optional library, if somebody has imported it; never imports it."""
+    """Classes of an optional library, if it was imported already; never imports it.
+
+    Args:
+        module_name: module with the classes.
+        *names: of the classes.
+
+    Returns:
+        Those that exist; empty if the module was not imported.
+    """
     library = sys.modules.get(module_name)
     if library is None:
         return ()

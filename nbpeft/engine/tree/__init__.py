@@ -1,13 +1,12 @@
-"""What is where in a model: layers that can be adapted, layers that are, and weights that share storage.
+"""Where things are in a model: layers that can be adapted, adapted layers, and shared weights.
 
 Door, what other rooms import:
 
-    adapted_tree.py       Where a model carries adapters: read from its module tree, which other libraries change, too
-    fused_layers.py       Linear layers that transformers 5 made parameters of: the experts of a mixture, and its
+    adapted_tree.py       The adapted layers of a model, read from its module tree, which other libraries may change too
+    fused_layers.py       Linear layers that transformers 5 fused into parameters: the experts of a mixture, and its
                           router
-    model_tree.py         Every question about a model, asked in one place: its modules, its manager, its embeddings,
-                          what is quantized
-    parameter_targets.py  Which bare parameters of a model ``target_parameters`` means, those that are no layer's:
-                          experts, routers
-    tied_weights.py       Weights that several modules of a model share, as an embedding and the output head often do
+    model_tree.py         Queries about a model: its modules, manager, embeddings and quantization
+    parameter_targets.py  Resolves ``target_parameters`` to bare parameters, which do not belong to a layer: experts,
+                          routers
+    tied_weights.py       Weights that several modules of a model share, often the input embedding and the output head
 """

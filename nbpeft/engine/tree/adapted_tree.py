@@ -1,4 +1,4 @@
-"""Where a model carries adapters: read from its module tree, which other libraries change, too."""
+"""The adapted layers of a model, read from its module tree, which other libraries may change too."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _hangs(modules: Modules, name: str, child: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class AdaptedTree:
-    """The adapted layers and copied modules of a model as they hung in its module tree when it was read.
+    """A snapshot of the adapted layers and copied modules in the module tree of a model.
 
     Attributes:
         layers: path -> adapted layer, in model order.
         copies: path -> module with copies trained as a whole.
-        others: layers and modules with copies that another manager made: they were copied or moved here.
-        parents: the submodules of each module of the model, as the module has them now.
-        read: those that it had then.
+        others: wrappers made by another manager, which were copied or moved into this model.
+        parents: ``_modules`` of each module, live: they show the present submodules.
+        read: copies of ``parents`` from when the tree was read.
     """
 
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
@@ -42,28 +42,35 @@ class AdaptedTree:
 
     @property
     def is_current(self) -> bool:
-        """Whether nobody has replaced, added or removed a module since."""
-        return self.parents == self.read  # one comparison in C: this is asked in every command and call
+        """Whether no module was replaced, added or removed since the tree was read."""
+        return self.parents == self.read  # one comparison in C, because this runs in every command and call
 
     def names(self) -> set[str]:
         """Names of all adapters that are on a layer or have a copy of a module."""
         layers, copies = self.layers.values(), self.copies.values()
         return set().union(
-            *(one.adapters._modules for one in layers), *(one.modules_to_save._modules for one in copies)
+            *(layer.adapters._modules for layer in layers), *(module.modules_to_save._modules for module in copies)
         )
 
     def wrappers(self) -> dict[int, Wrapper]:
-        """The adapted layers, and what holds the copies, by id."""
+        """All wrappers by ``id``: adapted layers and modules with copies."""
         found: list[Wrapper] = [*self.layers.values(), *self.copies.values()]
-        return {id(one): one for one in found}
+        return {id(wrapper): wrapper for wrapper in found}
 
     def without(self, other: AdaptedTree) -> dict[int, Wrapper]:
-        """The same, but for those that are in another tree, too."""
+        """The wrappers by ``id`` that are not in another tree."""
         known = other.wrappers()
-        return {key: one for key, one in self.wrappers().items() if key not in known}
+        return {key: wrapper for key, wrapper in self.wrappers().items() if key not in known}
 
     def returns(self, wrappers: Container[int]) -> dict[int, Callable[[], bool]]:
-        """Id of those that hung in a module -> whether it hangs there now."""
+        """Functions that check whether wrappers are in their old place again.
+
+        Args:
+            wrappers: ids of the wrappers.
+
+        Returns:
+            Id of each that had a parent -> function that returns whether it is there now.
+        """
         return {
             id(child): partial(_hangs, modules, name, child)
             for modules, children in zip(self.parents, self.read, strict=True)
@@ -73,11 +80,14 @@ class AdaptedTree:
 
 
 def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
-    """Reads where the module tree of a model has adapters.
+    """Reads the adapted layers and copied modules of a model.
 
     Args:
         model: the base model.
-        active_state: of its manager.
+        active_state: of its manager; tells its wrappers from those of other managers.
+
+    Returns:
+        The snapshot.
     """
     tree = AdaptedTree()
     parents: dict[int, tuple[Modules, Modules]] = {}

@@ -1,8 +1,8 @@
-"""Linear layers that transformers 5 made parameters of: the experts of a mixture, and its router.
+"""Linear layers that transformers 5 fused into parameters: the experts of a mixture, and its router.
 
-Configs and files of before name the layers (``w1``, ``gate``, every ``mlp.experts.3.up_proj``). Today the weights
-of all experts are one parameter, gate and up projection joined, and the router is a module of its own with a
-weight. Their LoRA is one on the parameter; where two layers were joined it has the ranks of both.
+Older configs and files name the layers (``w1``, ``gate``, every ``mlp.experts.3.up_proj``). In transformers 5 the
+weights of all experts are one parameter, with gate and up projection joined, and the router is a separate module with a
+weight. A LoRA for such layers becomes one on the parameter; if two layers were joined its rank is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d{1,5})\.")
 
 @dataclass(frozen=True)
 class FusedLayers:
-    """A parameter that was layers.
+    """A parameter that consists of former layers.
 
     Attributes:
-        module: path of the module that has it.
+        module: path of the module that has the parameter.
         name: its name there.
-        layers: names of the layers, in its order.
-        per_expert: whether there was one of each for every expert, below the module.
+        layers: names of the former layers, in their order in the parameter.
+        per_expert: whether there was one of each layer for every expert, below the module.
     """
 
     module: str
@@ -51,21 +51,21 @@ class FusedLayers:
 
     @property
     def short_name(self) -> str:
-        """What names it in each block of a model: ``gate_up_proj``, ``gate.weight``."""
+        """The name that matches it in every block of the model: ``gate_up_proj``, ``gate.weight``."""
         return self.name if self.per_expert else f"{_ROUTER}.{self.name}"
 
     @property
     def former(self) -> list[str]:
-        """Those paths of all its layers."""
+        """``former_paths`` of all its layers."""
         return [path for layer in self.layers for path in self.former_paths(layer)]
 
     def former_paths(self, layer: str) -> tuple[str, ...]:
-        """Paths under which a config may mean a layer: the first expert's, and as PEFT reads patterns."""
+        """Paths by which a config may name a former layer: that of the first expert, and that of PEFT's patterns."""
         return (f"{self.module}.0.{layer}", f"{self.module}.{layer}") if self.per_expert else (self.module,)
 
 
 def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Parameter of experts that transformers joins when it loads older files -> the layers it was, in their order."""
+    """Expert parameter that transformers fuses when it loads older files -> its former layers, in order."""
     found = {}
     for step in _conversions(model):
         sources, targets = step.source_patterns, step.target_patterns
@@ -79,19 +79,19 @@ def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _conversions(model: nn.Module) -> list[Any]:
-    """What transformers does with the tensors of older files of a model; nothing where it has none to do with it."""
+    """transformers' conversions of tensors in older files of a model; empty if there are none."""
     if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
         return []
     loose: Any = model
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # transformers before 5 has the layers
+    except ImportError:  # before transformers 5 nothing is fused
         return []
     return list(get_model_conversion_mapping(loose))
 
 
 def renaming(model: nn.Module) -> Callable[[str], str] | None:
-    """What a name of a model's older files is called today, as transformers has it; None if nothing was renamed."""
+    """A function from a name in older files of a model to its present name; None if transformers renames nothing."""
     steps = [step for step in _conversions(model) if not hasattr(step, "operations")]
 
     def rename(name: str) -> str:
@@ -103,11 +103,14 @@ def renaming(model: nn.Module) -> Callable[[str], str] | None:
 
 
 def fused_layers(model: nn.Module, sites: Sequence[Site] | None = None) -> list[FusedLayers]:
-    """Finds the parameters of a model that were linear layers, in its order.
+    """Finds the parameters of a model that were linear layers.
 
     Args:
-        model: the base model, with or without adapters on it.
-        sites: of its modules, where they are known already.
+        model: the base model, with or without adapters.
+        sites: of its modules; None to walk the model.
+
+    Returns:
+        The parameters in model order.
     """
     names = _fused_parameters(model)
     if not names:
@@ -133,12 +136,15 @@ def _is_layer(site: Site) -> bool:
 
 
 def of_former_file(model: nn.Module, config: Any, keys: Iterable[str]) -> Any:
-    """The config of an adapter that is read, with parameters in the place of experts that its file has as layers.
+    """Adapts the config of a file from before transformers 5: expert layers become parameters.
 
     Args:
         model: the base model.
-        config: as the file has it.
+        config: as in the file.
         keys: of the file's tensors.
+
+    Returns:
+        A changed copy; ``config`` itself if no key is that of an expert layer.
     """
     if not any(map(_EXPERT.search, keys)):
         return config
@@ -156,22 +162,22 @@ def with_parameters(
     *,
     beside_layers: bool = False,
 ) -> None:
-    """Names parameters in a config where it names layers that were made one, as PEFT's do from 0.19 on.
+    """Replaces former layers in a config's targets with the parameters they were fused into, as PEFT does from 0.19 on.
 
-    A name that layers still have means these, as those of shared experts; all linear layers are the former ones, too.
-    Parameters that ``target_parameters`` names are as it says.
+    A name that present layers still have, such as those of shared experts, targets only these layers. "all-linear"
+    includes the former layers. Parameters in ``target_parameters`` are not changed.
 
     Args:
         model: the base model.
-        config: as it was given.
+        config: as the user gave it.
         resolved: a copy with its targets as names or a pattern; changed in place.
         method: of the config.
         sites: of the model's modules.
-        beside_layers: take parameters also under names that layers still have.
+        beside_layers: also target parameters under names that present layers have.
 
     Raises:
-        TargetError: it names one of two joined layers and not the other, or some experts and not the others.
-        ConfigError: its patterns name one of them.
+        TargetError: only one of two joined layers is named, or only some of the experts.
+        ConfigError: a rank or alpha pattern names one of several joined layers.
     """
     if not hasattr(config, "target_parameters") or "target_parameters" in config.not_implemented:
         return
@@ -207,7 +213,7 @@ def _is_copied(fused: FusedLayers, config: Any) -> bool:
 def _adaptable(
     found: Sequence[FusedLayers], config: Any, resolved: Any, method: Method, sites: Sequence[Site]
 ) -> list[FusedLayers]:
-    """Those of the parameters that are not excluded and on which the config works; says why others are left out."""
+    """The parameters that are not excluded and that the config supports; warns about those left out."""
     modules = {site.path: site.module for site in sites}
     adapter_class = method.kinds.classes.get("parameter")
     matcher = Matcher(".*", config.exclude_modules)
@@ -236,10 +242,10 @@ def _is_excluded(matcher: Matcher, fused: FusedLayers) -> bool:
 
 
 def _chosen(matcher: Matcher, config: Any, found: Sequence[FusedLayers], leaves: Set[str]) -> list[FusedLayers]:
-    """Those of the parameters whose layers a config names.
+    """The parameters whose former layers a config names.
 
     Raises:
-        TargetError: it names some of the layers that are one now.
+        TargetError: it names only some of the layers of a parameter.
     """
     given = Matcher(config.target_parameters or ())
     chosen = []
@@ -259,15 +265,15 @@ def _chosen(matcher: Matcher, config: Any, found: Sequence[FusedLayers], leaves:
 
 
 def _leaves(matcher: Matcher, sites: Sequence[Site]) -> set[str]:
-    """Last parts of the paths of layers that the targets mean."""
+    """Last parts of the paths of present layers that the targets match."""
     return {site.path.rpartition(".")[2] for site in sites if matcher.matches(site.path) and _is_layer(site)}
 
 
 def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers], sites: Sequence[Site]) -> Any:
-    """Targets with today's names of modules, and the first expert for all of them.
+    """Targets with the present names of modules, and the first expert in place of all experts.
 
     Raises:
-        TargetError: they name some of the experts only.
+        TargetError: they name only some of the experts.
     """
     if isinstance(targets, str):
         return targets
@@ -279,7 +285,7 @@ def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers],
             numbers.setdefault(name, set()).add(int(match[2]))
     modules: dict[str, Any] = {site.path: site.module for site in sites}
     for name, some in numbers.items():
-        fused = next((one for one in found if any(map(Matcher([name]).matches, one.former))), None)
+        fused = next((fused for fused in found if any(map(Matcher([name]).matches, fused.former))), None)
         count = len(some) if fused is None else len(modules[fused.module]._parameters[fused.name])
         if fused is not None and some != set(range(count)):
             raise TargetError(
@@ -291,13 +297,13 @@ def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers],
 
 
 def _present(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Name in a config -> today's, with the first expert for any."""
+    """Name in a config -> present name, with the first expert in place of any expert."""
     rename = renaming(model) or str
     return {name: _EXPERT.sub(r"\g<1>0.", rename(f".{name}").removeprefix(".")) for name in names}
 
 
 def _check_patterns(config: Any, fused: FusedLayers) -> None:
-    """Refuses ranks and alphas for one of several layers that are one parameter now."""
+    """Raises ConfigError for a rank or alpha of one of several layers that were joined to one parameter."""
     paths = fused.former if len(fused.layers) > 1 else []
     for field in config.pattern_fields:
         for key in getattr(config, field):
@@ -309,7 +315,7 @@ def _check_patterns(config: Any, fused: FusedLayers) -> None:
 
 
 def _take(resolved: Any, config: Any, chosen: Sequence[FusedLayers], found: Sequence[FusedLayers]) -> None:
-    """Adds parameters to a config: by their short names where those mean no others, with the ranks of all layers."""
+    """Adds parameters to a config, by short name if that matches no others, with the sum of the layers' ranks."""
     for short in dict.fromkeys(fused.short_name for fused in chosen):
         group = [fused for fused in chosen if fused.short_name == short]
         alone = len(group) == sum(fused.short_name == short for fused in found)
@@ -318,7 +324,7 @@ def _take(resolved: Any, config: Any, chosen: Sequence[FusedLayers], found: Sequ
         count = len(group[0].layers)
         if count == 1:
             continue
-        # By what a product is multiplied stays: alpha / r, or alpha / sqrt(r).
+        # The scaling must not change when the rank is multiplied: alpha / r, or alpha / sqrt(r) with rsLoRA.
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
         patterns = [rf".*\.{re.escape(name)}" if alone else re.escape(name) for name in names]
         resolved.rank_pattern = {**resolved.rank_pattern, **dict.fromkeys(patterns, config.r * count)}
@@ -326,7 +332,7 @@ def _take(resolved: Any, config: Any, chosen: Sequence[FusedLayers], found: Sequ
 
 
 def _drop_former_names(resolved: Any, model: nn.Module, found: Sequence[FusedLayers], sites: Sequence[Site]) -> None:
-    """Takes those targets out that mean parameters alone."""
+    """Removes targets that match only former layers."""
     routers = {fused.module for fused in found if not fused.per_expert}
     matcher = Matcher(resolved.target_modules)
     matched = {site.path for site in sites if site.path not in routers and matcher.matches(site.path)}

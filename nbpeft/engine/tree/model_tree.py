@@ -1,6 +1,6 @@
-"""Every question about a model, asked in one place: its modules, its manager, its embeddings, what is quantized.
+"""Queries about a model: its modules, manager, embeddings and quantization.
 
-Paths and names are those of the bare base model, as they were before any adapter was added.
+Paths and names are those of the base model without adapters.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from nbpeft.engine.runtime.manager import AdapterManager
 
 MANAGER = "_nbpeft_manager"
-"""Attribute in which an adapted base model, and each handle on one, keeps its manager."""
+"""Attribute of an adapted base model, and of each handle on one, with its manager."""
 
 TIED = "tie_word_embeddings"
-"""Attribute of a model's config that says whether its embeddings are one weight."""
+"""Attribute of a model's config: whether input and output embedding share one weight."""
 
 _WRAPPED_IN = ("_orig_mod", "_fsdp_wrapped_module")
-"""Names under which ``torch.compile`` and FSDP keep the model that they wrap."""
+"""Names of the wrapped model inside the wrappers of ``torch.compile`` and FSDP."""
 
 _WRAPPERS = (AdaptedLayer, ModulesToSaveWrapper)
 
@@ -43,25 +43,25 @@ _QUANTIZED_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "h
 
 
 class Site(NamedTuple):
-    """One place where a module hangs in its parent."""
+    """One place of a module in the tree: a parent and an attribute of it."""
 
     parent: nn.Module
     attribute: str
     path: str
     module: nn.Module
-    """The base module, also where a wrapper hangs there now."""
+    """The base module, even if the parent has a wrapper there now."""
     wrapper: AdaptedLayer | ModulesToSaveWrapper | None
     siblings: dict[str, nn.Module | None]
-    """All that hung in the parent when it was looked into."""
+    """A copy of the parent's submodules at the time of the walk."""
 
 
 def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
-    """Yields the place of every module below ``model``, in model order.
+    """Yields the site of every module below ``model``, in model order.
 
     Args:
-        model: the base model, with or without adapters on it.
-        repeat: yield the children of a module that hangs in several places for each of them. The module
-            itself always comes once for each place.
+        model: the base model, with or without adapters.
+        repeat: visit the children of a module that is in several places once for each place. The module
+            itself is always yielded once for each place.
     """
     visited: set[int] = {id(model)}
     stack: list[Iterator[Site]] = [_children(model, "")]
@@ -123,7 +123,7 @@ def frozen_module(module: nn.Module) -> nn.Module:
 
 
 def reader_of(site: Site) -> nn.Module | None:
-    """Returns the module around a layer that reads its weight and never calls it, as an attention its ``out_proj``."""
+    """Returns the parent that reads a layer's weight without calling the layer (``out_proj`` of attention), or None."""
     kind = composite_kind(site.parent)
     return site.parent if kind is not None and site.attribute in kind.layers else None
 
@@ -219,19 +219,20 @@ def embedding_of(model: nn.Module, *, output: bool = False) -> nn.Module | None:
 
 
 def says_untied(model: nn.Module) -> bool:
-    """Returns whether a model's config says that its embeddings are no one weight, whatever they are."""
+    """Returns whether a model's config declares its embeddings as untied, whether or not they share a weight."""
     return getattr(getattr(model, "config", None), TIED, None) is False
 
 
 def sharing_embedding(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
-    """Returns the modules that share the weight of the input embedding, by path, that itself first.
+    """Returns the modules that share the weight of the input embedding.
 
     Args:
         model: a base model.
-        modules: path and module of everything in it; of a module in several places the first counts.
+        modules: path and module of everything in it; for a module in several places the first path is used.
 
     Returns:
-        Nothing where the embedding has its weight for itself, or the model's config says that it has.
+        Path -> module, the embedding first; empty if no other module shares the weight, or the config declares the
+        embeddings as untied.
     """
     embedding = embedding_of(model)
     weight = getattr(embedding, "weight", None)
@@ -263,7 +264,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
-    """Returns whether a module's weight is stored by another backend than the dense one."""
+    """Returns whether a module's weight is quantized: its backend is not the dense one."""
     if "weight" not in module._parameters and module._modules:
         return False
     backend = resolve_backend(module)
@@ -271,7 +272,7 @@ def is_quantized_layer(module: nn.Module) -> bool:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Returns whether weights of a model are stored quantized. A model read from a GGUF file is dense."""
+    """Returns whether a model has quantized weights. A model that was read from a GGUF file is dense."""
     method = quantization_method(model)
     if method == "gguf":
         return False
@@ -280,23 +281,23 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def quantization_method(model: nn.Module) -> str:
-    """Returns transformers' name of the method that a model was quantized with, or the empty string."""
+    """Returns transformers' name of a model's quantization method, or the empty string."""
     method = getattr(model, "quantization_method", None)
     return str(getattr(method, "value", method or ""))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Returns whether a module is ``nn.Linear`` or GPT-2's transposed one; subclasses may compute otherwise."""
+    """Returns whether a module is exactly ``nn.Linear`` or GPT-2's ``Conv1D``; subclasses may compute differently."""
     return type(module) is nn.Linear or (
         type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
     )
 
 
 def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Returns path -> layer of what quantizing a model replaces. Works on meta tensors too.
+    """Returns path -> linear layer that quantizing the model replaces. Works with meta tensors too.
 
-    Left out are the head, layers that share their weight, and what the model's class keeps in float32 (T5 casts its
-    input to the dtype of such a weight).
+    Not included are the head, layers with a shared weight, and layers that the model's class keeps in float32 (T5 casts
+    its input to the dtype of such a weight).
 
     Args:
         model: a model that is not quantized, with or without adapters.
@@ -329,10 +330,10 @@ def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dic
 
 
 def experts_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, ParameterView]:
-    """Returns path -> parameter, as the layer whose ``weight`` it is, of the experts that quantizing a model replaces.
+    """Returns path -> expert parameter that quantizing the model replaces, as a view with a ``weight``.
 
-    Left out are those that several modules share, and what the model's class keeps in float32. Works on meta tensors
-    too.
+    Not included are parameters that several modules share, and those that the model's class keeps in float32. Works
+    with meta tensors too.
 
     Args:
         model: with or without adapters.
@@ -351,7 +352,7 @@ def experts_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str,
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Returns the names of a module's own parameters that hold a matrix for each of its ``num_experts``."""
+    """Returns the names of a module's own parameters with one matrix for each of its ``num_experts``."""
     count = getattr(module, "num_experts", None)
     if type(count) is not int:
         return []
@@ -360,7 +361,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
 
 
 def _kept_as_they_are(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
-    """Names of what is not quantized, by path or by a whole part of it."""
+    """Names of modules and parameters that are not quantized, as paths or whole segments of paths."""
     return (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
 
 
@@ -376,10 +377,10 @@ def _check_names(names: Sequence[str], modules: Mapping[nn.Module, str]) -> None
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Returns the number of (trainable, all) parameters.
+    """Returns the numbers of (trainable, all) parameters.
 
-    A bitsandbytes 4-bit weight is packed two to a byte, whatever the dtype it is stored in, and counts as what it
-    stands for; a parameter that a sharded run emptied counts with its full size.
+    A bitsandbytes 4-bit weight stores two values in each byte and counts with its unpacked size; a parameter that
+    DeepSpeed has sharded away counts with its full size.
     """
     trainable = total = 0
     for parameter in model.parameters():
@@ -395,5 +396,5 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _is_packed(parameter: Any) -> bool:
-    """Whether a parameter holds 4-bit values; one of that class has its own dtype until it is quantized."""
+    """Whether a parameter has packed 4-bit values; a ``Params4bit`` is an ordinary parameter until it is quantized."""
     return type(parameter).__name__ == "Params4bit" and (parameter.bnb_quantized or not parameter.is_floating_point())

@@ -1,4 +1,4 @@
-"""Which bare parameters of a model ``target_parameters`` means, those that are no layer's: experts, routers."""
+"""Resolves ``target_parameters`` to bare parameters, which do not belong to a layer: experts, routers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from nbpeft.errors import LayerKindError, TargetError, did_you_mean, few
 def parameter_sites(
     model: nn.Module, sites: Sequence[Site], matcher: Matcher, adapted: Collection[str], copies: Sequence[str]
 ) -> list[Site]:
-    """Finds the parameters that a config names; each as a site whose module has it as its ``weight``.
+    """Finds the parameters that a config names.
 
     Args:
         model: the base model.
         sites: of its modules.
-        matcher: knows the names.
+        matcher: for the names in ``target_parameters``.
         adapted: paths of modules that the config adapts as layers.
         copies: paths of modules that it trains as a whole.
 
     Returns:
-        In model order, those of one module in its own.
+        A site for each parameter, with a module that has it as its ``weight``, in model order.
 
     Raises:
-        TargetError: one of them cannot be adapted.
-        LayerKindError: one of them is neither a matrix nor several of them.
+        TargetError: a parameter cannot be adapted.
+        LayerKindError: a parameter is neither a matrix nor a stack of matrices.
     """
     own = next((name for name in model._parameters if matcher.matches(name)), None)
     if own is not None:
@@ -41,8 +41,8 @@ def parameter_sites(
     found: list[Site] = []
     seen: set[int] = set()
     for site in sites:
-        held = {name: value for name, value in site.module._parameters.items() if value is not None}
-        names = [name for name in held if matcher.matches(f"{site.path}.{name}")]
+        own_names = [name for name, value in site.module._parameters.items() if value is not None]
+        names = [name for name in own_names if matcher.matches(f"{site.path}.{name}")]
         if not names or id(site.module) in seen:
             continue
         seen.add(id(site.module))
@@ -78,7 +78,15 @@ def _of_module(site: Site, names: Sequence[str]) -> list[Site]:
 
 
 def no_parameter(missing: Sequence[str], sites: Sequence[Site]) -> TargetError:
-    """The error for names in ``target_parameters`` that match nothing, with what the model does have."""
+    """Creates the error for names in ``target_parameters`` that match nothing.
+
+    Args:
+        missing: the names.
+        sites: of the model's modules, from which similar names are suggested.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     known = sorted(
         {
             f"{site.attribute}.{name}"

@@ -1,7 +1,7 @@
-"""Weights that several modules of a model share, as an embedding and the output head often do.
+"""Weights that several modules of a model share, often the input embedding and the output head.
 
-An adapter on one of them must not get into the others when it is merged: the module then gets a
-weight of its own, and the shared one back when it is unmerged.
+Merging an adapter on one of them must not change the others. That module therefore gets a separate
+weight when an adapter is merged, and the shared one again when it is unmerged.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from nbpeft.errors import MergeError, few
 
 
 def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> set[str]:
-    """Paths of the layers that need a weight of their own to merge adapters into.
+    """Finds the layers that need a separate weight before adapters are merged into them.
 
     Args:
         model: the base model.
         layers: path -> adapted layer.
-        names: adapters to be merged.
+        names: of the adapters to merge.
+
+    Returns:
+        Paths of these layers.
     """
     acting = {
         path: [name for name in names if layer.changes_weight([name])]
@@ -52,17 +55,20 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
 
 
 def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], users: int) -> bool:
-    """Whether all that share a weight change it alike, with the same tensors, so that it can stay shared."""
+    """Whether all users of a weight change it equally, with the same tensors, so that it can stay shared."""
     changes = {change_of([(layers[path].adapter(name), 1.0) for name in names]) for path, names in group.items()}
     return len({id(layers[path]) for path in group}) == users and len(changes) == 1
 
 
 def check_single(layer: AdaptedLayer, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Raises MergeError where the weight of one layer is merged into and is that of other such layers, too.
+    """Checks that a layer can be unmerged alone.
 
     Args:
         layer: the layer.
         layers: path -> adapted layer, of the whole model.
+
+    Raises:
+        MergeError: other layers have the same merged weight.
     """
     weight = layer.weight_module._parameters.get("weight")
     sharing = {
@@ -81,24 +87,38 @@ def check_single(layer: AdaptedLayer, layers: Mapping[str, AdaptedLayer]) -> Non
 
 
 def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, float], ...]:
-    """What adapters, with the factor on each one's delta, change of a weight: equal where they share their tensors."""
-    return tuple((id(one.source or one), scale * float(getattr(one, "scaling", 1.0))) for one, scale in adapters)
+    """A key for the change that adapters make to a weight; equal for adapters that share their tensors and scales.
+
+    Args:
+        adapters: (adapter, factor on its delta).
+    """
+    return tuple(
+        (id(member.source or member), scale * float(getattr(member, "scaling", 1.0))) for member, scale in adapters
+    )
 
 
 def modules_tied_to_embedding(model: nn.Module) -> list[str]:
-    """Paths of the modules that share the weight of the input embedding, without it; none where the config says so.
+    """Paths of the modules that share the weight of the input embedding, except the embedding itself.
 
     Args:
         model: with or without adapters, or a handle.
+
+    Returns:
+        The paths, sorted; empty if the model's config declares the embeddings as untied.
     """
     base = base_model_of(model)
     return sorted(list(sharing_embedding(base, bare_modules(base)))[1:])
 
 
 def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
-    """Sees to it that a model whose embeddings are no longer one weight is saved and loaded like that.
+    """Sets a model's config to untied embeddings if they no longer share one weight.
 
-    All that still share the old weight get their own, since the config can only tell all or nothing.
+    Otherwise they would be tied again when the saved model is loaded. All modules that still share a weight get
+    separate copies, because the config can only declare all of them as tied or none.
+
+    Args:
+        model: the base model.
+        change: records what is changed.
     """
     config: Any = getattr(model, "config", None)
     if not getattr(config, TIED, False):

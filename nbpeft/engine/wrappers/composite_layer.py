@@ -1,7 +1,7 @@
-"""AdaptedComposite: the wrapper around a module that computes with several weights itself, as nn.MultiheadAttention.
+"""AdaptedComposite: the wrapper around a module that computes with several weights itself (nn.MultiheadAttention).
 
-Its own weight is adapted here, those of the layers inside it at the layers, which it never calls. While adapters
-act it calls a twin of the module that has sums in the place of the weights.
+Adapters of the module's own weight are on this wrapper; those of inner layers, which the module never calls, are on
+these layers. With active adapters it calls a shallow copy of the module whose weights include the deltas.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class AdaptedComposite(AdaptedOwner):
     kind: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives with the active adapters' deltas on all its weights."""
+        """The output of the module with the active adapters' deltas on all its weights."""
         owners = (self, *self._layers().values())
         if any(name in owner.adapters._modules for owner in owners for name in self._acting(owner)):
             return self._adapted(args, kwargs)
         return self.get_base_layer()(*args, **kwargs)
 
     def _acting(self, owner: AdaptedLayer) -> tuple[str, ...]:
-        """Adapters that act on a weight in the call that runs, as far as they are on it."""
+        """Names of the active adapters of the running call; none if adapters are merged into the weight."""
         active = self.active_state.current()
         return () if owner.merged_names else active.names if active.rows is None else active.rows.names
 
     def _layers(self) -> dict[str, AdaptedLayer]:
-        """The adapted ones of the layers inside."""
+        """Name -> inner layer that has adapters."""
         assert isinstance(self.kind, Composite)
         modules = self.get_base_layer()._modules
         return {name: layer for name in self.kind.layers if isinstance(layer := modules.get(name), AdaptedLayer)}
@@ -67,10 +67,10 @@ class AdaptedComposite(AdaptedOwner):
 
 
 class CompositeReplica(AdaptedComposite):
-    """A replica that nn.DataParallel made; see ``LayerReplica``."""
+    """A replica made by ``nn.DataParallel``; see ``LayerReplica``."""
 
     def show_adapters(self) -> None:
-        """Changes nothing."""
+        """Does nothing: a replica is never changed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The same on the replica's device."""
@@ -80,7 +80,7 @@ class CompositeReplica(AdaptedComposite):
 
 
 def _with_adapters(layer: AdaptedLayer, active: ActiveAdapters) -> nn.Module:
-    """The frozen layer, or a twin of it with another weight."""
+    """The frozen layer, or a shallow copy whose weight includes the deltas if an adapter is active."""
     base = layer._own_base()
     weight = factored_weight(layer, base, active)
     return base.module if weight is None else twin_of(base.module, {"weight": weight.summed()})

@@ -1,8 +1,8 @@
-"""A weight plus products of thin matrices that are not multiplied out: only what a product touches is computed.
+"""A weight plus low-rank products that stay factored, so that only what a matrix product needs is computed.
 
-The experts of a mixture read their parameters as ``weight[expert]``, ``weight[experts]`` or whole, and multiply. A
-``FactoredWeight`` stands for the parameter there: ``x @ (W + s L R)`` is computed as ``x @ W + s (x @ L) @ R``, for the
-experts that tokens reach alone. Anything else that is done with it, is done with the sum.
+The experts of a mixture read their parameter as ``weight[expert]``, ``weight[experts]`` or as a whole, and multiply. A
+``FactoredWeight`` replaces the parameter there: ``x @ (W + s L R)`` is computed as ``x @ W + s (x @ L) @ R``, only for
+the experts that get tokens. Every other operation works on the sum as a tensor.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from nbpeft.errors import AdapterError
 _OF_THE_WEIGHT = frozenset(
     ("shape", "dtype", "device", "ndim", "size", "dim", "is_cuda", "requires_grad", "layout", "numel", "data_ptr")
 )
-"""Attributes that the sum has in common with the weight."""
+"""Attributes that are the same for the sum and the weight, so that the sum need not be computed for them."""
 
 
 class Product(NamedTuple):
-    """``scale * left @ right``; what is multiplied with it is dropped out before.
+    """``scale * left @ right``, with dropout on the input that it is multiplied by.
 
     Attributes:
         left: (…, rows, r).
         right: (…, r, columns).
         scale: factor on the product.
-        dropout: share of the input that is dropped.
+        dropout: probability of dropout on the input.
     """
 
     left: Tensor
@@ -42,23 +42,23 @@ class Product(NamedTuple):
     dropout: float = 0.0
 
     def transposed(self) -> Product:
-        """The product of the transposed."""
+        """The transposed product."""
         return self._replace(left=self.right.transpose(-2, -1), right=self.left.transpose(-2, -1))
 
     def picked(self, index: Any) -> Product:
-        """That of one of several weights, or of some."""
+        """The product for one or some of several weights, by index in the first dimension."""
         return self._replace(left=self.left[index], right=self.right[index])
 
     def cast(self, dtype: torch.dtype) -> Product:
-        """In another dtype."""
+        """The product with both factors in another dtype."""
         return self._replace(left=self.left.to(dtype), right=self.right.to(dtype))
 
     def dropped(self, x: Tensor) -> Tensor:
-        """What goes in: of each token a share of its features is zero, the others are as much larger."""
+        """Applies ``dropout`` to the input."""
         return F.dropout(x, self.dropout) if self.dropout else x
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """``weight`` plus the product, in its dtype."""
+        """``weight`` plus the product, as a new tensor in the dtype of ``weight``."""
         left, right, scale, _ = self.cast(weight.dtype)
         with without_autocast(weight.device.type):
             if isinstance(scale, Tensor) or weight.ndim not in (2, 3):
@@ -68,15 +68,15 @@ class Product(NamedTuple):
 
 
 class AdaptsParameters(ABC):
-    """An adapter of a parameter whose module is no layer: there is no output to add to, only a weight."""
+    """An adapter of a bare parameter, whose module is not a layer: it adds to the weight instead of an output."""
 
     @abstractmethod
     def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
-        """What it adds to the parameter, with gradients."""
+        """The products to add to the parameter; differentiable."""
 
 
 class FactoredWeight:
-    """``weight`` plus the products; see the module.
+    """``weight`` plus products, with the operations of a tensor; see the module's docstring.
 
     Args:
         weight: (rows, columns), or several of them (n, rows, columns).
@@ -91,7 +91,7 @@ class FactoredWeight:
         """The sum as a tensor.
 
         Raises:
-            AdapterError: something is to be dropped out, which a weight has no place for.
+            AdapterError: a product has dropout, which applies to inputs and not to a weight.
         """
         if any(product.dropout for product in self.products):
             raise AdapterError(
@@ -126,7 +126,7 @@ class FactoredWeight:
     def _at(self, index: int) -> list[Product]:
         if not torch.is_grad_enabled():
             return [product.picked(index) for product in self.products]
-        # Taken apart once: the gradient of each part alone would be as large as the whole.
+        # Split once with `unbind`: the backward of each single indexing would allocate a gradient of the full size.
         if self._parts is None:
             self._parts = [(product.left.unbind(), product.right.unbind()) for product in self.products]
         parts = zip(self.products, self._parts, strict=True)
@@ -143,7 +143,7 @@ class FactoredWeight:
     def __torch_function__(
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Multiplies by way of the factors where it is a product, else does it with the sum."""
+        """Computes matrix products with the factors, and every other function with the sum."""
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").strip("_")
         handled = _PRODUCTS.get(name)
@@ -163,7 +163,7 @@ def _is_list(index: Any) -> bool:
 
 
 def _plus(base: Tensor, delta: Tensor) -> Tensor:
-    """The sum, in the place of ``base``, which was just computed."""
+    """``base + delta``, in place: ``base`` is a new tensor that nothing else uses."""
     return base + delta if composes() else base.add_(delta.to(base.dtype))
 
 
@@ -195,7 +195,7 @@ def _linear(function: Any, x: Tensor, weight: Any, bias: Tensor | None = None) -
 
 
 def _grouped(function: Any, x: Tensor, weight: Any, offs: Tensor | None = None, **options: Any) -> Any:
-    """Rows of ``x`` (rows, in) times a weight (n, in, out) of theirs; those of weight i end before ``offs[i]``."""
+    """Grouped product: rows of ``x``, (rows, in), times a weight, (n, in, out); group i ends before ``offs[i]``."""
     known = isinstance(weight, FactoredWeight) and weight.weight.ndim == 3 and x.ndim == 2
     if offs is None or not known or any(value is not None for value in options.values()):
         return NotImplemented
@@ -207,19 +207,19 @@ def _grouped(function: Any, x: Tensor, weight: Any, offs: Tensor | None = None, 
 
 
 def grouped_product(x: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
-    """``x @ left[i] @ right[i]`` for rows in groups, of which those that are empty cost nothing.
+    """Computes ``x @ left[i] @ right[i]`` for the rows of each group i; empty groups cost nothing.
 
     Args:
         x: (rows, in), sorted by group.
         left: (n, in, r).
         right: (n, r, out).
-        offs: (n,), where each group ends.
+        offs: int tensor, (n,): the end of each group.
 
     Returns:
         (rows, out) in the dtype of ``x``.
     """
     fake = isinstance(offs, loaded("torch._subclasses.fake_tensor", "FakeTensor"))
-    ends = [len(x)] if fake else offs.tolist()  # in a forecast, that of one group: as large as those of all
+    ends = [len(x)] if fake else offs.tolist()  # in a memory estimate one group, which takes as much as all groups
     groups = [(i, slice(start, end)) for i, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]  # noqa: B905
     if composes():
         parts = [x[rows] @ left[i].to(x.dtype) @ right[i].to(x.dtype) for i, rows in groups]
@@ -229,7 +229,7 @@ def grouped_product(x: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Ten
 
 
 class _Grouped(torch.autograd.Function):
-    """``grouped_product``, whose gradients are written into one tensor each."""
+    """``grouped_product``; the gradients of all groups are written to one tensor for each argument."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor, groups: list[tuple[int, slice]]) -> Tensor:

@@ -1,12 +1,12 @@
-"""Training that knows the grid its result will be rounded to (quantization-aware training).
+"""Quantization-aware training: the layer computes with the weight that merging the adapter would store.
 
     y = Q(W + Δ) x + b        Q: rounds as merging does
 
-What an adapter adds to a weight is often less than half a step between two levels of its grid, and merging rounds it
-away. Here a layer computes with the weight that a merge would store, kept beside the frozen one in as many bits, so
-that merging changes nothing. Rounding has no useful derivative; gradients pass straight through it: the input's
-go through Q(W + Δ), and the adapter's are those of y = (W + Δ) x. What backward keeps is what it keeps of an
-adapter beside the layer.
+The delta of an adapter is often smaller than half a step of the quantization grid, so that merging rounds it away.
+Here the layer computes with the merged and rounded weight, which is stored in addition to the frozen one in the same
+number of bits, so that merging later does not change the outputs. Rounding has no useful derivative, so a
+straight-through estimator is used: the gradient of the input passes through Q(W + Δ), and those of the adapter are the
+gradients of y = (W + Δ) x. Autograd stores as much as for an ordinary adapter.
 
 References: the straight-through estimator, https://arxiv.org/abs/1308.3432; low-rank adapters inside the rounding,
 https://arxiv.org/abs/2406.06385 (LR-QAT).
@@ -28,23 +28,23 @@ from nbpeft.engine.kernels.recomputed import detached
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 
 Chosen = Sequence[tuple[str, float]]
-"""Names of adapters that are on a layer, and the factor on what each adds."""
+"""(name, scale) of active adapters that are on a layer."""
 _ASKED = "_nbpeft_quantization_aware"
-"""Attribute of a base model whose new adapters act on rounded weights."""
+"""Attribute of a base model whose new adapters are trained quantization-aware."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @runtime_checkable
 class Rounds(Protocol):
-    """A way to store a weight that rounds what is merged into it."""
+    """A weight backend that rounds when a weight is merged."""
 
     def twin(self, module: nn.Module) -> nn.Module:
-        """A second layer like a module: what is stored into it does not change the first."""
+        """A shallow copy of a layer; storing a weight in it does not change the layer."""
         ...
 
 
 class Layer(Protocol):
-    """What is needed of an adapted layer."""
+    """The members of an ``AdaptedLayer`` that are used here."""
 
     base: BaseLayer
     backend: Backend
@@ -57,9 +57,9 @@ class Layer(Protocol):
 
 
 class FakeQuantLayer:
-    """A layer's twin with the adapters that act merged in, made again when they, or the frozen weight, have changed.
+    """A copy of a layer with the active adapters merged, updated when they or the frozen weight change.
 
-    It takes as many bytes as the frozen weight, is no part of the model's tree, and no file or copy has it.
+    It takes as many bytes as the frozen weight. It is not part of the module tree, and not copied or saved.
     """
 
     def __init__(self) -> None:
@@ -84,18 +84,21 @@ class FakeQuantLayer:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """What the layer gives once these adapters are merged; gradients reach them as if they acted beside it.
+        """Computes the output that the layer has after merging, with gradients for the unmerged adapters.
 
         Args:
             layer: the layer.
             x: its input, (…, in).
-            chosen: what acts on it.
-            bases: adapter -> the layer as it sees it in this call.
+            chosen: the active adapters.
+            bases: adapter name -> the layer as the adapter sees it in this call.
             args: further positional arguments of the layer.
             kwargs: keyword arguments of the layer.
 
+        Returns:
+            The output, (…, out).
+
         Raises:
-            AdapterError: a compiler or a transform of torch.func traces the call.
+            AdapterError: the call is compiled, or traced by a transform of torch.func.
         """
         if composes():
             raise AdapterError(
@@ -115,7 +118,7 @@ class FakeQuantLayer:
         return output
 
     def _current(self, layer: Layer, chosen: Chosen) -> nn.Module:
-        """The twin with just these adapters merged in."""
+        """The copy with exactly these adapters merged; threads wait for one another while it is updated."""
         adapters = [(layer.adapter(name), scale) for name, scale in chosen]
         base = tuple(map(_identity, layer.backend.tensors(layer.base_layer)))
         with self._lock:
@@ -131,14 +134,14 @@ class FakeQuantLayer:
             return self._module
 
     def _changed_unseen(self, adapters: Iterable[tuple[Adapter, float]]) -> bool:
-        """Whether numbers were changed where torch does not count it, as through ``parameter.data``."""
-        if torch._C._current_graph_task_id() != -1:  # what checkpointing computes again is as it was
+        """Whether parameters were written to without raising their version, as through ``parameter.data``."""
+        if torch._C._current_graph_task_id() != -1:  # in backward (checkpointing) the values are still those of forward
             return False
         return self._sums is None or not torch.equal(_sums(adapters), self._sums)
 
 
 def _own_bias(layer: Layer, twin: nn.Module, adapters: Iterable[tuple[Adapter, float]]) -> Tensor | None:
-    """A bias of the twin's own where adapters add to it; else it has the layer's, which may be trained."""
+    """A separate bias for the copy if adapters change it; otherwise it shares that of the layer, which may train."""
     bias = layer.base.bias
     if bias is None or all(adapter.delta_bias(layer.base) is None for adapter, _ in adapters):
         return None
@@ -154,19 +157,19 @@ def _identities(adapter: Adapter) -> Iterable[Any]:
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor does: where its numbers are, and how often torch has seen them change."""
+    """Address and version counter of a tensor, which change when it is replaced or written to."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
 def _sums(adapters: Iterable[tuple[Adapter, float]]) -> Tensor:
-    """A sum over the bits of each parameter: another one after nearly every change."""
-    held = (parameter.detach() for adapter, _ in adapters for parameter in adapter.parameters())
-    return torch.stack([one.view(_INTEGERS[one.element_size()]).sum(dtype=torch.int64) for one in held])
+    """A checksum of each parameter: the sum of its bits as integers."""
+    values = (parameter.detach() for adapter, _ in adapters for parameter in adapter.parameters())
+    return torch.stack([value.view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64) for value in values])
 
 
 class _StraightThrough(torch.autograd.Function):
-    """An output, whose gradient goes also to what is a part of it already."""
+    """Returns the output, and passes its gradient also to the delta, which the output already includes."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, added: Tensor, scale: float) -> Tensor:
@@ -180,7 +183,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def set_quantization_aware(model: nn.Module, wanted: bool) -> None:
-    """Sets whether new adapters of a base model act on rounded weights."""
+    """Sets whether new adapters of a base model are trained quantization-aware."""
     if wanted:
         model.__dict__[_ASKED] = True
     else:
@@ -188,19 +191,19 @@ def set_quantization_aware(model: nn.Module, wanted: bool) -> None:
 
 
 def is_prepared_quantization_aware(model: nn.Module) -> bool:
-    """Whether ``set_quantization_aware`` was told so."""
+    """Whether new adapters of a base model are trained quantization-aware; see ``set_quantization_aware``."""
     return bool(model.__dict__.get(_ASKED, False))
 
 
 def check(layers: Iterable[tuple[str, Layer, Adapter]]) -> None:
-    """Refuses adapters that cannot act on rounded weights, before they are put on a model.
+    """Refuses adapters that cannot be trained quantization-aware, before they are added to a model.
 
     Args:
         layers: path, layer and adapter of each.
 
     Raises:
-        ConfigError: no weight would be rounded when merging, one cannot be merged into, or a method does more than to
-            add to weights.
+        ConfigError: merging would round no weight, a weight cannot be merged into, or a method does more than add to
+            weights.
     """
     tried: set[str] = set()
     for path, layer, adapter in layers:
@@ -241,7 +244,7 @@ def _reason(layer: Layer, adapter: Adapter) -> str:
 
 @torch.no_grad()
 def _storing_fails(layer: Layer) -> str:
-    """Why a weight cannot be stored as that of a layer is, by trying it on its twin; else empty."""
+    """Why storing a weight in a layer's format fails, found by trying it on a copy; empty if it works."""
     try:
         twin = layer.backend.twin(layer.base_layer)  # type: ignore[attr-defined]
         layer.backend.store(twin, layer.backend.dequantize(layer.base_layer))

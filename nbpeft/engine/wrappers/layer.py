@@ -43,14 +43,14 @@ from nbpeft.errors import AdapterError, MergeError
 
 @dataclass
 class WeightBackup:
-    """The weight of a layer as it was at some time.
+    """A backup of a layer's weight.
 
     Attributes:
-        parameter: the parameter that holds it, where merging takes another one because others share it.
-        weight: else what the backend kept of it, or what reads that.
+        parameter: the parameter itself, if merging replaces it instead of writing to it because other modules share it.
+        weight: otherwise the backend's snapshot, or a function that returns it.
         bias: the layer's bias, (out,), on the CPU.
-        merged: adapters that were merged into it.
-        frozen: the frozen weight, where it was another one.
+        merged: names of the adapters that were merged into the weight.
+        frozen: backup of the frozen weight, if adapters were merged.
     """
 
     parameter: nn.Parameter | None
@@ -63,13 +63,13 @@ class WeightBackup:
 class AdaptedLayer(PeftLayerMixin):
     """A frozen layer and its named adapters.
 
-    The output is the base layer's plus the deltas of the active adapters, each taken against the
-    frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``,
-    ``in_features``, …) are the base layer's, but for private ones. Parameters and modules below it have PEFT's names
-    (``peft_modules``): those of the adapters themselves are no part of the tree that is walked over.
+    The output is that of the base layer plus the deltas of the active adapters. Each delta is computed with the
+    frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``, ``in_features``, …),
+    except private ones, are read from the base layer. Parameters and modules below it have PEFT's names
+    (``peft_modules``); the adapter modules themselves are not in the tree that ``named_modules`` lists.
 
     Attributes:
-        base_layer: the frozen layer; called as a module, so that its hooks act.
+        base_layer: the frozen layer; called as a module, so that its hooks run.
         adapters: adapter name -> adapter.
         merged_names: adapters whose deltas are in the base weight now.
     """
@@ -104,7 +104,7 @@ class AdaptedLayer(PeftLayerMixin):
     _twin: FakeQuantLayer | None
     _shown: dict[str, Any]
     listed_apart: bool
-    """Whether a handle on the model lists adapters that act on calls, as its own."""
+    """Whether a handle on the model (a ``PeftModel``) lists the adapters that change calls, so that this does not."""
 
     @property
     def weight_module(self) -> nn.Module:
@@ -113,32 +113,38 @@ class AdaptedLayer(PeftLayerMixin):
 
     @property
     def shared_weight(self) -> nn.Parameter | None:
-        """The weight that it shares with other modules, while it has one of its own that adapters are merged into."""
+        """The weight that other modules share, while this layer has a separate merged one; else None."""
         return None if self._frozen is None else self._frozen.parameter
 
     @property
     def is_untied(self) -> bool:
-        """Whether its weight is one of its own as long as adapters are merged, and else shared with other modules."""
+        """Whether it has a separate weight now only because adapters are merged; see ``shared_weight``."""
         return self.shared_weight is not None
 
     def path_at(self, place: str) -> str:
-        """Path of what is adapted where the frozen layer is at a place."""
+        """Path of the adapted layer or parameter, if the frozen module is at path ``place``."""
         return place
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Takes the place of the frozen layer among the modules of its parent."""
+        """Replaces the frozen layer in its parent.
+
+        Args:
+            modules: ``_modules`` of the parent.
+            attribute: name of the layer there.
+            change: records the old entry.
+        """
         change.set_item(modules, attribute, self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's map with the active adapters' deltas.
+        """Computes the output of the base layer plus the deltas of the active adapters.
 
         Args:
-            x: the base layer's input.
-            *args: handed to the base layer.
-            **kwargs: handed to the base layer.
+            x: the layer's input.
+            *args: passed to the base layer.
+            **kwargs: passed to the base layer.
 
         Returns:
-            The base layer's output with the deltas added, in the base output's dtype.
+            The sum, in the dtype of the base layer's output.
         """
         active = self.active_state.current()
         if self.merged_names:
@@ -168,13 +174,13 @@ class AdaptedLayer(PeftLayerMixin):
         return self._with_deltas(x, output, active)
 
     def _alone(self, active: ActiveAdapters) -> Any:
-        """The adapter here that is active at its trained strength, where no other is active in the model."""
+        """The adapter on this layer if it is the only active one of the model and has scale 1; else None."""
         if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
             return None
         return self.adapters._modules.get(active.names[0])
 
     def is_quantization_aware(self, names: Sequence[str]) -> bool:
-        """Whether the layer acts as it will once these adapters are merged, because one of them has learned so."""
+        """Whether one of these adapters was trained quantization-aware, so that the layer computes as if merged."""
         if self.backend.name == "dense":
             return False
         adapters: Any = self.adapters._modules
@@ -208,19 +214,24 @@ class AdaptedLayer(PeftLayerMixin):
         return add_delta(output, total)
 
     def _base_in(self, active: ActiveAdapters, name: str) -> BaseLayer:
-        """The layer as an adapter sees it in the call that runs."""
+        """The layer as an adapter sees it in the running call."""
         base = self._own_base()
         return base.within(active.context[name]) if name in active.context else base
 
     def _own_base(self) -> BaseLayer:
-        """``base``; a replica that nn.DataParallel made on another device has a frozen layer of its own."""
+        """``base``, or a new one if the frozen layer is another module, as in a replica of ``nn.DataParallel``."""
         layer = self._modules["base_layer"]
         if layer is None or layer is self.base.module:
             return self.base
         return BaseLayer(layer, self.kind, self.backend, adapters=self.adapters._modules)
 
     def replace_base_layer(self, module: nn.Module, change: Transaction) -> None:
-        """Takes another frozen layer of the same kind for the one that it has."""
+        """Replaces the frozen layer.
+
+        Args:
+            module: a frozen layer of the same kind.
+            change: records the old one.
+        """
         change.set_item(self._modules, "base_layer", module)
         change.keep_attributes(self, "base")
         self.__dict__["base"] = self._own_base()
@@ -235,7 +246,7 @@ class AdaptedLayer(PeftLayerMixin):
         return replica
 
     def _mixed(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
-        """A batch whose rows are served by different adapters."""
+        """The output for a mixed batch, in which each row has its own adapter."""
         adapters = self.adapters._modules
         present = [name for name in rows.names if name in adapters]
         if not present:
@@ -264,7 +275,10 @@ class AdaptedLayer(PeftLayerMixin):
         return result
 
     def _learning(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
-        """A mixed batch that is learned from: each adapter drops from its rows what it would drop alone."""
+        """The output for a mixed batch in training mode.
+
+        The random state is reset for each adapter, so that it drops the same entries as in a batch of its own.
+        """
         runs = rows.runs(len(output))
         sizes = [run.stop - run.start for _, run in runs]
         parts, drawn = [], torch.get_rng_state()
@@ -276,7 +290,7 @@ class AdaptedLayer(PeftLayerMixin):
     def _rows_learning(
         self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment, name: str, run: slice
     ) -> Tensor:
-        """Neighbouring rows of one adapter; views, of which backward keeps nothing that it would not of the batch."""
+        """The output for neighbouring rows with one adapter; the rows are views, so autograd stores no copy."""
         adapter: Any = self.adapters._modules.get(name)
         if adapter is None:
             return output
@@ -291,20 +305,28 @@ class AdaptedLayer(PeftLayerMixin):
         return add_delta(output, adapter(x, output, base) * scale)
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of that name on this layer."""
+        """The adapter with a name on this layer."""
         found = self.adapters._modules[name]
         assert isinstance(found, Adapter)
         return found
 
     @torch.no_grad()
     def are_finite(self, names: Sequence[str]) -> bool:
-        """Whether all numbers of these adapters are, of those that are on this layer."""
+        """Whether all parameters of these adapters on this layer are finite."""
         here = [self.adapter(name) for name in names if name in self.adapters._modules]
         return all(is_finite(parameter) for adapter in here for parameter in adapter.parameters())
 
     @torch.no_grad()
     def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
-        """Names what of the layer would not stay finite, weights or bias, if these adapters were merged; else empty."""
+        """Checks whether merging would cause infinity or NaN; nothing is changed.
+
+        Args:
+            names: of the adapters.
+            scales: factor on the delta of each.
+
+        Returns:
+            ``weights`` or ``bias``, whichever would not be finite; empty if all would be.
+        """
         chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
         if not chosen:
             return ""
@@ -330,17 +352,17 @@ class AdaptedLayer(PeftLayerMixin):
         keep_frozen: bool,
         apart: bool = False,
     ) -> None:
-        """Adds the deltas of these adapters to the frozen weight, which comes back first where some are merged.
+        """Merges adapters into the weight; those that are merged now are unmerged first.
 
         Args:
-            names: adapters; those not on this layer are passed over.
-            scales: factor on each one's delta.
-            change: records what the weight is now, in a copy on the CPU.
-            keep_frozen: keep the frozen weight for ``restore_base`` afterwards, too.
-            apart: merge into a weight of its own and leave the present one, which others share.
+            names: of the adapters; those not on this layer are ignored.
+            scales: factor on the delta of each.
+            change: records the present weight, as a copy on the CPU or on disk.
+            keep_frozen: also store the frozen weight for ``restore_base``.
+            apart: merge into a new weight of this layer alone, because other modules share the present one.
 
         Raises:
-            MergeError: the backend cannot store a merged weight, or a bias has no place to go.
+            MergeError: the backend cannot store a merged weight, or an adapter adds a bias and the layer has none.
         """
         chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
         if not chosen:
@@ -358,7 +380,13 @@ class AdaptedLayer(PeftLayerMixin):
 
     @torch.no_grad()
     def take_out(self, adapters: Sequence[StartsInWeight], change: Transaction, *, apart: bool) -> None:
-        """Subtracts the parts that adapters start in from the weight for good; see ``merge_into_base`` for the rest."""
+        """Subtracts the parts that adapters are initialised from, permanently.
+
+        Args:
+            adapters: on this layer.
+            change: see ``merge_into_base``.
+            apart: see ``merge_into_base``.
+        """
         before = self._stored(apart=apart, spill=change.spill)
         change.on_undo(lambda: self._put_back(before))
         if apart:
@@ -369,19 +397,19 @@ class AdaptedLayer(PeftLayerMixin):
         self.backend.store(self.weight_module, weight)
 
     def _part_weight(self) -> None:
-        """Gives the layer a weight of its own in place of the one that others share."""
+        """Replaces the shared weight with a copy for this layer alone."""
         shared: Any = self.weight_module._parameters["weight"]
         self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
     def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
-        """Adds deltas of adapters here, each taken against the frozen layer.
+        """Stores the frozen weight plus deltas, each computed with the frozen layer.
 
         Args:
-            chosen: names, and the factor on each one's delta.
-            module: where the sum with the frozen weight goes: ``weight_module``, or a twin of it.
-            bias: (out,), what deltas of biases are added to.
+            chosen: (name, scale) of adapters on this layer.
+            module: to store the sum in: ``weight_module``, or a copy of it (``StoredWeight.twin``).
+            bias: (out,); bias deltas are added to it in place. None if there is no bias.
         """
-        # The biases first: a method's may be a multiple of its bias, or of its weight.
+        # Bias deltas first: they may depend on the frozen weight, which is overwritten below.
         bias_deltas = self._bias_deltas(chosen)
         if module is not self.weight_module or self.changes_weight([name for name, _ in chosen]):
             weight = self.backend.dequantize(self.weight_module)
@@ -391,11 +419,11 @@ class AdaptedLayer(PeftLayerMixin):
             _add_bias_deltas(bias, bias_deltas)
 
     def changes_weight(self, names: Sequence[str]) -> bool:
-        """Whether some of these adapters change the weight here, and not the bias alone."""
+        """Whether any of these adapters changes the weight of this layer, and not only its bias."""
         return any(self.adapter(name).delta_rank != 0 for name in names if name in self.adapters._modules)
 
     def check_mergeable(self, names: Sequence[str]) -> None:
-        """Raises MergeError where ``merge_into_base`` would."""
+        """Raises MergeError if these adapters cannot be merged here."""
         present = [name for name in names if name in self.adapters._modules]
         if present and not self.backend.can_merge:
             raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.unmergeable_reason}")
@@ -432,19 +460,19 @@ class AdaptedLayer(PeftLayerMixin):
     def _layer_with(self, adapters: Sequence[Adapter]) -> AdaptedLayer | None:
         """The layer of the model that has one of these adapters."""
         layers: Any = self._commands().manager.layers.values()
-        held = ((layer, own) for layer in layers for own in layer.adapters._modules.values())
-        return next((layer for layer, own in held if any(own is one for one in adapters)), None)
+        pairs = ((layer, own) for layer in layers for own in layer.adapters._modules.values())
+        return next((layer for layer, own in pairs if any(own is adapter for adapter in adapters)), None)
 
     def _bias_deltas(self, chosen: Sequence[tuple[str, float]]) -> list[tuple[Tensor, float]]:
         found = ((self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen)
         return [(delta, scale) for delta, scale in found if delta is not None]
 
     def _stored(self, *, apart: bool, spill: SpillFile | None = None) -> WeightBackup:
-        """All that merging changes, as it is now; tensors as copies on the CPU.
+        """A backup of everything that merging changes; tensors are copied to the CPU.
 
         Args:
-            apart: the weight itself stays as it is, and another parameter takes its place.
-            spill: keeps the weight, where it is an ordinary one.
+            apart: the parameter will be replaced and not written to, so a reference to it is enough.
+            spill: stores the copy of a dense weight; None for host memory.
         """
         bias: Tensor | None = self.base.bias
         weight: Any = None
@@ -473,14 +501,14 @@ class AdaptedLayer(PeftLayerMixin):
 
     @torch.no_grad()
     def restore_base(self, change: Transaction) -> None:
-        """Puts the weight back as it was before ``merge_into_base``, bit for bit."""
+        """Restores the weight from before ``merge_into_base``, bit for bit."""
         if not self.merged_names:
             return
         frozen = self._frozen
         assert frozen is not None
         apart = frozen.parameter is not None
         merged = self._stored(apart=apart)
-        # There is one copy of the frozen weight at a time: until it is back in the layer.
+        # Only one backup of the frozen weight at a time: it is dropped here, as the layer has that weight again.
         merged.frozen = None
 
         def undo() -> None:
@@ -493,7 +521,7 @@ class AdaptedLayer(PeftLayerMixin):
     # The tree as PEFT has it
 
     def show_adapters(self) -> None:
-        """Brings the modules with PEFT's names up to date."""
+        """Updates the submodules with PEFT's names after adapters have changed."""
         adapters = self.adapters._modules
         if self.is_passed_over:
             adapters = {}
@@ -501,7 +529,7 @@ class AdaptedLayer(PeftLayerMixin):
             self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
 
     def _shown_where_tied(self, name: str) -> nn.Module | None:
-        """What the layer shows under a name whose adapters those here are tied to."""
+        """What the layer shows under a name to whose adapters those of this layer are tied; None if it has none."""
         here: Any = self.adapters._modules.values()
         sources = [adapter.source for adapter in here if adapter.source is not None]
         if not any(name in (source.peft_container, *source._parameters) for source in sources):
@@ -513,13 +541,13 @@ class AdaptedLayer(PeftLayerMixin):
         return shown_under(owner._modules, name)
 
     def hide_adapters(self) -> None:
-        """Lets go of those of adapters that are gone."""
+        """Removes the submodules with PEFT's names of adapters that were deleted."""
         if self._shown:
             self.show_adapters()
 
     @property
     def is_passed_over(self) -> bool:
-        """Whether the frozen layer has its own name: all adapters act on calls of the model and are listed there."""
+        """Whether the wrapper is left out of module paths: all its adapters change calls, and a handle lists them."""
         adapters = list(self.adapters._modules.values())
         return self.listed_apart and bool(adapters) and all(map(learns_prompt, adapters))
 
@@ -544,7 +572,7 @@ class AdaptedLayer(PeftLayerMixin):
         yield from super().named_children()
 
     def children(self) -> Iterator[nn.Module]:
-        """The same, those with PEFT's names as far as somebody has asked for them: who wants no names goes over all."""
+        """All children including the adapters; modules with PEFT's names only once they were asked for by name."""
         yield from (child for _, child in super().named_children())
         yield self.adapters
 
@@ -553,7 +581,7 @@ class AdaptedLayer(PeftLayerMixin):
         return super().__repr__()
 
     def called_children(self) -> tuple[nn.Module, nn.Module]:
-        """The frozen layer and the adapters: what is called, moved and put into another mode."""
+        """The modules that are called, moved and switched between modes: the frozen layer and the adapters."""
         return self.base_layer, self.adapters
 
     def train(self, mode: bool = True) -> Self:
@@ -616,28 +644,31 @@ class AdaptedLayer(PeftLayerMixin):
         return getattr(base_layer, name) if found is None else found
 
     def _unfilled(self, name: str) -> Any:
-        """The empty mapping under a name that its methods know and its adapters do not fill; None for other names."""
+        """An empty mapping for a name that PEFT's layers have and no adapter here uses; None for other names."""
         empty = (unfilled(method, name, with_settings=not self._named()) for method in self._methods())
-        return next((one for one in empty if one is not None), None)
+        return next((mapping for mapping in empty if mapping is not None), None)
 
 
 class LayerReplica(AdaptedLayer):
-    """A replica that nn.DataParallel made: what it shows was put on another device, and its adapters follow."""
+    """A replica made by ``nn.DataParallel``.
+
+    torch copies the submodules with PEFT's names to the replica's device; the adapters then use these copies.
+    """
 
     def show_adapters(self) -> None:
-        """Changes nothing."""
+        """Does nothing: a replica is never changed."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The same on the replica's device."""
+        """Computes the output on the replica's device; see ``AdaptedLayer``."""
         use_shown(self.adapters._modules, self._modules)
         return super().forward(x, *args, **kwargs)
 
 
 def _rows_of(context: Any, chosen: Tensor | slice, batch: int) -> Any:
-    """The part of a call's context that belongs to some rows, where it holds one entry for each row."""
+    """The part of a call's context for some rows, if it is a tensor with one entry for each row."""
     if not isinstance(context, Tensor) or context.ndim == 0 or batch % context.shape[0]:
         return context
-    # A generation with beams computes with several rows for each of the call's.
+    # Beam search computes with several rows for each row of the call.
     each = batch // context.shape[0]
     rows = torch.arange(batch)[chosen] if isinstance(chosen, slice) else chosen
     return context[rows.to(context.device).div(each, rounding_mode="floor")]
@@ -649,11 +680,11 @@ def _add_bias_deltas(bias: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> No
 
 
 def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Adds the deltas of adapters, each taken against the frozen weight, to a canonical weight in place.
+    """Adds the deltas of adapters, each computed with the frozen weight, to a canonical weight in place.
 
     Args:
-        weight: the frozen weight, canonical; becomes the merged one.
-        base: the layer it belongs to.
+        weight: the frozen canonical weight; becomes the merged one.
+        base: the layer.
         adapters: (adapter, factor on its delta).
     """
     if len(adapters) == 1 or not any(adapter.reads_weight for adapter, _ in adapters):

@@ -1,8 +1,8 @@
-"""Whether a layer computes with the weight it stores and nothing else, as merging takes for granted.
+"""Checks whether a layer computes ``W x + b`` with the weight that it stores, which merging requires.
 
-A merged delta is part of the layer's own map. It is lost where the weight is computed anew from
-other tensors in each forward, and acts otherwise than beside the layer where a hook changes the
-layer's input or output, or where the class has a forward that is not ``W x + b``.
+A merged delta is lost if the weight is computed from other tensors in each forward pass. It has another
+effect than the unmerged adapter if a hook changes the layer's input or output, or if the class has a
+forward that is not ``W x + b``.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ _KNOWN_FORWARDS = (
     "transformers.pytorch_utils",
     "torch.nn.modules.module",  # no forward at all: a bare parameter, through which alone its adapters act
 )
-"""Modules whose layers' forward is the stored weight's map."""
+"""Modules with layer classes whose forward is known to compute ``W x + b``."""
 
 _PLACING_HOOKS = ("accelerate.", "deepspeed.", "nbpeft.", "torch.distributed.", "transformers.")
-"""Packages whose hooks move, shard or record tensors and leave their values alone."""
+"""Packages whose hooks move, shard or record tensors without changing their values."""
 
 _FROM_PARTS = {"g": "weight_norm", "u": "spectral_norm", "mask": "pruning"}
-"""Ending of a tensor that torch's older helpers leave beside one they compute -> what a person calls it."""
+"""Ending of the tensor that torch's older helpers compute another one from -> name of the helper."""
 
 _RELATIVE_ERROR = {torch.float32: 3e-3, torch.float64: 1e-6}
-"""What two ways to compute one product may differ by; float32 may be rounded to TF32 on the way."""
+"""Allowed relative difference between two ways to compute the same product; float32 may be rounded to TF32."""
 _HALF_RELATIVE_ERROR = 5e-2
 
 
 def unmergeable_reason(base: BaseLayer, *, biased: bool = False) -> str:
-    """Why a weight merged into a layer would not act as the adapter does; empty where it does.
+    """Why merging into a layer would not have the same effect as the adapter.
 
     Args:
         base: the frozen layer, with its kind and backend.
-        biased: whether its bias is merged into too.
+        biased: whether the bias changes too.
+
+    Returns:
+        A sentence for the error; empty if the effect is the same.
     """
     module = base.module
     if base.backend.device(module).type == "meta" and offloading(module) is None:
@@ -76,7 +79,7 @@ def unmergeable_reason(base: BaseLayer, *, biased: bool = False) -> str:
 
 
 def _derivation(module: nn.Module, name: str) -> str:
-    """What computes a layer's tensor of a name from other tensors; empty where the layer stores it."""
+    """What computes a tensor of a layer from other tensors; empty if the layer stores it."""
     if name in module._parameters or name in module._buffers:
         return ""
     shown = getattr(module, name, None)
@@ -93,7 +96,7 @@ def _derivation(module: nn.Module, name: str) -> str:
 
 
 def _changing_hook(module: nn.Module) -> str:
-    """Name of a hook on the layer itself that may change its input or output; empty where none may."""
+    """Name of a hook on the layer that may change its input or output; empty if there is none."""
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         function = _function_of(hook)
         owner = getattr(function, "__module__", None) or type(hook).__module__
@@ -111,7 +114,7 @@ def _function_of(hook: Any) -> Any:
 
 
 def _returns_nothing(function: Any) -> bool:
-    """Whether a function can only return None, by its code: calling it would be seen by whoever collects with it."""
+    """Whether a function can only return None, read from its bytecode: a call could have side effects."""
     code = getattr(function, "__code__", None)
     if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
         return False
@@ -129,7 +132,7 @@ def _returns_nothing(function: Any) -> bool:
 
 @torch.no_grad()
 def _maps_with_its_weight(base: BaseLayer) -> bool:
-    """Whether the layer gives ``W x + b``; where its class is unknown, by trying it on two rows."""
+    """Whether the layer computes ``W x + b``; for an unknown class this is tested with two rows of input."""
     module = base.module
     forward = _own_forward(module)
     if getattr(forward, "__module__", "") in _KNOWN_FORWARDS and not hasattr(forward, "__wrapped__"):
@@ -144,19 +147,19 @@ def _maps_with_its_weight(base: BaseLayer) -> bool:
             expected = expected + base.kind.per_channel(module, base.bias)
         error, size = (part.flatten(1).abs().amax(1) for part in (given - expected, expected))
         return bool((error <= _RELATIVE_ERROR.get(base.dtype, _HALF_RELATIVE_ERROR) * size).all())
-    except Exception:  # of a forward that nothing is known of
+    except Exception:  # an unknown forward may raise anything
         return False
 
 
 def _own_forward(module: nn.Module) -> Callable[[Tensor], Any]:
-    """What the layer computes with, past the wrapper that accelerate puts around it."""
+    """The layer's forward, without accelerate's wrapper around it."""
     placed = "_hf_hook" in module.__dict__
     found: Callable[[Tensor], Any] = module.__dict__.get("_old_forward", module.forward) if placed else module.forward
     return found
 
 
 def _probe(base: BaseLayer) -> Tensor:
-    """A row of input, and a larger one of the other sign, which a bound would show in; drawn from no generator."""
+    """Test input without random numbers: a row, and a larger one of the opposite sign, which a clamp would change."""
     module: Any = base.module
     if base.kind.takes_ids:
         return torch.arange(min(base.in_features, 8), device=base.device)

@@ -19,12 +19,12 @@ from nbpeft.errors import AdapterError, LayerKindError
 class ModulesToSaveWrapper(ChoosesAlone):
     """A frozen module and its trained copies by adapter name.
 
-    Forward and attributes are those of the active adapter's copy, or of the original where no
-    active adapter has one.
+    Calls and attributes go to the copy of the active adapter, or to the original module if no
+    active adapter has a copy.
 
     Attributes:
         original_module: the frozen module.
-        modules_to_save: adapter name -> trained copy (PEFT's name, which files omit).
+        modules_to_save: adapter name -> trained copy; PEFT's name, which is not part of keys in files.
     """
 
     original_module: nn.Module
@@ -51,31 +51,31 @@ class ModulesToSaveWrapper(ChoosesAlone):
         return self.modules_to_save._modules
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes an adapter's copy act here and trains it, or not for inference; the other copies are frozen.
+        """Makes the copy of an adapter active and trainable; the other copies are frozen.
 
         Args:
-            adapter_names: one name, or several of which one has a copy here at most.
-            inference_mode: freeze it.
+            adapter_names: one name or several, of which at most one has a copy here.
+            inference_mode: freeze that copy too.
 
         Raises:
-            AdapterError: two of them each trained a copy.
+            AdapterError: more than one of these adapters has a copy here.
         """
         self._chosen_of([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_adapter(adapter_names, inference_mode)
 
     @property
     def _adapters(self) -> set[str]:
-        """Names of the adapters that have a copy; PEFT's libraries read it."""
+        """Names of the adapters that have a copy; libraries written for PEFT read it."""
         return set(self.modules_to_save._modules)
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether no adapter acts in the model now."""
+        """Whether no adapter is active in the model now."""
         return not self.active_state.current().names
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """Name of the active adapter that has a copy here, whether or not it is enabled; empty where none has."""
+        """Name of the selected adapter that has a copy here, whether or not adapters are enabled; else empty."""
         return one_or_all(self.active_adapters)
 
     @property
@@ -84,10 +84,10 @@ class ModulesToSaveWrapper(ChoosesAlone):
         return [name for name in self.chosen_names() if name in self.modules_to_save._modules]
 
     def chosen(self) -> nn.Module:
-        """The module that acts now.
+        """The module that calls go to now.
 
         Raises:
-            AdapterError: two active adapters each trained a copy.
+            AdapterError: more than one active adapter has a copy here.
         """
         return self._chosen_of(self.active_state.current().names)
 
@@ -104,7 +104,7 @@ class ModulesToSaveWrapper(ChoosesAlone):
         return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the acting module returns."""
+        """Calls the copy of the active adapter, or the original module."""
         active = self.active_state.current()
         if active.rows is None:
             return self.chosen()(*args, **kwargs)
@@ -116,7 +116,7 @@ class ModulesToSaveWrapper(ChoosesAlone):
         return replica
 
     def _mixed(self, rows: RowAssignment, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """A batch whose rows are served by different copies; the first argument is the batch."""
+        """The output for a mixed batch ``x``, in which each row has the copy of its own adapter."""
         copies: Any = self.modules_to_save._modules
         present = [name for name in rows.names if name in copies]
         if present and isinstance(x, Tensor):
@@ -142,15 +142,20 @@ class ModulesToSaveWrapper(ChoosesAlone):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what a library notes on a module, as accelerate's _hf_hook, is that module's alone
+        except AttributeError:  # private attributes, such as accelerate's _hf_hook, belong to one module alone
             if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
                 raise
         return getattr(self.chosen(), name)
 
 
 def only_holds(wrapper: AdaptedLayer | ModulesToSaveWrapper | None, name: str | None) -> bool:
-    """Whether a wrapper holds an adapter of that name and no other."""
+    """Whether a wrapper has exactly one adapter, with this name.
+
+    Args:
+        wrapper: around a layer or module, or None.
+        name: of the adapter.
+    """
     if wrapper is None:
         return False
-    held = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
-    return tuple(held._modules) == (name,)
+    entries = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
+    return tuple(entries._modules) == (name,)

@@ -1,8 +1,8 @@
-"""AdaptedParameter: the wrapper around a module of which one bare parameter is adapted, as the experts of a mixture.
+"""AdaptedParameter: the wrapper around a module with an adapted bare parameter, such as the experts of a mixture.
 
-Several parameters of one module have a wrapper each, one inside the other; the outermost one calls the module. It
-calls a twin that shares everything with the module but those parameters, so that other threads may call the module,
-or the same one with other adapters, meanwhile.
+If several parameters of a module are adapted, each has a wrapper, one inside the other. The outermost one calls a
+shallow copy of the module in which these parameters are replaced. So other threads can call the module at the same
+time, also with other adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MULTIPLYING = (None, "eager", "grouped_mm", "batched_mm")
 
 
 class AdaptedOwner(AdaptedLayer):
-    """A module that is no layer and the named adapters of one parameter that it computes with itself.
+    """A module that is not a layer, and the named adapters of one of its parameters.
 
     Attributes:
         base_layer: the module, or the wrapper for another parameter of it.
@@ -51,11 +51,11 @@ class AdaptedOwner(AdaptedLayer):
         return self.base.module
 
     def with_adapters(self, active: ActiveAdapters) -> FactoredWeight | None:
-        """The parameter with the products of active adapters; None where there are none, or they are merged."""
+        """The parameter plus the products of the active adapters; None if there are none or they are merged."""
         return factored_weight(self, self._own_base(), active)
 
     def _own_base(self) -> BaseLayer:
-        """``base``; a replica that nn.DataParallel made has a module of its own."""
+        """``base``, or a new one in a replica of ``nn.DataParallel``, which has another module."""
         module: nn.Module = self.get_base_layer()
         if module is self.weight_module.owner:
             return self.base
@@ -64,7 +64,7 @@ class AdaptedOwner(AdaptedLayer):
         )
 
     def _acts(self) -> bool:
-        """Whether an adapter changes the parameter in the call that runs."""
+        """Whether an adapter changes the parameter in the running call."""
         active = self.active_state.current()
         names = active.names if active.rows is None else active.rows.names
         return not self.merged_names and any(name in self.adapters._modules for name in names)
@@ -81,18 +81,18 @@ class AdaptedParameter(AdaptedOwner):
     """A module and the named adapters of one of its parameters, which the config names (``target_parameters``)."""
 
     def path_at(self, place: str) -> str:
-        """Path of the parameter where the module is at a place."""
+        """Path of the parameter, if the module is at path ``place``."""
         return f"{place}.{self.parameter_name}"
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Takes the place of the module, or of the wrappers for other parameters that are there, around those."""
+        """Wraps what the parent has there: the module, or wrappers for other parameters; see ``AdaptedLayer``."""
         there = modules[attribute]
         if not any(wrapper is self for wrapper in wrappers_of(there)):
             self._modules["base_layer"] = there
             super().attach(modules, attribute, change)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives with the active adapters' deltas on its parameters."""
+        """The output of the module with the active adapters' deltas on its parameters."""
         layers = tuple(wrappers_of(self))
         if any(layer._acts() for layer in layers):
             return _adapted(layers, args, kwargs)
@@ -115,7 +115,7 @@ class AdaptedParameter(AdaptedOwner):
         return int(view.count)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
+        """The parameter's name and the base layer's ``extra_repr``."""
         return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", super().extra_repr())))
 
 
@@ -132,21 +132,22 @@ class ParameterReplica(AdaptedParameter):
 
 
 def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: ActiveAdapters) -> FactoredWeight | None:
-    """The weight of an adapted module with the products of active adapters.
+    """The weight of an adapted module plus the products of active adapters.
 
     Args:
         layer: the wrapper with the adapters.
-        base: what they see of the module.
-        active: adapters and factors on what they add.
+        base: the module as the adapters see it.
+        active: the active adapters and their scales.
 
     Returns:
-        None where no adapter acts, or those that do are merged.
+        The sum; None if no adapter is active or they are merged.
     """
     products: list[Product] = []
     for name, scale in zip(active.names, active.scales, strict=True):
         adapter: Any = layer.adapters._modules.get(name)
         if isinstance(adapter, AdaptsParameters) and not layer.merged_names:
-            products += [one._replace(scale=one.scale * scale) for one in adapter.parameter_products(base)]
+            added = adapter.parameter_products(base)
+            products += [product._replace(scale=product.scale * scale) for product in added]
     weight: Any = base.module.weight
     return FactoredWeight(weight, products) if products else None
 
@@ -159,7 +160,7 @@ def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
 
 
 def only_multiplies(module: nn.Module) -> bool:
-    """Whether a module is known to do nothing with its parameters but to index and to multiply."""
+    """Whether a module is known to use its parameters only in indexing and matrix products."""
     source = getattr(type(module).forward, "__module__", "")
     way = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return source.startswith("transformers.models.") and way in _MULTIPLYING
@@ -167,7 +168,7 @@ def only_multiplies(module: nn.Module) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the module inside some wrappers gives with what acts on each of them."""
+    """The output of the module inside some wrappers, with the active adapters of each."""
     active = [layer.active_state.current() for layer in layers]
     rows = next((one.rows for one in active if one.rows is not None), None)
     if rows is None:
@@ -182,7 +183,7 @@ def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: 
         )
     check_row_order(rows, args[0], layers[0])
     parts = []
-    for name, run in rows.runs(tokens.pop()):  # experts take tokens one by one, those of a row after those of another
+    for name, run in rows.runs(tokens.pop()):  # inputs of experts are flattened: the tokens of a row are adjacent
         alone = ActiveAdapters((name,), (rows.scales[rows.names.index(name)],)) if name else NO_ADAPTERS
         parts.append(_called(layers, [alone] * len(layers), tuple(value[run] for value in args), {}))
     return torch.cat(parts)
@@ -191,7 +192,7 @@ def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: 
 def _called(
     layers: Sequence[AdaptedParameter], active: Sequence[ActiveAdapters], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Calls the module inside some wrappers with other values of their parameters, which it keeps."""
+    """Calls the module inside some wrappers with adapted parameters; the module itself is not changed."""
     found = {layer.parameter_name: layer.with_adapters(one) for layer, one in zip(layers, active, strict=True)}
     weights = {name: weight for name, weight in found.items() if weight is not None}
     module = layers[0].get_base_layer()
@@ -203,12 +204,15 @@ def _called(
 
 
 def twin_of(module: nn.Module, weights: Mapping[str, Any], modules: Mapping[str, nn.Module] | None = None) -> Any:
-    """A module that shares everything with another one but some parameters and submodules.
+    """A shallow copy of a module with some parameters and submodules replaced.
 
     Args:
-        module: the other one.
-        weights: name -> what it has in the place of a parameter.
-        modules: name -> what it has in the place of a submodule.
+        module: the original, which is not changed.
+        weights: name of a parameter -> its replacement, a tensor or a ``FactoredWeight``.
+        modules: name of a submodule -> its replacement.
+
+    Returns:
+        The copy.
     """
     twin = object.__new__(type(module))
     twin.__dict__ = {key: _rebound(value, module, twin) for key, value in module.__dict__.items()}
@@ -220,7 +224,7 @@ def twin_of(module: nn.Module, weights: Mapping[str, Any], modules: Mapping[str,
 
 
 def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
-    """A method of a module, or what accelerate made of it, as the twin's; anything else as it is."""
+    """Binds a method of the module, or accelerate's partial of one, to the copy; returns any other value unchanged."""
     if getattr(value, "__self__", None) is module:
         return value.__func__.__get__(twin)
     if isinstance(value, functools.partial) and value.args[:1] == (module,):

@@ -1,13 +1,13 @@
-"""Which row of a mixed batch each part of a layer's input belongs to, as far as its shape says so.
+"""Checks that a layer's input in a mixed batch is in the order of the batch's rows, as far as its shape shows it.
 
-    (rows, positions, features)      as the model was called; beams, windows and choices of a row follow each other
-    (rows * positions, features)     flattened, the positions of a row follow each other
-    (some tokens, features)          what a router picked for an expert: no shape says whose tokens these are
+    (rows, positions, features)      as the model was called; beams, windows and choices of a row are adjacent
+    (rows * positions, features)     flattened; the positions of a row are adjacent
+    (some tokens, features)          tokens that a router selected for an expert; the shape does not show their rows
     (positions, rows, features)      positions first
 
-The first two are served. What is picked or left out, or has its positions first, is refused where its shape shows it.
-A layer that reorders what it keeps the shape of (a flip, a permutation, a sort, positions first where there are as many
-as rows, or flattened with them) is taken for one of the first two: values do not say whose they are.
+The first two are supported. The others are refused if the shape shows them. An input that is reordered without
+changing its shape (a flip, a permutation, a sort, positions first with as many positions as rows, or flattened that
+way) cannot be detected, because values do not show which row they belong to.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ from nbpeft.errors import AdapterError
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 _EXPERT = re.compile(r"(?!.*shared).*expert_?\d+")
-"""Names of modules that get the tokens that a router picks for them."""
+"""Names of modules that get only the tokens that a router selects."""
 _EXPERTS = re.compile(r"(?!.*shared).*experts?(_?\d+)?")
-"""The same, and names of what holds such modules."""
+"""The same, and names of modules that contain them."""
 _WRAPPED = ("base_layer", "original_module")
 
 
 def note_calls(model: nn.Module, active_state: ActiveState) -> Any:
-    """Hangs a hook on a model that notes the shape of each call with a mixed batch; returns its handle."""
+    """Registers a hook on a model that records the shape of each call with a mixed batch.
+
+    Args:
+        model: the base model.
+        active_state: of its manager.
+
+    Returns:
+        The handle of the hook.
+    """
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         rows = active_state.current().rows
@@ -43,22 +51,22 @@ def note_calls(model: nn.Module, active_state: ActiveState) -> Any:
 
 
 def _tokens(values: Tensor) -> tuple[int, ...]:
-    """The shape of what has features, or is an id: (rows, positions), (tokens,)."""
+    """The shape of an input without the features: (rows, positions), (tokens,)."""
     return tuple(values.shape[:-1] if values.is_floating_point() else values.shape)
 
 
 def check_row_order(rows: RowAssignment, x: Tensor, layer: Any) -> None:
     """Refuses an input whose shape shows that it is not in the order of the rows of a mixed batch.
 
-    Rows that were reordered without another shape pass; see the module's docstring.
+    Reordering that does not change the shape is not detected; see the module's docstring.
 
     Args:
         rows: the assignment of the call.
-        x: what the layer is called with: (…, features), or ids of any shape.
+        x: the layer's input: (…, features), or ids of any shape.
         layer: the wrapper of a layer or of a module.
 
     Raises:
-        AdapterError: its shape shows that.
+        AdapterError: the shape shows another order, or tokens selected by a router.
     """
     if rows.is_uniform:
         return
@@ -81,7 +89,7 @@ def check_row_order(rows: RowAssignment, x: Tensor, layer: Any) -> None:
 
 
 def _path_of(layer: Any) -> str:
-    """Where the module hangs that a wrapper calls."""
+    """Path of the module that a wrapper calls."""
     manager = layer._commands().manager
     places = (*manager.layers.items(), *manager.copies.items())
     path = next((path for path, own in places if own is layer), type(layer).__name__)
@@ -89,13 +97,13 @@ def _path_of(layer: Any) -> str:
 
 
 def _is_expert(path: str) -> bool:
-    """Whether a module has the name of those to which a router sends tokens, or is inside of one."""
+    """Whether a module has the name of an expert, or is inside a module with such a name."""
     *above, own = path.split(".")
     return _EXPERT.fullmatch(own) is not None or any(map(_EXPERTS.fullmatch, above))
 
 
 def _is_chosen(model: nn.Module, path: str) -> bool:
-    """Whether a module is in a list of alike ones beside a matrix with a row or column for each, as of a router."""
+    """Whether a module is in a list of similar modules next to a matrix with one row or column for each (a router)."""
     owner = model
     for parent, _ in _chain(model, path):
         if isinstance(parent, nn.ModuleList | nn.ModuleDict) and _has_router(owner, parent):
@@ -105,7 +113,7 @@ def _is_chosen(model: nn.Module, path: str) -> bool:
 
 
 def _chain(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
-    """The modules on the way to a place, each with the name of the next; those of adapters are left out."""
+    """Yields the modules on the path to a module, each with the name of the next one; wrappers are left out."""
     module: nn.Module | None = model
     for name in path.split("."):
         while module is not None and name not in module._modules and (inner := _inside(module)) is not None:
@@ -121,8 +129,8 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def _has_router(owner: nn.Module, listed: nn.Module) -> bool:
-    """Whether a module has, beside a list of alike modules, a matrix with as many rows or columns."""
-    count, kinds = len(listed._modules), {type(_inside(one) or one) for one in listed.children()}
+    """Whether a module with a list of similar modules also has a matrix with as many rows or columns."""
+    count, kinds = len(listed._modules), {type(_inside(child) or child) for child in listed.children()}
     if count < 2 or len(kinds) > 1:
         return False
     others = [child for child in owner._modules.values() if child is not None and child is not listed]
