@@ -32,9 +32,8 @@ def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
     for owner, frozen in _owners(layers, copies, name):
         for key, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_floating_point() and key not in frozen:
-                slots.setdefault(
-                    id(parameter), (owner._parameters, key)
-                )  # copies of tied modules share their parameters
+                # Keyed by id, because copies of tied modules share their parameters.
+                slots.setdefault(id(parameter), (owner._parameters, key))
     return list(slots.values())
 
 
