@@ -159,15 +159,15 @@ def check_compatible(
         layers: path -> adapted layer.
         names: the adapters.
     """
-    beside = {
+    networks = {
         name: adapter
         for layer in (layers.values() if len(names) > 1 else ())
         for name, adapter in layer.adapters._modules.items()
         if name in names and isinstance(adapter, RunsBeside)
     }
-    if len(beside) > 1:
-        title = next(iter(beside.values())).title
-        raise AdapterError(f"{title} requires exactly one active adapter, not {' and '.join(map(repr, beside))}")
+    if len(networks) > 1:
+        title = next(iter(networks.values())).title
+        raise AdapterError(f"{title} requires exactly one active adapter, not {' and '.join(map(repr, networks))}")
     for path, module in copies.items() if len(names) > 1 else ():
         having = [name for name in names if name in module.modules_to_save._modules]
         if len(having) > 1:
