@@ -54,8 +54,8 @@ class PolyConfig(LayersConfig):
         r: rank of each skill.
         init_weights: start at the base model; False for random skills.
         poly_type: how skills are mixed; ``poly`` is the only way.
-        n_tasks: how many tasks there are.
-        n_skills: how many skills the tasks share.
+        n_tasks: number of tasks.
+        n_skills: number of skills that the tasks share.
         n_splits: into how many parts inputs and outputs are cut, which it divides; more than 1 for multi-head routing.
     """
 

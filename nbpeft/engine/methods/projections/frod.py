@@ -47,7 +47,7 @@ OUTPUTS, START = "frod_U", "frod_start"
 _NOTHING = 1e-12
 """Length of a column of U diag(λ₀) up to which it is taken for zero."""
 _DEVIATION = 0.1
-"""Of what is drawn with ``init_weights=False``."""
+"""Standard deviation of random numbers (``init_weights=False``)."""
 
 
 @dataclass
@@ -55,16 +55,16 @@ class FrodConfig(LayersConfig):
     """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        projection_prng_key: seed of the places of S's entries.
+        projection_prng_key: seed of the positions of S's entries.
         save_projection: save V and the places too; otherwise they are found again from the weights and the seed.
-        frod_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        frod_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
         sparse_rate: share of the entries of S, off its diagonal, that are trained, from 0 to 1.
         regularization_alpha: added to what is inverted to find V, for layers whose weights are alike.
-        progressbar: accepted for PEFT's sake: none is shown.
-        runtime_offload_base_weight: accepted for PEFT's sake: the base's weight is needed in each call, and stays.
+        progressbar: ignored, accepted as in PEFT: no progress bar is shown.
+        runtime_offload_base_weight: ignored, accepted as in PEFT: the base's weight is needed in each call.
     """
 
     projection_prng_key: int = field(default=0)

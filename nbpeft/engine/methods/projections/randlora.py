@@ -44,10 +44,10 @@ class RandLoraConfig(LayersConfig):
         save_projection: save the bases too; otherwise they are drawn again from the seed.
         sparse: bases of zeros and, for a third of the entries, ones and minus ones.
         very_sparse: the same with fewer, one of the root of the smaller side.
-        randlora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        randlora_alpha: what the adapter adds is multiplied by randlora_alpha / r.
-        bias: which biases of the model are trained too.
+        randlora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        randlora_alpha: the delta is multiplied by randlora_alpha / r.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 

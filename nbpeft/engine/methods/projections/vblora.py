@@ -45,9 +45,9 @@ class VBLoRAConfig(LayersConfig):
         topk: how many vectors a piece mixes.
         save_only_topk_weights: save of each piece which vectors it mixes and their shares, which is much smaller, and
             cannot be trained further.
-        vblora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        vblora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_vector_bank_bound: the bank starts with uniform numbers up to this one, to both sides.
         init_logits_std: standard deviation of the logits at the start.
     """

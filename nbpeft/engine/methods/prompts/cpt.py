@@ -51,16 +51,16 @@ class CPTConfig(PromptLearningConfig):
 
     Attributes:
         cpt_token_ids: the tokens of the examples; how many there are is ``num_virtual_tokens``.
-        cpt_mask: accepted for PEFT's sake, which does not use it either; as long as the tokens.
+        cpt_mask: unused, as in PEFT; must be as long as the tokens.
         cpt_tokens_type_mask: the type of each; by default 1, what stands around an input.
         opt_weighted_loss_type: "none", or "decay" where earlier examples count less.
         opt_loss_decay_factor: how much an output counts for the next one's 1.
         opt_projection_epsilon: how far the embeddings of inputs may go.
         opt_projection_format_epsilon: how far those of what stands around inputs and outputs may go.
-        tokenizer_name_or_path: accepted for PEFT's sake, which does not use it either.
+        tokenizer_name_or_path: unused, as in PEFT.
 
     Raises:
-        ConfigError: a value is impossible, or ``task_type`` is not CAUSAL_LM.
+        ConfigError: a value is invalid, or ``task_type`` is not CAUSAL_LM.
     """
 
     cpt_token_ids: list[int] | None = field(default=None)

@@ -119,7 +119,7 @@ class _Companion:
         return _with_tied(model, config, found, modules)
 
     def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-        """Adds up the changes of each row that any of the adapters trains; see ``registry.Companion``."""
+        """Sums the changes of each row that any of the adapters trains; see ``registry.Companion``."""
         tokens: dict[str, list[int]] = {}
         tensors: dict[str, dict[str, Tensor]] = {}
         for path, members in parts.items():
@@ -204,7 +204,7 @@ class TrainableTokens(Adapter, UsesAnother):
         self.bind(source=None, _indices=config.indices, own_base=site.base, peft_container=container)
 
     def tie_to(self, source: Adapter) -> None:
-        """Uses the rows of another adapter from now on."""
+        """Shares the rows of another adapter from now on."""
         self.bind(source=source)
 
     @property
@@ -223,11 +223,11 @@ class TrainableTokens(Adapter, UsesAnother):
         return _table(self.own_base.weight(), self.own_base)[self.tokens].detach()
 
     def swap_refusal(self) -> str:
-        """Rows of other tokens do not fit in."""
+        """Why it cannot be hot-swapped: its rows belong to its tokens."""
         return "trains rows of embeddings (trainable_token_indices)"
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
-        """A product of matrices is not shared by the layers that share the rows."""
+        """Why it cannot be converted to a LoRA."""
         return "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
