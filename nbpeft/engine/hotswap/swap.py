@@ -139,7 +139,7 @@ def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: A
         if old != new:
             raise HotSwapError(
                 f"{field} is {old!r} in adapter {name!r} and {new!r} in the new one, and what their layers share "
-                "depends on it: load one beside the other",
+                "depends on it: load the new one under another name",
                 name=name,
             )
     features = _features(manager, name)
@@ -148,8 +148,8 @@ def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: A
     if wide != narrow:
         raise HotSwapError(
             f"the new adapter is not on the largest layers of {name!r}, so that its layers share tensors of other "
-            f"shapes, {', '.join(map(str, narrow.values()))} instead of {', '.join(map(str, wide.values()))}: load one "
-            "beside the other",
+            f"shapes, {', '.join(map(str, narrow.values()))} instead of {', '.join(map(str, wide.values()))}: load the "
+            "new one under another name",
             name=name,
         )
 
@@ -164,11 +164,11 @@ def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig)
     """
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
         if getattr(owner, "initialised_from_weight", False):  # other libraries' configs lack it; refused later
-            raise HotSwapError(f"{which} starts in a part of the base weights: load one beside the other")
+            raise HotSwapError(f"{which} starts in a part of the base weights: load the new one under another name")
         for method in companions():
             field = "" if method.shares.companion is None else method.shares.companion.field
             if getattr(owner, field, None):
-                raise HotSwapError(f"{which} has {method.label} ({field}): load one beside the other")
+                raise HotSwapError(f"{which} has {method.label} ({field}): load the new one under another name")
 
 
 def _validated(manager: Manager, name: str, validate: Callable[[], object]) -> None:

@@ -2,15 +2,15 @@
 
     y = W x + s Bᵀ (A x)        B = Σ_e p_e B_e,  p = mean over all tokens of the call of softmax(R A x)
 
-Layers of one size that one name of ``target_modules`` means make a group: all of them share the experts B_e, and
-each ``stride_A`` of them in turn share an A; the router R is each layer's own. With a pattern, all layers of a size
-are one group. A file holds for each layer what it uses.
+Layers of the same size that match the same name of ``target_modules`` form a group: all of them share the experts B_e,
+and each ``stride_A`` consecutive layers share an A; each layer has its own router R. With a pattern, all layers of the
+same size form one group. A file contains for each layer the tensors it uses.
 
 The mean is over the batch, too, as in PEFT: the output of a row depends on the other rows and their padding and, with
 a cache, only on the tokens of the current call. So the delta is not a change of the weight, and cannot be merged.
 
-Where several names mean a layer, the longest counts; in PEFT any of those that its path ends with, even within a
-word, which changes from one process to the next.
+If several names match a layer, the longest is used; PEFT uses any name with which the path ends, even within a word,
+and its choice differs between processes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     Δᵀ = scaling f(Wᵀ) Bᵀ        f: σ(· Aᵀ), then ``depth`` layers down and ``depth`` layers up again
 
-A layer of the way up adds what its counterpart on the way down got. A is (r, out), B is (out, r), all else (r, r).
+Each layer on the way up adds the input of its counterpart on the way down. A is (r, out), B (out, r), others (r, r).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""DEFT: new content in place of a part of the weight (NeurIPS 2025); PaRa, where it is taken out alone.
+"""DEFT: replaces a component of the weight by new content (NeurIPS 2025); PaRa: only removes the component.
 
     y = (I - Q Nᵀ) W x + s Q R dropout(x)        P: (out, r), R: (r, in), trained
     relu: Q = P, N = relu(P)        qr: Q = N = the orthonormal columns of P
 
-At the start s R = Nᵀ W, so that what is put in is what is taken out. With ``para`` there is no R. What is taken out is
-taken from the output of the frozen layer, as exactly as that is: one that rounds its input or output (8 bit, half
-precision) starts at the base model up to such an error.
+At the start s R = Nᵀ W, so the injected component is the removed one. With ``para`` there is no R. The component is
+removed from the output of the frozen layer: if that layer rounds its input or output (8 bit, half precision), training
+starts at the base model up to the rounding error.
 """
 
 from __future__ import annotations

@@ -2,19 +2,18 @@
 
     y = W x + U (S + diag(λ - λ₀)) Vᵀ dropout(x)        W = U diag(λ₀) Vᵀ;  S: (in, in), sparse
 
-V, (in, in), is the same for the layers of one role, such as all ``q_proj`` of the attention; it follows from their
-weights. U, (out, in), has columns of length one and follows from V and the weight of the layer; it is in no file. λ and
-the entries of S are trained. PEFT calls the layer with ``U (S + diag(λ)) Vᵀ`` in place of W, so that in half precision
-an adapter does not start at the base model; and it takes V from a file without finding U again for it, so that an
-adapter from another machine, where a direction has the other sign, computes something else.
+V, (in, in), is shared by the layers of one role, such as all ``q_proj`` of the attention, and computed from their
+weights. U, (out, in), has columns of length one and is computed from V and the weight of the layer; it is not saved. λ
+and the entries of S are trained. PEFT computes the layer with ``U (S + diag(λ)) Vᵀ`` instead of W, so in half precision
+an adapter does not start at the base model; and it loads V from a file without recomputing U, so an adapter from
+another machine, where a direction has the opposite sign, computes something else.
 
-Where all weights of a role together have fewer rows than columns, some columns of U are rounding errors of V brought to
-length one. They may be others where V is found again, and where the base is loaded in another dtype: an adapter trained
-in float32 then computes something else on a base in half precision, with PEFT as here. Where the roles have enough rows
-it does not.
+If all weights of a role together have fewer rows than columns, some columns of U are normalized rounding errors of V.
+They may differ when V is recomputed, and when the base is loaded in another dtype: an adapter trained in float32 then
+computes something else on a base in half precision, in PEFT as well as here. With enough rows this does not happen.
 
-PEFT gives a second adapter of a model the V and the places of the first one, and their number, whatever its own layers
-and ``sparse_rate`` are, so that it computes something else once it is loaded alone. Here they are its own.
+PEFT uses V, the positions and their number of a model's first adapter for a second one, whatever its layers and
+``sparse_rate`` are, so the second one computes something else when it is loaded alone. Here each adapter has its own.
 """
 
 from __future__ import annotations

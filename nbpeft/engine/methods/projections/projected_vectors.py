@@ -1,6 +1,6 @@
-"""What VeRA and PVeRA share: the config, the frozen projections, and which tensors a layer has.
+"""Base classes of VeRA and PVeRA: the config, the frozen projections, and the tensors of a layer.
 
-The projections are as large as the largest layer needs; a smaller one takes their first columns and rows.
+The projections have the size of the largest layer; smaller layers use their first columns and rows.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     y = W x + b ∘ B z        z ~ N(μ, σ²) in training, z = μ elsewhere;   μ, log σ² = the halves of d ∘ (A x)
 
-A: (2 r, in), B: (out, r), frozen, the same for all layers. What is merged, or made a LoRA, is the mean; with
-``sample_at_inference`` that is less than what the adapter does. With a ``generator_seed`` each layer draws from a
-generator of its own, which starts at the seed whenever the adapter is made or loaded.
+A: (2 r, in), B: (out, r), frozen and shared by all layers. Merging and conversion to LoRA use the mean; with
+``sample_at_inference`` the sampling is lost. With a ``generator_seed`` each layer draws from its own generator, which
+starts at the seed whenever the adapter is created or loaded.
 
-Where activation checkpointing computes a call again, it has the numbers of that call; PEFT draws others from a
-generator with a seed, so that the gradients are those of another call.
+When activation checkpointing recomputes a call, the same numbers are drawn again; PEFT draws new numbers from a
+generator with a seed, so its gradients are those of another call.
 """
 
 from __future__ import annotations

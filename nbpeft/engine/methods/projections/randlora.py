@@ -2,8 +2,8 @@
 
     Δ = scaling Σ_b B_b diag(λ_b) A diag(γ_b)        A: (r, small), B_b: (large, r), frozen; λ_b: (r,), γ_b: (small,)
 
-with so many bases b that their ranks add up to the smaller side of the weight. Of a layer with fewer outputs than
-inputs Δ is the transposed. The bases are as large as the largest layer needs; a smaller one takes a part of them.
+The number of bases b is such that their ranks add up to the smaller side of the weight. On a layer with fewer outputs
+than inputs Δ is transposed. The bases have the size of the largest layer; smaller layers use a part of them.
 """
 
 from __future__ import annotations

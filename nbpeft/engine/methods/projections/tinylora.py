@@ -2,11 +2,11 @@
 
     y = W x + B (Σ_i v_i P_i) A x        B A: the r largest singular directions of W; P_i: (r, r), drawn; both frozen
 
-What is trained are the vectors v, one for each group of consecutive layers in the model, of which
-``weight_tying`` says how many there are.
+Only the vectors v are trained, one for each group of consecutive layers; ``weight_tying`` determines the number of
+groups.
 
-PEFT draws the P of a layer that had another adapter before by that one's numbering of the layers, so that an adapter
-saved without them computes something else once it is loaded alone. Here they follow from the adapter's own config.
+If a layer already has another adapter, PEFT draws P by that adapter's numbering of the layers, so an adapter saved
+without P computes something else when it is loaded alone. Here P depends only on the adapter's own config.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry, and so of B;  n_k: how often k was drawn
 
-The draws are balanced: of all entries of the model each number gets as many, or one more. They follow from a seed and
-from the sizes of the layers, so that a file holds θ alone.
+The draws are balanced: every number is used for equally many entries of the model, or one more. They are determined by
+a seed and the sizes of the layers, so a file contains only θ.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     y = W x + B A x        each piece of A and of B: the softmax mixture of the k vectors with the largest logits
 
-A row of A is cut into pieces as long as a vector, and so is a column of B. The bank is trained, and all layers share
-it. With ``save_only_topk_weights`` a file holds which k vectors a piece mixes and their shares instead of all logits.
+Each row of A and each column of B is split into pieces of the length of a vector. The bank is trained and shared by all
+layers. With ``save_only_topk_weights`` a file contains the indices and shares of each piece's k vectors instead of all
+logits.
 """
 
 from __future__ import annotations

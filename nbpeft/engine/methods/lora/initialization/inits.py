@@ -115,9 +115,9 @@ def remember_starts(config: LoraConfig, starts: Mapping[str, tuple[nn.Module, Fa
         config: the adapter's config.
         starts: path -> the frozen layer, and A and B.
     """
-    vars(config)[_STARTS] = kept = _Starts()
+    vars(config)[_STARTS] = record = _Starts()
     for path, (module, factors) in starts.items():
-        kept[path], kept.modules[path] = factors, module
+        record[path], record.modules[path] = factors, module
 
 
 def check_linear(setting: str, path: str, kind: LayerKind) -> None:

@@ -231,7 +231,7 @@ class RankAllocator(Allocator):
     def extra_loss(self) -> Tensor | None:
         """The mean distance of A and B from orthogonality, times ``orth_reg_weight``, a scalar."""
         self.warn_if_not_stepped()
-        distances = [_distance(matrix) for one in self.adapters.values() for matrix in one.orthogonal_rows]
+        distances = [_distance(matrix) for adapter in self.adapters.values() for matrix in adapter.orthogonal_rows]
         if not distances or not self.config.orth_reg_weight:
             return None
         device = distances[0].device

@@ -50,17 +50,17 @@ def invocation_starts(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
     if rows.shape[1] < len(tokens):
         return torch.full((rows.shape[0],), -1)
     sought = torch.tensor(tokens, dtype=rows.dtype, device=rows.device)
-    found = (rows.unfold(1, len(tokens), 1) == sought).all(-1)
-    places = torch.arange(found.shape[1], device=rows.device)
-    return torch.where(found, places, -1).amax(1).cpu()
+    matches = (rows.unfold(1, len(tokens), 1) == sought).all(-1)
+    places = torch.arange(matches.shape[1], device=rows.device)
+    return torch.where(matches, places, -1).amax(1).cpu()
 
 
 def _invoked(config: LoraConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The context of layers in a call, int64 (batch, 3): start of the invocation, length, and whether it drafts."""
     if config.task_type != TaskType.CAUSAL_LM:
         return None
-    given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    if not isinstance(given, Tensor) or given.is_floating_point():
+    input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
         if kwargs.get("inputs_embeds") is not None:
             warnings.warn(
                 "inputs_embeds do not say where alora_invocation_tokens are: the adapter does not act in this call; "
@@ -68,9 +68,9 @@ def _invoked(config: LoraConfig, args: Sequence[Any], kwargs: Mapping[str, Any])
                 stacklevel=2,
             )
         return None
-    starts = invocation_starts(given, config.alora_invocation_tokens or ())
+    starts = invocation_starts(input_ids, config.alora_invocation_tokens or ())
     drafts = any(kwargs.get(name) is not None for name in _DRAFTING)
-    return torch.stack([starts, torch.full_like(starts, given.shape[-1]), torch.full_like(starts, drafts)], 1)
+    return torch.stack([starts, torch.full_like(starts, input_ids.shape[-1]), torch.full_like(starts, drafts)], 1)
 
 
 class _CombineInvoked(CombineLowRank):

@@ -229,10 +229,10 @@ def _of_lora(here: Mapping[str, Any], names: Sequence[str]) -> Iterator[LowRankA
 def _prototypes_and_means(
     routed: Sequence[LowRankAdapter], general: Sequence[LowRankAdapter]
 ) -> tuple[Tensor, Factors | None]:
-    factors = [one.detached_factors for one in routed]
+    factors = [adapter.detached_factors for adapter in routed]
     if not general:
         return torch.stack([prototype(*pair) for pair in factors]), None
     mean_A, mean_B = (
-        torch.stack(group).mean(0) for group in zip(*(one.detached_factors for one in general), strict=True)
+        torch.stack(group).mean(0) for group in zip(*(adapter.detached_factors for adapter in general), strict=True)
     )
     return torch.stack([prototype(lora_A - mean_A, lora_B - mean_B) for lora_A, lora_B in factors]), (mean_A, mean_B)

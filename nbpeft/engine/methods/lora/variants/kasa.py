@@ -51,7 +51,11 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
     names = manager.active if adapter_names is None else names_in(adapter_names)
     adapters = {name: [layer.adapters._modules.get(name) for layer in manager.layers.values()] for name in names}
     return requested_loss(
-        manager, {name: [one.penalty() for one in found if isinstance(one, KaSA)] for name, found in adapters.items()}
+        manager,
+        {
+            name: [adapter.penalty() for adapter in parts if isinstance(adapter, KaSA)]
+            for name, parts in adapters.items()
+        },
     )
 
 

@@ -78,9 +78,9 @@ class _WeightedNormals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        wanted = gradients[0]
-        drawn = normals(ctx.seed, ctx.count, ctx.shape, wanted.device)
-        return torch.stack([(one * wanted).sum() for one in drawn]).to(ctx.dtype), None, None
+        gradient = gradients[0]
+        drawn = normals(ctx.seed, ctx.count, ctx.shape, gradient.device)
+        return torch.stack([(sample * gradient).sum() for sample in drawn]).to(ctx.dtype), None, None
 
 
 def _weighted_normals(weights: Tensor, seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -128,7 +128,7 @@ class Divergence(Together, LearnsWithHooks):
 
     def extra_loss(self) -> Tensor | None:
         """The mean of the loss terms of the layers called in training, a scalar; see ``LearnsWithHooks``."""
-        losses = [loss for one in self.adapters.values() if (loss := one.variational_loss()) is not None]
+        losses = [loss for adapter in self.adapters.values() if (loss := adapter.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
 

@@ -41,8 +41,8 @@ def pieces(tensor: Tensor, count: int) -> Tensor:
     """Splits the last dimension: (…, n) as (…, count, n / count), with the last group padded with zeros."""
     size = -(-tensor.shape[-1] // count)
     missing = count * size - tensor.shape[-1]
-    whole = F.pad(tensor, (0, missing)) if missing else tensor
-    return whole.reshape(*whole.shape[:-1], count, size)
+    padded = F.pad(tensor, (0, missing)) if missing else tensor
+    return padded.reshape(*padded.shape[:-1], count, size)
 
 
 def normalised(direction: Tensor) -> Tensor:
@@ -145,8 +145,8 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         """``A x``, (…, r), with the gradient of ``A x̂`` for A."""
         count = self.settings.num_groups
         direction = self._direction(x.detach())
-        kept = pieces(x.detach(), count) @ direction
-        learned = F.linear(kept, pieces(lora_A, count) @ direction * self.settings.scale)
+        projections = pieces(x.detach(), count) @ direction
+        learned = F.linear(projections, pieces(lora_A, count) @ direction * self.settings.scale)
         return F.linear(x, lora_A.detach()) + (learned - learned.detach())
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:

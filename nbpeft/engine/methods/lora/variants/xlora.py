@@ -324,14 +324,14 @@ class XLoraLayer(Adapter):
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
         """The adapters by index; see ``Adapter``."""
-        return {name: one for name, one in self._modules.items() if isinstance(one, Adapter)}
+        return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
         """Those of the adapters, if they are trained; see ``Adapter``."""
         if self.frozen_parameters:
             return {}
-        found = self.inner_adapters.items()
-        return {f"{number}.{name}": value for number, one in found for name, value in one.named_parameters()}
+        adapters = self.inner_adapters.items()
+        return {f"{number}.{name}": value for number, adapter in adapters for name, value in adapter.named_parameters()}
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The sum of the adapters' deltas, weighted for each token; see ``Adapter``.
