@@ -5,10 +5,10 @@
 R is one level of the inverse wavelet transform. C is larger than the weight by the length of the filter less two, in
 both directions, and the middle of what comes out is Δ. Without ``use_idwt`` the entries of Δ are trained themselves.
 
-The filters are computed: Daubechies' have the spectral factor of minimum phase, symlets other zeros of it, and coiflets
-are what solves their equations. PEFT takes the names of filters that it lacks (db11 and more, sym11 and more), for
-which the first call fails, and its coif4 and coif5 are no wavelets: they are not orthogonal to themselves when shifted.
-Here these are the true ones, so that an adapter that PEFT trained with coif4 computes something else.
+The filters are computed: Daubechies filters are the spectral factor of minimum phase, symlets use other zeros, and
+coiflets solve their equations. PEFT accepts the names of filters that it lacks (db11 and more, sym11 and more), for
+which the first call fails, and its coif4 and coif5 are not wavelets: they are not orthogonal to their shifts. Here they
+are correct, so an adapter that PEFT trained with coif4 computes something else.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 p (n, features) and g, one number that starts at zero, are trained for each layer; q are the queries of the attention,
 with their positions, K_p has none. In GPT-2, as in PEFT, what is attended to is added without W_o.
 
-PEFT adds the bias of W_o twice where it has one, so that the model is another one at the start; here once. It has one
+If W_o has a bias, PEFT adds it twice, so training does not start at the base model; here it is added once. PEFT has one
 adapter at a time; here several can be active, together with other methods and in mixed batches.
 """
 

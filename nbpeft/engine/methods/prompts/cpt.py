@@ -9,10 +9,10 @@ all are output. ε_i is ``opt_projection_format_epsilon`` for types 4k + 1 and 4
 4k + 2, each times sqrt(features / 2048); the embeddings of outputs stay as they are. With
 ``opt_weighted_loss_type="decay"`` each earlier output counts ``opt_loss_decay_factor`` times as much as the next one.
 
-In PEFT the types of the input are those after the largest type of the examples: where that is no output, they change
-their meaning, and with the defaults nothing is learned (the loss is NaN); here they begin after the last example. PEFT
-writes into the caller's ``input_type_mask``, takes the loss's settings from the adapter named ``default``, and adds up
-the losses of accumulated batches. Its file has the sum e + d alone: from there d begins anew. Here the file has both.
+In PEFT the types of the input come after the largest type of the examples: if that is not an output, they change their
+meaning, and with the defaults nothing is learned (the loss is NaN); here they start after the last example. PEFT
+writes to the caller's ``input_type_mask``, takes the loss's settings from the adapter named ``default``, and sums the
+losses of accumulated batches. Its file contains only the sum e + d, so d restarts at zero. Here the file has both.
 """
 
 from __future__ import annotations

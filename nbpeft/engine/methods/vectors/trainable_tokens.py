@@ -2,10 +2,10 @@
 
     y = E'[ids]        E' is E with the rows of some tokens replaced by trained ones
 
-The trained rows are stored whole, not as differences, so they mean the same on a base whose rows
-of new tokens were drawn anew. They start as the base's rows. An output head that shares the
-embedding's weight follows it: it has the trained rows too, and no tensors of its own. Where a config names other
-tokens for it, or only the head, the head has rows of its own.
+The trained rows are stored themselves, not as differences, so they have the same meaning on a base whose rows
+of new tokens were initialized differently. They are initialized with the base's rows. An output head that shares the
+embedding's weight also uses the trained rows, and has no tensors of its own. If a config names other tokens for the
+head, or only the head, the head has its own rows.
 
 It is a method of its own (``TrainableTokensConfig``), and a companion of others: their configs ask for it
 with ``trainable_token_indices``.
