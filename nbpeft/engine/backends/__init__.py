@@ -1,4 +1,4 @@
-"""One file per way a weight is stored."""
+"""One file per storage format of weights: dense, and the quantized formats."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""AQLM layers: weights as sums of codebook entries. Read on CPU with aqlm 1.1.7.
+"""AQLM layers: weights as sums of codebook entries. Tested on CPU with aqlm 1.1.7.
 
 On a CPU the first forward swaps the first two axes of the codes.
 

@@ -1,6 +1,6 @@
-"""AWQ layers of autoawq: 4-bit codes with zeros and scales by group.
+"""AWQ layers of autoawq: 4-bit codes with zero points and scales per group.
 
-Written to their interface: the CPU path of autoawq 0.2.7 does not run, so reading the weight
+Written against autoawq's interface, not tested: the CPU path of autoawq 0.2.7 does not run, so reading the weight
 needs its GPU kernels.
 """
 
@@ -22,6 +22,6 @@ class Awq(ReadOnlyWeight):
     )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is one of autoawq's linear layers, for whichever kernel."""
+        """Whether it is one of autoawq's linear layers, for any kernel."""
         kind = type(module)
         return kind.__module__.startswith("awq.") and kind.__name__.startswith("WQLinear")

@@ -2,19 +2,19 @@
 
 A weight is stored in one of three layouts, and ``dequantize`` reads them all:
 
-    plain      two codes a byte, row-major; per-block constants in ``quant_state.absmax``
+    plain      two codes per byte, row-major; per-block constants in ``quant_state.absmax``
     packed     on CPUs with AVX512-BF16 the first forward in eval mode re-packs the codes in blocks of 32 rows,
                rounds the constants to bfloat16 and transposes them
-    half-plain ``state_dict()`` of a packed module brings the codes back but leaves the constants transposed
+    half-plain ``state_dict()`` of a packed module restores the codes but leaves the constants transposed
 
-The library's packed forward computes in bfloat16 whatever is asked for and has no gradient for its input,
-and its forward on the half-plain layout is wrong. ``prepare`` brings a layer to the plain layout and keeps it
-there: its outputs are those of a CPU that re-packs nothing, in training and in evaluation. ``release`` lets the
-library re-pack the layer again.
+The library's packed forward always computes in bfloat16 and has no gradient for its input, and its forward on
+the half-plain layout is wrong. ``prepare`` converts a layer to the plain layout and prevents re-packing: its
+outputs are those of a CPU that does not re-pack, in training and in evaluation. ``release`` allows the
+library to re-pack the layer again.
 
-What that costs on a CPU with AVX512-BF16: a forward of one token takes 2.5 to 4 times as long in layers of 576 to
+The cost on a CPU with AVX512-BF16: a forward of one token takes 2.5 to 4 times as long in layers of 576 to
 1,536 features, 7 times at 2,048 and 40 to 70 times in one of 2,048 x 8,192; one of 256 tokens takes 0.7 to 0.9 times
-as long in bfloat16 and 1.4 to 2.3 times in float32. Training has no other way.
+as long in bfloat16 and 1.4 to 2.3 times in float32. For training there is no alternative.
 
 References: QLoRA, https://arxiv.org/abs/2305.14314; layouts as in bitsandbytes 0.46 to 0.50.
 """
@@ -56,15 +56,15 @@ class Bnb4bit(StoredWeight):
     peft_name = "Linear4bit"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is one of the library's 4-bit layers, quantized or not yet."""
+        """Whether it is one of the library's 4-bit layers, already quantized or not."""
         return isinstance(module, loaded("bitsandbytes.nn", "Linear4bit", "Embedding4bit"))
 
     def prepare(self, module: nn.Module) -> bool:
-        """Brings the weight to the plain layout and keeps it there, in training and in evaluation.
+        """Converts the weight to the plain layout and prevents re-packing, in training and in evaluation.
 
         Returns:
-            Whether ``release`` lets the library re-pack it again. A weight of a shape that it cannot re-pack, where
-            its next evaluation would fail, stays plain.
+            Whether ``release`` allows the library to re-pack it. A weight of a shape that the library cannot re-pack,
+            so that its next evaluation would fail, stays plain.
         """
         keep_parameter_classes(module)
         _make_plain(module)
@@ -75,7 +75,7 @@ class Bnb4bit(StoredWeight):
         return state is None or not (state.shape[0] % PACKED_ROWS or state.shape[-1] % state.blocksize)
 
     def release(self, module: nn.Module) -> None:
-        """Lets the library re-pack the weight again."""
+        """Allows the library to re-pack the weight again."""
         setattr(module, _REPACKS, True)
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
@@ -89,19 +89,19 @@ class Bnb4bit(StoredWeight):
         return parts
 
     def label(self, module: nn.Module) -> str:
-        """``nf4`` or ``fp4``, and whether the constants are quantized too."""
+        """``nf4`` or ``fp4``, with ``double`` if the constants are quantized, too."""
         state = _state(module)
         if state is None:
             return super().label(module)
         return f"{state.quant_type}{' double' if state.nested else ''}"
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype that was quantized."""
+        """The dtype of the weight before quantization."""
         state = _state(module)
         return plain(module.weight).dtype if state is None else _original_dtype(state)
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """(out, in), right in every layout; a new tensor unless the module is not quantized yet."""
+        """(out, in), correct in every layout; a new tensor unless the module is not quantized yet."""
         state = _state(module)
         data = plain(module.weight)
         if state is None:
@@ -114,8 +114,8 @@ class Bnb4bit(StoredWeight):
     def store(self, module: nn.Module, weight: Tensor) -> None:
         """Quantizes with the module's own settings, in the plain layout.
 
-        The constants are the least-squares fit for the codes that bitsandbytes chooses, so the
-        error is at most that of quantizing by the largest element of each block.
+        The constants are the least-squares fit for bitsandbytes' codes, so the error is at most
+        that of constants that are the largest magnitude of each block.
         """
         old = _state(module)
         if old is None:
@@ -131,9 +131,9 @@ class Bnb4bit(StoredWeight):
         _bind(module, data, state)
 
     def grid(self, module: nn.Module, weight: Tensor) -> Grid | None:
-        """The code table times the constant of each block; None where blocks go over the ends of rows.
+        """The code table times the constant of each block; None if blocks extend over the ends of rows.
 
-        Such blocks are read by bitsandbytes 0.50 on CPUs with other constants than they were made with.
+        bitsandbytes 0.50 dequantizes such blocks on CPUs with other constants than it quantized them with.
         """
         old = _state(module)
         if old is None or old.shape[-1] % old.blocksize:
@@ -154,7 +154,7 @@ class Bnb4bit(StoredWeight):
         return Grid(levels, scales, stored)
 
     def twin(self, module: nn.Module) -> nn.Module:
-        """A second layer, whose parameter shares codes and state until another weight is stored."""
+        """A second layer, whose parameter shares codes and state with the first until a weight is stored."""
         twin = super().twin(module)
         weight: Any = copy.copy(module.weight)
         weight.module = twin
@@ -162,14 +162,14 @@ class Bnb4bit(StoredWeight):
         return twin
 
     def snapshot(self, module: nn.Module) -> Snapshot4bit:
-        """Codes and state in the layout they have now."""
+        """Codes and state in their current layout."""
         state = copy.deepcopy(_state(module))
         if state is not None:
             state.to("cpu")
         return Snapshot4bit(plain(module.weight).to("cpu", copy=True), state)
 
     def restore(self, module: nn.Module, snapshot: Snapshot4bit) -> None:
-        """Puts codes and state back in the layout they had; a later forward re-packs them as it needs."""
+        """Restores codes and state in the layout of the snapshot; a later forward re-packs them if needed."""
         if snapshot.state is None:
             with torch.no_grad():
                 plain(module.weight).copy_(snapshot.data)
@@ -180,13 +180,13 @@ class Bnb4bit(StoredWeight):
 
 
 def _state(module: nn.Module) -> Any:
-    """The quantization state, or None before the weight is quantized. FSDP leaves it on the module only."""
+    """The quantization state, or None before the weight is quantized; with FSDP only the module has it."""
     state = getattr(module.weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
 
 
 def _make_plain(module: nn.Module) -> None:
-    """Brings codes and constants to the plain layout; the weight stands for the same numbers as before."""
+    """Converts codes and constants to the plain layout, without changing the dequantized weight."""
     state = _state(module)
     if state is None or not hasattr(state, "packing_format_for_cpu"):
         return
@@ -207,7 +207,7 @@ def _original_dtype(state: Any) -> torch.dtype:
 
 
 def _nested(module: nn.Module) -> bool:
-    """Whether the constants are to be quantized; re-packing forgets it in the state, not on the parameter."""
+    """Whether the constants are quantized; re-packing removes this from the state, but not from the parameter."""
     setting = getattr(module.weight, "compress_statistics", None)
     return bool(_state(module).nested if setting is None else setting)
 
@@ -227,17 +227,17 @@ def _constants(state: Any) -> Tensor:
 
 
 def _decoded(data: Tensor, constants: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """Codes times constants, shaped and blocked as ``state`` says."""
+    """Codes times constants, with the shape and block size of ``state``."""
     kernel = torch.ops.bitsandbytes.dequantize_4bit.default
     odd = state.shape[-1] % 2 != 0
-    # Rows of odd length make the CPU kernel compile a slow substitute; as one flat row they are even.
+    # For rows of odd length the CPU kernel compiles a slow fallback; as one flat row the length is even.
     shape = (2 * data.numel() * data.element_size(),) if odd else state.shape
     weight: Tensor = kernel(data, constants, state.blocksize, state.quant_type, shape, dtype)
     return weight.reshape(-1)[: state.shape.numel()].view(state.shape) if odd else weight
 
 
 def _unpacked(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """Codes of the packed layout, two a byte in row-major order, (rows * columns / 2, 1) uint8.
+    """Codes of the packed layout in row-major order, two per byte, uint8 (rows * columns / 2, 1).
 
     A packed byte of block b, column pair k and lane j = 2 n + p holds the codes of rows n (low half)
     and 16 + n (high half) in column 2 k + p.
@@ -277,7 +277,7 @@ def _nest(state: Any) -> None:
 
 
 def _plain_state(module: nn.Module) -> Any:
-    """A copy of the quantization state for the plain layout, with the same constants as near as they can be stored."""
+    """A copy of the quantization state for the plain layout, with the same constants up to rounding."""
     old = _state(module)
     state = copy.deepcopy(old)
     if hasattr(state, "packing_format_for_cpu"):
@@ -289,7 +289,7 @@ def _plain_state(module: nn.Module) -> Any:
 
 
 def _widened(state: Any, weight: Tensor) -> Any:
-    """The state, with larger constants where a weight needs them."""
+    """The state, with larger constants for blocks of the weight that need them."""
     constants = _constants(state)
     needed = in_blocks(weight.reshape(-1), state.blocksize).abs().amax(1)
     if bool((needed > constants).any()):
@@ -301,7 +301,7 @@ def _widened(state: Any, weight: Tensor) -> Any:
 
 
 def _bind(module: nn.Module, data: Tensor, state: Any) -> None:
-    """Makes codes and state the module's, keeping the parameter object."""
+    """Assigns codes and state to the module, keeping the parameter object."""
     parameter: Any = module.weight
     parameter.data = data
     if hasattr(parameter, "quant_storage"):

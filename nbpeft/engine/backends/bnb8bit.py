@@ -1,7 +1,7 @@
-"""bitsandbytes 8-bit weights (LLM.int8()): one int8 code an element and one scale a row.
+"""bitsandbytes 8-bit weights (LLM.int8()): one int8 code per element and one scale per row.
 
-Codes and scales sit on the parameter (``weight.CB``, ``weight.SCB``) until the first forward
-moves them to ``module.state``; a module made with ``has_fp16_weights`` keeps floating weights.
+Codes and scales are attributes of the parameter (``weight.CB``, ``weight.SCB``) until the first forward
+moves them to ``module.state``; a module created with ``has_fp16_weights`` keeps floating weights.
 
 Reference: LLM.int8(), https://arxiv.org/abs/2208.07339.
 """
@@ -22,7 +22,7 @@ from nbpeft.engine.kernels.storage import StoredWeight, keep_parameter_classes, 
 
 @dataclass(frozen=True)
 class Snapshot8bit:
-    """Codes and scales on the CPU, and whether a forward had moved them to the module's state."""
+    """Codes and scales on the CPU, and whether they were on the module's state."""
 
     data: Tensor
     scales: Tensor | None
@@ -41,12 +41,12 @@ class Bnb8bit(StoredWeight):
         return isinstance(module, loaded("bitsandbytes.nn", "Linear8bitLt", "Embedding8bit"))
 
     def prepare(self, module: nn.Module) -> bool:
-        """Lets pickle keep the class of the parameter; there is nothing to release."""
+        """Makes pickling preserve the parameter's class; nothing has to be released."""
         keep_parameter_classes(module)
         return False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes and scales, and the codes cached beside floating weights."""
+        """Codes and scales, and codes cached in addition to floating weights."""
         state = getattr(module, "state", None)
         parts = [plain(module.weight), _scales(module), getattr(state, "CB", None), getattr(module.weight, "CB", None)]
         return [part for part in parts if part is not None]
@@ -79,7 +79,7 @@ class Bnb8bit(StoredWeight):
         _bind(module, codes, scales, initialised=False)
 
     def grid(self, module: nn.Module, weight: Tensor) -> Grid | None:
-        """Whole numbers times the scale of each row."""
+        """Integers times the scale of each row."""
         scales = _scales(module)
         if plain(module.weight).dtype != torch.int8 or scales is None:
             return None
@@ -101,7 +101,7 @@ class Bnb8bit(StoredWeight):
         return twin  # type: ignore[no-any-return]
 
     def snapshot(self, module: nn.Module) -> Snapshot8bit:
-        """Codes and scales, and where they were kept."""
+        """Copies codes and scales to the CPU, and records whether the parameter or the state had them."""
         data = plain(module.weight)
         scales = _scales(module) if data.dtype == torch.int8 else None
         return Snapshot8bit(
@@ -111,7 +111,7 @@ class Bnb8bit(StoredWeight):
         )
 
     def restore(self, module: nn.Module, snapshot: Snapshot8bit) -> None:
-        """Puts codes and scales back where they were kept."""
+        """Restores codes and scales on the parameter or the state, as in the snapshot."""
         if snapshot.scales is None:
             with torch.no_grad():
                 plain(module.weight).copy_(snapshot.data)
@@ -123,14 +123,14 @@ class Bnb8bit(StoredWeight):
 
 
 def _scales(module: nn.Module) -> Tensor | None:
-    """Largest magnitude of each row, (out,) float32, wherever it is kept now."""
+    """Largest magnitude of each row, float32 (out,), from the parameter or the state."""
     state = getattr(module, "state", None)
     scales = getattr(state, "SCB", None)
     return getattr(module.weight, "SCB", None) if scales is None else scales
 
 
 def _bind(module: nn.Module, codes: Tensor, scales: Tensor, *, initialised: bool) -> None:
-    """Makes codes and scales the module's, on the parameter or (``initialised``) on the state."""
+    """Assigns codes and scales to the module's parameter or (``initialised``) to its state."""
     parameter: Any = module.weight
     state = getattr(module, "state", None)
     parameter.data = codes

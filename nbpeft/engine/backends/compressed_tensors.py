@@ -1,6 +1,6 @@
 """compressed-tensors layers that stay compressed (``weight_packed`` or 8-bit ``weight`` with scales).
 
-transformers 5 decompresses while loading: such layers are dense. Written to its interface, not run.
+transformers 5 decompresses while loading: such layers are dense. Written against the interface, not tested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CompressedTensors(ReadOnlyWeight):
     )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the layer carries a scheme and no dense weight."""
+        """Whether the layer has a scheme and no dense weight."""
         if getattr(module, "quantization_scheme", None) is None:
             return False
         weight = module._parameters.get("weight")

@@ -12,13 +12,13 @@ from nbpeft.engine.kernels.storage import StoredWeight
 
 @register_backend
 class Dense(StoredWeight):
-    """A floating ``weight`` of at least two bytes an element, whatever the layer."""
+    """A floating ``weight`` of at least two bytes per element, on any kind of layer."""
 
     name = "dense"
     priority = 0
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``weight`` shows what it stores: a tensor that only wraps others does not, unless it is sharded."""
+        """Whether ``weight`` is an ordinary or sharded tensor, not a wrapper subclass around other tensors."""
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
             return False
@@ -34,11 +34,11 @@ class Dense(StoredWeight):
         return module.weight.dtype  # type: ignore[return-value]
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """The stored tensor itself, detached: writing into it changes the module."""
+        """The stored tensor itself, detached: writing to it changes the module."""
         return _weight(module)
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Copies ``weight`` in; nothing to do when it is the stored tensor, changed in place."""
+        """Copies ``weight`` to the module; has no effect if it is the stored tensor itself, changed in place."""
         stored = _weight(module)
         same = weight.dtype == stored.dtype and weight.stride() == stored.stride()
         if same and stored.device.type != "meta" and weight.data_ptr() == stored.data_ptr():

@@ -1,4 +1,4 @@
-"""EETQ layers: int8 weights in a GPU kernel's own layout. Written to its interface, not run."""
+"""EETQ layers: int8 weights in the layout of a GPU kernel. Written against the interface, not tested."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Weights in torch's 8-bit floating dtypes with inverse scales (transformers' FP8Linear).
 
-A scale multiplies a block of the weight, ``block_size`` large, or all of it.
+A scale applies to a block of the weight of size ``block_size``, or to the whole weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @register_backend
 class Fp8(StoredWeight):
-    """A layer with a float8 ``weight`` and, where it has one, ``weight_scale_inv``."""
+    """A layer with a float8 ``weight`` and optionally ``weight_scale_inv``."""
 
     name = "fp8"
 
@@ -33,7 +33,7 @@ class Fp8(StoredWeight):
         return [plain(module.weight)] if scales is None else [plain(module.weight), scales]
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """bfloat16, which models with float8 weights compute in."""
+        """bfloat16, in which models with float8 weights compute."""
         return torch.bfloat16
 
     def dequantize(self, module: nn.Module) -> Tensor:
@@ -45,7 +45,7 @@ class Fp8(StoredWeight):
         return weight.to(torch.bfloat16)
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Chooses new scales, one a block, by its largest magnitude."""
+        """Quantizes with new scales, from the largest magnitude of each block."""
         stored, scales = plain(module.weight), _scales(module)
         dense = weight.detach().to(stored.device, torch.float32)
         limit = torch.finfo(stored.dtype).max
@@ -88,7 +88,7 @@ def _block(module: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 
 def _spread(scales: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
-    """Scales as large as the weight."""
+    """Scales expanded to the shape of the weight."""
     if scales.dim() < 2:
         return scales.float()
     rows, columns = _block(module, weight)

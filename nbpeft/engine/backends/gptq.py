@@ -1,4 +1,4 @@
-"""GPTQ layers of gptqmodel (which also runs AWQ checkpoints) and auto_gptq. Written to their interface, not run."""
+"""GPTQ layers of gptqmodel (which also runs AWQ checkpoints) and auto_gptq. Not tested."""
 
 from __future__ import annotations
 

@@ -59,13 +59,13 @@ class Hqq(StoredWeight):
         return dense.clone() if dense.is_inference() else dense
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Quantizes with the layer's own config, zeros optimized as the library does."""
+        """Quantizes with the layer's own config, with zero points optimized as in the library."""
         layer: Any = module
         place = self.device(module)
         settings = copy.deepcopy(layer.quant_config)
         settings.pop("offload_meta", None)
         codes, meta = layer.W_q, layer.meta
-        # The library assigns a plain tensor first, which a module refuses where a parameter is.
+        # The library first assigns a plain tensor, which a module refuses if a parameter has that name.
         del layer.W_q
         try:
             with torch.no_grad():
@@ -79,7 +79,7 @@ class Hqq(StoredWeight):
         return HqqSnapshot(plain(module.W_q).to("cpu", copy=True), _map_tensors(_meta(module), _to("cpu")))
 
     def restore(self, module: nn.Module, snapshot: HqqSnapshot) -> None:
-        """Puts codes and metadata back."""
+        """Restores codes and metadata."""
         layer: Any = module
         place = self.device(module)
         layer.W_q = nn.Parameter(snapshot.codes.to(place, copy=True), requires_grad=False)

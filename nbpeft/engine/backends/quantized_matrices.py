@@ -1,6 +1,6 @@
-"""Experts of a mixture in 4 or 8 bits: one bare parameter that holds several quantized matrices.
+"""Experts of a mixture in 4 or 8 bits: one bare parameter that contains several quantized matrices.
 
-The tensor itself, what it computes and how, is ``nbpeft.engine.kernels.quantized_matrices``.
+The tensor class and its operations are in ``nbpeft.engine.kernels.quantized_matrices``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, moved_cop
 
 @register_backend
 class QuantizedExperts(StoredWeight):
-    """A ``weight`` that is a ``QuantizedMatrices``, in most cases of a ``ParameterView``."""
+    """A ``weight`` that is a ``QuantizedMatrices``, usually of a ``ParameterView``."""
 
     name = "quantized_experts"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the weight holds quantized matrices."""
+        """Whether the weight contains quantized matrices."""
         return isinstance(getattr(module, "weight", None), QuantizedMatrices)
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
@@ -34,15 +34,15 @@ class QuantizedExperts(StoredWeight):
         return _weight(module).form.label
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype that was quantized."""
+        """The dtype of the weight before quantization."""
         return _weight(module).dtype
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """The parameter as it is shaped, a new tensor: all matrices of it at once."""
+        """All matrices as one new tensor, shaped like the parameter."""
         return _weight(module).dequantize()
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Quantizes each matrix as it was, into the same storage; constants of 4 bits are fitted to the codes."""
+        """Quantizes each matrix in its format, into the same storage; constants of 4 bits are fitted to the codes."""
         _weight(module).write(weight, fit=True)
 
     def snapshot(self, module: nn.Module) -> Any:

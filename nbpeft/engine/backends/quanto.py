@@ -13,7 +13,7 @@ from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, loaded, m
 
 @register_backend
 class Quanto(StoredWeight):
-    """``optimum.quanto.nn.QLinear``, frozen or not yet; other quanto modules (QConv2d) alike."""
+    """``optimum.quanto.nn.QLinear``, frozen or not; also other quanto modules (QConv2d)."""
 
     name = "quanto"
 
@@ -29,18 +29,18 @@ class Quanto(StoredWeight):
         return inner_tensors(module.weight)
 
     def label(self, module: nn.Module) -> str:
-        """``qint8``, ``qint4``, … or the dtype while it is not frozen."""
+        """``qint8``, ``qint4``, …, or the dtype while it is not frozen."""
         quantized: Any = module
         return str(quantized.weight_qtype.name) if quantized.frozen else super().label(module)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype the weight stands for."""
+        """The dtype of the dequantized weight."""
         weight: Any = module.weight
         dtype: torch.dtype = weight.dtype
         return dtype
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """(out, in), a new tensor; the stored one while the module is not frozen."""
+        """(out, in), a new tensor; the stored tensor while the module is not frozen."""
         quantized: Any = module
         if not quantized.frozen:
             return plain(quantized.weight)
@@ -67,6 +67,6 @@ class Quanto(StoredWeight):
         return moved_copy(weight.detach(), "cpu")
 
     def restore(self, module: nn.Module, snapshot: Any) -> None:
-        """Puts a copy of the snapshot in the weight's place."""
+        """Replaces the weight by a copy of the snapshot."""
         weight = moved_copy(snapshot, self.device(module))
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

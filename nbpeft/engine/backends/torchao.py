@@ -1,7 +1,7 @@
 """torchao weights: tensor subclasses inside ordinary nn.Linear layers.
 
-Any of them can be read; int8 weight-only tensors can also be written, with the granularity they
-have. Written for torchao 0.18 (``quantize_(model, Int8WeightOnlyConfig())``).
+All of them can be read; int8 weight-only tensors can also be written, with their granularity. Written for torchao 0.18
+(``quantize_(model, Int8WeightOnlyConfig())``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TorchAO(StoredWeight):
     name = "torchao"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the weight's class comes from torchao; decided by its name, nothing is imported."""
+        """Whether the weight's class is torchao's, by its module name, without importing torchao."""
         weight = module._parameters.get("weight")
         return weight is not None and type(weight).__module__.startswith("torchao.")
 
@@ -32,13 +32,13 @@ class TorchAO(StoredWeight):
         return inner_tensors(module.weight)
 
     def label(self, module: nn.Module) -> str:
-        """``int8 torchao``, ``int4 torchao``, by the class of the tensor."""
+        """``int8 torchao`` or ``int4 torchao``, from the class of the tensor."""
         kind = type(module.weight).__name__.lower()
         bits = next((bits for bits in ("int8", "int4", "float8", "nf4") if kind.startswith(bits)), kind)
         return f"{bits} torchao"
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype the tensor stands for."""
+        """The dtype of the dequantized tensor."""
         weight: Any = module.weight
         dtype: torch.dtype = weight.dtype
         return dtype
@@ -51,7 +51,7 @@ class TorchAO(StoredWeight):
         return dense
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Quantizes with the granularity of the present weight.
+        """Quantizes with the granularity of the current weight.
 
         Raises:
             MergeError: this kind of tensor cannot be written.
@@ -75,7 +75,7 @@ class TorchAO(StoredWeight):
         return moved_copy(weight.detach(), "cpu")
 
     def restore(self, module: nn.Module, snapshot: Any) -> None:
-        """Puts a copy of the snapshot in the weight's place."""
+        """Replaces the weight by a copy of the snapshot."""
         _bind(module, moved_copy(snapshot, self.device(module)))
 
 

@@ -1,27 +1,27 @@
-"""Adapters that change a model's call instead of a layer: prompts, prefixes, networks that run with it.
+"""Adapters that change a model's call instead of a layer: prompts, prefixes, side networks.
 
 Door, what other rooms import:
 
-    cached_prefix.py        Prompts of keys and values that are in front of those of each layer, where a cache has the
-                            tokens before the input
-    first_pass.py           Lets an adapter see what a model makes of an input before the call in which it acts
-    inner_calls.py          Lets model adapters add to what modules inside the model give: a hook on each of those
-                            modules
-    model_calls.py          Puts what model adapters give into the calls of a model: embeddings, mask, positions,
-                            cache and labels
-    prompt_twins.py         A base model of its own for a second prompt: prompts change no weights, so that two can be
-                            learned over one base
-    selective_recompute.py  Activations and norms of any model compute again in backward what they would keep for it
-    side_network.py         Runs the network of an adapter beside a model: its state goes through the model's blocks
-                            with the hidden states
-    task_ids.py             ``task_ids``: an argument of a call that says which task each row is of, for methods that
-                            learn several together
-    token_prompt.py         Prompts that are rows of an embedding of their own, and what those start as
-    two_pass_cache.py       A cache of keys and values for a model that runs twice for each call, or beside another
-                            one: it carries a second
+    cached_prefix.py        Prefixes: trained keys and values that come before those of the input in each layer's
+                            cache
+    first_pass.py           Runs a model once without the adapter before each call, for adapters that read its hidden
+                            states
+    inner_calls.py          Lets model adapters add to the outputs of modules inside the model: a hook on each of
+                            those modules
+    model_calls.py          Inserts prompts into the calls of a model: embeddings, mask, positions, cache and labels
+    prompt_twins.py         A copy of the module tree for a second prompt: prompts change no weights, so two can be
+                            trained on one base
+    selective_recompute.py  Recomputes activations and norms of any model in backward instead of storing them
+    side_network.py         Runs an adapter's network next to a model: its state passes through the model's blocks
+                            together with the hidden states
+    task_ids.py             ``task_ids``: a call argument with the task of each row, for methods that train several
+                            tasks together
+    token_prompt.py         Prompts that are rows of an embedding of their own, and their initialization
+    two_pass_cache.py       A cache of keys and values that contains a second one, for a model that runs twice in each
+                            call or next to a side network
 
 Inside:
 
-    prepared_calls.py  Hooks on a model that compute something before each of its calls, and hooks on modules inside
-                       it, for its adapters
+    prepared_calls.py  Hooks that compute a context for adapters before each call of a model, and hooks on modules
+                       inside it
 """

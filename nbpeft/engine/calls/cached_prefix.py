@@ -1,6 +1,6 @@
-"""Prompts of keys and values that are in front of those of each layer, where a cache has the tokens before the input.
+"""Prefixes: trained keys and values that come before those of the input in each layer's cache.
 
-attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer
+attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) per layer
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nbpeft.errors import ConfigError
 
 @dataclass
 class CachedPrefixConfig(PromptLearningConfig):
-    """Config of a prompt of keys and values: its sizes are those of the heads that have them; see the base class."""
+    """Config of a prefix, whose sizes are those of the key and value heads; see the base class."""
 
     beside_embeddings: ClassVar[bool] = False
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Sizes are those of the heads that have keys and values of their own; see ``PromptLearningConfig``."""
+        """Fills in the sizes of the key and value heads; see ``PromptLearningConfig``."""
         own = (self.token_dim, self.num_attention_heads)
         super().fill_in_sizes(model, width)
         config: Any = getattr(model, "config", None)
@@ -43,7 +43,7 @@ class CachedPrefixConfig(PromptLearningConfig):
 
 
 class CachedPrefix(ModelAdapter):
-    """Keys and values of all layers; a subclass gives ``encoded``."""
+    """Keys and values of all layers; subclasses implement ``encoded``."""
 
     def __init__(self, config: CachedPrefixConfig) -> None:
         super().__init__(config)
@@ -58,7 +58,7 @@ class CachedPrefix(ModelAdapter):
         raise NotImplementedError
 
     def cached_states(self, base: BaseLayer) -> Tensor:
-        """The keys and values by layer and head; see ``ModelAdapter``."""
+        """The keys and values, (1, tokens, layers, 2, heads, features); see ``ModelAdapter``."""
         states = self.encoded().view(1, self.state_count, self.layers, 2, self.heads, -1)
         if not self.has_decoder:
             return states
@@ -70,10 +70,10 @@ class CachedPrefix(ModelAdapter):
         """Overwrites the keys and values.
 
         Args:
-            prompt_embeddings: (tokens, layers * 2 * features), as a file holds them.
+            prompt_embeddings: (tokens, layers * 2 * features), as in a file.
 
         Raises:
-            ConfigError: they have another shape, or a network computes the keys and values here.
+            ConfigError: they have another shape, or a network computes the keys and values.
         """
         parameters, shape = [*self.parameters()], (self.state_count, self.state_features)
         if any(parameter.shape[1:] != shape[1:] for parameter in parameters):
@@ -87,7 +87,7 @@ class CachedPrefix(ModelAdapter):
 
     @classmethod
     def check_model(cls, config: CachedPrefixConfig, model: nn.Module) -> None:
-        """Refuses models that take no cache, now or ever; see ``ModelAdapter``."""
+        """Refuses models without a cache, and models with gradient checkpointing on; see ``ModelAdapter``."""
         if part_with_cache(model) is None:
             raise ConfigError(
                 f"{type(model).__name__} does not support past key values, which are required for "

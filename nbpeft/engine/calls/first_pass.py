@@ -1,9 +1,10 @@
-"""Lets an adapter see what a model makes of an input before the call in which it acts.
+"""Runs a model once before each call, for adapters that read its hidden states.
 
 A hook on the model runs each of its calls twice, whoever makes it: first without gradient, for the hidden states of the
-last layer, then as it was asked for. What the adapters of the layers find in ``base.context`` is in the first pass what
-their method says and in the second what it makes of the hidden states. As the hooks of ``model_calls`` it reads what is
-active as every layer does. A cache of keys and values has a second one for the first pass (``two_pass_cache``).
+last layer, then the call itself. In the first pass ``base.context`` of the layers is the value that the method gives
+for it; in the second it is what the method computes from the hidden states. Like the hooks of ``model_calls`` and every
+layer, the hook reads which adapters are active. A cache of keys and values contains a second one for the first pass
+(``two_pass_cache``).
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ _ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_ke
 
 
 class NeedsFirstPass(ABC):
-    """Computes what its adapters do in a call from what the model makes of the input; a ``SharedState``.
+    """A ``SharedState`` that computes its adapters' context from the hidden states of a first pass.
 
-    Its method declares a ``context`` of None (``CallInputs``): what is found takes that place while the call runs.
+    Its method declares a ``context`` of None (``CallInputs``), which the computed context replaces during the call.
     """
 
     @property
     @abstractmethod
     def first_context(self) -> Any:
-        """What its adapters find in ``base.context`` in the first pass."""
+        """``base.context`` of its adapters in the first pass."""
 
     @abstractmethod
     def context(self, hidden: Tensor) -> Any:
-        """What they find there in the call itself.
+        """``base.context`` of its adapters in the call itself.
 
         Args:
             hidden: (rows, length, features), the last hidden states of the first pass, without gradient.
@@ -47,21 +48,21 @@ class NeedsFirstPass(ABC):
 
 
 class _FirstPass(BeforeCall):
-    """A hook that makes the first pass before each call of a model; it has the first adapted layer of an adapter."""
+    """A hook that makes the first pass before each call of a model; its layer is the first one of an adapter."""
 
     def computing(self, active: ActiveAdapters) -> dict[str, NeedsFirstPass]:
-        """Adapter name -> what its layers share, of those active adapters that need the pass."""
+        """Adapter name -> the state its layers share, for the active adapters that need the pass."""
         names = active.names if active.rows is None else active.rows.names
-        found: dict[str, NeedsFirstPass] = {}
+        states: dict[str, NeedsFirstPass] = {}
         for name in names:
             adapter = self.layer.adapters._modules.get(name)
             state: Any = None if adapter is None else adapter._modules.get("shared")
             if isinstance(state, NeedsFirstPass):
-                found[name] = state
-        return found
+                states[name] = state
+        return states
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
-        """Makes the pass, and what the adapters make of it; see ``BeforeCall``."""
+        """Makes the pass, and computes the contexts from it; see ``BeforeCall``."""
         contexts: Any = active.context
         first = _first_call(module, call)
         contexts.update({name: state.first_context for name, state in found.items()})
@@ -70,11 +71,11 @@ class _FirstPass(BeforeCall):
 
 
 def put_first_pass(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
-    """Lets the adapters of a model that need it have a first pass before each call; once for each first layer.
+    """Registers the hook for the first pass, once for each first layer.
 
     Args:
         model: the base model.
-        layer: the first adapted layer.
+        layer: the first layer of an adapter.
         change: records the hooks of the model.
     """
     put_before_calls(model, _FirstPass(layer), change)
@@ -82,17 +83,17 @@ def put_first_pass(model: nn.Module, layer: AdaptedLayer, change: Transaction) -
 
 @torch.no_grad()
 def _last_hidden_states(module: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """Makes the first pass, with the backbone of a model alone where it has one.
+    """Makes the first pass, with only the backbone of the model if it has one.
 
     Raises:
-        AdapterError: the model gives no hidden states.
+        AdapterError: the model returns no hidden states.
     """
     backbone = getattr(module, str(getattr(module, "base_model_prefix", "")) or "", None)
     if isinstance(backbone, nn.Module):
         known = inspect.signature(backbone.forward).parameters
-        takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         output: Any = backbone(**{name: value for name, value in call.items() if takes_all or name in known})
-    else:  # its hooks, this one among them, are for the call itself
+    else:  # not ``module(...)``: the model's hooks, this one included, are for the call itself
         output = module.forward(**call, output_hidden_states=True)
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
@@ -103,10 +104,10 @@ def _last_hidden_states(module: nn.Module, call: Mapping[str, Any]) -> Tensor:
 
 
 def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the first pass; a cache that the call itself is to fill is put among its own.
+    """The arguments of the first pass; a cache that the call itself fills is created in the call's arguments.
 
     Raises:
-        AdapterError: the call goes on with a cache that the first pass has not seen.
+        AdapterError: the call continues a cache that the first pass has not seen.
     """
     first = {name: value for name, value in call.items() if name not in _ONLY_FOR_HEADS}
     if hasattr(module, "config"):
@@ -115,10 +116,10 @@ def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     if not name:
         return first
     first.pop("past_key_values", None)
-    given = take_cache(call, name)
-    if given is None and not fills_cache(module, call):
+    cache = take_cache(call, name)
+    if cache is None and not fills_cache(module, call):
         return first | {"use_cache": False}
     from nbpeft.engine.calls.two_pass_cache import with_first_pass
 
-    call[name] = with_first_pass(given, module)
+    call[name] = with_first_pass(cache, module)
     return first | {name: call[name].first_pass, "use_cache": True}

@@ -1,7 +1,7 @@
-"""Lets model adapters add to what modules inside the model give: a hook on each of those modules.
+"""Lets model adapters add to the outputs of modules inside the model: a hook on each of those modules.
 
-As the hooks of ``model_calls`` it reads what is active as every layer does, so threads, ``use``, blends and mixed
-batches act here too, and what checkpointing computes again.
+Like the hooks of ``model_calls`` and every layer, it reads which adapters are active, so threads, ``use``, blends,
+mixed batches and recomputation by checkpointing work here, too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
 class _InnerHook(PlaceHook):
-    """Adds what the active adapters add to the output of a module."""
+    """Adds the deltas of the active adapters to the output of a module."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output with what is added; None where nothing is. See ``nn.Module.register_forward_hook``."""
+        """The output with the deltas added; None if there are none. See ``nn.Module.register_forward_hook``."""
         active = self.layer.active_state.current()
         rows = active.rows
         names, scales = (active.names, active.scales) if rows is None else (rows.names, rows.scales)
@@ -44,11 +44,11 @@ class _InnerHook(PlaceHook):
 
 
 def put_inner_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
-    """Lets the adapters of an adapted embedding add to what modules of a model give; once for each module.
+    """Registers hooks that let an embedding's model adapters add to modules' outputs; once for each module.
 
     Args:
         model: the base model.
-        layer: its input embedding.
+        layer: its adapted input embedding.
         change: records the hooks of the modules.
     """
     put_at_places(model, layer, AddsInside, change, behind=_InnerHook)

@@ -1,9 +1,9 @@
-"""Puts what model adapters give into the calls of a model: embeddings, mask, positions, cache and labels.
+"""Inserts prompts into the calls of a model: embeddings, mask, positions, cache and labels.
 
-A hook on the model transforms each of its calls, whoever makes it: ``forward`` of a handle, each step of
-``generate``, a Trainer. It reads what is active as every layer does, so threads, ``use`` and mixed batches act here
-too. In a mixed batch the tokens of rows that have fewer are padded on the left and masked. Where an adapter weighs
-the tokens that are learned, the model gets no labels, and a second hook computes the loss of what it returns.
+A hook on the model transforms each of its calls, whoever makes it: ``forward`` of a ``PeftModel``, each step of
+``generate``, a Trainer. Like every layer it reads which adapters are active, so threads, ``use`` and mixed batches work
+here, too. In a mixed batch, shorter prompts are padded on the left and masked. If an adapter weights the labels, the
+model gets no labels, and a second hook computes the loss from its output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nbpeft.errors import AdapterError
 from nbpeft.names import IGNORED_LABEL
 
 _CACHES = ("cache", "past_key_values")
-"""What models call the argument; newer versions of transformers first."""
+"""Names of the cache argument; that of newer versions of transformers first."""
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
@@ -49,26 +49,26 @@ def cache_argument(module: nn.Module) -> str:
 
 
 def take_cache(call: dict[str, Any], name: str) -> Any:
-    """Takes the cache out of the arguments of a call, under whichever name it has there; None if there is none.
+    """Removes and returns the cache in the arguments of a call, whichever name it has; None if there is none.
 
     Args:
         call: the arguments by name; changed in place.
-        name: of the argument, as ``cache_argument`` gives it.
+        name: name of the argument, as ``cache_argument`` returns it.
     """
-    given = [call.pop(one) for one in ("past_key_values", name) if one in call]
-    return next((cache for cache in given if cache is not None), None)
+    caches = [call.pop(argument) for argument in ("past_key_values", name) if argument in call]
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def fills_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Whether a call without a cache begins one; what is learned from needs none, where nobody asks for it."""
-    asked = call.get("use_cache")
-    if asked is None:
-        asked = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
-    return bool(asked)
+    """Whether a call without a cache creates one; a call for training does not unless it asks for one."""
+    use_cache = call.get("use_cache")
+    if use_cache is None:
+        use_cache = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
+    return bool(use_cache)
 
 
 def has_encoder(model: nn.Module) -> bool:
-    """Whether a model is an encoder and a decoder."""
+    """Whether a model has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -90,7 +90,7 @@ def part_with_cache(model: nn.Module) -> nn.Module | None:
 
 
 def checkpoints_gradients(model: nn.Module) -> bool:
-    """Whether layers of a model run again in backward."""
+    """Whether gradient checkpointing recomputes layers of a model in backward."""
     return any(module.__dict__.get("gradient_checkpointing", False) for module in called_modules(model))
 
 
@@ -98,11 +98,11 @@ def checkpoints_gradients(model: nn.Module) -> bool:
 
 
 def put_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
-    """Lets the model adapters of an adapted embedding act on calls of the model; once for each.
+    """Registers the hooks that let an embedding's model adapters transform calls of the model; once for each.
 
     Args:
         model: the base model.
-        layer: its input embedding.
+        layer: its adapted input embedding.
         change: records the hooks of the modules.
     """
     for module, hook in _hooks(model, layer).items():
@@ -117,11 +117,11 @@ def put_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> Non
 
 
 def take_hooks(modules: Iterable[nn.Module], layers: Collection[int], change: Transaction) -> None:
-    """Takes the hooks for adapted embeddings off that are no longer part of the model.
+    """Removes the hooks for adapted embeddings that are no longer part of the model.
 
     Args:
-        modules: all of the base model.
-        layers: the ids of what is taken out.
+        modules: all modules of the base model.
+        layers: ids of the embeddings that were taken out.
         change: records the hooks of the modules.
     """
     for module in modules:
@@ -149,9 +149,9 @@ def _hooks(model: nn.Module, layer: AdaptedLayer) -> dict[nn.Module, _CallHook]:
     if encoder is not None:
         return {model: _EncoderDecoderHook(layer), encoder: _EncoderHook(layer)}
     hooks: dict[nn.Module, _CallHook] = {model: _ModelHook(layer)}
-    taking = part_with_cache(model)
-    if taking is not None and taking is not model:
-        hooks[taking] = _CacheHook(layer)
+    cached = part_with_cache(model)
+    if cached is not None and cached is not model:
+        hooks[cached] = _CacheHook(layer)
     return hooks
 
 
@@ -159,17 +159,17 @@ class _Call(dict[str, Any]):
     """The arguments of a call, by name.
 
     Attributes:
-        learned: labels and their weights, where the loss is to be computed of what the model returns; else None.
+        learned: labels and their weights, if the loss is to be computed from the model's output; else None.
     """
 
     learned: tuple[Tensor, Tensor] | None = None
 
 
 class LayerHook:
-    """A hook on a module of a model that lets the model adapters of a layer act.
+    """A hook on a module of a model on behalf of the adapters of a layer.
 
     Args:
-        layer: the adapted input embedding, where they hang.
+        layer: the layer with the adapters; that of model adapters is the adapted input embedding.
     """
 
     def __init__(self, layer: AdaptedLayer) -> None:
@@ -195,18 +195,18 @@ class _CallHook(LayerHook):
         """Changes the arguments of a call.
 
         Args:
-            module: what is called.
-            prompts: the adapters that act.
+            module: the module that is called.
+            prompts: the active adapters.
             call: name -> argument; changed in place.
         """
         raise NotImplementedError
 
 
 class _ModelHook(_CallHook):
-    """On a model of one stack."""
+    """Hook on a model that has no separate encoder."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
-        """Adds tokens and, where the model takes them, cached states; see ``_CallHook``."""
+        """Inserts tokens and, if the model takes a cache, keys and values; see ``_CallHook``."""
         name = cache_argument(module)
         states = prompts.counts(_STATES) if name else {}
         tokens = prompts.counts(_TOKENS)
@@ -215,7 +215,7 @@ class _ModelHook(_CallHook):
             return
         batch, length, device = size
         seen = _seen(call, name)
-        front = prompts.front(states, batch, device).beside(prompts.front(tokens, batch, device))
+        front = prompts.front(states, batch, device).followed_by(prompts.front(tokens, batch, device))
         new_tokens = prompts.front(tokens, batch, device) if not seen else None
         _extend_positions(module, call, front, new_tokens, length, seen)
         _extend_mask(call, "attention_mask", front, length, seen)
@@ -230,7 +230,7 @@ class _ModelHook(_CallHook):
 
 
 class _LossHook(LayerHook):
-    """A hook that computes the loss of a call whose labels an adapter weighs."""
+    """A hook that computes the loss of a call whose labels an adapter weights."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         learned = kwargs.learned if isinstance(kwargs, _Call) else None
@@ -246,49 +246,49 @@ class _LossHook(LayerHook):
         if in_tuple:
             return loss, *output
         if is_dataclass(output) and not isinstance(output, type):
-            return replace(output, loss=loss)  # in its place: a ModelOutput is read by position, too
+            return replace(output, loss=loss)  # not appended: a ModelOutput is read by position, too
         output.loss = loss
         return output
 
 
 def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
-    """Takes the labels out of a call where an adapter weighs them, and notes what is learned of it.
+    """Removes the labels from a call if an adapter weights them, and stores them with their weights in the call.
 
     Args:
-        call: arguments, those for the tokens in front among them; changed in place.
-        prompts: the adapters that act.
-        length: of the input.
+        call: the arguments, the prompt's tokens and labels included; changed in place.
+        prompts: the active adapters.
+        length: length of the input, without the prompt.
     """
     labels = call.get("labels")
-    weighing = {name: one for name, one in prompts.adapters.items() if isinstance(one[0], WeighsTokens)}
+    weighing = {name: pair for name, pair in prompts.adapters.items() if isinstance(pair[0], WeighsTokens)}
     if not weighing or not isinstance(labels, Tensor):
         return
     front = call["inputs_embeds"].shape[1] - length
     if labels.shape != call["inputs_embeds"].shape[:2]:
         raise AdapterError(f"labels must be one for each of the {length} tokens of a row")
     items = call.pop("num_items_in_batch", None)
-    # The mean of some batches whose gradients are accumulated is that of their means, each for its share of tokens.
+    # With gradient accumulation the mean over all tokens is the sum of the batches' means times their shares of tokens.
     share = share_of_batch(labels[:, front:], items, shifts=True)
     weights = torch.ones_like(labels, dtype=torch.float32) * share
     counts = prompts.counts(_TOKENS)
-    alone = prompts.front(counts, len(labels), labels.device).mask
-    if alone is not None:  # nothing predicts the first token of a row that has none in front
+    has_prompt = prompts.front(counts, len(labels), labels.device).mask
+    if has_prompt is not None:  # the first token of a row without a prompt is predicted by nothing
         labels = labels.clone()
-        labels[:, front].masked_fill_(~alone[:, -1], IGNORED_LABEL)
+        labels[:, front].masked_fill_(~has_prompt[:, -1], IGNORED_LABEL)
     for name, (adapter, base) in weighing.items():
         assert isinstance(adapter, WeighsTokens)
-        found, factors = adapter.learned(labels, prompts.start_of(name, counts), front, base)
+        own_labels, factors = adapter.learned(labels, prompts.start_of(name, counts), front, base)
         if prompts.rows is not None:
             served = (prompts.rows.repeat_to(len(labels), labels.device) == prompts.rows.names.index(name)).unsqueeze(1)
-            found, factors = torch.where(served, found, labels), torch.where(served, factors, 1.0)
-        labels, weights = found, weights * factors
+            own_labels, factors = torch.where(served, own_labels, labels), torch.where(served, factors, 1.0)
+        labels, weights = own_labels, weights * factors
     del call["labels"]
     call.pop("shift_labels", None)
     call.learned = labels, weights
 
 
 def _weighted_mean(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """The weighted cross entropy of the tokens that follow, over the number of those that are learned; float32."""
+    """The weighted cross entropy of next tokens, divided by the number of labels that are not ignored; float32."""
     labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
     losses = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
@@ -297,10 +297,10 @@ def _weighted_mean(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 class _CacheHook(_CallHook):
-    """On the backbone of a model that takes no cache itself."""
+    """Hook on the backbone of a model that takes no cache itself."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
-        """Adds cached states; see ``_CallHook``."""
+        """Inserts keys and values; see ``_CallHook``."""
         states, size = prompts.counts(_STATES), _size(call)
         if not states or size is None:
             return
@@ -314,10 +314,10 @@ class _CacheHook(_CallHook):
 
 
 class _EncoderHook(_CallHook):
-    """On the encoder of an encoder-decoder model, which ``generate`` calls by itself."""
+    """Hook on the encoder of an encoder-decoder model, which ``generate`` calls separately."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
-        """Adds tokens; the mask of a call that the whole model makes has them already."""
+        """Inserts tokens; the mask is already extended if the whole model was called."""
         tokens, size = prompts.counts(_TOKENS), _size(call)
         if not tokens or size is None:
             return
@@ -329,7 +329,7 @@ class _EncoderHook(_CallHook):
 
 
 class _EncoderDecoderHook(_CallHook):
-    """On an encoder-decoder model: the mask of the encoder's tokens, and what comes in front of the decoder's."""
+    """Hook on an encoder-decoder model: extends the encoder's mask, and inserts the decoder's part of a prompt."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Extends masks, the decoder's input and labels, and the cache; see ``_CallHook``."""
@@ -390,12 +390,12 @@ class _EncoderDecoderHook(_CallHook):
             call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
 
 
-# What acts, and what it puts in front
+# The active adapters, and their part of the input
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of what model adapters give."""
+    """A part of the input that model adapters provide: tokens, decoder tokens, or keys and values."""
 
     count: Callable[[ModelAdapter], int]
     give: Callable[[ModelAdapter, BaseLayer], Tensor]
@@ -408,36 +408,36 @@ _STATES = _Kind(lambda adapter: adapter.state_count, lambda adapter, base: adapt
 
 @dataclass(frozen=True)
 class _Front:
-    """Positions in front of the input.
+    """Positions of a prompt, before the input.
 
     Attributes:
-        width: how many there are.
-        mask: (batch, width), False where a row has fewer; None where all rows have all.
+        width: number of positions.
+        mask: bool (batch, width), False for padding of rows with a shorter prompt; None if no row is padded.
     """
 
     width: int
     mask: Tensor | None
 
-    def beside(self, other: _Front) -> _Front:
-        """These positions, and then the others."""
+    def followed_by(self, other: _Front) -> _Front:
+        """These positions, followed by the others."""
         if self.mask is None and other.mask is None:
             return _Front(self.width + other.width, None)
-        some = self.mask if self.mask is not None else other.mask
-        assert some is not None
-        masks = [front.filled(len(some), some.device) for front in (self, other)]
+        mask = self.mask if self.mask is not None else other.mask
+        assert mask is not None
+        masks = [front.filled(len(mask), mask.device) for front in (self, other)]
         return _Front(self.width + other.width, torch.cat(masks, 1))
 
     def filled(self, batch: int, device: torch.device) -> Tensor:
-        """The mask as a tensor."""
+        """The mask as a tensor, bool (batch, width)."""
         return torch.ones(batch, self.width, dtype=torch.bool, device=device) if self.mask is None else self.mask
 
     @property
     def offset(self) -> Any:
-        """By how much the positions of the input move: a number, or (batch, 1)."""
+        """The shift of the input's positions: a number, or (batch, 1)."""
         return self.width if self.mask is None else self.mask.sum(1, keepdim=True)
 
     def positions(self) -> Tensor:
-        """The positions themselves, (1 or batch, width)."""
+        """The position ids, int64 (1 or batch, width)."""
         if self.mask is None:
             return torch.arange(self.width).unsqueeze(0)
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
@@ -445,10 +445,10 @@ class _Front:
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The model adapters that act in a call.
+    """The active model adapters of a call.
 
     Attributes:
-        adapters: name -> adapter, and the embedding as it sees it.
+        adapters: name -> adapter, and the embedding with the adapter's context.
         rows: the assignment of a mixed batch.
     """
 
@@ -456,22 +456,28 @@ class _Prompts:
     rows: RowAssignment | None
 
     def with_arguments_of(self, call: dict[str, Any]) -> _Prompts:
-        """The same with the arguments of a call that are for them alone, which are taken out of the call."""
+        """The same with the call arguments that are for the adapters only, which are removed from the call."""
         names = {adapter.call_argument for adapter, _ in self.adapters.values()} - {""}
-        given = {name: call.pop(name) for name in names if name in call}
+        arguments = {name: call.pop(name) for name in names if name in call}
         prompts = {
-            name: (adapter, base if base.context is not None else base.within(given.get(adapter.call_argument)))
+            name: (adapter, base if base.context is not None else base.within(arguments.get(adapter.call_argument)))
             for name, (adapter, base) in self.adapters.items()
         }
         return _Prompts(prompts, self.rows)
 
     def counts(self, kind: _Kind) -> dict[str, int]:
-        """Adapter name -> how much of a kind it gives, where it gives any."""
+        """Adapter name -> number of positions of a kind that it provides, if any."""
         counts = {name: kind.count(adapter) for name, (adapter, _) in self.adapters.items()}
         return {name: count for name, count in counts.items() if count}
 
     def front(self, counts: Mapping[str, int], batch: int, device: torch.device) -> _Front:
-        """The positions that so much of each adapter takes, side by side or, in a mixed batch, row by row."""
+        """The positions of the adapters' prompts: one after the other or, in a mixed batch, row by row.
+
+        Args:
+            counts: adapter name -> number of positions.
+            batch: rows of the batch.
+            device: device of the mask.
+        """
         if self.rows is None or not counts:
             return _Front(sum(counts.values()), None)
         width = max(counts.values())
@@ -481,21 +487,21 @@ class _Prompts:
         return _Front(width, torch.arange(width, device=device).unsqueeze(0) >= missing.unsqueeze(1))
 
     def start_of(self, name: str, counts: Mapping[str, int]) -> int:
-        """The position of the tokens of an adapter, of so many of each."""
+        """The position of an adapter's first token, given the adapters' numbers of positions."""
         if self.rows is not None:
             return max(counts.values()) - counts[name]
         names = list(counts)
         return sum(counts[other] for other in names[: names.index(name)])
 
     def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
-        """What the adapters give of a kind, (batch, width, …)."""
+        """The values of a kind that the adapters provide, (batch, width, …)."""
         counts = self.counts(kind)
         parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}
         if self.rows is None:
             return torch.cat(list(parts.values()), 1)
         width, index = max(counts.values()), self.rows.repeat_to(batch, device)
-        some = next(iter(parts.values()))
-        joined = some.new_zeros(batch, width, *some.shape[2:])
+        first = next(iter(parts.values()))
+        joined = first.new_zeros(batch, width, *first.shape[2:])
         for name, part in parts.items():
             padded = torch.cat([part.new_zeros(batch, width - counts[name], *part.shape[2:]), part], 1)
             chosen = (index == self.rows.names.index(name)).view(batch, *[1] * (padded.dim() - 1))
@@ -504,7 +510,7 @@ class _Prompts:
 
 
 def _for_rows(values: Tensor, batch: int) -> Tensor:
-    """Values for one row or for some, repeated for all of a batch or for its beams."""
+    """Repeats values for one row or several, (rows, …), to a batch: for all its rows, or for each row's beams."""
     if len(values) == 1:
         return values.expand(batch, *values.shape[1:])
     repeats, rest = divmod(batch, len(values))
@@ -517,7 +523,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
     active = layer.active_state.current()
     rows = active.rows
     names, scales = (active.names, active.scales) if rows is None else (rows.names, rows.scales)
-    found: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
+    prompts: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
     for name, scale in zip(names, scales, strict=True):
         adapter = layer.adapters._modules.get(name)
         if not learns_prompt(adapter):
@@ -525,24 +531,24 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
         if scale != 1.0:
             check_scale(name, scale, fixed=True)
         base = layer.base.within(active.context[name]) if name in active.context else layer.base
-        found[name] = adapter, base
-    return _Prompts(found, rows) if found else None
+        prompts[name] = adapter, base
+    return _Prompts(prompts, rows) if prompts else None
 
 
 # Arguments of a call
 
 
 def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device] | None:
-    """RowAssignment, length and device of the input; None where a call has none."""
+    """Batch size, length and device of the input; None if the call has no input."""
     for name in names or ("input_ids", "inputs_embeds"):
-        given = call.get(name)
-        if isinstance(given, Tensor):
-            return given.shape[0], given.shape[1], given.device
+        tensor = call.get(name)
+        if isinstance(tensor, Tensor):
+            return tensor.shape[0], tensor.shape[1], tensor.device
     return None
 
 
 def _seen(call: dict[str, Any], name: str) -> int:
-    """How many positions are cached already; a call without a cache of its own begins anew, whatever it is given."""
+    """Number of cached positions; a call with ``use_cache=False`` ignores the cache it is given, and starts at 0."""
     if name and call.get(_CACHES[1]) is not None:
         call[name] = call.pop(_CACHES[1])
     past = call.get(name) if name else None
@@ -552,14 +558,14 @@ def _seen(call: dict[str, Any], name: str) -> int:
 
 
 def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, seen: int) -> None:
-    """Puts the positions in front of an attention mask (batch, length); one is made where rows need it.
+    """Extends an attention mask (batch, length) by the prompt's positions; creates one if rows are padded.
 
     Args:
-        call: arguments; changed in place.
-        name: of the mask.
-        front: the positions.
-        length: of the input.
-        seen: positions that are cached already, those in front included.
+        call: the arguments; changed in place.
+        name: name of the mask argument.
+        front: the prompt's positions.
+        length: length of the input.
+        seen: number of cached positions, the prompt's included.
     """
     mask = call.get(name)
     if mask is None:
@@ -578,49 +584,51 @@ def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, se
 def _extend_positions(
     module: nn.Module, call: dict[str, Any], front: _Front, new: _Front | None, length: int, seen: int
 ) -> None:
-    """Moves positions behind those in front, and puts those of new tokens there; made where rows differ.
+    """Shifts the input's position ids behind the prompt, and adds those of new prompt tokens.
+
+    If rows are padded and the call has no position ids, they are created.
 
     Args:
-        module: what is called.
-        call: arguments; changed in place.
-        front: everything in front of the input.
-        new: tokens that come with this call; None where there are none.
-        length: of the input.
-        seen: positions that are cached already, those in front included.
+        module: the module that is called.
+        call: the arguments; changed in place.
+        front: all positions of the prompt.
+        new: positions of prompt tokens that are inserted in this call; None if there are none.
+        length: length of the input.
+        seen: number of cached positions, the prompt's included.
     """
-    given = call.get("position_ids")
-    if given is None:
+    position_ids = call.get("position_ids")
+    if position_ids is None:
         if front.mask is None or "position_ids" not in parameters_of(module):
             return
-        given = torch.arange(length, device=front.mask.device).unsqueeze(0) + max(seen - front.width, 0)
-    moved = given + (front.offset if front.mask is None else front.offset.to(given.device))
+        position_ids = torch.arange(length, device=front.mask.device).unsqueeze(0) + max(seen - front.width, 0)
+    shifted = position_ids + (front.offset if front.mask is None else front.offset.to(position_ids.device))
     if new is not None and new.width:
-        own = front.positions()[:, front.width - new.width :].to(given.device, given.dtype)
-        moved = torch.cat([own.expand(*moved.shape[:-1], new.width), moved], -1)
-    call["position_ids"] = moved
+        added = front.positions()[:, front.width - new.width :].to(position_ids.device, position_ids.dtype)
+        shifted = torch.cat([added.expand(*shifted.shape[:-1], new.width), shifted], -1)
+    call["position_ids"] = shifted
 
 
 def _put_tokens(call: dict[str, Any], embeds: str, ids: str, tokens: Tensor, embedding: nn.Module) -> None:
-    """Puts tokens (batch, width, features) in front of the input, which becomes embeddings."""
-    given = call.pop(ids, None)
-    found = call.get(embeds)
-    if found is None:
-        found = embedding(given)
-    call[embeds] = torch.cat([tokens.to(found), found], 1)
+    """Inserts tokens (batch, width, features) before the input, whose ids are replaced by embeddings."""
+    input_ids = call.pop(ids, None)
+    input_embeds = call.get(embeds)
+    if input_embeds is None:
+        input_embeds = embedding(input_ids)
+    call[embeds] = torch.cat([tokens.to(input_embeds), input_embeds], 1)
 
 
 def _extend_labels(module: nn.Module, call: dict[str, Any], length: int, width: int) -> None:
-    """Puts ignored labels in front of those that each token of the input has, and moves what else counts tokens."""
+    """Extends per-token labels by ignored labels, and adjusts the other arguments that count or index tokens."""
     kinds = call.get("token_type_ids")
     if kinds is not None:
         call["token_type_ids"] = torch.cat([kinds.new_zeros(len(kinds), width), kinds], 1)
-    kept = call.get("logits_to_keep")
-    if isinstance(kept, Tensor):
-        call["logits_to_keep"] = kept + width
-    whole = is_text_classifier(module)
+    logits_to_keep = call.get("logits_to_keep")
+    if isinstance(logits_to_keep, Tensor):
+        call["logits_to_keep"] = logits_to_keep + width
+    labels_each_text = is_text_classifier(module)
     for name in ("labels", "shift_labels"):
         labels = call.get(name)
-        if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == length and not whole:
+        if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == length and not labels_each_text:
             call[name] = _with_ignored(labels, width)
 
 
@@ -629,7 +637,7 @@ def _with_ignored(labels: Tensor, width: int) -> Tensor:
 
 
 def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> Any:
-    """A cache that begins with keys and values (batch, width, layers, 2, heads, features); the one given, if any."""
+    """Puts keys and values (batch, width, layers, 2, heads, features) into a cache; a new one if ``past`` is None."""
     if module.training and torch.is_grad_enabled() and checkpoints_gradients(module):
         raise AdapterError(
             "a prefix does not work with gradient checkpointing, which leaves cached keys and values out: call "
@@ -643,7 +651,7 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
         if has_encoder(module):
             past = EncoderDecoderCache(past, DynamicCache())
     into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-    # Layers that attend to the keys and values of an earlier one (Gemma 4's last) have nothing of their own to begin.
+    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own.
     without = {number for number, layer in enumerate(into.layers) if type(layer).__name__ == "DummyLayer"}
     for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
         if number not in without:
@@ -651,11 +659,11 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
     return past
 
 
-# What a prompt is outside of calls
+# Prompts outside of calls
 
 
 def prompt_of(adapter: ModelAdapter, base: BaseLayer, batch: int) -> Tensor:
-    """All tokens of a prompt, (batch, tokens, features), those for a decoder behind those of the encoder."""
+    """All tokens of a prompt, (batch, tokens, features), those for a decoder after those of the encoder."""
     parts = [adapter.input_tokens(base)]
     if adapter.decoder_token_count:
         parts.append(adapter.decoder_tokens(base))
@@ -663,5 +671,5 @@ def prompt_of(adapter: ModelAdapter, base: BaseLayer, batch: int) -> Tensor:
 
 
 def cache_of(model: nn.Module, adapter: ModelAdapter, base: BaseLayer, batch: int) -> Any:
-    """A cache for a batch that begins with the keys and values of a prefix."""
+    """A cache for a batch that contains the keys and values of a prefix."""
     return _filled(model, None, _for_rows(adapter.cached_states(base), batch), base)

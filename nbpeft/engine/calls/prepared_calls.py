@@ -1,8 +1,7 @@
-"""Hooks on a model that compute something before each of its calls, and hooks on modules inside it, for its adapters.
+"""Hooks that compute a context for adapters before each call of a model, and hooks on modules inside it.
 
-What is computed is in ``ActiveAdapters.context`` under the name of the adapter while the call runs, whoever makes the
-call. As
-the hooks of ``model_calls`` they read what is active as every layer does.
+While the call runs, whoever makes it, the context is in ``ActiveAdapters.context`` under the adapter's name. Like the
+hooks of ``model_calls`` and every layer, these hooks read which adapters are active.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
 class BeforeCall(LayerHook):
-    """A hook that prepares each call of a model; of several of a class the first does it for all of them.
+    """A hook that prepares each call of a model; of several hooks of a class, the first does it for all.
 
-    The method of its adapters declares a ``context`` of None (``CallInputs``): what is computed takes that place.
+    The method of its adapters declares a ``context`` of None (``CallInputs``), which the computed context replaces.
 
     Args:
-        layer: an adapted layer that has the adapters.
+        layer: an adapted layer with the adapters.
     """
 
     def __init__(self, layer: AdaptedLayer) -> None:
@@ -38,16 +37,16 @@ class BeforeCall(LayerHook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments of the call; None where nothing acts. See ``nn.Module.register_forward_pre_hook``."""
+        """The arguments of the call; None if no adapter is active. See ``nn.Module.register_forward_pre_hook``."""
         hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) is type(self)]
         if hooks[0] is not self:
             return None
         active = self.layer.active_state.current()
-        found = {name: one for hook in hooks for name, one in hook.computing(active).items()}
+        found = {name: computer for hook in hooks for name, computer in hook.computing(active).items()}
         if not found:
             return None
         contexts: Any = active.context
-        # A call of a handle has a place for each context. Who calls the base model itself acts with what is shared.
+        # A call of a ``PeftModel`` has its own dictionary of contexts; a direct call of the base model shares one.
         unpinned = [name for name in found if name not in contexts]
         if unpinned:
             begun = torch._C._autograd._get_sequence_nr()
@@ -57,22 +56,22 @@ class BeforeCall(LayerHook):
         return (), call
 
     def computing(self, active: ActiveAdapters) -> dict[str, Any]:
-        """Adapter name -> what computes something, of those active adapters that need it."""
+        """Adapter name -> the object that computes the context, for the active adapters that need one."""
         raise NotImplementedError
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
-        """Computes it, and puts it into ``active.context``.
+        """Computes the contexts, and stores them in ``active.context``.
 
         Args:
             module: the model.
             call: its arguments by name; may be changed.
-            active: what acts.
-            found: what ``computing`` gave, of all hooks of the class.
+            active: the active adapters.
+            found: the results of ``computing`` of all hooks of the class.
         """
         raise NotImplementedError
 
     def end(self) -> None:
-        """Clears what a call has left that no handle made; checkpointing still finds it."""
+        """Clears the contexts of a direct call of the base model; checkpointing still finds them."""
         begun = self.unpinned.pop(threading.get_ident(), None)
         if begun is None:
             return
@@ -88,7 +87,7 @@ class BeforeCall(LayerHook):
 
 
 class AfterCall(LayerHook):
-    """A hook that ends what the other one began, whether the call fails or not."""
+    """A hook that ends a call prepared by ``BeforeCall``, whether the call fails or not."""
 
     def __init__(self, before: BeforeCall) -> None:
         super().__init__(before.layer)
@@ -100,13 +99,13 @@ class AfterCall(LayerHook):
 
 
 def put_before_calls(model: nn.Module, hook: BeforeCall, change: Transaction, *others: LayerHook) -> None:
-    """Puts a hook on a model, once for each adapted layer.
+    """Registers a hook on a model, once for each adapted layer.
 
     Args:
         model: the base model.
         hook: the hook.
         change: records the hooks of the model.
-        *others: hooks that act after the call, before it ends.
+        *others: hooks that run after the call, before ``end``.
     """
     present: list[Any] = [other for other in model._forward_pre_hooks.values() if type(other) is type(hook)]
     if any(other.layer is hook.layer for other in present):
@@ -124,8 +123,8 @@ class PlaceHook(LayerHook):
     """A hook on a module inside the model.
 
     Args:
-        layer: the adapted input embedding, where the model adapters hang.
-        path: of the module, in the base model.
+        layer: the adapted input embedding, which has the model adapters.
+        path: path of the module in the base model.
     """
 
     def __init__(self, layer: AdaptedLayer, path: str) -> None:
@@ -142,15 +141,15 @@ def put_at_places(
     behind: type[Any],
     before: type[Any] | None = None,
 ) -> None:
-    """Puts hooks on the modules at which adapters of an adapted embedding act; once on each module.
+    """Registers hooks on the modules that an embedding's model adapters change; once on each module.
 
     Args:
         model: the base model.
-        layer: its input embedding.
-        kind: which of its adapters.
+        layer: its adapted input embedding.
+        kind: the class of the adapters.
         change: records the hooks of the modules.
-        behind: class of the hooks behind the modules, a ``PlaceHook``.
-        before: class of those in front of them, if any; likewise.
+        behind: ``PlaceHook`` class of the forward hooks.
+        before: ``PlaceHook`` class of the forward pre-hooks, if any.
     """
     adapters: list[Any] = [adapter for adapter in layer.adapters._modules.values() if isinstance(adapter, kind)]
     places = {path for adapter in adapters for path in adapter.places}

@@ -1,7 +1,7 @@
-"""A base model of its own for a second prompt: prompts change no weights, so that two can be learned over one base.
+"""A copy of the module tree for a second prompt: prompts change no weights, so two can be trained on one base.
 
-The input embedding is where a prompt is kept, and calls of the model are where it acts. So a twin has those modules of
-its own that lead to them; all others, and every tensor, are the base's.
+A prompt belongs to the input embedding and changes calls of the model. So a twin has its own modules on the path to
+these; it shares all other modules, and every tensor, with the base.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nbpeft.engine.wrappers.parameter_layer import twin_of
 
 
 def twin_without_prompts(model: nn.Module) -> nn.Module | None:
-    """A model that shares its modules and tensors with a base model, but carries none of the prompts that are on it.
+    """A model that shares modules and tensors with a base model, but has none of its prompts.
 
     Args:
-        model: the base model, which stays as it is.
+        model: the base model, which is not changed.
 
     Returns:
-        None where the input embedding has other adapters, too, which would have to be left behind.
+        The model; None if the input embedding also has other adapters, which the twin would lack.
     """
     wrappers = {id(site.wrapper): site.wrapper for site in walk(model) if isinstance(site.wrapper, AdaptedLayer)}
     prompted = {key for key, layer in wrappers.items() if any(map(learns_prompt, layer.adapters.values()))}
@@ -39,7 +39,7 @@ class _Twins:
     """Makes the twins of a model's modules, each once.
 
     Args:
-        places: ids of modules around which everything is a twin; of wrappers the frozen layer is left.
+        places: ids of the modules whose parents are all twins; a wrapper among them is replaced by its frozen layer.
     """
 
     def __init__(self, places: set[int]) -> None:
@@ -47,15 +47,15 @@ class _Twins:
         self._made: dict[int, nn.Module] = {}
 
     def of(self, module: nn.Module) -> nn.Module:
-        """The twin of a model, without the manager of its adapters."""
+        """The twin of a model, without the adapters' manager."""
         twin = self._made_of(module)
-        made: Any = _twin(module, {}) if twin is module else twin
+        copied: Any = _twin(module, {}) if twin is module else twin
         for attribute in (MANAGER, "peft_config"):
-            made.__dict__.pop(attribute, None)
-        return made  # type: ignore[no-any-return]
+            copied.__dict__.pop(attribute, None)
+        return copied  # type: ignore[no-any-return]
 
     def _made_of(self, module: nn.Module) -> nn.Module:
-        """The twin of a module that leads to one of the places, or on which a prompt acts; else the module itself."""
+        """The twin of a module that contains one of the places or has a prompt's hooks; else the module itself."""
         if id(module) in self._made:
             return self._made[id(module)]
         if id(module) in self._places:
@@ -70,11 +70,12 @@ class _Twins:
 
 def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
     twin: Any = twin_of(module, {}, children)
-    own = twin.__dict__
-    own["_parameters"] = module._parameters  # the very dictionaries, as of buffers: what is moved, is moved for both
+    attributes = twin.__dict__
+    # The same dictionary object, as for buffers: moving either model to a device or dtype moves both.
+    attributes["_parameters"] = module._parameters
     for name, hooks in vars(module).items():
         if "_hooks" in name and isinstance(hooks, dict):
-            own[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_prompt(hook))
+            attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_prompt(hook))
     return twin  # type: ignore[no-any-return]
 
 

@@ -1,13 +1,13 @@
-"""Activations and norms of any model compute again in backward what they would keep for it.
+"""Recomputes activations and norms of any model in backward instead of storing them.
 
     with selective_recompute(model):
         loss = model(**batch).loss
         loss.backward()
 
-For that time those modules have another ``forward`` of their own. A norm, and the activation of an MLP, keep
-what goes in; so do the adapters that read what comes out. The activation of a gated MLP, ``down(act(gate) * up)``,
-waits for the product and leaves nothing but ``gate`` and ``up``, whatever the layers around it are called.
-Nothing else is touched: every layer is called by the model's own code.
+During the block those modules have another ``forward``. A norm, and the activation of an MLP, saves only its input for
+backward; so do the adapters that read its output. The activation of a gated MLP, ``down(act(gate) * up)``, is deferred
+until the product and saves only ``gate`` and ``up``, whatever the layers around it are called. Nothing else changes:
+every layer is called by the model's own code.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _ACTIVATION_NAMES = re.compile(r"gelu|silu|swish|mish", re.IGNORECASE)
 
 
 class selective_recompute:
-    """Context manager in which a model's activations and norms are computed again instead of kept.
+    """Context manager in which a model's activations and norms are recomputed in backward instead of stored.
 
     Outputs are those of the model, bit by bit, and gradients up to the order of sums: the modules' own code runs
-    again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is as it was, also in
-    other threads. Left alone are modules that train, have hooks, buffers or a ``forward`` set by somebody else, or
-    give another output for the same input (found out on the first batch). What LoRA's adapters of linear layers read
-    is not kept, either; nor, on a CPU, keys and values repeated for each of their query heads (``grouped_heads``).
-    Backward has to run before the block ends where layers are checkpointed.
+    again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is unchanged, also in
+    other threads. Modules that train, have hooks, buffers or a ``forward`` set by other code, or give different
+    outputs for the same input (tested on the first batch) are skipped. The inputs of LoRA adapters on linear layers
+    are not stored, either; nor, on a CPU, keys and values repeated for each of their query heads (``grouped_heads``).
+    If layers are checkpointed, backward has to run before the block ends.
 
     Args:
-        model: with or without adapters.
-        verify: compare outputs with those of a second call; off for tensors without data, where both are made.
+        model: the model, with or without adapters.
+        verify: compare outputs with those of a second call; turn it off for tensors without data (meta, fake).
 
     Example:
         with nbpeft.selective_recompute(model):
@@ -87,7 +87,7 @@ class selective_recompute:
 
 
 def _replacements(model: nn.Module, verify: bool) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """The modules to change, each once, and their new ``forward``."""
+    """Yields the modules to change, each once, and their new ``forward``."""
     parents: dict[nn.Module, list[nn.Module]] = {}
     for site in walk(frozen_module(model)):
         if _is_free(site.module) and (_is_norm(site.module) or _is_activation(site.module)):
@@ -102,7 +102,7 @@ def _replacements(model: nn.Module, verify: bool) -> Iterator[tuple[nn.Module, C
 
 
 def _is_free(module: nn.Module) -> bool:
-    """Whether a module is a leaf without state that nobody else watches or has changed."""
+    """Whether a module is a leaf without trained state or hooks, and with the ``forward`` of its class."""
     watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (module._modules or module._buffers or watched or _FORWARD in module.__dict__)
 
@@ -114,23 +114,25 @@ def _is_norm(module: nn.Module) -> bool:
 def _is_activation(module: nn.Module) -> bool:
     home = type(module).__module__
     known = home in _ACTIVATION_HOMES or _ACTIVATION_NAMES.search(type(module).__name__) is not None
-    return known and not module._parameters and not getattr(module, "inplace", False)  # what it keeps would change
+    return (
+        known and not module._parameters and not getattr(module, "inplace", False)
+    )  # in place, its saved input would change
 
 
 def _keeps_input(activation: nn.Module) -> bool:
-    kept: list[Any] = []
+    storages: list[Any] = []
     with torch.enable_grad():
         x = torch.ones(2, 2, device="cpu", requires_grad=True)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(_storage(t)), lambda _: x):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.append(_storage(t)), lambda _: x):
                 output = activation(x)
         except Exception:  # it takes something else
             return False
-    return any(storage != _storage(output) for storage in kept)
+    return any(storage != _storage(output) for storage in storages)
 
 
 def _is_pointwise(activation: nn.Module, verify: bool) -> bool:
-    """Whether an activation gives for a part of its input that part of its output, as one over a dimension does not."""
+    """Whether an activation is elementwise, so that a slice of the input gives that slice of the output."""
     if not verify:
         return True
     with torch.no_grad():
@@ -147,10 +149,10 @@ def _storage(tensor: Tensor) -> Any:
 
 
 def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:
-    """Whether an MLP multiplies what its activation returns with something, and does nothing else with it.
+    """Whether an MLP multiplies the output of its activation by something, and does nothing else with it.
 
-    Found out with the MLP's own code on a few random numbers, its linear layers replaced by what they might return:
-    what they are given has to be the same, bit by bit, as with the activation itself.
+    Tested by running the MLP's own code on a few random numbers, with linear layers that return random outputs:
+    their inputs have to be the same, bit by bit, as with the activation itself.
     """
     others = [frozen_module(child) for child in mlp._modules.values() if child not in (activation, None)]
     if not all(isinstance(child, nn.Dropout) or _linear_kind(child) for child in others):
@@ -163,10 +165,10 @@ def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:
 
     try:
         with torch.no_grad(), torch.device("cpu"):
-            found, expected = _Trial(mlp, activation, activated).run(), _Trial(mlp, activation, activation).run()
+            inputs, expected = _Trial(mlp, activation, activated).run(), _Trial(mlp, activation, activation).run()
     except Exception:
         return False
-    if verify and not (len(expected) == len(found) and all(map(_are_equal, expected, found))):
+    if verify and not (len(expected) == len(inputs) and all(map(_are_equal, expected, inputs))):
         return False
     return bool(waiting) and all(each.is_multiplied and each.tensor is None for each in waiting)
 
@@ -181,12 +183,12 @@ def _linear_kind(module: nn.Module) -> LayerKind | None:
 
 
 class _Trial:
-    """Stands for an MLP while its ``forward`` runs: with another activation, no dropout, and no weights.
+    """Replaces an MLP as ``self`` while its ``forward`` runs: another activation, no dropout, no weights.
 
     Args:
-        mlp: whose ``forward`` runs.
-        activation: of the MLP.
-        instead: what is called in its place.
+        mlp: the MLP whose ``forward`` runs.
+        activation: the MLP's activation.
+        instead: the function called in its place.
     """
 
     def __init__(self, mlp: nn.Module, activation: nn.Module, instead: Callable[[Tensor], Any]) -> None:
@@ -195,7 +197,7 @@ class _Trial:
         self._given: list[Any] = []
 
     def run(self) -> list[Any]:
-        """What the linear layers were given, one after the other."""
+        """Runs ``forward`` and returns the inputs of the linear layers, in the order of calls."""
         first = next(layer for layer in map(frozen_module, self._mlp.children()) if _linear_kind(layer))
         type(self._mlp).forward(self, self._random(first, output=False))
         return self._given
@@ -220,7 +222,7 @@ class _Trial:
 
 
 class _TrialLayer:
-    """Stands for a linear layer, whose attributes it has."""
+    """Replaces a linear layer in a trial, with the layer's attributes."""
 
     def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Any], Tensor]) -> None:
         self._layer, self._call = layer, call
@@ -233,7 +235,7 @@ class _TrialLayer:
 
 
 class _RecomputedForward:
-    """The ``forward`` of a module that keeps its input alone."""
+    """A ``forward`` that saves only the module's input for backward."""
 
     def __init__(self, module: nn.Module, verify: bool, pointwise: bool = False) -> None:
         self._module, self._pointwise = module, pointwise
@@ -254,7 +256,7 @@ class _RecomputedForward:
 
 
 class _GatingForward:
-    """The ``forward`` of a gated MLP's activation, which waits for what it is multiplied with."""
+    """The ``forward`` of a gated MLP's activation, which is deferred until the output is multiplied."""
 
     def __init__(self, module: nn.Module, pointwise: bool) -> None:
         self._forward, self._pointwise = module.forward, pointwise
@@ -270,7 +272,7 @@ def _needs_gradient(x: Any) -> bool:
 
 
 class _Activated:
-    """``act(gate)`` that is about to be multiplied; a tensor as soon as anything else is done with it."""
+    """``act(gate)``, not yet computed; any operation other than a multiplication computes it as a tensor."""
 
     def __init__(self, act: Callable[[Tensor], Tensor], gate: Tensor, pointwise: bool = False) -> None:
         self._act, self._gate, self._pointwise = act, gate, pointwise
@@ -303,7 +305,7 @@ class _Activated:
 
 
 def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """``act(gate) * up``: a function that holds no tensor, which would live as long as the graph."""
+    """``act(gate) * up``: a function that references no tensor, which would live as long as the graph."""
     return act(gate) * up
 
 

@@ -1,8 +1,8 @@
-"""Runs the network of an adapter beside a model: its state goes through the model's blocks with the hidden states.
+"""Runs an adapter's network next to a model: its state passes through the model's blocks with the hidden states.
 
 A hook on the model computes the first state before each call (``prepared_calls``). Hooks on the blocks let the adapter
-change what a block reads and advance the state by what it gives; a block that gradient checkpointing computes again
-finds the state it had. A last hook adds the network's own loss to that of the call.
+change a block's input and advance the state by its output; a block that gradient checkpointing recomputes gets the
+state it had in forward. A last hook adds the network's own loss to that of the call.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 
 _KEPT = "nbpeft_side_states"
-"""Under which the autograd node of a block's output has what ``SideState.kept`` refers to."""
+"""Key in the metadata of the autograd node of a block's output, which keeps the states of ``SideState.kept`` alive."""
 
 
 class _Kept:
-    """The state in front of a block, for computing the block again."""
+    """The state before a block, for recomputing the block."""
 
     def __init__(self, state: Tensor) -> None:
         self.state = state.detach().requires_grad_(state.requires_grad)
@@ -37,11 +37,11 @@ class SideState:
     """The state of a network in one call of the model.
 
     Attributes:
-        start: what the network gave, (rows, length, features); None once the call has ended.
-        current: in front of the next block.
+        start: the network's output, (rows, length, features); None once the call has ended.
+        current: the state before the next block.
         learns: whether gradients are recorded in the call.
-        kept: path of a block -> the state in front of it, as long as backward may compute the block again; None where
-            it never does.
+        kept: path of a block -> the state before it, as long as backward may recompute the block; None if blocks are
+            not checkpointed.
     """
 
     def __init__(self, start: Tensor, *, recomputes: bool) -> None:
@@ -51,7 +51,7 @@ class SideState:
         self.kept: WeakValueDictionary[str, _Kept] | None = WeakValueDictionary() if recomputes else None
 
     def before(self, path: str) -> tuple[Tensor | None, bool]:
-        """The state in front of a block that is being called, and whether the block is computed again."""
+        """The state before a block that is being called, and whether the block is recomputed."""
         if self.kept is not None and torch._C._current_graph_task_id() != -1:
             kept = self.kept.get(path)
             if kept is not None:
@@ -59,14 +59,14 @@ class SideState:
         return self.current, False
 
     def keep(self, path: str, output: Tensor) -> None:
-        """Keeps the state in front of a block as long as the graph of what the block gave, where that is needed."""
+        """Keeps the state before a block alive as long as the graph of the block's output, if it may be recomputed."""
         if self.kept is not None and self.current is not None and output.grad_fn is not None:
             self.kept[path] = kept = _Kept(self.current)
             notes: Any = output.grad_fn.metadata
             notes.setdefault(_KEPT, []).append(kept)
 
     def end(self) -> None:
-        """Lets go of the tensors of the call."""
+        """Releases the tensors of the call."""
         self.start = self.current = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,14 +77,14 @@ class _SideCall(BeforeCall):
     """A hook that computes the first state before each call of a model."""
 
     def computing(self, active: ActiveAdapters) -> dict[str, RunsBeside]:
-        """Adapter name -> adapter, of those active ones that have a network; see ``BeforeCall``."""
+        """Adapter name -> adapter, for the active adapters with a network; see ``BeforeCall``."""
         return _networks_in(self.layer, active.names if active.rows is None else active.rows.names)
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
         """Runs the network.
 
         Raises:
-            AdapterError: several are active, or each for some rows of the batch.
+            AdapterError: several are active, or the batch is mixed.
         """
         (name, adapter), *more = found.items()
         title = adapter.title
@@ -97,10 +97,10 @@ class _SideCall(BeforeCall):
         contexts[name] = SideState(adapter.first_state(module, call), recomputes=recomputes)
 
     def end(self) -> None:
-        """Lets go of the state; see ``BeforeCall``."""
-        for one in self.layer.active_state.current().context.values():
-            if isinstance(one, SideState):
-                one.end()
+        """Releases the state; see ``BeforeCall``."""
+        for context in self.layer.active_state.current().context.values():
+            if isinstance(context, SideState):
+                context.end()
         super().end()
 
 
@@ -109,8 +109,8 @@ class _OwnLoss(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         active = self.layer.active_state.current()
-        found = _networks_in(self.layer, active.names)
-        for name, adapter in found.items():
+        networks = _networks_in(self.layer, active.names)
+        for name, adapter in networks.items():
             state: Any = active.context.get(name)
             if not isinstance(state, SideState) or state.start is None:
                 continue
@@ -118,14 +118,14 @@ class _OwnLoss(LayerHook):
             labels = kwargs.get("labels")
             in_tuple = isinstance(output, tuple)
             loss = output[0] if in_tuple and labels is not None else getattr(output, "loss", None)
-            own = None if labels is None or loss is None else adapter.own_loss(module, kwargs, state.start)
-            if own is None:
+            extra = None if labels is None or loss is None else adapter.own_loss(module, kwargs, state.start)
+            if extra is None:
                 continue
-            adapter.last_loss = own.detach()
-            # A loss without a gradient measures the model, and stays the model's.
+            adapter.last_loss = extra.detach()
+            # A loss without a gradient is an evaluation of the model, and is not changed.
             if torch.is_grad_enabled() and adapter.loss_weight:
                 share = share_of_batch(labels, kwargs.get("num_items_in_batch"), shifts=True)
-                loss = loss + (own * (adapter.loss_weight * share)).to(loss)
+                loss = loss + (extra * (adapter.loss_weight * share)).to(loss)
             if in_tuple:
                 output = (loss, *output[1:])
             else:
@@ -134,13 +134,13 @@ class _OwnLoss(LayerHook):
 
 
 class _BlockHook(PlaceHook):
-    """A hook in front of a block, or behind it."""
+    """A hook before or after a block."""
 
     def found(self) -> tuple[Any, SideState, float] | None:
-        """The adapter that acts on the block, the state of the call and the factor on what it adds.
+        """The active adapter, the state of the call and the factor on the adapter's delta; None if none is active.
 
         Raises:
-            AdapterError: the call is none of the whole model.
+            AdapterError: the block is called outside of a call of the whole model.
         """
         active = self.layer.active_state.current()
         for name, scale in zip(active.names, active.scales, strict=True):
@@ -157,14 +157,14 @@ class _BlockHook(PlaceHook):
 
 
 class _BeforeBlock(_BlockHook):
-    """In front of a block."""
+    """A hook before a block."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments with what the adapter adds; see ``nn.Module.register_forward_pre_hook``."""
-        found = self.found()
-        if found is None:
+        """The arguments with the adapter's delta added; see ``nn.Module.register_forward_pre_hook``."""
+        active = self.found()
+        if active is None:
             return None
-        adapter, run, scale = found
+        adapter, run, scale = active
         state, again = run.before(self.path)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if state is None:
@@ -184,21 +184,21 @@ class _BeforeBlock(_BlockHook):
 
 
 class _BehindBlock(_BlockHook):
-    """Behind a block."""
+    """A hook after a block."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Advances the state."""
-        found = self.found()
-        if found is None:
+        active = self.found()
+        if active is None:
             return
-        adapter, run, _ = found
+        adapter, run, _ = active
         state, again = run.before(self.path)
         if state is None:
             return
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         if not again:
             run.keep(self.path, hidden)
-        if self.path == adapter.places[-1]:  # nothing reads the state behind it
+        if self.path == adapter.places[-1]:  # the state after the last block is not read
             return
         following = adapter.advanced(self.path, hidden, state.to(hidden.device))
         if not again:
@@ -211,11 +211,11 @@ def _networks_in(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
-    """Lets the networks of the adapters of an adapted embedding run beside a model; once for each block.
+    """Registers the hooks that run the networks of an embedding's model adapters; once for each block.
 
     Args:
         model: the base model.
-        layer: its input embedding.
+        layer: its adapted input embedding.
         change: records the hooks of the modules.
     """
     if not any(isinstance(adapter, RunsBeside) for adapter in layer.adapters._modules.values()):

@@ -1,4 +1,4 @@
-"""``task_ids``: an argument of a call that says which task each row is of, for methods that learn several together."""
+"""``task_ids``: a call argument with the task of each row, for methods that train several tasks together."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TASK_IDS = "task_ids"
 
 
 def checked_task_ids(ids: Any, count: int) -> Tensor:
-    """The task of each row, (rows,) int64; (1,) for all rows where there is one task and no number is given.
+    """The task of each row, int64 (rows,); (1,) for all rows if there is one task and ``ids`` is None.
 
     Args:
-        ids: what a call was given, or None.
-        count: how many tasks there are.
+        ids: the call's argument, or None.
+        count: number of tasks.
 
     Raises:
-        AdapterError: it does not say for each row which of the tasks it is of.
+        AdapterError: it is not a vector of task indices, one for each row.
     """
     if ids is None and count == 1:
         return torch.zeros(1, dtype=torch.long)
@@ -30,8 +30,8 @@ def checked_task_ids(ids: Any, count: int) -> Tensor:
             f"{TASK_IDS} cannot be None: say which task each row is of, as {TASK_IDS}=torch.tensor([0, …])"
         )
     without_data = isinstance(ids, loaded("torch._subclasses.fake_tensor", "FakeTensor"))  # in a forecast
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if ids.dim() != 1 or not whole or not (without_data or bool(((ids >= 0) & (ids < count)).all())):
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() != 1 or not is_integer or not (without_data or bool(((ids >= 0) & (ids < count)).all())):
         raise AdapterError(
             f"{TASK_IDS} must be one number for each row, from 0 to {count - 1}, not {ids.tolist()!s:.60}"
         )

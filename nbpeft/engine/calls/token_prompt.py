@@ -1,4 +1,4 @@
-"""Prompts that are rows of an embedding of their own, and what those start as."""
+"""Prompts that are rows of an embedding of their own, and their initialization."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 
 _NETWORKS = ("mlp_head.", "lstm_head.", "transform.")
-"""How names of parameters of the networks begin that compute prompts."""
+"""Prefixes of the parameter names of networks that compute prompts."""
 
 
 class TokenPrompt(ModelAdapter):
-    """Trained embeddings in front of the input's.
+    """Trained embeddings before those of the input.
 
     Attributes:
-        embedding: (tokens, features); of an encoder-decoder model those of the encoder come first.
+        embedding: (tokens, features); the encoder's tokens of an encoder-decoder model come first.
     """
 
     embedding: nn.Embedding
@@ -33,7 +33,7 @@ class TokenPrompt(ModelAdapter):
         self.embedding = nn.Embedding(config.total_tokens, config.token_dim)
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
-        """Copies rows of the model's embedding where the config asks for it; see ``ModelAdapter``."""
+        """Copies rows of the model's embedding if the config asks for it; see ``ModelAdapter``."""
         tokens = self.initial_tokens(config, base)
         if tokens is not None:
             with onloaded(base.module):
@@ -42,7 +42,7 @@ class TokenPrompt(ModelAdapter):
 
     @staticmethod
     def initial_tokens(config: InitialisedPromptConfig, base: BaseLayer) -> Tensor | None:
-        """Ids, int64 (tokens,), that the prompt starts as; None for random vectors."""
+        """Ids of the tokens whose embeddings initialize the prompt, int64 (tokens,); None for random vectors."""
         total = config.total_tokens
         if config.starts_as("SAMPLE_VOCAB"):
             return torch.randint(0, base.in_features, (total,), dtype=torch.long)
@@ -50,7 +50,7 @@ class TokenPrompt(ModelAdapter):
             return None
         from transformers import AutoTokenizer
 
-        # A config from a stranger must not run code of its own.
+        # A config from an untrusted source must not run code.
         options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
         tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
         ids = list(tokenizer(config.prompt_tuning_init_text)["input_ids"])
@@ -62,37 +62,42 @@ class TokenPrompt(ModelAdapter):
 
 
 class EncodedPrompt(ModelAdapter):
-    """A prompt that a network computes from rows of an embedding, or, without the network, those rows themselves.
+    """A prompt that a network computes from rows of an embedding or, without a network, those rows themselves.
 
     Attributes:
         embedding: the rows.
-        encodes: whether a network reads them.
+        encodes: whether a network computes the prompt from them.
     """
 
     embedding: nn.Embedding
     encodes: bool
 
     def hold(self, rows: nn.Embedding, *, encoded: bool) -> None:
-        """Keeps the rows, which a network reads or which are the prompt."""
+        """Registers the rows, which a network reads or which are the prompt.
+
+        Args:
+            rows: the embedding.
+            encoded: whether a network computes the prompt from them.
+        """
         self.embedding = rows
         self.encodes = encoded
 
     def name_in_files(self, name: str) -> str:
-        """The rows that a network reads are not the prompt, which files have under the name of an embedding."""
+        """The name in files: rows that a network reads have another one, since the embedding's is the prompt's."""
         return ENCODER_KEY if self.encodes and name == "embedding.weight" else name
 
     def encoded(self) -> Tensor:
-        """What the network computes, (1, tokens, features)."""
+        """The network's output, (1, tokens, features)."""
         raise NotImplementedError
 
 
 def with_rows(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a file of a prompt with a network, of those of a file or of a model.
+    """The tensors of a prompt with a network under their names in files.
 
-    A model names the rows that the network reads as a file names the tokens that it computes.
+    PEFT's model names the rows that the network reads as its files name the tokens that the network computes.
 
     Args:
-        config: of the adapter.
+        config: the adapter's config.
         tensors: key -> tensor.
     """
     has_network = any(key.startswith(_NETWORKS) for key in tensors)
@@ -102,18 +107,18 @@ def with_rows(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> Ma
 
 
 def derived_tokens(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT's files hold of a prompt with a network: the tokens that it computes.
+    """The tokens that a prompt's network computes, which PEFT's files contain in addition to its parameters.
 
     Args:
-        config: of the adapter.
-        tensors: its parameters by their path.
+        config: the adapter's config.
+        tensors: parameter path -> parameter.
 
     Returns:
-        (tokens, features) under PEFT's key; nothing where there is no network.
+        (tokens, features) under PEFT's key; empty without a network.
     """
     if not (config.has_encoder and config.encoded):
         return {}
     adapter: Any = method_of(config).adapter_class
     with torch.no_grad():
-        made: EncodedPrompt = adapter.bound(config, tensors).eval()
-        return {PROMPT_KEY: made.encoded()[0]}
+        encoder: EncodedPrompt = adapter.bound(config, tensors).eval()
+        return {PROMPT_KEY: encoder.encoded()[0]}

@@ -1,12 +1,12 @@
-"""Hot-swapping: another adapter's tensors in the place of one that is loaded.
+"""Hot-swapping: replaces the tensors of a loaded adapter by those of another one.
 
-Everything is checked first; then the tensors are overwritten where they lie. No parameter is
-rebound, so a compiled model goes on without compiling again, as long as its slots were
-prepared: tensors padded with zeros to the largest size to come, scalings held as tensors.
+Everything is checked first; then the tensors are overwritten in place. No parameter is
+rebound, so a compiled model is not recompiled, provided that its slots were prepared:
+tensors padded with zeros to the largest size needed, and scalings stored as tensors.
 
-    padding.py    making room in a slot
-    writes.py     checks a new adapter against a slot and works out all that will be written
-    swap.py       writes it, lets the caller validate it, or puts the old adapter back
+    padding.py    prepares slots for larger adapters
+    writes.py     checks a new adapter against a slot and collects all writes
+    swap.py       writes it, lets the caller validate it, and restores the old adapter on failure
 """
 
 from __future__ import annotations

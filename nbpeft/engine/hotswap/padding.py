@@ -1,4 +1,4 @@
-"""Making room in a slot for adapters of another size."""
+"""Prepares slots for adapters of another size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbpeft.errors import HotSwapError
 
 
 class Layers(Protocol):
-    """What padding needs of the adapters' manager."""
+    """The parts of the adapters' manager that padding uses."""
 
     @property
     def layers(self) -> dict[str, AdaptedLayer]: ...  # noqa: D102
@@ -25,18 +25,18 @@ class Layers(Protocol):
 
 
 def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None:
-    """Makes every adapter's slots ready for swaps that change size and scaling without compiling again.
+    """Prepares every adapter for swaps that change rank and scaling without recompiling the model.
 
     Tensors are padded with zeros to ``target_rank``, which changes no output, and scalings become
     tensors. Parameters stay the same objects. Call it before the model is compiled.
 
     Args:
-        manager: the model's adapters.
-        target_rank: largest rank of the adapters to come; None leaves the tensors alone.
+        manager: the model's manager.
+        target_rank: largest rank of the adapters that will be swapped in; None leaves the tensors unchanged.
 
     Raises:
         HotSwapError: there is no adapter, or one has a larger rank than ``target_rank``.
-        ConfigError: a grouped convolution cannot take that rank.
+        ConfigError: a grouped convolution does not support that rank.
     """
     slots = [
         (path, layer, adapter)
@@ -77,7 +77,7 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
 
 
 def put_larger(grown: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Gives parameters larger values; they stay the same objects."""
+    """Assigns larger tensors to parameters, which stay the same objects."""
     for parameter, larger in grown:
         parameter.data = larger
         parameter.grad = None

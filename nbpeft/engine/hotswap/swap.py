@@ -1,4 +1,4 @@
-"""Writes a new adapter into a slot, lets the caller validate it, or puts the old one back."""
+"""Writes a new adapter into a slot, lets the caller validate it, and restores the old one on failure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nbpeft.errors import HotSwapError, in_one_line
 
 @dataclass(frozen=True)
 class Swapped:
-    """What a swap did.
+    """The result of a swap.
 
     Attributes:
-        name: the slot.
-        layers: how many layers took new tensors.
-        zeroed: paths of the slot's layers that the new adapter does not have; they add nothing now.
-        reset: paths of modules trained as a whole that went back to the base model's.
+        name: name of the slot.
+        layers: number of layers with new tensors.
+        zeroed: paths of the slot's layers that the new adapter does not have; their delta is zero now.
+        reset: paths of ``modules_to_save`` that were reset to the base model's values.
     """
 
     name: str
@@ -45,25 +45,25 @@ def swap(
     validate: Callable[[], object] | None = None,
     done: Callable[[Transaction], None] | None = None,
 ) -> Swapped:
-    """Puts another adapter's tensors in the place of a loaded one, which keeps its name.
+    """Replaces the tensors of a loaded adapter, which keeps its name, by those of another one.
 
-    The slot's config becomes the new adapter's, but for what it targets.
+    The slot's config becomes the new adapter's, except for its targets.
 
     Args:
-        manager: the model's adapters.
-        name: the slot.
+        manager: the model's manager.
+        name: name of the slot.
         config: config of the new adapter.
-        weights: its tensors. Layers of the slot that they leave out add nothing afterwards;
-            modules trained as a whole that they leave out go back to the base model's.
-        grow: give a slot that is too small for the new rank larger tensors; a compiled model
-            then compiles again.
-        validate: called when the new adapter is in place and alone active, before any other
-            thread sees it; if it returns False or raises, the old one is put back, bit for bit.
-        done: called last of all with the transaction of the swap, which it can still undo by raising.
+        weights: its tensors. Layers of the slot that they do not contain have a delta of zero afterwards;
+            ``modules_to_save`` that they do not contain are reset to the base model's values.
+        grow: allocate larger tensors in a slot that is too small for the new rank; a compiled model
+            is then recompiled.
+        validate: called when the new adapter is in place and the only active one, before other
+            threads see it; if it returns False or raises, the old adapter is restored, bit for bit.
+        done: called at the end with the transaction of the swap, which it can still undo by raising.
 
     Raises:
-        HotSwapError: the new adapter cannot take the slot, or ``validate`` refused it. The
-            slot is as it was.
+        HotSwapError: the new adapter does not fit the slot, or ``validate`` rejected it. The
+            slot is unchanged.
         UnknownAdapterError: there is no such slot.
     """
     with manager.transaction() as change:
@@ -90,7 +90,13 @@ def swap(
 
 
 def config_for_slot(manager: Manager, name: str, config: AdapterConfig) -> AdapterConfig:
-    """A copy of the config of a new adapter with what a slot keeps: its targets, and what they make of the fields."""
+    """A copy of a new adapter's config with the slot's targets and the per-layer values that belong to them.
+
+    Args:
+        manager: the model's manager.
+        name: name of the slot.
+        config: config of the new adapter.
+    """
     slot_config = manager.configs[name]
     fields = {key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
     filled = config.copy(**fields)
@@ -122,7 +128,7 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
 
 
 def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: AdapterWeights) -> None:
-    """Raises HotSwapError if what the layers share, which stays the slot's, is not that of the new adapter."""
+    """Raises HotSwapError if the layers' shared tensors, which are not replaced, differ from the new adapter's."""
     method, slot_config = method_of(config), manager.configs[name]
     if method.shares.state is None:
         return
@@ -133,7 +139,7 @@ def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: A
         if old != new:
             raise HotSwapError(
                 f"{field} is {old!r} in adapter {name!r} and {new!r} in the new one, and what their layers share "
-                "depends on it: load one beside the other",
+                "depends on it: load the new one under another name",
                 name=name,
             )
     features = _features(manager, name)
@@ -142,29 +148,35 @@ def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: A
     if wide != narrow:
         raise HotSwapError(
             f"the new adapter is not on the largest layers of {name!r}, so that its layers share tensors of other "
-            f"shapes, {', '.join(map(str, narrow.values()))} instead of {', '.join(map(str, wide.values()))}: load one "
-            "beside the other",
+            f"shapes, {', '.join(map(str, narrow.values()))} instead of {', '.join(map(str, wide.values()))}: load the "
+            "new one under another name",
             name=name,
         )
 
 
 def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> None:
-    """Raises HotSwapError if the slot or the new adapter holds what cannot be replaced in place."""
+    """Raises HotSwapError if the slot or the new adapter has parts that cannot be replaced in place.
+
+    Args:
+        name: name of the slot.
+        slot_config: config of the slot.
+        config: config of the new adapter.
+    """
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
-        if getattr(owner, "initialised_from_weight", False):  # a config of another library is reported further on
-            raise HotSwapError(f"{which} starts in a part of the base weights: load one beside the other")
+        if getattr(owner, "initialised_from_weight", False):  # other libraries' configs lack it; refused later
+            raise HotSwapError(f"{which} starts in a part of the base weights: load the new one under another name")
         for method in companions():
             field = "" if method.shares.companion is None else method.shares.companion.field
             if getattr(owner, field, None):
-                raise HotSwapError(f"{which} has {method.label} ({field}): load one beside the other")
+                raise HotSwapError(f"{which} has {method.label} ({field}): load the new one under another name")
 
 
 def _validated(manager: Manager, name: str, validate: Callable[[], object]) -> None:
-    """Asks the caller; an error here lets the transaction put the old adapter back."""
+    """Calls the caller's validation; an error makes the transaction restore the old adapter."""
     try:
         with manager.use(name), released_interrupts():
             verdict = validate()
-        # In here, because asking a tensor with many entries for its truth fails.
+        # Inside of ``try``, because the truth value of a tensor with several elements raises.
         accepted = verdict is None or bool(verdict)
     except Exception as error:
         reason = in_one_line(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Checks a new adapter against a slot and works out all that will be written."""
+"""Checks a new adapter against a slot and collects all writes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nbpeft.errors import ConfigError, HotSwapError, few
 
 
 class Writes:
-    """Everything one swap writes; collecting it changes nothing.
+    """All writes of a swap; collecting them changes nothing.
 
     Args:
-        name: the slot, for messages.
+        name: name of the slot, for messages.
         config: config of the new adapter, with the slot's targets.
         grow: whether a slot too small for the new rank gets larger tensors.
 
     Attributes:
         zeroed: paths of the slot's layers for which there are no new tensors.
-        reset: paths of the slot's modules trained as a whole for which there are none.
+        reset: paths of the slot's ``modules_to_save`` for which there are no new tensors.
     """
 
     def __init__(self, name: str, config: Any, *, grow: bool) -> None:
@@ -44,7 +44,7 @@ class Writes:
         self._reset: list[tuple[Adapter, AdaptedLayer]] = []
 
     def collect_layers(self, slot: Mapping[str, AdaptedLayer], given: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The adapters' own tensors.
+        """Collects the tensors of the adapters on layers.
 
         Raises:
             HotSwapError: the slot lacks layers, or a tensor does not fit.
@@ -73,7 +73,7 @@ class Writes:
                         f"the new adapter lacks {path}, where {layer.merged_names[0]!r} is merged: unmerge first"
                     )
                 self._reset.append((adapter, layer))
-            # Without tensors it gets the new size too: what is saved afterwards has to fit the new config.
+            # Layers without new tensors also get the new size, because saved tensors have to fit the new config.
             self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
 
     def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -83,7 +83,7 @@ class Writes:
             raise HotSwapError(f"{path}: {error}", path=path) from None
 
     def _check_form(self, path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
-        """Raises HotSwapError if the new adapter has other parameters than the slot, or others than it can take."""
+        """Raises HotSwapError if the new adapter has other parameters than the slot."""
         read = adapter._parameters.keys() - set(adapter.peft.constants)
         own = {key: tuple(held.shape) for key, held in adapter._parameters.items() if held is not None and key in read}
         if own.keys() == shapes.keys() and (isinstance(adapter, Pads) or own == shapes):
@@ -155,7 +155,7 @@ class Writes:
             source = given.get(key, used)
             if source.shape != used.shape:
                 source = source.reshape(used.shape)
-            if fresh is not None:  # filled now; it takes the parameter's place when all is written
+            if fresh is not None:  # filled now; it replaces the parameter when everything is written
                 used.copy_(source.detach())
                 for part in rest:
                     part.zero_()
@@ -171,10 +171,10 @@ class Writes:
     def collect_copies(
         self, slot: Mapping[str, ModulesToSaveWrapper], given: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
-        """The modules trained as a whole; those without new tensors go back to the base model's.
+        """Collects ``modules_to_save``; those without new tensors are reset to the base model's values.
 
         Raises:
-            HotSwapError: they are not the slot's, or their tensors differ.
+            HotSwapError: the slot does not have them, or their tensors differ in names or shapes.
         """
         unexpected = [path for path in given if path not in slot]
         if unexpected:
@@ -191,10 +191,10 @@ class Writes:
             self._collect_equal(f"{path}.", own, source)
 
     def collect_biases(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-        """The base biases trained along.
+        """Collects the trained biases of the base.
 
         Raises:
-            HotSwapError: the slot and the new adapter trained different ones.
+            HotSwapError: the slot and the new adapter trained different biases.
         """
         self._collect_equal("", own, given)
 
@@ -213,10 +213,10 @@ class Writes:
 
     @torch.no_grad()
     def write(self, change: Transaction) -> None:
-        """Writes all of it.
+        """Writes everything that was collected.
 
         Args:
-            change: records what is there now.
+            change: records the current values.
         """
         change.keep_values([*self._zeros, *self._targets])
         change.keep_data(parameter for parameter, _ in self._larger)

@@ -1,6 +1,6 @@
-"""nn.MultiheadAttention, which keeps the projections of query, key and value in one parameter, (3 embed, embed).
+"""nn.MultiheadAttention, which stores the projections of query, key and value in one parameter, (3 embed, embed).
 
-It reads that and the weight of its ``out_proj``, which it never calls.
+It reads this parameter and the weight of ``out_proj``, but never calls ``out_proj``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nbpeft.errors import LayerKindError
 
 @register_layer_kind
 class Attention(Composite):
-    """The canonical weight is ``in_proj_weight`` as it is."""
+    """The canonical weight is ``in_proj_weight``, unchanged."""
 
     name = "attention"
     peft_name = "MultiheadAttention"
@@ -55,7 +55,7 @@ class Attention(Composite):
         return weight
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """Cannot be computed: query, key and value have an input each."""
+        """Always refuses: query, key and value have different inputs."""
         raise LayerKindError("the projections of an attention have no map of their own", kind=self.name)
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""transformers' ``EetqLinear``, which tells its features only through its weight, (in, out)."""
+"""transformers' ``EetqLinear``, whose features are known only from the shape of its weight, (in, out)."""
 
 from __future__ import annotations
 

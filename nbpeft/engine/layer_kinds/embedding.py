@@ -1,4 +1,4 @@
-"""nn.Embedding, also those that scale their output (Gemma's ``embed_scale``)."""
+"""nn.Embedding, including subclasses that scale their output (Gemma's ``embed_scale``)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Embedding:
     @staticmethod
     def look_up(module: nn.Module, ids: Tensor, table: Tensor) -> Tensor:
         """Rows of a table (vocabulary, n) for ids of any shape: (*ids.shape, n), unscaled."""
-        # Without max_norm: it would rescale the table in place.
+        # ``max_norm`` is not passed on, because it would rescale the table in place.
         assert isinstance(module, nn.Embedding)
         return F.embedding(ids, table, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
 
     @staticmethod
     def output_scale(module: nn.Module, dtype: torch.dtype) -> float | Tensor:
-        """The factor on what is looked up."""
+        """The factor on the embedding's output."""
         scale = getattr(module, "embed_scale", None)
         if scale is None:
             return 1.0

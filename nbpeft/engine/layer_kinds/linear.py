@@ -1,4 +1,4 @@
-"""nn.Linear and every quantized layer that takes its place."""
+"""nn.Linear and the quantized layers that replace it."""
 
 from __future__ import annotations
 

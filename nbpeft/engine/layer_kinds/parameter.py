@@ -1,9 +1,9 @@
-"""A bare parameter of a module that is no layer: the weights of several experts in one tensor, or of a router.
+"""A bare parameter of a module that is not a layer: the weights of several experts in one tensor, or of a router.
 
-    3-D   (experts, out, in), or (experts, in, out) where the module says ``is_transposed``
+    3-D   (experts, out, in), or (experts, in, out) if the module has ``is_transposed``
     2-D   (out, in)
 
-A ``ParameterView`` stands for it as the layer whose ``weight`` it is.
+A ``ParameterView`` represents it as a layer whose ``weight`` it is.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nbpeft.errors import LayerKindError
 
 
 class ParameterView(nn.Module):
-    """One parameter of a module as the ``weight`` of a module of its own; read and written where it is.
+    """A module whose ``weight`` is a parameter of another module, which it reads and writes in place.
 
     Args:
-        owner: the module that has it.
-        name: of the parameter there.
+        owner: the module with the parameter.
+        name: name of the parameter in the owner.
     """
 
     def __init__(self, owner: nn.Module, name: str) -> None:
@@ -34,12 +34,12 @@ class ParameterView(nn.Module):
     parameter_name: str
 
     def __getattr__(self, name: str) -> Any:
-        # Replicas and shards hold plain tensors in the place of parameters.
+        # Replicas and sharded modules have plain tensors instead of parameters.
         return getattr(self.owner, self.parameter_name) if name == "weight" else super().__getattr__(name)
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the owner keeps several matrices as (in, out)."""
+        """Whether the owner stores its matrices as (in, out)."""
         return len(self.shape) == 3 and bool(getattr(self.owner, "is_transposed", False))
 
     @property
@@ -49,13 +49,13 @@ class ParameterView(nn.Module):
 
     @property
     def count(self) -> int:
-        """Number of matrices in it: experts."""
+        """Number of matrices: of experts."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
 
 @register_layer_kind
 class Parameter:
-    """A bare parameter of 2 or 3 dimensions; the canonical weight is the parameter as it is."""
+    """A bare parameter of 2 or 3 dimensions; the canonical weight is the parameter, unchanged."""
 
     name = "parameter"
     peft_name = "ParamWrapper"
@@ -79,7 +79,7 @@ class Parameter:
         return weight
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """Cannot be computed: what a module does with its parameter is known to it alone."""
+        """Always refuses: how the parameter is used is known only to its module."""
         raise LayerKindError("a bare parameter has no map of its own", kind=self.name)
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An adapted layer as users of PEFT know it: attributes by adapter name that read and write the adapters.
+"""PEFT's attributes and methods of adapted layers: mappings by adapter name that read and write the adapters.
 
 layer.scaling["default"] = 2.0        layer.r["default"]        layer.set_scale("default", 0.5)
 
@@ -26,14 +26,14 @@ from nbpeft.errors import CheckpointError, UnknownAdapterError, did_you_mean
 class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass,misc]
     """One attribute of the adapters of a layer, by adapter name; also ``view.default`` for ``view["default"]``.
 
-    It is a dictionary for those who ask whether it is one, and holds nothing itself: what is read is what the
-    adapters have at that time, until another dictionary is put in its place.
+    It is a ``dict`` for ``isinstance``, but stores nothing: values are read from the adapters on each access, until
+    another dictionary replaces the view.
 
     Args:
-        adapters: the layer's adapters by name, looked up anew each time.
-        attribute: those that have it are in the view.
-        read: its value.
-        write: sets it; without this it cannot be set.
+        adapters: the layer's adapters by name, looked up on each access.
+        attribute: name of the attribute; the view contains the adapters that have it.
+        read: returns the attribute of an adapter.
+        write: sets the attribute; None if it is read-only.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         write: Callable[[Any, Any], None] | None = None,
     ) -> None:
         self.__dict__.update(_adapters=adapters, _attribute=attribute, _read=read, _write=write, _kept=None)
-        # The json module asks a dictionary for what it has only where it is not empty itself.
+        # The json module writes "{}" for a dictionary whose own storage is empty, without calling ``items``.
         dict.__setitem__(self, "", None)  # type: ignore[index]
 
     def keep(self) -> None:
-        """Holds from now on what the adapters have at this moment, as a dictionary of its own."""
+        """Stores the current values, and no longer reads or writes the adapters."""
         self.__dict__["_kept"] = {key: one.clone() if isinstance(one, Tensor) else one for key, one in self.items()}
 
     def resume(self) -> None:
@@ -56,7 +56,7 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         self.__dict__["_kept"] = None
 
     def is_of(self, adapters: dict[str, Any]) -> bool:
-        """Whether these are its adapters."""
+        """Whether the view is of these adapters."""
         return self.__dict__["_adapters"] is adapters
 
     def _adapter(self, name: str) -> Any:
@@ -96,10 +96,10 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         raise AttributeError(f"no adapter {name!r} here; there are {', '.join(map(repr, self)) or 'none'}")
 
     def copy(self) -> dict[str, Any]:
-        """A dictionary of what it holds now."""
+        """The current values as a dictionary."""
         return dict(self)
 
-    # What the base class dict has and Mapping has not would tell of the dictionary that it is for json.
+    # Methods that dict has and Mapping lacks would read the dictionary's own storage, which is for json only.
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -125,22 +125,22 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
 
 
 def one_or_all(names: list[str]) -> str | list[str]:
-    """The name where there is one, else all of them, as PEFT gives what is active."""
+    """The name if there is only one, else the list, as in PEFT's ``active_adapter``."""
     return names[0] if len(names) == 1 else names
 
 
 class ChoosesAlone(nn.Module):
-    """Commands of PEFT on one module with adapters alone; those of the model end what they say about activity."""
+    """PEFT's commands on a single module with adapters; the next command on the model overrides its activation."""
 
     active_state: ActiveState | LayerState
 
     def _named(self) -> dict[str, Any]:
-        """Adapter name -> what the adapter has here."""
+        """Adapter name -> the adapter's module here."""
         raise NotImplementedError
 
     @property
     def adapters_enabled(self) -> bool:
-        """Whether the active adapters act here."""
+        """Whether adapters are enabled on this module."""
         state: Any = self.__dict__["active_state"]
         return bool(state.enabled if isinstance(state, LayerState) else self._commands().manager.enabled)
 
@@ -153,11 +153,11 @@ class ChoosesAlone(nn.Module):
         return getattr(state, "shared", state)  # type: ignore[no-any-return]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes adapters active here and trainable, or frozen for inference; the others here are frozen.
+        """Activates adapters on this module, trainable unless ``inference_mode``; the module's others are frozen.
 
         Args:
-            adapter_names: one name or several; those without an adapter here do nothing.
-            inference_mode: freeze them.
+            adapter_names: one name or several; names without an adapter here are ignored.
+            inference_mode: freeze the active adapters.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._act_alone(names, enabled=True)
@@ -165,7 +165,7 @@ class ChoosesAlone(nn.Module):
             adapter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Lets the active adapters act here, or the frozen layer alone, which freezes them."""
+        """Enables or disables the adapters on this module; disabling also freezes them."""
         self._act_alone(self.chosen_names(), enabled=enabled)
         for name, adapter in self._named().items():
             adapter.requires_grad_(enabled and name in self.chosen_names())
@@ -189,7 +189,7 @@ class ChoosesAlone(nn.Module):
         self._act_alone(self.chosen_names(), enabled=not disabled)
 
     def chosen_names(self) -> list[str]:
-        """Names of the adapters that are active here, whether or not they are enabled."""
+        """Names of the active adapters here, whether or not they are enabled."""
         state: Any = self.__dict__["active_state"]
         return list(state.names if isinstance(state, LayerState) else self._commands().chosen)
 
@@ -202,47 +202,47 @@ class ChoosesAlone(nn.Module):
         (shared.apart.discard if alike else shared.apart.add)(self)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether gradients reach adapters here, whatever is active."""
+        """Sets whether adapters here get gradients, whichever adapters are active."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self._named():
                 self._named()[name].requires_grad_(requires_grad)
 
 
 _scalings: WeakKeyDictionary[nn.Module, PerAdapterView] = WeakKeyDictionary()
-"""Layer -> its ``scaling`` that was asked for last: no part of the layer, which may be copied and pickled."""
+"""Layer -> its last ``scaling`` view; not stored on the layer, which may be copied and pickled."""
 
 
 class _OfInstances(property):
-    """A property that is empty on the class itself, as PEFT's base class has no names."""
+    """A property that is an empty tuple on the class itself, as in PEFT's base class."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return () if instance is None else super().__get__(instance, owner)
 
 
 class PeftLayerMixin(ChoosesAlone):
-    """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
+    """PEFT's attributes and methods of an adapted layer; base class of ``AdaptedLayer``."""
 
     base: BaseLayer
     merged_names: tuple[str, ...]
     emptied_of: str = ""
-    """The ``peft_type`` of the adapter that was taken out last, for a layer that has none left."""
+    """The ``peft_type`` of the last deleted adapter, for a layer without adapters."""
 
     def _named(self) -> dict[str, Any]:
         found: dict[str, Any] = self.__dict__["adapters"]._modules
         return found
 
     def _methods(self) -> list[Method]:
-        """The methods of the adapters here; of a layer that has none left, that of the last one."""
+        """The methods of the adapters here; for a layer without adapters, that of the last deleted adapter."""
         found = [method_of_adapter(adapter) for adapter in self._named().values()]
         return [one for one in found if one is not None] or [*methods_of_type(self.emptied_of)[:1]]
 
     def note_method(self) -> None:
-        """Notes the method of the adapters here, whose names the layer goes by when they are gone."""
+        """Records the method of the adapters here, whose names the layer keeps when all are deleted."""
         self.__dict__["emptied_of"] = next((method.peft_type for method in self._methods()), "")
 
     @property
     def scaling(self) -> PerAdapterView:
-        """Adapter name -> factor on what it adds; writing it changes how strong the adapter is on this layer."""
+        """Adapter name -> scaling of its delta; can be written to change the scaling on this layer."""
         view = _scalings.get(self)
         if view is None:
             view = _scalings[self] = PerAdapterView(
@@ -254,7 +254,7 @@ class PeftLayerMixin(ChoosesAlone):
     def scaling(self, values: MutableMapping[str, Any]) -> None:
         own: Any = self.scaling
         given = dict(values)
-        if values is not own:  # who kept the one before, to put it back, has it as it was
+        if values is not own:  # callers that saved the previous mapping, to restore it later, keep its values
             own.keep()
             del _scalings[self]
         if isinstance(values, PerAdapterView) and values.is_of(self._named()):
@@ -264,7 +264,7 @@ class PeftLayerMixin(ChoosesAlone):
             self.scaling[name] = value
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets an adapter's scaling here to ``scale`` times its trained one; nothing for one that is not here."""
+        """Sets an adapter's scaling to ``scale`` times its trained scaling; ignored if the layer lacks the adapter."""
         found = self._named().get(adapter)
         if isinstance(found, Rescales):
             found.rescale(found.trained_scaling * scale)
@@ -275,7 +275,7 @@ class PeftLayerMixin(ChoosesAlone):
             adapter.rescale(float(adapter.scaling) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scalings of the active adapters here; without a factor they are the trained ones again."""
+        """Divides the scalings of the active adapters here; without a factor, restores their trained scalings."""
         for adapter in self._rescalable():
             adapter.rescale(adapter.trained_scaling if scale is None else float(adapter.scaling) / scale)
 
@@ -286,12 +286,12 @@ class PeftLayerMixin(ChoosesAlone):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
+        """Names of the model's active adapters; for a layer that has only trainable tokens, of those here."""
         return [name for name in self.chosen_names() if name in self._named() or not self._has_tokens_alone]
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The same; where a layer has token rows alone, one adapter's name by itself, as of PEFT's wrapper of these."""
+        """The same; for a layer that has only trainable tokens a single name, as in PEFT's wrapper of these."""
         return one_or_all(self.active_adapters) if self._has_tokens_alone else self.active_adapters
 
     @property
@@ -300,19 +300,19 @@ class PeftLayerMixin(ChoosesAlone):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the frozen layer acts alone now."""
+        """Whether the adapters are disabled."""
         return not self.active_state.current().names
 
     @_OfInstances
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names under which the layer keeps parameters of adapters."""
+        """Names of the layer's attributes with adapters' parameters."""
         if not self._named():
             return self._names_when_empty(0)
         return tuple(dict.fromkeys(name for adapter in self._named().values() for name in _mapping_names(adapter)))
 
     @_OfInstances
     def other_param_names(self) -> tuple[str, ...]:
-        """Names under which it keeps other settings of adapters."""
+        """Names of the layer's attributes with other settings of adapters."""
         if not self._named():
             return self._names_when_empty(1)
         found: dict[str, None] = {}
@@ -326,17 +326,17 @@ class PeftLayerMixin(ChoosesAlone):
         return tuple(name for several in names for name in several.split())
 
     def _all_available_adapter_names(self) -> list[str]:
-        """Names of all adapters on the layer, sorted; PEFT's libraries call it."""
+        """Names of all adapters on the layer, sorted; called by libraries that use PEFT."""
         return sorted(self._named())
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of this layer; nothing where it has none of that name.
+        """Deletes an adapter from this layer; has no effect if the layer lacks it.
 
-        What its layers share stays with the others, and is trained and saved as before. If no active adapter is left
-        here, the oldest one becomes active here.
+        State that its layers share moves to another layer, and is trained and saved as before. If no active adapter is
+        left on this layer, its oldest adapter becomes active here.
 
         Raises:
-            AdapterError: another layer uses the tensors that it has here (``ensure_weight_tying``).
+            AdapterError: another layer uses the adapter's tensors of this layer (``ensure_weight_tying``).
             MergeError: it is merged here.
         """
         if adapter_name not in self._named():
@@ -361,7 +361,7 @@ class PeftLayerMixin(ChoosesAlone):
 
         Args:
             safe_merge: refuse a weight that would not be finite.
-            adapter_names: which; the active ones if None.
+            adapter_names: the adapters; the active ones if None.
         """
         names = self.chosen_names() if adapter_names is None else list(adapter_names)
         new = [name for name in names if name in self._named() and name not in self.merged_names]
@@ -372,41 +372,41 @@ class PeftLayerMixin(ChoosesAlone):
         self._commands().merge(self, new, safe=safe_merge)
 
     def unmerge(self) -> None:
-        """Puts the frozen weight of this layer back, bit for bit."""
+        """Restores the frozen weight of this layer, bit for bit."""
         if not self.merged_names:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
         self._commands().unmerge(self)
 
     def get_base_weight(self) -> Tensor:
-        """The layer's weight as it stores it, detached; a quantized one dequantized."""
+        """The layer's weight as stored, detached; dequantized if it is quantized."""
         return self.base.backend.dequantize(self.base.module).detach()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
-        """Writes the layer's frozen weight, in its dtype; a quantized one is quantized with its own settings.
+        """Writes the layer's frozen weight, in its dtype, or quantized with the layer's settings.
 
         Args:
-            weight_data: shaped as the layer stores it, or dequantizes it.
+            weight_data: the new values, shaped like ``get_base_weight()``.
 
         Raises:
-            MergeError: adapters are merged, or nothing can be written into a weight that is stored in this way.
+            MergeError: adapters are merged, or the backend cannot write its weights.
             BaseMismatchError: it has another shape.
         """
         self._commands().set_base_weight(self, weight_data)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a LoRA can stand for an adapter on this layer; False where it has none of that name."""
+        """Whether an adapter on this layer can be converted to a LoRA; False if the layer lacks it."""
         found = self._named().get(adapter_name)
         return found is not None and not found.unconvertible_reason(self.base)
 
     @property
     def quantization_backend(self) -> Backend | None:
-        """How the layer's weight is quantized, with its ``backend_name``; None where it is not."""
+        """The backend of the layer's quantized weight, with its ``backend_name``; None if it is not quantized."""
         backend: Backend = self.base.backend
         return backend if backend.backend_name else None
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
+        """The settings that ``repr`` shows."""
         backend = self.quantization_backend
         return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
@@ -427,7 +427,7 @@ class PeftLayerMixin(ChoosesAlone):
 
     @property
     def adapted_as(self) -> str:
-        """What PEFT calls such a layer, as ``lora.Linear`` or ``lora.Linear4bit``."""
+        """PEFT's class name of such a layer, such as ``lora.Linear`` or ``lora.Linear4bit``."""
         methods = self._methods()
         own = sorted({method.peft_type.lower() for method in methods if not method.peft.layer})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
@@ -461,10 +461,10 @@ class PeftLayerMixin(ChoosesAlone):
         return layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging an adapter would add to the weight, in the orientation of the stored one, detached.
+        """The delta that merging an adapter adds to the weight, in the orientation of the stored weight, detached.
 
         Raises:
-            UnknownAdapterError: there is no such adapter on this layer.
+            UnknownAdapterError: the layer does not have the adapter.
         """
         found = self._named().get(adapter)
         if found is None:
@@ -477,7 +477,7 @@ class PeftLayerMixin(ChoosesAlone):
 
 
 def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
-    """An attribute of adapted layers that PEFT knows; None if no adapter of a layer has it.
+    """An attribute of PEFT's adapted layers; None if no adapter of the layer has it.
 
     Args:
         adapters: adapter name -> adapter.
@@ -491,7 +491,7 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
 
 
 def function_by_name(layer: PeftLayerMixin, name: str) -> Callable[..., Any] | None:
-    """A method that adapted layers have in PEFT because of an adapter's method; None if there is none of that name.
+    """A function of PEFT's adapted layers that belongs to an adapter's method; None if there is none of that name.
 
     Args:
         layer: the layer.
@@ -503,11 +503,11 @@ def function_by_name(layer: PeftLayerMixin, name: str) -> Callable[..., Any] | N
 
 
 def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
-    """Any other attribute that adapters of a layer carry; None if none does.
+    """Any other attribute of a layer's adapters; None if no adapter has it.
 
     Args:
         adapters: adapter name -> adapter.
-        name: the attribute's.
+        name: name of the attribute.
     """
     if name == "training" or not any(name in a.__dict__ for a in adapters.values()):
         return None
@@ -523,11 +523,11 @@ def _has(adapter: nn.Module, attribute: str) -> bool:
 
 
 def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[str, PerAdapterView] | None:
-    """A tensor that the layers of adapters share, or several; None if none of them share one of that name.
+    """One or several tensors that adapters' layers share; None if there are none of that name.
 
     Args:
-        states: adapter name -> what its layers share.
-        name: the tensor's, as ``vera_A``, or that of a module of ``SharedState.named_first``.
+        states: adapter name -> the state that its layers share.
+        name: name of the tensor, such as ``vera_A``, or of a module of ``SharedState.named_first``.
     """
     holders = {own: state._modules[name] for own, state in states.items() if name in state.named_first}
     if holders:
@@ -543,10 +543,10 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[s
 
 
 class LayerType(type):
-    """The type of classes that ``isinstance`` takes adapted layers for, and of what derives from them.
+    """Metaclass of PEFT's layer classes, for which ``isinstance`` is true of adapted layers.
 
-    A class has a ``peft_type``, that of the adapters on the layers, or a ``title``, what PEFT calls them. A class that
-    derives from it has instances of its own alone: what ``custom_layers`` put into a model.
+    A class has a ``peft_type``, that of the adapters on the layers, or a ``title``, PEFT's name of the layers. A class
+    derived from it has only its own instances, which ``custom_layers`` put into a model.
     """
 
     def __instancecheck__(cls, layer: object) -> bool:
@@ -563,12 +563,12 @@ class LayerType(type):
 
 
 def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
-    """A class for ``isinstance``: adapted layers that carry adapters of a method, as PEFT's ``LoraLayer``.
+    """Creates a class like PEFT's ``LoraLayer`` for ``isinstance`` checks of layers with a method's adapters.
 
     Args:
-        peft_type: of the method.
-        name: of the class.
-        **attributes: of the class.
+        peft_type: the method's PEFT type.
+        name: name of the class.
+        **attributes: attributes of the class.
     """
     doc = f"Adapted layers with adapters of type {peft_type}; for ``isinstance`` only."
     own = {"peft_type": peft_type, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
@@ -576,7 +576,7 @@ def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
 
 
 def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:
-    """Takes the place of ``__setstate__`` where a module was pickled by PEFT, by whose name nbpeft answers.
+    """``__setstate__`` of classes under PEFT's import names: refuses modules that were pickled by PEFT.
 
     Raises:
         CheckpointError: always.
@@ -588,7 +588,7 @@ def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:
 
 
 def _mapping_names(adapter: Adapter) -> tuple[str, ...]:
-    """Returns the names under which a layer keeps the parameters of an adapter, as PEFT's layers do."""
+    """Returns the names of a layer's attributes with an adapter's parameters, as in PEFT's layers."""
     peft = adapter.peft
     if adapter.source is not None and peft.mappings:
         return _mapping_names(adapter.source)

@@ -1,8 +1,8 @@
-"""The small modules that PEFT's names mean: ``layer.core["default"].weight``, ``…core.default.weight``.
+"""The modules behind PEFT's parameter names: ``layer.core["default"].weight``, ``…core.default.weight``.
 
-An adapter owns its parameters. Here are modules that show them under PEFT's names: made when somebody first
-walks over an adapted layer or asks for one, the same ones from then on. What is written there is written to
-the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call``, FSDP.
+An adapter owns its parameters. The modules here show them under PEFT's names. They are created when code first
+iterates over an adapted layer's modules or accesses one, and then kept. Writing to them writes to the adapter,
+also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from nbpeft.errors import AdapterError
 
 
 class _FollowsMode(nn.Module):
-    """A module that shows something of adapters, and is in training mode while they are."""
+    """A module that shows parts of adapters, and has their training mode."""
 
     def _showing(self) -> Iterable[nn.Module]:
-        """What it shows something of."""
+        """The adapters of which it shows parts."""
         raise NotImplementedError
 
     @property
     def training(self) -> bool:
-        """Whether what it shows something of is in training mode."""
+        """Whether the shown adapters are in training mode."""
         return all(module.training for module in self._showing())
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Does nothing: ``train()`` and ``eval()`` of the layer reach the adapters."""
+        """Does nothing: ``train()`` and ``eval()`` of the layer also set the mode of the adapters."""
 
 
 class _Shows(_FollowsMode):
-    """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
+    """A module whose parameters are those of adapters; assigning a tensor replaces the adapter's parameter."""
 
     def _showing(self) -> Iterable[nn.Module]:
         live = self.__dict__["_parameters"]
@@ -50,7 +50,7 @@ class _Shows(_FollowsMode):
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
         if name == "_parameters" and isinstance(live, LiveParameters) and value != {}:
-            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
+            return  # DeepSpeed ZeRO-3 replaces this dictionary on all modules; replacing the adapters' is sufficient
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):
@@ -76,10 +76,10 @@ class _Shows(_FollowsMode):
 
 
 class _Parts(dict[str, Any]):
-    """The modules that show one part of the adapters of a layer; what is put in the place of one acts as it did.
+    """The modules that show one part of a layer's adapters; assigning a module replaces the part of the adapter.
 
     Attributes:
-        slots: adapter name -> the adapter, and its own name of the part.
+        slots: adapter name -> the adapter, and the adapter's name of the part.
         base: the layer.
     """
 
@@ -87,7 +87,7 @@ class _Parts(dict[str, Any]):
     base: BaseLayer
 
     def __setitem__(self, name: str, module: Any) -> None:
-        slots: dict[str, Slot] = self.__dict__.get("slots", {})  # none yet while it is read from a pickle
+        slots: dict[str, Slot] = self.__dict__.get("slots", {})  # missing while unpickling
         shown = self.get(name)
         if slots and name not in slots:
             raise AdapterError(
@@ -104,13 +104,19 @@ class _Parts(dict[str, Any]):
         )
 
     def keep(self, leaves: Mapping[str, nn.Module], slots: dict[str, Slot], base: BaseLayer | None = None) -> None:
-        """Shows other parts from now on, of adapters on a layer."""
+        """Replaces the shown parts.
+
+        Args:
+            leaves: adapter name -> the module that shows the part.
+            slots: adapter name -> the adapter, and the adapter's name of the part.
+            base: the layer.
+        """
         self.__dict__.update(slots=slots, base=base)
         self.clear()
         self.update(leaves)
 
     def of(self, name: str, adapter: nn.Module) -> Any:
-        """What shows the part of an adapter already, under its name or one that it had before; None if nothing does."""
+        """The existing module for an adapter's part, under the adapter's current or a former name; None if missing."""
         slots: dict[str, Slot] = self.__dict__.get("slots", {})
         names = (own for own in (name, *slots) if own in slots and slots[own][0] is adapter)
         return next((self.get(own) for own in names), None)
@@ -119,12 +125,12 @@ class _Parts(dict[str, Any]):
 class AdapterDict(_Shows, nn.ModuleDict):
     """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``.
 
-    Adapters of two methods on a layer may have a parameter of one name, which is a module of the one alone, as LoRA's
-    and AdaLoRA's factors are: that of the other is here as it is.
+    Adapters of two methods on a layer may have a part of the same name that is a module for only one of them, such as
+    the factors of LoRA and AdaLoRA: the other adapter's parameter is then an entry itself.
     """
 
     def show(self, slots: dict[str, Slot]) -> None:
-        """Shows parameters beside the modules from now on."""
+        """Shows parameters in addition to the modules from now on."""
         self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
 
     def _showing(self) -> Iterable[nn.Module]:
@@ -151,11 +157,11 @@ class AdapterDict(_Shows, nn.ModuleDict):
         return {name: None for name in self}.keys()
 
     def items(self) -> Any:
-        """What there is by adapter."""
+        """Adapter names and entries."""
         return {name: self[name] for name in self}.items()
 
     def values(self) -> Any:
-        """What there is of each adapter."""
+        """Entries of the adapters."""
         return {name: self[name] for name in self}.values()
 
     def _get_name(self) -> str:
@@ -175,8 +181,8 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
 
     Args:
         adapter: the adapter.
-        own: its own name of the parameter.
-        name: the adapter's name.
+        own: the adapter's name of the parameter.
+        name: name of the adapter.
     """
     listed, _, number = own.partition(".")
     if listed in adapter.peft.lists:
@@ -192,7 +198,10 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
 
 
 class Observed(nn.Module):
-    """A module that tells an adapter of hooks on it, or another forward: its layer computes without it otherwise."""
+    """A module that registers itself with its adapter when it gets hooks or another forward.
+
+    Without these, the adapter computes directly and does not call the module.
+    """
 
     @property
     def adapter(self) -> Any:
@@ -200,7 +209,7 @@ class Observed(nn.Module):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "forward":  # accelerate's and diffusers' hooks put one of theirs there
+        if name == "forward":  # hooks of accelerate and diffusers replace it
             _observe(self.adapter, self)
         super().__setattr__(name, value)
 
@@ -226,9 +235,9 @@ class Observed(nn.Module):
 
 
 class ParameterModule(Observed, _Shows):
-    """One parameter of an adapter as a module, its ``weight`` mostly, and ``bias``, which is None where there is none.
+    """One parameter of an adapter as a module: usually its ``weight``; ``bias`` is None if there is none.
 
-    Subclasses compute with it.
+    Subclasses implement ``forward``.
     """
 
     @property
@@ -247,12 +256,18 @@ class ParameterModule(Observed, _Shows):
         return next(iter(slots.values()))
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
+        """The shape and settings that ``repr`` shows."""
         return str(tuple(self.adapter.held[self.shown_parameter].shape))
 
 
 def show_parameter(module: nn.Module, adapter: Adapter, name: str) -> None:
-    """Makes a parameter of an adapter the ``weight`` of a module, or what it is there, and ``<name>_bias`` the bias."""
+    """Shows an adapter's parameter as the ``weight`` of a module, and ``<name>_bias`` as its ``bias``.
+
+    Args:
+        module: the module.
+        adapter: the adapter.
+        name: the adapter's name of the parameter.
+    """
     slots: dict[str, Slot] = {adapter.peft.names_in_modules.get(name, "weight"): (adapter, name)}
     if f"{name}_bias" in adapter._parameters:
         slots["bias"] = (adapter, f"{name}_bias")
@@ -294,7 +309,7 @@ class ParameterListing(_Shows, nn.ParameterList):
 
     Args:
         adapter: the adapter.
-        name: of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
+        name: name of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
     """
 
     def __init__(self, adapter: Adapter, name: str) -> None:
@@ -308,7 +323,7 @@ class ParameterListing(_Shows, nn.ParameterList):
 
 
 class Container(_FollowsMode):
-    """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``; also their attributes."""
+    """A module that contains parameters of adapters in PEFT, such as ``token_adapter``, with their attributes."""
 
     def __init__(self, adapters: Mapping[str, Any]) -> None:
         super().__init__()
@@ -323,7 +338,7 @@ class Container(_FollowsMode):
 
 
 class _LiveBuffers(MutableMapping[str, Any]):
-    """A buffer of the adapters of a layer, by adapter name: read and written where it is."""
+    """A buffer of a layer's adapters by adapter name, which reads and writes the adapters' buffers."""
 
     def __init__(self, adapters: Mapping[str, nn.Module], own: str) -> None:
         self._adapters, self._own = adapters, own
@@ -344,7 +359,7 @@ class _LiveBuffers(MutableMapping[str, Any]):
         return len(self._adapters)
 
     def copy(self) -> dict[str, Any]:
-        """A dictionary of what it holds now."""
+        """The current buffers as a dictionary."""
         return dict(self)
 
 
@@ -352,7 +367,7 @@ class BufferMapping(_FollowsMode):
     """A buffer of the adapters of a layer by adapter name, as in ``layer.core_norm["default"]``."""
 
     def show(self, adapters: Mapping[str, nn.Module], own: str) -> None:
-        """Shows those of other adapters from now on, as far as they have it."""
+        """Shows the buffer ``own`` of other adapters from now on, of those that have it."""
         having = {name: adapter for name, adapter in adapters.items() if own in adapter._buffers}
         hidden = {name for name, adapter in having.items() if own in adapter._non_persistent_buffers_set}
         buffers = _LiveBuffers(having, own)
@@ -393,7 +408,7 @@ class BufferMapping(_FollowsMode):
 
 
 class Remainder(_FollowsMode):
-    """Submodules of an adapter, which PEFT has no name for; those that are adapters are shown as such."""
+    """Submodules of an adapter that have no name in PEFT; inner adapters among them are shown as adapters."""
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
@@ -406,7 +421,7 @@ class Remainder(_FollowsMode):
 
 
 def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer) -> dict[str, Any]:
-    """Brings the modules of a layer up to date with its adapters; those of adapters that stay are kept.
+    """Updates the modules that show a layer's adapters; existing modules of present adapters are kept.
 
     Args:
         shown: the modules by PEFT's name, changed in place.
@@ -416,7 +431,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     Returns:
         The adapters that are shown now.
     """
-    present = dict(live)  # whoever walks over a model takes no lock
+    present = dict(live)  # a copy, because iterating over a model takes no lock
     adapters = {inner: one for adapter in present.values() for inner, one in adapter.inner_adapters.items()} | present
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
@@ -454,7 +469,7 @@ def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Ite
 
 
 def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
-    """Lists what has parameters in the order in which adapters have them, as PEFT: an optimizer's state goes by it."""
+    """Sorts the modules by the adapters' order of parameters, as in PEFT: optimizer state is keyed by this order."""
     own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in list(adapter._parameters)]
     places = {name: place for place, name in enumerate(dict.fromkeys(name.partition(".")[0] for name in own))}
     for name in sorted(places.keys() & shown.keys(), key=lambda name: places[name]):
@@ -462,7 +477,7 @@ def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
 
 
 def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields the names of the modules that show parts of an adapter, and what makes each."""
+    """Yields the names of the modules that show parts of an adapter, each with a function that creates it."""
     for own in adapter.peft.modules:
         yield own, partial(_made, adapter, own, base)
     for own in adapter.peft.lists:
@@ -475,7 +490,7 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
 
 
 def _container(place: dict[str, Any], name: str, kind: type[ShownParts | ParameterMapping | BufferMapping]) -> Any:
-    """The mapping of a kind under a name, in place of one of another kind."""
+    """The mapping of a class under a name; replaces a mapping of another class."""
     if not isinstance(place.get(name), kind):
         if name in place:
             _empty(place[name])
@@ -484,7 +499,7 @@ def _container(place: dict[str, Any], name: str, kind: type[ShownParts | Paramet
 
 
 def _empty(container: Any) -> None:
-    """Lets a mapping that somebody may still have go of what was in it."""
+    """Empties a mapping that is no longer shown, but to which other code may still have a reference."""
     if isinstance(container, AdapterDict | ParameterMapping):
         container.show({})
     if isinstance(container, BufferMapping):
@@ -498,32 +513,32 @@ def _empty(container: Any) -> None:
 
 
 def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
-    """The module that shows something of an adapter already."""
+    """The existing module that shows a part of an adapter."""
     leaves: Any = shown[shown_as]._modules if isinstance(shown.get(shown_as), ShownParts) else None
     return None if leaves is None else leaves.of(name, adapter)
 
 
 def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:
-    """Lets a module act that somebody puts in the place of a part of an adapter.
+    """Replaces a part of an adapter by a module that other code assigns.
 
-    A plain one becomes the module that shows the part: what is written to it acts, and the layer goes on computing
-    by itself. Any other is called from then on, where the method can compute in that way.
+    A plain module, such as ``nn.Linear``, becomes the module that shows the part: writing to it has an effect, and the
+    layer computes as before. Any other module is called from then on, if the method can compute in that way.
 
     Args:
         adapter: the adapter.
-        own: its own name of the part.
-        module: what is put there.
-        shown: what shows the part now, or is called in its place.
+        own: the adapter's name of the part.
+        module: the assigned module.
+        shown: the module that shows the part now, or is called in its place.
         base: the layer.
 
     Returns:
-        What is found there from now on.
+        The module that shows the part from now on.
 
     Raises:
-        AdapterError: the module would not act, or not be trained and saved with the adapter.
+        AdapterError: the module would not be called, or would not be trained and saved with the adapter.
         ValueError: its weight has another shape.
     """
-    if not isinstance(shown, Observed | Remainder | ParameterListing):  # somebody's
+    if not isinstance(shown, Observed | Remainder | ParameterListing):  # a module assigned earlier
         made = _leaf(adapter, own, base) if own in adapter._parameters else _made(adapter, own, base)
         shown = shown if made is None else made
     if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
@@ -567,7 +582,7 @@ def _slots(shown: nn.Module) -> dict[str, Slot]:
 def _check_parameters(
     adapter: Adapter, own: str, module: nn.Module, slots: Mapping[str, Slot], given: Mapping[str, Any]
 ) -> None:
-    """Raises AdapterError unless the parameters of a module are those that the part of an adapter has."""
+    """Raises AdapterError unless the parameters of a module are those of an adapter's part."""
     mine = {id(parameter) for parameter in adapter.parameters()}
     held = {name: id(parameter) in mine for name, parameter in module.named_parameters()}
     other = next((name for name, is_mine in held.items() if not is_mine and name not in given), None)
@@ -579,12 +594,12 @@ def _check_parameters(
 
 
 def _torch_class(shown: nn.Module) -> type[nn.Module]:
-    """The class of torch that a module which shows a part derives from."""
+    """The class of torch from which a module that shows a part is derived."""
     return next(kind for kind in type(shown).__mro__ if kind.__module__.startswith("torch.nn."))
 
 
 def _is_plain_part(module: nn.Module, shown: nn.Module) -> bool:
-    """Whether a module computes what the one does that shows a part now, with no hook on it."""
+    """Whether a module computes the same as the one that shows a part now, and has no hooks."""
     kinds = (nn.Dropout, nn.Identity) if isinstance(shown, nn.Dropout) else (_torch_class(shown),)
     settings = ("stride", "padding", "dilation", "groups", "padding_mode")
     alike = all(getattr(module, name, None) == getattr(shown, name, None) for name in settings)
@@ -609,18 +624,18 @@ def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
 
 
 def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
-    """What is shown under a name, on the layer itself or in a module that holds it there; None for other names."""
+    """The module under a name, on the layer itself or in a container module; None for other names."""
     inside = (container._modules for container in shown.values() if isinstance(container, Container))
     return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
 
 
 def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
-    """What a layer has under a name that layers of a method have in PEFT, where none of its adapters fills it.
+    """The value of an attribute of PEFT's layers of a method, if none of the layer's adapters has it.
 
     Args:
         method: the method.
-        name: of parameters, modules or settings by adapter name.
-        with_settings: for a layer that has no adapters, which have settings whatever they are.
+        name: name of a mapping of parameters, modules or settings by adapter name.
+        with_settings: include settings, for a layer without adapters; adapters always have them.
 
     Returns:
         An empty mapping; None for other names.
@@ -635,7 +650,7 @@ def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
 
 
 def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Gives replicas of adapters, made by nn.DataParallel, the tensors that replicas of these modules were given.
+    """Assigns to replicas of adapters, made by nn.DataParallel, the tensors of the replicas of these modules.
 
     Args:
         adapters: adapter name -> replica without tensors of its own.

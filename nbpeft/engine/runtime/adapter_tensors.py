@@ -1,4 +1,4 @@
-"""The tensors of one adapter, wherever they hang in a model."""
+"""The tensors of one adapter, wherever they are in a model."""
 
 from __future__ import annotations
 
@@ -17,34 +17,44 @@ from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
 Layers = Mapping[str, AdaptedLayer]
 Copies = Mapping[str, ModulesToSaveWrapper]
 Slot = tuple[dict[str, nn.Parameter | None], str]
-"""Parameters of a module, and a key of them."""
+"""A module's dictionary of parameters, and a key in it."""
 
 
 def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
-    """Returns where the trained tensors of an adapter hang, those of copied modules last."""
-    found: dict[int, Slot] = {}
+    """Returns where the trained tensors of an adapter are, those of ``modules_to_save`` last.
+
+    Args:
+        layers: path -> adapted layer.
+        copies: path -> module with trained copies.
+        name: the adapter.
+    """
+    slots: dict[int, Slot] = {}
     for owner, frozen in _owners(layers, copies, name):
         for key, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_floating_point() and key not in frozen:
-                found.setdefault(id(parameter), (owner._parameters, key))  # copies of tied modules share theirs
-    return list(found.values())
+                # Keyed by id, because copies of tied modules share their parameters.
+                slots.setdefault(id(parameter), (owner._parameters, key))
+    return list(slots.values())
 
 
 def is_half(layers: Layers, name: str) -> bool:
-    """Whether what an adapter trains in its layers is in half precision, with what they share and without copies."""
-    found = [parameters[key] for parameters, key in parameter_slots(layers, {}, name)]
-    dtypes = {parameter.dtype for parameter in found if parameter is not None}
+    """Whether all parameters that an adapter trains in its layers are in half precision.
+
+    The state that its layers share counts; ``modules_to_save`` do not.
+    """
+    trained = [parameters[key] for parameters, key in parameter_slots(layers, {}, name)]
+    dtypes = {parameter.dtype for parameter in trained if parameter is not None}
     return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
 
 
 def is_training(layers: Layers, name: str) -> bool | None:
-    """Returns whether an adapter is in training mode, which its base need not be; None where there is none."""
+    """Returns whether an adapter is in training mode, which may differ from its base's; None if no layer has it."""
     here = (layer.adapters._modules.get(name) for layer in layers.values())
     return next((adapter.training for adapter in here if adapter is not None), None)
 
 
 def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[tuple[nn.Module, Collection[str]]]:
-    """Yields what has parameters of an adapter, and the names of those there that are never trained."""
+    """Yields the modules with parameters of an adapter, and the names of their parameters that are never trained."""
     for layer in layers.values():
         adapter: Any = layer.adapters._modules.get(name)
         if adapter is not None and not adapter._modules:
@@ -60,18 +70,31 @@ def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[tuple[nn.Modu
 
 
 def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> AdapterWeights:
-    """Returns references to the tensors that a file of an adapter holds, but for those of the base."""
+    """Returns references to the tensors in an adapter's file, without those that belong to the base model.
+
+    Args:
+        layers: path -> adapted layer.
+        copies: path -> module with trained copies.
+        name: the adapter.
+        config: the adapter's config, which determines the shapes without padding.
+    """
     shapes = {path: _shapes(path, layer, name, config) for path, layer in layers.items() if name in layer.adapters}
     return _weights(layers, copies, name, shapes)()
 
 
 def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> Callable[[], AdapterWeights]:
-    """Returns what gives the tensors of ``saved_weights`` as they are when it is called.
+    """Returns a function that gives the tensors of ``saved_weights`` as they are when it is called.
 
-    It holds the modules of the adapter, and not the layers and the base model that they are in.
+    The function references the adapter's modules, but not the layers and the base model that contain them.
+
+    Args:
+        layers: path -> adapted layer.
+        copies: path -> module with trained copies.
+        name: the adapter.
+        config: the adapter's config.
     """
     shapes = {
-        # Whoever has more room than it uses asks how much of it that is.
+        # Only padded adapters need their shapes. They are computed now, because doing so later needs the layer.
         path: _shapes(path, layer, name, config)() if isinstance(layer.adapter(name), Pads) else {}
         for path, layer in layers.items()
         if name in layer.adapters
@@ -103,23 +126,28 @@ def _weights(
 
 
 def parameter_paths(layers: Layers) -> tuple[str, ...]:
-    """Returns those of the paths that are parameters of modules, those of one module in its own order."""
+    """Returns the paths that are bare parameters of modules; those of one module are in its own order."""
     return tuple(path for path, layer in layers.items() if isinstance(layer, AdaptedParameter))
 
 
 def _shapes(
     path: str, layer: AdaptedLayer, name: str, config: AdapterConfig
 ) -> Callable[[], dict[str, tuple[int, ...]]]:
-    """Returns what computes the shapes of an adapter's parameters, without padding."""
+    """Returns a function that computes the shapes of an adapter's parameters without padding."""
     adapter = layer.adapter(name)
     return lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
 
 
 def shared_state_of(layers: Layers, name: str) -> SharedState | None:
-    """Returns what the layers of an adapter share, where its method has that."""
+    """Returns the state that an adapter's layers share; None if its method has no such state.
+
+    Args:
+        layers: path -> adapted layer.
+        name: the adapter.
+    """
     for layer in layers.values():
         adapter = layer.adapters._modules.get(name)
-        held = None if adapter is None else adapter._modules.get("shared")
-        if isinstance(held, SharedState):
-            return held
+        state = None if adapter is None else adapter._modules.get("shared")
+        if isinstance(state, SharedState):
+            return state
     return None

@@ -1,4 +1,4 @@
-"""Commands on one layer alone, as PEFT's layers have them, beside those of the manager on the whole model."""
+"""Commands on a single layer, as PEFT's layers have them; those of the manager are for the whole model."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeErr
 def _at(config: AdapterConfig, path: str) -> AdapterConfig:
     """A config for one layer alone."""
     fields = {"target_modules": re.escape(path), "bias": "none"}
-    asked = [method.shares.companion.field for method in companions() if method.shares.companion is not None]
-    cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *asked)
+    companion_fields = [method.shares.companion.field for method in companions() if method.shares.companion is not None]
+    cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *companion_fields)
     return config.copy(**fields, **dict.fromkeys(cleared))
 
 
 @dataclass(frozen=True)
 class Departed:
-    """An adapter that went with the last of its layers when somebody took these out of the model.
+    """An adapter whose layers were all taken out of the model by other code.
 
     Attributes:
         config: its config.
-        place: where it was among the adapters, from 0.
+        place: its index among the adapters.
         scale: factor on its delta, where one was set.
-        frozen: whether it was kept from training.
+        frozen: whether it was frozen.
         unsaved: whether it was trained since it was added, loaded or saved.
-        chosen: which adapters were selected.
-        chosen_then: which ones were after it had gone.
+        chosen: which adapters were selected before it left.
+        chosen_then: which adapters were selected after it left.
     """
 
     config: AdapterConfig
@@ -58,12 +58,12 @@ class Departed:
 
     @classmethod
     def of(cls, manager: Any, name: str, place: int) -> Departed:
-        """What an adapter is now."""
+        """Records the state of an adapter that is still on the model."""
         state = name in manager.frozen, name in manager.unsaved, manager._selected
         return cls(manager._configs[name], place, manager._scales.get(name), *state)
 
     def restore(self, manager: Any, name: str) -> None:
-        """Lets the manager know it again."""
+        """Registers it with the manager again."""
         manager._configs.place(name, self.config, self.place)
         if self.scale is not None:
             manager._scales[name] = self.scale
@@ -74,10 +74,10 @@ class Departed:
 
 
 class LayerCommands:
-    """What the layers of a model ask its manager for.
+    """Commands that the layers of a model pass on to its manager.
 
     Args:
-        manager: of the adapters; held weakly.
+        manager: the model's manager; referenced weakly, so that a layer does not keep a model alive.
     """
 
     def __init__(self, manager: Any) -> None:
@@ -88,7 +88,7 @@ class LayerCommands:
         """The manager.
 
         Raises:
-            StaleModelError: there is none any more.
+            StaleModelError: it no longer exists.
         """
         manager = self._manager()
         if manager is None:
@@ -97,29 +97,29 @@ class LayerCommands:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """Names of the active adapters of the model; libraries ask one layer after the other."""
+        """Names of the model's active adapters; other libraries read them from each layer in turn."""
         names: tuple[str, ...] = self.manager._chosen
         return names
 
     def brought_by(self, wrapper: Wrapper) -> dict[str, AdapterConfig] | None:
-        """What a layer that hangs in the model now, and was made for another one, can bring with it.
+        """Configs of the adapters on a layer that is in this model now but was made for another one.
 
         Args:
             wrapper: the layer, or module with copies; a copy, or one that was moved.
 
         Returns:
-            The configs of its adapters by name. None while it is part of that other model, too, and where an adapter
-            of another config has such a name here, or nobody knows the config.
+            Adapter name -> config. None while the layer is still part of the other model as well, if an adapter with
+            another config has one of the names here, or if a config is unknown.
         """
         former = wrapper._shared_state().layer_commands
         own: dict[str, AdapterConfig] = self.manager._configs
-        if former is None:  # a copy: it has the names of what it is a copy of
+        if former is None:  # a copy: its adapters have the names of the original's
             known = own
         else:
             manager = former._manager()
             if manager is None or id(wrapper) in manager._known_tree().wrappers():
                 return None
-            known = {name: one.config for name, one in manager.moved_away.items()} | manager._configs
+            known = {name: departed.config for name, departed in manager.moved_away.items()} | manager._configs
         if not all(name in known and own.get(name, known[name]) is known[name] for name in wrapper._named()):
             return None
         return {name: known[name] for name in wrapper._named()}
@@ -138,7 +138,7 @@ class LayerCommands:
         """Follows what somebody did to the module tree by hand.
 
         Args:
-            before: the tree as it was known; None for that of a copy, which nobody has asked yet.
+            before: the tree as it was last read; None for the tree of a copy, which has not been read yet.
             tree: the tree as it is now.
             change: records what is written.
 
@@ -158,15 +158,17 @@ class LayerCommands:
         return bool(gone or come)
 
     def see_off(self, names: Sequence[str], change: Transaction) -> None:
-        """Forgets adapters of which nothing is in the module tree, and notes what they were: they may come back."""
+        """Unregisters adapters that are no longer in the module tree, and records them: they may come back."""
         manager = self.manager
         order = [*manager._configs]
         left = {name: Departed.of(manager, name, order.index(name)) for name in names}
         manager._forget(names, change)
-        manager.moved_away.update({name: replace(one, chosen_then=manager._selected) for name, one in left.items()})
+        manager.moved_away.update(
+            {name: replace(departed, chosen_then=manager._selected) for name, departed in left.items()}
+        )
 
     def _take_back(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
-        """Takes layers that hang in the model now, also those that were taken out for a while, for its own."""
+        """Connects layers that are in the model now to its manager, including layers that were taken out before."""
         manager, back = self.manager, dict[str, Departed]()
         for wrapper in wrappers:
             change.keep_attributes(wrapper, "active_state")
@@ -175,16 +177,16 @@ class LayerCommands:
             back.update({name: manager.moved_away[name] for name in known})
             if isinstance(wrapper, AdaptedLayer):
                 hook_in(manager.model, wrapper, wrapper.adapters._modules.values(), change)
-        for name, one in sorted(back.items(), key=lambda item: item[1].place):
-            one.restore(manager, name)
+        for name, departed in sorted(back.items(), key=lambda item: item[1].place):
+            departed.restore(manager, name)
         merged = {name for wrapper in wrappers if isinstance(wrapper, AdaptedLayer) for name in wrapper.merged_names}
         manager._merged = tuple(name for name in manager._configs if name in {*manager._merged, *merged})
-        choice = next((one for one in back.values() if one.chosen_then == manager._selected), None)
-        if choice is not None:  # nobody has chosen another one meanwhile
+        choice = next((departed for departed in back.values() if departed.chosen_then == manager._selected), None)
+        if choice is not None:  # the selection has not changed since
             manager._selected = tuple(name for name in choice.chosen if name in manager._configs)
 
     def _let_go(self, wrappers: Mapping[int, Wrapper], before: AdaptedTree, change: Transaction) -> None:
-        """Lets layers that were taken out of the model act as they do, wherever they are now."""
+        """Gives layers that were taken out of the model a state of their own, so that they compute as before."""
         shared: ActiveState = self.manager.active_state
         are_back = before.returns(wrappers)
         chosen, enabled = self.manager._selected, self.manager._enabled
@@ -195,11 +197,16 @@ class LayerCommands:
                 wrapper.__dict__["active_state"] = state
 
     def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
-        """Merges adapters into one layer, in addition to those merged there already.
+        """Merges adapters into one layer, in addition to those already merged there.
+
+        Args:
+            layer: the layer.
+            names: adapters to merge; those that the layer lacks are ignored.
+            safe: refuse weights that would not be finite.
 
         Raises:
-            MergeError: the weight cannot be merged into, or would not be finite (``safe``), or holds what was merged
-                into several layers at once.
+            MergeError: the weight cannot be merged into, would not be finite (``safe``), or is tied to other layers
+                into which adapters were merged at the same time.
         """
         manager = self.manager
         together = [name for name in dict.fromkeys((*layer.merged_names, *names)) if name in layer.adapters]
@@ -218,10 +225,10 @@ class LayerCommands:
             manager._publish_active()
 
     def unmerge(self, layer: AdaptedLayer) -> None:
-        """Puts the frozen weight of one layer back, bit for bit.
+        """Restores the frozen weight of one layer, bit for bit.
 
         Raises:
-            MergeError: it is that of several layers, into which adapters were merged at once.
+            MergeError: it is tied to other layers into which adapters were merged at the same time.
         """
         manager = self.manager
         with manager.transaction() as change:
@@ -233,7 +240,16 @@ class LayerCommands:
             manager._publish_active()
 
     def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
-        """Writes the frozen weight of one layer; see ``PeftLayerMixin``."""
+        """Writes the frozen weight of one layer; see ``PeftLayerMixin``.
+
+        Args:
+            layer: the layer.
+            weight: the new values, shaped like the layer's base weight.
+
+        Raises:
+            MergeError: adapters are merged, or the backend cannot write its weights.
+            BaseMismatchError: the weight has another shape.
+        """
         manager, backend, module = self.manager, layer.backend, layer.weight_module
         with manager.transaction() as change:
             manager.refuse_merged("writing base weights")
@@ -247,35 +263,35 @@ class LayerCommands:
             backend.store(module, weight)
 
     def remake(self, layer: AdaptedLayer, name: str, config: AdapterConfig) -> None:
-        """Makes an adapter anew on one layer; one that the model does not have is added, on this layer alone.
+        """Rebuilds an adapter on one layer; an adapter that the model does not have is added, on this layer only.
 
         Args:
             layer: the layer.
-            name: of the adapter.
-            config: what it is to be there; its targets do not count.
+            name: the adapter.
+            config: its config on this layer; the config's targets are ignored.
 
         Raises:
-            ConfigError: the adapter is of another method, or its file could not say so.
+            ConfigError: the adapter is of another method, or its config could not express the change.
             MergeError: it is merged.
         """
         manager = self.manager
         path = next(path for path, own in manager.layers.items() if own is layer)
         config = _at(config, path)
-        whole = manager.configs.get(name)
-        if whole is None:
+        current = manager.configs.get(name)
+        if current is None:
             manager.add(name, config, select=False)
             return
-        if method_of(whole) is not method_of(config):
-            raise ConfigError(f"adapter {name!r} is {method_of(whole).label}, not {method_of(config).label}")
+        if method_of(current) is not method_of(config):
+            raise ConfigError(f"adapter {name!r} is {method_of(current).label}, not {method_of(config).label}")
         others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
-        held: Any = layer.adapters._modules.get(name)
-        if held is not None and (held.source is not None or any(other.source is held for other in others)):
+        present: Any = layer.adapters._modules.get(name)
+        if present is not None and (present.source is not None or any(other.source is present for other in others)):
             raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: add it anew instead")
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
-            made = manager.plan(config, name)
+            plan = manager.plan(config, name)
             half = is_half(manager.layers, name)
-            parts = build(manager.model, made, manager.active_state, None, name, half=half)
+            parts = build(manager.model, plan, manager.active_state, None, name, half=half)
             manager._keep_structure(change)
             manager.configs[name] = self._with_layer(layer, name, path, config)
             commit(name, parts, change)
@@ -285,13 +301,13 @@ class LayerCommands:
     def replace(
         self, layer: AdaptedLayer, name: str, make: Callable[[], Adapter], *kept: MutableMapping[str, Any]
     ) -> None:
-        """Puts another adapter in the place of one on a layer; its config stays.
+        """Replaces an adapter on one layer; its config stays.
 
         Args:
             layer: the layer.
-            name: of the adapter.
-            make: makes the other one.
-            kept: what that changes on the way.
+            name: the adapter.
+            make: builds the replacement.
+            kept: mappings that ``make`` changes; restored if the command fails.
 
         Raises:
             UnknownAdapterError: the model has no such adapter.
@@ -308,23 +324,27 @@ class LayerCommands:
             manager.refresh((name,), change)
 
     def _with_layer(self, layer: AdaptedLayer, name: str, path: str, config: AdapterConfig) -> AdapterConfig:
-        """The config of an adapter that has another one on a layer, whose targets are those that it has then."""
+        """The config of an adapter in which one layer has the values of another config, and is a target."""
         manager, target = self.manager, name not in layer.adapters
-        whole: AdapterConfig = manager.configs[name].with_layer(path, config, target=target)
+        changed: AdapterConfig = manager.configs[name].with_layer(path, config, target=target)
         if not target:
-            return whole
+            return changed
         paths = {own for own, other in manager.layers.items() if name in other.adapters} | {path}
-        if {*manager.plan(whole, name).paths} != paths:
+        if {*manager.plan(changed, name).paths} != paths:
             raise ConfigError(
                 f"{path} cannot be named as a target of {name!r} by itself: add an adapter of another name"
             )
-        return whole
+        return changed
 
     def remove(self, layer: AdaptedLayer, name: str) -> None:
-        """Takes an adapter out of one layer; what its layers share stays with the others.
+        """Deletes an adapter from one layer; state that its layers share moves to another of them.
+
+        Args:
+            layer: the layer.
+            name: the adapter.
 
         Raises:
-            AdapterError: another layer uses the tensors that it has there.
+            AdapterError: the adapter on another layer uses the tensors on this one.
             MergeError: it is merged there.
         """
         manager = self.manager
@@ -332,9 +352,11 @@ class LayerCommands:
             if name in layer.merged_names:
                 manager.refuse_merged(f"{name!r} is deleted")
             removed = layer.adapter(name)
-            held: dict[str, Any] = {path: one.adapters._modules.get(name) for path, one in manager.layers.items()}
+            held: dict[str, Any] = {
+                path: adapted.adapters._modules.get(name) for path, adapted in manager.layers.items()
+            }
             others: dict[str, Adapter] = {
-                path: one for path, one in held.items() if one is not None and one is not removed
+                path: adapted for path, adapted in held.items() if adapted is not None and adapted is not removed
             }
             user = next((path for path, other in others.items() if other.source is removed), None)
             if user is not None:
@@ -358,14 +380,14 @@ class LayerCommands:
                 manager._forget([name], change)
 
     def sync(self) -> None:
-        """Does what ``apply_pending`` does, as a command of its own."""
+        """Runs ``apply_pending`` in a transaction of its own."""
         manager = self.manager
         if manager.active_state.apart:
             with manager.transaction(during_calls=True, quiet=True) as change:
                 self.apply_pending(change)
 
     def apply_pending(self, change: Transaction) -> None:
-        """Ends what was said about the activity on single layers; where all say the same, that is what is active."""
+        """Replaces the activation set on single layers by that of the model, which adopts it where all layers agree."""
         manager = self.manager
         if not manager.active_state.apart:
             return

@@ -1,8 +1,8 @@
 """AdapterManager: the one owner of the adapters on a base model.
 
 Every command checks and builds first and changes the model last, inside one transaction, so that
-one that fails or is interrupted leaves it as it was. Activation is one assignment on the shared
-``ActiveState``; ``requires_grad`` is touched only for the adapters whose trainability changes.
+a command that fails or is interrupted leaves it unchanged. Activation is one assignment on the shared
+``ActiveState``; ``requires_grad`` is set only for adapters whose trainability changes.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
 
 _ATTRIBUTES = (MANAGER, "peft_config")
-"""What a base model carries while it is adapted."""
+"""Attributes that an adapted base model has in addition to its own."""
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
 
 
 def require_manager(model: nn.Module) -> AdapterManager:
-    """Returns the manager of a handle or an adapted base model.
+    """Returns the manager of a ``PeftModel`` or of an adapted base model.
 
     Raises:
         AdapterError: the model carries no adapters.
     """
-    found = manager_of(model)
-    if found is None:
+    manager = manager_of(model)
+    if manager is None:
         raise AdapterError(f"No adapter layers found in the model, a {type(model).__name__}; use get_peft_model first")
-    return found
+    return manager
 
 
 class AdapterManager:
@@ -72,13 +72,13 @@ class AdapterManager:
 
     Attributes:
         model: the base model.
-        active_state: what acts now; read by all wrappers.
-        alive: False once the adapters were unloaded; every command then refuses.
-        frozen: adapters that do not train even while active.
+        active_state: the active adapters; read by all wrappers.
+        alive: False once the adapters were unloaded; every command is refused then.
+        frozen: adapters that do not train even while they are active.
         unsaved: adapters that were trained since they were added, loaded or saved.
-        owner: token of the one handle that may use the manager.
-        moved_away: adapters that went with their layers when somebody took these out.
-        provider: where adapters come from that are named and not on the model, if anywhere.
+        owner: token of the only handle that may use the manager.
+        moved_away: adapters whose layers were all taken out of the model by other code.
+        provider: loads adapters that are named but not on the model, if there is one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -108,7 +108,7 @@ class AdapterManager:
 
     @property
     def revision(self) -> int:
-        """Grows with every change, before another thread can make the next one."""
+        """Number that grows with every change, before another thread can make the next change."""
         return self._transaction.revision
 
     @property
@@ -134,7 +134,7 @@ class AdapterManager:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Selected adapters, inside a block of ``use`` those of the block; they act unless disabled."""
+        """Selected adapters, inside a block of ``use`` those of the block; active unless disabled."""
         self._notice()
         return self._chosen
 
@@ -151,7 +151,7 @@ class AdapterManager:
 
     @property
     def enabled(self) -> bool:
-        """Whether the selected adapters act; False inside a block of ``disabled``."""
+        """Whether the selected adapters are active; False inside a block of ``disabled``."""
         scope = self.active_state.scope
         return self._enabled if scope is None else scope.enabled
 
@@ -171,9 +171,9 @@ class AdapterManager:
         slots = self._slots.get(name)
         if slots is None:
             slots = self._slots[name] = parameter_slots(self.layers, self.copies, name)
-        # Looked up each time: sharding and moves put other tensors into the same places.
-        found = [parameters[key] for parameters, key in slots]
-        return [*(parameter for parameter in found if parameter is not None), *self._biases.of(name).values()]
+        # Looked up each time, because sharding and ``Module.to`` replace the tensors.
+        tensors = [parameters[key] for parameters, key in slots]
+        return [*(parameter for parameter in tensors if parameter is not None), *self._biases.of(name).values()]
 
     def weights(self, name: str) -> AdapterWeights:
         """References to the tensors of an adapter."""
@@ -184,11 +184,11 @@ class AdapterManager:
         return weights
 
     def shared(self, name: str) -> SharedState | None:
-        """What the layers of an adapter share, where its method has that."""
+        """The state that an adapter's layers share; None if its method has no such state."""
         return shared_state_of(self.layers, name)
 
     def base_biases(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> bias that an adapter trains along."""
+        """Name in the bare base model -> bias that an adapter trains (``bias=``)."""
         return dict(self._biases.of(name))
 
     @property
@@ -197,15 +197,15 @@ class AdapterManager:
         return self._biases.are_trained
 
     def replaced_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> what was there before an adapter brought or trained its own."""
+        """Name in the bare base model -> its tensor before an adapter brought or trained another one."""
         return self._biases.originals(name)
 
     def values_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> tensor there that an adapter brought or trains."""
+        """Name in the bare base model -> its tensor that an adapter brought or trains."""
         return self._biases.present(name)
 
     def ensure_loaded(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
-        """Holds adapters on the model while the block runs; see ``AdapterProvider``. Without one it does nothing."""
+        """Loads adapters and keeps them on the model during the block; no effect without an ``AdapterProvider``."""
         return nullcontext() if self.provider is None else self.provider.provide(names, switching=switching)
 
     def require(self, *names: str) -> None:
@@ -221,11 +221,11 @@ class AdapterManager:
                 raise unknown_adapter(name, self.configs)
 
     def require_available(self, *names: str) -> None:
-        """As ``require``, where an adapter that the provider can bring counts as there."""
+        """As ``require``, but an adapter that the provider can load counts as present."""
         self.require(*(name for name in names if not self.available(name)))
 
     def available(self, name: str) -> bool:
-        """Whether an adapter is on the model or the provider can bring it."""
+        """Whether an adapter is on the model or the provider can load it."""
         return name in self.configs or (self.provider is not None and self.provider.can_provide(name))
 
     def check_alive(self) -> None:
@@ -237,11 +237,11 @@ class AdapterManager:
             )
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back after every change; bound methods are held weakly. Returns how to stop."""
+        """Calls back after every change; bound methods are referenced weakly. Returns a function that unsubscribes."""
         return self._subscribers.add(callback)
 
     def changed(self) -> None:
-        """Notifies subscribers that something changed; for code that wrote tensors itself."""
+        """Notifies subscribers of a change; for code that wrote tensors itself."""
         self._transaction.report()
 
     def _notify(self) -> None:
@@ -250,18 +250,18 @@ class AdapterManager:
 
     @classmethod
     def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
-        """Returns a base model's manager, attaching the one given or a new one if it has none."""
-        found = manager or manager_of(model) or cls(model)
-        with found.transaction(during_calls=True, quiet=True) as change:
+        """Returns a base model's manager; if it has none, attaches the given or a new manager."""
+        attached = manager or manager_of(model) or cls(model)
+        with attached.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(model, *_ATTRIBUTES)
-            # PEFT leaves its configs there, where other libraries look for them.
-            model.__dict__.update(zip(_ATTRIBUTES, (found, found.configs), strict=True))
-        return found
+            # PEFT stores its configs there, and other libraries look for them.
+            model.__dict__.update(zip(_ATTRIBUTES, (attached, attached.configs), strict=True))
+        return attached
 
     # The module tree
 
     def _notice(self) -> None:
-        """Takes up what somebody else did to the module tree: adapters that are nowhere in it any more are gone."""
+        """Follows changes that other code made to the module tree: adapters no longer in it are unregistered."""
         if self._transaction.is_open or (self._tree is not None and self._tree.is_current):
             return
         with self._transaction.reading() as change:
@@ -281,7 +281,7 @@ class AdapterManager:
         """The tree after an adapter was taken out, or parts of one were put in."""
         tree = self._tree
         hung = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
-        # An adapter on layers that have others changes nothing in the tree.
+        # An adapter on layers that have other adapters does not change the tree.
         known = tree is not None and tree.is_current and all(map(tree.wrappers().__contains__, hung))
         return self._read_tree() if tree is None or not known else tree
 
@@ -290,7 +290,7 @@ class AdapterManager:
         return self._read_tree() if self._tree is None else self._tree  # None in the first transaction of a copy
 
     def _forget(self, names: Sequence[str], change: Transaction) -> None:
-        """Forgets adapters of which nothing is in the module tree; see ``remove`` for what is active then."""
+        """Unregisters adapters that are no longer in the module tree; see ``remove`` for what is active then."""
         for name in names:
             self._forget_tensors(name, change)
             del self._configs[name]
@@ -309,7 +309,7 @@ class AdapterManager:
     # Adding and removing
 
     def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
-        """What ``add`` would do, in the place of an adapter if one is named; changes nothing."""
+        """Plans what ``add`` would do, replacing an adapter if one is named; changes nothing."""
         return plan(self.model, config, allow_missing=allow_missing, replacing=replacing)
 
     def add(
@@ -325,18 +325,18 @@ class AdapterManager:
         select: bool = True,
         training: bool | None = None,
     ) -> InjectionPlan:
-        """Puts a new adapter into the model; the first one becomes active.
+        """Adds a new adapter to the model; the first adapter becomes active.
 
         Args:
             name: its name.
-            config: its config, or a plan made of it.
+            config: its config, or the plan of one.
             weights: loaded tensors to bind instead of initialising.
             trainable: whether it trains while it is active.
-            half: keep its parameters in the base's dtype also where that is a half one.
+            half: keep its parameters in the base's dtype even if that is half precision.
             allow_missing: warn about targets that match nothing instead of refusing.
-            replace: take the place of an adapter of the same name, which stays active if it was.
-            select: whether it becomes active if it is the only one.
-            training: its mode, whatever the model's; None for that of the adapter it replaces, or of its layers.
+            replace: replace an adapter of the same name; the new adapter is active if that one was.
+            select: whether it becomes active if it is the only adapter.
+            training: its training mode; None for the mode of the adapter it replaces, or of its layers.
 
         Raises:
             AdapterExistsError: the name is taken.
@@ -361,25 +361,25 @@ class AdapterManager:
         """Builds a new adapter without touching the model; see ``add`` for the arguments.
 
         Returns:
-            What puts it into the model.
+            A function that adds it to the model.
         """
 
         def built() -> tuple[int, InjectionPlan, Parts]:
             self._check_addable(name, replace=replace)
             with CollectionPaused():
-                made = config
-                if not isinstance(made, InjectionPlan):
-                    made = self.plan(made, name, allow_missing=allow_missing)
-                self._biases.check(name, made.biases)
-                check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                parts = build(self.model, made, self.active_state, weights, name, half=half, training=training)
-                return self.revision, made, parts
+                plan = config
+                if not isinstance(plan, InjectionPlan):
+                    plan = self.plan(plan, name, allow_missing=allow_missing)
+                self._biases.check(name, plan.biases)
+                check_addable(plan, self._merged, self.layers, () if weights is None else weights.base)
+                parts = build(self.model, plan, self.active_state, weights, name, half=half, training=training)
+                return self.revision, plan, parts
 
         prepared = built()
 
         def put() -> InjectionPlan:
             with self.transaction() as change, CollectionPaused():
-                _, made, parts = prepared if prepared[0] == self.revision else built()
+                _, plan, parts = prepared if prepared[0] == self.revision else built()
                 self._keep_structure(change)
                 self.layer_commands.take_over(self._known_tree() if self._configs else self._read_tree(), change)
                 if not self.configs:
@@ -393,13 +393,13 @@ class AdapterManager:
                 if not self.configs:
                     prepare_storage(self.model, change)
                 self._tree_with(commit(name, parts, change))
-                self.configs[name] = note_use(made.config)
-                self._biases.start(name, made.biases, None if weights is None else weights.base, change)
+                self.configs[name] = note_use(plan.config)
+                self._biases.start(name, plan.biases, None if weights is None else weights.base, change)
                 (self.frozen.discard if trainable else self.frozen.add)(name)
                 if select and not self._selected and len(self.configs) == 1:
                     self._selected = (name,)
                 self.refresh(self.names if len(self.configs) == 1 else (name,), change)
-            return made
+            return plan
 
         return put
 
@@ -412,10 +412,10 @@ class AdapterManager:
             self.refuse_merged(f"{name!r} is replaced")
 
     def remove(self, name: str) -> None:
-        """Takes an adapter out; if no active one is left, the oldest becomes active.
+        """Deletes an adapter; if no active adapter is left, the oldest becomes active.
 
         Raises:
-            MergeError: it is merged, or trains biases while another is.
+            MergeError: it is merged, or it trains biases while another adapter is merged.
         """
         with self.transaction() as change:
             self.require(name)
@@ -432,17 +432,17 @@ class AdapterManager:
         self._biases.stop(name, change)
 
     def rename(self, old: str, new: str) -> None:
-        """Gives an adapter another name, at the same place in every order."""
+        """Renames an adapter, which keeps its place in every order."""
         with self.transaction() as change:
             rename(self, old, new, change)
 
     def place(self, name: str, place: int) -> None:
-        """Moves an adapter to a place among the others, from 0."""
+        """Moves an adapter to another index among the adapters."""
         with self.transaction() as change:
             place_among(self, name, place, change)
 
     def copy(self, name: str, new: str) -> None:
-        """Makes a second, independent adapter with the same config and weights."""
+        """Adds an independent copy of an adapter under a new name."""
         with self.transaction():
             copy_adapter(self, name, new)
 
@@ -454,14 +454,14 @@ class AdapterManager:
     # Changing
 
     def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
-        """A block in which commands belong together: all of them happen, or none.
+        """A block whose commands all take effect, or none.
 
         No call of the model and no other command runs meanwhile, interruptions wait for its end, and any
-        exception in it undoes what was done.
+        exception in it undoes the changes.
 
         Args:
-            during_calls: let calls of other threads go on, for commands that only choose what acts in the next.
-            quiet: subscribers need not hear of it.
+            during_calls: let calls in other threads continue; for commands that only affect later calls.
+            quiet: do not notify subscribers.
 
         Raises:
             BusyError: this thread is inside a call of the model itself.
@@ -471,23 +471,23 @@ class AdapterManager:
         return self._transaction.block(during_calls=during_calls, quiet=quiet)
 
     def reading(self) -> Block:
-        """A block in which no other thread changes what is read; calls of the model go on meanwhile."""
+        """A block in which no other thread changes what is read; calls of the model continue meanwhile."""
         self._notice()
         return self._transaction.reading()
 
     def deciding(self) -> AbstractContextManager[None]:
-        """A block of a command that takes too long for a transaction; see ``Transaction.deciding``."""
+        """A block for a command that takes too long for a transaction; see ``Transaction.deciding``."""
         return self._transaction.deciding()
 
     def _keep_choice(self, change: Transaction) -> None:
-        """Records who acts."""
+        """Records which adapters are active."""
         change.keep_attributes(self, *_CHOICE)
         change.keep_attributes(self.active_state, "live", "traced")
         for scope in self.active_state.scopes:
             change.keep_attributes(scope, "names", "enabled", "active")
 
     def _keep_structure(self, change: Transaction) -> None:
-        """Records which adapters there are, where they hang, and who acts."""
+        """Records which adapters exist, where they are, and which are active."""
         self._keep_choice(change)
         change.keep(self._configs, *self._holders())
         change.keep_attributes(self, "_tree", "_slots", "_was_trainable", "alive", "unsaved")
@@ -496,12 +496,12 @@ class AdapterManager:
     # Switching
 
     def activate(self, names: str | Sequence[str], *, trainable: bool | None = None, enable: bool = False) -> None:
-        """Makes these adapters, in this order, the ones that act.
+        """Makes these adapters active, in this order.
 
         Args:
             names: one name or several.
             trainable: True or False to (un)freeze them too; None keeps each as it is.
-            enable: let them act also where adapters were off.
+            enable: enable adapters if they were disabled.
 
         Raises:
             UnknownAdapterError: there is no such adapter.
@@ -533,18 +533,18 @@ class AdapterManager:
         self.refresh(set(before) ^ set(chosen) if trainable is None else set(before) | set(chosen), change)
 
     def check_choice(self, names: Sequence[str]) -> None:
-        """Raises AdapterError where adapters cannot act together, UnknownAdapterError where one is not there."""
+        """Raises AdapterError if adapters cannot be active together, UnknownAdapterError if one does not exist."""
         self.require(*names)
         if not names:
             raise AdapterError("no adapter named to activate; use disable() for the base model alone")
         check_compatible(self.copies, self.layers, names)
 
     def enable(self) -> None:
-        """Lets the selected adapters act again."""
+        """Enables the selected adapters again."""
         self._set_enabled(True)
 
     def disable(self) -> None:
-        """Lets the base model act alone: no gradient reaches an adapter then; the selection and every freeze stay."""
+        """Disables all adapters, which then get no gradient; the selection and frozen adapters stay as they are."""
         self._set_enabled(False)
 
     def _set_enabled(self, enabled: bool) -> None:
@@ -563,17 +563,17 @@ class AdapterManager:
             self.refresh(self.active, change)
 
     def disabled(self) -> AdapterContext:
-        """The base model alone inside the block, for this thread or asyncio task; others go on as they are."""
+        """The base model alone inside the block, for this thread or asyncio task; others are not affected."""
         self.layer_commands.sync()
         return AdapterContext(self, None)
 
     def use(self, names: str | Sequence[str], *, independent: bool = False) -> AdapterContext:
-        """Other active adapters, or some that learn ``apart``, inside the block for this thread or asyncio task."""
+        """Other active adapters inside the block, for this thread or asyncio task; see ``AdapterContext``."""
         self.layer_commands.sync()
         return AdapterContext(self, names_in(names), independent=independent)
 
     def select_again(self, names: Sequence[str]) -> None:
-        """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
+        """Activates those that exist or can be loaded, unless the selection was changed meanwhile."""
         left = tuple(name for name in names if self.available(name))
         if not left or left == self._selected:
             return
@@ -582,7 +582,7 @@ class AdapterManager:
                 self._activate(present, None, change)
 
     def idle(self, names: Iterable[str]) -> set[str]:
-        """Those of the adapters that act nowhere: in no scope, and not outside of them."""
+        """Those of the adapters that are active in no scope and not outside of scopes."""
         acting = [scope.names for scope in self.active_state.scopes if scope.enabled]
         return set(names).difference(*acting, self._selected if self._enabled else ())
 
@@ -590,7 +590,7 @@ class AdapterManager:
         """Sets the factor on an adapter's delta (1 is the trained strength).
 
         Raises:
-            AdapterError: it is no finite number.
+            AdapterError: it is not a finite number.
             MergeError: the adapter is merged at another scale.
         """
         with self.transaction(during_calls=True) as change:
@@ -603,7 +603,7 @@ class AdapterManager:
             self._publish_active()
 
     def freeze(self, name: str) -> None:
-        """Stops an adapter from training, active or not."""
+        """Excludes an adapter from training, active or not."""
         self._set_frozen(name, True)
 
     def unfreeze(self, name: str) -> None:
@@ -623,7 +623,7 @@ class AdapterManager:
             change.set_requires_grad(self.parameters(name), requires_grad)
 
     def refresh(self, changed: Iterable[str], change: Transaction) -> None:
-        """Brings ``requires_grad`` of some adapters and the shared state up to date."""
+        """Updates ``requires_grad`` of some adapters and the shared state."""
         idle = self.idle(changed)
         for name in changed:
             if name in self.configs:
@@ -642,21 +642,21 @@ class AdapterManager:
     # Calls and training
 
     def after_backward(self, step: int) -> None:
-        """Calls the hooks of the adapters that train; for training loops, once their gradients are there.
+        """Calls the hooks of the adapters that train; for training loops.
 
         Call it after the optimizer's step and before ``zero_grad()``, as PEFT's ``update_and_allocate``.
 
         Args:
-            step: number of the optimizer step, from 0.
+            step: index of the optimizer step, from 0.
         """
         for _, hooked in hooks_in_training(self):
             hooked.after_backward(step)
 
     def extra_loss(self) -> Tensor | None:
-        """What the adapters that train add to a loss; a loss that has it already stays as it is when it is added.
+        """Loss terms of the adapters that train; adding them to a loss that already has them has no effect.
 
         Returns:
-            A scalar; None if that is nothing.
+            A scalar; None if there are no terms.
         """
         extra = extra_loss(self)
         return None if extra is None else extra.as_subclass(LossTerm)
@@ -664,15 +664,18 @@ class AdapterManager:
     # Merging
 
     def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
-        """Folds the deltas of adapters (default: the active ones) into the base weights.
+        """Merges the deltas of adapters (default: the active ones) into the base weights.
 
-        Until ``unmerge`` they alone act, at no cost in forward, with those merged before; adapters
-        that were off are on then. A copy of the frozen weights is kept on the CPU. An interruption
-        puts the weights back, bit for bit.
+        Until ``unmerge`` only merged adapters are active, at no cost in forward; adapters are enabled if they were
+        disabled. A copy of the frozen weights is kept on the CPU. An interruption restores the weights, bit for bit.
+
+        Args:
+            names: the adapters; merged in addition to those already merged.
+            safe: refuse weights that would not be finite.
 
         Raises:
             MergeError: a weight cannot be merged into, or would not be finite (``safe``).
-            AdapterError: two of them each trained a copy of one module.
+            AdapterError: two of them trained a copy of the same module.
             BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
         """
         with self.transaction() as change:
@@ -702,7 +705,7 @@ class AdapterManager:
             raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
 
     def unmerge(self) -> None:
-        """Puts the frozen weights back, bit for bit; inside a block, where they are back, also for afterwards."""
+        """Restores the frozen weights, bit for bit; inside a block of ``use``, adapters stay unmerged after it, too."""
         with self.transaction() as change:
             self.check_alive()
             if not self._merged and not self._parked:
@@ -714,10 +717,10 @@ class AdapterManager:
             self._publish_active()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
-        """Takes all adapters out for good and returns the bare base model; see also ``leave_starts``.
+        """Removes all adapters permanently and returns the bare base model; see also ``leave_starts``.
 
         Args:
-            merge: fold the deltas in first. What the weights were is kept on the CPU until that is done.
+            merge: merge the deltas first. A copy of the original weights is kept on the CPU until that is done.
             names: adapters to merge; the active ones if None.
             safe: refuse weights that would not be finite.
         """
@@ -770,7 +773,7 @@ class AdapterManager:
         """Raises MergeError while adapters are merged.
 
         Args:
-            what: what cannot be done then, to follow "unmerge before".
+            what: what is refused, worded to follow "unmerge before".
         """
         if self._merged:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")

@@ -1,4 +1,4 @@
-"""Merging adapters into the base weights and taking them out again, over a whole model."""
+"""Merging adapters into the base weights and unmerging them, over a whole model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nbpeft.errors import AdapterError, MergeError
 def check_merge(
     layers: Mapping[str, AdaptedLayer], names: Sequence[str], scale: Callable[[str], float], *, safe: bool
 ) -> None:
-    """Raises MergeError where a merge could not be done on every layer, before any is done.
+    """Raises MergeError if a merge is impossible on any layer; changes nothing.
 
     Args:
         layers: path -> adapted layer.
@@ -63,7 +63,7 @@ def merge_layers(
     *,
     keep_frozen: bool,
 ) -> None:
-    """Merges on every layer; between two layers it can be interrupted.
+    """Merges adapters on every layer; it can be interrupted between two layers.
 
     Args:
         model: the base model.
@@ -71,7 +71,7 @@ def merge_layers(
         names: adapters to merge.
         scale: factor on an adapter's delta.
         change: records the weights as they were.
-        keep_frozen: keep them also afterwards, for ``unmerge_layers``.
+        keep_frozen: keep the frozen weights afterwards as well, for ``unmerge_layers``.
     """
     parted = layers_to_untie(model, layers, names)
     scales = [scale(name) for name in names]
@@ -90,15 +90,15 @@ def merge_additional(
     *,
     safe: bool,
 ) -> None:
-    """Merges adapters where some of them may be merged already.
+    """Merges adapters of which some may be merged already.
 
-    Each delta is taken against the frozen weights, so those come back first.
+    Each delta is computed from the frozen weights, so these are restored first.
 
     Args:
         model: the base model.
         layers: path -> adapted layer.
         merged: adapters that are merged now.
-        together: adapters to be merged afterwards, those among them.
+        together: all adapters that are to be merged afterwards, those of ``merged`` included.
         scale: factor on an adapter's delta.
         change: records the weights as they were.
         safe: refuse weights that would not be finite.
@@ -115,13 +115,13 @@ def merge_additional(
 def check_addable(
     plan: InjectionPlan, merged: Sequence[str], layers: Mapping[str, AdaptedLayer], base: Iterable[str]
 ) -> None:
-    """Raises MergeError where an adapter starts from weights that others are merged into.
+    """Raises MergeError if an adapter is initialized from weights into which others are merged.
 
     Args:
-        plan: of the adapter to come.
+        plan: the plan of the adapter to add.
         merged: adapters that are merged now.
         layers: path -> adapted layer.
-        base: names of tensors of the base that it brings.
+        base: names of base tensors that it brings.
     """
     touched = {path for path, layer in layers.items() if layer.merged_names}
     if not touched:
@@ -149,20 +149,25 @@ def _starts_there(place: str, merged: Sequence[str]) -> MergeError:
 def check_compatible(
     copies: Mapping[str, ModulesToSaveWrapper], layers: Mapping[str, AdaptedLayer], names: Sequence[str]
 ) -> None:
-    """Raises AdapterError if two of the adapters cannot act at once.
+    """Raises AdapterError if two of the adapters cannot be active together.
 
-    Each trained a copy of one module, or has a network beside the model, or one adapts a layer inside a module that
-    another has a copy of.
+    That is the case if both trained a copy of one module, if both have a side network, or if one adapts a layer
+    inside a module of which another trained a copy.
+
+    Args:
+        copies: path -> module with trained copies.
+        layers: path -> adapted layer.
+        names: the adapters.
     """
-    beside = {
+    networks = {
         name: adapter
         for layer in (layers.values() if len(names) > 1 else ())
         for name, adapter in layer.adapters._modules.items()
         if name in names and isinstance(adapter, RunsBeside)
     }
-    if len(beside) > 1:
-        title = next(iter(beside.values())).title
-        raise AdapterError(f"{title} requires exactly one active adapter, not {' and '.join(map(repr, beside))}")
+    if len(networks) > 1:
+        title = next(iter(networks.values())).title
+        raise AdapterError(f"{title} requires exactly one active adapter, not {' and '.join(map(repr, networks))}")
     for path, module in copies.items() if len(names) > 1 else ():
         having = [name for name in names if name in module.modules_to_save._modules]
         if len(having) > 1:
@@ -182,7 +187,14 @@ def check_compatible(
 
 
 def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
-    """Puts the frozen weights back, bit for bit; the last first, since several may share one weight."""
+    """Restores the frozen weights, bit for bit.
+
+    In reverse order, since several layers may share one weight.
+
+    Args:
+        layers: the adapted layers, in the order in which they were merged.
+        change: records the weights as they were.
+    """
     for layer in reversed(list(layers)):
         check_interrupt()
         layer.restore_base(change)
@@ -195,20 +207,20 @@ def leave_starts(
     merged: Sequence[str],
     change: Transaction,
 ) -> bool:
-    """Subtracts from the base what adapters start in that say, or were saved saying, that the base is without it.
+    """Subtracts initial components (PiSSA, OLoRA, ...) from the base for adapters that are saved without them.
 
-    PEFT's way to save such an adapter and the rest of its base: ``init_lora_weights = True`` in its config, then
+    PEFT's way to save such an adapter and its residual base: set ``init_lora_weights = True`` in the config, then call
     ``save_pretrained``, ``unload()``, and ``save_pretrained`` of the base.
 
     Args:
         model: the base model.
         layers: path -> adapted layer.
         configs: adapter name -> its config.
-        merged: adapters that are merged, their parts of the base with them.
+        merged: adapters that are merged, their initial components included.
         change: records the weights as they were.
 
     Returns:
-        Whether there were any.
+        Whether there were such adapters.
 
     Raises:
         MergeError: a weight cannot be written.
@@ -235,7 +247,12 @@ def leave_starts(
 
 
 def partly_merged(layers: Mapping[str, AdaptedLayer], merged: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Returns path -> what is merged there, of the layers on which not all is that is merged and present."""
+    """Returns path -> adapters merged there, for layers on which only some of the merged adapters are merged.
+
+    Args:
+        layers: path -> adapted layer.
+        merged: adapters that are merged on some layer.
+    """
     return {
         path: layer.merged_names
         for path, layer in layers.items()
@@ -244,7 +261,12 @@ def partly_merged(layers: Mapping[str, AdaptedLayer], merged: Sequence[str]) -> 
 
 
 def warn_of_requantization(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
-    """Warns once where merging has to quantize again, and the adapters do not act so already."""
+    """Warns once if merging requantizes weights, unless the adapters were trained with that rounding.
+
+    Args:
+        layers: path -> adapted layer.
+        names: adapters to merge.
+    """
     lossy = (
         layer
         for layer in layers.values()
@@ -259,7 +281,12 @@ def warn_of_requantization(layers: Mapping[str, AdaptedLayer], names: Sequence[s
 
 
 def module_to_keep(module: ModulesToSaveWrapper, names: Sequence[str]) -> nn.Module:
-    """The copy that stays when adapters are merged for good, or the original."""
+    """The copy of a module that remains when adapters are merged permanently; the original if none has one.
+
+    Args:
+        module: the module with trained copies.
+        names: the adapters that are merged.
+    """
     copies = module.modules_to_save._modules
     having = [name for name in names if name in copies]
     last = copies[having[-1]] if having else None

@@ -1,4 +1,4 @@
-"""What a method does in each call of a model and in each step of a training, beside the maths of its layers."""
+"""What a method does in each call of a model and in each training step, in addition to the forward of its layers."""
 
 from __future__ import annotations
 
@@ -17,48 +17,53 @@ from nbpeft.engine.runtime.adapter_tensors import Layers, shared_state_of
 
 
 def prepares_calls(config: AdapterConfig) -> bool:
-    """Whether a method prepares something for each call of the model."""
+    """Whether a method prepares a context for each call of the model."""
     return method_of(config).calls.context is not None
 
 
 def transforms_calls(config: AdapterConfig) -> bool:
-    """Whether a method acts on the arguments of each call of the model."""
+    """Whether a method transforms the arguments of each call of the model."""
     return method_of(config).transforms_calls
 
 
 def learns_with_hooks(config: AdapterConfig) -> bool:
-    """Whether a method takes part in training beside the gradient."""
+    """Whether a method has hooks in training, such as an extra loss or a step after backward."""
     return takes_part(config, LearnsWithHooks)
 
 
 def takes_part(config: AdapterConfig, how: type) -> bool:
-    """Whether the adapters of a method, or what they share, are of a class."""
+    """Whether a method's adapters, or the state that they share, are instances of a class.
+
+    Args:
+        config: a config of the method.
+        how: the class.
+    """
     method = method_of(config)
     return any(issubclass(kind, how) for kind in (method.adapter_class, method.shares.state or object))
 
 
 def call_arguments(configs: Iterable[AdapterConfig]) -> set[str]:
-    """Names of the arguments of a call that are for methods alone, and not for the model."""
+    """Names of the arguments of a call that are for methods only and are not passed to the model."""
     return {name for config in configs for name in method_of(config).calls.arguments}
 
 
 def generation_arguments(manager: Any) -> dict[str, Any]:
-    """What the methods of the active adapters want of ``generate`` where a call does not say otherwise.
-
-    Args:
-        manager: of the model.
-    """
+    """Default arguments of ``generate`` that the methods of the active adapters ask for."""
     configs = [manager.configs[name] for name in manager.active if name in manager.configs] if manager.enabled else []
-    return {key: value for one in configs for key, value in method_of(one).calls.generation(one, manager.model).items()}
+    return {
+        key: value
+        for config in configs
+        for key, value in method_of(config).calls.generation(config, manager.model).items()
+    }
 
 
 def call_contexts(
     configs: Mapping[str, AdapterConfig], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what methods prepare for one call of the model.
+    """Returns the contexts that methods prepare for one call of the model.
 
     Args:
-        configs: adapter name -> config of what is active.
+        configs: adapter name -> config of the active adapters.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
 
@@ -76,11 +81,11 @@ def call_contexts(
 def in_call(
     configs: Mapping[str, AdapterConfig], active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> ActiveAdapters:
-    """What is active in one call of the model, with what the methods prepare for it.
+    """The active adapters of one call of the model, with the contexts that their methods prepare for it.
 
     Args:
-        configs: adapter name -> config, of all on the model.
-        active: what is active.
+        configs: adapter name -> config of all adapters on the model.
+        active: the active adapters.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
     """
@@ -92,29 +97,31 @@ def in_call(
 def prepared(
     configs: Mapping[str, AdapterConfig], active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> ActiveAdapters | None:
-    """As ``in_call``; None where no method of what is active prepares anything."""
+    """As ``in_call``; None if no method of an active adapter prepares a context."""
     prepares = any(prepares_calls(configs[name]) for name in active.names if name in configs)
     return in_call(configs, active, args, kwargs) if prepares else None
 
 
 def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[LearnsWithHooks]:
-    """Yields what of an adapter takes part in training beside the gradient."""
+    """Yields the parts of an adapter, its shared state included, that have hooks in training.
+
+    Args:
+        layers: path -> adapted layer.
+        name: the adapter.
+        config: its config.
+    """
     if learns_with_hooks(config):
-        yield from (one for one in _parts_of(layers, name) if isinstance(one, LearnsWithHooks))
+        yield from (part for part in _parts_of(layers, name) if isinstance(part, LearnsWithHooks))
 
 
 def _parts_of(layers: Layers, name: str) -> Iterator[Any]:
-    """Yields what the layers of an adapter share, and the adapter of each layer; None where there is none."""
+    """Yields the state that an adapter's layers share, then the adapter on each layer; None where there is none."""
     yield shared_state_of(layers, name)
     yield from (layer.adapters._modules.get(name) for layer in layers.values())
 
 
 def hooks_in_training(manager: Any) -> Iterator[tuple[str, LearnsWithHooks]]:
-    """Yields, for the adapters that train, their names and what of them takes part beside the gradient.
-
-    Args:
-        manager: of the model.
-    """
+    """Yields the name of each adapter that trains, with each part of it that has hooks in training."""
     for name in _in_training(manager):
         for hooked in hooks_of(manager.layers, name, manager.configs[name]):
             yield name, hooked
@@ -126,11 +133,11 @@ def _in_training(manager: Any) -> list[str]:
 
 
 def extra_loss(manager: Any, loss: Tensor | None = None) -> Tensor | None:
-    """The sum of what the adapters that train add to a loss, a scalar; None if that is nothing.
+    """The sum of the loss terms of the adapters that train, a scalar; None if they have none.
 
     Args:
-        manager: of the model.
-        loss: what it has already is left out.
+        manager: the model's manager.
+        loss: terms that it already contains are left out.
     """
     terms: dict[str, list[Tensor]] = {}
     for name, hooked in hooks_in_training(manager):
@@ -138,16 +145,17 @@ def extra_loss(manager: Any, loss: Tensor | None = None) -> Tensor | None:
         if term is not None:
             terms.setdefault(name, []).append(term)
     present = set() if loss is None else terms_in(loss, ((manager, name) for name in terms))
-    return marked_sum(manager, {name: found for name, found in terms.items() if (manager, name) not in present})
+    return marked_sum(manager, {name: tensors for name, tensors in terms.items() if (manager, name) not in present})
 
 
 def extra_loss_of_call(manager: Any, labels: Any, items: Any, *, shifts: bool) -> Tensor | None:
-    """What is added to the loss that a call of a model returns; None in the step of a Trainer, which adds it.
+    """The loss terms to add to the loss that a call of a model returns; None in a Trainer's step, which adds them.
 
     Args:
-        manager: of the model.
-        labels: of the call.
-        items: learned tokens of all batches whose gradients are accumulated, where the call says it.
+        manager: the model's manager.
+        labels: the labels of the call.
+        items: number of labelled tokens in all batches whose gradients are accumulated (``num_items_in_batch``),
+            if the call has it.
         shifts: whether the model predicts each label from the tokens before it.
     """
     if current_step(manager) is not None:
@@ -157,53 +165,55 @@ def extra_loss_of_call(manager: Any, labels: Any, items: Any, *, shifts: bool) -
 
 
 def has_training_state(manager: Any) -> bool:
-    """Whether a training that is resumed needs more than the tensors in the files of the adapters that train."""
+    """Whether resuming a training needs state in addition to the tensors in the adapters' files."""
     return any(True for _ in _with_state(manager))
 
 
 def training_state(manager: Any) -> dict[str, Tensor]:
-    """What that is, by name; references."""
+    """References to the state, by name, that resuming a training needs in addition to the adapters' files."""
     return {
-        f"{place}:{key}": tensor for place, one in _with_state(manager) for key, tensor in one.training_state().items()
+        f"{place}:{key}": tensor
+        for place, part in _with_state(manager)
+        for key, tensor in part.training_state().items()
     }
 
 
 def set_training_state(manager: Any, state: Mapping[str, Tensor]) -> None:
-    """Sets that.
+    """Sets the state of ``training_state``.
 
     Args:
-        manager: of the model.
+        manager: the model's manager.
         state: what ``training_state`` returned earlier; empty for the start of a training.
     """
-    own: dict[str, dict[str, Tensor]] = {}
+    by_place: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         place, _, name = key.partition(":")
-        own.setdefault(place, {})[name] = tensor
-    for place, one in _with_state(manager):
-        one.set_training_state(own.get(place, {}))
+        by_place.setdefault(place, {})[name] = tensor
+    for place, part in _with_state(manager):
+        part.set_training_state(by_place.get(place, {}))
 
 
 def in_training(
     manager: Any, name: str, config: AdapterConfig, weights: AdapterWeights
 ) -> tuple[AdapterConfig, AdapterWeights]:
-    """What a file of an adapter holds from which its training is resumed.
+    """The config and tensors that an adapter's file must contain for its training to be resumed.
 
     Args:
-        manager: of the model.
-        name: of the adapter.
-        config: of the adapter.
-        weights: what its file holds otherwise.
+        manager: the model's manager.
+        name: the adapter.
+        config: its config.
+        weights: the tensors that its file contains otherwise.
     """
-    for place, one in _with_state(manager):
+    for place, part in _with_state(manager):
         if place.rpartition(".")[0] == name:
-            config, weights = one.in_training(config, weights)
+            config, weights = part.in_training(config, weights)
     return config, weights
 
 
 def _with_state(manager: Any) -> Iterator[tuple[str, HasTrainingState]]:
-    """Yields what has a state of its own in the adapters that train, each with a name that it alone has."""
+    """Yields the parts with training state of the adapters that train, each under a unique name."""
     for name in _in_training(manager):
         if takes_part(manager.configs[name], HasTrainingState):
-            for number, one in enumerate(_parts_of(manager.layers, name)):
-                if isinstance(one, HasTrainingState) and one.has_training_state:
-                    yield f"{name}.{number}", one
+            for number, part in enumerate(_parts_of(manager.layers, name)):
+                if isinstance(part, HasTrainingState) and part.has_training_state:
+                    yield f"{name}.{number}", part

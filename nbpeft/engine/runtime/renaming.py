@@ -1,4 +1,4 @@
-"""Adapters under other names: renamed, at another place in the order, and copied."""
+"""Renaming an adapter, moving it in the order of adapters, and copying it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nbpeft.errors import AdapterError, AdapterExistsError
 
 
 def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
-    """Gives an adapter another name, at the same place in every order.
+    """Renames an adapter, which keeps its place in every order.
 
     Args:
-        manager: of the adapters.
-        old: its name.
-        new: the other one.
+        manager: the model's manager.
+        old: the current name.
+        new: the new name.
         change: records what is written.
 
     Raises:
@@ -35,10 +35,10 @@ def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
     if old in manager.merged:
         manager.refuse_merged(f"{old!r} is renamed")
     manager._keep_structure(change)
-    for held in (*manager._holders(), manager.configs):
-        items = [(new if name == old else name, value) for name, value in held.items()]
-        held.clear()
-        held.update(items)
+    for by_name in (*manager._holders(), manager.configs):
+        items = [(new if name == old else name, value) for name, value in by_name.items()]
+        by_name.clear()
+        by_name.update(items)
     manager.layer_commands.apply_pending(change)
     manager._biases.rename(old, new)
     manager._slots.pop(old, None)
@@ -55,9 +55,9 @@ def place_among(manager: Any, name: str, place: int, change: Transaction) -> Non
     """Moves an adapter to a place among the others.
 
     Args:
-        manager: of the adapters.
-        name: of the adapter.
-        place: from 0.
+        manager: the model's manager.
+        name: the adapter.
+        place: the new index among the adapters.
         change: records the order.
     """
     manager.require(name)
@@ -67,28 +67,28 @@ def place_among(manager: Any, name: str, place: int, change: Transaction) -> Non
 
 
 def copy_adapter(manager: Any, name: str, new: str) -> None:
-    """Makes a second, independent adapter with the same config and weights; in a transaction.
+    """Adds an independent copy of an adapter; call it inside a transaction.
 
     Args:
-        manager: of the adapters.
-        name: of the adapter.
-        new: of the second one.
+        manager: the model's manager.
+        name: the adapter to copy.
+        new: name of the copy.
 
     Raises:
-        AdapterError: it trains biases of the base.
+        AdapterError: it trains biases of the base model.
     """
     weights = manager.weights(name)
     if weights.base:
         raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
     twin, half = weights.copied(), is_half(manager.layers, name)
     there = {path for path, layer in manager.layers.items() if name in layer.adapters}
-    made = manager.plan(manager.configs[name]).on_layers(there)  # somebody may have taken it off a layer
-    manager.add(new, made, twin, trainable=name not in manager.frozen, half=half)
+    plan = manager.plan(manager.configs[name]).on_layers(there)  # it may have been deleted from single layers
+    manager.add(new, plan, twin, trainable=name not in manager.frozen, half=half)
     manager.set_scale(new, manager.scale(name))
     if name in manager.unsaved:
         manager.unsaved.add(new)
     for layer in manager.layers.values():
-        held: dict[str, Any] = layer.adapters._modules
-        old, added = held.get(name), held.get(new)
+        adapters: dict[str, Any] = layer.adapters._modules
+        old, added = adapters.get(name), adapters.get(new)
         if isinstance(old, Rescales) and isinstance(added, Rescales):
             added.rescale(float(old.scaling))

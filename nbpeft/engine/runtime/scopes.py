@@ -1,4 +1,4 @@
-"""Blocks in which other adapters, or none, act: each thread and asyncio task has its own."""
+"""Blocks in which other adapters, or none, are active: each thread and asyncio task has its own."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nbpeft.errors import AdapterError, BusyError
 
 
 class AdapterContext(ContextDecorator):
-    """A block with a choice of adapters of its own; afterwards everything is as it was.
+    """A block with its own active adapters; afterwards everything is as before.
 
-    Blocks nest, and those of several threads or asyncio tasks may overlap. Where adapters are merged,
-    the frozen weights come back until the last block has ended; outside of blocks the merged adapters
-    go on acting meanwhile.
+    Blocks nest, and those of several threads or asyncio tasks may overlap. If adapters are merged, they are
+    unmerged until the last block has ended; outside of blocks they stay active meanwhile.
 
     Args:
-        manager: of the model.
-        names: the adapters that act; None for none, the base model alone.
-        independent: they learn side by side and need not go together; the first acts, unless a call names others.
+        manager: the model's manager.
+        names: the active adapters; None for the base model alone.
+        independent: the adapters are trained side by side and need not be compatible; the first is active unless a
+            call names others.
     """
 
     _scope: Scope | None = None  # on the class: an interruption can come before __init__
@@ -68,13 +68,13 @@ class AdapterContext(ContextDecorator):
             raise
 
     def _bring(self, names: tuple[str, ...]) -> None:
-        """Has adapters on the model that come from elsewhere; the selected ones may have to go for them meanwhile."""
+        """Loads adapters that come from a provider; the selected ones may be unloaded to make room meanwhile."""
         before = self._manager.selected
         with self._manager.ensure_loaded(names, switching=True):
             self._provided.enter_context(self._manager.ensure_loaded(names))
         now = self._manager.selected
         if now != before:
-            self._again = before  # once the lease on these has ended, which have to make room
+            self._again = before  # reselected once the loaded adapters are released and can make room
 
     def _open(self, change: Transaction) -> None:
         active_state = self._manager.active_state
@@ -88,7 +88,7 @@ class AdapterContext(ContextDecorator):
 
         change.on_undo(undo)
         self._scope = scope
-        # Another scope may let them train already, or the selection outside.
+        # Adapters that are active in another scope, or outside of all scopes, have their gradients on already.
         woken = self._manager.idle(names) if self._names is not None else set()
         self._woken = {
             name: [(parameter, parameter.requires_grad) for parameter in self._manager.parameters(name)]
@@ -115,7 +115,7 @@ class AdapterContext(ContextDecorator):
         manager = self._manager
         manager.active_state.leave(scope)
         if manager.alive:
-            if self._woken or manager.idle(scope.names):  # else none of them stops training here
+            if self._woken or manager.idle(scope.names):  # else no adapter stops being trained here
                 with manager.transaction(during_calls=True, quiet=True) as change:
                     manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
                     flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]
@@ -127,7 +127,7 @@ class AdapterContext(ContextDecorator):
         for last in (False, True):
             try:
                 _merge_parked(self._manager)
-            except BusyError:  # inside a call: they act all the same, and are merged after the next block
+            except BusyError:  # inside a call: they are active all the same, and are merged after the next block
                 return
             except Exception as error:
                 if last:
@@ -139,13 +139,14 @@ class AdapterContext(ContextDecorator):
                 return
 
     def __del__(self) -> None:
-        # An interruption between two instructions can keep a block from ending; it ends with its last reference.
+        # An interruption between two instructions can prevent a block from ending: then it ends with its last
+        # reference.
         if self._scope is not None:
             self.__exit__(None, None, None)
 
 
 def _park(manager: Any) -> None:
-    """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
+    """Unmerges adapters for a block that needs the frozen weights; outside of the block they stay active."""
     with manager.transaction() as change:
         manager._keep_choice(change)
         names, partly = manager.merged, partly_merged(manager.layers, manager.merged)
@@ -155,7 +156,7 @@ def _park(manager: Any) -> None:
 
 
 def _merge_parked(manager: Any) -> None:
-    """Merges again what ``_park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
+    """Merges again what ``_park`` unmerged, as far as it still exists and the selection has not changed."""
     if not manager._parked:
         return
     with manager.transaction() as change:

@@ -1,8 +1,8 @@
-"""An adapter as it was, kept in host memory, and how it comes back.
+"""Snapshots of an adapter in host memory, and how they are restored.
 
-kept = keep(manager, "sql")          # copies; the model may change then
+saved = snapshot(manager, "sql")     # copies: the model may change afterwards
 manager.remove("sql")
-put_back(manager, kept)              # the same tensors, bit for bit, config, scale and choice
+restore(manager, saved)              # the same tensors, bit for bit, config, scale and selection
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _ABOUT_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "l
 
 @dataclass(frozen=True)
 class AdapterSnapshot:
-    """One adapter as it was.
+    """An adapter at one moment.
 
     Attributes:
-        name: what it was called.
+        name: its name.
         config: its config.
-        weights: copies of its tensors in host memory; under ``base`` what it had put into the base model.
-        place: where it was among the adapters, from 0.
+        weights: copies of its tensors in host memory; ``base`` contains those it had put into the base model.
+        place: its index among the adapters.
         selected: which adapters were selected.
-        frozen: whether it was kept from training.
+        frozen: whether it was frozen.
         training: whether it was in training mode.
         unsaved: whether it was trained since it was added, loaded or saved.
         scale: factor on its delta.
         half: whether its parameters were in the base's half-precision dtype.
-        paths: of the layers that had it.
-        scalings: path -> factor that a layer was trained with, and the one that it had.
-        patterns: copies of those fields of the config that a training writes to: AdaLoRA's ``rank_pattern``.
+        paths: paths of the layers that had it.
+        scalings: path -> the scaling a layer was trained with, and its current scaling.
+        patterns: copies of the config's fields that training writes to: AdaLoRA's ``rank_pattern``.
     """
 
     name: str
@@ -59,12 +59,16 @@ class AdapterSnapshot:
 
     @property
     def byte_count(self) -> int:
-        """Bytes that it takes in host memory."""
+        """Size in host memory, in bytes."""
         return self.weights.byte_count
 
 
 def snapshot(manager: AdapterManager, name: str) -> AdapterSnapshot:
     """Copies an adapter of a model to host memory.
+
+    Args:
+        manager: the model's manager.
+        name: the adapter.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -74,13 +78,13 @@ def snapshot(manager: AdapterManager, name: str) -> AdapterSnapshot:
 
 
 class Keeper:
-    """Does ``keep`` later, also when the model is gone: it holds the modules of the adapter, and not the base model.
+    """Takes a snapshot later, even when the model no longer exists: it references only the adapter's modules.
 
-    The tensors are then those of that moment, and all else is as it was at the last ``update``.
+    The tensors are those at the time of the call; everything else is as of the last ``update``.
 
     Args:
-        manager: the model's adapters.
-        name: one of them.
+        manager: the model's manager.
+        name: the adapter.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -94,27 +98,28 @@ class Keeper:
         self.update(manager)
 
     def fits(self, manager: AdapterManager) -> bool:
-        """Whether the adapter of that name is the same one still."""
+        """Whether the adapter of that name is still the same object."""
         return self._name in manager.configs and self._identity(manager) == self._known_by
 
     def update(self, manager: AdapterManager) -> None:
-        """Takes over what the adapter is besides its tensors."""
+        """Records everything about the adapter except its tensors."""
         self._of_base, self._settings = manager.values_in_base(self._name), _settings(manager, self._name)
 
     def __call__(self) -> AdapterSnapshot:
-        """The adapter, in host memory."""
+        """Takes the snapshot."""
         weights = self._tensors()
         weights.base = self._of_base
         return AdapterSnapshot(weights=weights.copied("cpu"), **self._settings)
 
     def _identity(self, manager: AdapterManager) -> tuple[int, ...]:
-        """What changes when other modules take the place of the adapter's; they are held, so that no id comes again."""
-        held = (layer.adapters._modules.get(self._name) for layer in manager.layers.values())
-        return id(manager.configs[self._name]), *(id(module) for module in held if module is not None)
+        """Ids that change when the adapter's modules are replaced."""
+        # An id is not used again meanwhile, because ``_tensors`` keeps the modules alive.
+        modules = (layer.adapters._modules.get(self._name) for layer in manager.layers.values())
+        return id(manager.configs[self._name]), *(id(module) for module in modules if module is not None)
 
 
 def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
-    """What is kept of an adapter besides its tensors."""
+    """The fields of a snapshot other than the tensors."""
     return dict(
         name=name,
         config=manager.configs[name],
@@ -132,14 +137,14 @@ def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
 
 
 def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = False) -> None:
-    """Puts an adapter back under its name, in the place of the one that has it now.
+    """Restores an adapter under its name, replacing the adapter of that name if there is one.
 
-    The choice of active adapters comes back, too, where this one was part of it or its replacement is.
+    The selection is restored, too, if this adapter was part of it or its replacement is.
 
     Args:
-        manager: the model's adapters.
-        kept: the adapter.
-        in_place: overwrite the tensors of the one that is there, as ``hotswap.swap``.
+        manager: the model's manager.
+        kept: the snapshot.
+        in_place: overwrite the tensors of the present adapter, as ``hotswap.swap`` does.
 
     Raises:
         MergeError: adapters are merged.
@@ -155,8 +160,8 @@ def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = 
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
             modes: dict[str, Any] = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
-            made = manager.plan(kept.config, name).on_layers(kept.paths)
-            manager.add(name, made, kept.weights.copied(), replace=True, select=False, **modes)
+            plan = manager.plan(kept.config, name).on_layers(kept.paths)
+            manager.add(name, plan, kept.weights.copied(), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)
         manager.configs[name] = kept.config
@@ -180,30 +185,30 @@ def _patterns(config: AdapterConfig) -> dict[str, Any]:
 
 
 def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bool:
-    """Whether an adapter's tensors mean the same under another config: no tensor and no start would be another.
+    """Whether an adapter's tensors are valid under another config: same shapes, same initialization.
 
     Args:
-        manager: the model's adapters.
+        manager: the model's manager.
         name: the adapter.
-        plan: of the config that is to take its place.
+        plan: the plan of the other config.
     """
     old, new = manager.configs[name], plan.config
     if method_of(old) is not method_of(new) or old.initialised_from_weight or new.initialised_from_weight:
         return False
     ignored = {*BOOKKEEPING_FIELDS, *_ABOUT_TARGETS, *old.value_fields}
     ignored -= {field for field in ignored if field.startswith("init_")}
-    size = ("rank_pattern", "r")  # whether they change anything, the shapes say
+    size = ("rank_pattern", "r")  # their effect is compared by shapes, below
     before, after = old.to_dict(), new.to_dict()
     if any(before[field] != after.get(field) for field in before if field not in (*ignored, *size)):
         return False
     weights = manager.weights(name)
-    shapes = {path: {key: tuple(one.shape) for key, one in named.items()} for path, named in weights.adapters.items()}
-    wanted = {target.path: target.saved_shapes for target in plan.targets}
-    return shapes == wanted and set(weights.copies) == set(plan.copies) and _shares_alike(weights, plan)
+    shapes = {path: {key: tuple(t.shape) for key, t in tensors.items()} for path, tensors in weights.adapters.items()}
+    expected = {target.path: target.saved_shapes for target in plan.targets}
+    return shapes == expected and set(weights.copies) == set(plan.copies) and _shares_alike(weights, plan)
 
 
 def _shares_alike(weights: AdapterWeights, plan: InjectionPlan) -> bool:
-    """Whether the same layers share a tensor as in a plan of the same layers."""
+    """Whether the same layers share tensors as in a plan of the same layers."""
     first: dict[int, str] = {}
     return all(
         first.setdefault(id(tensor), target.path) == target.tied.get(key, target.path)
@@ -213,13 +218,23 @@ def _shares_alike(weights: AdapterWeights, plan: InjectionPlan) -> bool:
 
 
 def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> bool:
-    """Whether an adapter has just these tensors now, bit for bit."""
+    """Whether an adapter's tensors equal these, bit for bit.
+
+    Args:
+        manager: the model's manager.
+        name: the adapter.
+        weights: the tensors to compare with.
+    """
     present = manager.weights(name)
     present.base = manager.values_in_base(name)
     return present.equals(weights)
 
 
 def _scalings(manager: AdapterManager, name: str) -> dict[str, tuple[float, float]]:
-    """Path -> the factor that a layer was trained with and the one that it has: no config says what it is now."""
-    found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
-    return {path: (one.trained_scaling, float(one.scaling)) for path, one in found.items() if isinstance(one, Rescales)}
+    """Path -> the scaling a layer was trained with, and its current scaling, which the config does not contain."""
+    adapters: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    return {
+        path: (adapter.trained_scaling, float(adapter.scaling))
+        for path, adapter in adapters.items()
+        if isinstance(adapter, Rescales)
+    }

@@ -1,8 +1,8 @@
 """FourierFT: some frequencies of the change of a weight (Gao et al. 2024, arXiv:2405.03003).
 
-    Δ = scaling Re(F⁻¹(E))        E: (out, in), zero but for n trained entries at drawn places
+    Δ = scaling Re(F⁻¹(E))        E: (out, in), zero but for n trained entries at random positions
 
-The places come from a seed, so that a layer's file holds n numbers.
+The positions are drawn from a seed, so a file contains only n numbers per layer.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class FourierFTConfig(LayersConfig):
 
     Attributes:
         n_frequency: number of trained frequencies of a layer.
-        scaling: factor on what is added.
-        random_loc_seed: seed of the places of the frequencies.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        scaling: factor on the delta.
+        random_loc_seed: seed of the positions of the frequencies.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         n_frequency_pattern: layer name or pattern -> another n_frequency.
         init_weights: start at the base model; False for random numbers.
     """
@@ -123,7 +123,7 @@ class FourierFT(WeightDelta, Rescales):
         return int(self.tensors[0].shape[0])
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The inverse Fourier transform of the numbers at their places; see ``WeightDelta``."""
+        """The inverse Fourier transform of the numbers at their positions; see ``WeightDelta``."""
         spectrum = parameters[0]
         shape = base.out_features, base.in_features
         places = drawn_places(shape[0] * shape[1], self.count, self.seed).to(spectrum.device)

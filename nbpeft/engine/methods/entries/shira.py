@@ -1,8 +1,8 @@
 """SHiRA: sparse high-rank adapters (Bhardwaj et al. 2024, arXiv:2406.13175).
 
-    y = (W + Δ) x        Δ: zero but for r (in + out) trained entries at drawn places
+    y = (W + Δ) x        Δ: zero but for r (in + out) trained entries at random positions
 
-As many numbers as a LoRA of rank r trains, at places all over the weight. A file holds the places too.
+It trains as many numbers as a LoRA of rank r, at positions all over the weight. A file contains the positions, too.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class ShiraConfig(LayersConfig):
     """Config of SHiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        r: as many entries of a weight are trained as a LoRA of this rank has.
-        mask_type: 'random' draws the places; with another name, set ``mask_fn`` of the config, which is not saved.
-        random_seed: seed of the places; None for a fixed one.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        r: the number of trained entries of a weight is that of a LoRA of this rank.
+        mask_type: 'random' draws the positions; with another name, set ``mask_fn`` of the config, which is not saved.
+        random_seed: seed of the positions; None for a fixed seed.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         init_weights: start at the base model; False for random entries.
     """
 
@@ -62,7 +62,7 @@ class ShiraConfig(LayersConfig):
 
     @property
     def scaling(self) -> float:
-        """1: entries have no factor of their own."""
+        """Always 1."""
         return 1.0
 
 
@@ -134,7 +134,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     def fixed_tensors(
         cls, config: ShiraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The places; see ``Adapter``."""
+        """The positions; see ``Adapter``."""
         return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
 
     @classmethod
@@ -143,12 +143,12 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return {WEIGHT: site.new(site.shapes[WEIGHT], None if config.init_weights else normal_)}
 
     def prepare(self, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The places of the entries, which may be loaded; see ``Adapter``."""
+        """The positions of the entries, which may be loaded; see ``Adapter``."""
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _new_places(config, site)
         self.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Zeros, and the entries at their places; see ``WeightDelta``."""
+        """Zeros, and the entries at their positions; see ``WeightDelta``."""
         entries = parameters[0]
         return self._added(entries.new_zeros(base.out_features, base.in_features), entries)
 

@@ -2,9 +2,9 @@
 
     y = (W + Δ) x + α/r B A x        Δ: zero but for the trained entries, where |W| is largest
 
-With a rank, "Supra", the product of two factors is added as of a LoRA. A file holds the places of the entries, or the
-weights tell them again; where some are equal in magnitude, another device or version of torch may choose others.
-PEFT reads the magnitudes of the packed numbers where a weight is quantized; here they are those that it stands for.
+With a rank ("Supra"), the product of two factors is added as in LoRA. A file contains the positions of the entries, or
+they are recomputed from the weights; if magnitudes are equal, another device or version of torch may choose others.
+For a quantized weight PEFT uses the magnitudes of the packed codes; here those of the dequantized weight are used.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class SupertuningConfig(LayersConfig):
     Attributes:
         sparsity: share of a weight's entries that is not trained.
         select_top: train the entries of largest magnitude; False for those of smallest.
-        r: rank of factors that are added beside; None for none.
+        r: rank of additional LoRA factors; None for none.
         lora_alpha: what the factors add is multiplied by lora_alpha / r; by default 2 r.
-        lora_dropout: share of the factors' inputs that are dropped in training.
+        lora_dropout: dropout probability of the factors' input.
         init_weights: start at the base model; False for random numbers.
-        save_precomputed_indices: save the places too; otherwise they are found again in the weights.
+        save_precomputed_indices: save the positions, too; otherwise they are recomputed from the weights.
     """
 
     sparsity: float = field(default=0.99)
@@ -81,7 +81,7 @@ class SupertuningConfig(LayersConfig):
 
     @property
     def scaling(self) -> float:
-        """1: entries have no factor of their own."""
+        """Always 1."""
         return 1.0
 
     @property
@@ -164,7 +164,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return _new(config, site)
 
     def prepare(self, config: SupertuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The places of the entries, which may be loaded; see ``Adapter``."""
+        """The positions of the entries, which may be loaded; see ``Adapter``."""
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _places(config, site)
         self.register_buffer(INDICES, places.to(tensors[VALUES].device, torch.int32))
 

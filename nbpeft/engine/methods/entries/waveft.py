@@ -1,14 +1,14 @@
 """WaveFT: some coefficients of the wavelet transform of a weight's change (Bilican et al. 2025, arXiv:2505.12532).
 
-    Δ = scaling crop(R [C_a C_v; C_h C_d] Rᵀ)        C: zero but for n trained entries at drawn places
+    Δ = scaling crop(R [C_a C_v; C_h C_d] Rᵀ)        C: zero but for n trained entries at random positions
 
 R is one level of the inverse wavelet transform. C is larger than the weight by the length of the filter less two, in
 both directions, and the middle of what comes out is Δ. Without ``use_idwt`` the entries of Δ are trained themselves.
 
-The filters are computed: Daubechies' have the spectral factor of minimum phase, symlets other zeros of it, and coiflets
-are what solves their equations. PEFT takes the names of filters that it lacks (db11 and more, sym11 and more), for
-which the first call fails, and its coif4 and coif5 are no wavelets: they are not orthogonal to themselves when shifted.
-Here these are the true ones, so that an adapter that PEFT trained with coif4 computes something else.
+The filters are computed: Daubechies filters are the spectral factor of minimum phase, symlets use other zeros, and
+coiflets solve their equations. PEFT accepts the names of filters that it lacks (db11 and more, sym11 and more), for
+which the first call fails, and its coif4 and coif5 are not wavelets: they are not orthogonal to their shifts. Here they
+are correct, so an adapter that PEFT trained with coif4 computes something else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nbpeft.errors import ConfigError, shown
 
 SPECTRUM = "waveft_spectrum"
 _DEVIATION = 0.01
-"""Of what the coefficients start with where they are drawn."""
+"""Standard deviation of random coefficients."""
 
 _OUTER_ZEROS = (0, 0, 2, 2, 3, 4, 10, 6, 11, 12, 21, 49, 52, 28, 53, 113, 203, 92, 309)
 """Which zeros of sym2, sym3, … lie outside of the unit circle: one bit for each real one or pair of complex ones, those
@@ -75,15 +75,15 @@ class WaveFTConfig(LayersConfig):
 
     Attributes:
         n_frequency: number of trained coefficients of a layer.
-        scaling: factor on what is added.
+        scaling: factor on the delta.
         wavelet_family: which filter: db1 (Haar) to db38, sym2 to sym20, coif1 to coif5.
         use_idwt: transform the coefficients; False to train entries of the weight themselves, which is faster.
-        random_loc_seed: seed of the places of the coefficients.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        random_loc_seed: seed of the positions of the coefficients.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         n_frequency_pattern: layer name or pattern -> another n_frequency.
         proportional_parameters: share n_frequency times the number of layers out by the sizes of their weights;
-            n_frequency_pattern says nothing then.
+            n_frequency_pattern is then ignored.
         init_weights: start at the base model; False for small random numbers.
     """
 
@@ -293,7 +293,7 @@ class WaveFT(WeightDelta, Rescales):
         return int(self.tensors[0].shape[0])
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The inverse transform of the coefficients at their places; see ``WeightDelta``."""
+        """The inverse transform of the coefficients at their positions; see ``WeightDelta``."""
         spectrum = parameters[0]
         rows, columns = base.out_features, base.in_features
         places = drawn_places(rows * columns, self.count, self.seed).to(spectrum.device)

@@ -2,20 +2,21 @@
 
 config.py         LoraConfig
 lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py arrow.py velora.py monteclora.py adalora.py   the methods
-xlora.py xlora_config.py xlora_classifier.py   a mixture of LoRA adapters, weighed anew for each token
-together.py       the adapters of all layers, for what is computed over them
-adapter.py        what they share: two low-rank factors
-plain.py          a product that is added as it is: of LoRA and aLoRA
+xlora.py xlora_config.py xlora_classifier.py   a mixture of LoRA adapters with weights for each token
+adapter.py        base class of adapters with two low-rank factors
+plain.py          base class of methods that add the product unchanged: LoRA, aLoRA and others
 attention.py      LoRA on the two weights of an attention module
+parameters.py     LoRA on bare parameters: the experts of a mixture
+tied.py           LoRA on layers that share their weight with the input embedding
 low_rank.py       the product of the factors on each kind of layer
-autograd.py       the product on linear layers, keeping nothing but its input for backward
-multi_adapter.py  one batch served by several adapters
-inits.py          how the factors start
-combining/        one adapter of several
-conversion.py     OLoRA and PiSSA written as plain LoRA
-nearest.py        the LoRA that comes closest to an adapter of any method
-optimizers.py     LoRA-FA and LoRA+
-family.py         what the records of the methods share
+autograd.py       the product on linear layers, which saves only its input for backward
+multi_adapter.py  one batch whose rows use different adapters
+initialization/   initial values of the factors
+combining/        combines several adapters into one
+conversion.py     OLoRA, PiSSA and KaSA rewritten as plain LoRA
+nearest.py        the LoRA that is closest to an adapter of any method
+optimizers.py     LoRA-FA, LoRA+ and Riemannian preconditioning
+family.py         what the records of the methods have in common
 """
 
 from nbpeft.engine.methods.lora import lora

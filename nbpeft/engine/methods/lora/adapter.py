@@ -1,4 +1,4 @@
-"""What the methods share whose weights are two low-rank factors."""
+"""Base class of the methods whose weights are two low-rank factors."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin
 from nbpeft.errors import ConfigError
 
 MAGNITUDE = "lora_magnitude_vector"
-"""The parameter that DoRA has beside the factors."""
+"""DoRA's parameter in addition to the factors."""
 
 _INITIAL = ("init_A", "neg_init_B")
 _ENERGY = 0.9
-"""Share of ‖Δ‖² that ``delta_size`` counts singular values for."""
+"""``delta_size`` counts the singular values that make up this share of ‖Δ‖²."""
 
 
 @torch.no_grad()
 def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights: bool | str) -> None:
-    """Draws the factors of an adapter on one layer anew, in place; as PEFT, not DoRA's magnitude.
+    """Reinitializes the factors of an adapter on one layer in place; as in PEFT, DoRA's magnitude is unchanged.
 
     Args:
         adapted: the layer with its adapters.
-        adapter_name: the adapter; nothing is done where the layer has none of that name.
-        init_lora_weights: as in ``LoraConfig``; False leaves the factors as they are.
+        adapter_name: the adapter; ignored if the layer has none of that name.
+        init_lora_weights: as in ``LoraConfig``; False leaves the factors unchanged.
 
     Raises:
-        ConfigError: the init takes the start from the weight.
+        ConfigError: the adapter is, or would be, initialized from the weight.
     """
     layer, adapter = adapted.base, adapted._named().get(adapter_name)
     if init_lora_weights is False or not isinstance(adapter, LowRankAdapter) or adapter.source is not None:
@@ -61,30 +61,30 @@ def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights:
             "an adapter that starts in the weight cannot be reset on a layer: delete it and add it anew",
             field="init_lora_weights",
         )
-    held = {name: parameter for name, parameter in adapter.named_parameters() if name != MAGNITUDE}
-    shapes = {name: tuple(parameter.shape) for name, parameter in held.items()}
+    parameters = {name: parameter for name, parameter in adapter.named_parameters() if name != MAGNITUDE}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     site = AdapterSite("", layer, shapes, adapter.trained_factors[0].dtype)
     for name, value in init_factors(config, site, None, are_new=False).items():
-        held[name].copy_(value)
+        parameters[name].copy_(value)
 
 
 def update_layer(
     adapted: PeftLayerMixin, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
 ) -> None:
-    """Makes the factors of an adapter on one layer anew; as PEFT's layers do, but what is saved then says so, too.
+    """Replaces the factors of an adapter on one layer; as in PEFT's layers, but the saved config includes the change.
 
-    An adapter that the model does not have is added to it, on this layer alone, and is not active.
+    An adapter that the model does not have is added on this layer only, and is not active.
 
     Args:
         adapted: the layer with its adapters.
         adapter_name: the adapter.
-        r: its rank here.
-        lora_alpha: its alpha here.
-        config: the rest: init, dropout, rsLoRA. Its targets and patterns do not count.
-        **kwargs: accepted for PEFT's sake.
+        r: its rank on this layer.
+        lora_alpha: its alpha on this layer.
+        config: the other settings: init, dropout, rsLoRA. Its targets and patterns are ignored.
+        **kwargs: ignored; accepted as in PEFT.
 
     Raises:
-        ConfigError: the config is none of LoRA's, or a file could not hold both it and the adapter's own.
+        ConfigError: the config is not a ``LoraConfig``, or one config cannot express both it and the adapter's own.
         MergeError: the adapter is merged.
     """
     if not isinstance(config, LoraConfig):
@@ -101,17 +101,17 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
     Args:
         tensors: parameter name -> parameter.
         kind: the kind of layer.
-        config: the adapter's.
-        path: of the layer.
-        start: where it starts; its product is subtracted where it is a component of the weight.
+        config: the adapter's config.
+        path: path of the layer.
+        start: the initial factors; their product is subtracted if it is a component of the weight.
 
     Attributes:
         scaling: factor on the product; a 0-d tensor once the model is prepared for compiled hot-swapping.
-        dropout: probability on the adapter's input.
-        alpha: what the config asks for on the layer.
+        dropout: dropout probability of the adapter's input.
+        alpha: the config's alpha for the layer.
         use_rslora: whether the scaling is alpha / sqrt(r).
         padded: whether the factors have more rows than the adapter uses, filled with zeros.
-        started_as: the init that found the part of the weight it takes over; empty where it takes none.
+        started_as: the init that computed the component of the weight it trains; empty if there is none.
     """
 
     low_rank: LowRank
@@ -175,7 +175,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
                 self.register_buffer(name, tensor, persistent=False)
 
     def change_base(self, base: BaseLayer, change: Transaction) -> None:
-        """Puts the quantized weight of LoftQ in, and takes what data gave off the layer; see ``ChangesBase``."""
+        """Stores LoftQ's quantized weight, and deletes CorDA's and LoRA-GA's data on the layer; see ``ChangesBase``."""
         start: Start = vars(self).pop("_start", RANDOM)
         if start.found:
             change.keep_attributes(base.module, start.found)
@@ -192,7 +192,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
 
     @property
     def initial(self) -> tuple[Tensor, Tensor] | None:
-        """A0 and -B0 where the adapter started in a component of the weight, else None."""
+        """A0 and -B0 if the adapter was initialized from a component of the weight, else None."""
         name_A, name_B = _INITIAL
         init_A, neg_init_B = self._buffers.get(name_A), self._buffers.get(name_B)
         return None if init_A is None or neg_init_B is None else (init_A, neg_init_B)
@@ -212,7 +212,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of what is added to the weight; twice the trained rank where there is an ``initial``."""
+        """A and B whose product is added to the weight; of twice the trained rank if there is an ``initial``."""
         lora_A, lora_B = self.own_factors
         if self.initial is None:
             return lora_A, lora_B
@@ -221,13 +221,13 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B without an ``initial``, differentiable functions of the parameters; here those themselves."""
+        """A and B without ``initial``: the parameters, or in subclasses differentiable functions of them."""
         return self.trained_factors
 
     @property
     def computes_factors(self) -> bool:
-        """Whether ``own_factors`` are others than the parameters."""
-        return any(own is not held for own, held in zip(self.own_factors, self.trained_factors, strict=True))
+        """Whether ``own_factors`` are not the parameters themselves."""
+        return any(own is not trained for own, trained in zip(self.own_factors, self.trained_factors, strict=True))
 
     @property
     def trained_factors(self) -> tuple[Tensor, Tensor]:
@@ -267,7 +267,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
         return int(self.factors[0].shape[0])
 
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
-        """Computes the norm of the change from the factors, where it is their product; see ``Adapter``."""
+        """Computes the norm of the change from the factors, without building their product; see ``Adapter``."""
         if self.reads_weight or weight.ndim != 2:
             return super().delta_size(weight, base)
         lora_A, lora_B = map(widened, self.detached_factors)
@@ -282,13 +282,13 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
         return None
 
     def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its tensors in a file, where the start is saved along; see ``Adapter``."""
+        """Shapes of its tensors in a file that also contains the initial component; see ``Adapter``."""
         (name_A, name_B), (lora_A, lora_B) = self.factor_names, self.factors
         own = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         return own | {name_A: tuple(lora_A.shape), name_B: tuple(lora_B.shape)}
 
     def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
-        """Takes the start over from tensors of a file, and gives those of its parameters; see ``Adapter``."""
+        """Sets the initial component from a file's tensors, and returns the parameters'; see ``Adapter``."""
         (name_A, name_B), (init_A, neg_init_B) = self.factor_names, self.initial or self.trained_factors
         rank = self.rank
         change.keep(self._buffers)
@@ -302,7 +302,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
 
     @torch.no_grad()
     def approximate_(self, delta: Tensor, base: BaseLayer) -> None:
-        """Sets the factors so that what they add is as near as their rank allows to a change of the weight.
+        """Sets the factors so that their product is as close as their rank allows to a change of the weight.
 
         Args:
             delta: shaped like the canonical weight, of a linear layer or an embedding.
@@ -315,20 +315,20 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
         self.set_row_scale_(None, base)
 
     def started_at(self, directions: Tensor) -> dict[str, Tensor]:
-        """The factors of an adapter that adds nothing and reads its input in some directions, (rank, in)."""
+        """Factors with A set to some directions of the input, (rank, in), and B zero."""
         (name_A, name_B), lora_B = self.factor_names, self.trained_factors[1]
         return {name_A: directions.to(lora_B), name_B: lora_B.new_zeros(lora_B.shape[0], len(directions))}
 
     def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
-        """Sets that factor, where there is one."""
+        """Sets the factor of ``row_scale``, if the method has one."""
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why the product is not a weight of the layer; else empty."""
+        """Why the product is not a weight of the layer; empty if it is one."""
         return self.low_rank.no_product_reason(base.module)
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns of layers on which the adapter cannot be merged."""
+        """Warns about layers on which the adapter cannot be merged."""
         bare = [path for path, module, _ in modules if getattr(module, "bias", None) is None]
         if config.lora_bias and bare:
             layer = next(type(module).__name__ for path, module, _ in modules if path == bare[0])
@@ -349,33 +349,38 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
     # Saving and swapping
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Its parameters without padding: views of them, and a copy of the A of a grouped convolution."""
+        """Its parameters without padding: views, but a copy of the A of a grouped convolution."""
         tensors = super().saved_tensors(shapes)
         if not self.padded:
             return tensors
-        own = shapes()
-        return {key: self.used_part(key, tensor, own[key])[0].reshape(own[key]) for key, tensor in tensors.items()}
+        used = shapes()
+        return {key: self.used_part(key, tensor, used[key])[0].reshape(used[key]) for key, tensor in tensors.items()}
 
     @property
     def _groups(self) -> int:
-        """Groups of a convolution: each has its own rows of A, and B takes those of its group."""
+        """Groups of a convolution: each has its own rows of A, which B uses."""
         lora_A, lora_B = self.trained_factors
         return int(lora_A.shape[0] // lora_B.shape[1])
 
     @property
     def room(self) -> int:
-        """The largest rank that fits in."""
+        """The largest rank that the factors have room for."""
         return self.rank
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank of an adapter with these shapes: A comes first, and has a row for each."""
+        """The rank of an adapter with these shapes: the number of rows of A, which comes first."""
         return next(iter(shapes.values()))[0]
 
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Views of the part of a factor that an adapter of some shape uses, and of the rest.
 
-        The A of a grouped convolution has one block of rows for each group, and each is padded.
+        The A of a grouped convolution has one block of rows for each group, and each block is padded.
+
+        Args:
+            key: name of the factor.
+            tensor: the factor, padding included.
+            shape: its shape without padding.
         """
         if tensor.shape == tuple(shape) or key not in self.factor_names:
             return tensor, []
@@ -388,11 +393,11 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
         return blocks[:, : shape[0] // groups], [blocks[:, shape[0] // groups :]]
 
     def shapes_at(self, size: int, base: BaseLayer) -> Shapes:
-        """Shapes of the parameters A and B for a rank."""
+        """Shapes of A and B for a rank."""
         return self.low_rank.shapes(base.module, size)
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The factors' parameters and their values padded with zeros to a rank."""
+        """Yields the factors' parameters, each with its values padded with zeros to a rank."""
         for key, shape in zip(self.factor_names, self.shapes_at(size, base), strict=True):
             parameter = self.get_parameter(key)
             larger = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
@@ -401,14 +406,14 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
             yield parameter, larger
 
     def mark_padded(self) -> None:
-        """Remembers that the factors hold zeros behind what it uses."""
+        """Records that the factors are padded with zeros."""
         self.padded = True
 
     def swap_refusal(self) -> str:
-        """Why other factors cannot take the place of these."""
+        """Why the factors cannot be hot-swapped; empty if they can."""
         return "" if self.initial is None else "started in a part of the base weights"
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records padding, too; see ``Adapter``."""
+        """Also records padding; see ``Adapter``."""
         super().keep_settings(change)
         change.keep_attributes(self, "padded")

@@ -3,8 +3,8 @@
     W_in + s * B A          A (r, embed), B (3 embed, r)
     W_out + 2 s * B A       A (r, embed), B (embed, r)
 
-The 2 is PEFT's, up to 0.21 (huggingface/peft#3774): its files were trained with it, and it reads ours with it.
-The weights are summed before the call, so there is no dropout of an input.
+The 2 is PEFT's, up to 0.21 (huggingface/peft#3774): its files were trained with it, and PEFT applies it to ours.
+The deltas are added to the weights before the call, so there is no dropout of an input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, Product
 from nbpeft.errors import ConfigError
 
 _OUT_PROJ_TIMES = 2.0
-"""How often what is added to ``out_proj`` counts."""
+"""Factor on the delta of ``out_proj``."""
 
 
 class AttentionLoRA(PlainLowRank, AdaptsParameters):
@@ -38,7 +38,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         """A and B; see ``Adapter``.
 
         Raises:
-            ConfigError: the config asks for what does not work on an attention module.
+            ConfigError: the config has a setting that does not work on an attention module.
         """
         place = _attention_path(path, kind)
         if config.lora_bias or config.init_name not in ("default", "random", "gaussian"):
@@ -56,7 +56,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         """Binds loaded factors or makes new ones; see ``Adapter``."""
         site = replace(site, path=_attention_path(site.path, site.base.kind))
         if tensors is None and not site.base.kind.is_linear and not site.base.adapters:
-            # With the first adapter of a module factors for ``out_proj`` are made before, which are then drawn anew.
+            # PEFT makes factors for ``out_proj`` with the first adapter of a module, and draws them again afterwards.
             rank, width, device = config.rank_at(site.path), site.base.in_features, site.device
             skip_linear(device, (rank, width), (width, rank))
             if config.init_name != "random":
@@ -68,12 +68,12 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         return _OUT_PROJ_TIMES if self.low_rank.kind.is_linear else 1.0
 
     def configure(self, config: Any, path: str) -> None:
-        """Takes the scaling of a config over; see ``Adapter``."""
+        """Sets the scaling from a config; see ``Adapter``."""
         super().configure(config, _attention_path(path, self.low_rank.kind))
 
     @property
     def computes_by_parts(self) -> bool:
-        """Whether the factors are called: the attention computes with their product."""
+        """False: the attention module computes with the product, and does not call the factors."""
         return False
 
     def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
@@ -82,7 +82,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         return (Product(lora_B, lora_A, self.scaling * self._times),)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """What it adds where ``out_proj`` is called by itself; see ``Adapter``."""
+        """The delta if ``out_proj`` is called on its own; see ``Adapter``."""
         return super().forward(x, base_output, base) * self._times
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -100,5 +100,5 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
 
 
 def _attention_path(path: str, kind: LayerKind) -> str:
-    """Path of the attention module: both adapters have the rank and alpha of that."""
+    """Path of the attention module, whose rank and alpha both adapters have."""
     return path.rpartition(".")[0] if kind.is_linear else path

@@ -1,14 +1,15 @@
-"""The low-rank product of a linear layer, keeping nothing but its input for backward.
+"""The low-rank product on a linear layer, which saves only its input for backward.
 
     y = scaling * B(A(dropout(x)))        A: (r, in), B: (out, r)
 
-Composed from ordinary operations, autograd would keep a copy of ``x`` in the adapter's dtype, a
-dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
-layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts and drops again,
-and only the thin product of A is kept beside it. Where ``x`` itself can be computed again (``recomputed``), what
-it comes from is kept in its place. On the CPU the mask is drawn as ``F.dropout`` draws it, so that one seed drops the
-same, and kept as bits. Elsewhere it is drawn from a seed, which comes from the CPU generator and is kept instead.
-Activation checkpointing restores that generator, so a recomputation draws the same mask.
+For ordinary operations autograd would save a copy of ``x`` in the adapter's dtype, a copy after dropout, the dropout
+mask and the hidden product: several times the size of ``x`` in every layer. ``x`` itself is in memory anyway (q, k and
+v share it), so backward repeats cast and dropout, and only the thin product A x is saved in addition. If ``x`` itself
+can be recomputed (``recomputed``), the tensors it is computed from are saved instead.
+
+On the CPU the mask is drawn as ``F.dropout`` draws it, so that the same seed drops the same elements, and is saved as
+bits. On other devices it is drawn from a seed, which comes from the CPU generator and is saved instead of the mask.
+Activation checkpointing restores that generator, so recomputation draws the same mask.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, w
 from nbpeft.engine.kernels.recomputed import origin_of
 
 _LANES = 1 << 16
-"""Number of values of one 16-bit lane of the random words."""
+"""Number of values of one 16-bit lane of a random word."""
 _GATHER, _SPREAD, _PICK = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
-"""Factors that gather the last bits of eight bytes in the highest one, spread one byte over eight, and pick one bit of
-each; as int64."""
+"""Constants, as int64, for packing a mask of bytes into bits and back. The first is a factor that gathers the lowest
+bits of eight bytes in the highest byte; the second a factor that copies one byte to eight; the third selects one bit of
+each of them."""
 _EXACT = (torch.float32, torch.float64)
-"""In these a product that is added in place gives the bits of one that is added afterwards."""
+"""Dtypes in which adding a product in place gives the same bits as adding it afterwards."""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of an adapter's input: a probability and whether it acts now."""
+    """Dropout of an adapter's input: its probability, and whether the adapter is in training mode."""
 
     probability: float
     training: bool
@@ -53,14 +55,14 @@ def draw_seed() -> int:
 
 @dataclass(frozen=True)
 class KeepMask:
-    """Where dropout keeps its input: a mask of zeros (dropped) and ones.
+    """A dropout mask of zeros (dropped) and ones, stored compactly.
 
     Attributes:
-        shape: of the input.
-        probability: of a zero.
-        device: of the input.
-        source: the bits of the mask, uint8; or the seed that it is drawn from.
-        strides: of the mask: it is drawn in the order in which a dense input lies in memory.
+        shape: shape of the input.
+        probability: probability of a zero.
+        device: device of the input.
+        source: the bits of the mask, uint8; or the seed from which it is drawn.
+        strides: strides of the mask, which is drawn in the memory order of a dense input.
     """
 
     shape: torch.Size
@@ -71,10 +73,16 @@ class KeepMask:
 
     @classmethod
     def drawn(cls, x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Self, Tensor]:
-        """Draws a new mask for an input; see ``again``."""
+        """Draws a new mask for an input, and returns it with the mask as a tensor; see ``again``.
+
+        Args:
+            x: the input.
+            probability: probability of a zero.
+            dtype: dtype of the mask.
+        """
         if _seeded(x.device):
-            made = cls(x.shape, probability, x.device, draw_seed())
-            return made, made.again(dtype)
+            keep = cls(x.shape, probability, x.device, draw_seed())
+            return keep, keep.again(dtype)
         count = x.numel()
         places = torch.empty(-(-count // 8) * 8, dtype=torch.uint8)
         places[:count].bernoulli_(1 - probability)
@@ -85,19 +93,19 @@ class KeepMask:
         return cls(x.shape, probability, x.device, bits, strides), mask
 
     def again(self, dtype: torch.dtype) -> Tensor:
-        """The mask, without the ``scale``.
+        """The mask as a tensor, without the ``scale``.
 
-        Drawn from a seed, four elements share one 64-bit draw, which makes drawing twice cheaper than one
-        ``F.dropout``; the probability is then met to 1 / 65536.
+        If it is drawn from a seed, four elements share one 64-bit draw, which makes drawing it twice cheaper than one
+        ``F.dropout``; the probability is then exact to 1 / 65536.
         """
         count = self.shape.numel()
         if isinstance(self.source, Tensor):
             places = self.source.to(torch.int64).mul_(_SPREAD).bitwise_and_(_PICK).view(torch.uint8)
-            # Not ``ne(0)``: numbers are cast ten times as fast as truth values.
+            # Not ``ne(0)``: integers are cast ten times as fast as booleans.
             return places.clamp_(max=1)[:count].to(dtype).as_strided(self.shape, self.strides)
         generator = torch.Generator(self.device)
         generator.manual_seed(self.source)
-        if self.device.type == "mps":  # which cannot draw over all of int64
+        if self.device.type == "mps":  # cannot draw over the whole range of int64
             lanes = torch.empty(count, dtype=torch.int32, device=self.device)
             lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
         else:
@@ -108,7 +116,7 @@ class KeepMask:
 
     @property
     def scale(self) -> float:
-        """1 / (share of elements kept) for the probability the mask really has."""
+        """1 / (share of elements kept), for the exact probability of the mask."""
         kept = 1 - self.probability if isinstance(self.source, Tensor) else 1.0 - self._dropped_lanes / _LANES
         return 1.0 / kept if kept > 0 else 0.0
 
@@ -118,12 +126,12 @@ class KeepMask:
 
 
 def _seeded(device: torch.device) -> bool:
-    """Whether masks are drawn from a seed, which is fast, and not as ``F.dropout`` draws them."""
+    """Whether masks are drawn from a seed, which is fast, instead of as ``F.dropout`` draws them."""
     return device.type != "cpu"
 
 
 class _SeededDropout(torch.autograd.Function):
-    """Dropout that keeps its mask as bits, or as a seed."""
+    """Dropout that saves its mask as bits, or as a seed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
@@ -145,11 +153,11 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """scaling * B(A(dropout(x))), plus what is given; keeps x or its origin, A, B and the thin product of A.
+    """``scaling * B(A(dropout(x)))``, added to ``onto`` or to the output of a frozen linear layer.
 
-    That is ``onto``, or ``frozen``: a layer's weight and bias, in the compute dtype. One wide buffer serves each
-    direction, and the frozen layer's gradient takes the adapter's up: fresh memory costs a CPU more than the
-    arithmetic does.
+    Saves x or its origin, A, B and the thin product A x. ``frozen`` is the layer's weight and bias, in the compute
+    dtype. Forward and backward use one wide buffer each, and the adapter's gradient is accumulated into the frozen
+    layer's: on a CPU allocating memory costs more than the arithmetic.
     """
 
     @staticmethod
@@ -168,9 +176,9 @@ class _LowRank(torch.autograd.Function):
         ctx.keep, mask = KeepMask.drawn(x, probability, x.dtype) if probability else (None, None)
         out_features = lora_B.shape[0]
         shape = (*x.shape[:-1], out_features)
-        # What is handed on as it is must be no view: models change outputs in place.
-        whole = frozen is not None or (onto is not None and onto.dtype == dtype)
-        total = torch.empty(shape, dtype=dtype, device=x.device) if whole else None
+        # An output that is returned without a cast must not be a view: models change outputs in place.
+        needs_result = frozen is not None or (onto is not None and onto.dtype == dtype)
+        total = torch.empty(shape, dtype=dtype, device=x.device) if needs_result else None
         with without_autocast(x.device.type):
             buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, None if frozen else total)
             flat = _dropped_input(x, mask, buffer)
@@ -179,9 +187,9 @@ class _LowRank(torch.autograd.Function):
             ctx.recomputation = None if origin is None else origin.recomputation
             if origin is not None:
                 origin.recomputation.add_reader()
-            kept = (x,) if origin is None else origin.inputs
+            inputs = (x,) if origin is None else origin.inputs
             weight = None if frozen is None else frozen[0]
-            ctx.save_for_backward(lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None, weight, *kept)
+            ctx.save_for_backward(lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None, weight, *inputs)
             if frozen is not None and total is not None:
                 _linear(_as_rows(x), *frozen, out=_as_rows(total)).addmm_(hidden, lora_B.T)
                 return total
@@ -199,8 +207,8 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, gradients[0])
-        lora_A, lora_B, hidden, weight, *kept = ctx.saved_tensors
-        x = kept[0] if ctx.recomputation is None else ctx.recomputation.output(kept)
+        lora_A, lora_B, hidden, weight, *inputs = ctx.saved_tensors
+        x = inputs[0] if ctx.recomputation is None else ctx.recomputation.output(inputs)
         dtype: torch.dtype = ctx.dtype
         need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
         with without_autocast(x.device.type):
@@ -211,7 +219,7 @@ class _LowRank(torch.autograd.Function):
                 rows = rows.to(dtype) if room is None else room.copy_(rows)
             grad_x = grad_A = grad_B = None
             if need_B:
-                # Twice as fast as the product the other way round, which is tall and thin.
+                # Transposed afterwards: the product ``rows.T @ hidden`` is tall and thin, and takes twice as long.
                 grad_B = (hidden.T @ rows).T.to(lora_B.dtype)
             if need_A or need_x:
                 hidden_gradient = (rows @ lora_B.to(dtype)) * _factor(ctx)
@@ -240,7 +248,7 @@ def _input_gradient(
     mask: Tensor | None,
     buffer: Tensor | None,
 ) -> Tensor:
-    """The gradient of the input as (tokens, in): the adapter's, and that of a frozen weight where there is one."""
+    """The gradient of the input, (tokens, in): the adapter's, plus that of the frozen weight if there is one."""
     if weight is not None and mask is None:
         return (rows @ weight).addmm_(hidden_gradient, lora_A)
     wide = torch.mm(hidden_gradient, lora_A, out=buffer)
@@ -250,9 +258,9 @@ def _input_gradient(
 
 
 def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of the inputs, for derivatives of higher order."""
-    lora_A, lora_B, _, weight, *kept = ctx.saved_tensors
-    x = kept[0] if ctx.recomputation is None else ctx.recomputation.differentiable_output(kept)
+    """The gradients as differentiable functions of the inputs, for higher derivatives."""
+    lora_A, lora_B, _, weight, *inputs = ctx.saved_tensors
+    x = inputs[0] if ctx.recomputation is None else ctx.recomputation.differentiable_output(inputs)
     with without_autocast(x.device.type):
         mask = _mask(x, ctx)
         cast = x.to(ctx.dtype)
@@ -271,16 +279,16 @@ def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None,
 def _buffer(
     x: Tensor, width: int, dtype: torch.dtype, probability: float, result: Tensor | None = None
 ) -> Tensor | None:
-    """Room for (tokens, width) values in the compute dtype, where a cast or dropped copy is needed.
+    """A buffer for (tokens, width) values in the compute dtype; None if neither a cast nor dropout needs a copy.
 
-    Where there is a result to be filled it serves until then, if it is as large as ``x``.
+    A result tensor that is filled later serves as the buffer if it is at least as large as ``x``.
     """
     if x.dtype == dtype and not probability:
         return None
     if result is not None and result.numel() >= x.numel():
         return result.view(-1)
-    wanted = math.prod(x.shape[:-1]) * width if result is None else x.numel()
-    return torch.empty(wanted, dtype=dtype, device=x.device)
+    count = math.prod(x.shape[:-1]) * width if result is None else x.numel()
+    return torch.empty(count, dtype=dtype, device=x.device)
 
 
 def _part(buffer: Tensor | None, rows: int, columns: int) -> Tensor | None:
@@ -292,18 +300,18 @@ def _mask(x: Tensor, ctx: Any) -> Tensor | None:
 
 
 def _factor(ctx: Any) -> float | Tensor:
-    """The scaling, with what dropout asks for."""
+    """The scaling, times the scale of dropout."""
     scaling: float | Tensor = ctx.scaling
     return scaling if ctx.keep is None else scaling * ctx.keep.scale
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(…, features) as (tokens, features), also where there is no feature or no token."""
+    """(…, features) as (tokens, features), even if there are no features or no tokens."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _dropped_input(x: Tensor, mask: Tensor | None, buffer: Tensor | None) -> Tensor:
-    """``x`` as (tokens, in) in the compute dtype, with zeros where it is dropped."""
+    """``x`` as (tokens, in) in the compute dtype, with dropped elements set to zero."""
     flat = _as_rows(x)
     if buffer is None:
         return flat
@@ -319,26 +327,26 @@ def low_rank_linear(
     dropout: Dropout,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """``scaling * B(A(dropout(x)))`` for a linear layer, added to ``onto`` where that is given.
+    """``scaling * B(A(dropout(x)))`` for a linear layer, added to ``onto`` if that is given.
 
     Args:
         x: (..., in), any floating dtype.
         lora_A: (r, in).
         lora_B: (out, r).
-        scaling: a number, or a 0-d tensor where hot-swapping may change it.
+        scaling: a number, or a 0-d tensor if hot-swapping may change it.
         dropout: dropout of the input.
-        onto: (..., out), what to add it to.
+        onto: (..., out), a tensor to add the product to.
 
     Returns:
-        (..., out) in the dtype of ``onto``; without that, in the autocast dtype where autocast is
-        on, else in the factors' dtype.
+        (..., out) in the dtype of ``onto``; without that, in the autocast dtype if autocast is on, else in the
+        factors' dtype.
     """
     if x.device != lora_A.device:
         x = x.to(lora_A.device)
     dtype = compute_dtype(x, lora_A)
     probability = dropout.probability if dropout.is_active else 0.0
     if probability >= 1.0 or composes():
-        # What compilers and function transforms trace: the operations of ``LowRank.down`` and ``up``.
+        # Compilers and function transforms trace plain operations, those of ``LowRank.down`` and ``up``.
         dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
         delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
         return delta if onto is None else add_delta(onto, delta)
@@ -356,20 +364,20 @@ def adapted_linear(
     scaling: float | Tensor,
     dropout: Dropout,
 ) -> Tensor | None:
-    """``W x + b + scaling * B(A(dropout(x)))`` in one function, whose gradient needs no room for each summand.
+    """``W x + b + scaling * B(A(dropout(x)))`` in one function, whose backward needs no buffer for each summand.
 
     Args:
         x: (..., in).
         weight: W of a frozen layer, (out, in).
-        bias: its bias, (out,).
+        bias: the layer's bias, (out,), or None.
         lora_A: (r, in).
         lora_B: (out, r).
-        scaling: a number, or a 0-d tensor where hot-swapping may change it.
+        scaling: a number, or a 0-d tensor if hot-swapping may change it.
         dropout: dropout of the input.
 
     Returns:
-        (..., out), bit by bit what the layer and ``low_rank_linear`` give; None where that is not known: of other
-        dtypes than float32 and float64, of more than one dtype or device, and of a layer that is trained.
+        (..., out), with the same bits as the layer plus ``low_rank_linear``; None if that is not guaranteed: for
+        dtypes other than float32 and float64, for several dtypes or devices, and for a layer that is trained.
     """
     tensors = [x, weight, lora_A, lora_B, *([] if bias is None else [bias])]
     alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)

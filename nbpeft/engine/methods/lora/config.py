@@ -41,18 +41,18 @@ INITS = ("gaussian", "orthogonal", "olora", "pissa", "mica", *INIT_CONFIGS)
 """Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
 _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
-"""Each costs two decompositions; after a few the subspace no longer changes."""
+"""Each iteration costs two decompositions; after a few the subspace no longer changes."""
 
 _VARIANTS = ("use_dora", "alora_invocation_tokens", "use_qalora", *VARIANT_CONFIGS)
-"""Fields that ask for another method than LoRA; see ``LoraConfig.variant``."""
+"""Fields that select another method than LoRA; see ``LoraConfig.variant``."""
 _OWN_START = ("use_bdlora", "use_qalora", "kasa_config")
-"""Those of them whose factors are none that an init by name could give."""
+"""Those variants with their own initialization, to which a named init does not apply."""
 _BIASES = ("none", "all", "lora_only")
 
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of this process that are never saved."""
+    """Settings of the current process, which are never saved."""
 
     ephemeral_gpu_offload: bool = False
 
@@ -61,49 +61,49 @@ class LoraRuntimeConfig:
 class LoraConfig(AdapterConfig, LayerByLayer):
     """Config of LoRA, rsLoRA and DoRA. Field names and defaults are PEFT 0.21's.
 
-    Fields of PEFT that nothing here implements are accepted at their default, so that every
-    config file loads, and refused with a clear line at any other value.
+    Fields of PEFT that are not implemented here are accepted with their default, so that every
+    config file loads, and refused with any other value.
 
     Attributes:
         r: rank of the two matrices: how much an adapter can learn, and its size.
         target_modules: names of the layers to adapt, 'all-linear', or a pattern; None for the model type's usual ones.
         exclude_modules: names of layers to leave as they are, or a pattern.
-        lora_alpha: what the adapter adds is multiplied by lora_alpha / r.
-        lora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: whether layers store their weight as (in, out); found by itself.
-        bias: which biases of the model are trained too.
+        lora_alpha: the delta is multiplied by lora_alpha / r.
+        lora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: whether layers store their weight as (in, out); detected automatically.
+        bias: which biases of the model are also trained.
         use_rslora: divide lora_alpha by the square root of r, which suits ranks above 64.
         modules_to_save: names of other modules that are copied, trained as a whole and saved.
-        init_lora_weights: how the matrices start; True starts at the base model.
-        layers_to_transform: numbers of the layers to adapt; None for all.
-        layers_pattern: name of the list of layers that layers_to_transform counts in.
+        init_lora_weights: initialization of the matrices; True starts at the base model.
+        layers_to_transform: indices of the layers to adapt; None for all.
+        layers_pattern: name of the module list that layers_to_transform indexes.
         rank_pattern: layer name or pattern -> another r.
         alpha_pattern: layer name or pattern -> another lora_alpha.
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
-        use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
-        layer_replication: pairs [start, end) of layers that make up the model then, each use with factors of its own.
+        use_dora: train the magnitude of each row of a weight separately from its direction (DoRA).
+        layer_replication: ranges [start, end) of layers that make up the new model; each use has its own factors.
         lora_bias: give the second matrix a bias.
-        target_parameters: names of bare parameters to adapt, those of experts: mlp.experts.gate_up_proj.
-        ensure_weight_tying: where one of the modules that share the embedding's weight is in target_modules or in
-            modules_to_save, train one pair of matrices, or one copy, for all of them, so that they stay one weight when
-            they are merged; trained rows of tokens follow by themselves.
+        target_parameters: names of bare parameters to adapt, such as those of experts: mlp.experts.gate_up_proj.
+        ensure_weight_tying: if one of the modules that share the embedding's weight is in target_modules or in
+            modules_to_save, train one pair of matrices, or one copy, for all of them, so that they stay tied when they
+            are merged; trained token rows always stay tied.
         loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
         eva_config: settings of init_lora_weights="eva".
         corda_config: settings of init_lora_weights="corda".
         lora_ga_config: settings of init_lora_weights="lora_ga".
-        kasa_config: learn singular values in the place of the weight's smallest (KaSA).
-        use_qalora: let the first factor see the means of groups of inputs (QA-LoRA).
-        qalora_group_size: how many inputs have one mean.
+        kasa_config: learn singular values that replace the weight's smallest (KaSA).
+        use_qalora: apply the first factor to the means of groups of inputs (QA-LoRA).
+        qalora_group_size: number of inputs in a group.
         use_bdlora: make one factor of each layer block-diagonal (BD-LoRA).
-        alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
+        alora_invocation_tokens: token ids from whose last occurrence in a row onward the adapter is active (aLoRA).
         arrow_config: route each token through other adapters of the model (Arrow, GenKnowSub).
-        velora_config: keep a fraction of a layer's input for backward (VeLoRA).
-        monteclora_config: train with samples around A, and how far they are spread (MonteCLoRA).
-        quantization_aware: on quantized layers act, and learn, as if merged into the weight and rounded with it, so
-            that merging changes nothing (nbpeft's own).
+        velora_config: save only a fraction of a layer's input for backward (VeLoRA).
+        monteclora_config: train with random samples around A, and train their variance as well (MonteCLoRA).
+        quantization_aware: on quantized layers compute, and train, as if the adapter were merged into the weight and
+            rounded with it, so that merging changes nothing (not in PEFT).
 
     Raises:
-        ConfigError: a value is impossible, or asks for something that is not implemented.
+        ConfigError: a value is invalid, or selects a feature that is not implemented.
     """
 
     r: int = field(default=8)
@@ -210,7 +210,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
             )
 
     def _check_init_settings(self) -> None:
-        """Makes the settings of inits what they are here: a dictionary for LoftQ as in PEFT, else an object."""
+        """Converts the settings of inits: to a dictionary for LoftQ as in PEFT, else to an object."""
         for init, (name, settings_class) in INIT_CONFIGS.items():
             settings = as_settings(name, getattr(self, name) or None, settings_class)
             used = self.init_name == init
@@ -272,9 +272,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
             setattr(self, name, as_settings(name, getattr(self, name), settings_class))
         if self.use_qalora:
             check_count("qalora_group_size", self.qalora_group_size)
-        asked = [name for name in (*_VARIANTS, "mica") if self._asks_for(name)]
-        if len(asked) > 1:
-            first, second = asked[:2]
+        selected = [name for name in (*_VARIANTS, "mica") if self._asks_for(name)]
+        if len(selected) > 1:
+            first, second = selected[:2]
             raise ConfigError(f"{first} cannot be combined with {second}: each is a method of its own", field=second)
         alone = self.variant if self.variant in _OWN_START else ""
         if alone and self.init_name not in ("default", "random", "gaussian"):
@@ -292,14 +292,14 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def variant(self) -> str:
-        """Which method of the family it means: the field that asks for it, or ``mica``; empty for LoRA."""
+        """The method of the family that the config selects: the field that selects it, or ``mica``; empty for LoRA."""
         for name in (*_VARIANTS, "mica"):
             if self._asks_for(name):
                 return name
         return ""
 
     def _check_quantization_aware(self) -> None:
-        """Refuses what is not a part of the weight that is rounded."""
+        """Refuses settings whose effect is not part of the rounded weight."""
         variant = "init_lora_weights" if self.variant == "mica" else self.variant
         for name in ("lora_dropout", variant) if self.quantization_aware else ():
             if name and getattr(self, name):
@@ -331,28 +331,28 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     @property
     def pissa_iterations(self) -> int | None:
         """N of ``pissa_niter_N``, or None."""
-        found = _PISSA_ITERATIONS.fullmatch(str(self.init_lora_weights).lower())
-        return None if found is None else int(found[1])
+        match = _PISSA_ITERATIONS.fullmatch(str(self.init_lora_weights).lower())
+        return None if match is None else int(match[1])
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether it is KaSA, or the init OLoRA's, PiSSA's, LoftQ's, CorDA's or LoRA-GA's; see ``AdapterConfig``."""
+        """Whether it is KaSA, or the init is OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA; see ``AdapterConfig``."""
         return self.kasa_config is not None or self.init_from_weight
 
     @property
     def init_from_weight(self) -> bool:
-        """Whether ``init_lora_weights`` alone says so."""
+        """The same without KaSA: whether ``init_lora_weights`` names such an init."""
         return self.init_name in ("olora", "pissa", "pissa_niter", "loftq") or self.initialised_from_data
 
     @property
     def initialised_from_data(self) -> bool:
-        """Whether the part of the weight that the adapter takes over depends on what the layer met in a run."""
+        """Whether the init depends on data (CorDA, LoRA-GA), and so cannot be computed from the weight alone."""
         return self.init_name in ("corda", "lora_ga")
 
     def started_as(self, init: str) -> Self | None:
-        """A copy with another init that finds its part of the weight again; see ``AdapterConfig``."""
-        made = self.copy(init_lora_weights=init)
-        return made if made.initialised_from_weight and not made.initialised_from_data else None
+        """A copy with another init that can be recomputed from the weight; see ``AdapterConfig``."""
+        config = self.copy(init_lora_weights=init)
+        return config if config.initialised_from_weight and not config.initialised_from_data else None
 
     def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
         """Whether ranks and scalings are the same at some paths; see ``AdapterConfig``."""
@@ -380,7 +380,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def size(self) -> int | None:
-        """The rank, where no pattern gives some layers another."""
+        """The rank; None if a pattern gives some layers another rank."""
         return None if self.rank_pattern else self.r
 
     def resized(self, size: int) -> Self:
@@ -415,26 +415,26 @@ class LoraConfig(AdapterConfig, LayerByLayer):
             changed.target_modules = with_target(self.target_modules, path)
         return changed
 
-    # Layer classes of somebody else's
+    # Custom layer classes
 
     def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-        """Has layers of some classes adapted by classes of one's own, which derive from ``LoraLayer``; as in PEFT.
+        """Registers custom adapter classes, derived from ``LoraLayer``, for classes of layers; as in PEFT.
 
-        The mapping is no part of a saved config: register it again before an adapter is loaded.
+        The mapping is not part of a saved config: register it again before loading an adapter.
 
         Args:
-            mapping: class of layers in the model -> class that is put around them, made as ``cls(base_layer,
+            mapping: class of layers in the model -> class of their wrappers, called as ``cls(base_layer,
                 adapter_name, config=…, r=…, lora_alpha=…, target_name=…, …)``.
         """
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
-        """The class registered for a layer, or None."""
+        """The custom class registered for a layer, or None."""
         registered = (self._custom_modules or {}).items()
         return next((custom for layer, custom in registered if isinstance(module, layer)), None)
 
     def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
-        """Makes an object of such a class with the arguments that PEFT gives; see ``LayerByLayer``."""
+        """Creates a wrapper of a custom class with the arguments that PEFT passes; see ``LayerByLayer``."""
         given: dict[str, Any] = {"r": self.rank_at(path), "lora_alpha": self.alpha_at(path), "target_name": path}
         given |= {"loaded_in_8bit": False, "loaded_in_4bit": False, "parameter_name": None, "tied_adapter": {}}
         offload = self.runtime_config.ephemeral_gpu_offload
@@ -442,7 +442,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def dropout(self) -> float:
-        """Share of the adapter's inputs that are dropped in training."""
+        """Dropout probability of the adapter's input."""
         return float(self.lora_dropout)
 
 

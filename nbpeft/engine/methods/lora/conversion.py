@@ -1,12 +1,12 @@
 """Adapters rewritten as plain LoRA.
 
-Initialised from the weight (OLoRA, PiSSA, KaSA): twice the rank, and it can be used on any copy of the base
-without computing the start again.
+Adapters initialized from the weight (OLoRA, PiSSA, KaSA) get twice the rank, and can then be used on any copy of the
+base without recomputing their initial component.
 
     W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
-With several ranks or scalings: rows and columns of zeros up to the largest rank, and B times the ratio of
-the scalings, for programs that know one rank and one alpha.
+Adapters with several ranks or scalings are padded with zeros to the largest rank, and B is multiplied by the ratio of
+the scalings, for programs that support only one rank and one alpha.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from nbpeft.engine.methods.lora.variant_configs import no_variant
 from nbpeft.errors import AdapterError
 
 KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
-"""Fields of a config that hold for the LoRA that takes its place, too."""
+"""Fields of a config that are also valid for the LoRA that replaces it."""
 
 
 def as_plain_lora(
     config: Any, adapters: Mapping[str, Any], weights: AdapterWeights
 ) -> tuple[AdapterConfig, AdapterWeights]:
-    """Returns the config and tensors of an adapter as those of a plain one that adds the same.
+    """Returns the config and tensors of a plain LoRA with the same delta as an adapter.
 
     Args:
-        config: its config.
+        config: the adapter's config.
         adapters: path -> the adapter on that layer.
-        weights: its tensors, as they would be saved.
+        weights: the adapter's tensors, as they would be saved.
 
     Raises:
-        AdapterError: its method or its patterns of ranks and alphas do not allow it.
+        AdapterError: its method, or its patterns of ranks and alphas, do not allow it.
     """
     started = {path: (adapters[path], start) for path, start in weights.starts.items()}
     if config.use_dora:
@@ -66,12 +66,12 @@ def as_plain_lora(
 def as_uniform_lora(
     config: AdapterConfig, deltas: Mapping[str, tuple[LayerKind, LowRankDelta]], weights: AdapterWeights
 ) -> tuple[LoraConfig, AdapterWeights]:
-    """Returns the config and tensors of a plain LoRA with one rank and one scaling that adds the same.
+    """Returns the config and tensors of a plain LoRA with one rank, one scaling and the same deltas.
 
     Args:
-        config: of the adapter, whose task and base model are kept.
-        deltas: path -> the kind of layer, and what is added to it.
-        weights: what the adapter saves, of which trained copies and biases are kept.
+        config: the adapter's config, whose task and base model are kept.
+        deltas: path -> the kind of layer, and its delta.
+        weights: the adapter's saved tensors, of which trained copies and biases are kept.
     """
     rank = max(delta.rank for _, delta in deltas.values())
     scalings = [delta.scaling for _, delta in deltas.values()]
@@ -95,7 +95,7 @@ def as_uniform_lora(
 
 
 def padded(factor: Tensor, dim: int, rank: int) -> Tensor:
-    """A factor with zeros up to a rank."""
+    """A factor padded with zeros to a rank along a dimension."""
     missing = rank - factor.shape[dim]
     if not missing:
         return factor
@@ -105,7 +105,7 @@ def padded(factor: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def _doubled(config: Any, others: Iterable[str]) -> AdapterConfig:
-    """The config at twice the rank with the same scaling, but for the layers at some paths."""
+    """The config with twice the rank and the same scaling, except for the layers at some paths."""
     factor = 2**0.5 if config.use_rslora else 2
     kept = sorted(others)
     ranks = {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()}

@@ -1,4 +1,4 @@
-"""What a LoRA layer class of one's own derives from: PEFT's ``LoraLayer`` and ``lora.Linear``.
+"""Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``.
 
     class LSTMWithLoRA(nn.Module, LoraLayer):
         def __init__(self, base_layer, adapter_name, config, r, lora_alpha, **kwargs): ...
@@ -6,7 +6,7 @@
 
     config._register_custom_module({nn.LSTM: LSTMWithLoRA})
 
-Layers that the engine adapts by itself are none of these; ``isinstance`` holds for them all the same.
+Layers that the engine itself adapts do not derive from them, but ``isinstance`` is True for those, too.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterEr
 
 
 class LoraLayer(metaclass=LayerType):
-    """A LoRA layer; derive from it beside ``nn.Module`` for a class of your own.
+    """A LoRA layer; derive a custom class from it and from ``nn.Module``.
 
-    Until the layer is part of a model it keeps for itself what is active; then the model says so.
+    Which adapters are active is stored in the layer until it is part of an adapted model, and then in the model.
 
     Args:
         base_layer: the frozen layer.
-        ephemeral_gpu_offload: accepted for PEFT's sake.
-        **kwargs: kept as ``kwargs``.
+        ephemeral_gpu_offload: ignored; accepted as in PEFT.
+        **kwargs: stored as ``kwargs``.
 
     Attributes:
         lora_A: adapter name -> the first factor, a module; ``lora_B`` the second.
         r: adapter name -> rank.
-        scaling: adapter name -> factor on what it adds.
-        in_features: of the frozen layer, or None where it does not say.
+        scaling: adapter name -> factor on the product.
+        in_features: input features of the frozen layer, or None if unknown.
     """
 
     peft_type = "LORA"
@@ -51,7 +51,7 @@ class LoraLayer(metaclass=LayerType):
         *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
     )
     adapted_layer: Any = None
-    """What stands for it in the model; see ``engine.custom_layers``."""
+    """Its wrapper in the model's tree; see ``engine.injection.custom_layers``."""
     _active_adapter: str | list[str] = "default"
     _disable_adapters: bool = False
     fan_in_fan_out: bool = False
@@ -77,7 +77,7 @@ class LoraLayer(metaclass=LayerType):
         self.in_features, self.out_features = self._get_in_out_features(base_layer)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
-        """(in, out) features, or None twice; warns of layers of which nothing is known."""
+        """(in, out) features, or (None, None) with a warning for unknown classes of layers."""
         kind, backend = resolve_layer_kind(module), resolve_backend(module)
         guessed = kind is None or (kind.name == "linear" and getattr(backend, "name", "dense") == "dense")
         if guessed and not isinstance(module, nn.Linear):
@@ -93,7 +93,7 @@ class LoraLayer(metaclass=LayerType):
         return self.base_layer
 
     def get_base_weight(self) -> Tensor:
-        """Its weight as it stores it, detached."""
+        """The frozen layer's weight as stored, detached."""
         return cast(Tensor, self.base_layer.weight).detach()
 
     @property
@@ -122,7 +122,7 @@ class LoraLayer(metaclass=LayerType):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the frozen layer acts alone now."""
+        """Whether adapters are disabled, so that only the frozen layer computes."""
         if self.adapted_layer is not None:
             return not self.adapted_layer.active_state.current().names
         return self._disable_adapters
@@ -133,7 +133,7 @@ class LoraLayer(metaclass=LayerType):
         return bool(self.merged_adapters)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes adapters active here and trainable, or frozen for inference; the others here are frozen."""
+        """Activates adapters on this layer, trainable unless ``inference_mode``; the layer's others are frozen."""
         if self.adapted_layer is not None:
             self.adapted_layer.set_adapter(adapter_names, inference_mode)
             return
@@ -142,7 +142,7 @@ class LoraLayer(metaclass=LayerType):
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Lets the active adapters act here, or the frozen layer alone."""
+        """Enables or disables the adapters on this layer."""
         if self.adapted_layer is not None:
             self.adapted_layer.enable_adapters(enabled)
             return
@@ -161,17 +161,17 @@ class LoraLayer(metaclass=LayerType):
     # Adapters
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
-        """Makes the factors of an adapter, as for a matrix product; override it for another kind of layer.
+        """Creates an adapter's factors for a matrix product; override it for other kinds of layer.
 
         Args:
             adapter_name: the adapter.
             r: rank.
-            lora_alpha: what it adds is multiplied by ``lora_alpha / r``, or ``/ sqrt(r)`` with rsLoRA.
-            config: says the rest.
-            **kwargs: accepted for PEFT's sake.
+            lora_alpha: the product is multiplied by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA.
+            config: the other settings.
+            **kwargs: ignored; accepted as in PEFT.
 
         Raises:
-            ConfigError: the rank is none, or the config asks for more than two factors that start as usual.
+            ConfigError: the rank is not positive, or the config selects a variant or another init.
         """
         if r <= 0:
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}", field="r")
@@ -202,7 +202,7 @@ class LoraLayer(metaclass=LayerType):
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Draws the factors of an adapter anew; False leaves them as they are."""
+        """Reinitializes the factors of an adapter; False leaves them unchanged."""
         if init_lora_weights is False:
             return
         if adapter_name in self.lora_A:
@@ -218,7 +218,7 @@ class LoraLayer(metaclass=LayerType):
             nn.init.normal_(self.lora_embedding_B[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of this layer; nothing where it has none of that name."""
+        """Deletes an adapter from this layer; has no effect if the layer has none of that name."""
         if self.adapted_layer is not None:
             self.adapted_layer.delete_adapter(adapter_name)
             return
@@ -232,7 +232,7 @@ class LoraLayer(metaclass=LayerType):
         return self.lora_alpha[adapter] / (math.sqrt(rank) if self.use_rslora.get(adapter) else rank)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets an adapter's scaling to ``scale`` times its trained one; nothing for one that is not here."""
+        """Sets an adapter's scaling to ``scale`` times its trained scaling; ignored if the layer lacks the adapter."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self._trained_scaling(adapter)
 
@@ -243,15 +243,15 @@ class LoraLayer(metaclass=LayerType):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scalings of the active adapters; without a factor they are the trained ones again."""
+        """Divides the scalings of the active adapters; without a factor, restores their trained scalings."""
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self._trained_scaling(name) if scale is None else self.scaling[name] / scale
 
-    # What a forward of one's own uses
+    # For the forward of custom classes
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Raises ConfigError where a call names an adapter for each row."""
+        """Raises ConfigError if a call has ``adapter_names``, an adapter for each row."""
         if kwargs.get("adapter_names") is not None:
             raise ConfigError(f"adapter_names cannot serve a {type(self).__name__}: one set of adapters acts")
 
@@ -260,7 +260,7 @@ class LoraLayer(metaclass=LayerType):
         return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves an adapter to where the frozen layer is, and into its dtype where that is a floating one."""
+        """Moves an adapter to the frozen layer's device, and casts it to its dtype if that is a floating one."""
         first = next(self.base_layer.parameters(), None)
         if first is None or first.is_meta:
             return
@@ -272,7 +272,7 @@ class LoraLayer(metaclass=LayerType):
 
 
 class Linear(nn.Module, LoraLayer):
-    """PEFT's ``lora.Linear`` for classes of one's own: a matrix product with two factors for each adapter.
+    """PEFT's ``lora.Linear`` as a base of custom classes: a matrix product with two factors for each adapter.
 
     Args:
         base_layer: a linear layer, or one that has ``in_features``, ``out_features`` and a ``weight`` (out, in).
@@ -280,7 +280,7 @@ class Linear(nn.Module, LoraLayer):
         config: its config.
         r: its rank.
         lora_alpha: its alpha.
-        **kwargs: accepted for PEFT's sake.
+        **kwargs: ignored; accepted as in PEFT.
     """
 
     title = "lora.Linear"
@@ -304,16 +304,16 @@ class Linear(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_caches" in state:  # which PEFT's layers have, and these have not
+        if "_caches" in state:  # pickles of PEFT's layers have it; these layers do not
             refuse_pickle_of_peft(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The frozen layer's output with the active adapters' added, in its dtype.
+        """The frozen layer's output plus the active adapters' deltas, in the layer's dtype.
 
         Args:
             x: (…, in).
-            *args: handed to the frozen layer.
+            *args: passed to the frozen layer.
             **kwargs: likewise.
 
         Returns:
@@ -332,10 +332,10 @@ class Linear(nn.Module, LoraLayer):
         return total.to(output.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging an adapter would add to the weight, in the orientation of the stored one.
+        """The delta that merging an adapter adds to the weight, in the orientation of the stored weight.
 
         Raises:
-            UnknownAdapterError: there is no such adapter on this layer.
+            UnknownAdapterError: the layer does not have the adapter.
         """
         if adapter not in self.lora_A:
             raise UnknownAdapterError(f"no adapter {adapter!r} on this layer; there is: {', '.join(self.lora_A)}")
@@ -345,14 +345,14 @@ class Linear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Adds adapters to the frozen weight and bias, those that are not merged yet.
+        """Merges adapters that are not yet merged into the frozen weight and bias.
 
         Args:
             safe_merge: refuse a weight that would not be finite.
-            adapter_names: which; the active ones if None.
+            adapter_names: the adapters; the active ones if None.
 
         Raises:
-            MergeError: the weight would not be finite, or a bias has no place to go.
+            MergeError: the weight would not be finite, or an adapter has a bias and the layer has none.
         """
         base: Any = self.base_layer
         for name in self.active_adapters if adapter_names is None else adapter_names:
@@ -367,7 +367,7 @@ class Linear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtracts what was merged, the last first."""
+        """Subtracts the merged deltas, the last first."""
         base: Any = self.base_layer
         while self.merged_adapters:
             name = self.merged_adapters.pop()
@@ -388,7 +388,7 @@ class Linear(nn.Module, LoraLayer):
 
 
 def _check_plain(config: LoraConfig, layer_class: str) -> None:
-    """Raises ConfigError for what a layer class of one's own would have to compute by itself."""
+    """Raises ConfigError for settings that a custom layer class would have to implement itself."""
     asked = {
         "use_dora=True": config.use_dora,
         f"init_lora_weights={config.init_lora_weights!r}": config.init_name not in ("default", "random", "gaussian"),

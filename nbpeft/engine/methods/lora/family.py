@@ -1,4 +1,4 @@
-"""What LoRA and DoRA share of the record of a method: config files, defaults, what people see, combining."""
+"""What the records of the LoRA family's methods have in common: file keys, defaults, display and combining."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nbpeft.engine.methods.lora.conversion import as_plain_lora
 from nbpeft.engine.methods.lora.fused import fuse
 
 _LEAST_RANK = 4
-"""A smaller adapter saves next to nothing."""
+"""A smaller adapter saves hardly any memory."""
 
 
 def _summary(config: LoraConfig) -> Mapping[str, str]:
-    """A star marks what a pattern gives some layers another value of."""
+    """The rank and alpha; a star marks a value that a pattern overrides on some layers."""
     return {
         "r": f"{config.r}{'*' if config.rank_pattern else ''}",
         "α": f"{config.lora_alpha:g}{'*' if config.alpha_pattern else ''}",
@@ -25,7 +25,7 @@ def _summary(config: LoraConfig) -> Mapping[str, str]:
 
 
 def _smaller(config: LoraConfig) -> LoraConfig | None:
-    """A quarter of the rank, where one rank holds for all layers."""
+    """A config with a quarter of the rank, if all layers have the same rank."""
     if config.size is None or config.size <= _LEAST_RANK:
         return None
     return config.resized(max(config.size // 4, _LEAST_RANK))

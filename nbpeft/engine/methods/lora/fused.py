@@ -1,7 +1,7 @@
-"""Factors of single experts, as files from before transformers 5 have them, joined to those of one parameter.
+"""Factors of single experts, as in files from before transformers 5, joined to the factors of one parameter.
 
-With the same input the parts of a gated projection are one product of both ranks: its A has the rows of one part
-after those of the other, its B is block-diagonal.
+The two parts of a gated projection have the same input, so they are one product of the sum of their ranks: its A has
+the rows of one part after those of the other, and its B is block-diagonal.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def fuse(tensors: Mapping[str, Tensor], fused: Mapping[str, tuple[str, ...]]) ->
 
     Args:
         tensors: key in the file -> tensor.
-        fused: parameter of the experts -> the layers of each expert that it was, in its order.
+        fused: parameter of the experts -> the layers of each expert that became it, in the parameter's order.
 
     Returns:
-        A copy without the joined ones; where a part is missing, all experts of that block are left as they are.
+        A copy with the factors joined; if a part is missing, the factors of that block's experts are left unchanged.
     """
     found: dict[str, Experts] = {}
     keys: dict[str, list[str]] = {}
@@ -48,7 +48,7 @@ def fuse(tensors: Mapping[str, Tensor], fused: Mapping[str, tuple[str, ...]]) ->
 
 
 def _of_module(module: str, experts: Experts, fused: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Both factors of each parameter under the keys of PEFT's files, or nothing where they are not whole."""
+    """Both factors of each parameter under the keys of PEFT's files; empty if some are missing."""
     names = [name for name, layers in fused.items() if any((layer, FACTORS[0]) in experts for layer in layers)]
     wanted = {(layer, factor) for name in names for layer in fused[name] for factor in FACTORS}
     every = range(len(next(iter(experts.values()))))
@@ -67,14 +67,14 @@ def _of_module(module: str, experts: Experts, fused: Mapping[str, tuple[str, ...
 
 
 def joined(factor: str, parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """One factor of a parameter, as PEFT's files have it.
+    """One factor of a parameter, as in PEFT's files.
 
     Args:
-        factor: which of the two.
-        parts: the factors of each layer that the parameter was, in its order, each with those of all experts.
+        factor: name of the factor.
+        parts: for each layer that became part of the parameter, in its order, the factors of all experts.
 
     Returns:
-        A, (experts r, in), or B, (out, r experts), where r and out are the sums over the layers.
+        A, (experts * r, in), or B, (out, r * experts), where r and out are the sums over the layers.
     """
     if factor == FACTORS[0]:
         return torch.cat([torch.cat(of_one) for of_one in zip(*parts, strict=True)])

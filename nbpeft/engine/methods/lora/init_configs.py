@@ -18,7 +18,7 @@ LOFTQ_BITS = (2, 4, 8)
 
 
 def check_choice(config: object, name: str, choices: tuple[Any, ...]) -> None:
-    """Raises ConfigError for a field that is none of some values."""
+    """Raises ConfigError if a field has none of the allowed values."""
     value = getattr(config, name)
     if value not in choices:
         raise ConfigError(
@@ -35,10 +35,10 @@ class LoftQConfig:
     Attributes:
         loftq_bits: bits of the base weight: 4 (nf4, blocks of 64), 8 (int8, by row), or 2 (normal float, blocks of 64),
             which PEFT does not have.
-        loftq_iter: how often the weight is quantized and its error decomposed, each helping the other.
+        loftq_iter: number of alternations between quantizing the weight and decomposing its error.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     loftq_bits: int = field(default=4)
@@ -55,15 +55,15 @@ class EvaConfig:
     """Settings of ``init_lora_weights="eva"`` (Paischer et al. 2024, arXiv:2410.07170).
 
     Attributes:
-        rho: a layer gets at most ``rho * r`` ranks; 1 leaves each its own.
-        tau: cosine similarity of a direction before and after a batch from which on it has converged.
-        use_label_mask: leave out the tokens whose label is ``label_mask_value``.
-        label_mask_value: label of the tokens that are not learned.
+        rho: a layer gets at most ``rho * r`` ranks; with 1 every layer gets r.
+        tau: a direction has converged if its cosine similarity before and after a batch is at least this.
+        use_label_mask: ignore tokens whose label is ``label_mask_value``.
+        label_mask_value: label of ignored tokens.
         whiten: divide each direction by the square root of its singular value.
         adjust_scaling_factors: keep ``lora_alpha / r`` of each layer when its rank changes.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     rho: float = field(default=2.0)
@@ -86,16 +86,16 @@ class CordaConfig:
     """Settings of ``init_lora_weights="corda"`` (Yang et al. 2024, arXiv:2406.05223).
 
     Attributes:
-        cache_file: file to keep the decompositions in; where it is there, nothing else is computed.
-        covariance_file: file to keep the covariances of the layers' inputs in; they serve any rank and method.
-        corda_method: ``ipm`` trains the directions that matter most on the data, ``kpm`` those that matter least,
-            so that what the model knows is kept.
+        cache_file: file for the decompositions; if it exists, nothing is computed.
+        covariance_file: file for the covariances of the layers' inputs, which are valid for any rank and method.
+        corda_method: ``ipm`` trains the directions that are most important on the data, ``kpm`` those that are least
+            important, which preserves the model's knowledge.
         verbose: show a progress bar.
-        use_float16_for_covariance: gather the covariances in the dtype of the inputs, not in float32.
-        prune_temporary_fields: take ``covariance_matrix`` and ``sample_count`` off the layers in the end.
+        use_float16_for_covariance: accumulate the covariances in the dtype of the inputs, not in float32.
+        prune_temporary_fields: delete ``covariance_matrix`` and ``sample_count`` from the layers at the end.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     cache_file: str | None = field(default=None)
@@ -116,13 +116,13 @@ class LoraGAConfig:
 
     Attributes:
         direction: which of the 2r largest singular directions of the gradient go to A and which to B: ``ArB2r`` the
-            first r to A, ``A2rBr`` the first r to B, ``ArBr`` in turns, ``random`` the same random r to both.
+            first r to A, ``A2rBr`` the first r to B, ``ArBr`` alternately, ``random`` the same random r to both.
         scale: factor on B: ``stable`` by the output features and ``stable_gamma``, ``weight_svd`` by the weight's
             largest singular value, ``gd_scale`` by the adapter's scaling, ``unit`` none.
-        stable_gamma: larger values start smaller.
+        stable_gamma: larger values give smaller initial factors.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = field(default="ArB2r")
@@ -146,12 +146,12 @@ INIT_CONFIGS: dict[str, tuple[str, type[Any]]] = {
 
 
 def no_settings() -> dict[str, Any]:
-    """The fields of the settings of all inits, without any."""
+    """The fields with settings of inits, all set to their empty value."""
     return {field: {} if init == "loftq" else None for init, (field, _) in INIT_CONFIGS.items()}
 
 
 def as_settings(name: str, value: Any, settings_class: type[Any]) -> Any:
-    """The settings that a field means: a file holds them as a dictionary.
+    """Converts a field's value to its settings class; files contain it as a dictionary.
 
     Args:
         name: the field.
@@ -159,7 +159,7 @@ def as_settings(name: str, value: Any, settings_class: type[Any]) -> Any:
         settings_class: the class.
 
     Raises:
-        ConfigError: it is something else, or a field is unknown or impossible.
+        ConfigError: it is of another type, or a field is unknown or invalid.
     """
     if value is None or isinstance(value, settings_class):
         return value
@@ -167,7 +167,7 @@ def as_settings(name: str, value: Any, settings_class: type[Any]) -> Any:
         value = vars(value)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a {settings_class.__name__} or a dictionary, not {shown(value)}", field=name)
-    known = [one.name for one in dataclasses.fields(settings_class)]
+    known = [field.name for field in dataclasses.fields(settings_class)]
     unknown = [key for key in value if key not in known]
     if unknown:
         hint = did_you_mean(str(unknown[0]), known)

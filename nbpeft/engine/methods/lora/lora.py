@@ -5,16 +5,16 @@
 
 W and b stay frozen; A starts random and B at zero, so training starts at the base model.
 
-``B A x`` is computed in three forms, each for a reason, and the tests hold that they agree:
+``B A x`` is computed in three forms, each for a reason; tests check that they agree:
 
-    one function      ``autograd._LowRank.forward``, which keeps x alone for backward. ``LoRA.output`` calls it on an
-                      ordinary linear layer, W x included: a breakpoint for the usual call goes there. On every other
-                      layer, and where W is in half precision, ``LowRank.forward`` calls it for the product alone.
-    plain operations  ``LowRank.down`` and ``up``: what ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
-                      ``lora_B`` have to see, and convolutions.
-    a matrix          ``LowRank.product``: a change of the weight, for merging and for DoRA's norms.
+    one function      ``autograd._LowRank.forward``, which saves only x for backward. ``LoRA.output`` calls it on an
+                      ordinary linear layer, W x included: set a breakpoint for the usual call there. On every other
+                      layer, and if W is in half precision, ``LowRank.forward`` calls it for the product alone.
+    plain operations  ``LowRank.down`` and ``up``: for ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
+                      ``lora_B``, which must see each operation, and for convolutions.
+    a matrix          ``LowRank.product``: the change of the weight, for merging and for DoRA's norms.
 
-Rows of one batch that several adapters serve take stacked factors (``multi_adapter.factor_rows``).
+A batch whose rows use different adapters is computed with stacked factors (``multi_adapter.factor_rows``).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
 
 
 def _variant(config: LoraConfig) -> str:
-    """A name more exact than LoRA, or empty."""
+    """The name of the variant, such as rsLoRA; empty for plain LoRA."""
     name = "rsLoRA" if config.use_rslora else ""
     return f"quantization-aware {name or 'LoRA'}" if config.quantization_aware else name
 
 
 def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
-    """The class of adapters that share their factors with another one, where a config allows that."""
+    """The class of adapters that share another adapter's factors; refuses configs for which that is impossible."""
     check_tied(config, paths)
     return TiedLoRA
 
@@ -72,12 +72,19 @@ class LoRA(LowRankProduct, ReplacesCall):
     """A LoRA adapter on one layer."""
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """What an ordinary linear layer and the product give, in one function; see ``ReplacesCall``.
+        """The output of an ordinary linear layer plus the product, in one function; see ``ReplacesCall``.
 
-        A breakpoint stops here in each usual call of a layer; ``LowRank.forward`` is not reached then.
+        In the usual call of a layer a breakpoint stops here, and ``LowRank.forward`` is not called.
+
+        Args:
+            x: (…, in).
+            base: the layer.
+
+        Returns:
+            (…, out); None if the layer, the adapter or the call is not of the ordinary kind.
         """
         layer = base.module
-        if composes():  # and the compiler finds nothing here to guard
+        if composes():  # first, so that the compiler adds no guards for the checks below
             return None
         if type(layer) is not nn.Linear or base.backend.name != "dense" or type(layer.weight).__name__ == "DTensor":
             return None
@@ -88,4 +95,4 @@ class LoRA(LowRankProduct, ReplacesCall):
 
 
 class TiedLoRA(TiedProduct, LoRA):
-    """A LoRA adapter that uses the factors of another layer's."""
+    """A LoRA adapter that uses the factors of another layer's adapter."""

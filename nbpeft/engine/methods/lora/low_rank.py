@@ -2,14 +2,14 @@
 
     linear        A (r, in), B (out, r)
     attention     A (r, embed), B (3 embed, r), of query, key and value together
-    embedding     A (r, vocabulary), B (features, r); the input is ids, so there is nothing to drop. A starts
-                  at zero and B random: a lookup gives gradient only to the rows of A that were looked up
+    embedding     A (r, vocabulary), B (features, r); the input is ids, so there is no dropout. A starts at zero and B
+                  random: a lookup gives a gradient only to the columns of A that were looked up
     convolution   A (r, in, *kernel), B (out, r / groups, 1, …): A is a convolution with the layer's stride,
                   padding and dilation, B one with kernel 1 and the layer's groups
-    parameter     A (experts r, in), B (out, r experts): a product for each expert
+    parameter     A (experts * r, in), B (out, r * experts): a product for each expert
 
-A of a grouped convolution sees all input channels (PEFT's files have it so); the product is then not a
-weight of the layer and cannot be merged. DoRA norms it all the same, in the shape that PEFT gives it.
+A of a grouped convolution sees all input channels, as in PEFT's files. The product is then not a weight of the layer
+and cannot be merged. DoRA takes its norms all the same, in the shape that PEFT gives it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class LowRank:
-    """The product on a layer that is a matrix product; the base of the other kinds'.
+    """The product on a linear layer; base class of the products on other kinds of layer.
 
     Args:
         kind: the kind of layer.
@@ -41,7 +41,7 @@ class LowRank:
 
     factor_names = ("lora_A", "lora_B")
     zero_init_factor = 1
-    """Which factor starts at zero under the usual init: 1 (B), or 0 (A, for lookups)."""
+    """Index of the factor that is initialized with zeros by default: 1 (B), or 0 (A, for embeddings)."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
@@ -50,7 +50,7 @@ class LowRank:
         """Shapes of A and B for a rank.
 
         Raises:
-            ConfigError: this layer cannot take that rank.
+            ConfigError: the layer does not support that rank.
         """
         in_features, out_features = self.kind.features(module)
         return (rank, in_features), (out_features, rank)
@@ -70,42 +70,42 @@ class LowRank:
         Args:
             module: the frozen layer.
             x: its input.
-            lora_A: A, as in ``shapes``.
-            lora_B: B.
+            lora_A: A, shaped as in ``shapes``.
+            lora_B: B, likewise.
             scaling: factor on the product.
-            dropout: of the input.
-            onto: what to add it to, in the dtype of that; shaped like the layer's output.
+            dropout: dropout of the input.
+            onto: tensor to add the product to, shaped like the layer's output.
 
         Returns:
-            A tensor shaped like the layer's output.
+            A tensor shaped like the layer's output, in the dtype of ``onto`` if that is given.
         """
         return low_rank_linear(x, lora_A, lora_B, scaling, dropout, onto)
 
     has_steps: ClassVar[bool] = True
-    """Whether ``down`` and ``up``, one after the other, are the product."""
+    """Whether ``up`` of ``down`` is the product."""
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
-        """The first step, A x, of what was cast and dropped."""
+        """The first step: A times the input after cast and dropout."""
         return F.linear(x, lora_A)
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-        """The second step, B times the result of the first, and a bias (out,)."""
+        """The second step: B times the result of the first, plus a bias (out,)."""
         return F.linear(hidden, lora_B, bias)
 
     def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """B A as a canonical weight.
 
         Raises:
-            MergeError: it is not a weight of the layer, see ``no_product_reason``.
+            MergeError: the product is not a weight of the layer, see ``no_product_reason``.
         """
         return lora_B @ lora_A
 
     def normed_product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """What DoRA adds to the weight before it takes the norms of its rows: B A, where that is a weight."""
+        """The change of the weight of which DoRA takes row norms: ``product``, or PEFT's substitute for it."""
         return self.product(module, lora_A, lora_B)
 
     def no_product_reason(self, module: nn.Module) -> str:
-        """Why B A is not a weight of this layer, so that it cannot be merged; else empty."""
+        """Why B A is not a weight of this layer, and so cannot be merged; empty if it is one."""
         return ""
 
 
@@ -193,7 +193,7 @@ class LowRankConvolution(LowRank):
         return self.up(module, self.down(module, x, lora_A.to(x.dtype)) * scaling, lora_B.to(x.dtype), None)
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
-        """The first step: a convolution as the layer's; see ``LowRank``."""
+        """The first step: a convolution with the layer's settings; see ``LowRank``."""
         hidden: Tensor = self.kind.convolve(module, x, lora_A, groups=1)
         return hidden
 
@@ -210,11 +210,11 @@ class LowRankConvolution(LowRank):
         return self.normed_product(module, lora_A, lora_B)
 
     def normed_product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """The factors' product in the shape of the weight; of a grouped convolution PEFT's reading of B as (…, r)."""
+        """The product in the shape of the weight; for a grouped convolution with B viewed as (…, r), as in PEFT."""
         return (lora_B.reshape(-1, lora_A.shape[0]) @ lora_A.flatten(1)).view(module.weight.shape)
 
     def no_product_reason(self, module: Any) -> str:
-        """Why the product of a grouped convolution is not its weight."""
+        """Why the product on a grouped convolution is not a weight of it."""
         if module.groups == 1:
             return ""
         return (
@@ -224,7 +224,7 @@ class LowRankConvolution(LowRank):
 
 
 class LowRankParameter(LowRank):
-    """The products on a bare parameter, one for each of its matrices: A (n r, in), B (out, r n)."""
+    """The products on a bare parameter, one for each of its n matrices: A (n * r, in), B (out, r * n)."""
 
     has_steps = False
 
@@ -234,7 +234,7 @@ class LowRankParameter(LowRank):
         return (rank * module.count, in_features), (out_features, rank * module.count)
 
     def factors(self, module: ParameterView, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of A and B whose product (…, rows, columns) is what is added to the parameter."""
+        """Views of A and B whose product (…, rows, columns) is the change of the parameter."""
         if len(module.shape) == 2:
             return lora_B, lora_A
         right = lora_A.reshape(module.count, -1, lora_A.shape[1])
@@ -242,7 +242,7 @@ class LowRankParameter(LowRank):
         return (right.transpose(1, 2), left.transpose(1, 2)) if module.is_transposed else (left, right)
 
     def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """What is added to the parameter."""
+        """The change of the parameter, shaped like it."""
         left, right = self.factors(module, lora_A, lora_B)
         return left @ right
 
@@ -254,7 +254,7 @@ def low_rank_of(kind: LayerKind) -> LowRank:
     """The product on a kind of layer.
 
     Raises:
-        LayerKindError: there is none for that kind.
+        LayerKindError: LoRA does not support that kind.
     """
     if kind not in _BY_KIND:
         _BY_KIND[kind] = _made_for(kind)
@@ -274,7 +274,7 @@ def _made_for(kind: LayerKind) -> LowRank:
 
 
 def _dropped(x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Tensor, KeepMask | None]:
-    """The cast input with zeros where it is dropped, and what says where that is."""
+    """The input cast to a dtype and with dropout, and the dropout's mask."""
     if not probability:
         return x.to(dtype), None
     keep, mask = KeepMask.drawn(x, probability, dtype)
@@ -282,7 +282,7 @@ def _dropped(x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Tensor,
 
 
 class _LeanProduct(torch.autograd.Function):
-    """``LowRankConvolution.compose`` of a cast, dropped ``x`` that keeps ``x`` itself alone, and computes again."""
+    """``LowRankConvolution.compose`` after cast and dropout, which saves only ``x`` and recomputes in backward."""
 
     @staticmethod
     def forward(

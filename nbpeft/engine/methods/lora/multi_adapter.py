@@ -1,9 +1,9 @@
-"""One batch whose rows are served by different low-rank adapters.
+"""One batch whose rows use different low-rank adapters.
 
 On an accelerator a kernel launch costs more than the arithmetic, so the factors are stacked once
 and the batch is two batched products, whatever the number of adapters. On a CPU stacking costs more
-than it saves (fresh memory is slow there), so each adapter's rows are multiplied where its factors
-lie: nothing is copied, and an adapter that serves many rows is read once.
+than it saves (allocating memory is slow there), so each adapter's rows are multiplied by its own
+factors: nothing is copied, and an adapter of many rows is read once.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from nbpeft.engine.kernels.numerics import compute_dtype
 
 Factors = tuple[Tensor, Tensor, float]
-"""A (r, in), B (out, r) and the factor on their product."""
+"""A (r, in), B (out, r) and their scaling."""
 
 
 @torch.no_grad()
 def factor_rows(factors: Sequence[Factors | None], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that gives each row of a batch the product of its own adapter.
+    """Makes a function that computes each row's product with the factors of its own adapter.
 
     Args:
-        factors: what serves, for each adapter; None where the layer lacks it. One at least is there.
-        device: where the batch is.
+        factors: each adapter's factors, at least one; None for adapters that the layer lacks.
+        device: device of the batch.
 
     Returns:
-        A function of the input (batch, …, in) and an index (batch,) int64 into ``factors``, -1 for
-        none, the same tensor object in every call of a generation. It gives ``scaling * B A x``,
+        A function of the input (batch, …, in) and an index, int64 (batch,), into ``factors``, -1 for
+        no adapter, the same tensor object in every call of a generation. It returns ``scaling * B A x``,
         (batch, …, out), in the factors' or the autocast dtype.
     """
     served = FactorGroups(factors) if device.type == "cpu" else FactorBank(factors)
@@ -39,10 +39,10 @@ def factor_rows(factors: Sequence[Factors | None], device: torch.device) -> Call
 
 
 class FactorGroups:
-    """The factors of several adapters where they are, and which rows each one serves.
+    """The factors of several adapters, not copied, and the rows that use each of them.
 
     Args:
-        factors: what serves, for each adapter; None where the layer lacks it.
+        factors: each adapter's factors; None for adapters that the layer lacks.
     """
 
     def __init__(self, factors: Sequence[Factors | None]) -> None:
@@ -74,7 +74,7 @@ class FactorGroups:
         return hidden @ lora_B.to(rows.dtype).T
 
     def _grouped(self, index: Tensor) -> tuple[Tensor | None, list[tuple[int, int]]]:
-        """The order that brings each adapter's rows together (None: they are), and (place, rows) of each."""
+        """The order that groups rows by adapter (None if they are grouped), and (index, rows) of each adapter."""
         if self._groups is not None and self._groups[0] is index:
             return self._groups[1:]
         places = index.tolist()
@@ -91,11 +91,11 @@ class FactorGroups:
 class FactorBank:
     """The factors of several adapters, stacked, so that a mixed batch is two batched products.
 
-    Ranks are padded with zeros to the largest; one more all-zero entry, the last, serves rows
+    Ranks are padded with zeros to the largest; an additional last entry of zeros is for rows
     without an adapter.
 
     Args:
-        factors: what serves, for each adapter; None where the layer lacks it.
+        factors: each adapter's factors; None for adapters that the layer lacks.
     """
 
     def __init__(self, factors: Sequence[Factors | None]) -> None:
@@ -121,7 +121,7 @@ class FactorBank:
         return delta.view(*x.shape[:-1], up.shape[-1])
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors for each row; kept for the next call where that costs no more than the bank."""
+        """Factors for each row; kept for the next call unless they are larger than the bank."""
         if self._gathered is not None and self._gathered[0] is index:
             return self._gathered[1], self._gathered[2]
         places = index.remainder(self.down.shape[0])

@@ -1,9 +1,9 @@
-"""The LoRA that comes closest to what an adapter of any method adds to the weights.
+"""The LoRA that is closest to the deltas of an adapter of any method.
 
     Δ ≈ B A        the largest singular values of Δ and their vectors (Eckart and Young 1936)
 
-Where Δ is the product of two thin matrices, the singular values are those of a small core between them, and Δ is
-never built.
+If Δ is the product of two thin matrices, its singular values are those of a small core between them, and Δ is never
+built.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NearestFactors:
     """The closest LoRA on one layer.
 
     Attributes:
-        tensors: parameter name -> tensor, in the dtype of the adapter that it stands for.
+        tensors: parameter name -> tensor, in the dtype of the approximated adapter.
         rank: rows of A.
         kept: share of ‖Δ‖² that is kept, from 0 to 1.
     """
@@ -44,10 +44,10 @@ class NearestFactors:
 
 
 def check_rank(rank: object) -> None:
-    """Checks that a rank, or a share of ‖Δ‖² to keep, is possible.
+    """Checks a rank, or a share of ‖Δ‖² to keep.
 
     Raises:
-        ConfigError: it is neither a positive whole number nor a number from 0 to 1.
+        ConfigError: it is neither a positive integer nor a float from 0 to 1.
     """
     if isinstance(rank, bool) or not isinstance(rank, int | float):
         raise ConfigError(f"rank must be a whole number, or the share to keep such as 0.9, not {rank!r:.60}")
@@ -62,14 +62,14 @@ def check_rank(rank: object) -> None:
 
 @torch.no_grad()
 def nearest_factors(adapter: Adapter, base: BaseLayer, rank: int | float, path: str, scale: float) -> NearestFactors:
-    """Returns the factors closest to what an adapter adds to one layer.
+    """Returns the factors closest to an adapter's delta on one layer.
 
     Args:
-        adapter: of any method.
+        adapter: an adapter of any method.
         base: the layer.
-        rank: rank of the factors, or the share of ‖Δ‖² that they keep at least.
-        path: of the layer, for messages.
-        scale: factor on what it adds.
+        rank: rank of the factors, or the least share of ‖Δ‖² that they keep.
+        path: path of the layer, for messages.
+        scale: factor on the adapter's delta.
 
     Raises:
         ConfigError: the rank is larger than the weight.
@@ -85,7 +85,7 @@ def nearest_factors(adapter: Adapter, base: BaseLayer, rank: int | float, path: 
             path=path,
         )
     energies = values.cpu().double().square()
-    energies[values.cpu() <= values.max().cpu() * most * torch.finfo(values.dtype).eps] = 0  # rounding alone
+    energies[values.cpu() <= values.max().cpu() * most * torch.finfo(values.dtype).eps] = 0  # rounding errors
     kept = energies.cumsum(0)
     total = float(kept[-1])
     count = rank if isinstance(rank, int) else int((kept < rank * total).sum()) + 1
@@ -93,7 +93,7 @@ def nearest_factors(adapter: Adapter, base: BaseLayer, rank: int | float, path: 
     size = rank if isinstance(rank, int) else count
     name_A, name_B = low_rank.factor_names
     shape_A, shape_B = low_rank.shapes(base.module, size)
-    own = next((adapter.source or adapter).parameters(), None)  # none where what is trained is shared
+    own = next((adapter.source or adapter).parameters(), None)  # None if its parameters are shared
     dtype = values.dtype if own is None else own.dtype
     lora_A = padded(right[:count], 0, size).to(dtype, copy=True).contiguous()
     lora_B = padded(left[:, :count] * (values[:count] * scale), 1, size).to(dtype).contiguous()
@@ -116,7 +116,7 @@ def _decomposed(adapter: Adapter, base: BaseLayer) -> tuple[Tensor, Tensor, Tens
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """A matrix of it, in float32 at least."""
+    """A tensor as a matrix, in at least float32."""
     return widened(tensor.flatten(1))
 
 
@@ -126,20 +126,26 @@ def _singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_bias(tensors: dict[str, Tensor], bias: Tensor | None, base: BaseLayer) -> None:
-    """Adds the bias of B to factors: what an adapter adds to the bias of the layer, or zeros."""
+    """Adds a bias of B to factors: an adapter's change of the layer's bias, or zeros.
+
+    Args:
+        tensors: parameter name -> factor; changed in place.
+        bias: the change, (out,), or None.
+        base: the layer.
+    """
     name_B = low_rank_of(base.kind).factor_names[1]
     like = tensors[name_B]
     tensors[f"{name_B}_bias"] = like.new_zeros(base.out_features) if bias is None else bias.to(like)
 
 
 def nearest_config(config: Any, rank: int | float, ranks: Mapping[str, int], *, biased: bool) -> LoraConfig:
-    """Returns the config of the closest LoRA, all of whose scalings are 1.
+    """Returns the config of the closest LoRA, whose scalings are all 1.
 
     Args:
-        config: of the adapter that it stands for, whose targets and task are kept.
-        rank: what was asked for; with a share every layer's rank is in ``rank_pattern``, as in PEFT.
+        config: config of the approximated adapter, whose targets and task are kept.
+        rank: the requested rank or share; with a share every layer's rank is in ``rank_pattern``, as in PEFT.
         ranks: path -> rank.
-        biased: whether it has biases of its own.
+        biased: whether the LoRA has biases (``lora_bias``).
     """
     usual = rank if isinstance(rank, int) else 1
     patterns = {} if isinstance(rank, int) else rank_patterns(ranks, ())

@@ -1,10 +1,10 @@
 """Optimizers made for low-rank adapters: LoRA-FA, LoRA+ and Riemannian preconditioning.
 
-LoRA-FA: A stays as it was drawn, only B learns (https://arxiv.org/abs/2308.03303). The gradient of B is
-turned into the one whose product with A is nearest to the full gradient: g_B (A Aᵀ)⁻¹ / scaling². A is
+LoRA-FA: A stays at its random initial value, only B is trained (https://arxiv.org/abs/2308.03303). The gradient of B
+is replaced by the one whose product with A is closest to the full gradient: g_B (A Aᵀ)⁻¹ / scaling². A is
 frozen, so the (rank, rank) inverse is computed once.
 
-LoRA+: B learns faster than A (https://arxiv.org/abs/2402.12354).
+LoRA+: B is trained with a higher learning rate than A (https://arxiv.org/abs/2402.12354).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class LoraFAOptimizer(Optimizer):
         lr: Learning rate.
         betas: Decay of the running means of the gradient and of its square.
         eps: Added to the denominator.
-        weight_decay: Share of the weights taken off after each step, times ``lr``.
-        correct_bias: Whether the means are corrected for their start at zero.
-        partners: B parameter -> its A, (rank, in), and the scaling of their product, where groups do not say it. A
-            parameter without is trained by plain AdamW.
+        weight_decay: Decoupled weight decay, as in AdamW.
+        correct_bias: Whether the means are corrected for their initial value of zero.
+        partners: B parameter -> its A, (rank, in), and the scaling of their product, for groups without ``names``. A
+            parameter that it does not contain is trained by plain AdamW.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LoraFAOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; returns what ``closure`` does."""
+        """Makes an optimizer step; returns the result of ``closure``."""
         if self._has_old_groups:
             warnings.warn(
                 "`scaling_factor` is deprecated: give a group `scaling_factors`, one for each parameter",
@@ -98,7 +98,7 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
     def projected(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient that AdamW is given for a parameter that has one."""
+        """The gradient that AdamW uses for a parameter."""
         gradient = parameter.grad
         assert gradient is not None
         if parameter not in self._partners:
@@ -107,7 +107,7 @@ class LoraFAOptimizer(Optimizer):
         return (gradient.to(inverse.dtype) @ inverse).to(gradient.dtype)
 
     def _inverse(self, lora_A: Tensor, scaling: float) -> Tensor:
-        """(A Aᵀ)⁻¹ / scaling², (rank, rank), computed anew only after A was written to."""
+        """(A Aᵀ)⁻¹ / scaling², (rank, rank); recomputed only after A was written to."""
         version, found = self._inverses.get(lora_A, (-1, None))
         if found is None or version != lora_A._version:
             wide = lora_A.detach().float()
@@ -149,15 +149,15 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Freezes every A of the active adapters and makes the optimizer of the rest. Arguments as in PEFT.
+    """Freezes every A of the active adapters, and creates an optimizer of the rest. Arguments as in PEFT.
 
     Args:
         model: The model with adapters.
-        r: Accepted for PEFT's sake: each layer's own scaling counts.
-        lora_alpha: The same.
+        r: Ignored, accepted as in PEFT: each layer's own scaling is used.
+        lora_alpha: Likewise.
         lr: Learning rate.
         weight_decay: As in AdamW.
-        use_rslora: Deprecated in PEFT; must be what the adapters' configs say.
+        use_rslora: Deprecated in PEFT; must agree with the adapters' configs.
 
     Raises:
         ConfigError: ``use_rslora`` contradicts a config.
@@ -186,7 +186,7 @@ def create_lorafa_optimizer(
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
-    """(A, B, scaling) of every adapter on every layer whose B is trained."""
+    """Yields (A, B, scaling) of every adapter on every layer whose B is trained."""
     for module in called_modules(model):
         own = dict(module.named_parameters(recurse=False))
         for first, second in _PAIRS:
@@ -197,11 +197,11 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """LoRA+: B learns faster than A (https://arxiv.org/abs/2402.12354). Arguments as in PEFT.
+    """Creates an optimizer with LoRA+'s learning rates (https://arxiv.org/abs/2402.12354). Arguments as in PEFT.
 
     Args:
         model: The model with adapters.
-        optimizer_cls: Which optimizer.
+        optimizer_cls: Class of the optimizer.
         lr: Learning rate of A and of everything that is neither A nor B.
         loraplus_lr_ratio: Learning rate of B and of vectors, as a multiple of ``lr``; at least 1.
         **kwargs: For the optimizer, and ``loraplus_weight_decay`` (0.0) and
@@ -221,7 +221,7 @@ def create_loraplus_optimizer(
     }
     own_names = {
         id(parameter): name
-        for module in called_modules(model)  # adapters come behind what shows their parameters
+        for module in called_modules(model)  # modules that show adapters' parameters come before the adapters
         for name, parameter in module.named_parameters(recurse=False)
     }
     for parameter in model.parameters():
@@ -270,7 +270,7 @@ class RiemannianPreconditioner:
 
     Args:
         pairs: A, (rank, in), and B, (out, rank), of each product.
-        reg: keeps the inverses finite where a factor has less than its rank, as B has at the start.
+        reg: keeps the inverses finite if a factor is rank-deficient, as B is at the start.
     """
 
     def __init__(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], reg: float) -> None:
@@ -279,7 +279,7 @@ class RiemannianPreconditioner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Rescales the gradients that there are, before the optimizer's own step."""
+        """Rescales the gradients that exist, before the optimizer's own step."""
         for first, second in self.lora_pairs:
             dtype = torch.promote_types(first.dtype, torch.float32)
             lora_A, lora_B = first.detach().to(dtype), second.detach().to(dtype)
@@ -295,7 +295,7 @@ class RiemannianPreconditioner:
 
 
 def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """A and B of every product of two matrices on the layers of a model, where both are trained; no embeddings."""
+    """A and B of every product of two matrices in a model, if both are trained; embeddings are left out."""
     first, second = _PAIRS[0]
     held = (dict(module.named_parameters(recurse=False)) for module in called_modules(model))
     pairs = ((own[first], own[second]) for own in held if first in own and second in own)
@@ -310,18 +310,18 @@ def _needs_closure(optimizer_cls: type[Optimizer]) -> bool:
 def create_riemannian_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
 ) -> Optimizer:
-    """An optimizer before whose steps the gradients of LoRA's factors are rescaled. Arguments as in PEFT.
+    """Creates an optimizer that rescales the gradients of LoRA's factors before each step. Arguments as in PEFT.
 
     Args:
         model: The model with adapters.
-        optimizer_cls: Which optimizer; its ``step`` must not need a closure.
+        optimizer_cls: Class of the optimizer, whose ``step`` must not need a closure.
         lr: Learning rate.
         reg: Added to the diagonal of the matrices that are inverted; see ``RiemannianPreconditioner``.
         **kwargs: For the optimizer.
 
     Raises:
         ConfigError: the optimizer needs a closure, or no pair of factors is trained.
-        TypeError: ``optimizer_cls`` is no optimizer's class.
+        TypeError: ``optimizer_cls`` is not a subclass of ``Optimizer``.
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, not {optimizer_cls!r:.60}")
@@ -334,7 +334,7 @@ def create_riemannian_optimizer(
     if not pairs:
         raise ConfigError("No trainable lora_A/lora_B parameter pairs were found: activate a LoRA adapter first.")
     preconditioner = RiemannianPreconditioner(pairs, reg)
-    optimizer = optimizer_cls([one for one in model.parameters() if one.requires_grad], lr=lr, **kwargs)  # type: ignore[call-arg]
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # type: ignore[call-arg]
 
     def rescale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:

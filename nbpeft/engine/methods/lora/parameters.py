@@ -1,9 +1,9 @@
-"""LoRA on a bare parameter (``target_parameters``): the experts of a mixture, each with factors of its own.
+"""LoRA on a bare parameter (``target_parameters``): the experts of a mixture, each with its own factors.
 
-    W_e + s * B_e A_e        A (experts r, in), B (out, r experts), as PEFT's files have them
+    W_e + s * B_e A_e        A (experts * r, in), B (out, r * experts), as in PEFT's files
 
-A holds the rows of one expert after those of another, B their columns interleaved. Dropout acts on what goes into an
-expert's A, where its module is known to do nothing but multiply; PEFT, which changes the weight, refuses it.
+A contains the rows of one expert after those of another; in B their columns are interleaved. Dropout applies to the
+input of an expert's A, if the module is known to do nothing but multiply; PEFT, which changes the weight, refuses it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         """A and B; see ``Adapter``.
 
         Raises:
-            ConfigError: the config asks for what does not work on a bare parameter.
+            ConfigError: the config has a setting that does not work on a bare parameter.
         """
         refused = {
             "lora_dropout": config.lora_dropout != 0 and not only_multiplies(module.owner),
@@ -83,7 +83,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """None: how many experts share the rows of A, the shapes do not say."""
+        """None: the shapes do not contain the number of experts among which the rows of A are divided."""
         return None
 
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -104,7 +104,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         return (Product(*self.low_rank.factors(view, *self.trained_factors), self.scaling, dropout),)
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
-        """Always one: a LoRA on layers is another thing."""
+        """Why it cannot be converted to a LoRA on layers: it is always refused."""
         return "bare parameters (target_parameters) have a LoRA of their own"
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:

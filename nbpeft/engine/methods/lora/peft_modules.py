@@ -1,6 +1,6 @@
 """The modules that users of PEFT find in a LoRA layer: ``lora_A["default"](x)``, ``lora_dropout["default"].p``.
 
-They compute with the adapter's parameters when somebody calls them; the layer itself does not.
+They compute with the adapter's parameters when other code calls them; the layer itself does not call them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LinearFactor(ParameterModule, nn.Linear):
         return int(self.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product with the factor, in its dtype or autocast's: hooks may change that for the time of a call."""
+        """The product with the factor, in its dtype or autocast's; hooks may change the dtype during a call."""
         return nn.Linear.forward(self, x.to(self.weight.dtype))
 
     def extra_repr(self) -> str:
@@ -45,11 +45,11 @@ class LinearFactor(ParameterModule, nn.Linear):
 
 
 class TiedFactor(LinearFactor):
-    """A factor that is a view of another layer's: it has no parameter of its own.
+    """A factor that is a view of another layer's, without a parameter of its own.
 
     Args:
-        adapter: has the view.
-        name: its name there.
+        adapter: the adapter with the view.
+        name: name of the factor in the adapter.
     """
 
     _adapter: Any
@@ -88,16 +88,24 @@ class TiedFactor(LinearFactor):
 
 
 def block_diagonal(blocks: Tensor, count: int) -> Tensor:
-    """The matrix with some blocks, held one below the other, (rows, columns / count), on its diagonal."""
+    """A block-diagonal matrix.
+
+    Args:
+        blocks: its blocks, stacked along the rows: (rows, columns / count).
+        count: number of blocks.
+
+    Returns:
+        (rows, columns).
+    """
     whole: Tensor = torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
     return whole
 
 
 class BlockDiagonalFactor(ParameterModule):
-    """A block-diagonal factor of a product on a linear layer, whose weight is its blocks, one below the other.
+    """A block-diagonal factor of a product on a linear layer; its weight is the blocks, stacked along the rows.
 
     Args:
-        nblocks: how many.
+        nblocks: number of blocks.
     """
 
     weight: Any
@@ -188,8 +196,8 @@ def factor_module(base: BaseLayer, shape: tuple[int, ...], *, is_first: bool) ->
 
     Args:
         base: the layer.
-        shape: of the factor.
-        is_first: whether it is A.
+        shape: shape of the factor.
+        is_first: whether the factor is A.
     """
     if len(shape) in _CONVOLUTIONS:
         return _CONVOLUTIONS[len(shape)](base.module, shape, is_first=is_first)
@@ -216,12 +224,12 @@ class AdapterDropout(Observed, nn.Dropout):
 
     @property
     def training(self) -> bool:
-        """Whether it drops: whether the adapter is in training mode."""
+        """Whether the adapter is in training mode."""
         return bool(self.adapter.training)
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if hasattr(self, "_adapter"):  # torch's constructor sets it, too
+        if hasattr(self, "_adapter"):  # not yet in torch's constructor, which sets the mode, too
             self.adapter.training = mode
 
     @property
@@ -234,7 +242,7 @@ class AdapterDropout(Observed, nn.Dropout):
         self.adapter.dropout = float(value)
 
     def extra_repr(self) -> str:
-        """As of ``nn.Dropout``, or of ``nn.Identity`` where nothing is dropped."""
+        """As of ``nn.Dropout``, or of ``nn.Identity`` without dropout."""
         return super().extra_repr() if self.p else ""
 
     def _get_name(self) -> str:

@@ -1,4 +1,4 @@
-"""A product of two low-rank factors that is added as it is; see ``lora.py``."""
+"""Methods that add the product of two low-rank factors unchanged; see ``lora.py``."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from nbpeft.engine.peft_names.peft_modules import ParameterModule
 from nbpeft.errors import LayerKindError
 
 _MERGE_ROWS = 256
-"""Rows of a weight merged at a time, which bounds the extra memory of a merge."""
+"""Rows of a weight that are merged at a time, which bounds the additional memory of a merge."""
 _WHOLE_INPUT = Dropout(0.0, False)
 """The subtracted initial component gets no dropout, because it is part of the base weight."""
 
 
 class PlainLowRank(LowRankAdapter):
-    """A product of two factors, and the bias of B, added to the output as they are.
+    """An adapter that adds the product of two factors, and the bias of B, to the output.
 
     Attributes:
-        observed: PEFT's name -> module with hooks; the product is computed with it then. None where nobody observes.
+        observed: PEFT's name -> module with hooks, which computes its step of the product; None if there is none.
     """
 
     observed: Mapping[str, Any] | None = None
     observable: ClassVar[bool] = True
-    """Whether a call can be computed by the modules of the factors, one after the other."""
+    """Whether a call can be computed by the modules of the factors, one after the other, so that their hooks run."""
 
     @classmethod
     def parameter_shapes(
@@ -64,16 +64,16 @@ class PlainLowRank(LowRankAdapter):
 
     @property
     def output_bias(self) -> Tensor | None:
-        """The bias of B, (out,), where ``lora_bias`` asked for one."""
+        """The bias of B, (out,), with ``lora_bias``; else None."""
         return self.held.get(f"{self.factor_names[1]}_bias")
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B that a call computes with."""
+        """A and B as used in a call."""
         return self.own_factors
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B where there is one.
+        """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B if there is one.
 
         Args:
             x: (…, in), or ids of an embedding.
@@ -104,7 +104,7 @@ class PlainLowRank(LowRankAdapter):
         return self.observable and self.low_rank.has_steps
 
     def observe(self, module: nn.Module, name: str = "") -> None:
-        """Computes with a module from now on, so that it is called and its hooks run; see ``Adapter``."""
+        """Uses a module for its step of the product from now on, so that its hooks run; see ``Adapter``."""
         if not self.computes_by_parts:
             super().observe(module)
             return
@@ -112,15 +112,15 @@ class PlainLowRank(LowRankAdapter):
         self.bind(observed={**(self.observed or {}), name or shown: module})
 
     def forget_observed(self, name: str) -> None:
-        """Computes that step by itself again; see ``Adapter``."""
+        """Computes a step without its module again; see ``Adapter``."""
         others = {other: module for other, module in (self.observed or {}).items() if other != name}
         self.bind(observed=others or None)
 
     def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
-        """The product, each step that somebody observes computed by its module."""
+        """The product, with each observed step computed by its module."""
         name_A, name_B = self.factor_names
         lora_A, lora_B = self.active_factors
-        if lora_A.element_size() > 1:  # in one byte it is stored alone: a hook brings it into another dtype
+        if lora_A.element_size() > 1:  # one-byte dtypes are for storage only: a hook casts such factors to compute
             x = x.to(compute_dtype(x, lora_A))
         delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
         steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [
@@ -134,7 +134,7 @@ class PlainLowRank(LowRankAdapter):
         return x if delta is None else x + delta
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why the product of the factors is not what the layer computes; see ``Adapter``."""
+        """Why the product of the factors differs from what the layer computes, if it does; see ``Adapter``."""
         parts = {name: module for name, module in (self.observed or {}).items() if name in self.factor_names}
         known = (ParameterModule, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         other = next((name for name, module in parts.items() if not isinstance(module, known)), None)
@@ -168,7 +168,7 @@ class PlainLowRank(LowRankAdapter):
 
 
 class LowRankProduct(PlainLowRank, ServesRows, IsLowRank):
-    """A product that is a low-rank change of the weight, whoever calls the layer."""
+    """A product that is a low-rank change of the weight in every call."""
 
     supports_fused_add: ClassVar[bool] = True
 
@@ -176,7 +176,7 @@ class LowRankProduct(PlainLowRank, ServesRows, IsLowRank):
     def mixed(
         cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Two batched products on linear layers; see ``ServesRows``."""
+        """A mixed batch on linear layers as two batched products; see ``ServesRows``."""
         if not base.kind.is_linear:
             return None
         if any(adapter is not None and (adapter.output_bias is not None or adapter.observed) for adapter in adapters):

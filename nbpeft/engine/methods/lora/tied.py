@@ -1,10 +1,10 @@
-"""LoRA on a layer that shares its weight with the input embedding, and its factors with the adapter there.
+"""LoRA on a layer that shares its weight with the input embedding, and its factors with the embedding's adapter.
 
     W + s * (B A)^T of the embedding, W + s * B' A' of the head          A' = B^T, B' = A^T
 
-Stored as (vocabulary, features) both are the same change of the one weight, which stays one when they are merged.
-Another embedding on that weight, as a decoder's, has A and B as they are. The one pair of parameters, which belongs to
-the embedding's adapter, learns from all uses.
+Stored as (vocabulary, features), both are the same change of the shared weight, which stays tied when they are merged.
+Another embedding with that weight, such as a decoder's, uses A and B unchanged. The single pair of parameters belongs
+to the embedding's adapter, and gets gradients from all uses.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _INITS = ("default", "random", "gaussian")
 
 
 def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
-    """Refuses a config whose factors on some layers cannot be the same.
+    """Refuses a config with which some layers cannot share factors.
 
     Args:
-        config: of the adapter.
-        paths: of the layers.
+        config: the adapter's config.
+        paths: paths of the layers.
 
     Raises:
-        ConfigError: its init starts in the weight as each layer has it, or its patterns make a difference.
+        ConfigError: its init depends on each layer's weight, or its patterns give the layers different values.
     """
     if config.init_name not in _INITS:
         raise ConfigError(
@@ -58,7 +58,7 @@ def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
 
 
 class TiedProduct(LowRankProduct, UsesAnother):
-    """A product whose factors are those of the adapter on another layer, transposed where the layers are transposed.
+    """A product with the factors of the adapter on another layer, transposed if the layers' weights are.
 
     Attributes:
         source: that adapter.
@@ -66,16 +66,16 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Makes an adapter that waits for its source, with any of the tensors; a new one draws what a head's would."""
+        """Creates an adapter without its source, but with loaded tensors or new ones drawn as for a head."""
         made = cls({}, site.base.kind, config, site.path)
         made.bind(_drawn=_drawn(config, site) if tensors is None else {}, _loaded=dict(tensors or {}))
         return made
 
     @torch.no_grad()
     def tie_to(self, source: Adapter) -> None:
-        """Uses the factors of another adapter from now on; new ones start as PEFT's do, as the head's.
+        """Uses the factors of another adapter from now on; new factors are initialized as the head's, as in PEFT.
 
-        Loaded ones are written there: a file may hold them for this layer alone.
+        Loaded factors are written to that adapter: a file may contain them for this layer only.
         """
         self.bind(source=source)
         drawn, loaded = vars(self).pop("_drawn", {}), vars(self).pop("_loaded", {})
@@ -84,7 +84,7 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     @classmethod
     def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The factors under their names; see ``Adapter``."""
+        """The factors under this layer's names; see ``Adapter``."""
         alike = {name: source[name] for name in names if name in source}
         pairs = zip(LowRank.factor_names, reversed(LowRankLookup.factor_names), strict=True)
         return alike or {name: source[other].T for name, other in pairs if other in source}
@@ -96,7 +96,7 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     @property
     def _is_alike(self) -> bool:
-        """Whether the factors are the source's as they are."""
+        """Whether the factors are the source's without transposition."""
         return self.source is not None and self.factor_names[0] in self.source.held
 
     @property
@@ -106,7 +106,7 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     @property
     def peft(self) -> PeftNames:  # type: ignore[override]
-        """As of a product; where another layer has other factors, these are modules."""
+        """The names of a product; factors that are not named as the source's are shown as modules."""
         names = LowRankProduct.peft
         return names if self._is_alike else replace(names, modules=(*names.modules, *self.factor_names))
 
@@ -119,16 +119,16 @@ class TiedProduct(LowRankProduct, UsesAnother):
         return dict(self.held)
 
     def swap_refusal(self) -> str:
-        """One pair of factors cannot take two others in."""
+        """Why its factors cannot be hot-swapped: two layers share them."""
         return "uses the factors of another layer (ensure_weight_tying)"
 
 
 def _drawn(config: LoraConfig, site: AdapterSite) -> dict[str, Tensor]:
-    """What the factors of a head start as, which are written into those of the embedding."""
+    """Initial factors of a head, which are written to those of the embedding."""
     skip_built(config, site)
     if config.init_name == "random":
         return {}
     (name_A, shape_A), (name_B, shape_B) = site.shapes.items()
     fill = fill_of(config, site.path)
-    # A is filled where it lies, in the transposed tensor of the embedding: in the order of that.
+    # A is filled as a transposed view of the embedding's tensor, in the memory order of that tensor.
     return {name_A: site.new(shape_A[::-1], lambda tensor: fill(tensor.T)).T, name_B: site.new(shape_B)}

@@ -29,16 +29,17 @@ class ArrowConfig:
     """Settings of Arrow (Ostapenko et al. 2024, arXiv:2405.11157) and GenKnowSub (2025.acl-short.54).
 
     Attributes:
-        top_k: to how many adapters each token goes; to all where there are fewer.
+        top_k: number of adapters that each token is routed to; all if there are fewer.
         router_temperature: the scores of those adapters are divided by it before the softmax.
         use_gks: subtract the mean of the general adapters' factors from those of each adapter (GenKnowSub). The
-            adapters themselves stay as they are.
-        task_adapter_names: the adapters that tokens go to; None for all LoRA adapters beside, those to come included.
-        gks_adapter_names: the general adapters; None for those called gks_0, gks_1, …
-        rng_seed: accepted for PEFT's sake: nothing is drawn.
+            adapters themselves are not changed.
+        task_adapter_names: the adapters that tokens are routed to; None for all other LoRA adapters, those added later
+            included.
+        gks_adapter_names: the general adapters; None for those named gks_0, gks_1, …
+        rng_seed: ignored, accepted as in PEFT: no random numbers are used.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     top_k: int = field(default=3)
@@ -54,7 +55,7 @@ class ArrowConfig:
         _check_positive(self, "router_temperature")
 
     def general_among(self, names: Iterable[str]) -> list[str]:
-        """Names of the general adapters, of which only those among ``names`` where the settings name none."""
+        """Names of the general adapters: those of the settings, else those among ``names`` that are named gks_N."""
         return self.gks_adapter_names or [name for name in names if _GENERAL.fullmatch(name)]
 
 
@@ -63,13 +64,13 @@ class VeloraConfig:
     """Settings of VeLoRA (Miles et al. 2024, arXiv:2405.17991).
 
     Attributes:
-        num_groups: into how many pieces an input is cut, of each of which one number is kept: more keep more.
-        scale: factor on the input that is put together from them.
-        init_type: the direction that the numbers are lengths along: ``batch_average`` the mean piece of each batch,
-            ``batch_average_once`` that of the first one, or ``random``.
+        num_groups: number of groups that an input is split into; one number per group is saved for backward.
+        scale: factor on the input that is reconstructed from them.
+        init_type: the direction onto which groups are projected: ``batch_average`` the mean group of each batch,
+            ``batch_average_once`` that of the first batch, or ``random``.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     num_groups: int = field(default=64)
@@ -88,15 +89,15 @@ class MontecloraConfig:
     """Settings of MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358).
 
     Attributes:
-        num_samples: how many perturbations of A are drawn in each call, and averaged.
-        use_entropy: add the sum of the squared weights of that average to the loss, which keeps them even.
+        num_samples: number of perturbations of A that are drawn in each call and averaged.
+        use_entropy: add the sum of the squared weights of that average to the loss, which keeps the weights even.
         dirichlet_prior: concentration of the prior of those weights.
         sample_scaler: factor on the perturbations.
-        kl_loss_weight: weight of the divergence from the priors in the loss.
-        buffer_size: accepted for PEFT's sake: nothing is drawn ahead.
+        kl_loss_weight: weight of the KL divergence from the priors in the loss.
+        buffer_size: ignored, accepted as in PEFT: nothing is drawn in advance.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     num_samples: int = field(default=8)
@@ -117,19 +118,19 @@ class MontecloraConfig:
 
 @dataclass
 class BdLoraConfig:
-    """Settings of BD-LoRA (arXiv:2510.23346), whose factors can be split among devices without talk between them.
+    """Settings of BD-LoRA (arXiv:2510.23346), whose factors can be sharded without additional communication.
 
-    Of a layer that is split by its inputs (out_proj, down_proj) A is block-diagonal, of one that is split by its
-    outputs (q_proj, k_proj, v_proj, up_proj, gate_proj) B.
+    On a layer that is sharded by its inputs (out_proj, down_proj) A is block-diagonal; on a layer that is sharded by
+    its outputs (q_proj, k_proj, v_proj, up_proj, gate_proj) B is.
 
     Attributes:
         target_modules_bd_a: parts of the paths of layers whose A is block-diagonal.
         target_modules_bd_b: parts of the paths of layers whose B is.
-        nblocks: how many blocks: over how many devices the model will be split when it is served.
-        match_strict: refuse a layer that neither names; False gives it plain factors.
+        nblocks: number of blocks: the number of devices among which the model is sharded for serving.
+        match_strict: refuse a layer that neither list matches; False gives it plain factors.
 
     Raises:
-        ConfigError: a value is impossible, or both name the same.
+        ConfigError: a value is invalid, or both lists contain the same name.
     """
 
     target_modules_bd_a: list[str] | None = field(default=None)
@@ -149,10 +150,10 @@ class BdLoraConfig:
             )
 
     def blocks_at(self, path: str) -> tuple[int, int]:
-        """How many blocks A and B have on a layer.
+        """Numbers of blocks of A and of B on a layer; 1 for a plain factor.
 
         Raises:
-            ConfigError: both are to be block-diagonal there; or neither, which ``match_strict`` does not allow.
+            ConfigError: both would be block-diagonal; or neither, which ``match_strict`` does not allow.
         """
         in_A, in_B = (
             any(part in path for part in parts or ()) for parts in (self.target_modules_bd_a, self.target_modules_bd_b)
@@ -176,14 +177,14 @@ class BdLoraConfig:
 
 @dataclass
 class KasaConfig:
-    """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071): weights of what its training adds to the loss.
+    """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071): weights of its terms in the training loss.
 
     Attributes:
-        beta: of the squares of the singular values that are learned.
-        gamma: of the distances of A and B from orthogonal ones.
+        beta: weight of the squares of the learned singular values.
+        gamma: weight of the distances of A and B from orthogonality.
 
     Raises:
-        ConfigError: one is negative.
+        ConfigError: a weight is negative.
     """
 
     beta: float = field(default=1e-4)
@@ -204,9 +205,9 @@ VARIANT_CONFIGS: dict[str, type[Any]] = {
     "use_bdlora": BdLoraConfig,
     "velora_config": VeloraConfig,
 }
-"""The field of a variant's settings -> their class."""
+"""Field of a variant's settings -> the settings' class."""
 
 
 def no_variant() -> dict[str, Any]:
-    """The fields that make what is added another product than that of the saved factors, so that it is that alone."""
+    """Values of the fields of variants that turn all of them off, so that the delta is the product of the factors."""
     return {**dict.fromkeys(VARIANT_CONFIGS), "use_qalora": False}

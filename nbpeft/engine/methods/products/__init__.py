@@ -1,1 +1,1 @@
-"""Methods whose change of a weight is a product of small matrices, other than LoRA's."""
+"""Methods whose change of a weight is a product of small matrices, except LoRA."""

@@ -37,7 +37,7 @@ class C3AConfig(LayersConfig):
     Attributes:
         block_size: size of a block, which divides the inputs and the outputs of each layer: larger ones cost less.
         block_size_pattern: layer name or pattern -> another block_size.
-        bias: which biases of the model are trained too.
+        bias: which biases of the model are also trained.
         init_weights: True starts at the base model; False is 'xavier_uniform'.
     """
 

@@ -37,8 +37,8 @@ class DeloraConfig(LayersConfig):
     Attributes:
         r: rank of the factors.
         delora_lambda: what the bound starts with.
-        module_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        bias: which biases of the model are trained too.
+        module_dropout: dropout probability of the adapter's input, from 0 to 1.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random factors.
         rank_pattern: layer name or pattern -> another r.
         lambda_pattern: layer name or pattern -> another delora_lambda.
@@ -131,7 +131,7 @@ class Delora(ComputedFactors, HasFixedTensors):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: rows of A."""
         return int(self.held[FACTOR_A].shape[0])
 
     @property

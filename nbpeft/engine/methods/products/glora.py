@@ -3,9 +3,8 @@
     W' = W + W ∘ A + B        b' = b + b ∘ D + E + W C
 
 A and B are each a product of two factors (out, r) and (r, in), a column (out, 1), one number, or nothing; C, (in, 1),
-is such a product, a column or nothing; D and E are vectors (out,), one number, or nothing. What changes the bias is
-there where the layer has one. For what is nothing PEFT writes zeros into files, as large as a weight if need be; here
-such are passed over.
+is such a product, a column or nothing; D and E are vectors (out,), one number, or nothing. C, D and E exist if the
+layer has a bias. For "none" PEFT writes zeros into files, up to the size of a weight; here these are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from nbpeft.engine.contract.weight_delta import apply_delta, in_one_product, kee
 _PARTS = ("Xd", "Xu", "X")
 _KEYS = {f"glora_{path}_{part}": f"glora_{path}.{part}" for path in "ABCDE" for part in _PARTS}
 _DEVIATION = 0.02
-"""Of what one number starts with where it is drawn."""
+"""Standard deviation of random numbers."""
 
 
 @dataclass
@@ -43,7 +42,7 @@ class GloraConfig(LayersConfig):
         config_A_B: what A and B are: "lora", "vector", "constant" or "none".
         config_C: what C is: "lora", "vector" or "none".
         config_D_E: what D and E are: "vector", "constant" or "none".
-        bias: which biases of the model are trained too.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -169,7 +168,7 @@ class Glora(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W ∘ A + B``, of the weight that is given."""
+        """``W ∘ A + B``, of the given weight."""
         parameters = self._path("A") + self._path("B")
         return self._change(weight, *parameters) if parameters else torch.zeros_like(weight)
 
@@ -179,14 +178,14 @@ class Glora(Adapter, ReplacesCall):
         return self._bias_change(base)
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites what is multiplied last with zeros."""
+        """Sets the factors that are multiplied last to zero."""
         for name, parameter in self.named_parameters():
             if not name.endswith("Xu"):
                 parameter.detach().zero_()
 
 
 def _value(parameters: tuple[Tensor, ...]) -> Tensor:
-    """What parameters stand for: a product, or themselves."""
+    """The matrix or vector of some parameters: their product, or the only one."""
     return parameters[0] @ parameters[1] if len(parameters) == 2 else parameters[0]
 
 

@@ -38,12 +38,12 @@ class GraloraConfig(LayersConfig):
 
     Attributes:
         r: rank of all blocks of a row together; the size of the adapter is that of a LoRA of this rank.
-        hybrid_r: rank of a LoRA of the whole weight beside the blocks; 0 for none.
-        alpha: what the adapter adds is multiplied by alpha / (r + hybrid_r).
-        gralora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        hybrid_r: rank of an additional LoRA of the whole weight; 0 for none.
+        alpha: the delta is multiplied by alpha / (r + hybrid_r).
+        gralora_dropout: dropout probability of the adapter's input, from 0 to 1.
         gralora_k: number of blocks along each side, which divides r and the inputs and outputs of each layer.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random factors.
     """
 
@@ -173,7 +173,7 @@ class Gralora(WeightDelta, Rescales):
         return delta * self.scaling
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites what is multiplied last with zeros."""
+        """Sets the factors that are multiplied last to zero."""
         for tensor in self.tensors[1::2]:  # B, and that of the whole weight
             tensor.detach().zero_()
 

@@ -35,8 +35,8 @@ class HiraConfig(LayersConfig):
 
     Attributes:
         r: rank of the product that the weight is multiplied with.
-        hira_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        hira_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         init_weights: True and 'gaussian' start at the base model; False for random factors.
         rank_pattern: layer name or pattern -> another r.
     """
@@ -107,7 +107,7 @@ class Hira(WeightDelta):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: rows of A."""
         return int(self.tensors[0].shape[0])
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -123,7 +123,7 @@ class Hira(WeightDelta):
         return _product(base.weight(), *parameters)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W ∘ (B A)``, of the weight that is given."""
+        """``W ∘ (B A)``, of the given weight."""
         return _product(weight, *(tensor.detach() for tensor in self.tensors))
 
     def reset_(self, base: BaseLayer) -> None:

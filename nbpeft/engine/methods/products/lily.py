@@ -2,15 +2,15 @@
 
     y = W x + s Bᵀ (A x)        B = Σ_e p_e B_e,  p = mean over all tokens of the call of softmax(R A x)
 
-Layers of one size that one name of ``target_modules`` means make a group: all of them share the experts B_e, and
-each ``stride_A`` of them in turn share an A; the router R is each layer's own. With a pattern, all layers of a size
-are one group. A file holds for each layer what it uses.
+Layers of the same size that match the same name of ``target_modules`` form a group: all of them share the experts B_e,
+and each ``stride_A`` consecutive layers share an A; each layer has its own router R. With a pattern, all layers of the
+same size form one group. A file contains for each layer the tensors it uses.
 
-The mean is over the batch too, as in PEFT: what a row gives depends on the rows beside it and their padding, and with
-a cache on the tokens of that call alone. So what is added is not a weight, and cannot be merged.
+The mean is over the batch, too, as in PEFT: the output of a row depends on the other rows and their padding and, with
+a cache, only on the tokens of the current call. So the delta is not a change of the weight, and cannot be merged.
 
-Where several names mean a layer, the longest counts; in PEFT any of those that its path ends with, even within a
-word, which changes from one process to the next.
+If several names match a layer, the longest is used; PEFT uses any name with which the path ends, even within a word,
+and its choice differs between processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LilyConfig(LayersConfig):
         r: rank of the factors; as layers share them, it can be two to four times that of a LoRA.
         stride_A: how many layers of a group in turn share one A; 1 for an A of each layer.
         num_B: experts of a group, at least 2: all its layers share them.
-        scaling: what the adapter adds is multiplied by it.
+        scaling: the delta is multiplied by it.
         init_weights: start at the base model; False for random experts.
     """
 
@@ -135,7 +135,7 @@ class Lily(Adapter, Rescales):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: rows of A."""
         return int(self.held[A].shape[0])
 
     @property
@@ -150,7 +150,7 @@ class Lily(Adapter, Rescales):
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Rows of A."""
+        """The rank: rows of A."""
         return shapes[A][0]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -163,7 +163,7 @@ class Lily(Adapter, Rescales):
         raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it is not a weight."""
+        """Why it cannot be merged; see ``Adapter``."""
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:

@@ -71,12 +71,12 @@ class LoKrConfig(RankedConfig):
 
 
 def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
-    """The two factors of a size whose smaller one is as near to a number as possible, as LyCORIS chooses them.
+    """The two factors of a size, the smaller as close to a number as possible, as LyCORIS chooses them.
 
     Args:
         size: a number of features.
-        factor: taken as the first factor if it divides the size; else the smaller one is at most that. -1 for the two
-            that are nearest to each other.
+        factor: the first factor if it divides the size; else an upper bound of the smaller one. -1 for the two
+            factors closest to each other.
 
     Returns:
         Two numbers, the smaller one first unless ``factor`` says otherwise.

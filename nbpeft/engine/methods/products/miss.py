@@ -37,10 +37,10 @@ class MissConfig(LayersConfig):
 
     Attributes:
         r: number of inputs in a group, which is the rank of what is added.
-        miss_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1; not with 'bat'.
+        miss_dropout: dropout probability of the adapter's input, from 0 to 1; not with 'bat'.
         mini_r: with init_weights='mini', outputs of the block; it divides those of each layer.
         init_weights: True starts at the base model, 'mini' and 'bat' too in their forms; False for a random block.
-        bias: which biases of the model are trained too.
+        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=64)
@@ -168,7 +168,7 @@ class Bat(Miss):
 
     @property
     def delta_rank(self) -> int | None:
-        """The change of the weight has its full rank."""
+        """None: the change of the weight has full rank."""
         return None
 
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
@@ -184,7 +184,7 @@ class Bat(Miss):
         return _on_tiles(base.weight(), *parameters)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W D + D``, of the weight that is given."""
+        """``W D + D``, of the given weight."""
         return _on_tiles(weight, self.tensors[0].detach())
 
 

@@ -2,7 +2,7 @@
 
     Δᵀ = scaling f(Wᵀ) Bᵀ        f: σ(· Aᵀ), then ``depth`` layers down and ``depth`` layers up again
 
-A layer of the way up adds what its counterpart on the way down got. A is (r, out), B is (out, r), all else (r, r).
+Each layer on the way up adds the input of its counterpart on the way down. A is (r, out), B (out, r), others (r, r).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PeanutConfig(LayersConfig):
         r: width of the network.
         depth: hidden layers on the way down, and as many on the way up; at most 64.
         act_fn: activation, by its name in ``transformers.activations.ACT2FN``; one without parameters.
-        scaling: factor on what is added.
+        scaling: factor on the delta.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -188,7 +188,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``scaling B f(Wᵀ)ᵀ``, of the weight that is given."""
+        """``scaling B f(Wᵀ)ᵀ``, of the given weight."""
         found: Tensor = self.held[LAST] @ self.rows(weight, *self._layers()).T
         return found * self.scaling
 

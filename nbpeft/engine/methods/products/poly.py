@@ -2,15 +2,14 @@
 
     y = W x + 1 / r B A x        A = Σ_s p_s A_s,  B = Σ_s p_s B_s,  p = σ(z_t) / Σ_s σ(z_ts) for the task t of the row
 
-Each call says with ``task_ids`` (rows,) which task a row is of; with one task it need not. With ``n_splits`` the
-inputs of A and the outputs of B are cut into as many parts, each with shares of its own (multi-head routing). In
-training the shares are drawn for each row, from a relaxed Bernoulli distribution with the logits z: σ(z + log u / (1 -
-u)) with u uniform. With one task what is added in evaluation is a weight, which can be merged and is that of a LoRA;
-with several it is not.
+Each call has the task of each row in ``task_ids`` (rows,), which is optional if there is only one task. With
+``n_splits`` the inputs of A and the outputs of B are split into as many parts, each with its own shares (multi-head
+routing). In training the shares are drawn for each row, from a relaxed Bernoulli distribution with the logits z: σ(z +
+log u / (1 - u)) with u uniform. With one task the delta in evaluation is a change of the weight, which can be merged or
+converted to a LoRA; with several tasks it is not.
 
-A row that generates several beams is one of its task in all of them, and a negative number of a task is refused; PEFT
-raises for the one, and counts the other from the last task. It merges nothing, and hands the tasks on only to models
-with a task type.
+All beams of a row have the row's task, and a negative task is refused; PEFT raises for beams, and counts negative tasks
+from the last one. PEFT does not merge, and passes the tasks on only to models with a task type.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class PolyConfig(LayersConfig):
         r: rank of each skill.
         init_weights: start at the base model; False for random skills.
         poly_type: how skills are mixed; ``poly`` is the only way.
-        n_tasks: how many tasks there are.
-        n_skills: how many skills the tasks share.
+        n_tasks: number of tasks.
+        n_skills: number of skills that the tasks share.
         n_splits: into how many parts inputs and outputs are cut, which it divides; more than 1 for multi-head routing.
     """
 

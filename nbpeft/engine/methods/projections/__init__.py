@@ -1,1 +1,1 @@
-"""Methods that train few numbers around fixed directions: random, of the weight, or shared by layers."""
+"""Methods that train few numbers and have fixed directions: random, of the weight, or shared by layers."""

@@ -3,14 +3,14 @@
     y_k = (W x + b)_k + B_k A_k V [x, 1]        k: a cluster of outputs;  [W, b] ≈ U diag(s) V, the rank-r part
 
 The rows of U are clustered by k-means. V, (r, in + 1), is frozen and saved; without a bias of the layer it is (r, in).
-Where training shares subspaces out (``use_asa``), the importance of each is measured after every step, by weight times
-gradient, and every ``mask_interval`` steps the least important ones of the whole model are no longer trained.
+With ``use_asa`` the importance of each is measured after every step, by weight times
+gradient, and every ``mask_interval`` steps the least important subspaces of the whole model are pruned.
 
-A file of PEFT does not say which outputs are in which cluster: they are found again in the weight, and the file is
-refused where the clusters there have other sizes. A file from here says it in one tensor more, which PEFT does not
-read. PEFT draws what its decomposition starts from on the weight's device, so that a file that it trained on a GPU
-means another adapter on a CPU, and no other device finds its clusters; here the draws are those of a CPU everywhere.
-PEFT leaves one subspace fewer than ``asa_target_subspaces`` and its schedule say.
+PEFT's files do not contain the clusters of the outputs: they are recomputed from the weight, and a file is refused if
+the clusters have other sizes. Files written here contain them in one additional tensor, which PEFT ignores. PEFT draws
+the start of its decomposition on the weight's device, so a file that was trained on a GPU is another adapter on a CPU,
+and no other device finds its clusters; here the draws are those of a CPU everywhere. PEFT leaves one subspace fewer
+than ``asa_target_subspaces`` and its schedule specify.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ A, B = "adamss_A", "adamss_B"
 DIRECTIONS, CLUSTERS = "adamss_newB", "adamss_clusters"
 _KEY = re.compile(rf"(?:base_model\.model\.)?(.+)\.({A}|{B})\.(\d{{1,6}})")
 _AVERAGES, _GONE = ("importance", "uncertainty"), "gone"
-"""Names in the state of a training."""
+"""Names in the training state."""
 _MOST_CLUSTERS = 2**15 - 1
 """As many as the numbers of clusters in a file can tell apart."""
 _MOST_ITERATIONS = 10
 _SEED = 123456789
 """Of the rows that k-means starts from: PEFT's."""
 _DEVIATION = 0.01
-"""Of what a random B starts with."""
+"""Standard deviation of a random B."""
 
 Sizes = tuple[tuple[int, int], ...]
 """Of each subspace its outputs and its rank."""
@@ -64,20 +64,20 @@ class AdamssConfig(LayersConfig):
     """Config of AdaMSS. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        r: how many singular directions of a weight are used.
-        num_subspaces: into how many subspaces a weight is parted.
-        subspace_rank: rank of what is trained in each.
+        r: number of singular directions of a weight that are used.
+        num_subspaces: number of subspaces of a weight.
+        subspace_rank: rank of the trained product in each subspace.
         init_weights: "orthogonal" starts at the base model; None, or False, with a random B.
-        use_asa: train fewer and fewer subspaces.
-        asa_target_subspaces: how many are trained at the end, in the whole model.
-        init_warmup: the step before which all are trained.
-        final_warmup: the step after which no more go.
-        mask_interval: subspaces go in every so manieth step.
-        asa_importance_beta: share of the importance so far in the new one, from 0 to 1.
-        asa_uncertainty_beta: share of the uncertainty so far in the new one, from 0 to 1.
-        asa_schedule_exponent: the larger, the more go at first.
+        use_asa: prune subspaces in training.
+        asa_target_subspaces: number of subspaces that are trained at the end, in the whole model.
+        init_warmup: step before which all subspaces are trained.
+        final_warmup: step after which no more subspaces are pruned.
+        mask_interval: number of steps between two prunings.
+        asa_importance_beta: decay of the moving average of the importance, from 0 to 1.
+        asa_uncertainty_beta: decay of the moving average of its uncertainty, from 0 to 1.
+        asa_schedule_exponent: larger values prune more subspaces at the beginning.
         use_dynamic_rank: a lower rank where the singular values of a subspace fall fast.
-        svd_threshold: share of the largest above which one counts for that, from 0 to 1.
+        svd_threshold: singular values above this share of the largest are counted, from 0 to 1.
         random_seed: seed of the decomposition.
     """
 
@@ -137,7 +137,7 @@ class AdamssConfig(LayersConfig):
             )
 
     def budget_at(self, step: int, subspaces: int) -> int:
-        """How many of so many subspaces are trained after a step of the schedule."""
+        """Number of subspaces that are trained after a step of the schedule."""
         left = 1 - (step - self.init_warmup) / (self.final_warmup - self.init_warmup)
         more = (subspaces - self.asa_target_subspaces) * left**self.asa_schedule_exponent
         return int(self.asa_target_subspaces + more)
@@ -172,7 +172,7 @@ def _update_importance(
 
 
 def _reset_importance(layer: Any, adapter_name: str) -> None:
-    """PEFT's function of a layer: forgets it."""
+    """PEFT's function of a layer: resets the importance of the subspaces."""
     layer.adapters[adapter_name].importance.clear()
 
 
@@ -191,7 +191,7 @@ _PEFT_NAMES = PeftNames(
 
 
 class SubspaceAllocator(Allocator):
-    """Decides which subspaces of an adapter are trained; see ``AdamssConfig.use_asa``.
+    """Chooses the subspaces of an adapter that are trained; see ``AdamssConfig.use_asa``.
 
     Attributes:
         adapters: path -> the adapter of a layer.
@@ -214,7 +214,7 @@ class SubspaceAllocator(Allocator):
         return self.config.use_asa
 
     def training_state(self) -> dict[str, Tensor]:
-        """The moving averages, and the subspaces that went; see ``HasTrainingState``."""
+        """The moving averages, and the pruned subspaces; see ``HasTrainingState``."""
         state: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
             for name, pair in adapter.importance.items():
@@ -240,7 +240,7 @@ class SubspaceAllocator(Allocator):
                 adapter.keep_gone_()
 
     def allocate(self, step: int) -> None:
-        """Measures the importance of each subspace, and lets some go where it is time; see ``Allocator``."""
+        """Measures the importance of each subspace, and prunes subspaces by the schedule; see ``Allocator``."""
         config, adapters = self.config, list(self.adapters.values())
         if not config.use_asa:
             return
@@ -256,7 +256,7 @@ class SubspaceAllocator(Allocator):
                 adapter.importance.clear()
 
     def _allocate(self, budget: int) -> None:
-        """Lets the least important of the subspaces with gradients go, so that at most ``budget`` of them are left."""
+        """Prunes the least important subspaces with gradients, so that at most ``budget`` of them are left."""
         scores = [(adapter, k, score) for adapter in self.adapters.values() for k, score in adapter.scores().items()]
         for adapter, k, _ in sorted(scores, key=lambda one: one[2], reverse=True)[budget:]:
             adapter.gone.add(k)
@@ -284,7 +284,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
 
     Attributes:
         importance: parameter -> moving averages of its importance and of the uncertainty of that, shaped like it.
-        gone: numbers of the subspaces that are no longer trained.
+        gone: indices of the pruned subspaces, which are no longer trained.
     """
 
     peft: ClassVar[PeftNames] = _PEFT_NAMES
@@ -378,7 +378,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
         return self.low_rank_delta(base).bias
 
     def measure(self, importance_beta: float, uncertainty_beta: float) -> None:
-        """Brings the moving averages of its parameters up to date; nothing without a gradient."""
+        """Updates the moving averages of its parameters that have a gradient."""
         for name, parameter in self.held.items():
             if parameter.grad is None:
                 continue
@@ -388,7 +388,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
             self.importance[name] = mean.lerp(now, 1 - importance_beta), spread
 
     def scores(self) -> dict[int, float]:
-        """Number of each subspace that was measured -> how important it is."""
+        """Index of each measured subspace -> its importance."""
         found: dict[int, float] = {}
         for k in range(self.count):
             measured = [self.importance.get(f"{name}.{k}") for name in (A, B)]
@@ -397,7 +397,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
         return found
 
     def keep_gone_(self) -> None:
-        """Stops the training of the subspaces that are gone."""
+        """Freezes the pruned subspaces."""
         for name in (f"{matrix}.{k}" for k in self.gone for matrix in (A, B)):
             parameter = self.tensor(name)
             parameter.requires_grad_(False)
@@ -418,12 +418,12 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
         return super().saved_tensors(shapes) | {name: self.tensor(name) for name in (DIRECTIONS, CLUSTERS)}
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites all B with zeros."""
+        """Sets all B to zero."""
         for matrix in self._matrices(B):
             matrix.detach().zero_()
 
     def configure(self, config: AdamssConfig, path: str) -> None:
-        """Takes the schedule of a config over."""
+        """Sets the schedule from a config."""
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
@@ -433,7 +433,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
 
 @dataclass(frozen=True)
 class Subspaces:
-    """What a weight is parted into.
+    """The subspaces of a weight.
 
     Attributes:
         directions: V, (r, in) or (r, in + 1), float32.

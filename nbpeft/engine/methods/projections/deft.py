@@ -1,11 +1,11 @@
-"""DEFT: new content in place of a part of the weight (NeurIPS 2025); PaRa, where it is taken out alone.
+"""DEFT: replaces a component of the weight by new content (NeurIPS 2025); PaRa: only removes the component.
 
     y = (I - Q Nᵀ) W x + s Q R dropout(x)        P: (out, r), R: (r, in), trained
     relu: Q = P, N = relu(P)        qr: Q = N = the orthonormal columns of P
 
-At the start s R = Nᵀ W, so that what is put in is what is taken out. With ``para`` there is no R. What is taken out is
-taken from the output of the frozen layer, as exactly as that is: one that rounds its input or output (8 bit, half
-precision) starts at the base model up to such an error.
+At the start s R = Nᵀ W, so the injected component is the removed one. With ``para`` there is no R. The component is
+removed from the output of the frozen layer: if that layer rounds its input or output (8 bit, half precision), training
+starts at the base model up to the rounding error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nbpeft.engine.kernels.numerics import compute_dtype, widened
 
 DIRECTIONS, INJECTION = "deft_P", "deft_R"
 _DEVIATION = 0.02
-"""Of what the directions, and a random injection, start with."""
+"""Standard deviation of new directions, and of a random injection."""
 
 
 @dataclass
@@ -45,10 +45,10 @@ class DeftConfig(LayersConfig):
         init_scale: with init_weights=False, the injection starts with a deviation of 0.02 times this.
         alpha: the injection is multiplied by alpha / r; None for 1.
         para: take directions out alone, which cannot start at the base model.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         deft_dropout: share of the injection's inputs that are dropped in training, from 0 to 1.
         init_weights: start at the base model; False for a random injection.
-        bias: which biases of the model are trained too.
+        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=8)
@@ -189,7 +189,7 @@ class Deft(Adapter, ConvertsToLora):
         return rows, directions
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``Q (s R - Nᵀ W)``, of the weight that is given."""
+        """``Q (s R - Nᵀ W)``, of the given weight."""
         rows, directions = self._factors(weight)
         return directions @ rows
 

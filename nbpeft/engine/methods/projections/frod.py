@@ -2,19 +2,18 @@
 
     y = W x + U (S + diag(λ - λ₀)) Vᵀ dropout(x)        W = U diag(λ₀) Vᵀ;  S: (in, in), sparse
 
-V, (in, in), is the same for the layers of one role, such as all ``q_proj`` of the attention; it follows from their
-weights. U, (out, in), has columns of length one and follows from V and the weight of the layer; it is in no file. λ and
-the entries of S are trained. PEFT calls the layer with ``U (S + diag(λ)) Vᵀ`` in place of W, so that in half precision
-an adapter does not start at the base model; and it takes V from a file without finding U again for it, so that an
-adapter from another machine, where a direction has the other sign, computes something else.
+V, (in, in), is shared by the layers of one role, such as all ``q_proj`` of the attention, and computed from their
+weights. U, (out, in), has columns of length one and is computed from V and the weight of the layer; it is not saved. λ
+and the entries of S are trained. PEFT computes the layer with ``U (S + diag(λ)) Vᵀ`` instead of W, so in half precision
+an adapter does not start at the base model; and it loads V from a file without recomputing U, so an adapter from
+another machine, where a direction has the opposite sign, computes something else.
 
-Where all weights of a role together have fewer rows than columns, some columns of U are rounding errors of V brought to
-length one. They may be others where V is found again, and where the base is loaded in another dtype: an adapter trained
-in float32 then computes something else on a base in half precision, with PEFT as here. Where the roles have enough rows
-it does not.
+If all weights of a role together have fewer rows than columns, some columns of U are normalized rounding errors of V.
+They may differ when V is recomputed, and when the base is loaded in another dtype: an adapter trained in float32 then
+computes something else on a base in half precision, in PEFT as well as here. With enough rows this does not happen.
 
-PEFT gives a second adapter of a model the V and the places of the first one, and their number, whatever its own layers
-and ``sparse_rate`` are, so that it computes something else once it is loaded alone. Here they are its own.
+PEFT uses V, the positions and their number of a model's first adapter for a second one, whatever its layers and
+``sparse_rate`` are, so the second one computes something else when it is loaded alone. Here each adapter has its own.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ OUTPUTS, START = "frod_U", "frod_start"
 _NOTHING = 1e-12
 """Length of a column of U diag(λ₀) up to which it is taken for zero."""
 _DEVIATION = 0.1
-"""Of what is drawn with ``init_weights=False``."""
+"""Standard deviation of random numbers (``init_weights=False``)."""
 
 
 @dataclass
@@ -55,16 +54,16 @@ class FrodConfig(LayersConfig):
     """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        projection_prng_key: seed of the places of S's entries.
+        projection_prng_key: seed of the positions of S's entries.
         save_projection: save V and the places too; otherwise they are found again from the weights and the seed.
-        frod_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        frod_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
         sparse_rate: share of the entries of S, off its diagonal, that are trained, from 0 to 1.
         regularization_alpha: added to what is inverted to find V, for layers whose weights are alike.
-        progressbar: accepted for PEFT's sake: none is shown.
-        runtime_offload_base_weight: accepted for PEFT's sake: the base's weight is needed in each call, and stays.
+        progressbar: ignored, accepted as in PEFT: no progress bar is shown.
+        runtime_offload_base_weight: ignored, accepted as in PEFT: the base's weight is needed in each call.
     """
 
     projection_prng_key: int = field(default=0)

@@ -1,10 +1,10 @@
-"""OSF: what a weight does most is kept, the rest of its directions are trained (Nayak et al. 2025, arXiv:2504.07097).
+"""OSF: freezes the largest singular directions of a weight, and trains the others (Nayak et al., arXiv:2504.07097).
 
     y = W x + (U diag(s) V - U₀ diag(s₀) V₀) x        U₀ diag(s₀) V₀: W without its k largest singular directions
 
 U, (out, r), s, (r,), and V, (r, in), start as U₀, s₀ and V₀, with r = min(out, in) - k. Gradients of U and V are
-projected so that they have no part in the k directions. U₀, s₀ and V₀ are in no file: they are found again in the
-weight that an adapter is loaded on.
+projected so that they have no part in the k directions. U₀, s₀ and V₀ are not saved: they are recomputed from the
+weight when an adapter is loaded.
 
 PEFT computes with the first of several active adapters alone, merges all of them, and cannot take that back.
 """
@@ -63,7 +63,7 @@ class OSFConfig(LayersConfig):
             weight's smaller side; None for half of it.
         rank_pattern: expression that is found in a path -> another effective_rank.
         init_weights: start at the base model; False for random numbers.
-        target_svd_config: accepted for PEFT's sake, which does not use it.
+        target_svd_config: unused, as in PEFT.
     """
 
     effective_rank: int | float | None = field(default=None)
@@ -248,7 +248,7 @@ class Osf(Adapter, ConvertsToLora):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """V above V₀, and U diag(s) beside -U₀ diag(s₀), where not all is kept; see ``ConvertsToLora``."""
+        """[V; V₀] and [U diag(s), -U₀ diag(s₀)]; None if all directions are frozen. See ``ConvertsToLora``."""
         left, values, right = self._now()
         if not values.numel():
             return None

@@ -1,6 +1,6 @@
-"""What VeRA and PVeRA share: the config, the frozen projections, and which tensors a layer has.
+"""Base classes of VeRA and PVeRA: the config, the frozen projections, and the tensors of a layer.
 
-The projections are as large as the largest layer needs; a smaller one takes their first columns and rows.
+The projections have the size of the largest layer; smaller layers use their first columns and rows.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class VectorsConfig(LayersConfig):
         projection_prng_key: seed of the projections.
         save_projection: save the projections too; otherwise they are drawn again from the seed.
         d_initial: what the vector between the projections starts with.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random vectors.
     """
 
@@ -54,7 +54,7 @@ class VectorsConfig(LayersConfig):
 
     @property
     def dropout(self) -> float:
-        """Share of the adapter's inputs that are dropped in training."""
+        """Dropout probability of the adapter's input."""
         raise NotImplementedError
 
 

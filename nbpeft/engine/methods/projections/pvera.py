@@ -2,12 +2,12 @@
 
     y = W x + b ∘ B z        z ~ N(μ, σ²) in training, z = μ elsewhere;   μ, log σ² = the halves of d ∘ (A x)
 
-A: (2 r, in), B: (out, r), frozen, the same for all layers. What is merged, or made a LoRA, is the mean; with
-``sample_at_inference`` that is less than what the adapter does. With a ``generator_seed`` each layer draws from a
-generator of its own, which starts at the seed whenever the adapter is made or loaded.
+A: (2 r, in), B: (out, r), frozen and shared by all layers. Merging and conversion to LoRA use the mean; with
+``sample_at_inference`` the sampling is lost. With a ``generator_seed`` each layer draws from its own generator, which
+starts at the seed whenever the adapter is created or loaded.
 
-Where activation checkpointing computes a call again, it has the numbers of that call; PEFT draws others from a
-generator with a seed, so that the gradients are those of another call.
+When activation checkpointing recomputes a call, the same numbers are drawn again; PEFT draws new numbers from a
+generator with a seed, so its gradients are those of another call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nbpeft.engine.methods.projections.projected_vectors import ProjectedVectors
 from nbpeft.errors import TrainingError
 
 _GENERATOR = "generator"
-"""Name in the state of a training."""
+"""Name in the training state."""
 _CALLS = 256
 """So many calls of a layer are remembered that checkpointing may compute again; 5 kB each."""
 
@@ -44,7 +44,7 @@ class PveraConfig(VectorsConfig):
     """Config of PVeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        pvera_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        pvera_dropout: dropout probability of the adapter's input, from 0 to 1.
         sample_at_inference: draw in evaluation too, instead of taking the mean.
         generator_seed: seed of the numbers that each layer draws; None for those of torch.
     """
@@ -65,7 +65,7 @@ class PveraConfig(VectorsConfig):
 
     @property
     def dropout(self) -> float:
-        """Share of the adapter's inputs that are dropped in training."""
+        """Dropout probability of the adapter's input."""
         return self.pvera_dropout
 
     def normals(self, path: str) -> Normals | None:
@@ -109,13 +109,13 @@ class Normals:
         return drawn.to(tensor.device)
 
     def _start_of_this_call(self) -> Tensor | None:
-        """Where a call began that backward computes again; None of any other call.
+        """The generator's state at the start of a call that backward recomputes; None in any other call.
 
-        Autograd's nodes are numbered in turn. The one that is running is the last of that call's or, where it
-        stands for all of them, comes just before its draw.
+        Autograd numbers its nodes consecutively. The running node is the last one of the recomputed call or, if one
+        node represents the whole call, it comes just before the call's draw.
 
         Raises:
-            TrainingError: so many calls came after it that it is forgotten.
+            TrainingError: too many calls came after it, so its state is no longer stored.
         """
         node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
         if node is None:

@@ -2,8 +2,8 @@
 
     Δ = scaling Σ_b B_b diag(λ_b) A diag(γ_b)        A: (r, small), B_b: (large, r), frozen; λ_b: (r,), γ_b: (small,)
 
-with so many bases b that their ranks add up to the smaller side of the weight. Of a layer with fewer outputs than
-inputs Δ is the transposed. The bases are as large as the largest layer needs; a smaller one takes a part of them.
+The number of bases b is such that their ranks add up to the smaller side of the weight. On a layer with fewer outputs
+than inputs Δ is transposed. The bases have the size of the largest layer; smaller layers use a part of them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class RandLoraConfig(LayersConfig):
         save_projection: save the bases too; otherwise they are drawn again from the seed.
         sparse: bases of zeros and, for a third of the entries, ones and minus ones.
         very_sparse: the same with fewer, one of the root of the smaller side.
-        randlora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        randlora_alpha: what the adapter adds is multiplied by randlora_alpha / r.
-        bias: which biases of the model are trained too.
+        randlora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        randlora_alpha: the delta is multiplied by randlora_alpha / r.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 

@@ -2,11 +2,11 @@
 
     y = W x + B (Σ_i v_i P_i) A x        B A: the r largest singular directions of W; P_i: (r, r), drawn; both frozen
 
-What is trained are the vectors v, one for each group of layers that follow each other in the model, of which
-``weight_tying`` says how many there are.
+Only the vectors v are trained, one for each group of consecutive layers; ``weight_tying`` determines the number of
+groups.
 
-PEFT draws the P of a layer that had another adapter before by that one's numbering of the layers, so that an adapter
-saved without them computes something else once it is loaded alone. Here they follow from the adapter's own config.
+If a layer already has another adapter, PEFT draws P by that adapter's numbering of the layers, so an adapter saved
+without P computes something else when it is loaded alone. Here P depends only on the adapter's own config.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class TinyLoraConfig(LayersConfig):
     """Config of TinyLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        r: how many singular directions of a weight are used.
+        r: number of singular directions of a weight that are used.
         u: length of a trained vector.
         weight_tying: 0: each layer has a vector; 1: all layers share one; between: in groups that follow each other.
         projection_seed: seed of the projections P; that of a layer is this and its number.
         save_projection: save the projections too; otherwise they are drawn again from the seed.
         init_v_bound: the vectors start with uniform numbers up to this one, to both sides, where they are drawn.
-        tinylora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        tinylora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: True: start at the base model; "uniform" or False: drawn vectors (PEFT's False leaves them as the
             memory happens to be).
     """
@@ -291,7 +291,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
         return {DOWN: self.down, UP: self.up} | ({PROJECTION: self.projection} if self.saves_projection else {})
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the vector, that of other layers too, with zeros."""
+        """Sets the vector to zero, which other layers may share."""
         self.vector.detach().zero_()
 
 

@@ -2,8 +2,8 @@
 
     y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry, and so of B;  n_k: how often k was drawn
 
-The draws are balanced: of all entries of the model each number gets as many, or one more. They follow from a seed and
-from the sizes of the layers, so that a file holds θ alone.
+The draws are balanced: every number is used for equally many entries of the model, or one more. They are determined by
+a seed and the sizes of the layers, so a file contains only θ.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class UniLoraConfig(LayersConfig):
         r: rank of the two factors.
         proj_seed: seed of the draws.
         theta_d_length: how many numbers are trained, for the whole model.
-        unilora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        unilora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_theta_d_bound: the numbers start uniform up to this one, to both sides.
         init_weights: False for numbers that start from a normal distribution instead.
         save_indices: save what was drawn too; otherwise it is drawn again from the seed.
@@ -267,5 +267,5 @@ class UniLora(ComputedFactors, HasFixedTensors):
         return {name: self.tensor(name) for name in _BUFFERS} if self.saves_indices else {}
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the numbers, those of other layers too, with zeros."""
+        """Sets θ to zero, which all layers share."""
         self.vector.theta.detach().zero_()

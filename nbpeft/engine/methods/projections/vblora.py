@@ -2,8 +2,9 @@
 
     y = W x + B A x        each piece of A and of B: the softmax mixture of the k vectors with the largest logits
 
-A row of A is cut into pieces as long as a vector, and so is a column of B. The bank is trained, and all layers share
-it. With ``save_only_topk_weights`` a file holds which k vectors a piece mixes and their shares instead of all logits.
+Each row of A and each column of B is split into pieces of the length of a vector. The bank is trained and shared by all
+layers. With ``save_only_topk_weights`` a file contains the indices and shares of each piece's k vectors instead of all
+logits.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class VBLoRAConfig(LayersConfig):
         topk: how many vectors a piece mixes.
         save_only_topk_weights: save of each piece which vectors it mixes and their shares, which is much smaller, and
             cannot be trained further.
-        vblora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        vblora_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_vector_bank_bound: the bank starts with uniform numbers up to this one, to both sides.
         init_logits_std: standard deviation of the logits at the start.
     """

@@ -28,7 +28,7 @@ class VeraConfig(VectorsConfig):
     """Config of VeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        vera_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        vera_dropout: dropout probability of the adapter's input, from 0 to 1.
     """
 
     vera_dropout: float = field(default=0.0)
@@ -39,7 +39,7 @@ class VeraConfig(VectorsConfig):
 
     @property
     def dropout(self) -> float:
-        """Share of the adapter's inputs that are dropped in training."""
+        """Dropout probability of the adapter's input."""
         return self.vera_dropout
 
 

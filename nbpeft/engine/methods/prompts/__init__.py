@@ -1,1 +1,1 @@
-"""Methods that put trained vectors in front of the input, or in front of the keys and values of attention."""
+"""Methods that put trained vectors before the input, or before the keys and values of attention."""

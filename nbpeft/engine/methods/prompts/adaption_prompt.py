@@ -5,8 +5,8 @@
 p (n, features) and g, one number that starts at zero, are trained for each layer; q are the queries of the attention,
 with their positions, K_p has none. In GPT-2, as in PEFT, what is attended to is added without W_o.
 
-PEFT adds the bias of W_o twice where it has one, so that the model is another one at the start; here once. It has one
-adapter at a time; here several act together, beside others and in mixed batches.
+If W_o has a bias, PEFT adds it twice, so training does not start at the base model; here it is added once. PEFT has one
+adapter at a time; here several can be active, together with other methods and in mixed batches.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AdaptionPromptConfig(AdapterConfig):
         adapter_layers: how many layers have one, from the top.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     target_modules: str | None = field(default=None)
@@ -112,7 +112,7 @@ class AdaptionPromptConfig(AdapterConfig):
 
 
 class AdaptedAttention(nn.Module):
-    """What one attention has of an adapter.
+    """The parts of an adapter for one attention.
 
     Attributes:
         adaption_prompt: (1, tokens, features).
@@ -196,7 +196,7 @@ class AdaptionPromptModel(ModelAdapter, AddsInside):
 
 
 def _with_positions(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries (rows, heads, length, features) turned by their positions, both of those (rows, length, features)."""
+    """Queries (rows, heads, length, features) rotated by their positions, both of those (rows, length, features)."""
     first, second = queries.chunk(2, -1)
     return queries * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
 

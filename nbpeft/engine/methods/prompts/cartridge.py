@@ -1,10 +1,10 @@
-"""Cartridges: trained keys and values that stand for a long text (Eyuboglu et al. 2025, arXiv:2506.06266).
+"""Cartridges: trained keys and values that represent a long text (Eyuboglu et al. 2025, arXiv:2506.06266).
 
     attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained but for those of the first tokens
 
-As prefix tuning without an MLP. The keys and values may start as those of a text: see
-``nbpeft.initialize_kv_prefix_from_text``. Those of the first tokens, to which attention is drawn, stay as they start.
-A file holds all of them in one tensor, as PEFT's.
+Like prefix tuning without an MLP. The keys and values may be initialized with those of a text: see
+``nbpeft.initialize_kv_prefix_from_text``. Those of the first tokens, the attention sink, are frozen.
+A file contains all of them in one tensor, as in PEFT.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class CartridgeConfig(CachedPrefixConfig):
     """Config of a cartridge. Field names and defaults are PEFT's; see ``PromptLearningConfig``.
 
     Attributes:
-        num_frozen_tokens: so many tokens at the start are not trained.
+        num_frozen_tokens: number of tokens at the start that are not trained.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     num_frozen_tokens: int = field(default=1)
@@ -56,7 +56,7 @@ class CartridgeConfig(CachedPrefixConfig):
 
 
 def _packed(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds: both parts in one tensor."""
+    """Joins both parts in one tensor, as in files."""
     parts = [tensors[name] for name in (FROZEN, TRAINED) if name in tensors]
     others = {key: tensor for key, tensor in tensors.items() if key not in (FROZEN, TRAINED)}
     return {PROMPT_KEY: torch.cat(parts), **others} if parts else others

@@ -9,10 +9,10 @@ all are output. ε_i is ``opt_projection_format_epsilon`` for types 4k + 1 and 4
 4k + 2, each times sqrt(features / 2048); the embeddings of outputs stay as they are. With
 ``opt_weighted_loss_type="decay"`` each earlier output counts ``opt_loss_decay_factor`` times as much as the next one.
 
-In PEFT the types of the input are those after the largest type of the examples: where that is no output, they change
-their meaning, and with the defaults nothing is learned (the loss is NaN); here they begin after the last example. PEFT
-writes into the caller's ``input_type_mask``, takes the loss's settings from the adapter named ``default``, and adds up
-the losses of accumulated batches. Its file has the sum e + d alone: from there d begins anew. Here the file has both.
+In PEFT the types of the input come after the largest type of the examples: if that is not an output, they change their
+meaning, and with the defaults nothing is learned (the loss is NaN); here they start after the last example. PEFT
+writes to the caller's ``input_type_mask``, takes the loss's settings from the adapter named ``default``, and sums the
+losses of accumulated batches. Its file contains only the sum e + d, so d restarts at zero. Here the file has both.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class CPTConfig(PromptLearningConfig):
 
     Attributes:
         cpt_token_ids: the tokens of the examples; how many there are is ``num_virtual_tokens``.
-        cpt_mask: accepted for PEFT's sake, which does not use it either; as long as the tokens.
+        cpt_mask: unused, as in PEFT; must be as long as the tokens.
         cpt_tokens_type_mask: the type of each; by default 1, what stands around an input.
         opt_weighted_loss_type: "none", or "decay" where earlier examples count less.
         opt_loss_decay_factor: how much an output counts for the next one's 1.
         opt_projection_epsilon: how far the embeddings of inputs may go.
         opt_projection_format_epsilon: how far those of what stands around inputs and outputs may go.
-        tokenizer_name_or_path: accepted for PEFT's sake, which does not use it either.
+        tokenizer_name_or_path: unused, as in PEFT.
 
     Raises:
-        ConfigError: a value is impossible, or ``task_type`` is not CAUSAL_LM.
+        ConfigError: a value is invalid, or ``task_type`` is not CAUSAL_LM.
     """
 
     cpt_token_ids: list[int] | None = field(default=None)

@@ -46,10 +46,10 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
         prompt_tuning_init_state_dict_path: file of the trained adapter to start from.
         prompt_tuning_init_task: number of the task in it, for EXACT_SOURCE_TASK.
         num_ranks: rank of each task's matrix.
-        num_tasks: how many tasks there are.
+        num_tasks: number of tasks.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     prompt_tuning_init: MultitaskPromptTuningInit | str = field(default=MultitaskPromptTuningInit.RANDOM)

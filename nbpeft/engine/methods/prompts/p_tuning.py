@@ -2,8 +2,8 @@
 
     x' = [f(h_1) … f(h_n), E(x)]        f: an MLP, or a bidirectional LSTM before it; h and f are trained
 
-A file holds what the network computes, as PEFT's, and the network too: training goes on where it was. From a file
-without it the computed tokens themselves are trained.
+A file contains the computed tokens, as in PEFT, and the network, too, so that training continues where it stopped. From
+a file without the network, the computed tokens themselves are trained.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_dropout: share that is dropped between those in training, from 0 to 1.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = field(
@@ -126,7 +126,7 @@ class PromptEncoder(EncodedPrompt):
         return self.mlp_head(values) if "mlp_head" in self._modules else values
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """What the network computes; see ``ModelAdapter``."""
+        """The computed tokens; see ``ModelAdapter``."""
         return self.encoded()[:, : self.token_count]
 
     @classmethod

@@ -32,7 +32,7 @@ class PrefixTuningConfig(CachedPrefixConfig):
         prefix_projection: whether an MLP computes the keys and values.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     init_weights: Literal["zero"] | None = field(default=None)

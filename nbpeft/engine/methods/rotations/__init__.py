@@ -1,1 +1,1 @@
-"""Methods that rotate or reflect what goes into a layer or comes out of it."""
+"""Methods that rotate or reflect the input or output of a layer."""

@@ -42,8 +42,8 @@ class BOFTConfig(LayersConfig):
         boft_block_num: blocks of a layer; 0 where boft_block_size is given.
         boft_n_butterfly_factor: number of factors; with more than one, blocks are mixed. PEFT takes 1 on a CPU.
         boft_dropout: share of the blocks of one factor that are not rotated in a call of the training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 

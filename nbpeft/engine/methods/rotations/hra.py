@@ -38,7 +38,7 @@ class HRAConfig(LayersConfig):
         r: number of reflections; an even one starts at the base model.
         apply_GS: make the vectors orthogonal to each other (Gram-Schmidt).
         init_weights: start with equal pairs of reflections, which undo each other; False for random vectors.
-        bias: which biases of the model are trained too.
+        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=8)

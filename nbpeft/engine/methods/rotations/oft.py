@@ -42,8 +42,8 @@ class OFTConfig(LayersConfig):
         r: number of blocks of a layer; 0 where oft_block_size is given.
         oft_block_size: inputs of a block; 0 where r is given. Where it does not divide the inputs, the nearest is.
         module_dropout: share of the blocks that are not rotated in a call of the training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random rotations.
         coft: keep the rotations small (constrained OFT).
         eps: how small, with coft.
@@ -96,7 +96,7 @@ class OFTConfig(LayersConfig):
 
     @property
     def terms(self) -> int | None:
-        """Terms of the series that stands for the inverse; None for the inverse itself."""
+        """Number of terms of the series that approximates the inverse; None for the exact inverse."""
         return self.num_cayley_neumann_terms if self.use_cayley_neumann else None
 
     @property
@@ -238,7 +238,7 @@ class OFT(Adapter):
 
     @classmethod
     def config_warnings(cls, config: OFTConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns of layers whose inputs do not divide into the blocks that the config asks for."""
+        """Warns about layers whose inputs cannot be divided into blocks of the config's size."""
         wanted, what = (config.r, "r") if config.r else (config.oft_block_size, "oft_block_size")
         others = []
         for path, module, kind in modules:
@@ -268,7 +268,7 @@ class OFTOnLinear(OFT, TransformsInput):
 
 
 class OFTOnEmbedding(OFT, TransformsOutput):
-    """Rotates what is looked up."""
+    """Rotates the embedding's output."""
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
         """``R y``, (…, features), in the dtype of ``y``."""

@@ -2,8 +2,8 @@
 
     y = W x + s B (diag(b) Q diag(a) - I) A dropout(x)        Q: (r, r), orthogonal;  s B A: the rank-r part of W
 
-A, (r, in), has orthonormal rows; it and B, (out, r), are frozen and not saved: they are found again in the weight that
-an adapter is loaded on. Whoever computes the singular vectors otherwise, with other signs, finds another adapter.
+A, (r, in), has orthonormal rows; it and B, (out, r), are frozen and not saved: they are recomputed from the weight
+when an adapter is loaded. Singular vectors with other signs, from another implementation, give another adapter.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from nbpeft.errors import ConfigError
 CORE, SCALE_A, SCALE_B = "psoft_R", "psoft_R_vector_a", "psoft_R_vector_b"
 DOWN, UP = "psoft_A", "psoft_B"
 _DEVIATION = 0.1
-"""Of what a random core starts with, around the identity."""
+"""Standard deviation of a random core around the identity."""
 _MOST_TERMS = 64
 _MOST_ITERATIONS = 128
-"""Each costs two decompositions; after a few the subspace no longer changes."""
+"""Each iteration costs two decompositions; after a few the subspace no longer changes."""
 
 
 @dataclass
@@ -48,8 +48,8 @@ class PsoftConfig(LayersConfig):
     Attributes:
         r: how many singular directions are rotated.
         psoft_alpha: B is divided by alpha / r, and what is added multiplied by it.
-        psoft_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        psoft_dropout: dropout probability of the adapter's input, from 0 to 1.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         ab_svd_init: "psoft_init" has the singular values in B, "pissa_init" a root of them on each side.
         psoft_svd: "full", or "lowrank" for a randomized SVD, which is faster.
         psoft_svd_lowrank_niter: iterations of that; at most 128.
@@ -119,7 +119,7 @@ class PsoftConfig(LayersConfig):
 
     @property
     def terms(self) -> int | None:
-        """Terms of the series that stands for the inverse; None for the inverse itself."""
+        """Number of terms of the series that approximates the inverse; None for the exact inverse."""
         return self.num_cayley_neumann_terms if self.use_cayley_neumann else None
 
 

@@ -109,7 +109,7 @@ class Road(Adapter, TransformsOutput):
 
     @property
     def delta_rank(self) -> int | None:
-        """The change of the weight has its full rank."""
+        """None: the change of the weight has full rank."""
         return None
 
     def _changed(self, rows: Tensor, angle: Tensor, scale: Tensor) -> Tensor:

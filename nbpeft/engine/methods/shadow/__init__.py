@@ -1,9 +1,9 @@
-"""ShadowPEFT: a small network beside a decoder, whose state the blocks of the decoder read and advance.
+"""ShadowPEFT: a small network next to a decoder, with a state that the decoder's blocks read and update.
 
 config.py     ShadowConfig
-network.py    the network for a model: its blocks, its sizes, where it comes from
-losses.py     the losses of the network by itself
-shadow.py     the adapter, and what a model has of it
+network.py    builds or loads the network for a model
+losses.py     the losses of the network alone
+shadow.py     the adapter, and PEFT's names of its parts on a model
 cache.py      a cache of keys and values for both
 detached.py   the network as a model of its own
 """

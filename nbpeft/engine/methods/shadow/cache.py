@@ -1,4 +1,4 @@
-"""A cache of keys and values for a model and the network beside it."""
+"""A cache of keys and values for a model and its side network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nbpeft.engine.calls.two_pass_cache import TwoPassCache
 
 
 class ShadowCache(TwoPassCache):
-    """The cache of a model, which carries that of the network; what is done to its rows and length is done to both."""
+    """The cache of a model, which contains that of the network; changes of rows and length apply to both."""
 
     needed_because: ClassVar[str] = "ShadowPEFT runs a network beside the model, whose keys and values are kept, too"
 

@@ -43,7 +43,7 @@ class ShadowConfig(LayersConfig):
         modules_to_save: names of other modules that are copied, trained as a whole and saved.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     target_modules: Collection[str] | str | None = field(default=None)

@@ -1,4 +1,4 @@
-"""The losses of a network by itself, and what its heads read."""
+"""The losses of the side network alone, and the inputs of its heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network that runs beside a model: where the model's blocks are, and how a smaller one of its kind is made."""
+"""The side network of a model: finds the model's blocks, and builds a smaller network of the same architecture."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import ConfigError, in_one_line, shortened, shown
 
 _LISTS = ("layers", "h")
-"""What models call the list of their blocks."""
+"""Names of the list of blocks in models."""
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("score", "classifier")
-"""What models call the head of a sequence classification."""
+"""Names of the head of a sequence classifier in models."""
 _PROJECTED = "causal_lm_with_hidden_projection"
 """The model type of a saved network with a projection to the features of a larger model."""
 _PROJECTION = "shadow_hidden_projection.weight"
@@ -33,7 +33,7 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The module that has the blocks of a decoder, and their paths.
 
     Raises:
-        ConfigError: the model is no decoder of token ids.
+        ConfigError: the model is not a decoder with token ids as input.
     """
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -52,10 +52,10 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def width_of(config: Any) -> int:
-    """Features of the hidden states that a config says.
+    """Features of the hidden states, from a model's config.
 
     Raises:
-        ConfigError: it says none.
+        ConfigError: the config does not have it.
     """
     found = next((getattr(config, name) for name in _WIDTHS if hasattr(config, name)), None)
     if not isinstance(found, int):
@@ -64,7 +64,7 @@ def width_of(config: Any) -> int:
 
 
 class Recipe:
-    """How the network for a model is made.
+    """Describes how a model's side network is built.
 
     Attributes:
         network_class: class of the network.

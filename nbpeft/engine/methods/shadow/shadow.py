@@ -1,14 +1,14 @@
-"""ShadowPEFT: a small network beside a decoder, whose state the blocks of the decoder read and advance.
+"""ShadowPEFT: a small network next to a decoder, with a state that the decoder's blocks read and update.
 
     s_0 = P network(x)                                          before the blocks
     h   = h + a W_up dropout(W_down (h - s))                    what a block reads in place of h
-    s   = (1 - g) s + g T(h'),   g = sigmoid(G(h'))             behind it, of what it gave, h'
+    s   = (1 - g) s + g T(h'),   g = sigmoid(G(h'))             after it, from its output h'
 
-The model stays as it is. W_up starts at zero, so that the model is itself at first. The network learns by a loss of its
-own, too: that of the model's head on s_0, and can be taken out as a small model (``unload_shadow``).
+The model is frozen. W_up starts at zero, so training starts at the base model. The network is also trained with a loss
+of its own: that of the model's head on s_0, and can be taken out as a small model (``unload_shadow``).
 
-PEFT computes the network in the dtype of the model, here in that of the adapter. It advances the state behind the last
-block, which nothing reads, and adds the network's loss to that of calls without gradient.
+PEFT computes the network in the dtype of the model; here the dtype is the adapter's. PEFT also updates the state after
+the last block, which is not read, and adds the network's loss even in calls without gradient.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     files=FileFormat(pack=_packed, unpack=_unpacked),
 )
 class ShadowNetwork(ModelAdapter, RunsBeside):
-    """The network, its projection and head, and for each block what it adds and how the state goes on.
+    """The network, its projection and head, and for each block the modules that compute its delta and the next state.
 
-    What belongs to a block is below the path of that in the model.
+    The modules of a block are below the block's path in the model.
     """
 
     peft: ClassVar[PeftNames] = PeftNames(
@@ -284,20 +284,20 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         return "is a network beside the model; load the other one beside it and switch with set_adapter()"
 
     def reset_(self, base: BaseLayer) -> None:
-        """Adds nothing again; see ``Adapter``."""
+        """Sets W_up to zero, so that nothing is added; see ``Adapter``."""
         for path in self.places:
             block: Any = self.get_submodule(path)
             block.shadow_up.weight.detach().zero_()
 
 
 class ShadowBlock(nn.Module):
-    """What one block has of an adapter.
+    """The parts of an adapter for one block.
 
     Attributes:
         shadow_down: from the features to the rank.
-        shadow_up: back; zeros at first.
-        shadow_update_transform: gives a candidate for the next state.
-        shadow_update_gate: gives how much of it is taken.
+        shadow_up: from the rank to the features; initialized with zeros.
+        shadow_update_transform: computes a candidate for the next state.
+        shadow_update_gate: computes the weight of the candidate.
     """
 
     def __init__(self, config: ShadowConfig, width: int) -> None:
@@ -313,5 +313,5 @@ class ShadowBlock(nn.Module):
 
 
 def shown_network(config: ShadowConfig) -> str:
-    """The network for people: its layers, or where it comes from."""
+    """A description of the network: its number of layers, or its source."""
     return f"{config.shadow_num_hidden_layers or 1} layers" if config.shadow_model == "mirror" else config.shadow_model

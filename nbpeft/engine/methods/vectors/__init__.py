@@ -1,1 +1,1 @@
-"""Methods that train what a layer has besides its matrix: scales, biases, norms, rows of an embedding."""
+"""Methods that train vectors of a layer: scales, biases, norms, rows of an embedding."""

@@ -63,7 +63,7 @@ def _value_projections(model_type: str | None) -> list[str] | None:
     sample_configs={"bias": {}},
 )
 class Beft(Adapter, TransformsOutput):
-    """What is added to the bias of one layer, (1, out)."""
+    """The change of the bias of one layer, (1, out)."""
 
     peft: ClassVar[PeftNames] = PeftNames("beft_bias")
 
@@ -77,7 +77,7 @@ class Beft(Adapter, TransformsOutput):
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns of layers on which the adapter cannot be merged."""
+        """Warns about layers on which the adapter cannot be merged."""
         bare = [path for path, module, _ in modules if getattr(module, "bias", None) is None]
         if bare:
             more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
@@ -113,7 +113,7 @@ class Beft(Adapter, TransformsOutput):
         return torch.zeros_like(weight)
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
-        """Leaves the weight as it is."""
+        """Does nothing: only the bias changes."""
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         """β, detached."""

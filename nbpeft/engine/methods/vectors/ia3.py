@@ -4,8 +4,8 @@
     y = W (l ∘ x) + b          l: (1, in), on feed-forward layers
 
 One vector a layer, which starts at ones, so training starts at the base model. Alone on a layer it costs no
-second product: the input or the output of the one base call is multiplied. Beside other adapters it adds its
-delta against the frozen layer, as every method does, so the order of adapters does not matter.
+second product: the input or the output of the one base call is multiplied. Together with other adapters it adds its
+delta relative to the frozen layer, as every method does, so the order of adapters does not matter.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class IA3Config(AdapterConfig):
         target_modules: names of the layers, a pattern, or "all-linear".
         exclude_modules: names or a pattern of layers to leave out.
         feedforward_modules: those of the targets whose input is scaled instead of their output.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         modules_to_save: modules trained as a whole.
         init_ia3_weights: start at ones; False for random vectors.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     target_modules: Collection[str] | str | None = field(default=None)
@@ -223,7 +223,7 @@ class IA3(Adapter):
 
     @classmethod
     def class_at(cls, config: IA3Config, site: AdapterSite) -> type[IA3]:
-        """What scales the input or the output; see ``Adapter``."""
+        """The class that scales the input or the output; see ``Adapter``."""
         return IA3OnInput if config.scales_input(site.path) else IA3OnOutput
 
     @classmethod
@@ -242,7 +242,7 @@ class IA3(Adapter):
 
     @property
     def delta_rank(self) -> int | None:
-        """The change of the weight has its full rank."""
+        """None: the change of the weight has full rank."""
         return None
 
 

@@ -70,7 +70,7 @@ class Norm:
         return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and not other
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """As many out as in."""
+        """(features, features)."""
         count = self.weight_shape(module)[0]
         return count, count
 
@@ -93,7 +93,7 @@ class Norm:
 
 
 def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
-    """What a layer gives with other parameters."""
+    """The output of a layer with other parameters."""
     output: Tensor = type(module).forward(with_parameters(module, parameters), x)
     return output
 
@@ -144,18 +144,18 @@ class LNTuning(Adapter, ReplacesCall):
 
     @classmethod
     def initial_tensors(cls, config: LNTuningConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Copies of what the layer has; see ``Adapter``."""
+        """Copies of the layer's parameters; see ``Adapter``."""
         own = _own(site.base)
         return {name: own[name].to(site.base.device, site.dtype, copy=True) for name in site.shapes}
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor:
-        """What the layer gives with the copies; see ``ReplacesCall``."""
+        """The layer's output with the copies; see ``ReplacesCall``."""
         held, dtype = self.held, base.dtype
         copies = {own: one.to(x.device, dtype) for name, own in OWN.items() if (one := held.get(name)) is not None}
         return _computed(base.module, x, copies)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The difference between that and what the frozen layer gives; see ``Adapter``."""
+        """The difference between that and the frozen layer's output; see ``Adapter``."""
         return self.output(x, base) - base_output
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -170,12 +170,12 @@ class LNTuning(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the copies with what the frozen layer has."""
+        """Sets the copies to the frozen layer's values."""
         for name, own in _own(base).items():
             self.get_parameter(name).copy_(own)
 
 
 def _own(base: BaseLayer) -> dict[str, Tensor]:
-    """Parameter of an adapter -> what the layer has, as it stores it, detached."""
+    """Parameter of an adapter -> the layer's parameter as stored, detached."""
     own = {COPIES: base.kind.canonical(base.module, base.weight())}
     return own if base.bias is None else own | {f"{COPIES}_bias": base.bias.detach()}

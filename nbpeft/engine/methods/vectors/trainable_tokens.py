@@ -2,10 +2,10 @@
 
     y = E'[ids]        E' is E with the rows of some tokens replaced by trained ones
 
-The trained rows are stored whole, not as differences, so they mean the same on a base whose rows
-of new tokens were drawn anew. They start as the base's rows. An output head that shares the
-embedding's weight follows it: it has the trained rows too, and no tensors of its own. Where a config names other
-tokens for it, or only the head, the head has rows of its own.
+The trained rows are stored themselves, not as differences, so they have the same meaning on a base whose rows
+of new tokens were initialized differently. They are initialized with the base's rows. An output head that shares the
+embedding's weight also uses the trained rows, and has no tensors of its own. If a config names other tokens for the
+head, or only the head, the head has its own rows.
 
 It is a method of its own (``TrainableTokensConfig``), and a companion of others: their configs ask for it
 with ``trainable_token_indices``.
@@ -119,7 +119,7 @@ class _Companion:
         return _with_tied(model, config, found, modules)
 
     def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-        """Adds up the changes of each row that any of the adapters trains; see ``registry.Companion``."""
+        """Sums the changes of each row that any of the adapters trains; see ``registry.Companion``."""
         tokens: dict[str, list[int]] = {}
         tensors: dict[str, dict[str, Tensor]] = {}
         for path, members in parts.items():
@@ -211,7 +211,7 @@ class TrainableTokens(Adapter, UsesAnother):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def tie_to(self, source: Adapter) -> None:
-        """Uses the rows of another adapter from now on."""
+        """Shares the rows of another adapter from now on."""
         self.bind(source=source)
 
     @property
@@ -230,11 +230,11 @@ class TrainableTokens(Adapter, UsesAnother):
         return _table(self.own_base.weight(), self.own_base)[self.tokens].detach()
 
     def swap_refusal(self) -> str:
-        """Rows of other tokens do not fit in."""
+        """Why it cannot be hot-swapped: its rows belong to its tokens."""
         return "trains rows of embeddings (trainable_token_indices)"
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
-        """A product of matrices is not shared by the layers that share the rows."""
+        """Why it cannot be converted to a LoRA."""
         return "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:

@@ -1,13 +1,13 @@
 """Combining adapters: functions on the tensors of low-rank factors.
 
 recipe.py     how to combine: the type and its settings, checked when made
-factors.py    one adapter's factors on one layer, as matrices whatever the layer kind
+factors.py    one adapter's factors on one layer, as matrices for every kind of layer
 sparsify.py   pruning, sign election, weighted sums (TIES, DARE, magnitude pruning)
-truncate.py   best rank-k factors of a weighted sum, and how much of it was lost
+truncate.py   best rank-k factors of a weighted sum, and the approximation error
 layers.py     combine(): all layers of a model
 config.py     the config of the result
-draws.py      the random draws PEFT makes before it combines
-adapters.py   from adapters on layers to factors and back: what the engine calls
+draws.py      the random draws that PEFT makes before combining
+adapters.py   from adapters on layers to factors and back: the entry point of the engine
 """
 
 from __future__ import annotations

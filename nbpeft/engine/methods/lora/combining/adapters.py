@@ -1,4 +1,4 @@
-"""From adapters on layers to factors and back: what the engine calls to combine LoRA and DoRA adapters."""
+"""From adapters on layers to factors and back: the engine's entry point for combining LoRA and DoRA adapters."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class CombineLowRank:
             _skip_draws(factors, kinds, configs[0], recipe)
         combined = combine(factors, adapters, weights, recipe)
         tensors = {path: _tensors(kinds[path], layer) for path, layer in combined.layers.items()}
-        # Only ``exact`` looks at what DoRA makes of the factors.
+        # Only ``exact`` uses DoRA's row scales.
         rescaled = any(part.row_scale is not None for named in factors.values() for part in named.values())
         known = not rescaled or recipe.combination_type == "exact" or len(adapters) == 1
         losses = {path: layer.loss for path, layer in combined.layers.items()} if known else None
 
         def finish(path: str, adapter: Adapter, base: BaseLayer) -> None:
-            """Gives a DoRA result the magnitude that makes its delta the exact sum."""
+            """Sets the magnitude of a DoRA result with which its delta is the exact sum."""
             row_scale = combined.layers[path].row_scale
             if isinstance(adapter, LowRankAdapter) and (row_scale is not None or recipe.combination_type == "exact"):
                 adapter.set_row_scale_(row_scale, base)
@@ -86,7 +86,8 @@ def _factors(name: str, member: Member) -> Factors:
     if not isinstance(adapter, LowRankAdapter):
         raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}: these are no low-rank factors to combine")
     name_A, name_B = adapter.factor_names
-    # What is initialised from the weight also subtracts that component; some compute the factors. Neither is padded.
+    # Adapters initialized from the weight also subtract the initial component, and some methods compute their factors:
+    # neither are padded.
     whole = adapter.initial is not None or adapter.computes_factors
     lora_A, lora_B = adapter.detached_factors if whole else (member.tensors[name_A], member.tensors[name_B])
     groups = getattr(base.module, "groups", 1)
@@ -104,7 +105,7 @@ def _factors(name: str, member: Member) -> Factors:
 def _skip_draws(
     factors: Mapping[str, Mapping[str, Factors]], kinds: Mapping[str, Any], first: Any, recipe: Recipe
 ) -> None:
-    """Random rules draw what PEFT draws under the same seed, which initialises the new adapter first."""
+    """For random rules, repeats the draws with which PEFT initializes the new adapter before combining."""
     having = {path: next(iter(named.values())) for path, named in factors.items() if named}
     largest = max((part.rank for named in factors.values() for part in named.values()), default=0)
     rank = (recipe.svd_rank if recipe.on_deltas else None) or largest

@@ -15,9 +15,9 @@ _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any:
     """A config that describes a combination, from those of its adapters (LoRA configs).
 
-    It is the first one's with the rank of the combination and an alpha that makes every
-    scaling 1, plain and not rsLoRA's. Targets are joined as in PEFT; where the configs select
-    layers in ways that cannot be joined, the combined layers are listed by their full paths.
+    It is the first adapter's config with the rank of the combination and an alpha that makes every
+    scaling 1, without rsLoRA. Targets are joined as in PEFT; if the configs select layers in ways
+    that cannot be joined, the combined layers are listed by their full paths.
     """
     first, rank = configs[0], combination.rank
     layers = combination.layers.values()
@@ -44,8 +44,8 @@ def rank_patterns(apart: Mapping[str, int], paths: Collection[str]) -> dict[str,
     """Path pattern -> rank, longest path first, because the first match at the end of a path wins.
 
     Args:
-        apart: path -> rank where that is not the usual one.
-        paths: those of all adapted layers.
+        apart: path -> rank of the layers whose rank differs from the others'.
+        paths: paths of all adapted layers.
     """
     patterns = {}
     for path in sorted(apart, key=len, reverse=True):

@@ -1,8 +1,8 @@
-"""The random draws PEFT makes before it combines.
+"""The random draws that PEFT makes before combining.
 
 PEFT adds a freshly initialised adapter and then overwrites it. Types that prune at random
-(``dare_*``) therefore start from a generator that has moved on; repeating those draws, thrown
-away, gives PEFT's numbers under the same seed.
+(``dare_*``) therefore start from a generator that has advanced; repeating and discarding those
+draws gives PEFT's numbers with the same seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def skip_initial_draws(
     init: bool | str = True,
     lora_bias: bool = False,
 ) -> None:
-    """Moves the CPU generator as far as initialising a new adapter in PEFT does.
+    """Advances the CPU generator as initializing a new adapter in PEFT does.
 
     Args:
         shapes: (shape of A, shape of B) of each layer, in the model's order.

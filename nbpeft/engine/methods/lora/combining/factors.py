@@ -1,4 +1,4 @@
-"""One adapter's factors on one layer, as matrices whatever the layer kind."""
+"""One adapter's factors on one layer, as matrices for every kind of layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factors:
-    """What one adapter adds to one layer: ``weight * scaling * B A``.
+    """One adapter's delta on one layer: ``scaling * B A``.
 
     Attributes:
         lora_A: (r, in), (r, V) of an embedding, or (r, in, *kernel).
@@ -36,7 +36,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: rows of A."""
         return self.lora_A.shape[0]
 
     @property
@@ -45,7 +45,7 @@ class Factors:
         return self.lora_A.dtype
 
     def widened(self) -> Factors:
-        """The same without history, in float32 at least, for computing."""
+        """A detached copy in at least float32, for computing."""
         if self.lora_A.dtype == torch.float64:
             return self._mapped(lambda tensor: tensor.detach())
         return self._mapped(lambda tensor: tensor.detach().float())
@@ -60,9 +60,8 @@ class Factors:
 
         Grouped it is (groups, out / groups, in * kernel).
 
-        A convolution's product is taken by a convolution: which entries survive a pruning
-        depends on the last bit, and the order of random draws on the memory layout; both
-        follow PEFT here.
+        A convolution's product is computed by a convolution, as in PEFT: which entries survive
+        pruning depends on the last bit, and the order of random draws on the memory layout.
         """
         if self.groups > 1:
             return torch.bmm(matrix_B(self.lora_B, self.groups), matrix_A(self.lora_A, self.groups)) * self.scaling
@@ -75,7 +74,7 @@ class Factors:
         return convolve(self.lora_A.transpose(0, 1), self.lora_B).transpose(0, 1) * self.scaling
 
     def matrices(self, delta: Tensor) -> Tensor:
-        """Something shaped like ``delta()`` as (groups, out / groups, in * kernel)."""
+        """A tensor shaped like ``delta()`` as (groups, out / groups, in * kernel)."""
         if self.groups > 1:
             return delta
         return delta.T[None] if self.transposed else delta.flatten(1)[None]
@@ -96,7 +95,7 @@ def stack(parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, T
 
     Returns:
         B (groups, out / groups, R / groups) and A (groups, R / groups, in * kernel), R the sum of the
-        ranks, with weights and scalings on the side of B and B A the sum itself.
+        ranks. Weights and scalings are included in B, so B A is the sum.
     """
     groups = parts[0].groups
     wide_B = [

@@ -26,7 +26,7 @@ class CombinedLayer:
         lora_A, lora_B: factors in the layer's own shapes and the adapters' dtype.
         bias: (out,) bias of B, or None.
         row_scale: (out,) factor on the rows of ``W + B A`` of a combination of DoRA adapters, or None.
-        loss: distance to the true weighted delta.
+        loss: distance from the exact weighted delta.
     """
 
     lora_A: Tensor
@@ -37,7 +37,7 @@ class CombinedLayer:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: rows of A."""
         return self.lora_A.shape[0]
 
 
@@ -47,8 +47,8 @@ class CombinedFactors:
 
     Attributes:
         layers: path -> combined layer.
-        rank: rank of every layer but those that ``ranks_apart`` names.
-        recipe: how it was made.
+        rank: rank of every layer except those in ``ranks_apart``.
+        recipe: the combination's settings.
     """
 
     layers: dict[str, CombinedLayer]
@@ -57,12 +57,12 @@ class CombinedFactors:
 
     @property
     def ranks_apart(self) -> dict[str, int]:
-        """Path -> rank of the layers whose rank is not ``rank``."""
+        """Path -> rank of the layers whose rank differs from ``rank``."""
         return {path: layer.rank for path, layer in self.layers.items() if layer.rank != self.rank}
 
     @property
     def loss(self) -> Loss:
-        """The loss over all layers together."""
+        """The loss summed over all layers."""
         return sum((layer.loss for layer in self.layers.values()), Loss())
 
     def __str__(self) -> str:
@@ -80,18 +80,18 @@ def combine(
     """Combines adapters layer by layer.
 
     Args:
-        layers: path -> adapter name -> factors, in the model's order: random types draw in it.
+        layers: path -> adapter name -> factors, in the model's order, in which random types draw.
         adapters: names to combine; an adapter without factors on a layer adds nothing there.
-        weights: one number for each; negative ones subtract.
-        recipe: how.
+        weights: one number for each adapter; negative weights subtract.
+        recipe: the combination's settings.
 
     Returns:
-        The combined factors, each with scaling 1, and what was lost.
+        The combined factors, each with scaling 1, and the approximation error.
 
     Raises:
-        AdapterError: the weights do not fit the adapters, no layer has any of them, or one holds
-            numbers that are not finite.
-        ConfigError: the recipe does not work on these ranks or layers.
+        AdapterError: the numbers of weights and adapters differ, no layer has any of the adapters, or a
+            tensor is not finite.
+        ConfigError: the recipe does not work for these ranks or layers.
     """
     recipe = recipe.for_count(len(adapters))
     members = {path: [name for name in adapters if name in named] for path, named in layers.items()}
@@ -119,7 +119,7 @@ def _common_rank(
     members: Mapping[str, list[str]],
     recipe: Recipe,
 ) -> int:
-    """The rank of the result: one for all layers, but for types that keep each layer's own."""
+    """The rank of the result: the same for all layers, except for types that keep each layer's rank."""
     largest = {
         name: max((layers[path][name].rank for path in members if name in layers[path]), default=0) for name in adapters
     }
@@ -154,7 +154,7 @@ def _check_layer(path: str, names: Sequence[str], parts: Sequence[Factors], rank
 def _combined_finite(
     path: str, names: Sequence[str], parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe
 ) -> CombinedLayer:
-    """One layer's combination; says which adapter is broken where there is none."""
+    """Combines one layer; raises an error that names the adapter with non-finite numbers if that fails."""
     try:
         layer = _combine_layer(parts, weights, rank, recipe)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -177,7 +177,7 @@ def _combined_finite(
 def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe) -> CombinedLayer:
     dtype, first = parts[0].dtype, parts[0]
     wide = [part.widened() for part in parts]
-    exact = recipe.combination_type == "exact" or len(parts) == 1  # one adapter keeps what DoRA makes of it
+    exact = recipe.combination_type == "exact" or len(parts) == 1  # a single adapter keeps its DoRA scales
     row_scale = _combined_row_scale(wide, weights) if exact else None
     if row_scale is not None:
         wide = [_with_row_scale(part, row_scale) for part in wide]
@@ -211,7 +211,7 @@ def _kept(
         merged = merge([part.delta() for part in parts], weights, recipe)
         kept_B, kept_A = truncate_delta(first.matrices(merged), in_group, recipe)
     elif recipe.combination_type == "svd" and recipe.svd_clamp is not None:
-        # A clamp looks at signs of singular vectors: only the SVD of the full delta has PEFT's.
+        # A clamp depends on the signs of singular vectors, which equal PEFT's only for the SVD of the full delta.
         full = torch.stack([part.delta() * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
         kept_B, kept_A = truncate_delta(first.matrices(full), in_group, recipe)
     else:
@@ -220,7 +220,7 @@ def _kept(
 
 
 def _merge_factors(parts: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """PEFT's formula: A and B merged apart, each with the root of |weight * scaling|, the sign on A."""
+    """PEFT's formula: A and B are merged separately, each times the root of |weight * scaling|, with the sign on A."""
     strengths = [weight * part.scaling for part, weight in zip(parts, weights, strict=True)]
     on_B = [math.sqrt(abs(strength)) for strength in strengths]
     on_A = [math.copysign(root, strength) for root, strength in zip(on_B, strengths, strict=True)]
@@ -238,7 +238,7 @@ def _combined_bias(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor
 
 
 def _combined_row_scale(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor | None:
-    """The row_scale with which one DoRA adapter gives the weighted sum of DoRA's deltas.
+    """The row_scale with which one DoRA adapter has the weighted sum of the DoRA adapters' deltas.
 
     A delta of DoRA is ``g (W + B A) - W`` with a row_scale g for each row. The weighted sum of such
     deltas has the same form, with the row_scale ``1 + sum of weight (g - 1)``.
@@ -257,7 +257,7 @@ def _combined_row_scale(parts: Sequence[Factors], weights: Sequence[float]) -> T
 
 
 def _with_row_scale(part: Factors, row_scale: Tensor) -> Factors:
-    """Factors whose product, times the combined row_scale, is the part's own share of the delta."""
+    """Factors whose product, times the combined row_scale, is the part's contribution to the delta."""
     share = row_scale.reciprocal() if part.row_scale is None else part.row_scale / row_scale
     lora_B = part.lora_B * share.view(-1, *[1] * (part.lora_B.dim() - 1))
     return replace(part, lora_B=lora_B, bias=None if part.bias is None else part.bias * share)

@@ -1,4 +1,4 @@
-"""How adapters are combined: the type and its settings."""
+"""Settings of combining adapters: the type and its parameters."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SVD_DRIVERS = ("gesvd", "gesvdj", "gesvda")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to combine adapters, checked when made.
+    """Settings of combining adapters, checked on creation.
 
     Args:
-        combination_type: ``exact`` is the weighted sum of the true deltas; without ``svd_rank``
-            nothing is lost. ``svd`` is the same cut to the largest rank involved. ``cat`` stacks the
+        combination_type: ``exact`` is the weighted sum of the deltas, without loss unless ``svd_rank``
+            is given. ``svd`` is the same truncated to the largest rank of the adapters. ``cat`` stacks the
             factors. ``linear``, ``ties``, ``dare_linear``, ``dare_ties`` and ``magnitude_prune`` are
-            PEFT's formulas on A and B apart, which mix each adapter's A with the others' B and so
+            PEFT's formulas on A and B separately, which mix each adapter's A with the others' B and so
             differ from the weighted delta. Names ending in ``_svd`` work on the full deltas.
         svd_rank: rank of the result, for ``exact`` and the types ending in ``svd``.
         svd_clamp: quantile in (0, 1] at which the entries of the result are clamped.
-        svd_full_matrices: PEFT's switch; only ever changes a result that is clamped.
+        svd_full_matrices: as in PEFT; affects only results that are clamped.
         svd_driver: cuSOLVER's method, on CUDA only.
-        density: share of the entries that survive pruning, in [0, 1].
-        majority_sign_method: ``total`` weighs signs by magnitude, ``frequency`` counts them.
+        density: fraction of the entries that survive pruning, in [0, 1].
+        majority_sign_method: ``total`` weights signs by magnitude, ``frequency`` counts them.
 
     Raises:
         ConfigError: a value is unknown, missing or out of range.
@@ -69,28 +69,28 @@ class Recipe:
 
     @property
     def on_factors(self) -> bool:
-        """Whether the rule acts on A and on B apart, so that ranks must agree."""
+        """Whether the rule applies to A and B separately, so that ranks must be equal."""
         return self.combination_type not in ("exact", "cat", "svd") and not self.on_deltas
 
     @property
     def on_deltas(self) -> bool:
-        """Whether the rule acts on the full deltas, elementwise."""
+        """Whether the rule applies to the full deltas, elementwise."""
         return self.combination_type.endswith("_svd")
 
     @property
     def rule(self) -> str:
-        """The elementwise rule behind the type: the type's name without ``_svd``."""
+        """The type's elementwise rule: its name without ``_svd``."""
         return self.combination_type.removesuffix("_svd")
 
     def for_count(self, count: int) -> Recipe:
-        """This recipe for a number of adapters; PEFT combines a single one as ``linear``."""
+        """This recipe for a number of adapters; PEFT combines a single adapter as ``linear``."""
         if count != 1 or self.combination_type == "exact":
             return self
         return Recipe("linear")
 
 
 def settings_for(combination_type: str) -> tuple[str, ...]:
-    """Those of ``svd_rank``, ``svd_clamp`` and ``density`` that mean something for a type."""
+    """Those of ``svd_rank``, ``svd_clamp`` and ``density`` that affect a type."""
     ranked = ("svd_rank", "svd_clamp") if combination_type == "exact" or combination_type.endswith("svd") else ()
     pruned = ("density",) if combination_type.removesuffix("_svd") in _PRUNING_RULES else ()
     return (*ranked, *pruned)

@@ -17,7 +17,12 @@ from nbpeft.engine.methods.lora.combining.recipe import Recipe
 def merge(tensors: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) -> Tensor:
     """Merges tensors of one shape by the recipe's elementwise rule.
 
-    Random rules draw one mask for each tensor, in order, from the generator of its device.
+    Random rules draw one mask for each tensor, in order, from the generator of the tensor's device.
+
+    Args:
+        tensors: tensors of one shape.
+        weights: one number for each tensor.
+        recipe: gives the rule, the density and the sign election.
     """
     rule = recipe.rule
     if recipe.prunes:
@@ -49,7 +54,7 @@ def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 
 
 def _elected_mean(tensors: Sequence[Tensor], weights: Sequence[float], method: str) -> Tensor:
-    """Mean, entry by entry, of those weighted tensors whose sign is the majority's."""
+    """Elementwise mean of the weighted tensors whose sign agrees with the majority's."""
     ballots = tensors if method == "total" else [tensor.sign() for tensor in tensors]
     positive = _weighted_sum(ballots, [1.0] * len(ballots)) >= 0
     total, count = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])

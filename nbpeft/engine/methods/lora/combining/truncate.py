@@ -1,4 +1,4 @@
-"""Best rank-k factors of a weighted sum of low-rank products, and what they lost."""
+"""Best rank-k factors of a weighted sum of low-rank products, and their approximation error."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nbpeft.errors import ConfigError
 
 
 def measure_loss(true_B: Tensor, true_A: Tensor, kept_B: Tensor, kept_A: Tensor) -> Loss:
-    """The loss of kept factors, through Gram matrices: no delta is built where it is larger than its factors.
+    """The loss of truncated factors, from Gram matrices: a delta is built only if it is smaller than its factors.
 
     Args:
-        true_B: (groups, out / groups, R / groups), as ``factors.stack`` gives it.
+        true_B: (groups, out / groups, R / groups), as ``factors.stack`` returns it.
         true_A: (groups, R / groups, in * kernel).
-        kept_B: B of the kept factors, in the same layout.
-        kept_A: A of the kept factors.
+        kept_B: B of the truncated factors, in the same layout.
+        kept_A: A of the truncated factors.
     """
-    # In float32 the difference of Gram products drowns in rounding below 3e-4; in float64 below 1e-8.
+    # Relative errors below 3e-4 are lost to rounding in float32 Gram products; in float64 those below 1e-8.
     wide = torch.float32 if true_B.device.type == "mps" else torch.float64
     true_B, true_A, kept_B, kept_A = (tensor.to(wide) for tensor in (true_B, true_A, kept_B, kept_A))
     if not _thin(true_B, true_A):
@@ -30,7 +30,7 @@ def measure_loss(true_B: Tensor, true_A: Tensor, kept_B: Tensor, kept_A: Tensor)
 
 
 def _thin(wide_B: Tensor, wide_A: Tensor) -> bool:
-    """Whether the factors are smaller than their product: many adapters together are not."""
+    """Whether the factors are smaller than their product, which they are not for many adapters."""
     return wide_A.shape[-2] < min(wide_B.shape[-2], wide_A.shape[-1])
 
 
@@ -39,7 +39,7 @@ def _inner(left_B: Tensor, left_A: Tensor, right_B: Tensor, right_A: Tensor) -> 
 
 
 def truncate_factors(wide_B: Tensor, wide_A: Tensor, rank: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The best rank-``rank`` factors of B A, through QR of the factors and SVD of the small core.
+    """The best rank-``rank`` factors of B A, from QR of the factors and SVD of the small core.
 
     Args:
         wide_B: (groups, out, R).
@@ -62,8 +62,17 @@ def truncate_factors(wide_B: Tensor, wide_A: Tensor, rank: int, recipe: Recipe) 
 
 
 def truncate_delta(delta: Tensor, rank: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The best rank-``rank`` factors of full matrices (groups, out, in)."""
-    # The shape of the matrices asked for can flip signs of singular vectors, which the quantile of a clamp sees.
+    """The best rank-``rank`` factors of full matrices (groups, out, in).
+
+    Args:
+        delta: (groups, out, in).
+        rank: rank to keep in each group.
+        recipe: settings of the SVD and its clamp.
+
+    Returns:
+        B and A, as of ``truncate_factors``.
+    """
+    # ``full_matrices`` can flip signs of singular vectors, which affects the quantile of a clamp.
     full = recipe.svd_full_matrices and recipe.svd_clamp is not None
     left, values, right = _svd(delta, recipe, full=full)
     return _clamped(left[..., :rank] * values[..., None, :rank], right[..., :rank, :], recipe.svd_clamp)

@@ -1,1 +1,1 @@
-"""How the factors of LoRA start: ``inits.py`` by the value of ``init_lora_weights``, the rest what it computes with."""
+"""Initialization of LoRA's factors: ``inits.py`` by the value of ``init_lora_weights``; the other files compute."""

@@ -1,4 +1,4 @@
-"""Decompositions that give only the first directions of a matrix."""
+"""Decompositions that compute only the first directions of a matrix."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 _SEED = 0
-"""Of a randomized SVD: whoever loads an adapter has to find the part it started from again."""
+"""Seed of the randomized SVD: loading an adapter has to recompute the same initial component."""
 _LARGEST_EXACT = 2048
 """Columns up to which a Gram matrix is formed in float64."""
 
 
 def randomized_svd(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``torch.svd_lowrank``, from the same draws on every device, since they decide what is found.
+    """As ``torch.svd_lowrank``, but with the same random draws on every device, because the result depends on them.
 
     Reference: Halko et al. 2009, arXiv:0909.4061.
     """
@@ -29,9 +29,9 @@ def randomized_svd(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, 
 
 
 def nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), equally large, whose product is nearest to a matrix (out, in).
+    """A (rank, in) and B (out, rank), of equal norm, whose product is closest to a matrix (out, in).
 
-    From the eigenvectors of its smaller Gram matrix, a fraction of the work of a singular value decomposition.
+    Computed from the eigenvectors of its smaller Gram matrix, at a fraction of the cost of an SVD.
     """
     transposed = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if transposed else matrix

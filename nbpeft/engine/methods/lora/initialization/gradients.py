@@ -1,6 +1,6 @@
 """LoRA-GA: factors in the directions of the gradient, so that the first steps are those of full fine-tuning.
 
-The 2r largest singular directions of a layer's gradient are shared out between A and B, and B is scaled
+The 2r largest singular directions of a layer's gradient are divided between A and B, and B is scaled
 (Wang et al. 2024, arXiv:2407.05000).
 """
 
@@ -15,18 +15,18 @@ from nbpeft.engine.methods.lora.initialization.decompositions import randomized_
 from nbpeft.errors import ConfigError
 
 GRADIENT = "_peft_loraga_grad"
-"""Attribute of a layer that holds its gradient, (…) as its weight, under PEFT's name."""
+"""Attribute of a layer with the gradient of its weight, shaped like the weight; the name is PEFT's."""
 _ITERATIONS = 4
-"""Of the randomized decompositions, as in PEFT; here they find the same each time."""
+"""Iterations of the randomized decompositions, as in PEFT; here the result is reproducible."""
 
 Factors = tuple[Tensor, Tensor]
 
 
 def gradient_factors(gradient: Tensor, config: LoraConfig, site: AdapterSite) -> Factors:
-    """A (r, in) and B (out, r) from the gradient of a layer's weight, in the orientation of that.
+    """A (r, in) and B (out, r) from the gradient of a layer's weight.
 
     Raises:
-        ConfigError: the gradient is of another weight.
+        ConfigError: the gradient's shape is not that of the weight.
     """
     base, settings, rank = site.base, config.lora_ga_config, config.rank_at(site.path)
     assert settings is not None
@@ -55,7 +55,7 @@ def gradient_factors(gradient: Tensor, config: LoraConfig, site: AdapterSite) ->
 
 
 def _shares(direction: str, rank: int) -> Factors:
-    """Which singular directions go to A, and which to B: (rank,) each."""
+    """Indices of the singular directions for A and for B, (rank,) each."""
     both = torch.arange(2 * rank)
     if direction == "random":
         drawn = torch.randperm(2 * rank)[:rank]

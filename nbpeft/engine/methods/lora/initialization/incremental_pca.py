@@ -1,7 +1,7 @@
-"""Principal components of rows that come in batches (Ross et al. 2008), as scikit-learn's ``IncrementalPCA``.
+"""Principal components of rows in batches (Ross et al. 2008), like scikit-learn's ``IncrementalPCA``.
 
-After each batch, the components so far (times their values), the centred batch and one row for the shift of the
-mean are decomposed together: memory for one batch, whatever was seen before.
+For each batch, the previous components (times their singular values), the centred batch and one row for the shift of
+the mean are decomposed together, so the memory is that of one batch, independent of the number of earlier batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from nbpeft.errors import ConfigError
 
 _ROWS_PER_FEATURE = 5
-"""Rows of a batch of ``fit`` for each feature, by default."""
+"""Default number of rows per feature in a batch of ``fit``."""
 
 
 class IncrementalPCA:
@@ -24,13 +24,13 @@ class IncrementalPCA:
 
     Args:
         n_components: components to keep; as many as the first batch allows if None.
-        copy: accepted for PEFT's sake: batches are always left as they are.
-        batch_size: rows of a batch of ``fit``; five for each feature if None.
-        svd_driver: of ``torch.linalg.svd`` on CUDA.
+        copy: ignored, accepted as in PEFT: batches are never changed.
+        batch_size: rows of a batch of ``fit``; five per feature if None.
+        svd_driver: driver of ``torch.linalg.svd`` on CUDA.
         lowrank: decompose by ``torch.svd_lowrank``, which is faster for few components.
-        lowrank_q: directions that this works with; twice the components if None.
+        lowrank_q: ``q`` of ``torch.svd_lowrank``; twice the components if None.
         lowrank_niter: its iterations.
-        lowrank_seed: seed of its draws; the generator is as before afterwards.
+        lowrank_seed: seed of its random draws; the global generator is restored afterwards.
 
     Attributes:
         components_: (n_components, features), after the first batch.
@@ -39,11 +39,11 @@ class IncrementalPCA:
         explained_variance_ratio_: (n_components,), shares of the whole variance.
         mean_: (features,), float64.
         var_: (features,), float64.
-        n_samples_seen_: rows so far, a tensor with one element.
+        n_samples_seen_: number of rows so far, a tensor with one element.
         noise_variance_: mean variance of the components that were left out.
 
     Raises:
-        ConfigError: the arguments do not go together.
+        ConfigError: the arguments contradict each other.
     """
 
     components_: Tensor
@@ -91,10 +91,10 @@ class IncrementalPCA:
         return self
 
     def partial_fit(self, X: Any, check_input: bool = True) -> Self:
-        """Takes one more batch (samples, features) into account.
+        """Updates the components with one more batch (samples, features).
 
         Raises:
-            ConfigError: the batch has fewer rows than components, or other features than those before.
+            ConfigError: the batch has fewer rows than components, or another number of features than earlier batches.
         """
         rows = self._checked(X) if check_input else X
         count, features = rows.shape
@@ -132,19 +132,19 @@ class IncrementalPCA:
         self.noise_variance_ = variances.new_zeros(()) if complete else variances[kept:].mean()
 
     def transform(self, X: Tensor) -> Tensor:
-        """Rows (samples, features) in the components: (samples, n_components)."""
+        """Projects rows (samples, features) onto the components: (samples, n_components)."""
         assert self.mean_ is not None, "nothing was fitted"
         centred = X - self.mean_
         return torch.mm(centred.double(), self.components_.double().T).to(centred.dtype)
 
     @staticmethod
     def gen_batches(n: int, batch_size: int, min_batch_size: int = 0) -> Iterator[slice]:
-        """Slices of ``batch_size`` of ``n`` rows; the last one may be shorter or, so as not to be too short, longer.
+        """Slices of ``batch_size`` rows; the last slice may be shorter, or longer if it would be too short otherwise.
 
         Args:
-            n: rows.
+            n: number of rows.
             batch_size: rows of a slice.
-            min_batch_size: least rows of the last one.
+            min_batch_size: minimum number of rows of the last slice.
         """
         start = 0
         while start + batch_size + min_batch_size <= n:

@@ -1,9 +1,9 @@
-"""How the two factors of an adapter start, by the value of ``init_lora_weights``.
+"""Initialization of an adapter's two factors, by the value of ``init_lora_weights``.
 
     True             A uniform in 1 / sqrt(fan in), B zero
     "gaussian"       A normal with deviation 1 / r, B zero
     False            both random, and the bias of B: not the identity at start
-    "orthogonal"     rows of one orthogonal matrix, shared out: B A = 0 though neither is zero (even ranks)
+    "orthogonal"     alternate rows of one orthogonal matrix: B A = 0 though neither is zero (even ranks)
     "olora"          B, A = Q, R of the weight's first r columns (Büyükakyüz 2024, arXiv:2406.01775)
     "pissa"          the r largest singular directions of the weight (Meng et al. 2024, arXiv:2404.02948)
     "pissa_niter_N"  the same by a randomized SVD of N iterations
@@ -13,14 +13,14 @@
     "mica"           A zero, B the r smallest left singular directions of the weight, see mica.py
     "loftq"          what the weight loses when it is quantized, see loftq.py
 
-OLoRA, PiSSA, CorDA and LoRA-GA train a part ``s B0 A0`` of the weight itself, so that part has to leave the
-base; KaSA leaves one out and trains another. PEFT subtracts it from the base's weight for good. Here the base stays
-as it is and the adapter subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload``
-find the model they expect, and half-precision or quantized weights are not rounded again. What CorDA and LoRA-GA
-start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA. PEFT's way to save
-the rest of the base and an adapter for that works, too: see ``nbpeft.model.saving.residuals``.
+OLoRA, PiSSA, CorDA and LoRA-GA train a component ``s B0 A0`` of the weight itself, which therefore has to be subtracted
+from the base; KaSA subtracts one component and trains another. PEFT subtracts it from the base's weight permanently.
+Here the base is not changed and the adapter subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter``
+and ``unload`` get the original model, and half-precision or quantized weights are not rounded again. The components of
+CorDA and LoRA-GA depend on data and could not be recomputed from an adapter's file, so such adapters are saved as plain
+LoRA. PEFT's way of saving the residual base and an adapter for it works, too: see ``nbpeft.model.saving.residuals``.
 
-LoftQ is made for a base that will be quantized, so the base's weight becomes the quantized one for good, as in PEFT.
+LoftQ is for a base that will be quantized, so it replaces the base's weight permanently, as in PEFT.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from nbpeft.errors import ConfigError, LayerKindError
 _ORTHOGONAL_SCALE = 10.0
 
 DECOMPOSITION = "eigens"
-"""Attribute of a layer that holds what ``preprocess_corda`` found, under PEFT's name."""
+"""Attribute of a layer with the result of ``preprocess_corda``; the name is PEFT's."""
 _FOUND = {"corda": (DECOMPOSITION, "preprocess_corda"), "lora_ga": (GRADIENT, "preprocess_loraga")}
 _STARTS = "_starts"
 
@@ -62,15 +62,15 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """Where an adapter on one layer starts, apart from random draws.
+    """Initial values of an adapter on one layer, other than random ones.
 
     Attributes:
         factors: A and B; None for random ones.
-        is_subtracted: whether their product is a part of the weight that the adapter takes over.
-        is_from_data: whether it depends on more than the weight and the config.
-        init: what found that part, as in the config.
-        quantized: what the base's weight becomes, as the module stores it.
-        found: attribute of the layer that held what it was computed from, and is of no use any more.
+        is_subtracted: whether their product is a component of the weight, which the adapter subtracts.
+        is_from_data: whether they depend on data, in addition to the weight and the config.
+        init: the init that computed the component, as in the config.
+        quantized: the weight that replaces the base's, as the module stores it.
+        found: attribute of the layer with the data they were computed from, which is no longer needed.
     """
 
     factors: Factors | None = None
@@ -80,19 +80,19 @@ class Start:
     quantized: QuantizedWeight | None = None
     found: str = ""
     remembered: dict[str, Factors] | None = None
-    """Where the factors of the layer are kept with the config, by path."""
+    """Path -> factors: the config's record in which the factors are stored."""
 
 
 RANDOM = Start()
 
 
 class _Starts(dict[str, Factors]):
-    """Path -> A0 and B0 of the adapters that were made of a config: data gave them, and they are had again from here.
+    """Path -> A0 and B0 of the adapters created from a config, which depend on data and cannot be recomputed.
 
-    An adapter that was taken off is put back with it, so all copies of a config share one.
+    All copies of a config share one record, so that a removed adapter can be restored with it.
 
     Attributes:
-        modules: path -> the layer, where a new adapter starts there again.
+        modules: path -> the layer on which a new adapter may use the factors again.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class _Starts(dict[str, Factors]):
         self.modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
     def again(self, config: LoraConfig, site: AdapterSite) -> Factors | None:
-        """Where a new adapter starts on a layer that was seen with data; None for another layer, or rank."""
+        """Stored factors for a new adapter on a layer; None for another layer, or another rank."""
         found = self.get(site.path) if self.modules.get(site.path) is site.base.module else None
         return None if found is None or len(found[0]) != config.rank_at(site.path) else found
 
@@ -109,24 +109,27 @@ class _Starts(dict[str, Factors]):
 
 
 def remember_starts(config: LoraConfig, starts: Mapping[str, tuple[nn.Module, Factors]]) -> None:
-    """Keeps with a config what data gave its layers, so that its adapter can start there again.
+    """Stores initial factors computed from data with a config, so that its adapter can be created again.
 
     Args:
-        config: of the adapter.
+        config: the adapter's config.
         starts: path -> the frozen layer, and A and B.
     """
-    vars(config)[_STARTS] = kept = _Starts()
+    vars(config)[_STARTS] = record = _Starts()
     for path, (module, factors) in starts.items():
-        kept[path], kept.modules[path] = factors, module
+        record[path], record.modules[path] = factors, module
 
 
 def check_linear(setting: str, path: str, kind: LayerKind) -> None:
     """Refuses a layer that is not linear.
 
     Args:
-        setting: what in the config asks for linear layers.
-        path: of the layer.
-        kind: of the layer.
+        setting: the setting that requires linear layers, for the message.
+        path: path of the layer.
+        kind: kind of the layer.
+
+    Raises:
+        ConfigError: the layer is not linear.
     """
     if not kind.is_linear:
         raise LayerKindError(
@@ -137,6 +140,12 @@ def check_linear(setting: str, path: str, kind: LayerKind) -> None:
 def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> None:
     """Refuses a layer on which the config's init does not work.
 
+    Args:
+        config: the adapter's config.
+        path: path of the layer.
+        module: the layer.
+        kind: its kind.
+
     Raises:
         ConfigError: the layer is not linear, or this init does not support the rank or scaling.
     """
@@ -145,11 +154,11 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
         raise ConfigError(f"lora_ga_config must be provided with {named}", field="lora_ga_config", path=path)
     from_weight = config.initialised_from_weight or init == "mica"
     if not (init == "orthogonal" or from_weight) or (init == "lora_ga" and not kind.is_linear):
-        return  # LoRA-GA starts other layers at random, as PEFT
+        return  # LoRA-GA initializes other layers at random, as in PEFT
     if not (init in ("loftq", "mica") and kind.takes_ids):
         check_linear(named, path, kind)
     rank, largest = config.rank_at(path), min(kind.features(module)) // (2 if init == "lora_ga" else 1)
-    largest -= config.variant == "kasa_config"  # something of the weight has to be left
+    largest -= config.variant == "kasa_config"  # at least one singular value has to remain in the weight
     if init == "orthogonal" and rank % 2:
         raise ConfigError(f"{path}: {named} needs an even rank, not {rank}", field="r", path=path)
     if from_weight and rank > largest:
@@ -159,7 +168,7 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
 
 
 def _named(config: LoraConfig) -> str:
-    """What in a config makes it start in the weight."""
+    """The setting that makes an adapter start from the weight, for messages."""
     return "kasa_config" if config.variant == "kasa_config" else f"init_lora_weights={config.init_lora_weights!r}"
 
 
@@ -169,11 +178,11 @@ def init_factors(
     """Makes new low-rank factors on the base layer's device.
 
     Args:
-        config: gives the init and the rank.
-        site: the layer; of its shapes the first two are the factors'. What is after them starts at zero, but for a
-            bias of B where both are random.
-        initial: factors that ``start_of`` gave; None for random ones.
-        are_new: whether they are those of new modules, which draw numbers of their own before.
+        config: determines the init and the rank.
+        site: the layer; the first two of its shapes are the factors'. Further tensors are zero, except for a bias of
+            B if both factors are random.
+        initial: factors from ``start_of``; None for random ones.
+        are_new: whether to repeat the draws of PEFT's new modules, which come before those of the init.
 
     Returns:
         Parameter name -> tensor.
@@ -189,7 +198,7 @@ def init_factors(
 
 
 def _drawn_factors(config: LoraConfig, site: AdapterSite, *, are_new: bool) -> dict[str, Tensor]:
-    """Those of the factors, and of the bias of B, that do not start at zero."""
+    """Those of the factors, and of the bias of B, that are not zero."""
     name_A, name_B, *others = site.shapes
     init, is_lookup = config.init_name, low_rank_of(site.base.kind).zero_init_factor == 0
     if init == "random":
@@ -211,12 +220,12 @@ def _drawn_factors(config: LoraConfig, site: AdapterSite, *, are_new: bool) -> d
 
 
 def fill_of(config: LoraConfig, path: str) -> Fill:
-    """What fills A on a layer that is no lookup, where B starts at zero."""
+    """The function that fills A on a layer other than an embedding, if B is zero."""
     return partial(normal_, std=1.0 / config.rank_at(path)) if config.init_name == "gaussian" else linear_
 
 
 def skip_built(config: LoraConfig, site: AdapterSite) -> None:
-    """Draws what the modules of two new factors draw when they are built, which the init of LoRA overwrites."""
+    """Repeats the draws of two new modules in PEFT, whose values LoRA's init overwrites."""
     low_rank = low_rank_of(site.base.kind)
     shapes = low_rank.shapes(site.base.module, config.rank_at(site.path))
     if low_rank.zero_init_factor == 0:
@@ -226,14 +235,14 @@ def skip_built(config: LoraConfig, site: AdapterSite) -> None:
 
 
 def init_whole_factors(config: LoraConfig, site: AdapterSite) -> dict[str, Tensor]:
-    """Draws factors of the usual shapes for a method that makes smaller ones in their place afterwards."""
+    """Draws factors of LoRA's shapes, for a method that replaces them by smaller ones afterwards as PEFT does."""
     low_rank = low_rank_of(site.base.kind)
     shapes = low_rank.shapes(site.base.module, config.rank_at(site.path))
     return init_factors(config, replace(site, shapes=dict(zip(low_rank.factor_names, shapes, strict=True))), None)
 
 
 def _orthogonal(name_A: str, name_B: str, site: AdapterSite) -> dict[str, Tensor]:
-    """A and B of which each has every other row of one orthogonal matrix."""
+    """A and B, each with every other row of one orthogonal matrix."""
     (rank, in_features), (out_features, _) = site.shapes[name_A], site.shapes[name_B]
     rows: list[Tensor] = []
 
@@ -251,21 +260,21 @@ def _orthogonal(name_A: str, name_B: str, site: AdapterSite) -> dict[str, Tensor
 
 @torch.no_grad()
 def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
-    """Computes where an adapter starts; the part of the weight it takes over also when its tensors are loaded.
+    """Computes an adapter's initial factors, even for loaded adapters: the subtracted component depends on them.
 
-    That part depends on the weight and the config alone, so that an adapter's file need not hold it, but for
-    the inits from data.
+    Except for inits from data, the component depends only on the weight and the config, so an adapter's file need not
+    contain it.
 
     Args:
-        config: gives the init and the rank.
+        config: determines the init and the rank.
         site: the layer.
-        is_new: whether its factors are to be made, not loaded.
+        is_new: whether the adapter is new, not loaded.
 
     Returns:
-        Factors in the dtype of the adapter, computed in float32 at least.
+        Factors in the dtype of the adapter, computed in at least float32.
 
     Raises:
-        ConfigError: the weight is not finite or stored in a form that the init does not take, or data is missing.
+        ConfigError: the weight is not finite or stored in a form that the init does not support, or data is missing.
     """
     if site.start is not None:
         return _known_start(config, site, site.start)
@@ -292,19 +301,20 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
         return Start(_stored(_mica(weight, rank), site))
     if config.variant == "kasa_config":
         return _subtracted(_stored(_kasa(weight, rank, scaling), site), config)
-    if config.pissa_iterations is not None and is_new:  # the draws of a search that is not repeatable elsewhere
+    if config.pissa_iterations is not None and is_new:
+        # PEFT's randomized SVD draws these numbers; the one here has a generator of its own.
         skip(normal_, site.device, (min(weight.shape), rank))
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return _subtracted(_stored(factors, site), config)
 
 
 def _subtracted(factors: Factors, config: LoraConfig, **more: Any) -> Start:
-    """The start of an adapter that takes over the part of the weight that two factors make."""
+    """The start of an adapter that subtracts the product of two factors from the weight."""
     return Start(factors, is_subtracted=True, init=str(config.init_lora_weights), **more)
 
 
 def _known_start(config: LoraConfig, site: AdapterSite, start: TakenOver) -> Start:
-    """The start of an adapter that is made again, whatever its config has come to say."""
+    """The start of an adapter that is created again, even if its config has changed since."""
     more: dict[str, Any] = {}
     if config.initialised_from_data:
         more = {"is_from_data": True, "remembered": vars(config).setdefault(_STARTS, _Starts())}
@@ -312,14 +322,14 @@ def _known_start(config: LoraConfig, site: AdapterSite, start: TakenOver) -> Sta
 
 
 def _has_values(module: nn.Module) -> bool:
-    """Whether a layer's tensors hold numbers: not on the meta device, and not those of a forecast."""
+    """Whether a layer's tensors have data: they are neither on the meta device nor fake tensors."""
     fake = loaded("torch._subclasses.fake_tensor", "FakeTensor")
-    own = list(module.parameters(recurse=False))
-    return not any(isinstance(one, fake) or (one.is_meta and offloading(module) is None) for one in own)
+    parameters = list(module.parameters(recurse=False))
+    return not any(isinstance(p, fake) or (p.is_meta and offloading(module) is None) for p in parameters)
 
 
 def _empty(site: AdapterSite) -> Factors:
-    """Two factors without values, as large as the adapter's."""
+    """Two factors without data, shaped like the adapter's."""
     shapes = list(site.shapes.values())
     first, second = (torch.empty(shape, device=site.base.device, dtype=site.dtype) for shape in shapes[:2])
     return first, second
@@ -361,7 +371,7 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
 
 
 def _corda(found: Any, config: LoraConfig, site: AdapterSite) -> Factors:
-    """B0, A0 = the directions that ``preprocess_corda`` left, each with the root of its value."""
+    """B0, A0 = the directions from ``preprocess_corda``, each times the root of its singular value."""
     values, left, right = (part.to(site.base.device) for part in (found.S_WC, found.U_WC, found.V_WC))
     rank, shape = config.rank_at(site.path), (site.base.out_features, site.base.in_features)
     if len(values) != rank or (left.shape[0], right.shape[0]) != shape:
@@ -379,7 +389,7 @@ def _loftq(config: LoraConfig, site: AdapterSite, weight: Tensor, *, is_new: boo
     base = site.base
     if base.backend.name != "dense" or offloading(base.module) is not None:
         if not is_new:
-            return RANDOM  # the base is quantized, as it is meant to be in the end
+            return RANDOM  # the base is already quantized
         how = "offloaded" if base.backend.name == "dense" else "quantized already"
         raise ConfigError(
             f"{site.path}: init_lora_weights='loftq' quantizes the weight, which is {how}: add the adapter with "
@@ -402,19 +412,19 @@ def _loftq(config: LoraConfig, site: AdapterSite, weight: Tensor, *, is_new: boo
 
 
 def _olora(weight: Tensor, rank: int) -> Factors:
-    """Q and R of a QR decomposition, cut off at a rank; the other columns of Q are never made."""
+    """Q and R of a QR decomposition, truncated to a rank; the other columns of Q are not computed."""
     lora_B = torch.linalg.qr(weight[:, :rank])[0]
     return lora_B.T @ weight, lora_B
 
 
 def _mica(weight: Tensor, rank: int) -> Factors:
-    """Zeros, and the left singular vectors of the smallest values, those of the very smallest last."""
+    """Zeros, and the left singular vectors of the smallest singular values, in descending order of the values."""
     left = torch.linalg.svd(weight, full_matrices=False)[0]
     return weight.new_zeros(rank, weight.shape[1]), left[:, -rank:]
 
 
 def _kasa(weight: Tensor, rank: int, scaling: float) -> Factors:
-    """What KaSA leaves out of the weight: the smallest singular values, each root to one side."""
+    """The component that KaSA removes from the weight: its smallest singular values, with a root in each factor."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = (values[-rank:] / scaling).sqrt()
     return root[:, None] * right[-rank:], left[:, -rank:] * root

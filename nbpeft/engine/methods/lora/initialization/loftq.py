@@ -1,9 +1,9 @@
-"""LoftQ: a quantized base weight, and factors that make up for what that lost (Li et al. 2023, arXiv:2310.08659).
+"""LoftQ: a quantized base weight, and factors that compensate the error (Li et al. 2023, arXiv:2310.08659).
 
-    Q, A, B = argmin ||W - Q - s B A||        in turns: Q = quantize(W - s B A), s B A = the rank-r part of W - Q
+    Q, A, B = argmin ||W - Q - s B A||    alternately: Q = quantize(W - s B A), s B A = the rank-r part of W - Q
 
-The numbers are those of bitsandbytes (nf4 in blocks of 64, int8 by row), computed here, so that neither the library
-nor an accelerator is needed. PEFT leaves the scaling s out, and so adds s times the error.
+The values are those of bitsandbytes (nf4 in blocks of 64, int8 by row), computed here without the library or an
+accelerator. PEFT omits the scaling s, and so adds s times the error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nbpeft.engine.methods.lora.initialization.decompositions import nearest_pro
 BLOCK = 64
 """Values that share a constant under a normal float."""
 _OFFSET = 0.9677083
-"""Of the outermost quantile of a normal float: (1 - 1/30 + 1 - 1/32) / 2, see QLoRA, arXiv:2305.14314."""
+"""Outermost quantile of a normal float: (1 - 1/30 + 1 - 1/32) / 2, see QLoRA, arXiv:2305.14314."""
 _LARGEST_INT8 = 127
 
 Factors = tuple[Tensor, Tensor]
@@ -29,13 +29,13 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight in few bits.
+    """A quantized weight.
 
     Attributes:
         codes: several codes a byte (normal floats) or int8 values.
         constants: largest absolute value of each block, or of each row; float32.
         bits: 2, 4 or 8.
-        shape: of the weight.
+        shape: shape of the weight.
     """
 
     codes: Tensor
@@ -44,7 +44,7 @@ class QuantizedWeight:
     shape: torch.Size
 
     def dequantize(self) -> Tensor:
-        """The weight that it stands for, float32."""
+        """The dequantized weight, float32."""
         if self.bits == 8:
             return (self.codes.float() * (self.constants / _LARGEST_INT8)).view(self.shape)
         grid = torch.tensor(normal_float(self.bits), device=self.codes.device)
@@ -66,10 +66,10 @@ def normal_float(bits: int) -> tuple[float, ...]:
 
 
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Quantizes a weight as a module stores it.
+    """Quantizes a weight in a module's storage order.
 
     Args:
-        weight: (rows, columns), floating.
+        weight: (rows, columns), floating point.
         bits: 2 or 4 for normal floats in blocks of 64 in storage order, 8 for int8 by row.
     """
     weight = weight.float()
@@ -93,15 +93,15 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
 def loftq_start(
     weight: Tensor, stored: Callable[[Tensor], Tensor], rank: int, *, bits: int, iterations: int, factors: bool = True
 ) -> tuple[QuantizedWeight, Factors | None]:
-    """The quantized weight, and the factors whose product is nearest to what it lacks.
+    """The quantized weight, and the factors whose product is closest to the quantization error.
 
     Args:
         weight: canonical, (out, in).
-        stored: canonical weight -> as the module stores it, and back.
-        rank: of the factors.
-        bits: of the quantized weight.
-        iterations: how often both are computed.
-        factors: whether the factors are needed, which are known when an adapter is loaded.
+        stored: converts a canonical weight to the module's storage order, and back.
+        rank: rank of the factors.
+        bits: bits of the quantized weight.
+        iterations: number of alternations.
+        factors: whether to return the factors; a loaded adapter has them already.
 
     Returns:
         The weight as the module stores it, and A (rank, in) and B (out, rank) in float32.
@@ -117,7 +117,7 @@ def loftq_start(
         lora_A, lora_B = nearest_product(lost, rank)
         product = lora_B @ lora_A
         error = float((lost - product).norm())
-        if best is None or error < best[0]:  # in few bits the turns need not converge
+        if best is None or error < best[0]:  # with few bits the alternation need not converge
             best = error, quantized, (lora_A, lora_B)
         if left:
             target = weight - product

@@ -1,12 +1,13 @@
-"""AdaLoRA: low-rank adaptation whose ranks are shared out in training (Zhang et al. 2023, arXiv:2303.10512).
+"""AdaLoRA: low-rank adaptation that allocates ranks to layers in training (Zhang et al. 2023, arXiv:2303.10512).
 
     y = W x + b + s B diag(E) A dropout(x)        A: (r, in), B: (out, r), E: (r, 1)
     s = alpha / init_r
 
-A and B are kept nearly orthogonal by a term of the loss, so that E are about the singular values. After each step
-the importance of every triplet of a row of A, an entry of E and a column of B is measured by weight times gradient.
-Between the steps ``tinit`` and ``total_step - tfinal`` the least important entries of E in the whole model become
-zero, until ``target_r`` a layer are left on average. A file holds what is left, and its config which that is.
+A loss term keeps A and B nearly orthogonal, so that E are approximately the singular values. After each step the
+importance of every triplet of a row of A, an entry of E and a column of B is measured by weight times gradient.
+Between the steps ``tinit`` and ``total_step - tfinal`` the least important entries of E in the whole model are set to
+zero, until ``target_r`` per layer are left on average. A file contains the ranks that are left, and its config says
+which they are.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from nbpeft.errors import ConfigError, LayerKindError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
-"""Names in the state of a training."""
+"""Names in the training state."""
 _RANK = "ranknum"
 _DEVIATION = 0.02
-"""Of the entries of new factors."""
+"""Standard deviation of new factors."""
 _ROBERTA = ["query", "key", "value", "dense"]
 
 
@@ -61,17 +62,17 @@ class AdaLoraConfig(LoraConfig):
     Attributes:
         target_r: rank of a layer at the end, on average.
         init_r: rank of each layer at the start.
-        tinit: steps before the first rank goes.
-        tfinal: steps after the last rank went.
-        deltaT: ranks go in every so manieth step.
-        beta1: share of the importance so far in the new one, above 0 and below 1.
-        beta2: share of the uncertainty so far in the new one, above 0 and below 1.
-        orth_reg_weight: weight of the term of the loss that keeps A and B orthogonal.
+        tinit: steps before ranks are pruned.
+        tfinal: steps at the end, after the last ranks were pruned.
+        deltaT: number of steps between two prunings.
+        beta1: decay of the moving average of the importance, above 0 and below 1.
+        beta2: decay of the moving average of its uncertainty, above 0 and below 1.
+        orth_reg_weight: weight of the loss term that keeps A and B orthogonal.
         total_step: number of optimizer steps of the training.
-        rank_pattern: layer -> which of its init_r ranks are left; set by the training.
+        rank_pattern: layer -> which of its init_r ranks are left; set in training.
 
     Raises:
-        ConfigError: a value is impossible, or says nothing here.
+        ConfigError: a value is invalid, or has no effect for AdaLoRA.
     """
 
     target_r: int = field(default=8)
@@ -148,49 +149,56 @@ class AdaLoraConfig(LoraConfig):
 
     @property
     def last_allocation(self) -> int:
-        """The step in which the last ranks go."""
+        """The step in which the last ranks are pruned."""
         return int(self.total_step or 0) - self.tfinal
 
     def budget_at(self, step: int, layers: int) -> int:
-        """Ranks of so many layers together after a step: from ``init_r`` down to ``target_r``, most go at first."""
+        """Total number of ranks left after a step.
+
+        It decreases from ``init_r`` to ``target_r`` per layer, fastest at the beginning.
+
+        Args:
+            step: number of the step.
+            layers: number of layers.
+        """
         left = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
         return int((self.init_r - self.target_r) * layers * left**3 + self.target_r * layers)
 
     def ranks_left(self, path: str) -> list[bool] | None:
-        """Which of the first ranks of a layer are left, where the config says it."""
+        """Which of the initial ranks of a layer are left; None if the config does not say."""
         pattern = self.rank_pattern or {}
         own = f"{path}.{_E}"
-        # Older files have the adapter's name behind it.
+        # In older files the adapter's name is appended.
         return pattern.get(own) or next((left for key, left in pattern.items() if key.startswith(f"{own}.")), None)
 
     def rank_at(self, path: str) -> int:
-        """The rank that a file has at a module path."""
+        """The rank in a file at a module path."""
         left = self.ranks_left(path)
         return self.init_r if left is None else sum(left)
 
     def alpha_at(self, path: str) -> float:
-        """The alpha at a module path; PEFT takes the rank for one that is not positive."""
+        """The alpha at a module path; as in PEFT, the rank if alpha is not positive."""
         return float(self.lora_alpha if self.lora_alpha > 0 else self.rank_at(path))
 
     def scaling_at(self, path: str) -> float:
-        """alpha / init_r: the ranks that went do not change it."""
+        """alpha / init_r, which pruning does not change."""
         return self.alpha_at(path) / (self.init_r + 1e-5)
 
     @property
     def size(self) -> int | None:
-        """The rank at the start, where none went yet."""
+        """The initial rank; None once ranks were pruned."""
         return None if self.rank_pattern else self.init_r
 
     def resized(self, size: int) -> Self:
-        """A copy with another rank at the start."""
+        """A copy with another initial rank."""
         return self.copy(init_r=size, target_r=min(size, self.target_r))
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
-        """Refuses, because training decides the ranks; see ``AdapterConfig``."""
+        """Refuses, because training determines the ranks; see ``AdapterConfig``."""
         raise ConfigError("an AdaLoRA has no rank that could be set: training shares the ranks out")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; no rank_pattern while all ranks are left."""
+        """All fields; without rank_pattern while all ranks are left."""
         fields = super().to_dict()
         return fields | {"rank_pattern": fields["rank_pattern"] or None}
 
@@ -201,13 +209,13 @@ class AdaLoraConfig(LoraConfig):
 
 
 class RankAllocator(Allocator):
-    """Shares the ranks of an adapter out among its layers.
+    """Allocates the ranks of an adapter among its layers.
 
     Args:
-        config: of the adapter; its ``rank_pattern`` is kept up to date.
+        config: the adapter's config, whose ``rank_pattern`` is updated.
 
     Attributes:
-        adapters: path -> the adapter of a layer.
+        adapters: path -> the adapter on that layer.
     """
 
     effect_without_step: ClassVar[str] = "AdaLoRA takes no rank away"
@@ -221,9 +229,9 @@ class RankAllocator(Allocator):
         self.bind(importance={})
 
     def extra_loss(self) -> Tensor | None:
-        """The distance of A and B from orthogonal ones, on average, times ``orth_reg_weight``."""
+        """The mean distance of A and B from orthogonality, times ``orth_reg_weight``, a scalar."""
         self.warn_if_not_stepped()
-        distances = [_distance(matrix) for one in self.adapters.values() for matrix in one.orthogonal_rows]
+        distances = [_distance(matrix) for adapter in self.adapters.values() for matrix in adapter.orthogonal_rows]
         if not distances or not self.config.orth_reg_weight:
             return None
         device = distances[0].device
@@ -231,7 +239,7 @@ class RankAllocator(Allocator):
         return total * self.config.orth_reg_weight
 
     def allocate(self, step: int) -> None:
-        """Measures the importance of each rank, and takes ranks away where it is time; see ``Allocator``."""
+        """Measures the importance of each rank, and prunes ranks in the steps of the schedule; see ``Allocator``."""
         config, last = self.config, self.config.last_allocation
         if step < last:
             self._measure()
@@ -243,7 +251,7 @@ class RankAllocator(Allocator):
             self._keep_allocated()
 
     def training_state(self) -> dict[str, Tensor]:
-        """The moving averages, and of each layer which of its ranks are left; see ``HasTrainingState``."""
+        """The moving averages, and which ranks of each layer are left; see ``HasTrainingState``."""
         state = {
             f"{path}.{name}.{which}": tensor
             for (path, name), pair in self.importance.items()
@@ -271,7 +279,7 @@ class RankAllocator(Allocator):
                     importance[path, name] = tuple(one.to(parameter, copy=True) for one in pair if one is not None)
 
     def in_training(self, config: Any, weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
-        """With the ranks that went: they train, and may come back. See ``HasTrainingState``."""
+        """Config and tensors with pruned ranks, which are still trained and may come back; see ``HasTrainingState``."""
         whole = {path: adapter.whole_tensors for path, adapter in self.adapters.items()}
         pattern = {
             f"{path}.{_E}": adapter.flags_of_places for path, adapter in self.adapters.items() if not adapter.is_whole
@@ -279,7 +287,7 @@ class RankAllocator(Allocator):
         return config.copy(rank_pattern=pattern), replace(weights, adapters={**weights.adapters, **whole})
 
     def _measure(self) -> None:
-        """Brings the moving averages of importance and of its uncertainty up to date; nothing without a gradient."""
+        """Updates the moving averages of importance and uncertainty, for parameters with a gradient."""
         importance, config = self.importance, self.config
         for path, adapter in self.adapters.items():
             for name, parameter in adapter.named_parameters(recurse=False):
@@ -300,7 +308,7 @@ class RankAllocator(Allocator):
         return score
 
     def _allocate(self, budget: int) -> None:
-        """Sets the least important entries of E to zero, so that at most ``budget`` are left in the whole model."""
+        """Sets the least important entries of E to zero, so that at most ``budget`` are left in the model."""
         scores = {path: found for path in self.adapters if (found := self._scores(path)) is not None}
         if not scores:
             return
@@ -314,13 +322,13 @@ class RankAllocator(Allocator):
             self.adapters[path].keep_ranks_(score > threshold)
 
     def _keep_allocated(self) -> None:
-        """Sets the entries of E to zero again that went before."""
+        """Sets entries of E that were pruned before to zero again."""
         for adapter in self.adapters.values():
             adapter.keep_ranks_(None)
 
 
 def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
-    """Which of the first ranks a layer of that rank has, where the config says of which others it does not."""
+    """Which of the initial ranks the factors of a layer contain, given the rank of the factors."""
     left = config.ranks_left(path) or []
     return list(left) if len(left) > rank == sum(left) else []
 
@@ -354,9 +362,9 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
 
     Attributes:
         path: of the layer.
-        dropout: probability on the adapter's input.
-        alpha: what the config asks for.
-        flags_of_places: of each of the first ranks whether it has it: a file lacks those that went before.
+        dropout: dropout probability of the adapter's input.
+        alpha: the config's alpha.
+        flags_of_places: for each of the initial ranks, whether the factors contain it: a file lacks pruned ranks.
     """
 
     peft: ClassVar[PeftNames] = PeftNames(
@@ -398,7 +406,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
 
     @classmethod
     def initial_tensors(cls, config: AdaLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random A and B, and E at zeros or random, in the order of PEFT's draws; see ``Adapter``."""
+        """Random A and B, and E zero or random, in the order of PEFT's draws; see ``Adapter``."""
         made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
         skip(normal_, site.device, (1,))  # a number for the rank
         if config.init_lora_weights:
@@ -407,7 +415,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
         return made
 
     def prepare(self, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The rank as a parameter, and the allocator, which the first layer has as a module; see ``Adapter``."""
+        """Sets the rank as a parameter, and the allocator, a module of the first layer; see ``Adapter``."""
         assert isinstance(site.shared, RankAllocator)
         flags = _places(config, site.path, self.rank) or [True] * self.rank
         self.bind({_RANK: tensors[_E].new_full((1,), float(config.init_r))}, path=site.path, flags_of_places=flags)
@@ -420,7 +428,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: rows of A."""
         return int(self.held[_E].shape[0])
 
     @property
@@ -430,11 +438,11 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
 
     @property
     def orthogonal_rows(self) -> tuple[Tensor, Tensor]:
-        """A, (r, in), and B, (r, out), whose rows are to be orthogonal."""
+        """A, (r, in), and B, (r, out), transposed so that the rows of both should be orthogonal."""
         return self.held[_A], self.held[_B].T
 
     def _factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """diag(E) A and B in the shapes that two layers in a row would have."""
+        """diag(E) A and B in the shapes of two consecutive layers."""
         first, second = self.held[_A] * self.held[_E], self.held[_B]
         kernel = base.kind.weight_shape(base.module)[2:]
         if not kernel:
@@ -462,7 +470,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
         """Sets entries of E to zero.
 
         Args:
-            left: (r,), True for those that are left; None for what the config says.
+            left: bool (r,), True for entries that are left; None for those of the config.
         """
         pattern = self.allocator.config.rank_pattern
         assert pattern is not None
@@ -477,17 +485,17 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
         self.held[_E].masked_fill_(~left.view(-1, 1).to(self.held[_E].device), 0.0)
 
     def _own(self, left: Sequence[bool]) -> list[bool]:
-        """Of flags for all first ranks those of the ranks it has."""
+        """Selects from flags for all initial ranks those of the ranks that the factors contain."""
         return [flag for flag, has in zip(left, self.flags_of_places, strict=True) if has]
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has all first ranks."""
+        """Whether the factors contain all initial ranks."""
         return all(self.flags_of_places)
 
     @property
     def whole_tensors(self) -> dict[str, Tensor]:
-        """The factors with all ranks it has, also those that went."""
+        """The factors with all their ranks, pruned ones included."""
         return {name: self.get_parameter(name) for name in (_A, _B, _E)}
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
@@ -500,13 +508,13 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
         return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
 
     def configure(self, config: AdaLoraConfig, path: str) -> None:
-        """Takes ranks and schedule of a config over, too; see ``Adapter``."""
+        """Also sets ranks and schedule from a config; see ``Adapter``."""
         super().configure(config, path)
         self.bind(flags_of_places=_places(config, path, self.rank) or self.flags_of_places)
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records ranks and schedule, too; see ``Adapter``."""
+        """Also records ranks and schedule; see ``Adapter``."""
         super().keep_settings(change)
         change.keep_attributes(self, "flags_of_places")
         change.keep_attributes(self.allocator, "config")
@@ -520,6 +528,6 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
     def config_warnings(
         cls, config: AdaLoraConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
     ) -> Iterable[str]:
-        """Warns of an r, which says nothing here."""
+        """Warns about ``r``, which has no effect."""
         if config.r != LoraConfig.r:
             yield f"r = {config.r} says nothing for AdaLoRA: init_r = {config.init_r} is the rank at the start"

@@ -1,12 +1,12 @@
 """aLoRA: activated LoRA (Greenewald et al. 2025, arXiv:2504.12397).
 
-The adapter acts on the tokens from the last occurrence of an invocation sequence in each row onward, and on no
-token of a row that lacks it. What a cache holds of the tokens before is therefore the base model's: one prompt
-can be read once and answered by several such adapters.
+The adapter is active on the tokens from the last occurrence of an invocation sequence in each row onward, and on no
+token of a row without the sequence. So the cached keys and values of earlier tokens are those of the base model: one
+prompt can be processed once and answered by several such adapters.
 
-Where a row is invoked is looked up once for each call of the model, in its ``input_ids``. Layers may see fewer
-tokens than that (what ``generate`` has cached is not computed again) or more (what it has written, where nothing
-is cached): those that a layer sees are the last ones. A call may say it itself, in ``alora_offsets`` as in PEFT.
+The position of the invocation is determined once for each call of the model, from its ``input_ids``. A layer's input
+may have fewer tokens (``generate`` does not recompute cached ones) or more (generated tokens, without a cache): they
+are the last tokens of the sequence. A call may pass the positions itself, in ``alora_offsets`` as in PEFT.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OFFSETS = "alora_offsets"
 _ANY_LENGTH = 2**31
 """The length of rows that a call does not show: tokens are counted from their end."""
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
-"""Arguments by which ``generate`` checks several new tokens at once."""
+"""Arguments of ``generate`` for assisted generation, which checks several new tokens at once."""
 
 
 def invocation_starts(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -48,19 +48,19 @@ def invocation_starts(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
         tokens: the sequence.
 
     Returns:
-        (batch,) int64 on the CPU: the position of its first token; -1 where a row does not have it.
+        int64 (batch,) on the CPU: the position of its first token; -1 for rows without it.
     """
     rows = input_ids if input_ids.ndim == 2 else input_ids.unsqueeze(0)
     if rows.shape[1] < len(tokens):
         return torch.full((rows.shape[0],), -1)
     sought = torch.tensor(tokens, dtype=rows.dtype, device=rows.device)
-    found = (rows.unfold(1, len(tokens), 1) == sought).all(-1)
-    places = torch.arange(found.shape[1], device=rows.device)
-    return torch.where(found, places, -1).amax(1).cpu()
+    matches = (rows.unfold(1, len(tokens), 1) == sought).all(-1)
+    places = torch.arange(matches.shape[1], device=rows.device)
+    return torch.where(matches, places, -1).amax(1).cpu()
 
 
 def _invoked(config: LoraConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What layers read in a call: (batch, 3) int64 of the start of the invocation, the length and if it drafts."""
+    """The context of layers in a call, int64 (batch, 3): start of the invocation, length, and whether it drafts."""
     offsets = kwargs.get(_OFFSETS)
     if config.task_type != TaskType.CAUSAL_LM and offsets is None:
         return None
@@ -91,7 +91,7 @@ def _of_rows(starts: Tensor, length: int, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 class _CombineInvoked(CombineLowRank):
-    """Combines adapters that the same tokens invoke."""
+    """Combines adapters with the same invocation tokens."""
 
     def __call__(
         self,
@@ -140,7 +140,7 @@ class ALoRA(PlainLowRank):
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns of a task in which the adapter never acts."""
+        """Warns about tasks in which the adapter is never active."""
         yield from super().config_warnings(config, modules)
         if config.task_type != TaskType.CAUSAL_LM:
             yield (
@@ -149,7 +149,7 @@ class ALoRA(PlainLowRank):
             )
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it is not a weight."""
+        """Why it cannot be merged; see ``Adapter``."""
         return "a weight: aLoRA does not support merging, it acts only on tokens from its invocation onward"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
@@ -158,11 +158,11 @@ class ALoRA(PlainLowRank):
         Args:
             x: (batch, tokens, …, in), or (batch, in) for one token of each row.
             base_output: (batch, tokens, …, out).
-            base: the layer; its context is what ``_invoked`` made, or None to act nowhere.
+            base: the layer; its context is the result of ``_invoked``, or None if the adapter is not invoked.
             fused: return ``base_output`` with the delta added, in its dtype.
 
         Raises:
-            AdapterError: the input does not have the rows of the batch in front.
+            AdapterError: the first dimension of the input is not the batch.
         """
         if x.ndim == 2:
             return self.forward(x.unsqueeze(1), base_output.unsqueeze(1), base, fused).squeeze(1)
@@ -182,7 +182,7 @@ class ALoRA(PlainLowRank):
 
 
 def _first_tokens(invoked: Tensor | None, x: Tensor) -> Tensor:
-    """The first token of each row of a layer's input that an adapter acts on, (batch,) on the CPU; all if none."""
+    """The index of the first token of each row on which the adapter is active, (batch,) on the CPU."""
     batch, count = x.shape[:2]
     if invoked is None:
         return torch.full((batch,), count)

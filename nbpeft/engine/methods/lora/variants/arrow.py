@@ -1,19 +1,19 @@
-"""Arrow: each token goes through the LoRA adapters that suit it (Ostapenko et al. 2024, arXiv:2405.11157).
+"""Arrow: routes each token to the LoRA adapters closest to it (Ostapenko et al. 2024, arXiv:2405.11157).
 
     y = W x + b + Σ_i c_i s_i B_i A_i x        c = softmax(|p_iᵀ x| / temperature) over the top_k largest
 
 The prototype p_i, (in,), is the direction of the input that adapter i changes most: the first right singular vector
-of B_i A_i. It is decomposed as the small core of two QR decompositions, so neither B_i A_i nor a random start is
-needed. It is kept until a factor changes.
+of B_i A_i. It is computed from the small core of two QR decompositions, so neither B_i A_i nor random numbers are
+needed. It is cached until a factor changes.
 
-GenKnowSub (Bagherifard et al. 2025, 2025.acl-short.54) takes out of each adapter what all of them share: with the
-means A_g and B_g of general adapters' factors, A_i - A_g and B_i - B_g stand for A_i and B_i. By linearity that costs
-one more product for all adapters together, and the adapters stay as they were loaded:
+GenKnowSub (Bagherifard et al. 2025, 2025.acl-short.54) subtracts general knowledge from each adapter: with the means
+A_g and B_g of general adapters' factors, A_i - A_g and B_i - B_g replace A_i and B_i. By linearity that costs one more
+product for all adapters together, and the adapters themselves are not changed:
 
     Σ_i c_i (B_i - B_g) (A_i - A_g) x = Σ_i B_i h_i - B_g Σ_i h_i        h_i = c_i (A_i x - A_g x)
 
-A router has no tensors of its own (PEFT's file has two factors that nothing reads). What it routes over is looked up
-on its layer in each call.
+A router has no tensors of its own (PEFT's file has two unused factors). The adapters it routes to are looked up on its
+layer in each call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """The first right singular vector of ``B A``, (in,), in at least float32; its sign means nothing.
+    """The first right singular vector of ``B A``, (in,), in at least float32; its sign is arbitrary.
 
     Args:
         lora_A: (r, in).
@@ -59,7 +59,7 @@ def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file but those of LoRA, which Arrow has none of."""
+    """The tensors of a file without PEFT's unused LoRA factors."""
     return {key: value for key, value in tensors.items() if ".lora_" not in key}
 
 
@@ -83,8 +83,8 @@ class Arrow(Adapter):
     """The router of one linear layer.
 
     Attributes:
-        settings: what it routes over, and how.
-        dropout: probability on what it adds, as in PEFT.
+        settings: the ``ArrowConfig``.
+        dropout: dropout probability of the delta, as in PEFT.
     """
 
     peft: ClassVar[PeftNames] = PeftNames(LowRankAdapter.peft.parameters, LowRankAdapter.peft.others)
@@ -104,7 +104,7 @@ class Arrow(Adapter):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Looks whether there is something to route over; see ``Adapter``."""
+        """Creates the router if there are adapters to route to; see ``Adapter``."""
         made = super().create(config, site, tensors)
         try:
             made._products(site.base)
@@ -113,10 +113,10 @@ class Arrow(Adapter):
         return made
 
     def _products(self, base: BaseLayer) -> tuple[list[LowRankAdapter], list[LowRankAdapter]]:
-        """The adapters on the layer that tokens go to, and the general ones, if those are to be subtracted.
+        """The layer's adapters that tokens are routed to, and the general adapters if they are subtracted.
 
         Raises:
-            AdapterError: there is none, one is not there or no LoRA, or the general ones have another rank.
+            AdapterError: there are none, one is missing or not a LoRA, or the general adapters have another rank.
         """
         here, settings = base.adapters, self.settings
         general = settings.general_among(here)
@@ -135,7 +135,7 @@ class Arrow(Adapter):
     def _prepared(
         self, routed: Sequence[LowRankAdapter], general: Sequence[LowRankAdapter]
     ) -> tuple[Tensor, Factors | None]:
-        """The prototypes (count, in), and the means of the general factors; kept until something changes."""
+        """The prototypes (count, in), and the means of the general factors; cached until a factor changes."""
         stamps = [stamp(factor.detach(), deep=True) for one in (*routed, *general) for factor in one.trained_factors]
         now = (optimizer_steps(), len(routed), *stamps)
         if self._kept is None or self._kept[0] != now or None in stamps:
@@ -145,7 +145,7 @@ class Arrow(Adapter):
         return self._kept[1:]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Computes ``Σ_i c_i s_i B_i A_i x``, with the biases of ``B_i`` where there are any.
+        """Computes ``Σ_i c_i s_i B_i A_i x``, plus the biases of ``B_i`` if there are any.
 
         Args:
             x: (…, in).
@@ -153,11 +153,11 @@ class Arrow(Adapter):
             base: the layer, with its adapters.
 
         Raises:
-            AdapterError: it cannot route, because adapters were taken off or renamed.
+            AdapterError: it cannot route, because adapters were deleted or renamed.
         """
         routed, general = self._products(base)
         prepare: Any = self._prepared
-        if torch.compiler.is_compiling():  # which has no guard for tensors that change
+        if torch.compiler.is_compiling():  # compiled code has no guards for changes of tensors
             prepare = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
         prototypes, means = prepare(routed, general)
         tokens = x.to(compute_dtype(x, routed[0].trained_factors[0]))
@@ -179,7 +179,7 @@ class Arrow(Adapter):
         return F.dropout(total, self.dropout, self.training)
 
     def _coefficients(self, tokens: Tensor, prototypes: Tensor) -> Tensor:
-        """How much of each adapter a token takes, (…, count): zero but for ``top_k``, together 1."""
+        """The weight of each adapter for each token, (…, count): zero except for ``top_k``, with sum 1."""
         scores = F.linear(tokens, prototypes).abs()
         best, places = scores.topk(min(self.settings.top_k, scores.shape[-1]), -1)
         shares = (best / self.settings.router_temperature).softmax(-1)
@@ -190,20 +190,20 @@ class Arrow(Adapter):
         raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it is not a weight."""
+        """Why it cannot be merged; see ``Adapter``."""
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:
-        """Why nothing takes its place."""
+        """Why it cannot be hot-swapped."""
         return "routes over other adapters and has no tensors of its own"
 
     def configure(self, config: LoraConfig, path: str) -> None:
-        """Prepares anew, too; see ``Adapter``."""
+        """Also clears the cache; see ``Adapter``."""
         super().configure(config, path)
         self.bind(_kept=None)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records what is prepared, too; see ``Adapter``."""
+        """Also records the cache; see ``Adapter``."""
         super().keep_settings(change)
         change.keep_attributes(self, "_kept")
 
@@ -215,7 +215,7 @@ def _of_lora(here: Mapping[str, Any], names: Sequence[str]) -> Iterator[LowRankA
     """The adapters of some names.
 
     Raises:
-        AdapterError: one is not there, or is not a plain product of two factors.
+        AdapterError: one is missing, or is not a plain product of two factors.
     """
     for name in names:
         adapter = here.get(name)
@@ -229,10 +229,10 @@ def _of_lora(here: Mapping[str, Any], names: Sequence[str]) -> Iterator[LowRankA
 def _prototypes_and_means(
     routed: Sequence[LowRankAdapter], general: Sequence[LowRankAdapter]
 ) -> tuple[Tensor, Factors | None]:
-    factors = [one.detached_factors for one in routed]
+    factors = [adapter.detached_factors for adapter in routed]
     if not general:
         return torch.stack([prototype(*pair) for pair in factors]), None
     mean_A, mean_B = (
-        torch.stack(group).mean(0) for group in zip(*(one.detached_factors for one in general), strict=True)
+        torch.stack(group).mean(0) for group in zip(*(adapter.detached_factors for adapter in general), strict=True)
     )
     return torch.stack([prototype(lora_A - mean_A, lora_B - mean_B) for lora_A, lora_B in factors]), (mean_A, mean_B)

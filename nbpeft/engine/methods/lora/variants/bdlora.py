@@ -2,8 +2,8 @@
 
     y = W x + b + s * B A dropout(x)          A: (r, in / n), B: (out, r), or A: (r, in), B: (out, r / n)
 
-Of the block-diagonal factor the n blocks on the diagonal are held alone, one below the other. A model that is split
-over n devices can be served with such an adapter without another exchange between them.
+Only the n diagonal blocks of the block-diagonal factor are stored, stacked along the rows. A model that is sharded
+among n devices can be served with such an adapter without additional communication.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BDLoRA(LowRankProduct):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded blocks or makes new ones, which are drawn after whole factors; see ``Adapter``."""
+        """Binds loaded blocks or draws new ones, after full factors as in PEFT; see ``Adapter``."""
         if tensors is None and config.use_bdlora is not None:
             made = init_whole_factors(config, site)
             fills = nn.init.kaiming_uniform_, None
@@ -96,7 +96,7 @@ class BDLoRA(LowRankProduct):
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B, zeros beside the blocks included."""
+        """A and B as full matrices, with zeros outside the blocks."""
         first, second = (
             block_diagonal(held, count) if count > 1 else held
             for held, count in zip(self.trained_factors, self.blocks, strict=True)
@@ -109,10 +109,10 @@ class BDLoRA(LowRankProduct):
         return BlockDiagonalFactor(blocks) if blocks > 1 else super().peft_module(name, base)
 
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """The whole tensor: in another rank each block would be elsewhere.
+        """The whole tensor: with another rank the blocks would be at other positions.
 
         Raises:
-            HotSwapError: that is another rank.
+            HotSwapError: the shape is of another rank.
         """
         if tuple(tensor.shape) != tuple(shape):
             raise HotSwapError(f"a BD-LoRA takes no other rank than its own, {self.rank}: load it under another name")

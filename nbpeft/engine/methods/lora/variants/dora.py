@@ -2,8 +2,8 @@
 
     y = m * (W + s B A) x / ||W + s B A||_row + b
 
-The magnitude m, (out,), starts at the row norms of W, so training starts at the base model. The
-norm is a constant for the gradient (section 4.3 of the paper). It is never taken of the full sum:
+The magnitude m, (out,), is initialized with the row norms of W, so training starts at the base model. The norm is
+detached from the gradient (section 4.3 of the paper). It is computed without building the sum of the matrices:
 
     ||W + s B A||² = ||W||² + 2 s (W Aᵀ ∘ B) 1 + s² (B (A Aᵀ) ∘ B) 1        (row sums)
 
@@ -31,7 +31,7 @@ from nbpeft.engine.methods.lora.low_rank import low_rank_of
 
 _NOT_DROPPED = Dropout(0.0, False)
 _CANCELLATION = 1e-2
-"""Below this share of the parts of a squared row norm, the factored sum has lost digits."""
+"""If the squared row norm is below this share of its terms, their sum has lost digits to cancellation."""
 
 
 @register(
@@ -70,7 +70,7 @@ class DoRA(LowRankAdapter):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, the magnitude at the norm it has; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones, with the magnitude set to the current norm; see ``Adapter``."""
         start = start_of(config, site, is_new=tensors is None)
         given = init_factors(config, site, start.factors) if tensors is None else tensors
         parameters = {name: nn.Parameter(given[name]) for name in site.shapes}
@@ -88,8 +88,11 @@ class DoRA(LowRankAdapter):
     def row_norm(self, base: BaseLayer, *, learning: bool = False) -> Tensor:
         """``||W + s B A||`` per output channel, (out,), in at least float32, detached.
 
-        Outside training and compiled code the last norm is kept until a factor or the weight
-        changes.
+        Outside of training and compiled code the norm is cached until a factor or the weight changes.
+
+        Args:
+            base: the layer.
+            learning: compute the norm again, since the factors are being trained.
         """
         if torch.compiler.is_compiling():
             return self._compute_norm(base)
@@ -132,7 +135,7 @@ class DoRA(LowRankAdapter):
         return norm
 
     def _square(self, rows: Tensor, base: BaseLayer, dtype: torch.dtype) -> Tensor:
-        """``||W||²`` per row, kept as long as the weight is the same."""
+        """``||W||²`` per row, (out,), cached as long as the weight is the same."""
         if torch.compiler.is_compiling():
             return rows.to(dtype).square().sum(1)
         now = _weight_stamp(base)
@@ -163,7 +166,8 @@ class DoRA(LowRankAdapter):
             plain = base_output if bias is None else base_output - kind.per_channel(module, bias)
         low = self.low_rank.forward(module, x, lora_A, lora_B, self.scaling, _NOT_DROPPED)
         delta = scale * (plain + low) - plain
-        if dropout.is_active and self.initial is not None:  # the base has no such part, in what is not dropped either
+        if dropout.is_active and self.initial is not None:
+            # The base contains the initial component for the dropped part of the input as well: subtract it there, too.
             left = whole.to(x.dtype) - x
             delta = delta + self.low_rank.forward(module, left, *self.initial, self.scaling, _NOT_DROPPED)
         return delta
@@ -180,7 +184,7 @@ class DoRA(LowRankAdapter):
         return summed.mul_(scale.view(-1, *[1] * (summed.ndim - 1))).sub_(whole)
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the factors with zeros and the magnitude with the norm of the weight."""
+        """Sets the factors to zero and the magnitude to the norm of the weight."""
         super().reset_(base)
         self.set_row_scale_(None, base)
 
@@ -190,7 +194,7 @@ class DoRA(LowRankAdapter):
 
     @torch.no_grad()
     def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
-        """Sets the magnitude that gives this row_scale."""
+        """Sets the magnitude so that ``row_scale`` is the given tensor, (out,)."""
         magnitude, norm = self.get_parameter(MAGNITUDE), self.row_norm(base)
         magnitude.copy_((norm if row_scale is None else norm * row_scale).view(magnitude.shape))
 

@@ -3,12 +3,13 @@
     y = W' x + b + s * B diag(E) A dropout(x)          A: (r, in), B: (out, r), E: (r,)
     W' = W without its r smallest singular values
 
-So training does not start at the base model, but where it lacks what matters least in W. Training adds to the loss, on
-each layer, ``beta * ‖E‖² + gamma * (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖)``: A and B stay near orthogonal ones, so that E are
-about the singular values of what is learned.
+So training starts not at the base model, but at the base model without the least important components of W. On each
+layer, ``beta * ‖E‖² + gamma * (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖)`` is added to the loss: A and B stay nearly orthogonal, so that
+E are approximately the singular values of the delta.
 
-PEFT puts W' in the place of W for good. Here W stays and the adapter subtracts what W' lacks, ``W + s (B E A - B0 A0)``
-(see inits.py): a file is the same, but other adapters, ``disable_adapter`` and ``unload`` find the base as it was.
+PEFT replaces W by W' permanently. Here W is not changed and the adapter subtracts the difference,
+``W + s (B E A - B0 A0)`` (see inits.py): files are the same, but other adapters, ``disable_adapter`` and ``unload`` get
+the original base.
 """
 
 from __future__ import annotations
@@ -38,19 +39,23 @@ DIAGONAL = "lora_diag"
 
 
 def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-    """What KaSA adds to a loss, the sum over all layers; a loss that has it already stays as it is when it is added.
+    """KaSA's loss term, the sum over all layers; adding it to a loss that already has it has no effect.
 
     Args:
-        manager: of the model.
-        adapter_names: of which adapters; None for the active ones.
+        manager: the model's manager.
+        adapter_names: the adapters; None for the active ones.
 
     Returns:
-        A scalar; 0.0 where there is no KaSA.
+        A scalar; 0.0 if no layer has a KaSA adapter.
     """
     names = manager.active if adapter_names is None else names_in(adapter_names)
     adapters = {name: [layer.adapters._modules.get(name) for layer in manager.layers.values()] for name in names}
     return requested_loss(
-        manager, {name: [one.penalty() for one in found if isinstance(one, KaSA)] for name, found in adapters.items()}
+        manager,
+        {
+            name: [adapter.penalty() for adapter in parts if isinstance(adapter, KaSA)]
+            for name, parts in adapters.items()
+        },
     )
 
 
@@ -114,7 +119,7 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         return lora_A * self.diagonal[:, None], lora_B
 
     def penalty(self) -> Tensor:
-        """What it adds to the loss, a scalar in float32."""
+        """The layer's loss term, a scalar in float32."""
         beta, gamma = self.weights
         lora_A, lora_B = (factor.float() for factor in self.trained_factors)
         distances = [torch.linalg.vector_norm(rows @ rows.T - _identity(rows)) for rows in (lora_A, lora_B.T)]
@@ -122,11 +127,11 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         return total
 
     def extra_loss(self) -> Tensor | None:
-        """The same; None where both weights are zero. See ``LearnsWithHooks``."""
+        """The same; None if both weights are zero. See ``LearnsWithHooks``."""
         return self.penalty() if any(self.weights) else None
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Always refuses: at another rank another part of the weight is left out."""
+        """Always refuses: with another rank another component of the weight is removed."""
         raise HotSwapError(f"a KaSA of rank {self.rank} cannot be padded to rank {size}: load it under another name")
 
 

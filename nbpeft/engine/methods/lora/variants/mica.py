@@ -2,8 +2,8 @@
 
     y = W x + b + s * B A dropout(x)          A: (r, in), B: (out, r)
 
-The columns of B are the left singular vectors of the r smallest singular values of W: directions of the output in
-which the layer does least. They stay as they are; A starts at zero and alone is trained. A file holds both.
+The columns of B are the left singular vectors of the r smallest singular values of W: the output directions to which
+the layer contributes least. They are frozen; only A is trained, and starts at zero. A file contains both.
 """
 
 from __future__ import annotations

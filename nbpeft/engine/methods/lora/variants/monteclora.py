@@ -3,14 +3,15 @@
     y = W x + b + s * B (A + N) dropout(x)        N = ε diag(σ) Σ_n w_n Z_n      in training; N = 0 elsewhere
 
 Z_n, (r, in), are standard normal, one for each of the ``num_samples``. The variances σ², (r,), are those of a Wishart
-draw around exp(std)², and the weights w, (num_samples,), a softmax of normals that stands for a Dirichlet draw around
-exp(prior); both are reparametrised, so that std and prior learn, too. To the loss the mean over all layers is added of
+draw around exp(std)², and the weights w, (num_samples,), are a softmax of normals that approximates a Dirichlet draw
+around exp(prior); both are reparametrized, so that std and prior are trained, too. The mean over all layers of this
+term is added to the loss:
 
     kl_loss_weight * (KL of the Dirichlet + KL of the Wishart + KL of the normals) + Σ w²  (with ``use_entropy``)
 
-Only the diagonal of the Wishart matrix is used, and it is drawn alone. The normals are drawn from a seed, one sample
-at a time, and drawn again in backward: PEFT holds ``buffer_size`` times ``num_samples`` matrices of A's size for each
-layer. PEFT's divergence of the Dirichlet has one of its terms with the wrong sign.
+Only the diagonal of the Wishart matrix is used, and only the diagonal is drawn. The normals are drawn from a seed, one
+sample at a time, and drawn again in backward; PEFT stores ``buffer_size`` times ``num_samples`` matrices of A's size
+for each layer. In PEFT's KL divergence of the Dirichlet distribution one term has the wrong sign.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ PRIOR = "lora_monteclora_expert_weights_prior"
 _PLACE = "lora_monteclora_sampler."
 _LEAST_VARIANCE = 1e-3
 _LEAST = 1e-6
-"""As PEFT's: of concentrations, and beside the variances of the weights' logits."""
+"""Lower bound of concentrations and of the variances of the weights' logits, and added to these; as in PEFT."""
 
 
 def normals(seed: int, count: int, shape: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
-    """The samples of a seed, one at a time, float32; the same ones each time."""
+    """Yields the samples of a seed, one at a time, float32; the same samples in each call."""
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     for _ in range(count):
@@ -65,7 +66,7 @@ def _draws(seed: int, rank: int, count: int, device: torch.device) -> tuple[Tens
 
 
 class _WeightedNormals(torch.autograd.Function):
-    """``Σ_n w_n Z_n`` of the samples of a seed, of which nothing is kept."""
+    """``Σ_n w_n Z_n`` of the samples of a seed, without saving the samples for backward."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -77,9 +78,9 @@ class _WeightedNormals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        wanted = gradients[0]
-        drawn = normals(ctx.seed, ctx.count, ctx.shape, wanted.device)
-        return torch.stack([(one * wanted).sum() for one in drawn]).to(ctx.dtype), None, None
+        gradient = gradients[0]
+        drawn = normals(ctx.seed, ctx.count, ctx.shape, gradient.device)
+        return torch.stack([(sample * gradient).sum() for sample in drawn]).to(ctx.dtype), None, None
 
 
 def _weighted_normals(weights: Tensor, seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -106,7 +107,7 @@ def dirichlet_divergence(concentration: Tensor, prior: float) -> Tensor:
 
 
 def _with_samplers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What PEFT's file holds besides: the last draw of the variances and of the weights, here those at the start."""
+    """Additional tensors of PEFT's file: the last draws of variances and weights, here the initial ones."""
     more: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         place, found, _ = key.partition(f"{_PLACE}std_prior")
@@ -123,23 +124,23 @@ def _without_samplers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapp
 
 
 class Divergence(Together, LearnsWithHooks):
-    """The loss of all layers."""
+    """The loss term of all layers."""
 
     def extra_loss(self) -> Tensor | None:
-        """The mean of the losses of the layers that were called in training, a scalar; see ``LearnsWithHooks``."""
-        losses = [loss for one in self.adapters.values() if (loss := one.variational_loss()) is not None]
+        """The mean of the loss terms of the layers called in training, a scalar; see ``LearnsWithHooks``."""
+        losses = [loss for adapter in self.adapters.values() if (loss := adapter.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
 
 def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-    """What MonteCLoRA adds to a loss; a loss that has it already stays as it is when it is added.
+    """MonteCLoRA's loss term; adding it to a loss that already has it has no effect.
 
     Args:
-        manager: of the model.
-        adapter_names: of which adapters; None for the active ones.
+        manager: the model's manager.
+        adapter_names: the adapters; None for the active ones.
 
     Returns:
-        A scalar; 0.0 where there is no MonteCLoRA that was called in training.
+        A scalar; 0.0 if no MonteCLoRA adapter was called in training.
     """
     names = manager.active if adapter_names is None else names_in(adapter_names)
     shared = {name: one for name in names if isinstance(one := manager.shared(name), Divergence)}
@@ -175,8 +176,9 @@ class MonteCLoRA(LowRankProduct):
     """A MonteCLoRA adapter on one linear layer.
 
     Attributes:
-        settings: how much is drawn, and what it costs.
-        drawn: of the last call in training: the diagonal of the Wishart draw, (r,), and the normals, (num_samples,).
+        settings: the ``MontecloraConfig``.
+        drawn: draws of the last call in training: the diagonal of the Wishart matrix, (r,), and the normals,
+            (num_samples,).
     """
 
     peft: ClassVar[PeftNames] = replace(LowRankProduct.peft, model_functions={"_get_monteclora_loss": monteclora_loss})
@@ -208,12 +210,12 @@ class MonteCLoRA(LowRankProduct):
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:
-        """A, in training with samples around it, and B."""
+        """A, with N added in training, and B."""
         lora_A, lora_B = self.trained_factors
         return (lora_A + self._perturbation(lora_A) if self.training else lora_A), lora_B
 
     def _perturbation(self, lora_A: Tensor) -> Tensor:
-        """N, (r, in), in the dtype of A; zeros in rows that are only padding."""
+        """N, (r, in), in the dtype of A; zero in rows of padding."""
         std: Tensor = self.held[STD]
         prior: Tensor = self.held[PRIOR]
         self.bind(drawn=_draws(draw_seed(), len(std), len(prior), lora_A.device))
@@ -237,7 +239,7 @@ class MonteCLoRA(LowRankProduct):
         return variances, logits.softmax(-1)
 
     def variational_loss(self) -> Tensor | None:
-        """What the layer adds to the loss, a scalar; None before its first call in training."""
+        """The layer's loss term, a scalar; None before its first call in training."""
         if self.drawn is None:
             return None
         settings, (variances, weights) = self.settings, self._posterior()
@@ -251,10 +253,10 @@ class MonteCLoRA(LowRankProduct):
         return loss + weights.square().sum() if settings.use_entropy else loss
 
     def swap_refusal(self) -> str:
-        """Why other factors cannot take the place of these."""
+        """Why it cannot be hot-swapped."""
         return super().swap_refusal() or "has the spread of its factors beside them"
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the factors with zeros; how sure they are stays."""
+        """Sets the factors to zero; variances and concentrations are unchanged."""
         for factor in self.trained_factors:
             factor.detach().zero_()

@@ -1,11 +1,11 @@
 """QA-LoRA: LoRA on the means of groups of inputs (Xu et al. 2023, arXiv:2309.14717).
 
     y = W x + b + s * B A p(dropout(x))       A: (r, in / g), B: (out, r)
-    p(x) = in / g * the mean of each g inputs that follow each other
+    p(x) = in / g * the mean of each group of g consecutive inputs
 
-With g the group size of a quantized weight, all that it adds to a group of a row is one number, as a zero point is.
-PEFT has it on GPTQ layers alone and takes such a config for plain LoRA on others; here every linear layer has it. It
-is a product of two thin matrices like LoRA's, with the columns of A repeated, so it merges wherever LoRA does.
+If g is the group size of a quantized weight, the delta is constant within each group of a row, like a zero point.
+PEFT supports it on GPTQ layers only, and treats such a config as plain LoRA on others; here it works on every linear
+layer. The delta is LoRA's product with the columns of A repeated, so it can be merged wherever LoRA can.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class QALoRA(LowRankProduct):
     """A QA-LoRA adapter on one linear layer.
 
     Attributes:
-        group_size: how many inputs have one mean.
+        group_size: number of inputs in a group.
     """
 
     observable: ClassVar[bool] = False
@@ -88,7 +88,7 @@ class QALoRA(LowRankProduct):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones, A after a whole one; see ``Adapter``."""
+        """Binds loaded factors or draws new ones, A after one of LoRA's shape as in PEFT; see ``Adapter``."""
         if tensors is None:
             name_A = next(iter(site.shapes))
             tensors = {**init_whole_factors(config, site), name_A: site.new(site.shapes[name_A], linear_)}
@@ -96,7 +96,7 @@ class QALoRA(LowRankProduct):
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """A with its columns repeated, so that its input is the layer's, and B."""
+        """A with its columns repeated, (r, in), and B."""
         lora_A, lora_B = self.trained_factors
         return lora_A.repeat_interleave(self.group_size, 1) * (lora_A.shape[1] / self.group_size), lora_B
 

@@ -1,14 +1,14 @@
-"""VeLoRA: what backward needs of a layer's input is kept compressed (Miles et al. 2024, arXiv:2405.17991).
+"""VeLoRA: saves a layer's input compressed for backward (Miles et al. 2024, arXiv:2405.17991).
 
     y = W x + b + s * B A dropout(x)          as LoRA; the gradient of A is that of A x̂
 
-The input is cut into ``num_groups`` pieces of n features, and of each only its length along one direction v, (n,),
-is kept: tokens x num_groups numbers in place of tokens x in. For the gradient of A they are laid along v again:
+The input is split into ``num_groups`` groups of n features, and only the projection of each group onto one direction v,
+(n,), is saved: tokens x num_groups numbers instead of tokens x in. For the gradient of A the input is reconstructed:
 
     x̂ = scale * (c ⊗ v),  c_g = x_gᵀ v        A x̂ = scale * Ã c,  Ã_g = A_g v      (r, num_groups)
 
-So x̂ is never built: two thin products have the gradient that A x̂ has, and cost less. Those of B and of the input
-are exact. v is the mean piece of the batch, of the first batch, or random. Merging and evaluation are LoRA's.
+x̂ itself is never built: two thin products have the gradient of A x̂, and cost less. The gradients of B and of the input
+are exact. v is the mean group of the batch, of the first batch, or random. Merging and evaluation are LoRA's.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ DIRECTION = "lora_velora_embed"
 
 
 def pieces(tensor: Tensor, count: int) -> Tensor:
-    """Cuts the last dimension: (…, n) as (…, count, n / count), the last piece filled up with zeros."""
+    """Splits the last dimension: (…, n) as (…, count, n / count), with the last group padded with zeros."""
     size = -(-tensor.shape[-1] // count)
     missing = count * size - tensor.shape[-1]
-    whole = F.pad(tensor, (0, missing)) if missing else tensor
-    return whole.reshape(*whole.shape[:-1], count, size)
+    padded = F.pad(tensor, (0, missing)) if missing else tensor
+    return padded.reshape(*padded.shape[:-1], count, size)
 
 
 def normalised(direction: Tensor) -> Tensor:
-    """A direction of length 1 in float32; all ones where there is none."""
+    """The direction normalized to length 1, in float32; a vector of zeros becomes a uniform direction."""
     direction = direction.float()
     norm = torch.linalg.vector_norm(direction)
     return torch.where(norm > 0, direction / norm, direction.numel() ** -0.5)
@@ -71,7 +71,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
     """A VeLoRA adapter on one linear layer.
 
     Attributes:
-        settings: into how many pieces the input is cut, and along what they are kept.
+        settings: the ``VeloraConfig``.
     """
 
     settings: VeloraConfig
@@ -116,7 +116,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
 
     @torch.no_grad()
     def _direction(self, x: Tensor) -> Tensor:
-        """v, (n,), for an input (…, in); brought up to date where the batch says it."""
+        """v, (n,), for an input (…, in); updated if it depends on the batch."""
         if self.settings.init_type == "batch_average" or not self.is_found:
             mean = pieces(x, self.settings.num_groups).flatten(0, -2).mean(0)
             self._buffers[DIRECTION] = normalised(mean)
@@ -126,7 +126,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         return direction.to(x.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes what ``LoRA`` does, and keeps less of ``x`` where it learns; see there."""
+        """Computes the same as ``LoRA.forward``, but saves less of ``x`` in training; see there."""
         if not (self.training and torch.is_grad_enabled()) or self.observed is not None:
             return super().forward(x, base_output, base, fused)
         lora_A, lora_B = self.trained_factors
@@ -135,7 +135,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         hidden = self._hidden(dropped, lora_A.to(x.dtype)) * self.scaling
         bias = self.output_bias
         delta = F.linear(hidden, lora_B.to(x.dtype))
-        if self.initial is not None:  # which is never trained, so that nothing of x is kept for it
+        if self.initial is not None:  # never trained, so nothing of x is saved for it
             init_A, neg_init_B = (factor.to(x.dtype) for factor in self.initial)
             delta = delta + F.linear(F.linear(x, init_A), neg_init_B) * self.scaling
         delta = delta if bias is None else delta + bias.to(delta.dtype) * self.scaling
@@ -145,8 +145,8 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         """``A x``, (…, r), with the gradient of ``A x̂`` for A."""
         count = self.settings.num_groups
         direction = self._direction(x.detach())
-        kept = pieces(x.detach(), count) @ direction
-        learned = F.linear(kept, pieces(lora_A, count) @ direction * self.settings.scale)
+        projections = pieces(x.detach(), count) @ direction
+        learned = F.linear(projections, pieces(lora_A, count) @ direction * self.settings.scale)
         return F.linear(x, lora_A.detach()) + (learned - learned.detach())
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
@@ -156,5 +156,5 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         return super().saved_tensors(shapes) | {DIRECTION: direction}
 
     def swap_refusal(self) -> str:
-        """Why other factors cannot take the place of these."""
+        """Why it cannot be hot-swapped."""
         return super().swap_refusal() or "keeps a direction of its inputs beside its factors"

@@ -1,17 +1,16 @@
-"""X-LoRA: a mixture of LoRA adapters, weighed anew for each token (Buehler and Buehler 2024, arXiv:2402.07148).
+"""X-LoRA: a mixture of LoRA adapters with weights for each token (Buehler and Buehler 2024, arXiv:2402.07148).
 
     y = W x + b + g Σ_i c_i s_i B_i A_i x        c = softmax(classifier(h) / temperature)
 
-The adapters were trained before and stay as they are, unless ``use_trainable_adapters`` says otherwise; the classifier
-is trained. It reads the last hidden states h of a first pass, in which each adapter has the weight
-``scaling_pass_value``: with 0, which is usual, those of the base model. The weights are for a token (rows, length), for
-all layers or for each.
+The adapters are already trained and frozen, unless ``use_trainable_adapters`` is set; the classifier is trained. Its
+input is the last hidden states h of a first pass, in which each adapter has the weight ``scaling_pass_value``: with the
+default 0, those of the base model. The weights are per token, (rows, length), for all layers or for each layer.
 
-PEFT gives the adapters numbers and looks for the names of the config among them, so that names other than 0, 1, … raise
-in each call. Of the classifier it leaves out of its file what has the number of an adapter in its name, and beside it
-the files hold the base model. It adds the bias of B (``lora_bias``) with a weight of 1, in the first pass, too, leaves
-the weights out of what gradient checkpointing computes again, whose gradients then are others, and takes no cache of
-keys and values.
+PEFT numbers the adapters and looks up the config's names among the numbers, so names other than 0, 1, … raise in each
+call. It does not save those tensors of the classifier whose name contains the number of an adapter, and saves the base
+model as well. It adds the bias of B (``lora_bias``) with a weight of 1, even in the first pass; it does not apply the
+weights when gradient checkpointing recomputes a layer, which changes the gradients; and it supports no cache of keys
+and values.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ from nbpeft.errors import AdapterError, ConfigError, MergeError, shown
 CLASSIFIER = "internal_xlora_classifier"
 _UNMERGEABLE = "a weight: X-LoRA weighs its adapters anew for each token"
 _IN_PEFT = re.compile(r"base_model\.lora_model\.model\.(.+)\.(lora_(?:embedding_)?[AB])\.(\d+)(\.weight|\.bias)?")
-"""A tensor of an adapter in a file: what PEFT's model calls it."""
+"""Name of an adapter's tensor in a file, as in PEFT's model."""
 _HERE = re.compile(r"base_model\.model\.(.+)\.(\d+)\.(lora_(?:embedding_)?[AB])(_bias)?")
-"""The same under the path of its layer."""
+"""The name below the path of the layer."""
 
 
 class XLoraState(SharedState, NeedsFirstPass):
-    """The classifier, and what it predicts for a call.
+    """The classifier, and its predictions for a call.
 
     Attributes:
-        start: path -> the adapters of a layer, until that takes them.
-        numbers: path -> number of the layer.
+        start: path -> the adapters for a layer, until the layer takes them.
+        numbers: path -> index of the layer.
     """
 
     start: dict[str, dict[str, LoRA]]
@@ -95,7 +94,7 @@ class XLoraState(SharedState, NeedsFirstPass):
         return cls(config, classifier, is_new=tensors is None)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Reads the adapters, and draws what PEFT draws; see ``SharedState``."""
+        """Reads the adapters, and repeats PEFT's draws; see ``SharedState``."""
         self.numbers.update({path: number for number, path in enumerate(layers)})
         self.classifier.n_layers = len(layers)
         dtype = self.classifier.layers[-1].weight.dtype
@@ -128,7 +127,7 @@ class XLoraState(SharedState, NeedsFirstPass):
 
 @torch.no_grad()
 def _fill(parameter: Any, tensor: Tensor) -> None:
-    """Copies a tensor into a parameter, of which a forecast has the shape alone."""
+    """Copies a tensor into a parameter, unless the parameter has no data (fake tensor)."""
     if not (parameter.is_meta or isinstance(parameter, loaded("torch._subclasses.fake_tensor", "FakeTensor"))):
         parameter.copy_(tensor)
 
@@ -161,7 +160,7 @@ def _unpacked(config: XLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dict[str, Tensor]]]]:
-    """The adapters as they are now, by number."""
+    """Config and tensors of the adapters as they are now, by index."""
     layers = {path: layer.adapter(name) for path, layer in manager.layers.items() if name in layer.adapters._modules}
     return {
         str(number): (
@@ -169,7 +168,7 @@ def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dic
             {
                 path: dict(layers[path].inner_adapters[str(number)].named_parameters())
                 for path in expert.shapes
-                if path in layers  # somebody may have taken a layer out
+                if path in layers  # layers may have been taken out of the model
             },
         )
         for number, expert in enumerate(manager.configs[name].experts)
@@ -177,7 +176,7 @@ def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dic
 
 
 def _state(manager: Any) -> XLoraState:
-    """What the layers of the first X-LoRA on a model share, an active one before others."""
+    """The shared state of a model's X-LoRA adapter, preferably of an active one."""
     for name in (*manager.active, *manager.configs):
         state = manager.shared(name)
         if isinstance(state, XLoraState):
@@ -186,24 +185,24 @@ def _state(manager: Any) -> XLoraState:
 
 
 def set_topk_lora(manager: Any, value: int | None) -> None:
-    """Sets how many adapters a token is given; None for all."""
+    """Sets the number of adapters that a token uses; None for all."""
     config = _state(manager).config
     config.check_top_k(value)
     config.top_k_lora = value
 
 
 def set_global_scaling_weight(manager: Any, weight: float) -> None:
-    """Sets the factor on what all adapters add."""
+    """Sets the factor on the sum of the adapters' deltas."""
     _state(manager).config.global_scaling_weight = _number("weight", weight)
 
 
 def get_global_scaling_weight(manager: Any) -> float:
-    """Returns the factor on what all adapters add."""
+    """Returns the factor on the sum of the adapters' deltas."""
     return _state(manager).config.global_scaling_weight
 
 
 def set_scaling_pass_value(manager: Any, value: float | None) -> None:
-    """Sets the weight of each adapter in the first pass; None for one divided by their number."""
+    """Sets the weight of each adapter in the first pass; None for 1 divided by the number of adapters."""
     state = _state(manager)
     state.config.scaling_pass_value = 1 / state.classifier.n_classes if value is None else _number("value", value)
 
@@ -215,27 +214,27 @@ def _number(name: str, value: Any) -> Any:
 
 
 def get_latest_scalings(manager: Any) -> Tensor | None:
-    """Returns the weights that were predicted last, (rows, length, layers, adapters); None if none were."""
+    """Returns the last predicted weights, (rows, length, layers, adapters); None if there are none."""
     return _state(manager).classifier.latest  # type: ignore[no-any-return]
 
 
 def get_scalings_log(manager: Any) -> list[Tensor]:
-    """Returns what was logged, oldest first."""
+    """Returns the logged weights, oldest first."""
     return list(_state(manager).classifier.log_scalings)
 
 
 def get_bucketed_scalings_log(manager: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
-    """Returns what was logged by the length of the input: places in the log, and what is there."""
+    """Returns the logged weights by input length: length -> indices in the log, and the weights."""
     return _state(manager).classifier.bucketed()  # type: ignore[no-any-return]
 
 
 def enable_scalings_logging(manager: Any) -> None:
-    """Logs what is predicted from now on."""
+    """Logs predicted weights from now on."""
     _state(manager).classifier.scalings_logging = True
 
 
 def disable_scalings_logging(manager: Any) -> None:
-    """Logs nothing from now on; the log stays."""
+    """Stops logging; the log is kept."""
     _state(manager).classifier.scalings_logging = False
 
 
@@ -252,7 +251,7 @@ _FUNCTIONS = (
 
 
 def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
-    """``use_cache=False``, where the model's config says so, which ``generate`` does not read."""
+    """``use_cache=False`` for ``generate`` if the model's config has it, which ``generate`` does not read itself."""
     return {} if getattr(getattr(model, "config", None), "use_cache", True) else {"use_cache": False}
 
 
@@ -271,11 +270,11 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     files=FileFormat(has_tensors=False, pack=_packed, unpack=_unpacked, parts=_parts, with_parts=with_parts),
 )
 class XLoraLayer(Adapter):
-    """The adapters of one layer, by number.
+    """The adapters of one layer, by index.
 
     Attributes:
-        state: what predicts their weights.
-        number: of the layer.
+        state: the shared state, which predicts their weights.
+        number: index of the layer.
     """
 
     peft: ClassVar[PeftNames] = PeftNames(
@@ -294,7 +293,7 @@ class XLoraLayer(Adapter):
     def parameter_shapes(
         cls, config: XLoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """Those of the adapters, where they are trained; see ``Adapter``."""
+        """Those of the adapters, if they are trained; see ``Adapter``."""
         if not config.use_trainable_adapters:
             return {}
         return {
@@ -305,7 +304,7 @@ class XLoraLayer(Adapter):
 
     @classmethod
     def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Takes the adapters over that were read, with other tensors where those were saved; see ``Adapter``."""
+        """Creates it from the adapters that were read, with saved tensors if there are any; see ``Adapter``."""
         assert isinstance(site.shared, XLoraState)
         made = cls(site.shared, site.path)
         for name, tensor in (tensors or {}).items():
@@ -324,27 +323,27 @@ class XLoraLayer(Adapter):
 
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by number; see ``Adapter``."""
-        return {name: one for name, one in self._modules.items() if isinstance(one, Adapter)}
+        """The adapters by index; see ``Adapter``."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """Those of the adapters, where they are trained; see ``Adapter``."""
+        """Those of the adapters, if they are trained; see ``Adapter``."""
         if self.frozen_parameters:
             return {}
-        found = self.inner_adapters.items()
-        return {f"{number}.{name}": value for number, one in found for name, value in one.named_parameters()}
+        adapters = self.inner_adapters.items()
+        return {f"{number}.{name}": value for number, adapter in adapters for name, value in adapter.named_parameters()}
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """What the adapters add, each with the weight of the token; see ``Adapter``.
+        """The sum of the adapters' deltas, weighted for each token; see ``Adapter``.
 
         Args:
             x: (rows, length, in), or (rows, length) ids.
             base_output: (rows, length, out).
             base: the layer; its context is the weights of the call (rows, length, layers, adapters), one number for
-                all, or None where the layer is called by itself: then each adapter has the weight 1.
+                all, or None if the layer is called outside of the model: then each adapter has the weight 1.
 
         Raises:
-            AdapterError: the input does not have the tokens of the call.
+            AdapterError: the tokens of the input are not those of the call.
         """
         given = base.context
         if isinstance(given, Tensor):
@@ -378,29 +377,29 @@ class XLoraLayer(Adapter):
         raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it is not a weight."""
+        """Why it cannot be merged; see ``Adapter``."""
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:
-        """Why nothing takes its place."""
+        """Why it cannot be hot-swapped."""
         return "consists of several adapters; load the other one beside it and switch with set_adapter()"
 
     def configure(self, config: XLoraConfig, path: str) -> None:
-        """Takes the settings of a config over."""
+        """Sets the settings from a config."""
         self.state.bind(config=config)
         self.state.classifier.config = config
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records them."""
+        """Records the settings."""
         change.keep_attributes(self.state, "config")
         change.keep_attributes(self.state.classifier, "config")
 
 
 def _check_recomputed() -> None:
-    """Refuses a layer that is computed again in backward by itself: the classifier's gradient would need all at once.
+    """Refuses reentrant checkpointing, which recomputes layers one by one: the classifier needs all their gradients.
 
     Raises:
-        AdapterError: reentrant checkpointing does that.
+        AdapterError: a layer is recomputed by reentrant checkpointing.
     """
     node = torch._C._current_autograd_node()
     if node is not None and node.name() == "CheckpointFunctionBackward":
@@ -411,9 +410,9 @@ def _check_recomputed() -> None:
 
 
 def _weighed(expert: Any, x: Tensor, base_output: Tensor, base: BaseLayer, weight: Tensor | float | None) -> Tensor:
-    """What one adapter adds with a weight for each token, (…, 1), or for all.
+    """One adapter's delta times a weight for each token, (…, 1), or for all.
 
-    On the hidden values between its factors, of which there are few, the weight costs next to nothing.
+    The weight is applied to the few hidden values between the factors, at little cost.
     """
     if expert.observed is not None or weight is None:
         whole: Tensor = expert(x, base_output, base)

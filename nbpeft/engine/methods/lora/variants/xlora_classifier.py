@@ -15,15 +15,15 @@ class XLoraClassifier(nn.Module):
     """Linear layers with ReLU and dropout between them.
 
     Args:
-        config: of the adapter; read in each call.
-        n_classes: how many adapters there are.
-        n_layers: how many layers they are on.
+        config: the adapter's config; read in each call.
+        n_classes: number of adapters.
+        n_layers: number of adapted layers.
 
     Attributes:
-        layers: the linear layers and what is between them.
-        log_scalings: what was predicted while that was logged, each (rows, length, layers, adapters).
-        latest: what was predicted last, with its gradient, for losses of one's own.
-        scalings_logging: whether it is logged.
+        layers: the linear layers with ReLU and dropout.
+        log_scalings: logged weights, each (rows, length, layers, adapters).
+        latest: the last predicted weights, with their graph, for custom losses.
+        scalings_logging: whether weights are logged.
     """
 
     def __init__(self, config: XLoraConfig, n_classes: int, n_layers: int) -> None:
@@ -70,7 +70,7 @@ class XLoraClassifier(nn.Module):
         return {**vars(self), "latest": None}
 
     def chosen(self, scalings: Tensor) -> Tensor:
-        """The weights with those of the adapters that a token is not given set to zero; shaped like them."""
+        """The weights, with those of adapters that a token does not use set to zero; same shape."""
         config = self.config
         if config.top_k_lora is None:
             return torch.softmax(scalings, -1) if config.enable_softmax_topk else scalings
@@ -80,7 +80,7 @@ class XLoraClassifier(nn.Module):
         return torch.zeros_like(scalings).scatter(-1, places, values)
 
     def bucketed(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """What was logged by length: places in the log, and what is there."""
+        """The logged weights by length: length -> indices in the log, and the weights."""
         found: dict[int, tuple[list[int], list[Tensor]]] = {}
         for place, scalings in enumerate(self.log_scalings):
             places, values = found.setdefault(scalings.shape[1], ([], []))

@@ -1,4 +1,4 @@
-"""The config of X-LoRA, and the adapters that it names."""
+"""The config of X-LoRA, and the adapters it names."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from nbpeft.errors import ConfigError, few, shown
 
 
 class Expert:
-    """One of the adapters of an X-LoRA: what a saved LoRA has on a model.
+    """One of the adapters of an X-LoRA: a saved LoRA.
 
     Attributes:
-        name: as the config names it.
+        name: its name in the config.
         source: a folder or a hub id.
-        config: its own.
-        shapes: path of each layer that it is on -> parameter -> shape.
+        config: its config.
+        shapes: path of each adapted layer -> parameter -> shape.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Expert:
         """Path -> parameter -> tensor, read from its file.
 
         Raises:
-            CheckpointError: they are not there, or do not fit.
+            CheckpointError: tensors are missing, or have other shapes.
         """
         assert self.reads is not None
         return self.reads(self.shapes)
@@ -58,21 +58,21 @@ class XLoraConfig(AdapterConfig):
 
     Attributes:
         hidden_size: features of the model's last hidden states; taken from the model if left out.
-        adapters: name -> folder or hub id of each LoRA, in the order in which they are weighed.
-        enable_softmax: the weights of a token are a softmax; else what the classifier gives.
-        enable_softmax_topk: a softmax over the top_k_lora largest alone; then leave enable_softmax off.
-        layerwise_scalings: weights of its own for each layer; else the same for all.
+        adapters: name -> folder or hub id of each LoRA, in the order of their weights.
+        enable_softmax: apply a softmax to the weights of a token; else use the classifier's output.
+        enable_softmax_topk: a softmax over the top_k_lora largest weights only; then turn enable_softmax off.
+        layerwise_scalings: predict weights for each layer; else the same for all.
         xlora_depth: linear layers of the classifier.
         xlora_size: features between them.
         xlora_dropout_p: dropout between them.
         use_trainable_adapters: train the adapters, too, and save them with the classifier.
-        softmax_temperature: what the classifier gives is divided by; smaller is sharper.
-        top_k_lora: how many adapters a token is given; None for all.
-        scaling_pass_value: the weight of each adapter in the first pass, which the classifier reads.
-        global_scaling_weight: factor on all of them.
+        softmax_temperature: the classifier's output is divided by it; smaller values give a sharper softmax.
+        top_k_lora: number of adapters that a token uses; None for all.
+        scaling_pass_value: weight of each adapter in the first pass, whose hidden states the classifier reads.
+        global_scaling_weight: factor on the sum of the deltas.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     hidden_size: int | None = field(default=None)
@@ -95,7 +95,7 @@ class XLoraConfig(AdapterConfig):
     )
     condenses_targets: ClassVar[bool] = False
     experts: ClassVar[tuple[Expert, ...]] = ()
-    """The adapters, once they are read; the paths of their layers are the ``target_modules`` then."""
+    """The adapters, once they are read; ``target_modules`` are then the paths of their layers."""
 
     def __post_init__(self) -> None:
         if isinstance(self.adapters, Mapping):
@@ -142,10 +142,10 @@ class XLoraConfig(AdapterConfig):
         return made
 
     def check_top_k(self, value: int | None) -> None:
-        """Refuses a number of adapters for each token.
+        """Checks a number of adapters for each token.
 
         Raises:
-            ConfigError: it is none, or more than there are.
+            ConfigError: it is not positive, or larger than the number of adapters.
         """
         if value is None:
             return
@@ -188,15 +188,15 @@ class XLoraConfig(AdapterConfig):
 
 
 def with_parts(config: XLoraConfig, find: Callable[[str], str | None], options: Mapping[str, Any]) -> XLoraConfig:
-    """A copy with the adapters where they are saved along, by number as in PEFT or by name.
+    """A copy with the adapters' sources replaced by those saved with the file, by index as in PEFT or by name.
 
     Args:
-        config: of a file.
-        find: gives the place of one in a folder beside the file; None where there is none.
-        options: keywords of the one who loads it; ``adapters`` among them are in their place.
+        config: the config of a file.
+        find: returns the folder of an adapter saved with the file; None if there is none.
+        options: keyword arguments of loading; ``adapters`` among them replaces the config's.
 
     Raises:
-        ConfigError: these are others than those of the file.
+        ConfigError: ``adapters`` does not have as many entries as the file.
     """
     given = options.get("adapters")
     if given is not None:
@@ -216,7 +216,7 @@ def with_parts(config: XLoraConfig, find: Callable[[str], str | None], options: 
 
 
 def _refusal(config: LoraConfig, plan: Any) -> str:
-    """Why an adapter cannot be one of several that are weighed for each token, as part of a sentence; else empty."""
+    """Why an adapter cannot be part of an X-LoRA, as part of a sentence; empty if it can."""
     if config.initialised_from_weight:
         return f"starts in the weights of the base ({shown(config.init_lora_weights)}): convert it to a LoRA without"
     if config.is_quantization_aware:
