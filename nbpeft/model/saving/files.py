@@ -89,10 +89,6 @@ def load_result(
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """Returns a copy of a new adapter's config with the base model's name, adjusted to a prepared base model.
 
-    Args:
-        config: config of the adapter.
-        model: the base model.
-
     Raises:
         ConfigError: the base was prepared for quantization-aware adapters, which this method does not support.
     """
@@ -244,12 +240,7 @@ def fitted(
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
-    """Returns the keys and shapes that a file for a plan must have.
-
-    Args:
-        model: the base model.
-        plan: the injection plan.
-    """
+    """Returns the keys and shapes that a file for a plan must have."""
     modules = dict(bare_modules(model)) if plan.copies or plan.biases else {}
     copies = {
         path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
@@ -478,10 +469,6 @@ def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[Ad
 def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     """Checks before a long computation that saving all adapters would not overwrite another one.
 
-    Args:
-        manager: manager of the model.
-        folder: folder to save to.
-
     Raises:
         AdapterExistsError: the folder, or an adapter's subfolder, has another adapter.
     """
@@ -612,14 +599,7 @@ def file_tensors(
     embeddings: str | bool = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter under the keys of a file.
-
-    Args:
-        manager: manager of the model.
-        name: name of the adapter.
-        embeddings: also the embeddings; "auto" decides from the model.
-        state_dict: take the tensors from this dictionary, under their names in the PeftModel.
-    """
+    """Returns the tensors of an adapter under the keys of a file; see ``save`` for the arguments."""
     with manager.reading():
         weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
     return _under_keys(config, weights)
@@ -659,10 +639,6 @@ def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[st
     """Returns the result of a ``state_dict`` method that was set on a model, e.g. to gather shards; None without one.
 
     A method that returns only an adapter's file is ignored, because those tensors are the model's own.
-
-    Args:
-        model: a PeftModel or an adapted base model.
-        manager: its manager.
     """
     replaced = vars(model).get("state_dict")
     found: Mapping[str, Tensor] | None = None if replaced is None else replaced()
@@ -737,13 +713,7 @@ def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
 
 
 def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | None, embeddings: str | bool) -> None:
-    """Warns if whole embeddings are saved although the caller did not request it.
-
-    Args:
-        manager: manager of the model.
-        names: names of the adapters to save; None for all.
-        embeddings: the argument ``save_embedding_layers``.
-    """
+    """Warns if whole embeddings are saved although the caller did not request it; see ``save`` for the arguments."""
     adapted = [path for name in names or manager.names for path in _adapted_embeddings(manager, name)]
     if embeddings == "auto" and (adapted or vocabulary_resized(manager.model)):
         targeted = f"embedding layers found in `target_modules`, {adapted[0]}" if adapted else ""
@@ -819,11 +789,6 @@ def push(
 
 
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
-    """Writes or updates the README of a saved adapter.
-
-    Args:
-        manager: manager of the model.
-        folder: folder of the adapter.
-    """
+    """Writes or updates the README of the adapter that is saved in a folder."""
     manager.check_alive()
     checkpoint.write_card(folder, _card_config(manager, _first_config(manager)), tags=_card_tags(manager.model))

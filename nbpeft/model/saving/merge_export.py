@@ -1,8 +1,8 @@
 """Merging into a full-precision copy on disk, shard by shard, and measuring merge errors.
 
-A QLoRA adapter can be merged into the quantized weights (``PeftModel.merge_adapter``: dequantize, add, quantize),
-which rounds the sum again, or into a full-precision copy, which does not. The copy is written tensor by tensor. In addition to
-the model this needs memory for one weight and its sum, whatever the size of the model.
+A QLoRA adapter can be merged into the quantized weights (``PeftModel.merge_adapter``: dequantize, add, quantize), which
+rounds the sum again, or into a full-precision copy, which does not. The copy is written tensor by tensor. In addition
+to the model this needs memory for one weight and its sum, whatever the size of the model.
 
 Base weights come from the loaded model, dequantized layer by layer, or from the safetensors files of a full-precision
 base. Deltas come from the adapters on the loaded model or from a saved adapter.

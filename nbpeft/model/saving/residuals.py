@@ -1,9 +1,9 @@
 """Files of adapters whose init changes the base weights, for a base without that change.
 
 In PEFT the init of such an adapter (PiSSA, OLoRA, CorDA, LoRA-GA) subtracts its initial component from the base
-weights, and ``unload()`` returns the rest of the base, its residual. Here the adapter subtracts it in its forward and the base
-weights do not change. If the config is set to ``init_lora_weights = True`` before saving, the file is for the residual,
-as in PEFT:
+weights, and ``unload()`` returns the rest of the base, its residual. Here the adapter subtracts it in its forward and
+the base weights do not change. If the config is set to ``init_lora_weights = True`` before saving, the file is for the
+residual, as in PEFT:
 
     adapter's config          file, and the base that it fits
     unchanged                 includes the init; the original base

@@ -5,9 +5,9 @@
     device       LRU cache of the most recently used adapters; only these are on the model
 
 Calls name adapters as usual (``set_adapter``, ``adapter_names=[…]``) and the pool loads missing ones. The least
-recently used adapters are evicted; an adapter with the same shapes is overwritten in place, so that a miss costs reading a file
-and one copy of its tensors. Files are read without blocking other threads. The model changes only between calls, in a
-transaction of its manager.
+recently used adapters are evicted; an adapter with the same shapes is overwritten in place, so that a miss costs
+reading a file and one copy of its tensors. Files are read without blocking other threads. The model changes only
+between calls, in a transaction of its manager.
 """
 
 from __future__ import annotations
