@@ -1,10 +1,10 @@
-"""Nbpeft by the name ``peft``, and PEFT's import paths under its own name.
+"""nbpeft under the name ``peft``, and PEFT's import paths under the name ``nbpeft``.
 
-names.py      which modules PEFT has, the names in each, and what of nbpeft each of them is: one table
-modules.py    those modules, made when they are imported: ``nbpeft.tuners.lora``, ``peft.tuners.lora``
-install.py    ``install_as_peft``: ``import peft`` is answered, for libraries too
-missing.py    names of what nbpeft lacks: they can be imported, and refuse when they are used
+names.py      PEFT's modules, the names in each, and what implements each name: one table
+modules.py    creates these modules when they are imported: ``nbpeft.tuners.lora``, ``peft.tuners.lora``
+install.py    ``install_as_peft``: makes ``import peft`` import nbpeft, for other libraries too
+missing.py    names that nbpeft does not implement: they can be imported, and raise an error when they are used
 
-The other files are what PEFT has under names of its own, over the engine: callbacks, constants, conversion, helpers,
-imports, layers, mappings and merging.
+The other files implement names that only PEFT has: callbacks, constants, conversion, helpers, imports, layers, mappings
+and merging.
 """

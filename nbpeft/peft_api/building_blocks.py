@@ -1,4 +1,4 @@
-"""Small classes and functions of PEFT's own code that others import, where nbpeft does it in another way."""
+"""Small classes and functions of PEFT's implementation that other libraries import."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """How many tokens before the end of each row its last invocation of an aLoRA adapter starts.
+    """Returns how many tokens before the end of each row the last invocation of an aLoRA adapter starts.
 
     Args:
         peft_config: adapter name -> config.
@@ -49,7 +49,7 @@ def calculate_alora_offsets(
         adapter_names: the adapter of each row.
 
     Returns:
-        None for a row that has no invocation, or whose adapter is no aLoRA.
+        One value per row; None for a row without invocation, or whose adapter is not aLoRA.
     """
     rows = [] if input_ids is None else list(input_ids)
     found: list[int | None] = []
@@ -109,11 +109,11 @@ def _with_offsets(model: Any, input_ids: Tensor | None, options: dict[str, Any],
 
 
 class BufferDict(nn.Module):
-    """Buffers by name, as ``nn.ParameterDict`` has parameters.
+    """Buffers by name, like ``nn.ParameterDict`` for parameters.
 
     Args:
         buffers: name -> tensor, or pairs of both.
-        persistent: whether a state dict has them.
+        persistent: whether they are part of the state dict.
     """
 
     def __init__(self, buffers: Any = None, persistent: bool = False) -> None:
@@ -122,30 +122,30 @@ class BufferDict(nn.Module):
         self.update(() if buffers is None else buffers)
 
     def update(self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | BufferDict) -> None:
-        """Sets some of them: those of a mapping, or pairs of name and tensor."""
+        """Sets buffers from a mapping, or from pairs of name and tensor."""
         for name, buffer in dict(buffers).items():
             self[name] = buffer
 
     def pop(self, key: str) -> Tensor:
-        """Takes one out and returns it."""
+        """Removes a buffer and returns it."""
         found: Tensor = self[key]
         del self[key]
         return found
 
     def clear(self) -> None:
-        """Takes all out."""
+        """Removes all buffers."""
         self._buffers.clear()
 
     def keys(self) -> Any:
-        """Their names."""
+        """Returns the names."""
         return self._buffers.keys()
 
     def values(self) -> Any:
-        """The tensors."""
+        """Returns the tensors."""
         return self._buffers.values()
 
     def items(self) -> Any:
-        """Names and tensors."""
+        """Returns pairs of name and tensor."""
         return self._buffers.items()
 
     def __getitem__(self, key: str) -> Any:
@@ -168,25 +168,25 @@ class BufferDict(nn.Module):
 
 
 class _OrOfAnAdapter(type):
-    """The block-diagonal factors of adapters are instances, too."""
+    """Makes the block-diagonal factors of adapters instances of the class too."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, BlockDiagonalFactor)
 
 
 class BlockDiagonalLinear(BlockDiagonalFactor, metaclass=_OrOfAnAdapter):
-    """A linear layer of which only the blocks on the diagonal are held, one below the other.
+    """A linear layer that only stores its diagonal blocks, one below the other.
 
     Args:
-        in_features: divisible by ``nblocks``.
-        out_features: likewise.
-        nblocks: how many blocks.
-        init_zero: start with zeros.
-        dtype: of the weight, (out_features, in_features / nblocks).
-        device: likewise; the CPU if None.
+        in_features: must be divisible by ``nblocks``.
+        out_features: must be divisible by ``nblocks``.
+        nblocks: number of blocks.
+        init_zero: initialize with zeros.
+        dtype: dtype of the weight, (out_features, in_features / nblocks).
+        device: device of the weight; None for the CPU.
 
     Raises:
-        ConfigError: it cannot be cut into so many blocks.
+        ConfigError: the features are not divisible by the number of blocks.
     """
 
     def __init__(
@@ -208,48 +208,48 @@ class BlockDiagonalLinear(BlockDiagonalFactor, metaclass=_OrOfAnAdapter):
 
 
 class VeloraFunction:
-    """A linear layer that keeps its input compressed for the gradient of its weight; see ``methods.lora.velora``."""
+    """A linear layer that compresses its stored input for the gradient of its weight; see ``methods.lora.velora``."""
 
     @staticmethod
     def apply(
         input: Tensor, weight: Tensor, bias: Tensor | None, embed: Tensor, num_groups: int, velora_scale: float
     ) -> Tensor:
-        """The layer's output, (…, out).
+        """Returns the layer's output, (…, out).
 
         Args:
             input: (…, in).
             weight: (out, in).
             bias: (out,), or None.
-            embed: the direction that pieces of the input are kept along, of length 1.
-            num_groups: how many pieces.
+            embed: unit vector onto which groups of the input are projected.
+            num_groups: number of groups.
             velora_scale: factor on the gradient of the weight.
         """
         direction = embed.to(input.dtype)
-        kept = pieces(input.detach(), num_groups) @ direction
-        learned = F.linear(kept, pieces(weight, num_groups) @ direction * velora_scale)
+        compressed = pieces(input.detach(), num_groups) @ direction
+        learned = F.linear(compressed, pieces(weight, num_groups) @ direction * velora_scale)
         return F.linear(input, weight.detach(), bias) + (learned - learned.detach())
 
 
 def _reshape_to_grouped_subtokens(x: Tensor, num_groups: int) -> Tensor:
-    """The pieces of tokens, (tokens, num_groups, size)."""
+    """Returns the groups of tokens, (tokens, num_groups, size)."""
     return pieces(x, num_groups).flatten(0, -3)
 
 
 def _compress_activations(x: Tensor, embed: Tensor, num_groups: int) -> Tensor:
-    """What is kept of tokens, (tokens, num_groups)."""
+    """Returns the compressed tokens, (tokens, num_groups)."""
     return _reshape_to_grouped_subtokens(x, num_groups) @ embed
 
 
 def _reconstruct_activations(compressed: Tensor, embed: Tensor, in_features: int, velora_scale: float) -> Tensor:
-    """The tokens that gradients are computed from, (tokens, in_features)."""
+    """Returns the reconstructed tokens for computing gradients, (tokens, in_features)."""
     return (compressed.unsqueeze(-1) * embed).flatten(1)[:, :in_features] * velora_scale
 
 
 def _resolve_adapter_source(path: str) -> tuple[str, str | None]:
-    """A folder or the id of a repository, and the folder inside it, if one is named.
+    """Splits a path into a folder or repository id, and the folder inside it, if there is one.
 
     Raises:
-        CheckpointNotFoundError: there is a folder, but no adapter in it.
+        CheckpointNotFoundError: the folder exists, but has no adapter.
     """
     place, options = repository_of(path)
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, CONFIG_NAME)):
@@ -262,10 +262,10 @@ _real_values = False
 
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
-    """Inside the block modules are made without values: their parameters are on the meta device.
+    """Creates modules without values inside the block: their parameters are on the meta device.
 
     Args:
-        include_buffers: their buffers, too.
+        include_buffers: also their buffers.
     """
 
     def empty(module: nn.Module, name: str, tensor: Any) -> Any:
@@ -285,7 +285,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 
 
 def skip_init_on_device(func: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorator of a function that makes modules with values, inside ``init_empty_weights``, too."""
+    """Decorator for a function that creates modules with values, also inside ``init_empty_weights``."""
 
     @functools.wraps(func)
     def with_values(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -10,13 +10,13 @@ from nbpeft.engine.tree.model_tree import manager_of
 
 
 class AdamssAsaCallback(TrainerCallback):
-    """Tells the adapters of a model of each optimizer step, for a Trainer that nothing of nbpeft tells of it.
+    """Reports optimizer steps to the adapters of a model, for Trainers that nbpeft does not patch.
 
-    It is not needed beside ``nbpeft.Trainer``, ``nbpeft.train`` or ``track()``, and does nothing twice.
+    It is not needed with ``nbpeft.Trainer``, ``nbpeft.train`` or ``track()``, where it does nothing twice.
     """
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Lets AdaMSS measure its subspaces while the gradients are there, and drop some where it is time."""
+        """Lets AdaMSS measure its subspaces while gradients exist, and prune some of them at intervals."""
         manager = manager_of(kwargs["model"]) if kwargs.get("model") is not None else None
         if manager is not None:
             manager.after_backward(state.global_step)

@@ -1,4 +1,4 @@
-"""``peft.utils.constants``: file names, marks of configs and the usual targets of the methods that nbpeft has."""
+"""``peft.utils.constants``: file names, config keys and the default targets of the methods of nbpeft."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 CONFIG_KEYS_TO_CHECK = {PeftType("LORA"): ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
-"""Fields that PEFT wants alike where an adapter is swapped in; here they may differ, and what has to fit is checked."""
+"""Fields that must be equal for hot-swapping in PEFT; nbpeft allows differences and checks what has to fit."""
 ENABLE_DORA_CACHING = True
 VARIANT_KWARG_KEYS = ["alora_offsets"]
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
@@ -33,7 +33,7 @@ UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2
 
 @cache
 def usual_targets_of(peft_type: str) -> dict[str, Any]:
-    """Model type -> usual targets of a method: the same table each time."""
+    """Returns model type -> default targets of a method; the same dictionary each time."""
     usual = methods_of_type(peft_type)[0].default_targets
     return {name: targets for name in usual_model_types() if (targets := usual(name)) is not None}
 
@@ -49,4 +49,4 @@ TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = usual_targets_of("IA3")
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
     name: _feedforward_modules(name) for name in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 }
-"""Writing to these tables changes no defaults: name the targets in the config instead."""
+"""Changing these tables does not change any defaults: set the targets in the config instead."""

@@ -1,4 +1,4 @@
-"""``peft.utils.transformers_weight_conversion``: how transformers reads an adapter's file into an adapted model."""
+"""``peft.utils.transformers_weight_conversion``: how transformers loads an adapter's file into a model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from nbpeft.engine.methods.lora.fused import FACTORS, joined
 def build_peft_weight_mapping(
     weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: Any = None
 ) -> list[Any]:
-    """What leads from an adapter's file to the names in a model, which transformers' ``load_adapter`` asks for.
+    """Returns the conversions from an adapter's file to the names in a model, for transformers' ``load_adapter``.
 
-    Of the conversions of the base model that change tensors those of experts hold for LoRA, too: its factors are
-    joined. The others are for the base's own weights.
+    Of the base model's conversions that change tensors, only those of experts apply to LoRA: its factors are joined.
+    The others are for the base's own weights.
 
     Args:
         weight_conversions: those of the base model, ``WeightRenaming`` and ``WeightConverter`` of transformers.
-        adapter_name: the name that the adapter has in the model.
-        peft_config: its config; any method's names are meant without one.
+        adapter_name: name of the adapter in the model.
+        peft_config: its config; None for the names of all methods.
 
     Returns:
         ``WeightRenaming`` and ``WeightConverter`` objects, in the order in which they are applied.
@@ -51,14 +51,14 @@ def build_peft_weight_mapping(
 
 
 def get_model_conversion_mapping(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """transformers' function, which PEFT's module has too: how a checkpoint's keys become those of a model."""
+    """Calls transformers' function of the same name, which PEFT's module has too."""
     from transformers.conversion_mapping import get_model_conversion_mapping as found
 
     return found(model, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def _of_experts(conversion: Any, adapter_name: str) -> Iterator[Any]:
-    """What joins the factors of single experts, if a conversion joins their weights."""
+    """Yields converters that join the factors of single experts, if a conversion joins their weights."""
     from transformers.core_model_loading import WeightConverter
 
     target, sources = conversion.target_patterns[0], conversion.source_patterns
@@ -76,7 +76,7 @@ def _of_experts(conversion: Any, adapter_name: str) -> Iterator[Any]:
 
 @functools.cache
 def _joining() -> Any:
-    """The operation, whose base class is transformers'."""
+    """Returns the operation class, which needs transformers for its base class."""
     from transformers.core_model_loading import ConversionOps
 
     class JoinExperts(ConversionOps):

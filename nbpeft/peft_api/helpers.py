@@ -27,18 +27,18 @@ from nbpeft.names import IGNORED_LABEL
 
 
 def infer_device() -> str:
-    """The type of device that torch computes on: that of the accelerator, or "cpu"."""
+    """Returns the device type that torch uses: that of the accelerator, or "cpu"."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if found is None else found.type
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """The inputs of a decoder for its labels: one position later, behind a start token.
+    """Returns the inputs of a decoder for its labels: shifted right by one position, after a start token.
 
     Args:
-        input_ids: (batch, tokens), int64; -100 stands for what is not learned.
-        pad_token_id: takes the place of -100.
-        decoder_start_token_id: the first token of each row.
+        input_ids: (batch, tokens), int64; -100 for positions that are not learned.
+        pad_token_id: replaces -100.
+        decoder_start_token_id: first token of each row.
 
     Returns:
         (batch, tokens), int64.
@@ -54,20 +54,21 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """A weight (out, in) from one that is stored (in, out), if it is; a parameter stays one."""
+    """Returns a weight (out, in) from one that may be stored as (in, out); a parameter remains a parameter."""
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
 
 
 def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
-    """Those of some adapters that are not merged into a layer yet, for the ``merge`` of a layer class of one's own.
+    """Returns the adapters that are not merged into a layer yet, for the ``merge`` of a custom layer class.
 
     Args:
         module: the layer.
-        adapter_names: adapters; the active ones if None.
+        adapter_names: names of adapters; None for the active ones.
 
     Raises:
+        ConfigError: they are not a list of names.
         ConfigError: they are no list of names.
     """
     names = module.active_adapters if adapter_names is None else adapter_names
@@ -80,13 +81,13 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """Device, address and size in bytes of what a tensor is stored in: equal where two share it."""
+    """Returns device, address and size in bytes of a tensor's storage, which are equal for shared storage."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def str_to_bool(value: str) -> int:
-    """1 for a yes (y, yes, t, true, on, 1) and 0 for a no (n, no, f, false, off, 0).
+    """Returns 1 for a yes (y, yes, t, true, on, 1) and 0 for a no (n, no, f, false, off, 0).
 
     Raises:
         ConfigError: it is neither.
@@ -98,12 +99,12 @@ def str_to_bool(value: str) -> int:
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    """The match of a whole module path with a regular expression, or None."""
+    """Returns the match of a regular expression with a whole module path, or None."""
     return re.fullmatch(target_pattern, key)
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """The first of some patterns that a module path ends with; the path itself if none.
+    """Returns the first pattern that matches the end of a module path; the path itself if there is none.
 
     Args:
         pattern_keys: names or regular expressions, as the keys of ``rank_pattern``.
@@ -113,16 +114,16 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:
-    """The quantization config of a model that was quantized with a method, such as "gptq"; else None."""
+    """Returns the quantization config of a model quantized with a method, such as "gptq"; None for others."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if quantization_method(model) == method else None
 
 
 def check_target_module_exists(config: AdapterConfig, key: str) -> bool:
-    """Whether a config names the module at a path as a target.
+    """Returns whether a config targets the module at a path.
 
     Args:
-        config: with ``target_modules``.
+        config: a config with ``target_modules``.
         key: path of the module.
     """
     fields: Any = config
@@ -137,7 +138,7 @@ def check_target_module_exists(config: AdapterConfig, key: str) -> bool:
 
 
 def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> dict[str, list[str]]:
-    """The paths in a base model that an adapter's config names, and all others.
+    """Returns the paths in a base model that an adapter's config targets, and all others.
 
     Args:
         tuner: ``model.base_model`` of a PeftModel, or the model.
@@ -156,7 +157,7 @@ def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> 
 
 
 def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:
-    """Checks that adapters of two configs are of one method; the rest is checked where one is swapped in.
+    """Checks that two configs are of the same method; other requirements are checked when hot-swapping.
 
     Raises:
         HotSwapError: they are not.
@@ -168,16 +169,16 @@ def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterCon
 
 @contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
-    """Loads the tensors of an offloaded layer where it computes, for the time of the block."""
+    """Context manager: loads the tensors of an offloaded layer to its compute device."""
     with onloaded(getattr(layer, "base_layer", layer)):
         yield
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """The weight of a layer in a floating dtype, (out, in, ...); the parameter itself where it is not quantized.
+    """Returns the weight of a layer in a floating-point dtype, (out, in, ...); the parameter itself if not quantized.
 
     Raises:
-        AdapterError: nothing is known of how it is stored.
+        AdapterError: the storage format of the layer is unknown.
     """
     backend = resolve_backend(module)
     if backend is None:
@@ -186,23 +187,23 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
 
 def check_deepspeed_zero3_enabled() -> bool:
-    """Whether transformers loads models for DeepSpeed ZeRO-3."""
+    """Returns whether transformers loads models for DeepSpeed ZeRO-3."""
     from transformers.integrations import deepspeed
 
     return bool(deepspeed.is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """Which modules FSDP wraps: the blocks of the model, and apart from them every trainable leaf with a weight.
+    """Returns a policy for FSDP that wraps the blocks of the model, and separately every trainable leaf with a weight.
 
-    So trainable and frozen parameters, which FSDP cannot flatten together, are not.
+    FSDP cannot flatten trainable and frozen parameters together, so they must be in different units.
 
     Args:
         model: the model. Its ``_no_split_modules`` are the blocks, unless the environment variable
             FSDP_TRANSFORMER_CLS_TO_WRAP names them, separated by commas.
 
     Raises:
-        TypeError: no module of the model is of a class that the variable names.
+        TypeError: the variable names a class of which the model has no module.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -224,22 +225,22 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     return functools.partial(_or_policy, policies=policies)
 
 
-# PEFT's private names that other libraries import all the same.
+# PEFT's private names that other libraries import.
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Parent, module and last name of a path."""
+    """Returns the parent, the module and the last component of a path."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
 def _get_no_split_modules(model: nn.Module) -> set[str]:
-    """Names of the classes whose modules stay on one device: those of the model and of all models in it."""
+    """Returns the names of the classes whose modules must stay on one device, for the model and all models in it."""
     return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
 def _maybe_include_all_linear_layers(peft_config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """The config with the paths of all linear layers for "all-linear"; any other as it is."""
+    """Replaces "all-linear" in a config by the paths of all linear layers; other configs are not changed."""
     fields: Any = peft_config
     targets = fields.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
@@ -250,7 +251,7 @@ def _maybe_include_all_linear_layers(peft_config: AdapterConfig, model: nn.Modul
 
 
 def _find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
-    """The fewest, shortest suffixes that name some modules and none of the others."""
+    """Returns the fewest, shortest suffixes that match some modules and none of the others."""
     if isinstance(target_modules, str) or not target_modules:
         raise ConfigError(f"target_modules should be a list or set of strings, not {target_modules!r:.60}")
     if "" in target_modules:
@@ -262,7 +263,7 @@ def _find_minimal_target_modules(target_modules: Collection[str], other_module_n
 
 
 def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """What the keys of adapters in a model's state dict start with, those of one adapter or of all.
+    """Returns prefixes of the keys in a model's state dict, for one adapter or for all.
 
     Rows of ``trainable_token_indices`` are not among them: they count as a module that is trained as a whole.
     """
@@ -279,32 +280,32 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
 
 
 def _filter_state_dict_by_key_prefixes(state_dict: Mapping[str, Any], prefixes: Collection[str]) -> dict[str, Any]:
-    """The entries whose keys are one of the prefixes or go on after it with a dot."""
+    """Returns the entries whose keys are equal to a prefix or continue it after a dot."""
     starts = tuple(f"{prefix}." for prefix in prefixes)
     return {key: value for key, value in state_dict.items() if f"{key}.".startswith(starts)}
 
 
 def _get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """The rows of a batch, given one of the two."""
-    given = inputs_embeds if input_ids is None else input_ids
-    if given is None:
+    """Returns the number of rows of a batch, from one of the two."""
+    inputs = inputs_embeds if input_ids is None else input_ids
+    if inputs is None:
         raise ConfigError("either input_ids or inputs_embeds must be given; both are None")
-    return given.shape[0]
+    return inputs.shape[0]
 
 
 def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
-    """Path of the input embedding."""
+    """Returns the path of the input embedding."""
     embedding = embedding_of(model)
     return next((path for path, module in model.named_modules() if module is embedding), default)
 
 
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Paths of the modules that share the weight of the input embedding."""
+    """Returns the paths of the modules that share the input embedding's weight."""
     return modules_tied_to_embedding(model)
 
 
 def _is_valid_match(key: str, target_key: str) -> bool:
-    """Whether a path is a name or ends with it, in whole segments."""
+    """Returns whether a path equals a name or ends with it, in whole components."""
     return matches_segment_names(key, [target_key])
 
 
@@ -314,31 +315,31 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-    """Activates adapters, their modules trained as a whole included."""
+    """Activates adapters, including their modules trained as a whole."""
     set_adapter(model, adapter_name, inference_mode)
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """Name of a module in a model; empty where it is not in it."""
+    """Returns the path of a module in a model; empty if it is not in it."""
     return next((name for name, module in model.named_modules() if module is reference_module), "")
 
 
 def get_device_map(model: nn.Module) -> Any:
-    """Where accelerate put the parts of a model, or the one device of a model that it did not distribute."""
+    """Returns accelerate's device map of a model, or the device of a model that is not distributed."""
     return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
 
 def has_valid_embedding_base_layer(layer: Any) -> bool:
-    """Whether a layer is an adapted embedding or linear layer."""
+    """Returns whether a layer is an adapted embedding or linear layer."""
     return isinstance(getattr(layer, "base_layer", None), nn.Linear | nn.Embedding)
 
 
 def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
-    """Name in a model of a layer, or of the frozen layer inside it where that is adapted; None for neither."""
+    """Returns the path in a model of a layer, or of its frozen base layer if it is adapted; None for neither."""
     wanted = [getattr(layer, "base_layer", None), *([] if is_embedding_in_target_modules else [layer])]
     return next((name for name, module in model.named_modules() if any(module is one for one in wanted)), None)
 
 
 def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
-    """``torch.load``, of tensors alone unless it is told otherwise."""
+    """Calls ``torch.load``, by default with ``weights_only=True``."""
     return torch.load(*args, weights_only=weights_only, **kwargs)

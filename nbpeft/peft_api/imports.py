@@ -1,4 +1,4 @@
-"""``peft.import_utils``: which packages are there, and whether transformers is of some version or newer."""
+"""``peft.import_utils``: which packages are installed, and the version of transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_bnb_available() -> bool:
 
 
 def is_bnb_4bit_available() -> bool:
-    """Whether bitsandbytes is installed; each version that nbpeft takes has 4-bit layers."""
+    """Whether bitsandbytes is installed; every version that nbpeft supports has 4-bit layers."""
     return is_bnb_available()
 
 
@@ -72,7 +72,7 @@ def is_torch_tpu_available(check_device: bool = True) -> bool:
     """Whether torch_xla is installed.
 
     Args:
-        check_device: accepted for PEFT's sake: no device is asked for.
+        check_device: accepted for compatibility with PEFT and ignored.
     """
     return find_spec("torch_xla") is not None
 
@@ -86,7 +86,7 @@ def is_xpu_available(check_device: bool = False) -> bool:
     """Whether torch sees an Intel GPU.
 
     Args:
-        check_device: accepted for PEFT's sake: torch always asks the device.
+        check_device: accepted for compatibility with PEFT and ignored; torch always checks the device.
     """
     return torch.xpu.is_available()
 

@@ -1,4 +1,4 @@
-"""``peft.utils.loftq_utils`` and what PEFT has beside the public names for its inits."""
+"""``peft.utils.loftq_utils``, and PEFT's non-public names for inits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from nbpeft.model.from_data.eva import (
 
 @torch.no_grad()
 def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """The quantized weight, and two factors whose product is nearest to what it lacks.
+    """Returns the quantized weight, and two factors whose product best approximates the quantization error.
 
     Args:
         weight: (out, in).
         num_bits: 2, 4 or 8.
         reduced_rank: rank of the factors.
-        num_iter: how often both are computed.
+        num_iter: number of alternating iterations.
 
     Returns:
         The dequantized weight in the dtype of the first, A (reduced_rank, in) and B (out, reduced_rank) in float32.

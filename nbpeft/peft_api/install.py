@@ -1,4 +1,4 @@
-"""``install_as_peft``: while it is on, ``import peft`` is nbpeft, for scripts and for other libraries."""
+"""``install_as_peft``: makes ``import peft`` import nbpeft, for scripts and for other libraries."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from nbpeft.names import PEFT_VERSION
 from nbpeft.peft_api.modules import FILE, PeftModules, children
 
 _CLIENTS = ("accelerate", "diffusers", "sentence_transformers", "transformers", "trl")
-"""Packages that look whether PEFT is there when they are imported."""
+"""Packages that check on import whether PEFT is installed."""
 _CACHED = ("is_peft_available", "is_peft_greater_or_equal")
-"""What transformers.utils.import_utils asks once and keeps."""
+"""Functions of transformers.utils.import_utils that cache their result."""
 _lock = threading.RLock()
 _finder: _PeftFinder | None = None
 _undo = ExitStack()
 
 
 def install_as_peft() -> ExitStack:
-    """Answers ``import peft`` with nbpeft, whether PEFT is installed or not, until ``uninstall_as_peft``.
+    """Makes ``import peft`` import nbpeft until ``uninstall_as_peft``, whether PEFT is installed or not.
 
-    Every name of PEFT can be imported from the module that has it there; those that nbpeft has nothing for refuse
-    when they are used. ``importlib.metadata.version("peft")`` is answered, and ``is_peft_available()`` of
-    transformers, accelerate and TRL is true. A second call does nothing.
+    Every name of PEFT can be imported from the module that has it there. Names that nbpeft does not implement raise an
+    error when they are used. ``importlib.metadata.version("peft")`` works, and ``is_peft_available()`` of transformers,
+    accelerate and TRL is true. A second call does nothing.
 
         nbpeft.install_as_peft()
         from peft import LoraConfig  # nbpeft's
 
-    Diffusers decides when it is imported whether there is a PEFT: where none is installed, import it afterwards.
+    Diffusers checks for PEFT on import: if PEFT is not installed, import diffusers after this call.
 
     Returns:
         A context manager that uninstalls at its end, for ``with nbpeft.install_as_peft():``.
 
     Raises:
-        NbpeftError: PEFT itself is imported already.
+        NbpeftError: PEFT itself is already imported.
     """
     global _finder
     with _lock:
@@ -73,9 +73,9 @@ def install_as_peft() -> ExitStack:
 
 
 def uninstall_as_peft() -> None:
-    """Undoes ``install_as_peft``: ``import peft`` is PEFT again, if that is installed.
+    """Undoes ``install_as_peft``: ``import peft`` imports PEFT again, if it is installed.
 
-    What was imported meanwhile stays nbpeft's.
+    Names that were imported meanwhile remain nbpeft's.
     """
     global _finder
     with _lock:
@@ -83,7 +83,7 @@ def uninstall_as_peft() -> None:
             return
         sys.meta_path.remove(_finder)
         sys.path_hooks.remove(_Listing)
-        for location in [one for one in sys.path_importer_cache if one.startswith(FILE)]:
+        for location in [entry for entry in sys.path_importer_cache if entry.startswith(FILE)]:
             del sys.path_importer_cache[location]
         _finder = None
         _take_modules()
@@ -92,15 +92,15 @@ def uninstall_as_peft() -> None:
 
 
 def _is_installed() -> bool:
-    """Whether a PEFT is installed, which need not be one that may be imported."""
+    """Returns whether a PEFT distribution is installed, even if it may not be imported."""
     return next(iter(Distribution.discover(name="peft")), None) is not None
 
 
 class _PeftFinder(PeftModules):
-    """Finds ``peft`` and what is below, and its metadata.
+    """Finds ``peft``, its submodules and its metadata.
 
     Args:
-        installed: whether others find a PEFT, too: a list of all that is installed has it once.
+        installed: whether another finder finds a PEFT too, so that a list of all distributions has it only once.
     """
 
     def __init__(self, *, installed: bool) -> None:
@@ -108,23 +108,23 @@ class _PeftFinder(PeftModules):
         self.installed = installed
 
     def locations(self, place: str) -> list[str]:
-        """See ``PeftModules``: nothing that Python's own finder looks into, and that ``_Listing`` knows."""
+        """Returns paths that Python's own finder does not search, but ``_Listing`` recognizes; see ``PeftModules``."""
         return [os.path.join(FILE, *filter(None, place.split(".")))]
 
     def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
-        """What is installed under the name that ``importlib.metadata`` looks for, or all of it."""
+        """Yields the distribution for the name that ``importlib.metadata`` looks for, or for a list of all."""
         if (context.name is None and not self.installed) or (context.name or "").lower() == "peft":
             yield _PeftDistribution()
 
 
 class _Listing:
-    """Lists the modules in ``peft.__path__`` and in those of its packages, for ``pkgutil``: a path hook.
+    """A path hook that lists the modules in ``peft.__path__`` and in those of its packages, for ``pkgutil``.
 
     Args:
         location: an entry of a ``__path__``.
 
     Raises:
-        ImportError: it is none of these.
+        ImportError: the location is not one of these.
     """
 
     def __init__(self, location: str) -> None:
@@ -133,18 +133,18 @@ class _Listing:
         self.place = location.removeprefix(FILE).strip(os.sep).replace(os.sep, ".")
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> None:
-        """Nothing: ``_PeftFinder`` was asked before."""
+        """Returns None: ``_PeftFinder`` comes first."""
 
     def iter_modules(self, prefix: str = "") -> Iterator[tuple[str, bool]]:
-        """Yields the modules: name, and whether it is a package."""
+        """Yields the name of each module, and whether it is a package."""
         yield from ((prefix + name, is_package) for name, is_package in children(self.place))
 
 
 class _PeftDistribution(Distribution):
-    """What ``importlib.metadata`` says of ``peft``.
+    """The metadata of ``peft`` for ``importlib.metadata``.
 
-    Its version is that of the PEFT whose names these are, or the least that the transformers in use asks for where
-    that is more: 5.24 takes no PEFT before 0.22, whose names it does not use.
+    Its version is that of the PEFT whose names these are, or the minimum of the imported transformers if that is
+    higher: transformers 5.24 requires PEFT 0.22, but does not use its new names.
     """
 
     def read_text(self, filename: str) -> str | None:
@@ -159,27 +159,27 @@ class _PeftDistribution(Distribution):
 
 
 def _requirements() -> list[str]:
-    """What nbpeft needs; nothing where it lies in a folder and is not installed."""
+    """Returns the requirements of nbpeft; empty if it is not installed as a distribution."""
     with suppress(PackageNotFoundError):
         return requires(__name__.partition(".")[0]) or []
     return []
 
 
 def _take_modules() -> dict[str, ModuleType]:
-    """Takes ``peft`` and what is below out of the imported modules; a name that must not be imported (None) counts."""
+    """Removes ``peft`` and its submodules from the imported modules, including entries that block the import (None)."""
     names = [name for name in sys.modules if name.partition(".")[0] == "peft"]
     return {name: sys.modules.pop(name) for name in names}
 
 
 def _clear_answers() -> None:
-    """Lets transformers ask anew whether there is a PEFT."""
+    """Clears transformers' cached results about PEFT."""
     asking = sys.modules.get("transformers.utils.import_utils")
     for name in _CACHED if asking is not None else ():
         getattr(getattr(asking, name, None), "cache_clear", lambda: None)()
 
 
 def _catch_up() -> None:
-    """Gives modules that were imported without a PEFT the names they would have imported from it."""
+    """Sets the names that modules imported without PEFT would have imported from it."""
     for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in _CLIENTS]:
         for statement in _peft_imports(getattr(module, "__file__", None)):
             for alias in statement.names:
@@ -190,7 +190,7 @@ def _catch_up() -> None:
 
 
 def _peft_imports(file: Any) -> Iterator[ast.ImportFrom]:
-    """The statements ``from peft... import ...`` that run when a file is imported, under whatever condition."""
+    """Yields the statements ``from peft... import ...`` that can run when a file is imported."""
     if not str(file).endswith(".py") or b"from peft" not in (source := Path(file).read_bytes()):
         return
     nodes: list[ast.AST] = [ast.parse(source)]

@@ -1,4 +1,4 @@
-"""PEFT's classes of layers, wrappers, tuners and statuses under its names, for ``isinstance``."""
+"""PEFT's classes of layers, wrappers, tuners and statuses, for ``isinstance``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nbpeft.peft_api.constants import usual_targets_of
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 PeftMixedModel = PeftModel
-"""The same: adapters of different methods go together on every model here."""
+"""The same class: every model supports adapters of different methods here."""
 BaseTunerLayer = AdaptedLayer
 BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
@@ -31,7 +31,7 @@ AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 
 
 def _names_in_layers(peft_type: str) -> dict[str, tuple[str, ...]]:
-    """Where PEFT's layers keep what adapters of a method have, which libraries read from the classes of layers."""
+    """Returns the attributes with which PEFT's layer classes list their parameters, for a method."""
     method = next(iter(methods_of_type(peft_type)), None)
     if method is None:
         return {}
@@ -41,7 +41,7 @@ def _names_in_layers(peft_type: str) -> dict[str, tuple[str, ...]]:
 
 @cache
 def _layer_type(peft_type: str, name: str) -> type[Any]:
-    """The class of layers with adapters of a method: the same one each time."""
+    """Returns the class of layers with adapters of a method; the same class each time."""
     return layer_type(peft_type, name, **_names_in_layers(peft_type))
 
 
@@ -55,15 +55,15 @@ TrainableTokensWrapper = layer_type(
         for kind, names in _names_in_layers("TRAINABLE_TOKENS").items()
     },
 )
-"""The same: rows that a LoRA config asks for are an adapter of their own here."""
+"""Not a separate wrapper here: the rows that a LoRA config requests are an adapter of their own."""
 
 
 @cache
 def layer_class(title: str) -> type[Any]:
-    """The class of adapted layers that PEFT calls by a title: the same object each time.
+    """Returns the class of adapted layers with a title in PEFT; the same class each time.
 
-    Args:
-        title: method and kind, such as ``lora.Linear``.
+    title: package and class, such as ``lora.Linear``.
+    title: method and kind, such as ``lora.Linear``.
     """
     if title == Linear.title:
         return Linear
@@ -73,13 +73,14 @@ def layer_class(title: str) -> type[Any]:
 
 
 def of_method(package: str, name: str) -> Any:
-    """What a method has under a name in PEFT's package of it: its model, its layers, its usual targets.
+    """Returns the value of a name in PEFT's package of a method: its model, its layers, its default targets.
 
     Args:
-        package: in ``peft.tuners``, such as ``loha``.
+        package: package in ``peft.tuners``, such as ``loha``.
         name: such as ``LoHaModel``, ``LoHaLayer`` or ``Linear``.
 
     Returns:
+        The value; None if no such method is registered, or it has no such name.
         None where no such method is registered, or it has nothing under the name.
     """
     method = next(iter(methods_of_type(package.upper())), None)

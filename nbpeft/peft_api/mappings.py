@@ -1,4 +1,4 @@
-"""``peft.mapping``: what belongs to a ``peft_type`` or to a task, over the registered methods."""
+"""``peft.mapping``: mappings from ``peft_type`` or task, computed from the registered methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nbpeft.model.handle.tuner import tuner_class
 
 
 class _ByPeftType(Mapping[PeftType, Any]):
-    """Something of each registered method, by its ``peft_type``; a method that is registered anew is in it, too."""
+    """A mapping from ``peft_type`` to a property of the method; includes methods that are registered later."""
 
     def __init__(self, read: Callable[[Method], Any]) -> None:
         self._read = read
@@ -39,7 +39,7 @@ PEFT_TYPE_TO_TUNER_MAPPING = _ByPeftType(
     lambda method: method.adapter_class if method.transforms_calls else tuner_class(method)
 )
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {}
-"""Empty: any methods can be mixed on a model, which takes no class of its own."""
+"""Empty: every model supports adapters of different methods, without a separate class."""
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {
     handle.task.value: handle

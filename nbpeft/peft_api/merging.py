@@ -1,4 +1,4 @@
-"""``peft.utils.merge_utils``: combinations of tensors of one shape, by the rules that combine adapters."""
+"""``peft.utils.merge_utils``: combining tensors of equal shape with the rules for combining adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nbpeft.engine.methods.lora.combining.sparsify import merge
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted sum.
+    """Returns the weighted sum.
 
     Args:
         task_tensors: tensors of one shape.
@@ -21,7 +21,7 @@ def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """The weighted sum of the largest entries of each.
+    """Returns the weighted sum of the largest entries of each tensor.
 
     Args:
         task_tensors: tensors of one shape.
@@ -46,7 +46,7 @@ def ties(
 
 
 def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """DARE (https://arxiv.org/abs/2311.03099): the weighted sum of entries kept at random and scaled up.
+    """DARE (https://arxiv.org/abs/2311.03099): the weighted sum of randomly selected, rescaled entries.
 
     Args:
         task_tensors: tensors of one shape.
@@ -59,7 +59,7 @@ def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float)
 def dare_ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """DARE with the election of signs of TIES.
+    """DARE with the sign election of TIES.
 
     Args:
         task_tensors: tensors of one shape.

@@ -1,4 +1,4 @@
-"""Names of PEFT that nbpeft has nothing for: they can be imported, and refuse in one line when they are used."""
+"""Names of PEFT that nbpeft does not implement: they can be imported, and raise a clear error when they are used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nbpeft.errors import NotSupportedError
 
 @cache
 def missing(name: str, method: str, place: str) -> Any:
-    """What stands for a name: the same object each time.
+    """Returns the replacement for a name; the same object each time.
 
     Args:
-        name: the name. In capitals it is a table, and empty; with a first capital a class, else a function.
-        method: the method it is of, for people; empty if it is of none.
+        name: the name. In upper case it is a table; with an upper-case first letter a class; otherwise a function.
+        method: display name of its method; empty if there is none.
         place: PEFT's module below ``peft``, for names that several modules have.
 
     Returns:
@@ -30,13 +30,13 @@ def missing(name: str, method: str, place: str) -> Any:
 
 
 class _MissingClass(type):
-    """A class for ``isinstance``, ``except`` and annotations; making an instance refuses, and so do its attributes."""
+    """A class for ``isinstance``, ``except`` and annotations; creating an instance or reading an attribute fails."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotSupportedError(str(cls.__doc__), name=cls.__name__)
 
     def __getattr__(cls, name: str) -> NoReturn:
-        if name.startswith("__"):  # what Python itself asks for
+        if name.startswith("__"):  # attributes that Python itself looks up
             raise AttributeError(name)
         raise AttributeError(str(cls.__doc__))
 

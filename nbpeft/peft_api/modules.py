@@ -1,4 +1,4 @@
-"""The modules of :mod:`nbpeft.peft_api.names`, made when they are imported, below any name."""
+"""Creates the modules of :mod:`nbpeft.peft_api.names` when they are imported, below any root name."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nbpeft.names import PEFT_VERSION
 _PACKAGE = __name__.partition(".")[0]
 _FOLDER = os.path.dirname(os.path.dirname(__file__))
 FILE = os.path.join(_FOLDER, "as_peft.py")
-"""What the modules give as their file."""
+"""``__file__`` of the modules."""
 
 
 class PeftModules:
-    """Finds PEFT's modules below one name, as ``nbpeft.tuners.lora``; each resolves its names when they are used.
+    """A finder for PEFT's modules below one root, e.g. ``nbpeft.tuners.lora``; their names are resolved on first use.
 
-    It derives from nothing of ``importlib.abc``, whose import takes a third as long as that of nbpeft.
+    It does not derive from the classes of ``importlib.abc``, whose import takes a third as long as that of nbpeft.
 
     Args:
-        root: the name they are below.
+        root: name of the root package.
     """
 
     def __init__(self, root: str) -> None:
@@ -34,7 +34,7 @@ class PeftModules:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module that PEFT has, too; None for any other."""
+        """Returns the spec of a module that PEFT has; None for any other."""
         root, _, place = fullname.partition(".")
         if root != self.root:
             return None
@@ -48,27 +48,27 @@ class PeftModules:
         return spec
 
     def locations(self, place: str) -> list[str]:
-        """The ``__path__`` of a package.
+        """Returns the ``__path__`` of a package.
 
         Args:
-            place: the package below the root, as ``tuners.lora``.
+            place: the package below the root, e.g. ``tuners.lora``.
         """
         return []
 
     def get_data(self, path: str) -> bytes:
-        """What a file holds; ``pkgutil`` looks for it in the folder of ``FILE``."""
+        """Returns the content of a file, for ``pkgutil``, which looks in the folder of ``FILE``."""
         return Path(path).read_bytes()
 
     def get_resource_reader(self, fullname: str) -> _Resources | None:
-        """What ``importlib.resources`` reads a package's files with; those of the root alone."""
+        """Returns the reader of a package's files for ``importlib.resources``; only for the root."""
         return _Resources() if fullname == self.root else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leaves it to Python to make the module."""
+        """Returns None, so that Python creates the module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Gives a module its names."""
+        """Makes a module resolve its names on first use."""
         from nbpeft.peft_api.names import names_in
 
         place = module.__name__.partition(".")[2]
@@ -80,7 +80,7 @@ class PeftModules:
         def find(name: str) -> Any:
             if name == "__all__":
                 return names()
-            if name.startswith("__"):  # inspect asks every module, also while torch is being imported
+            if name.startswith("__"):  # inspect looks these up in every module, even while torch is being imported
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return getattr(own, name) if own and name in own.__all__ else attribute(module.__name__, name)
 
@@ -92,10 +92,10 @@ class PeftModules:
 
 
 class _Resources:
-    """The files of nbpeft, for ``importlib.resources``."""
+    """The files of nbpeft for ``importlib.resources``."""
 
     def files(self) -> Path:
-        """The folder."""
+        """Returns the folder."""
         return Path(_FOLDER)
 
 
@@ -103,7 +103,7 @@ def children(place: str) -> Iterator[tuple[str, bool]]:
     """Yields the modules in a package of PEFT: name, and whether it is a package itself.
 
     Args:
-        place: the package below ``peft``, as ``tuners.lora``; empty for ``peft`` itself.
+        place: the package below ``peft``, e.g. ``tuners.lora``; empty for ``peft`` itself.
     """
     from nbpeft.peft_api.names import MODULES
 
@@ -114,10 +114,10 @@ def children(place: str) -> Iterator[tuple[str, bool]]:
 
 
 def attribute(module: str, name: str) -> Any:
-    """What PEFT has under a name in one of its modules: a module, or what nbpeft has for it.
+    """Returns the value of a name in one of PEFT's modules: a submodule, or the implementation in nbpeft.
 
     Args:
-        module: full name of the module, as ``nbpeft.utils``.
+        module: full name of the module, e.g. ``nbpeft.utils``.
         name: the name.
 
     Raises:
@@ -135,6 +135,6 @@ def attribute(module: str, name: str) -> Any:
 
 
 def add_import_paths() -> None:
-    """Lets ``nbpeft.tuners.lora`` and the like be imported; this is looked at only where nothing else is found."""
+    """Installs the finder for ``nbpeft.tuners.lora`` etc. at the end of ``sys.meta_path``, so that it is asked last."""
     if not any(isinstance(finder, PeftModules) and finder.root == _PACKAGE for finder in sys.meta_path):
         sys.meta_path.append(PeftModules(_PACKAGE))

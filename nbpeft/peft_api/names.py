@@ -1,6 +1,6 @@
-"""PEFT's modules, the names in each of them, and what each name is in nbpeft: one table.
+"""PEFT's modules, the names in each of them, and what implements each name in nbpeft: one table.
 
-The names are those of PEFT 0.21.2: what its packages list as public, and what other libraries import besides.
+The names are those of PEFT 0.21.2: the public names of its packages, and others that other libraries import.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from nbpeft.peft_api.missing import missing
 
 _ROOT = __name__.partition(".")[0]
 
-# Where a name is from: a module of nbpeft.peft_api that has it, or one of these.
+# Origin of a name: a module of nbpeft.peft_api, or one of these.
 OWN = "nbpeft"
-"""A public name of nbpeft, or what a registered method has under it. Where it is none (yet), the name is missing."""
+"""A public name of nbpeft, or a name of a registered method. If there is none, the name is missing."""
 LAYER = "layer"
-"""A class for ``isinstance``: the layers with adapters of one method that PEFT calls so, as ``lora.Linear``."""
+"""A class for ``isinstance``: layers with adapters of one method, under PEFT's name, e.g. ``lora.Linear``."""
 
 _AUTO = (
     "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
@@ -92,7 +92,7 @@ _OTHER_QUANTIZED = {
 }
 
 _ONLY_HERE = {"Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
-"""Names that several methods give to layers of theirs: they are not passed on to the packages above."""
+"""Names that several methods use for their own layers, and which the packages above do not have."""
 
 _ADALORA = (
     "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
@@ -150,7 +150,7 @@ METHODS = {
     "waveft": ("WaveFT", "WaveFTConfig WaveFTLayer WaveFTLinear WaveFTModel"),
     "xlora": ("X-LoRA", "XLoraConfig XLoraLayer XLoraModel"),
 }
-"""Package in ``peft.tuners`` of a method that nbpeft may lack -> the method's name for people, the names in it."""
+"""Package in ``peft.tuners`` of a method that may be missing in nbpeft -> its display name, the names in it."""
 
 _METHOD_NAMES = " ".join(
     name for _, names in METHODS.values() for name in names.split() if name not in _ONLY_HERE and name[-5:] != "Layer"
@@ -158,7 +158,7 @@ _METHOD_NAMES = " ".join(
 
 
 def _targets_of(package: str) -> str:
-    """The names of a method's table of targets and of its quantized layers."""
+    """Returns the names of a method's table of targets and of its quantized layers."""
     return f"TRANSFORMERS_MODELS_TO_{package.replace('_', '').upper()}_TARGET_MODULES_MAPPING Linear4bit Linear8bitLt"
 
 
@@ -369,7 +369,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.warning": {OWN: "PeftWarning"},
 }
-"""PEFT's module below ``peft`` -> where names are from -> names that are separated by spaces."""
+"""PEFT's module below ``peft`` -> origin -> names, separated by spaces."""
 
 _PACKAGE_OF = {name: package for package, (_, names) in METHODS.items() for name in names.split()} | {
     name: package for package in METHODS for name in _targets_of(package).split()[:1]
@@ -377,12 +377,12 @@ _PACKAGE_OF = {name: package for package, (_, names) in METHODS.items() for name
 
 
 def names_in(place: str) -> list[str]:
-    """The names in a module; for ``peft`` itself those that nbpeft lacks or calls otherwise."""
+    """Returns the names in a module; for ``peft`` itself, those that nbpeft lacks or names differently."""
     return sorted(_origins(place))
 
 
 def value(place: str, name: str) -> Any:
-    """What a name is.
+    """Returns the value of a name.
 
     Args:
         place: module of PEFT below ``peft``.

@@ -1,4 +1,4 @@
-"""What PEFT's package of ShadowPEFT has besides; transformers is imported with it."""
+"""PEFT's other names for ShadowPEFT, whose import needs transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peft.utils.hotswap``: a file may lack tensors there, which count as zeros in PEFT; here that is warned of."""
+"""``peft.utils.hotswap``: files may lack tensors, which count as zeros as in PEFT, but with a warning."""
 
 from __future__ import annotations
 

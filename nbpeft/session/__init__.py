@@ -1,9 +1,9 @@
 """Sessions: the shared state behind magics, panels and scripts.
 
-    get_session()   the session of this process, made on first use
-    Session         commands in, frozen ``SessionState`` out
+    get_session()   returns the session of this process, created on first use
+    Session         the commands; publishes frozen ``SessionState`` objects
 
-Importing this imports neither torch nor transformers; the first command does.
+Importing this package imports neither torch nor transformers; the first command does.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _session: Session | None = None
 
 
 def get_session() -> Session:
-    """Return the session of this process, made on first use; magics, panels and scripts share it."""
+    """Return the session of this process, created on first use; magics, panels and scripts share it."""
     global _session
     if _session is None:
         _session = Session()
@@ -77,16 +77,16 @@ def get_session() -> Session:
 
 
 session = get_session
-"""Old spelling of ``get_session``."""
+"""Former name of ``get_session``."""
 
 
 def track(model: Any = None, total_steps: int | None = None, **options: Any) -> Run:
-    """Make a run for a training loop of one's own, through the session; see ``Session.track``."""
+    """Create a run for a custom training loop, through the session; see ``Session.track``."""
     return get_session().track(model, total_steps, **options)
 
 
 def close_session() -> None:
-    """End the session of this process; adapters stay in their models, the next call makes a new one."""
+    """End the session of this process. Adapters stay on their models, and the next call creates a new session."""
     global _session
     if _session is not None:
         _session.close()
@@ -94,7 +94,7 @@ def close_session() -> None:
 
 
 class _CallableModule(types.ModuleType):
-    """Keeps the old spelling ``nbpeft.session()``: the import system binds that name to this package."""
+    """Supports the former spelling ``nbpeft.session()``, because the import system binds that name to this package."""
 
     def __call__(self) -> Session:
         return get_session()

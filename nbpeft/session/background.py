@@ -1,10 +1,10 @@
-"""Training in the background: the cell returns, the training goes on in a thread of its own.
+"""Training in the background: the cell returns, and the training continues in its own thread.
 
     cell       start ── waits until the run begins ── shows it ── returns a BackgroundRun
-    thread              data, Trainer ── begin ──┘        └── step ── turns of others ── step ── … ── end
+    thread              data, Trainer ── begin ──┘        └── step ── calls of others ── step ── … ── end
 
-What fails before the run begins fails in the cell. The run is shown by the cell's thread, so that its output is the
-cell's. Between two steps other threads may call the model; who would change its adapters gets ``BusyError``.
+An error before the run begins is raised in the cell. The cell's thread displays the run, so that its output belongs to
+the cell. Other threads may call the model between two steps; changing its adapters raises ``BusyError``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     Work = Callable[["BackgroundTraining"], TrainResult]
 
 _AT_EXIT = 10.0
-"""Seconds that the end of the process waits for the step that runs."""
+"""Seconds that the end of the process waits for the current step."""
 
 
 class TurnTakingControl(RunControl):
-    """Stop and Pause of a run in the background; others take their turns where these are looked at."""
+    """Stop and Pause of a run in the background; other threads may use the model wherever these are checked."""
 
     def __init__(self, gate: StepGate) -> None:
         super().__init__()
@@ -44,18 +44,18 @@ class TurnTakingControl(RunControl):
     def _deliver(self) -> None:
         super()._deliver()
         while self._gate.yield_between_steps(lambda: self.stop_requested) and self.paused:
-            super()._deliver()  # no step waits for those who come meanwhile
+            super()._deliver()  # while paused, let further threads use the model
 
 
 class BackgroundTraining:
-    """A training in a thread of its own.
+    """A training in its own thread.
 
     Attributes:
-        description: what runs, e.g. ``training sql``.
+        description: description of the training, e.g. ``training sql``.
         control: Stop and Pause.
-        result: how it ended; None before that, and where it failed.
-        error: why it failed.
-        traceback: of the error, as text.
+        result: the result; None before the end, or if it failed.
+        error: the error with which it failed.
+        traceback: traceback of the error, as text.
     """
 
     def __init__(self, description: str, gate: StepGate) -> None:
@@ -71,25 +71,27 @@ class BackgroundTraining:
 
     @property
     def ended(self) -> bool:
-        """Whether the thread has nothing more to do with the model."""
+        """Whether the thread no longer uses the model."""
         return self._ended
 
     @property
     def state(self) -> TrainState | None:
-        """The run now; None before it begins."""
+        """The current state of the run; None before it begins."""
         return self._run.state if self._run is not None else None
 
     def start(self, work: Work, show: Callable[[Run], object]) -> None:
-        """Starts, and returns when the run has begun and is shown; where that is interrupted, ``abandon`` ends it.
+        """Starts the thread, and returns when the run has begun and is displayed.
+
+        If this is interrupted, the caller must call ``abandon``.
 
         Args:
-            work: trains; runs in the thread.
-            show: shows the run; called in this thread.
+            work: runs the training; called in the new thread.
+            show: displays the run; called in this thread.
 
         Raises:
-            NbpeftError: what failed before the run began.
+            NbpeftError: the error with which it failed before the run began.
         """
-        context = contextvars.copy_context()  # output of the thread belongs to the cell that runs now
+        context = contextvars.copy_context()  # so that the thread's output appears in the current cell
         thread = threading.Thread(target=context.run, args=(self._work, work), name="nbpeft-training", daemon=True)
         with HeldInterrupts():
             thread.start()
@@ -103,7 +105,7 @@ class BackgroundTraining:
             raise self.error
 
     def abandon(self) -> None:
-        """Ends a training whose cell does not return, also one whose thread was never started."""
+        """Ends a training whose cell was interrupted, even if its thread was never started."""
         self.control.request_stop("interrupted")
         self._release()
         if self._started:
@@ -112,14 +114,23 @@ class BackgroundTraining:
             self._end()
 
     def begun(self, run: Run) -> None:
-        """Called by the thread when its run begins: waits until it is shown."""
+        """Called by the thread when its run begins; waits until the run is displayed."""
         with self._condition:
             self._run = run
             self._condition.notify_all()
             self._condition.wait_for(lambda: self._shown)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end; says whether that came about. An interruption ends the waiting alone."""
+        """Waits for the end.
+
+        An interruption ends only the wait.
+
+        Args:
+            timeout: maximal time in seconds; None for no limit.
+
+        Returns:
+            Whether the training has ended.
+        """
         with self._condition:
             return self._condition.wait_for(lambda: self._ended, timeout)
 
@@ -135,9 +146,9 @@ class BackgroundTraining:
         self._gate.acquire()
         try:
             self.result = work(self)
-        except BaseException as error:  # shown in the card, and raised for whoever asks for the result
+        except BaseException as error:  # displayed in the card, and raised by BackgroundRun.result
             self.traceback = "".join(traceback.format_exception(error))
-            release_frames(error, everything=True)  # they hold the model
+            release_frames(error, everything=True)  # frames reference the model
             self.error = error.with_traceback(None)
         finally:
             _live.discard(self)
@@ -152,11 +163,11 @@ class BackgroundTraining:
 
 @dataclass(frozen=True, repr=False)
 class BackgroundRun(Result):
-    """A training that goes on while other cells run.
+    """A training that continues while other cells run.
 
     Attributes:
         model_name: the notebook variable of the model.
-        line: what can be done with it.
+        line: text that says how to control it.
         training: its thread.
     """
 
@@ -166,37 +177,37 @@ class BackgroundRun(Result):
 
     @property
     def state(self) -> TrainState | None:
-        """The run now."""
+        """The current state of the run."""
         return self.training.state
 
     @property
     def running(self) -> bool:
-        """Whether it goes on."""
+        """Whether it still runs."""
         return not self.training.ended
 
     @property
     def result(self) -> TrainResult | None:
-        """How it ended; None while it goes on.
+        """The result; None while it still runs.
 
         Raises:
-            Exception: what it failed with.
+            Exception: the error with which it failed.
         """
         if self.training.error is not None:
             raise self.training.error
         return self.training.result
 
     def wait(self, timeout: float | None = None) -> TrainResult:
-        """Waits for its end; interrupting that leaves the training alone.
+        """Waits for the end; interrupting the wait does not affect the training.
 
         Args:
-            timeout: seconds to wait at most; None for as long as it takes.
+            timeout: maximal time in seconds; None for no limit.
 
         Returns:
-            How it ended.
+            The result.
 
         Raises:
-            TimeoutError: it still goes on.
-            Exception: what it failed with.
+            TimeoutError: it still runs.
+            Exception: the error with which it failed.
         """
         if not self.training.join(timeout):
             raise TimeoutError(f"{self.training.description} goes on")
@@ -205,15 +216,15 @@ class BackgroundRun(Result):
         return result
 
     def stop(self) -> None:
-        """Asks it to end after the step it is in; it keeps what was learned."""
+        """Requests the training to end after the current step; what was learned remains."""
         self.training.control.request_stop()
 
     def pause(self) -> None:
-        """Asks it to wait after the step it is in."""
+        """Requests the training to wait after the current step."""
         self.training.control.pause()
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Continues a paused training."""
         self.training.control.resume()
 
     def __str__(self) -> str:
@@ -222,7 +233,7 @@ class BackgroundRun(Result):
         return str(self.training.result or self.line)
 
     def view(self) -> Line:
-        """What can be done with it, or how it ended."""
+        """Shows how to control it, or the result."""
         return line(dim(self.line)) if self.running else line(bold(str(self)))
 
 
@@ -231,7 +242,7 @@ _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _end_at_exit() -> None:
-    """Threads of torch's must not be cut off in the middle of a step."""
+    """Stops trainings before the process ends, because torch's threads must not be killed in the middle of a step."""
     for training in list(_live):
         training.control.request_stop("the kernel was shut down")
         training.join(_AT_EXIT)

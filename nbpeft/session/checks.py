@@ -1,4 +1,4 @@
-"""Checks of what commands are given; each mistake is one line."""
+"""Checks of command arguments; each error message is one line."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from nbpeft.errors import AdapterError
 
 _LONGEST_PART, _LONGEST = 255, 4095
-"""Bytes of a path on usual systems, and of one part of it."""
+"""Usual limits in bytes of one component of a path, and of the whole path."""
 
 
 def adapter_name(name: Any, *, given: bool = True) -> str:
-    """Check the name of an adapter to come.
+    """Check the name of a new adapter.
 
     Args:
         name: the name.
-        given: whether it was given, and not made from the name of a folder.
+        given: whether the user gave it; False if it was derived from a folder's name.
 
     Raises:
-        AdapterError: it cannot be the name of one.
+        AdapterError: the name is invalid.
     """
     from nbpeft.engine.config.adapter_names import check_name
 
@@ -36,6 +36,10 @@ def adapter_name(name: Any, *, given: bool = True) -> str:
 
 def place_of(place: object, what: str) -> str:
     """Return a folder, file or hub id as text.
+
+    Args:
+        place: the path or id.
+        what: name of the command, for the message.
 
     Raises:
         AdapterError: it is empty or cannot be a path.
@@ -53,10 +57,10 @@ def place_of(place: object, what: str) -> str:
 
 
 def weights_of(weights: object) -> Mapping[str, float]:
-    """Check weights by adapter.
+    """Check that weights are a mapping from adapter names.
 
     Raises:
-        AdapterError: they are not given by name.
+        AdapterError: they are not.
     """
     if not isinstance(weights, Mapping):
         raise AdapterError(f"weights are given by adapter, as {{'a': 0.7, 'b': 0.3}}, not {weights!r:.60}")
@@ -64,11 +68,11 @@ def weights_of(weights: object) -> Mapping[str, float]:
 
 
 def listed(given: object, what: str) -> list[Any]:
-    """Return one text or several things as a list.
+    """Return a text, or the elements of an iterable, as a list.
 
     Args:
-        given: a text, or anything to iterate over.
-        what: what was expected, for the message.
+        given: a text or an iterable.
+        what: the expected type, for the message.
 
     Raises:
         AdapterError: it is neither.

@@ -1,4 +1,4 @@
-"""From the fields a person writes to a config, and whether two configs mean the same."""
+"""Building configs from the fields that a user writes, and comparing the meaning of configs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from nbpeft.engine.contract.registry import Method
 
 DEFAULT_METHOD = "LORA"
-"""The ``peft_type`` of a config that does not name one."""
+"""The default ``peft_type``."""
 
 _NAME_FIELDS = ("target_modules", "exclude_modules")
 _ONE_NAME = re.compile(r"[\w.]+")
 
 
 def config_class(peft_type: str = DEFAULT_METHOD) -> type[AdapterConfig]:
-    """The config class of a method.
+    """Return the config class of a method.
 
     Raises:
         UnknownMethodError: no registered method has that ``peft_type``.
@@ -35,12 +35,12 @@ def config_class(peft_type: str = DEFAULT_METHOD) -> type[AdapterConfig]:
 
 
 def field_names(peft_type: str = DEFAULT_METHOD) -> tuple[str, ...]:
-    """The fields that a cell may set for a method, ``peft_type`` included."""
+    """Return the fields that a cell may set for a method, including ``peft_type``."""
     return tuple(item.name for item in dataclasses.fields(config_class(peft_type)) if item.init)
 
 
 def method_names() -> tuple[str, ...]:
-    """What ``--method`` and ``peft_type`` take, in small letters."""
+    """Return the names of the methods for ``--method`` and ``peft_type``, in lower case."""
     import nbpeft.engine  # registers the methods
     from nbpeft.engine.contract.registry import methods
 
@@ -51,17 +51,17 @@ def method_names() -> tuple[str, ...]:
 def build_config(
     config: AdapterConfig | Mapping[str, Any], *, instead_of: AdapterConfig | None = None
 ) -> AdapterConfig:
-    """A config as it is, or one made of fields.
+    """Build a config from fields, or return a config unchanged.
 
     Args:
-        config: a config, or fields by name; ``peft_type`` among them chooses the method,
-            without it that of ``instead_of``, else LoRA. Among fields, targets that are one plain
-            name mean that name, not a pattern, and an init that has settings gets its usual ones.
+        config: a config, or fields by name. The method is their ``peft_type``, by default that of ``instead_of``, or
+            else LoRA. In fields a target that is a plain name means modules with that name, and not a pattern; an init
+            with options gets its default options.
         instead_of: config of the adapter that is reconfigured.
 
     Raises:
-        ConfigError: a field is unknown (the message names near ones) or its value impossible;
-            ``details["field"]`` names the field.
+        ConfigError: a field is unknown (the message has similar names) or its value is invalid; ``details["field"]``
+            is the name of the field.
         UnknownMethodError: ``peft_type`` is not a known method.
     """
     from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
@@ -92,7 +92,7 @@ def build_config(
 
 
 def _elsewhere(name: str) -> str:
-    """Names methods whose configs have a field: the usual one, where it is among them."""
+    """Return a hint at methods whose configs have a field; the default method, if it is among them."""
     from nbpeft.engine.contract.registry import methods
 
     having = [method for method in methods() if name in field_names(method.peft_type)]
@@ -103,22 +103,22 @@ def _elsewhere(name: str) -> str:
 
 
 def meaning(config: AdapterConfig) -> dict[str, Any]:
-    """What a config does, comparable: without where it comes from, collections as sorted lists."""
+    """Return the fields that determine what a config does in comparable form: without origins, with sorted lists."""
     return {name: _plain(value) for name, value in config.to_dict().items() if name not in ORIGIN_FIELDS}
 
 
 def label_of(config: AdapterConfig) -> str:
-    """How a person calls the method of a config: ``LoRA``, ``DoRA``, ``rsLoRA``."""
+    """Return the display name of a config's method: ``LoRA``, ``DoRA``, ``rsLoRA``."""
     return _method(config).title(config)
 
 
 def summary_of(config: AdapterConfig) -> dict[str, str]:
-    """What people see of a config: ``{"r": "16", "α": "32"}``."""
+    """Return the displayed fields of a config: ``{"r": "16", "α": "32"}``."""
     return dict(_method(config).summary(config))
 
 
 def combination_types(configs: Iterable[AdapterConfig]) -> tuple[str, ...]:
-    """The ways in which adapters of all these configs can be combined."""
+    """Return the combination types that all methods of these configs support."""
     ways = [combine.types if (combine := _method(config).combine) is not None else () for config in configs]
     return tuple(name for name in ways[0] if all(name in way for way in ways)) if ways else ()
 
@@ -132,7 +132,7 @@ def _method(config: AdapterConfig) -> Method:
 
 
 def _as_names(value: Any) -> Any:
-    """A single name as a list of it: as a string it would be a pattern for a module's whole path."""
+    """Return a single name as a list, because a string would be a pattern for the whole path of a module."""
     return [value] if isinstance(value, str) and _ONE_NAME.fullmatch(value) else value
 
 

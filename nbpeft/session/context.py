@@ -1,4 +1,4 @@
-"""What all commands of a session share: the models, the lock, and publishing their state."""
+"""The common context of a session's commands: the models, the lock, and publishing the state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _MOST_NOTES = 20
 _RUNS_DIR = "nbpeft_runs"
 _OFF = ("", "0", "off", "no", "none")
-"""Values of the place of runs that keep none."""
+"""Values of the runs folder that disable saving runs."""
 _FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 """Warnings that are not turned into notes."""
 
@@ -47,23 +47,23 @@ class SessionContext:
     """The state of one session and the protocol of its commands.
 
     Attributes:
-        lock: lets one command run at a time.
+        lock: allows one command at a time.
         models: the adapted models.
-        variables: of the notebook, where there is one.
+        variables: the notebook's variables, if there is a notebook.
         subscribers: called with every new state.
         run_subscribers: called with every run that starts.
-        runs: model -> the run that trains it now; None for a model without adapters.
+        runs: model -> the run that is training it; the key is None for a model without adapters.
         background: model -> its last training in the background.
-        last_result: what came of the last training.
-        tokenizers: base model -> the tokenizer that was given for it last.
-        conversations: base model -> who answered -> (prompt, answer) of each turn of the last conversation.
+        last_result: result of the last training.
+        tokenizers: base model -> the tokenizer that was last given for it.
+        conversations: base model -> adapter -> (prompt, answer) of each turn of the last conversation.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
-        last_traceback: of the last command that failed, as text.
+        last_traceback: traceback of the last command that failed, as text.
         history: adapters that commands deleted or replaced.
-        notes: what went wrong outside any command, e.g. in a subscriber.
-        changed: whether something changed that was not published yet.
-        runs_dir: where runs are kept; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
-        home: the working directory when the session began.
+        notes: errors outside of commands, e.g. in a subscriber.
+        changed: whether there are changes that were not published yet.
+        runs_dir: folder for runs; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
+        home: working directory when the session was created.
     """
 
     def __init__(self) -> None:
@@ -90,11 +90,11 @@ class SessionContext:
 
     @property
     def state(self) -> SessionState:
-        """The state now; while another thread runs a command, the last one published."""
+        """The current state; while another thread runs a command, the last published one."""
         return self._look()[0]
 
     def _look(self) -> tuple[SessionState, bool]:
-        """The state, and whether it is that of now."""
+        """Returns the state, and whether it is the current one."""
         with self.lock.try_lock() as free:
             if not free:
                 last = self._last
@@ -112,7 +112,7 @@ class SessionContext:
 
     def publish(self) -> None:
         """Sends the state to all subscribers."""
-        self.changed = True  # for the command of another thread, where there is one: it publishes at its end
+        self.changed = True  # if another thread runs a command, it publishes at its end
         self._revision += 1
         state, is_new = self._look()
         if is_new:
@@ -125,23 +125,24 @@ class SessionContext:
     def command(
         self, description: str, *, slow: bool = False, gather: bool = True
     ) -> AbstractContextManager[list[str]]:
-        """Context manager around one command: takes the lock, collects warnings as notes, publishes once at the end.
-
-        It gives the notes so far, which the command may add to.
+        """Context manager for a command: acquires the lock, collects warnings as notes, and publishes once at the end.
 
         Args:
-            description: what is done, for ``busy``.
-            slow: publish at the start as well, so that panels show what is running.
+            description: description of the command, for ``busy``.
+            slow: also publish at the start, so that panels show the running command.
             gather: turn user warnings into notes.
+
+        Returns:
+            A context manager whose value is the list of notes, to which the command may add.
 
         Raises:
             BusyError: another thread runs a command.
         """
-        # Whoever catches warnings does so for all threads: not while another trains.
+        # Catching warnings affects all threads, so it is not done while another thread trains.
         return _Command(self, description, slow, gather and self.training_in_background is None)
 
     def deciding(self) -> AbstractContextManager[list[str]]:
-        """Context manager around all of a command: what it decides on stays until it is done.
+        """Context manager for a whole command: what it bases decisions on does not change until it ends.
 
         Raises:
             BusyError: another thread runs a command.
@@ -149,23 +150,23 @@ class SessionContext:
         return _Command(self, "", slow=False, gather=False)
 
     def end_command(self) -> None:
-        """Publish what a command has changed, if it was the outermost."""
+        """Publish the changes of a command, if it was the outermost one."""
         if self.lock.depth == 0:
             self.models.release_handles()
-        # A run may publish "busy" without changing anything: that has to be taken back, too.
+        # A run may have published "busy" without changing anything, which has to be reset too.
         if self.lock.depth == 0 and (self.changed or self._published_busy):
             self.publish()
 
     def find(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel | None:
-        """Find a model, tracking it where it is adapted already; None for a bare model.
+        """Return a model, and start to track it if it is already adapted; None for a bare model.
 
         Args:
             model: a model, a name, or None for the only model.
-            variable: what to call a model that is new here.
+            variable: name for a model that the session does not know yet.
             command: as for ``ModelRegistry.get``.
 
         Raises:
-            AdapterError: it is not a model, there is none of that name, or it has to be named.
+            AdapterError: it is not a model, the name is unknown, or a name is required.
         """
         if model is None or isinstance(model, str):
             return self.models.get(model, command=command)
@@ -176,52 +177,63 @@ class SessionContext:
         return self.models.find(model) or self.models.adopt(model, variable)
 
     def find_adapted(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel:
-        """Find a model as ``find`` does, but refuse a bare one.
+        """Return a model like ``find``, but refuse a bare one.
 
         Args:
             model: a model, a name, or None for the only model.
-            variable: what to call a model that is new here.
+            variable: name for a model that the session does not know yet.
             command: as for ``ModelRegistry.get``.
 
         Raises:
-            AdapterError: there is no such model, or it carries no adapters.
+            AdapterError: there is no such model, or it has no adapters.
         """
         tracked = self.find(model, variable, command=command)
         return tracked if tracked is not None else self.models.get(model)
 
     @property
     def runs_folder(self) -> Path | None:
-        """Where runs are kept; None where that is switched off."""
+        """Folder for runs; None if saving them is disabled."""
         chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if self.runs_dir is None else self.runs_dir
         return None if chosen.strip().lower() in _OFF else Path(self.home, os.path.expanduser(chosen))
 
     def has_run(self, name: str) -> bool:
-        """Whether a run of that name is kept, with an adapter."""
+        """Return whether a run with this name is saved with an adapter."""
         from nbpeft.runs.folder import RunFolder
 
         folder = self.runs_folder
         return bool(name) and folder is not None and bool(RunFolder(folder / name).kept_steps())
 
     def result(self, tracked: TrackedModel, line: str, notes: list[str]) -> CommandResult:
-        """The result of a command that only has a line to report."""
+        """Return the result of a command that only reports one line.
+
+        Args:
+            tracked: the model.
+            line: what was done, as text.
+            notes: messages for the user.
+        """
         if len(self.models.all()) > 1 and tracked.name not in line:
             line = f"{line} ({tracked.name})"
         return CommandResult(line, tracked.state(), tuple(notes))
 
     def keep_result(self, tracked: TrackedModel, result: TrainResult) -> None:
-        """Remember what came of the training of a model, of whatever way it ended."""
+        """Store the result of the training of a model, whether it finished or not.
+
+        Args:
+            tracked: the model.
+            result: the result.
+        """
         tracked.result = self.last_result = result
 
     @property
     def training_in_background(self) -> BackgroundTraining | None:
-        """The training that runs in the background."""
+        """The training that is running in the background, or None."""
         return next((training for training in list(self.background.values()) if not training.ended), None)
 
     def refuse_another_training(self) -> None:
-        """Refuse a training while one runs in the background.
+        """Refuse another training while one is running in the background.
 
         Raises:
-            BusyError: one does.
+            BusyError: one is running.
         """
         training = self.training_in_background
         if training is not None:
@@ -229,13 +241,13 @@ class SessionContext:
             raise BusyError(words, running=training.description)
 
     def end_trainings(self) -> None:
-        """Stop what trains in the background, and wait for the end of the step it is in."""
+        """Stop trainings in the background, and wait for the end of their current step."""
         for training in list(self.background.values()):
             training.control.request_stop("the session was closed")
             training.join()
 
     def close(self) -> None:
-        """End what runs in the background, and forget models and subscribers."""
+        """End trainings in the background, and forget models and subscribers."""
         self.end_trainings()
         self.models.clear()
         self.variables.clear()
@@ -259,9 +271,10 @@ def _working_directory() -> str:
 
 
 class _Command:
-    """What ``SessionContext.command`` returns.
+    """The context manager of ``SessionContext.command``.
 
-    No generator: of one that an interruption keeps from being left, the rest would run whenever it is collected.
+    It is not a generator, because the ``finally`` part of a generator also runs when it is garbage collected, which
+    would be at an arbitrary time if an interruption prevented ``__exit__``.
     """
 
     def __init__(self, context: SessionContext, description: str, slow: bool, gather: bool) -> None:
@@ -280,14 +293,14 @@ class _Command:
 
     def _enter(self, notes: list[str], block: RunningBlock) -> None:
         context = self._context
-        with HeldInterrupts() as held, ExitStack() as entered:
+        with HeldInterrupts() as interrupts, ExitStack() as entered:
             command = context.lock.take(self._description, block)
             entered.callback(context.lock.give_back, command)
             if self._slow:
-                with held.released():
+                with interrupts.released():
                     context.publish()
                 context.changed = True
-            if self._description:  # a block that only decides has nobody to tell
+            if self._description:  # a block without a description has no result to show notices
                 notes += context.variables.take_notices()
             entered.enter_context(collapsed())
             if self._gather:
@@ -303,12 +316,12 @@ class _Command:
 
 
 class _WarningsAsNotes:
-    """Turns user warnings into notes as they come, each once; other warnings are raised again at the end.
+    """Turns user warnings into notes immediately, each one once; other warnings are issued again at the end.
 
     Args:
-        notes: to add to.
-        block: in which warnings are taken. Should an interruption keep it from being left, the next
-            warning or the next command ends the taking.
+        notes: list to add the notes to.
+        block: block in which warnings are collected. If an interruption prevents ``__exit__``, the next warning or the
+            next command ends the collection.
     """
 
     def __init__(self, notes: list[str], block: RunningBlock) -> None:

@@ -1,4 +1,4 @@
-"""Session: the one shared state of a notebook or a script. Commands in, ``SessionState`` out."""
+"""Session: the shared state of a notebook or a script. It has the commands, and publishes ``SessionState`` objects."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ if TYPE_CHECKING:
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _LONGEST_TRACEBACK = 200_000
-"""Characters."""
+"""Maximal number of characters of a stored traceback."""
 
 
 def _command(
     function: Callable[Concatenate[SessionContext, _Arguments], _Result],
 ) -> Callable[Concatenate[Session, _Arguments], _Result]:
-    """Make a method of a command: the same arguments and docstring, with the session's context filled in.
+    """Turn a command into a method with the same arguments and docstring, and the session's context filled in.
 
-    No other command of the session runs from its first look at the models on.
+    The lock excludes the other commands of the session from the moment when the models are looked up.
     """
 
     @functools.wraps(function)
@@ -71,7 +71,7 @@ def _command(
 def _question(
     function: Callable[Concatenate[SessionContext, _Arguments], _Result],
 ) -> Callable[Concatenate[Session, _Arguments], _Result]:
-    """Make a method of what may be called while a command runs: it changes no model, or takes the lock by itself."""
+    """Turn a function into a method that can be called while a command runs: it changes no model or locks by itself."""
 
     @functools.wraps(function)
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -83,11 +83,11 @@ def _question(
 class Session:
     """Commands on the adapted models of a notebook or a script.
 
-    A model is known by the name of its variable and held weakly. Every command that takes
-    ``model`` accepts that name, the model itself, or None for the only model that carries adapters;
-    where several do, None is refused. When the model used last is unloaded or gone, the only one that is left takes
-    its place, and that is noted; to merge or unload it has to be named. A command that fails leaves model, session and
-    disk as they were; one that another thread runs meanwhile makes it raise ``BusyError`` at once.
+    A model is identified by the name of its variable and referenced weakly. Every command with an argument ``model``
+    accepts that name, the model itself, or None for the only model that has adapters; None is refused if there are
+    several. When the model used last is unloaded or deleted, the only remaining one is used instead, with a note;
+    merging and unloading require its name then. A command that fails leaves model, session and disk unchanged. A
+    command raises ``BusyError`` immediately while another thread runs one.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class Session:
 
     @property
     def state(self) -> SessionState:
-        """The state now; while another thread runs a command, the last one published."""
+        """The current state; while another thread runs a command, the last published one."""
         return self.context.state
 
     @property
@@ -176,112 +176,116 @@ class Session:
 
     @property
     def last_traceback(self) -> str:
-        """The traceback of the last command that failed, as text: it keeps no tensor alive."""
+        """The traceback of the last command that failed, as text, so that it keeps no tensor alive."""
         return self.context.last_traceback
 
     def note_failure(self, error: BaseException) -> None:
-        """Keep the traceback of an error as text, for ``last_traceback``; tokens in it are masked."""
+        """Store the traceback of an error as text for ``last_traceback``; tokens in it are masked."""
         text = "".join(traceback.format_exception(error))
         self.context.last_traceback = masked(text[-_LONGEST_TRACEBACK:]).rstrip()
 
     def subscribe(self, callback: Callable[[SessionState], object]) -> Callable[[], None]:
-        """Call back with every new state, until the returned function is called.
+        """Call a function with every new state, until the returned function is called.
 
-        Bound methods are held weakly. What a callback raises becomes a note of the state and
-        breaks nothing.
+        Bound methods are referenced weakly. An error in a callback becomes a note of the state and has no other effect.
         """
         return self.context.subscribers.add(callback)
 
     def on_run(self, callback: Callable[[Run, str], object]) -> Callable[[], None]:
-        """Call back with each run that starts and its model's name, until the returned function is called."""
+        """Call a function with each run that starts and its model's name, until the returned function is called."""
         return self.context.run_subscribers.add(callback)
 
     def refresh(self) -> SessionState:
-        """Count parameters again (after ``requires_grad`` or parameters were changed by hand) and publish."""
+        """Count parameters again, after ``requires_grad`` or parameters were changed directly, and publish."""
         for tracked in self.context.models.all():
             tracked.recount()
         self.context.publish()
         return self.state
 
     def end_trainings(self) -> None:
-        """Stop what trains in the background, and wait for the end of the step it is in."""
+        """Stop trainings in the background, and wait for the end of their current step."""
         self.context.end_trainings()
 
     def close(self) -> None:
-        """End trainings in the background, and forget models and subscribers; the adapters stay in their models."""
+        """End trainings in the background, and forget models and subscribers; adapters stay on their models."""
         self.context.close()
 
     # Models
 
     def model(self, name: ModelLike = None, *, command: str = "") -> PeftModel:
-        """Return the adapted model of that name (or of a model), the only one for None.
+        """Return an adapted model by name or by a model; None for the only one.
 
         Args:
             name: a name or a model.
-            command: what it is for, for the message where several models carry adapters, e.g. ``unload``.
+            command: name of the command, for the message if several models have adapters, e.g. ``unload``.
 
         Raises:
-            AdapterError: there is none; the message names those there are.
+            AdapterError: there is no such model; the message has the available names.
         """
         return self.context.models.get(name, command=command).model
 
     def base(self, model: ModelLike = None) -> nn.Module:
-        """Return the base model under the adapters."""
+        """Return the base model without the PeftModel."""
         base: nn.Module = self.context.models.get(model).manager.model
         return base
 
     def watch(self, model: nn.Module, *, name: str | None = None) -> str:
-        """Track a model that was adapted without the session; returns its name here.
+        """Track a model that was adapted without the session, and return its name.
+
+        Args:
+            model: the adapted model.
+            name: name of its variable; None for a free name.
 
         Raises:
-            AdapterError: it carries no adapters.
+            AdapterError: the model has no adapters.
         """
         tracked = self.context.find_adapted(model, name)
         self.context.publish()
         return tracked.name
 
     def adopt(self, variables: Mapping[str, object]) -> None:
-        """Follow the variables of a notebook from now on: before each command they are looked at.
+        """Watch the variables of a notebook; from now on they are examined before each command.
 
-        Adapted models among them are tracked; only one that is the first and only one becomes the current one. A model
-        whose variable holds something else is called by another variable that holds it, or ``NAME (before)``. Of
-        one that is gone, adapters that were trained and not saved are kept for ``undo``. ``notices`` says so. Cheap,
-        and imports nothing: without ``nbpeft.model`` nothing can be adapted.
+        Adapted models among them are tracked; the first one becomes the current model if it is the only one. If the
+        variable of a model gets another value, the model is named after another variable that refers to it, or
+        ``NAME (before)``. If a model no longer exists, its trained and unsaved adapters are preserved for ``undo``.
+        ``notices`` reports both. This is fast and imports nothing: without ``nbpeft.model`` there are no adapted
+        models.
         """
         self.context.variables.watch(variables)
 
     # For front ends
 
     def notices(self) -> tuple[str, ...]:
-        """What a person should know before the next command, e.g. that a variable holds another model; each once."""
+        """Return messages for the user before the next command, e.g. that a variable has another model; each once."""
         self.context.variables.look()
         return self.context.variables.take_notices()
 
     @property
     def past_names(self) -> tuple[str, ...]:
-        """Names of the models that are gone, and of which adapters can be brought back."""
+        """Names of models that no longer exist, and whose adapters can be restored."""
         return self.context.history.model_names
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Names of the models that a command without one may mean: those whose variable holds them."""
+        """Names of the models that a command without a name can refer to: those whose variable refers to them."""
         return self.context.models.choices
 
     would_reuse = _question(quantizing.would_reuse)
 
     def unsaved(self, model: object) -> tuple[str, ...]:
-        """Adapters of a model that were trained and are not saved; none for anything else."""
+        """Return the adapters of a model that were trained and are not saved; empty for anything else."""
         tracked = self.context.models.find(uncompiled(model))
         return () if tracked is None else tuple(sorted(tracked.manager.unsaved))
 
     def unwritable(self, arguments: Mapping[str, Any]) -> list[str]:
-        """Names of training arguments that ``export`` cannot write into a script."""
+        """Return the names of training arguments that ``export`` cannot write into a script."""
         from nbpeft.training.script import unwritable
 
         return unwritable(arguments)
 
     def fields(self, kind: str, method: str = "") -> Mapping[str, Field]:
-        """Fields that a cell may set, for completion and help; none while torch is not imported, so that it is cheap.
+        """Return the fields that a cell may set, for completion and help; empty before torch is imported, to be fast.
 
         Args:
             kind: ``config``, ``training`` or ``qlora``.
@@ -290,16 +294,16 @@ class Session:
         return fields(kind, method)
 
     def method_names(self) -> tuple[str, ...]:
-        """Names of the methods, for completion; none while torch is not imported."""
+        """Return the names of the methods, for completion; empty before torch is imported."""
         return method_names() if "torch" in sys.modules else ()
 
     def run_names(self) -> tuple[str, ...]:
-        """Names of the runs on disk, for completion; none while torch is not imported."""
+        """Return the names of the runs on disk, for completion; empty before torch is imported."""
         place = run_place(self.context) if "torch" in sys.modules else None
         return () if place is None else tuple(record.name for record in place.store.records())
 
     def combination_types(self, adapters: Iterable[str] = ()) -> tuple[str, ...]:
-        """Ways to combine adapters, for completion: of those of the names that are adapters, else of LoRA."""
+        """Return combination types for completion: those of the given adapters, or else those of LoRA."""
         names = set(adapters)
         configs = [
             config
@@ -310,7 +314,7 @@ class Session:
         return combination_types(configs) if configs else COMBINATION_TYPES
 
     def doctor(self) -> DoctorReport:
-        """Report what is installed, what is wrong with it, and what to install."""
+        """Report what is installed, which problems there are, and what to install."""
         from nbpeft.session.doctor import examine
 
         return examine()

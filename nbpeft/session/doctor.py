@@ -1,4 +1,4 @@
-"""What is installed, what is wrong with it, and what to install. Imports nothing heavy."""
+"""Diagnosis of the installation: versions, problems and what to install. Imports no large packages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class _Need:
     package: str
     minimum: str
     optional: str = ""
-    """What is missing without it; empty where it is needed."""
+    """What needs the package; empty if it is always needed."""
     flaw: tuple[str, str, str] | None = None
-    """First version with a flaw, first one without it, and what goes wrong."""
+    """The first version with a known bug, the first one without it, and its effect."""
 
 
 _NEEDS = (
@@ -39,7 +39,7 @@ _NEEDS = (
 
 
 def version_of(package: str) -> str:
-    """The installed version, or the empty string. The package is not imported."""
+    """Returns the installed version of a package without importing it; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -47,17 +47,22 @@ def version_of(package: str) -> str:
 
 
 def older(version: str, minimum: str) -> bool:
-    """Whether a version is below another; a pre-release or local build counts as its release."""
+    """Returns whether a version is older than another; a pre-release or local build counts as its release.
+
+    Args:
+        version: the version.
+        minimum: the version to compare with.
+    """
     return Version(Version(version).base_version) < Version(minimum)
 
 
 def install(packages: str) -> str:
-    """The command that installs packages (names with spaces between) into this very Python."""
+    """Returns the command that installs packages (names separated by spaces) for the running Python."""
     return f"{shlex.quote(sys.executable)} -m pip install -U {packages}"
 
 
 def examine() -> DoctorReport:
-    """Looks at the installation."""
+    """Examines the installation."""
     checks = [Check("python", f"{platform.python_version()} · {sys.executable}", *_python_problem())]
     checks.append(Check("nbpeft", version_of("nbpeft") or "not installed as a package", optional=True))
     checks.extend(_check(need) for need in _NEEDS)
@@ -66,17 +71,17 @@ def examine() -> DoctorReport:
 
 
 def _check(need: _Need) -> Check:
-    found = version_of(need.package)
-    if not found:
+    version = version_of(need.package)
+    if not version:
         without = f"needed for {need.optional}" if need.optional else "needed"
         return Check(need.package, "", without, install(need.package), optional=bool(need.optional))
-    if older(found, need.minimum):
-        return Check(need.package, found, f"older than {need.minimum}", install(need.package))
+    if older(version, need.minimum):
+        return Check(need.package, version, f"older than {need.minimum}", install(need.package))
     if need.flaw is not None:
         first, mended, trouble = need.flaw
-        if not older(found, first) and older(found, mended):
-            return Check(need.package, found, f"{trouble} before {mended}", install(need.package), optional=True)
-    return Check(need.package, found)
+        if not older(version, first) and older(version, mended):
+            return Check(need.package, version, f"{trouble} before {mended}", install(need.package), optional=True)
+    return Check(need.package, version)
 
 
 def _python_problem() -> tuple[str, str]:
@@ -84,7 +89,7 @@ def _python_problem() -> tuple[str, str]:
 
 
 def _accelerator() -> Check:
-    """What torch computes on, if it is imported already."""
+    """Returns a check of the device that torch uses, if torch is already imported."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "cuda"):
         return Check("device", "not looked at: torch is not imported yet", optional=True)
@@ -92,7 +97,7 @@ def _accelerator() -> Check:
         try:
             free, total = torch.cuda.mem_get_info()
             return Check("device", f"{torch.cuda.get_device_name()}, {size(free)} free of {size(total)}")
-        except RuntimeError as error:  # no room left for a CUDA context, or an earlier kernel broke it
+        except RuntimeError as error:  # no memory for a CUDA context, or an earlier kernel has failed
             return Check("device", "cuda", f"does not answer ({in_one_line(error):.120})", "restart the kernel")
     if torch.backends.mps.is_available():
         return Check("device", "mps")
@@ -100,7 +105,7 @@ def _accelerator() -> Check:
 
 
 def _slow_dtypes() -> str:
-    """What the processor is slow at, and what to do about it. Torch is imported."""
+    """Returns the dtypes that the processor is slow at, with advice, as text. Torch must be imported."""
     from nbpeft.memory.processor import HALF, slow_dtype_message, slow_here
 
     slow = [dtype for dtype in HALF if slow_here(dtype)]

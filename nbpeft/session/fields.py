@@ -1,6 +1,6 @@
-"""What a cell may set: the fields of a config, of quantization and of training, with their values and what they mean.
+"""The fields that a cell may set, with values and help: those of a config, of quantization and of training.
 
-Nothing is imported for it, so that completion is fast: without torch there is nothing to say of a config yet.
+This imports nothing, so that completion is fast; config fields are only available after torch was imported.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Field:
     """One field of a cell.
 
     Attributes:
-        name: what it is called.
-        kind: its type, as Python writes it.
-        default: its value where it is not given, as Python writes it; empty where there is none.
-        help: what it means, in one line.
-        choices: the values it takes, where they can be listed.
-        modules: whether it also takes names of the model's modules.
-        listed: texts that may stand in a list.
+        name: name of the field.
+        kind: its type, in Python syntax.
+        default: its default value, in Python syntax; empty if there is none.
+        help: description in one line.
+        choices: the possible values, if they can be listed.
+        modules: whether it also accepts names of the model's modules.
+        listed: texts that are allowed as elements of a list.
     """
 
     name: str
@@ -76,7 +76,7 @@ _QUANTIZATION = (
 
 
 def fields(kind: str, method: str = "") -> Mapping[str, Field]:
-    """The fields of a cell, without those that would be refused.
+    """Returns the fields of a cell, without those that would be refused.
 
     Args:
         kind: ``config``, ``training`` or ``qlora``.
@@ -89,7 +89,7 @@ def fields(kind: str, method: str = "") -> Mapping[str, Field]:
 
 
 def module_names(model: Any) -> tuple[str, ...]:
-    """Names of the layers of a model that an adapter can go on, each once, in model order.
+    """Returns the names of a model's layers that can be adapted, without duplicates, in model order.
 
     Args:
         model: a torch module, with or without adapters.
@@ -145,13 +145,13 @@ def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:
 
 
 def _resolved(item: dataclasses.Field[Any], cls: type) -> Any:
-    """The type of a field, where an annotation is text too."""
+    """Returns the type of a field, also if its annotation is a string."""
     if not isinstance(item.type, str):
         return item.type
     owner = next((base for base in cls.__mro__ if item.name in inspect.get_annotations(base)), cls)
     try:
         return eval(item.type, dict(vars(sys.modules[owner.__module__])))
-    except Exception:  # a name that only a type checker imports
+    except Exception:  # the annotation has a name that is imported only for type checkers
         return item.type
 
 
@@ -161,7 +161,7 @@ def _parts(kind: Any) -> tuple[Any, ...]:
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:
-    """All values of a type, where it has few: those of an enum, True and False, and None beside them."""
+    """Returns all values of a type with few values: those of an enum, True and False, and None if it is allowed."""
     found: list[Any] = []
     parts = _parts(kind)
     for part in parts:
@@ -190,7 +190,7 @@ def _name(kind: Any) -> str:
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of their attributes."""
+    """Returns attribute name -> description from the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         section = (base.__doc__ or "").partition("Attributes:\n")[2]

@@ -1,4 +1,4 @@
-"""The weights that adapters began with, for ``reset`` and for a training that starts anew."""
+"""The initial weights of adapters, for ``reset`` and for trainings that restart from them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: int | None = None) -> None:
-    """Gives an adapter the weights it was made with; one that was loaded gets new ones. ``undo`` brings the old back.
+    """Resets an adapter to its initial weights; a loaded adapter gets new ones. ``undo`` restores the old weights.
 
-    Its config, its place, whether it is active and whether it trains stay as they are.
+    Its config, its position, whether it is active and whether it is trainable do not change.
 
     Args:
-        ctx: the session's.
+        ctx: context of the session.
         tracked: the model.
-        name: the adapter.
-        seed: of the numbers that are drawn where the first ones are not known; None draws the next ones.
+        name: name of the adapter.
+        seed: seed of the random numbers if the initial ones are unknown; None uses the current random state.
 
     Raises:
-        MergeError: it is merged.
+        MergeError: the adapter is merged.
     """
     from nbpeft.engine.changes.random_numbers import drawing_from
 
@@ -34,15 +34,15 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
     with manager.reading():
         config, scale, place = manager.configs[name], manager.scale(name), manager.names.index(name)
         requested = tracked.requested_fields(name)
-    made, states = tracked.first_random.get(name, (None, None))
-    first = states if made is config else seed
+    initial_config, states = tracked.first_random.get(name, (None, None))
+    first = states if initial_config is config else seed
     with nullcontext() if first is None else drawing_from(first):
         put = manager.prepare(name, config, trainable=name not in manager.frozen, replace=True)
     with Undoable(ctx, tracked, name, "reset").change():
         put()
         manager.place(name, place)
         manager.set_scale(name, scale)
-    if made is config:
+    if initial_config is config:
         tracked.first_random[name] = (manager.configs[name], states)
     tracked.requested[name] = (manager.configs[name], requested)
 
@@ -51,13 +51,13 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
 def weights_kept_unless(
     ctx: SessionContext, tracked: TrackedModel, names: Iterable[str], learned: Callable[[], bool]
 ) -> Iterator[None]:
-    """Gives adapters back what they were when the block fails before anything was learned.
+    """Restores adapters if the block fails before anything was learned.
 
     Args:
-        ctx: the session's.
+        ctx: context of the session.
         tracked: their model.
-        names: those whose weights the block replaces.
-        learned: whether a step was done.
+        names: adapters whose weights the block replaces.
+        learned: returns whether a training step was done.
     """
     from nbpeft.engine.runtime.snapshots import restore, snapshot
 
@@ -69,8 +69,8 @@ def weights_kept_unless(
     except BaseException:
         if not learned() and before:
             with HeldInterrupts(to_the_end=True), manager.transaction() as change:
-                for kept in before:
-                    restore(manager, kept)
+                for adapter in before:
+                    restore(manager, adapter)
                 ctx.history.take_back(manager, past, change)
             tracked.requested, tracked.first_random, tracked.trained_steps = known
         raise

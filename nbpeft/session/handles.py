@@ -1,4 +1,4 @@
-"""Handles on adapted models: which one is alive, and a new one where the last was dropped."""
+"""The PeftModels of adapted models: which one is live, and creating a new one if the last was deleted."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 
 def is_handle(thing: object) -> bool:
-    """Whether something is an adapted model. Imports nothing."""
+    """Returns whether an object is a PeftModel. Imports nothing."""
     models = sys.modules.get("nbpeft.model")
     return models is not None and isinstance(thing, models.PeftModel)
 
 
 def is_module(thing: object) -> bool:
-    """Whether something is a torch module. Imports nothing."""
+    """Returns whether an object is a torch module. Imports nothing."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(thing, torch.nn.Module)
 
 
 def uncompiled(model: Any) -> Any:
-    """The model behind ``torch.compile``, or the model itself."""
+    """Returns the model inside a ``torch.compile`` wrapper, or the model itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def is_live(handle: PeftModel) -> bool:
-    """Whether a handle is the one that owns its base model's adapters."""
+    """Returns whether a PeftModel owns its base model's adapters."""
     return handle.is_live
 
 
 def handle_over(base: nn.Module) -> PeftModel | None:
-    """A handle on a base model that carries adapters although no variable holds one; None for a bare one."""
+    """Creates a PeftModel for a base model with adapters that has none; returns None for a bare model."""
     engine = sys.modules.get("nbpeft.engine.tree.model_tree")
     manager = engine.manager_of(base) if engine is not None else None
     if manager is None or not manager.alive or not manager.names:
@@ -48,11 +48,11 @@ def handle_over(base: nn.Module) -> PeftModel | None:
 
 
 def rehandle(base: nn.Module) -> Callable[[], PeftModel | None]:
-    """Return a function that makes a new handle as long as the base model exists."""
+    """Return a function that creates a new PeftModel as long as the base model exists."""
     reference = weakref.ref(base)
 
-    def make() -> PeftModel | None:
-        found = reference()
-        return None if found is None else handle_over(found)
+    def create() -> PeftModel | None:
+        existing = reference()
+        return None if existing is None else handle_over(existing)
 
-    return make
+    return create

@@ -1,4 +1,4 @@
-"""Adapters that commands deleted or replaced, kept in host memory so that ``undo`` can bring them back."""
+"""Adapters that commands deleted or replaced, stored in host memory so that ``undo`` can restore them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from nbpeft.engine.runtime.snapshots import AdapterSnapshot
 
 MOST_KEPT = 10
-"""Adapters that are kept for each model."""
+"""Maximal number of stored adapters per model."""
 MOST_BYTES = 2 * 2**30
-"""Bytes that they may take together for each model; the last one is kept whatever it takes."""
+"""Maximal size of the stored adapters per model in bytes; the last one is stored whatever its size."""
 
 
 @dataclass(frozen=True)
 class PastAdapter:
-    """An adapter that is gone or was replaced.
+    """An adapter that was deleted or replaced.
 
     Attributes:
-        kept: the adapter as it was.
+        kept: snapshot of the adapter.
         did: what happened to it, e.g. ``deleted``.
-        successor: config of what took its place, by which that is known again; None where nothing did.
-        requested: what ``TrackedModel.requested`` had of it.
-        combination: what ``TrackedModel.combinations`` had of it.
+        successor: config of the adapter that replaced it, for recognizing that; None if it was deleted.
+        requested: its entry in ``TrackedModel.requested``.
+        combination: its entry in ``TrackedModel.combinations``.
         in_place: whether its tensors were overwritten.
     """
 
@@ -46,15 +46,15 @@ class PastAdapter:
 
 @dataclass(frozen=True)
 class PastModel:
-    """What was trained and not saved on a model that is gone.
+    """The trained and unsaved adapters of a model that no longer exists.
 
     Attributes:
-        name: what it is called from now on, e.g. ``model (before)``.
-        variable: that held it.
-        adapters: as they were, in host memory.
-        fingerprint: of its base model, as in the metadata of a file; empty where it is not known.
-        runs: adapter -> the run on disk that has it, too.
-        remembered: attribute of ``TrackedModel`` -> what it had of these adapters.
+        name: the model's name from now on, e.g. ``model (before)``.
+        variable: name of its former variable.
+        adapters: snapshots of the adapters, in host memory.
+        fingerprint: fingerprint of its base model, as in the metadata of a file; empty if unknown.
+        runs: adapter -> the run on disk that also has it.
+        remembered: attribute of ``TrackedModel`` -> the entries of these adapters.
     """
 
     name: str
@@ -66,21 +66,21 @@ class PastModel:
 
     @property
     def words(self) -> str:
-        """``'sql' (in run sql-3), 'chat'``."""
+        """The adapters as text: ``'sql' (in run sql-3), 'chat'``."""
         runs = {name: f" (in run {run})" for name, run in self.runs.items()}
         return ", ".join(f"{kept.name!r}{runs.get(kept.name, '')}" for kept in self.adapters)
 
     @property
     def byte_count(self) -> int:
-        """Bytes in host memory."""
+        """Size in host memory in bytes."""
         return sum(kept.byte_count for kept in self.adapters)
 
 
 class History:
-    """The past adapters of each model, the last one last, which it takes along when it goes; and past models.
+    """The past adapters of each model, most recent last, stored as long as the model exists; and past models.
 
     Attributes:
-        models: the past models, the last one last.
+        models: the past models, most recent last.
     """
 
     def __init__(self) -> None:
@@ -93,31 +93,37 @@ class History:
         return tuple(model.name for model in self.models)
 
     def add_model(self, past: PastModel) -> tuple[PastModel, ...]:
-        """Keeps what is left of one more model; returns those that are too much and forgotten."""
-        kept, adapters, left = [past], MOST_KEPT - len(past.adapters), MOST_BYTES - past.byte_count
+        """Adds a past model; returns the older ones that were dropped because of the limits."""
+        remaining, adapters, bytes_left = [past], MOST_KEPT - len(past.adapters), MOST_BYTES - past.byte_count
         for older in reversed(self.models):
-            adapters, left = adapters - len(older.adapters), left - older.byte_count
-            if left < 0 or adapters < 0:
+            adapters, bytes_left = adapters - len(older.adapters), bytes_left - older.byte_count
+            if bytes_left < 0 or adapters < 0:
                 break
-            kept.insert(0, older)
-        dropped = self.models[: len(self.models) + 1 - len(kept)]
-        self.models = tuple(kept)
+            remaining.insert(0, older)
+        dropped = self.models[: len(self.models) + 1 - len(remaining)]
+        self.models = tuple(remaining)
         return dropped
 
     def model(self, name: str) -> PastModel | None:
-        """The past model of that name."""
+        """Returns the past model with this name, or None."""
         return next((model for model in self.models if model.name == name), None)
 
     def drop_model(self, past: PastModel) -> None:
-        """Forgets a past model."""
+        """Drops a past model."""
         self.models = tuple(model for model in self.models if model is not past)
 
     def of(self, manager: AdapterManager) -> tuple[PastAdapter, ...]:
-        """What can be brought back to a model."""
+        """Returns the adapters that can be restored on a model, most recent last."""
         return self._past.get(manager, ())
 
     def add(self, manager: AdapterManager, past: PastAdapter, change: Transaction) -> None:
-        """Keeps one more, and forgets the oldest where there are too many."""
+        """Adds a past adapter, and drops the oldest ones beyond the limits.
+
+        Args:
+            manager: manager of the model.
+            past: the past adapter.
+            change: transaction that records the change.
+        """
         kept, left = [past], MOST_BYTES - past.kept.byte_count
         for older in reversed(self.of(manager)[1 - MOST_KEPT :]):
             left -= older.kept.byte_count
@@ -127,11 +133,17 @@ class History:
         self._set(manager, tuple(kept), change)
 
     def drop_last(self, manager: AdapterManager, change: Transaction) -> None:
-        """Forgets the last one."""
+        """Drops the most recent past adapter of a model."""
         self._set(manager, self.of(manager)[:-1], change)
 
     def take_back(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
-        """Keeps what was kept at an earlier moment: what came since did not happen."""
+        """Resets the past adapters of a model to those of an earlier moment.
+
+        Args:
+            manager: manager of the model.
+            past: the earlier past adapters.
+            change: transaction that records the change.
+        """
         self._set(manager, past, change)
 
     def _set(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
@@ -140,22 +152,22 @@ class History:
         self._past[manager] = past
 
     def forget_unloaded(self) -> None:
-        """Lets go of what was kept of models whose adapters are unloaded."""
+        """Drops the past adapters of models whose adapters were unloaded."""
         for manager in [manager for manager in list(self._past) if not manager.alive]:
             self._past.pop(manager, None)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drops everything."""
         self._past.clear()
         self.models = ()
 
 
 def base_difference(fingerprint: Mapping[str, str], base: nn.Module) -> str | None:
-    """Why a model is not the base of adapters; None where it is, or where nothing says that it is not.
+    """Returns why a model is not the base of adapters; None if it is, or if the base is unknown.
 
     Args:
-        fingerprint: of the base of the adapters, as in the metadata of a file; empty where it is not known.
-        base: the model. None of its adapters may be merged.
+        fingerprint: fingerprint of the adapters' base, as in the metadata of a file; empty if unknown.
+        base: the model, whose adapters must not be merged.
     """
     from nbpeft.checkpoint import compare
 

@@ -1,4 +1,4 @@
-"""Rows that an adapter starts from, for inits that need data."""
+"""Rows for data-dependent inits of adapters."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from nbpeft.session.context import SessionContext
 
 ROWS = 256
-"""How many rows are looked at, if nobody says: CorDA's and LoRA-GA's papers take 256 and 64."""
+"""Default number of rows. The papers of CorDA and LoRA-GA use 256 and 64."""
 
 Finish = Callable[["AdapterManager", str], None]
-"""Lets an adapter of a model, made meanwhile, start where the rows said."""
+"""Completes the init of an adapter that was created in the block."""
 
 
 @dataclass
 class InitRows:
-    """Rows to start from, in any form that ``train`` takes.
+    """Rows for an init, in any form that ``train`` accepts.
 
     Attributes:
         data: rows, or where they are.
-        count: how many rows are looked at.
-        tokenizer: for data that is text; by default the one that the model was trained or asked with.
-        columns: what the columns are called.
-        max_length: tokens a row is cut to.
+        count: number of rows to use.
+        tokenizer: tokenizer for text data; by default the one last used with the model.
+        columns: names of the columns.
+        max_length: number of tokens to which rows are cut.
     """
 
     data: Any
@@ -43,16 +43,16 @@ class InitRows:
 
     @classmethod
     def of(cls, data: Any, count: Any, tokenizer: Any, columns: Any, max_length: Any) -> InitRows | None:
-        """The rows that a command is given, None for none; see the attributes.
+        """Returns the rows that were given to a command, or None; see the attributes for the arguments.
 
         Raises:
-            ConfigError: the number is impossible, or something is said of rows and there are none.
+            ConfigError: the number is invalid, or there are options for rows but no rows.
         """
         if isinstance(data, InitRows):
             return data
         if data is None:
-            said = {"init_rows": count, "tokenizer": tokenizer, "columns": columns, "max_length": max_length}
-            useless = next((name for name, value in said.items() if value is not None), None)
+            options = {"init_rows": count, "tokenizer": tokenizer, "columns": columns, "max_length": max_length}
+            useless = next((name for name, value in options.items() if value is not None), None)
             if useless is None:
                 return None
             raise ConfigError(f"{useless} is of rows to start from, and none are given (init_data=…)", field=useless)
@@ -64,12 +64,12 @@ class InitRows:
         self._read: Any = None
 
     def read(self, ctx: SessionContext, model: nn.Module, *, loss: bool) -> Any:
-        """The rows as a training would give them to a base model; read once.
+        """Returns the rows in the form that training gives to a base model; they are read only once.
 
         Args:
-            ctx: the session's.
+            ctx: context of the session.
             model: the base model.
-            loss: whether a loss is computed of them.
+            loss: whether a loss will be computed, so that labels are needed.
         """
         from nbpeft.training.loop.rows import first_rows
 
@@ -84,17 +84,17 @@ class InitRows:
 def starting_from(
     ctx: SessionContext, model: nn.Module, config: AdapterConfig, rows: InitRows | None, notes: list[str]
 ) -> Iterator[Finish]:
-    """Shows rows to a base model, so that an adapter that is made in the block can start from them.
+    """Runs rows through a base model, to initialize an adapter that is created in the block.
 
     Args:
-        ctx: the session's.
-        model: the base model, with adapters or without; it stays as it is.
-        config: of the adapter to come.
-        rows: None where none were given.
-        notes: what the adapter starts from is added to them.
+        ctx: context of the session.
+        model: the base model, with or without adapters; it is not changed.
+        config: config of the new adapter.
+        rows: None if none were given.
+        notes: a description of the init is added to them.
 
     Raises:
-        ConfigError: the init needs rows and there are none, or the other way round.
+        ConfigError: the init needs rows and there are none, or there are rows and the init does not use them.
         TrainingError: the rows cannot be read.
     """
     from nbpeft.model.from_data.start_from_rows import init_from_data, lacks_rows, reads_a_file, started_from

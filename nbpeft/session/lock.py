@@ -1,4 +1,4 @@
-"""One command at a time."""
+"""The lock that allows one command at a time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nbpeft._util.interrupts import HeldInterrupts, RunningBlock
 from nbpeft.errors import BusyError
 
 _LOOKING = 1.0
-"""Seconds that building a state takes at most."""
+"""Maximal time in seconds to wait for another thread that builds a state."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunningCommand:
-    """A command that holds the lock.
+    """A command that has acquired the lock.
 
     Attributes:
-        description: what it does; empty where a thread only looks.
-        block: that it runs in. An interruption can keep it from being left, and then it holds nothing.
+        description: what it does; empty for a thread that only reads the state.
+        block: the block in which it runs. If an interruption prevented its ``__exit__``, the lock is free anyway.
     """
 
     description: str
@@ -29,7 +29,7 @@ class RunningCommand:
 
 
 class CommandLock:
-    """A lock that its thread may take again, and that other threads never wait for."""
+    """A reentrant lock for which other threads do not wait."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -38,7 +38,7 @@ class CommandLock:
 
     @property
     def busy(self) -> str:
-        """A description of what is running, or the empty string."""
+        """Description of the running command, or the empty string."""
         running = self._descriptions() or [
             description for _, description, owner in list(self._reservations.values()) if owner() is not None
         ]
@@ -46,16 +46,16 @@ class CommandLock:
 
     @property
     def depth(self) -> int:
-        """How many commands are nested at the moment."""
+        """Number of nested commands at the moment."""
         return len(self._descriptions())
 
     def reserve(self, key: str, description: str, owner: object) -> None:
-        """Keep commands of other threads out while a loop of the user's runs.
+        """Block commands of other threads while a user's training loop runs.
 
         Args:
-            key: what ``release`` is called with.
-            description: what runs.
-            owner: held weakly; the reservation ends with it at the latest.
+            key: key for ``release``.
+            description: description of what is running.
+            owner: referenced weakly; the reservation ends at the latest when it is deleted.
         """
         self._reservations[key] = (threading.get_ident(), description, weakref.ref(owner))
 
@@ -64,11 +64,11 @@ class CommandLock:
         self._reservations.pop(key, None)
 
     def take(self, description: str, block: RunningBlock) -> RunningCommand:
-        """Hold the lock until ``give_back``; what another thread only looks at is waited for, as it takes no time.
+        """Acquire the lock until ``give_back``; waits only for threads that read the state, which is fast.
 
         Args:
-            description: what the command does, e.g. ``merging 'sql'``; other threads see it.
-            block: that the command runs in.
+            description: description of the command for other threads, e.g. ``merging 'sql'``.
+            block: the block in which the command runs.
 
         Raises:
             BusyError: another thread runs a command.
@@ -83,14 +83,14 @@ class CommandLock:
         return command
 
     def give_back(self, command: RunningCommand) -> None:
-        """End the hold that ``take`` has returned; one that has ended already is left alone."""
+        """Release the lock for a command; does nothing if it was already released."""
         with HeldInterrupts(), self._condition:
             self._holding = [other for other in self._holding if other is not command]
             self._condition.notify_all()
 
     @contextmanager
     def try_lock(self) -> Iterator[bool]:
-        """Take the lock if it is free for this thread; yields whether it was."""
+        """Acquire the lock if it is free for this thread; yields whether it was."""
         look = RunningCommand("", RunningBlock(__name__))
         with HeldInterrupts(), self._condition:
             free = self._is_free()
@@ -102,7 +102,7 @@ class CommandLock:
             self.give_back(look)
 
     def _is_free(self) -> bool:
-        """Whether this thread may take it; forgets commands that have ended without giving it back."""
+        """Returns whether this thread can acquire the lock; removes commands that ended without releasing it."""
         self._holding = [command for command in self._holding if command.block.runs()]
         return all(command.block.thread == threading.get_ident() for command in self._holding)
 

@@ -1,4 +1,4 @@
-"""Bringing adapters back that were trained and not saved on a model that is gone, or that no variable holds."""
+"""Restoring the unsaved adapters of a model that no longer exists, or that no variable refers to."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def lost(ctx: SessionContext, variable: str | None, *, other: bool = True) -> PastModel | TrackedModel | None:
-    """The model whose adapters are to come back to a variable: it is gone, or no variable holds it.
+    """Returns the model whose adapters can be restored to a variable, because it is deleted or not in a variable.
 
     Args:
-        ctx: of the session.
+        ctx: context of the session.
         variable: name of the variable; None for any.
-        other: take the last model of another variable where there is none of this one.
+        other: if there is none for this variable, return the last model of another variable.
     """
     before = [tracked for tracked in ctx.models.all() if tracked.before and tracked.held]
-    found: list[PastModel | TrackedModel] = [*before, *ctx.history.models]
-    own = [model for model in found if model.variable == variable]
-    return next(reversed(own or (found if other else [])), None)
+    candidates: list[PastModel | TrackedModel] = [*before, *ctx.history.models]
+    own = [model for model in candidates if model.variable == variable]
+    return next(reversed(own or (candidates if other else [])), None)
 
 
 def bring_back(
@@ -41,18 +41,18 @@ def bring_back(
     model: ModelLike,
     variable: str | None,
 ) -> BroughtBack:
-    """Puts the adapters of a model onto another one, all or none.
+    """Adds the adapters of a lost model to another one, all or none.
 
     Args:
-        ctx: of the session.
-        source: had them.
-        tracked: the model that gets them; None for one that carries none.
-        model: that one; None or a name for what the variable of ``source`` holds now.
-        variable: what to call it.
+        ctx: context of the session.
+        source: the model that had them.
+        tracked: the model that gets them; None if it has no adapters.
+        model: that model; None or a name for the current value of the variable of ``source``.
+        variable: name for the model.
 
     Raises:
-        AdapterError: there is no model to put them on.
-        AdapterExistsError: it has other adapters of their names.
+        AdapterError: there is no model to add them to.
+        AdapterExistsError: it has other adapters with these names.
         BaseMismatchError: they were trained on another base model.
     """
     past = source if isinstance(source, PastModel) else ctx.variables.unsaved_of(source)
@@ -96,10 +96,10 @@ def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> Brought
 
 
 def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
-    """Refuses another base model than that of the adapters, where it is known.
+    """Refuses a base model that is not that of the adapters, if that is known.
 
     Raises:
-        BaseMismatchError: it is another one.
+        BaseMismatchError: it is another base model.
     """
     why = base_difference(past.fingerprint, base)
     if why is not None:
@@ -110,7 +110,7 @@ def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
 
 @contextmanager
 def _put_onto(base: nn.Module, adapters: Sequence[AdapterSnapshot]) -> Iterator[Any]:
-    """Puts adapters onto a base model, and yields its handle; they are off again where something fails."""
+    """Adds adapters to a base model, and yields a new PeftModel if it has none; removes them again after an error."""
     from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.engine.runtime.snapshots import restore
     from nbpeft.engine.tree.model_tree import manager_of

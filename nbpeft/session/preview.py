@@ -1,4 +1,4 @@
-"""Plans a config on a model and counts what ``add`` would do."""
+"""Planning a config on a model, and counting what ``add`` would do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nbpeft.engine.injection.plan import InjectionPlan, Target
 
 _ADAMW_BYTES = 2
-"""Moments that AdamW keeps, each as large as the parameter."""
+"""Number of AdamW's moments, each of the size of the parameter."""
 
 
 def preview_of(
@@ -26,41 +26,41 @@ def preview_of(
     notes: list[str],
     stored: Mapping[str, str] | None = None,
 ) -> Preview:
-    """Counts what an adapter on a model would be; the model is not touched.
+    """Counts the parts of a new adapter; the model is not changed.
 
     Args:
         base: the base model.
-        wanted: config of the adapter to come, or a plan made of it.
-        name: of the adapter to come.
-        model_name: what the model is called.
-        replaces: whether an adapter of that name is there.
-        notes: put into the preview.
-        stored: how targets will be stored by then, by path, where that is not how they are now.
+        wanted: config of the new adapter, or its plan.
+        name: name of the new adapter.
+        model_name: name of the model.
+        replaces: whether there is an adapter with that name.
+        notes: notes for the preview.
+        stored: path -> backend of layers that will be quantized first.
     """
     from nbpeft.engine.injection.plan import InjectionPlan, plan
     from nbpeft.engine.tree.model_tree import parameter_counts
 
-    made = wanted if isinstance(wanted, InjectionPlan) else plan(base, wanted, replacing=name if replaces else None)
+    planned = wanted if isinstance(wanted, InjectionPlan) else plan(base, wanted, replacing=name if replaces else None)
     return Preview(
         model_name=model_name,
         name=name,
-        method=label_of(made.config),
-        rows=_rows(made.targets, made.config, stored or {}),
-        copies=tuple(made.copies),
-        excluded_count=len(made.excluded),
-        missing=made.missing,
-        parameter_count=made.parameter_count,
+        method=label_of(planned.config),
+        rows=_rows(planned.targets, planned.config, stored or {}),
+        copies=tuple(planned.copies),
+        excluded_count=len(planned.excluded),
+        missing=planned.missing,
+        parameter_count=planned.parameter_count,
         base_count=parameter_counts(base)[1],
-        byte_count=made.byte_count,
-        training_bytes=made.byte_count * (1 + _ADAMW_BYTES),
-        frozen_bytes=made.frozen_byte_count,
+        byte_count=planned.byte_count,
+        training_bytes=planned.byte_count * (1 + _ADAMW_BYTES),
+        frozen_bytes=planned.frozen_byte_count,
         replaces=replaces,
-        notes=tuple(note for note in notes if not made.missing or "match" not in note),
+        notes=tuple(note for note in notes if not planned.missing or "match" not in note),
     )
 
 
 def _rows(targets: tuple[Target, ...], config: Any, stored: Mapping[str, str]) -> tuple[PreviewRow, ...]:
-    """Targets by last path segment, in model order."""
+    """Returns the targets grouped by the last component of their paths, in model order."""
     groups: dict[str, list[Target]] = {}
     for target in targets:
         groups.setdefault(target.path.rpartition(".")[2], []).append(target)
@@ -78,12 +78,12 @@ def _rows(targets: tuple[Target, ...], config: Any, stored: Mapping[str, str]) -
 
 
 def _shape(target: Target) -> str:
-    """``out × in``, of experts with their number before it."""
+    """Returns ``out × in``, preceded by the number of experts if there are several."""
     shape = f"{target.out_features} × {target.in_features}"
     return shape if target.matrix_count == 1 else f"{target.matrix_count} × {shape}"
 
 
 def _size(target: Target) -> int | None:
-    """The rank, for experts that of each."""
+    """Returns the rank; for experts, the rank of each."""
     size: int | None = target.config.size if target.is_bare else target.adapter_class.size_of(target.shapes)
     return size

@@ -1,4 +1,4 @@
-"""Prompts to tokens, with the tokenizer that the session remembers."""
+"""Tokenizing prompts with the session's tokenizer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 def prompt_batch(
     ctx: SessionContext, tracked: TrackedModel, prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None
 ) -> PromptBatch:
-    """Tokenize prompts with the tokenizer given, or the one that was given for this model before.
+    """Tokenize prompts with the given tokenizer, or with the last one for this model.
 
     Args:
-        ctx: remembers the tokenizer.
+        ctx: context of the session, which stores the tokenizer.
         tracked: the model.
         prompts: texts or conversations.
-        tokenizer: None: the one given before.
-        chat: put texts into the chat template; None: as the adapters were trained last, or else
-            where there is a template.
+        tokenizer: None for the last one given.
+        chat: apply the chat template to texts; None decides by how the adapters were last trained, or else by whether
+            the tokenizer has one.
 
     Raises:
-        AdapterError: there is no tokenizer, or it is not one, or the prompts do not go with it.
+        AdapterError: there is no tokenizer, or it is invalid, or it does not support the prompts.
     """
     base = tracked.manager.model
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise AdapterError(f"tokenizer is of type {type(tokenizer).__name__}, expected a tokenizer of transformers")
-    found = tokenizer if tokenizer is not None else ctx.tokenizers.get(base)
-    if found is None:
+    chosen = tokenizer if tokenizer is not None else ctx.tokenizers.get(base)
+    if chosen is None:
         raise AdapterError("a tokenizer is needed to read prompts (tokenizer=…)")
-    ctx.tokenizers[base] = found
-    return PromptBatch.of(prompts, found, base, chat=False if chat is None and tracked.trained_on_plain_text else chat)
+    ctx.tokenizers[base] = chosen
+    return PromptBatch.of(prompts, chosen, base, chat=False if chat is None and tracked.trained_on_plain_text else chat)

@@ -1,4 +1,4 @@
-"""The models that a session knows, by the name of their notebook variable, held weakly."""
+"""The models that a session knows, by the name of their notebook variable, referenced weakly."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 
 
 class TrackedModel:
-    """One adapted model: weak references and what the session remembers of it.
+    """An adapted model: weak references and what the session stores about it.
 
     Attributes:
-        name: of the notebook variable.
+        name: name of the notebook variable.
         memory: the last measurement.
         training: the state of the last run.
-        training_call: what that run was started with, where ``train`` started it.
-        trained_on_plain_text: whether the text it was last trained on had no chat template around it.
-        requested: adapter name -> its config, and the fields that were asked for when it was made.
-        trained_steps: adapter name -> its config, the steps it was trained for, and the run that did the last of them.
-        first_random: adapter name -> its config, and the random numbers that its first weights were drawn with.
-        sweep: adapters that a cell made for several values, until they are trained.
-        origins: adapter of a sweep -> the adapter that it started from.
-        combinations: adapter that ``combine`` made -> its config.
-        result: what came of its last training.
-        variable: name of the notebook variable that was seen to hold it last.
-        before: whether its variable holds something else now, and no other one holds it.
-        adapters: their names.
-        held: adapter that was trained and is not saved -> what copies it to host memory, also without the model.
-        fingerprint: of the base model, as in the metadata of a file; empty where it is not known.
+        training_call: the arguments of that run, if ``train`` started it.
+        trained_on_plain_text: whether the text of the last training had no chat template.
+        requested: adapter name -> its config, and the fields with which it was requested.
+        trained_steps: adapter name -> its config, its number of training steps, and the run that did the last of them.
+        first_random: adapter name -> its config, and the random state of its initialization.
+        sweep: adapters that a cell added for several values, until they are trained.
+        origins: adapter of a sweep -> the adapter from which it started.
+        combinations: adapter created by ``combine`` -> its config.
+        result: result of its last training.
+        variable: name of the notebook variable that last referred to it.
+        before: whether its variable has another value now, and no other variable refers to it.
+        adapters: names of its adapters.
+        held: trained and unsaved adapter -> object that can copy it to host memory even without the model.
+        fingerprint: fingerprint of the base model, as in the metadata of a file; empty if unknown.
     """
 
     def __init__(self, name: str, model: PeftModel, changed: Callable[[], None]) -> None:
@@ -72,45 +72,55 @@ class TrackedModel:
         model.manager.subscribe(self.on_change)
 
     def requested_fields(self, name: str) -> dict[str, Any]:
-        """The fields that an adapter was made with, or else those of its config."""
+        """Returns the fields with which an adapter was requested, or else those of its config."""
         present = self.manager.configs[name]
         config, fields = self.requested.get(name, (None, {}))
         return fields if config is present else meaning(present)
 
     def steps_of(self, names: Iterable[str]) -> tuple[int, str]:
-        """How many steps adapters were trained for since they were made or loaded, and the last run that did."""
+        """Returns the number of training steps of adapters since they were added or loaded, and their last run."""
         configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
         found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
         return max(((steps, run) for _, steps, run in found), default=(0, ""))
 
     def with_clones(self, names: tuple[str, ...], members: Iterable[MemberState]) -> tuple[str, ...]:
-        """The adapters that a training began with, and those that were cloned in it, which start from where they do."""
+        """Returns the adapters with which a training began and those cloned in it, which get the same origin.
+
+        Args:
+            names: the adapters with which it began.
+            members: all adapters of the run.
+        """
         clones = [member.name for member in members if member.name not in names]
         origin = next((self.origins[name] for name in names if name in self.origins), None)
         self.origins |= {name: origin for name in clones if origin is not None}
         return (*names, *clones)
 
     def count_steps(self, names: Iterable[str], run: Run) -> None:
-        """Remember that a run trained adapters."""
+        """Records the training steps of a run for adapters.
+
+        Args:
+            names: names of the adapters.
+            run: the run.
+        """
         for name in names:
             config, state = self.manager.configs.get(name), run.state
             steps = run.steps_before + (state.step if state.kept_step is None else state.kept_step)
-            if config is not None:  # another thread may have taken it out meanwhile
+            if config is not None:  # another thread may have removed it meanwhile
                 self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
 
     def last_run(self, name: str) -> str:
-        """The run that trained an adapter last; empty where none did."""
+        """Returns the run that last trained an adapter; empty if there is none."""
         return self.trained_steps.get(name, (None, 0, ""))[2]
 
     def remembered(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """What is known of some adapters, by attribute, to go along with them to another model."""
+        """Returns the stored entries of some adapters, by attribute, to restore them on another model."""
         known: dict[str, dict[str, Any]] = {"requested": dict(self.requested), "first_random": dict(self.first_random)}
         known["trained_steps"] = dict(self.trained_steps)
         wanted = set(names)
-        return {key: {name: item for name, item in found.items() if name in wanted} for key, found in known.items()}
+        return {key: {name: item for name, item in entries.items() if name in wanted} for key, entries in known.items()}
 
     def bind(self) -> None:
-        """Called while a variable of its name holds the model: what would be lost with it is held from now on."""
+        """Called while a variable with its name refers to the model: from now on unsaved adapters are preserved."""
         self._in_variable = True
         if not self._bound:
             self._bound = True
@@ -118,11 +128,11 @@ class TrackedModel:
             self._hold()
 
     def stay(self) -> None:
-        """Called when its variable was deleted: what else holds it may go on doing so."""
+        """Called when its variable was deleted; other references to the model may still exist."""
         self._in_variable = False
 
     def unbind(self) -> None:
-        """Holds nothing any more."""
+        """Stops preserving unsaved adapters."""
         self._bound, self.held = False, {}
 
     def _hold(self) -> None:
@@ -141,7 +151,7 @@ class TrackedModel:
             self.held[name] = keeper
 
     def on_change(self) -> None:
-        """Report a change of the adapters; a method, because managers hold those weakly."""
+        """Report a change of the adapters; a method, because managers reference bound methods weakly."""
         self._hold()
         self._changed()
 
@@ -153,12 +163,12 @@ class TrackedModel:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the model does not exist any more, though nobody unloaded it."""
+        """Whether the model was deleted without being unloaded."""
         return self._model() is None and not self._unloaded
 
     @property
     def was_bound(self) -> bool:
-        """Whether a variable of its name held it when that was looked at last."""
+        """Whether a variable with its name referred to it at the last check."""
         return self._bound and self._in_variable
 
     @property
@@ -166,7 +176,7 @@ class TrackedModel:
         """The model.
 
         Raises:
-            AdapterError: it is gone.
+            AdapterError: it no longer exists.
         """
         model = self._model()
         if model is None:
@@ -175,11 +185,11 @@ class TrackedModel:
 
     @property
     def manager(self) -> AdapterManager:
-        """Its adapters."""
+        """The manager of its adapters."""
         return self.model.manager
 
     def matches(self, thing: object) -> bool:
-        """Whether something is this model, its base model, its manager or another handle on them."""
+        """Returns whether an object is this model, its base model, its manager or another PeftModel of them."""
         manager = self._manager()
         return manager is not None and (
             thing is self._model()
@@ -189,15 +199,15 @@ class TrackedModel:
         )
 
     def is_inside(self, thing: object) -> bool:
-        """Whether a module is a wrapper around the model."""
+        """Returns whether a module contains the model."""
         return is_module(thing) and any(self.matches(part) for part in thing.modules())  # type: ignore[attr-defined]
 
     def state(self) -> ModelState:
-        """The model's state now."""
+        """Returns the model's current state."""
         return self._snapshots.build(self.name, self.manager, memory=self.memory, training=self.training)
 
     def measure(self) -> MemoryState:
-        """Memory in use now."""
+        """Measures the memory in use."""
         from nbpeft.memory import Meter
 
         if self._meter is None:
@@ -205,39 +215,39 @@ class TrackedModel:
         return self._meter.read()
 
     def recount(self) -> None:
-        """Count all parameters again for the next state."""
+        """Makes the next state count all parameters again."""
         self._snapshots.forget()
 
 
 class Watcher(Protocol):
-    """Who watches the variables of a notebook; see ``Variables``."""
+    """An observer of the variables of a notebook; see ``Variables``."""
 
     def look(self) -> None:
-        """Finds out what the variables hold now."""
+        """Examines the current values of the variables."""
 
     def on_removed(self, tracked: TrackedModel) -> None:
-        """Called when a model turns out to be gone."""
+        """Called when a model was found to be deleted."""
 
     def note(self, words: str) -> None:
-        """Has the next command say something."""
+        """Adds a message to the notes of the next command."""
 
     def words_of_gone(self, name: str) -> str:
-        """What is left of a model that is gone; empty for any other name."""
+        """Describes the preserved adapters of a model that no longer exists; empty for any other name."""
 
 
 class ModelRegistry:
-    """Tracked models by name. A command that gets no model means the only one, and is refused where there are several.
+    """Tracked models by name. A command without a model means the only one, and is refused if there are several.
 
-    The current model is the one that was adapted, loaded into, trained or switched last. When it is unloaded
-    or gone, the only one left takes its place, but not to merge or unload that. When its variable holds another model
-    that has no adapters, none takes its place until a command names one.
+    The current model is the one that was last adapted, loaded into, trained or switched. When it is unloaded or
+    deleted, the only remaining one is used instead, except for merging and unloading. When its variable gets another
+    model without adapters, there is no current model until a command names one.
 
     Args:
         changed: called when a model changed.
 
     Attributes:
-        watcher: of the variables of a notebook; None before there is one.
-        rebound: variable of the model that was current until that variable held another; empty once another is.
+        watcher: observer of a notebook's variables; None if there is no notebook.
+        rebound: variable of the former current model, after it got another value; empty once there is a new one.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -249,11 +259,11 @@ class ModelRegistry:
         self.rebound = ""
 
     def known(self) -> tuple[TrackedModel, ...]:
-        """The models, also those that nobody has noticed to be gone yet; without those that were unloaded."""
+        """Returns the models, including deleted ones that were not noticed yet, but without unloaded ones."""
         return tuple(tracked for tracked in self._models.values() if tracked.alive or tracked.is_gone)
 
     def all(self) -> tuple[TrackedModel, ...]:
-        """The models that still exist."""
+        """Returns the models that still exist."""
         for tracked in list(self._models.values()):
             if not tracked.alive:
                 self.remove(tracked)
@@ -262,7 +272,7 @@ class ModelRegistry:
         return tuple(self._models.values())
 
     def deciding(self) -> ExitStack:
-        """Context manager around a command: see ``AdapterManager.deciding``, here of all models."""
+        """Context manager for a command: ``AdapterManager.deciding`` of all models."""
         with ExitStack() as block:
             for tracked in self.all():
                 manager = tracked._manager()
@@ -271,7 +281,7 @@ class ModelRegistry:
             return block.pop_all()
 
     def release_current(self, name: str) -> None:
-        """Called when the variable of a model holds something else: if it was current, none is now."""
+        """Called when the variable of a model gets another value: if the model was current, there is none now."""
         if name == self._current:
             self._current, self.rebound = None, name
 
@@ -282,7 +292,7 @@ class ModelRegistry:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Names of the models that a command without one may mean: those whose variable holds them."""
+        """Names of the models that a command without a name can refer to: those whose variable refers to them."""
         return tuple(tracked.name for tracked in self.all() if not tracked.before)
 
     @property
@@ -292,16 +302,16 @@ class ModelRegistry:
         return None if self._current is None else self._models.get(self._current)
 
     def new(self, name: str | None, model: PeftModel) -> TrackedModel:
-        """Prepare a model for ``select``, which alone adds it: what may fail can be done in between."""
+        """Create a model for ``select``, which adds it, so that steps that can fail come between."""
         return TrackedModel(name or self.free_name("model"), model, self._changed)
 
     def add(self, name: str | None, model: PeftModel, *, select: bool = True) -> TrackedModel:
         """Track a model and make it the current one.
 
-        A model that is known keeps its name; another model of that name is forgotten.
+        A known model keeps its name; another model with the same name is removed.
 
         Args:
-            name: of its variable; None for a free one.
+            name: name of its variable; None for a free name.
             model: an adapted model.
             select: make it the current one.
         """
@@ -312,9 +322,9 @@ class ModelRegistry:
         return tracked
 
     def select(self, tracked: TrackedModel) -> None:
-        """Make a model the current one, unless its variable holds another, tracking it if it is new; cannot fail.
+        """Make a model the current one, unless its variable has another value; tracks new models; cannot fail.
 
-        Another one of that name is forgotten, but one that holds training that is not saved gets another name.
+        Another model with its name is removed, or renamed if it has unsaved adapters.
         """
         other = self._models.get(tracked.name)
         if other is not None and other is not tracked and other.held:
@@ -324,11 +334,11 @@ class ModelRegistry:
             self._current, self.rebound = tracked.name, ""
 
     def rename(self, names: Mapping[TrackedModel, str], before: Collection[TrackedModel]) -> None:
-        """Gives models other names, all at once.
+        """Renames models, all at once.
 
         Args:
             names: model -> its new name.
-            before: those that no variable holds any more; the others are called by their variables.
+            before: models that no variable refers to any more; the names of the others are their variables.
         """
         for tracked, name in names.items():
             tracked.name, tracked.before = name, tracked in before
@@ -337,7 +347,7 @@ class ModelRegistry:
         self._models = {tracked.name: tracked for tracked in self._models.values()}
 
     def find(self, model: object) -> TrackedModel | None:
-        """Find a model by itself, its base model or its manager; None if it is not tracked."""
+        """Return a tracked model by the model, its base model or its manager; None if it is not tracked."""
         return next((tracked for tracked in self.all() if tracked.matches(model)), None)
 
     def adopt(self, model: Any, name: str | None = None) -> TrackedModel | None:
@@ -365,16 +375,16 @@ class ModelRegistry:
         self._handles.clear()
 
     def get(self, model: object = None, *, command: str = "") -> TrackedModel:
-        """Find a model by its name or itself, the only one for None.
+        """Return a model by its name or the model itself; None for the only one.
 
-        A model that is named while none is current becomes the current one.
+        A model that is named while there is no current one becomes the current one.
 
         Args:
             model: a name, a model, or None.
-            command: what it is for, for the message, e.g. ``merge``.
+            command: name of the command, for the message, e.g. ``merge``.
 
         Raises:
-            AdapterError: there is no such model, or it has to be named; the message names the models.
+            AdapterError: there is no such model, or a name is required; the message has the names.
         """
         if self.watcher is not None:
             self.watcher.look()
@@ -383,19 +393,19 @@ class ModelRegistry:
             message = f"several models carry adapters; {command or 'this'} needs one of them: {_choices(choices)}"
             raise AdapterError(message, available=choices)
         if model is None:
-            found = current if current is not None else self._only_left(command)
+            tracked = current if current is not None else self._only_left(command)
         elif isinstance(model, str):
-            found = self._models.get(model)
+            tracked = self._models.get(model)
         else:
-            found = self.find(uncompiled(model)) or self.adopt(uncompiled(model))
-        if found is None:
+            tracked = self.find(uncompiled(model)) or self.adopt(uncompiled(model))
+        if tracked is None:
             raise self._missing(model)
         if current is None:
-            self.select(found)
-        return found
+            self.select(tracked)
+        return tracked
 
     def _only_left(self, command: str) -> TrackedModel | None:
-        """The only model that a command without one can mean, after the current one was unloaded or is gone."""
+        """Returns the only model that a command without a name can mean, after the current one is lost."""
         if self.rebound or command in _ON_THE_BASE or len(self.choices) != 1:
             return None
         (name,) = self.choices
@@ -404,11 +414,11 @@ class ModelRegistry:
         return self._models[name]
 
     def remove(self, tracked: TrackedModel) -> None:
-        """Forget a model; that it was the current one stays known by its name."""
+        """Remove a model; the name of the current model does not change."""
         self._models.pop(tracked.name, None)
 
     def clear(self) -> None:
-        """Forget all models."""
+        """Remove all models."""
         self._models.clear()
         self._current, self.rebound = None, ""
 
@@ -435,7 +445,7 @@ class ModelRegistry:
         return AdapterError(message, **({"available": names} if names else {}))
 
     def free_name(self, wanted: str, taken: Iterable[str] = ()) -> str:
-        """A name that no model has: ``model``, ``model2``; ``model (before)``, ``model (before 2)``."""
+        """Returns a name that no model has: ``model``, ``model2``; ``model (before)``, ``model (before 2)``."""
         stem, bracket = wanted.removesuffix(")"), ")" if wanted.endswith(")") else ""
         used, name, number = {*self._models, *taken}, wanted, 2
         while name in used:
@@ -444,7 +454,7 @@ class ModelRegistry:
 
 
 _ON_THE_BASE = ("merge", "unload")
-"""Commands on base weights and on all adapters at once, which take no model for another that is gone."""
+"""Commands that change the base weights or all adapters, which are never applied to a model as a substitute."""
 
 
 def _keeper(manager: AdapterManager, name: str) -> Keeper:
@@ -454,7 +464,7 @@ def _keeper(manager: AdapterManager, name: str) -> Keeper:
 
 
 def _fingerprint(manager: AdapterManager) -> Mapping[str, str]:
-    """What a base model is known by; empty where that cannot be told now."""
+    """Returns the fingerprint of a base model as metadata; empty if it cannot be computed now."""
     if manager.merged:
         return {}
     from nbpeft.checkpoint import fingerprint
@@ -464,5 +474,5 @@ def _fingerprint(manager: AdapterManager) -> Mapping[str, str]:
 
 
 def _choices(names: Iterable[str]) -> str:
-    """How each of some models is named in a command."""
+    """Returns the arguments that select models, as text."""
     return " or ".join(f"model={name!r}" for name in names)

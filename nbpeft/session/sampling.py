@@ -1,4 +1,4 @@
-"""How the next token is chosen: the likeliest one, or drawn with random numbers of its own."""
+"""How the next token is chosen: the most likely one, or sampled with separate random numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nbpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of a generation. Greedy unless ``temperature`` or ``top_p`` is given.
+    """The sampling settings of a generation, which is greedy unless ``temperature`` or ``top_p`` is given.
 
     Attributes:
-        temperature: by which logits are divided; 0 is greedy.
-        top_p: draw among the likeliest tokens that have this probability together.
-        seed: of the random numbers; drawn, and shown with the answer, where it is left out.
+        temperature: divisor of the logits; 0 is greedy.
+        top_p: sample from the most likely tokens whose probabilities sum up to this value.
+        seed: seed of the random numbers; if None, a random one, which is shown with the answer.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
 
     temperature: float | None = None
@@ -41,12 +41,12 @@ class Sampling:
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.temperature != 0 and not (self.temperature is None and self.top_p is None)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of ``generate``: temperature and top-p decide, and no top-k of the model's beside them."""
+        """Arguments of ``generate``: only temperature and top-p apply, and not the model's default top-k."""
         if not self.draws:
             return {}
         temperature = 1.0 if self.temperature is None else float(self.temperature)
@@ -54,7 +54,7 @@ class Sampling:
 
     @property
     def settings(self) -> Mapping[str, float]:
-        """What a person may want to repeat; empty where greedy."""
+        """The settings that are needed to repeat the generation; empty for greedy decoding."""
         given = {"temperature": self.temperature, "top-p": self.top_p, "seed": self.seed}
         return {name: value for name, value in given.items() if value is not None} if self.draws else {}
 
@@ -67,7 +67,7 @@ class Sampling:
         return (f"{' and '.join(idle)} without effect: the answer is greedy; sampling needs a temperature above 0",)
 
     def random_numbers(self) -> AbstractContextManager[None]:
-        """Context manager: random numbers of its own, so that those of the notebook go on as if it had not been."""
+        """Context manager: uses separate random numbers, so that the notebook's random state does not change."""
         if not self.draws or self.seed is None:
             return nullcontext()
         from nbpeft.engine.changes.random_numbers import drawing_from
@@ -76,7 +76,7 @@ class Sampling:
 
 
 def shown_settings(settings: Mapping[str, float]) -> str:
-    """``temperature 0.7, top-p 0.9, seed 12``; the empty string where greedy."""
+    """Returns e.g. ``temperature 0.7, top-p 0.9, seed 12``; the empty string for greedy decoding."""
     return ", ".join(f"{name} {value:g}" if name != "seed" else f"seed {value}" for name, value in settings.items())
 
 

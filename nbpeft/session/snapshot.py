@@ -1,6 +1,6 @@
-"""From an adapted model to the frozen ``ModelState`` that panels draw.
+"""Builds the frozen ``ModelState`` of an adapted model, which panels display.
 
-What costs a walk over the model is kept until its adapters change; flags are read anew.
+Values that need a walk over the model are cached until its adapters change; flags are always read again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _AdapterFacts:
-    """What of an adapter does not change while its config stays."""
+    """The properties of an adapter that do not change while its config object is the same."""
 
     config: AdapterConfig
     label: str
@@ -34,7 +34,7 @@ class _AdapterFacts:
 
 @dataclass(frozen=True)
 class _ModelFacts:
-    """What of a model does not change while its adapters stay."""
+    """The properties of a model that do not change while its adapters are the same."""
 
     parameter_count: int
     base_trainable: int
@@ -43,7 +43,7 @@ class _ModelFacts:
 
 
 class Snapshots:
-    """Builds the states of one model, keeping what did not change."""
+    """Builds the states of one model, with a cache of what did not change."""
 
     def __init__(self) -> None:
         self._adapters: dict[str, _AdapterFacts] = {}
@@ -52,7 +52,7 @@ class Snapshots:
         self._revision = -1
 
     def forget(self) -> None:
-        """Counts everything anew next time."""
+        """Clears the cache, so that everything is counted again."""
         self._adapters.clear()
         self._model = None
         self._built = None
@@ -60,13 +60,13 @@ class Snapshots:
     def build(
         self, name: str, manager: AdapterManager, *, memory: MemoryState | None, training: TrainState | None
     ) -> ModelState:
-        """The state of a model now.
+        """Returns the model's current state.
 
         Args:
-            name: what the model is called.
-            manager: its adapters.
-            memory: to carry along.
-            training: to carry along.
+            name: name of the model.
+            manager: its manager.
+            memory: the last measurement, for the state.
+            training: the state of the last run, for the state.
         """
         built, (dtype, device) = self._built, _kind(manager.model)
         if built is not None and self._revision == manager.revision and (built.dtype, built.device) == (dtype, device):
@@ -112,7 +112,7 @@ class Snapshots:
         )
 
     def _update_adapters(self, manager: AdapterManager) -> bool:
-        """Takes facts of new and changed adapters up; says whether there were any."""
+        """Updates the cached properties of adapters; returns whether any changed."""
         old = self._adapters
         self._adapters = {
             name: old[name] if name in old and old[name].config is config else _facts(name, config, manager)
@@ -157,12 +157,12 @@ def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _Adapte
 
 
 def _acting(manager: AdapterManager) -> tuple[str, ...]:
-    """The adapters whose deltas the model's output holds: while some are merged, they alone."""
+    """Returns the adapters that affect the model's output: while some are merged, only these."""
     return manager.merged or (manager.active if manager.enabled else ())
 
 
 def _waiting(manager: AdapterManager) -> int:
-    """Adapters of the model's pool that are not on it."""
+    """Returns the number of adapters in the model's pool that are not on the model."""
     return 0 if manager.provider is None else manager.provider.offloaded_count
 
 
@@ -175,7 +175,7 @@ def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:
 
 
 def _kind(model: nn.Module) -> tuple[str, str]:
-    """dtype and device of a model, read at its first floating parameter."""
+    """Returns the dtype and device of a model's first floating-point parameter."""
     first = None
     for parameter in model.parameters():
         first = first if first is not None else parameter

@@ -1,4 +1,4 @@
-"""Sweeps in a session: adapters that a cell makes for several values, and which of them the next training trains."""
+"""Sweeps in a session: adapters that a cell adds for several values, and which of them the next training trains."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 
 
 def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]]:
-    """What each adapter of a sweep is called, and its fields.
+    """Returns the name of each adapter of a sweep, and its fields.
 
     Args:
         config: fields, some of them with several values.
-        stem: what their names begin with.
+        stem: prefix of the names.
     """
     combined = list(combinations(swept(config)))
     return {name: {**config, **values} for name, values in zip(names_of(stem, combined), combined, strict=True)}
 
 
 def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str, ...], TrainRequest]:
-    """The adapters that a training trains side by side; none where it is of one.
+    """Returns the adapters that a training trains side by side (empty for a single one), and the completed request.
 
-    Completes the request: a cell that is run again starts from the same adapter as before, and not from the best of
-    its sweep; and adapters that a cell made for several values of a config are trained together.
+    A repeated cell starts from the same adapter as before, and not from the best of its sweep; and adapters that a cell
+    added for several values of a config are trained together.
 
     Args:
         tracked: the model.
-        request: of the training.
+        request: the arguments of the training.
 
     Returns:
         The adapters, and the request to train them.
 
     Raises:
-        ConfigError: a field of the training is swept and the adapters are already.
+        ConfigError: a field of the training is a sweep, and the adapters already are a sweep.
     """
     manager, fields, adapter = tracked.manager, swept(request.given), request.adapter
     active = manager.active
@@ -69,7 +69,7 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str,
 
 @contextmanager
 def all_or_none(ctx: SessionContext, model: Any) -> Iterator[None]:
-    """Takes off what the block has put on a model, where it fails."""
+    """Removes what the block has added to a model if it fails."""
     from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.session.first_weights import weights_kept_unless
 
@@ -84,15 +84,22 @@ def all_or_none(ctx: SessionContext, model: Any) -> Iterator[None]:
                 yield
         done = True
     except BaseException:
-        found = ctx.models.find(model)
-        if found is not None:
+        current = ctx.models.find(model)
+        if current is not None:
             with HeldInterrupts(to_the_end=True):
-                restore(found, names, selected, enabled=found.manager.enabled)
+                restore(current, names, selected, enabled=current.manager.enabled)
         raise
 
 
 def restore(tracked: TrackedModel, names: tuple[str, ...], selected: tuple[str, ...], *, enabled: bool) -> None:
-    """Leaves a model with these adapters of those it has; one that had none is bare again."""
+    """Removes the adapters that are not in ``names`` from a model, and unloads it if there are none.
+
+    Args:
+        tracked: the model.
+        names: adapters to preserve.
+        selected: adapters to activate.
+        enabled: whether adapters are enabled afterwards.
+    """
     manager = tracked.manager
     if not names:
         tracked.model.unload()

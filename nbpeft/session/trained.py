@@ -1,4 +1,4 @@
-"""What is remembered of the last training of a model, for the card of an adapter that is shared."""
+"""Description of a model's last training, for the model card of its adapters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingCall:
-    """What a training was started with, without the data itself.
+    """The arguments of a training, without the data itself.
 
     Attributes:
-        run_id: of the run.
-        data: what it learned from, in words.
-        eval_data: what it was evaluated on, in words; empty without evaluation.
-        arguments: of the training that can be written down.
+        run_id: id of the run.
+        data: description of the training data.
+        eval_data: description of the evaluation data; empty without evaluation.
+        arguments: the arguments that are plain values.
     """
 
     run_id: str
@@ -31,11 +31,11 @@ class TrainingCall:
 
 
 def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
-    """Describes a training; keeps neither rows nor anything that is not a plain value.
+    """Describes a training; stores neither rows nor anything that is not a plain value.
 
     Args:
-        run_id: of the run.
-        request: of the training, its data as given.
+        run_id: id of the run.
+        request: the arguments of the training, with its data as given.
     """
     plain = {name: value for name, value in request.given.items() if isinstance(value, str | int | float | bool)}
     evaluation = describe_data(request.eval_data) if request.eval_data is not None else ""
@@ -43,11 +43,11 @@ def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
 
 
 def describe_data(data: Any) -> str:
-    """Where rows come from, how many there are, and their columns, as far as that can be known without reading them.
+    """Returns the source of rows, their number and their columns, as far as this is known without reading them.
 
     Args:
-        data: a list of rows, a dataset, a data frame, or where one is kept, of which only the last part of a path is
-            named; or how many rows are held out, as a share or a number.
+        data: a list of rows, a dataset, a data frame, or a path, of which only the last component is returned; or how
+            many rows are held out, as a share or a number.
     """
     if isinstance(data, int | float):
         return f"{data:.0%} of the rows" if data < 1 else f"{data} of the rows"
@@ -70,7 +70,7 @@ def describe_data(data: Any) -> str:
 
 
 def _name_of(data: Any) -> str:
-    """The name that a dataset of the hub carries, with a colon behind it."""
+    """Returns the name of a dataset of the hub, followed by a colon, or the empty string."""
     info = getattr(data, "info", None)
     name = getattr(info, "dataset_name", None) if info is not None and not callable(info) else None
     return f"{name}:" if isinstance(name, str) and name else ""

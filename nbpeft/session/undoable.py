@@ -1,4 +1,4 @@
-"""What a command does before it deletes or replaces an adapter, so that ``undo`` can bring it back."""
+"""Recording an adapter before a command deletes or replaces it, so that ``undo`` can restore it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Undoable:
     """An adapter that a command is about to delete or replace.
 
     Args:
-        ctx: the session's.
+        ctx: context of the session.
         tracked: its model.
-        name: the adapter.
+        name: name of the adapter.
         did: what happens to it, e.g. ``deleted``.
         in_place: whether its tensors are overwritten.
     """
@@ -37,11 +37,11 @@ class Undoable:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """A transaction in which the adapter goes, and what the session knew of it with it.
+        """A transaction in which the adapter is deleted or replaced, together with the session's entries for it.
 
         Raises:
-            UnknownAdapterError: another thread has taken it out since it was kept.
-            BusyError: another thread has put another one in its place since.
+            UnknownAdapterError: another thread has deleted it since the snapshot.
+            BusyError: another thread has replaced it since the snapshot.
         """
         manager = self._tracked.manager
         with manager.transaction() as change:
@@ -51,7 +51,7 @@ class Undoable:
             self.on_removed(change)
 
     def on_removed(self, change: Transaction) -> None:
-        """Notes, inside the transaction in which it went, what was there."""
+        """Records the adapter in the history, inside the transaction that deletes or replaces it."""
         ctx, tracked, name = self._ctx, self._tracked, self.kept.name
         change.keep_attributes(tracked, "requested")
         change.keep(tracked.combinations)
@@ -63,5 +63,5 @@ class Undoable:
 
 
 def unsaved_words(manager: AdapterManager, name: str) -> str:
-    """``, which was trained and is not saved``; empty for an adapter that loses nothing."""
+    """Returns ``, which was trained and is not saved``, or the empty string for a saved adapter."""
     return ", which was trained and is not saved" if name in manager.unsaved else ""

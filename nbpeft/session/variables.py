@@ -1,12 +1,12 @@
-"""The variables of a notebook: which of them holds which model, and what becomes of a model when its variable changes.
+"""The variables of a notebook: which variable refers to which model, and what happens when a variable changes.
 
-Models are held weakly. What was trained on one and is not saved stays all the same: as long as a variable of its name
-holds the model, the modules of such adapters are held apart from it. When the model goes, they move to host memory,
-without the base model, until ``undo`` brings them back or ``discard`` is called.
+Models are referenced weakly. Trained and unsaved adapters are preserved anyway: while a variable with a model's name
+refers to the model, the modules of such adapters are referenced separately. When the model is deleted, they move to
+host memory, without the base model, until ``undo`` restores them or ``discard`` is called.
 
-    model = load() again ──> alive, m2 holds it        called "m2" from now on
-                             alive, no variable        called "model (before)"
-                             gone, trained, not saved  its adapters are kept as "model (before)"
+    model = load() again ──> model exists, in m2           named "m2" from now on
+                             model exists, no variable     named "model (before)"
+                             model deleted, unsaved        its adapters are preserved as "model (before)"
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 _COLLECTIONS = 3
-"""What torch holds on its side comes free in the next one."""
+"""Number of garbage collections, because memory held by torch's own objects is only freed in a later one."""
 
 
 class Variables:
-    """Watches the variables of a notebook, and says once where one holds another model by now.
+    """Watches the variables of a notebook, and reports once when one refers to another model.
 
     Args:
-        models: of the session.
-        history: keeps what is left of models that are gone.
-        publish: called when something is called otherwise.
-        is_busy: whether a command runs.
-        has_run: whether a run of a name is kept on disk.
+        models: models of the session.
+        history: stores the adapters of deleted models.
+        publish: called when the name of a model changes.
+        is_busy: returns whether a command is running.
+        has_run: returns whether a run with a name is on disk.
     """
 
     def __init__(
@@ -55,34 +55,34 @@ class Variables:
         self._looking = threading.Lock()
 
     def watch(self, mapping: Mapping[str, object]) -> None:
-        """Looks at these variables now, and before each command that comes."""
+        """Examines these variables now, and before each command from now on."""
         self._mapping = mapping
         self.look()
 
     def module(self, name: str) -> Any:
-        """The model that a variable holds, adapted or not; None for anything else."""
+        """Returns the model in a variable, adapted or not; None for anything else."""
         value = None if self._mapping is None else self._mapping.get(name)
         return uncompiled(value) if is_module(value) else None
 
     def note(self, words: str) -> None:
-        """Has the next command say something."""
+        """Adds a message to the notes of the next command."""
         if words not in self._notices:
             self._notices.append(words)
 
     def take_notices(self) -> tuple[str, ...]:
-        """What there is to be said, once."""
+        """Returns the messages and clears them."""
         taken, self._notices = tuple(self._notices), []
         return taken
 
     def clear(self) -> None:
-        """Forgets the variables."""
+        """Stops watching the variables."""
         self._mapping = None
         self._notices.clear()
 
     def look(self) -> None:
-        """Finds out what the variables hold now. Cheap, and imports nothing.
+        """Examines the current values of the variables. This is fast and imports nothing.
 
-        Without ``nbpeft.model`` nothing is adapted. Inside a command nothing is looked at: its model stays what it is.
+        Without ``nbpeft.model`` no model is adapted. Inside a command this does nothing, so that its model is fixed.
         """
         if self._mapping is None or self._is_busy() or "nbpeft.model" not in sys.modules:
             return
@@ -97,7 +97,7 @@ class Variables:
             self._looking.release()
 
     def _find_known(self, variables: Mapping[str, object]) -> bool:
-        """Finds the variables of the models that are known; says whether one is called otherwise now."""
+        """Updates the names of known models from the variables; returns whether any changed."""
         moved: dict[TrackedModel, str] = {}
         named: dict[TrackedModel, str] = {}
         deleted: list[TrackedModel] = []
@@ -105,7 +105,9 @@ class Variables:
             holders = _holders(tracked, variables)
             if tracked.alive and (tracked.name in holders or tracked.is_inside(variables.get(tracked.name))):
                 tracked.bind()
-            elif holders and not tracked.was_bound and not tracked.before:  # Python gave it no name, or another one
+            elif (
+                holders and not tracked.was_bound and not tracked.before
+            ):  # it was added without a name, or with another one
                 named[tracked] = holders[-1]
             elif tracked.name in variables or (tracked.before and holders):
                 moved[tracked] = holders[-1] if holders else ""
@@ -119,7 +121,7 @@ class Variables:
         return bool(moved or named or deleted)
 
     def _move(self, moved: Mapping[TrackedModel, str], named: Mapping[TrackedModel, str]) -> None:
-        """Gives models whose variable holds something else the name of another one, and says so; others get theirs."""
+        """Renames models whose variable has another value, with a message, and names models found in a variable."""
         registry = self._models
         names: dict[TrackedModel, str] = dict(named)
         for tracked, alias in moved.items():
@@ -148,7 +150,7 @@ class Variables:
         return f"{tracked.variable!r} holds {'another model' if is_module(value) else 'something else'} now"
 
     def _adopt(self, variables: Mapping[str, object]) -> bool:
-        """Tracks the adapted models that are not tracked yet; says whether there were any."""
+        """Tracks adapted models that are not tracked yet; returns whether there were any."""
         models = self._models
         known = models.all()
         new = []
@@ -163,12 +165,12 @@ class Variables:
             models.select(new[0])
         return bool(new)
 
-    # Models that are gone
+    # Deleted models
 
     def on_removed(self, tracked: TrackedModel) -> None:
-        """Called when a model turns out to be gone: keeps what was trained on it and is not saved."""
+        """Called when a model was found to be deleted: preserves its trained and unsaved adapters."""
         variables = {} if self._mapping is None else self._mapping
-        if _holders(tracked, variables):  # its base model carries the adapters still
+        if _holders(tracked, variables):  # its base model still exists and has the adapters
             return
         rebound = tracked.variable in variables and not tracked.before
         if rebound:
@@ -181,7 +183,7 @@ class Variables:
             tracked.unbind()
 
     def unsaved_of(self, tracked: TrackedModel) -> PastModel:
-        """Copies of what was trained on a model and is not saved, in host memory."""
+        """Returns copies of a model's trained and unsaved adapters, in host memory."""
         adapters, remembered = [], tracked.remembered(tracked.held)
         for keep in tracked.held.values():
             kept = keep()
@@ -200,7 +202,7 @@ class Variables:
         )
 
     def _keep(self, tracked: TrackedModel, what: str) -> None:
-        """Keeps what was trained and is not saved, and says so."""
+        """Preserves the trained and unsaved adapters of a model, with a message."""
         past = self.unsaved_of(tracked)
         dropped = self._history.add_model(past)
         were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
@@ -214,7 +216,7 @@ class Variables:
         return self._models.free_name(name, (*taken, *self._history.model_names))
 
     def words_of_gone(self, name: str) -> str:
-        """What is left of a model that is gone; empty for any other name."""
+        """Describes the preserved adapters of a deleted model; empty for any other name."""
         past = self._history.model(name)
         if past is None:
             return ""
@@ -222,7 +224,7 @@ class Variables:
         return f"{name!r} is gone; {past.words} of it, trained and not saved, can be brought back: {when}session.undo()"
 
     def _takes(self, variable: str, fingerprint: Mapping[str, str]) -> bool:
-        """Whether adapters can be put on the model that a variable holds now, as far as its weights say that."""
+        """Returns whether adapters fit the model in a variable, as far as its weights can tell."""
         from nbpeft.engine.tree.model_tree import manager_of
 
         model = self.module(variable)
@@ -233,13 +235,13 @@ class Variables:
 
 
 def _holders(tracked: TrackedModel, variables: Mapping[str, object]) -> list[str]:
-    """The variables that hold a model, its handle or its base."""
+    """Returns the variables that refer to a model, its PeftModel or its base."""
     own = {name: value for name, value in list(variables.items()) if not name.startswith("_") and is_module(value)}
     return [name for name, value in own.items() if tracked.matches(uncompiled(value))]
 
 
 def _collect(models: Collection[TrackedModel]) -> None:
-    """Collects garbage, so that models that nothing holds are gone, and not only by chance."""
+    """Collects garbage, so that models without references are deleted now instead of at an arbitrary time."""
     for _ in range(_COLLECTIONS if models else 0):
         gc.collect()
         if all(tracked.is_gone for tracked in models):

@@ -1,7 +1,7 @@
-"""One of the processes of a training: python -m nbpeft.training.process FOLDER.
+"""The program of one training process: python -m nbpeft.training.process FOLDER.
 
-It has the variables that ``torch.distributed.run`` or ``accelerate launch`` set; the folder is that of a job, see
-:mod:`nbpeft.training.launch`.
+It needs the environment variables that ``torch.distributed.run`` or ``accelerate launch`` set. The folder is that of a
+job, see :mod:`nbpeft.training.launch`.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from nbpeft.training.request import TrainRequest
 
 _PARENT_GONE = "the process that started it is gone"
 _STEP_ALONE, _END_ALONE = 10.0, 20.0
-"""Seconds that the step of a process whose parent is gone may still take, and then keeping the run and ending."""
+"""Seconds after the parent process has ended: for the current step, and then for saving the run and ending."""
 
 
 class Channel:
-    """To the process that waits and from it, over what were the standard streams; what is printed goes to the log.
+    """Communication with the parent process over the original standard streams; printed text goes to the log.
 
     Attributes:
-        closed: whether nobody is there any more.
+        closed: whether the parent process has ended.
     """
 
     closed = False
@@ -62,7 +62,7 @@ class Channel:
         self._lock = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Sends one message; nobody may be there any more."""
+        """Sends a message; ignored if the parent process has ended."""
         try:
             with self._lock:
                 pickle.dump(message, self._messages)
@@ -71,11 +71,11 @@ class Channel:
             return
 
     def listen(self, control: SharedControl, alone: Callable[[], object]) -> None:
-        """Takes requests in a thread.
+        """Receives requests in a thread.
 
         Args:
-            control: gets them.
-            alone: called in the thread when nobody is there any more.
+            control: receives the requests.
+            alone: called in the thread when the parent process has ended.
         """
 
         def work() -> None:
@@ -89,7 +89,7 @@ class Channel:
 
 
 def main(folder: Path) -> int:
-    """Trains. Returns the status of the process."""
+    """Trains, and returns the exit status of the process."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     channel, control = Channel(), SharedControl()
     channel.listen(control, lambda: _end_alone(control, folder))
@@ -111,7 +111,7 @@ def main(folder: Path) -> int:
         trace = "".join(traceback.format_exception(error))
         print(trace, file=sys.stderr, flush=True)
         message = in_one_line(explain_failure(error, model))
-        with contextlib.suppress(OSError):  # where nobody waits for it, the folder may be gone
+        with contextlib.suppress(OSError):  # if the parent process has ended, it may have removed the folder
             Failure(rank, type(error).__name__, message, time.time(), trace).write(folder)
         return 1
     finally:
@@ -120,10 +120,10 @@ def main(folder: Path) -> int:
 
 
 def _end_alone(control: SharedControl, folder: Path) -> None:
-    """Ends this process, which nobody waits for: after the step that runs, or without it where that does not end.
+    """Ends this process after its parent has ended: after the current step, or without it if it takes too long.
 
-    A collective operation with a process that is gone returns after many minutes, if ever, and no exception reaches
-    the thread that is in it.
+    A collective operation with a process that has ended returns after many minutes or never, and no exception can be
+    raised in the thread that waits for it.
     """
     control.take({"stop": True, "pause": False, "reason": _PARENT_GONE})
     if control.wait_for_stop(_STEP_ALONE):
@@ -133,14 +133,14 @@ def _end_alone(control: SharedControl, folder: Path) -> None:
 
 
 def _remove_job(folder: Path) -> None:
-    """Removes what the process that is gone would have: the model's copy above all. Another host's is not its own."""
+    """Removes the job's folder, with the copy of the model, instead of the parent; only on the parent's own host."""
     if os.environ["GROUP_RANK"] == "0":
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _train(request: TrainRequest, control: SharedControl, channel: Channel | None) -> TrainResult:
     model, base = request.model, cast(Any, base_of(request.model))
-    if getattr(base, "hf_device_map", None):  # accelerate compares it with the card of the process
+    if getattr(base, "hf_device_map", None):  # accelerate compares it with the process's device
         base.hf_device_map = {"": next(base.parameters()).device}
     _stay_on_the_cpu()
     if request.arguments.get("fsdp"):
@@ -162,7 +162,7 @@ def _train(request: TrainRequest, control: SharedControl, channel: Channel | Non
 
 
 def _stay_on_the_cpu() -> None:
-    """Keeps accelerate from numbering the CPU: moved from ``cpu`` to ``cpu:1``, shared weights would be copied."""
+    """Keeps accelerate's device at ``cpu`` without index: moving to ``cpu:1`` would copy the shared weights."""
     made = PartialState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -174,7 +174,7 @@ def _stay_on_the_cpu() -> None:
 
 
 def _shard_on_the_cpu() -> None:
-    """Lets accelerate shard over processes on the CPU too, where what it does works all the same."""
+    """Makes accelerate support FSDP on the CPU too, which works although accelerate does not enable it."""
     made = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -187,13 +187,13 @@ def _shard_on_the_cpu() -> None:
 
 
 def _share_frozen(model: Any) -> None:
-    """Keeps DDP from sending the frozen base around, which all processes have read from one file."""
+    """Excludes frozen parameters from DDP's initial broadcast, because all processes have read them from one file."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
 
 
 def _device(folder: Path, local_rank: int) -> str:
-    """Where the weights go."""
+    """Returns the device of the weights."""
     if (folder / ON_THE_CPU).exists() or not torch.accelerator.is_available():
         return "cpu"
     torch.accelerator.set_device_index(local_rank)
@@ -203,4 +203,4 @@ def _device(folder: Path, local_rank: int) -> str:
 if __name__ == "__main__":
     status = main(Path(sys.argv[1]))
     sys.stderr.flush()
-    os._exit(status)  # threads that wait, of torch and for requests, would keep it or abort it
+    os._exit(status)  # waiting threads of torch and of the channel would block or abort a normal exit

@@ -1,4 +1,4 @@
-"""What one training was asked for, as one value: from the session to the process that trains."""
+"""The arguments of one training as one value, which is passed from the session to the training process."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ NOT_KEPT = frozenset(
         *("members", "replace", "arguments", "is_open"),
     }
 )
-"""What the record of a run does not keep: rows and tokenizer are given again, the others are of the call."""
+"""Fields that the record of a run does not store: data and tokenizer are given again, the others belong to the call."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainRequest:
-    """The arguments of :func:`nbpeft.train`, where they are explained, as one value.
+    """The arguments of :func:`nbpeft.train`, which documents them, as one value.
 
     Attributes:
-        members: adapters to train side by side, as given; a :class:`SideBySide` while they learn.
-        sample: prompts to answer; tokenized for the processes that train.
+        members: adapters to train side by side, as given; a :class:`SideBySide` during training.
+        sample: prompts to answer; tokenized for training processes.
         arguments: fields of the arguments class and options of the Trainer.
-        is_open: whether ``data`` and ``eval_data`` are rows already, and not where they are.
+        is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
     """
 
     model: nn.Module
@@ -70,13 +70,13 @@ class TrainRequest:
 
     @classmethod
     def of(cls, model: nn.Module, data: Any, eval_data: Any = None, **keywords: Any) -> Self:
-        """The request that ``train`` makes of these arguments.
+        """Creates the request for the arguments of ``train``.
 
         Args:
-            model: of the training.
-            data: rows to learn, or where they are.
-            eval_data: rows to evaluate on, or where they are, or how many to hold out.
-            **keywords: of ``train``, those of the arguments class and of the Trainer among them.
+            model: the model to train.
+            data: training rows, or where they are.
+            eval_data: evaluation rows, or where they are, or how many to hold out.
+            **keywords: keyword arguments of ``train``, including those of the arguments class and the Trainer.
         """
         own = {item.name for item in fields(cls)}.difference(_NO_KEYWORDS)
         rest = {name: value for name, value in keywords.items() if name not in own}
@@ -85,22 +85,22 @@ class TrainRequest:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The keywords that say something else than their defaults, and all of ``arguments``."""
+        """The keyword arguments that differ from their defaults, and all of ``arguments``."""
         own = {item.name: item.default for item in fields(self) if item.name not in _NO_KEYWORDS}
         changed = {name: getattr(self, name) for name, usual in own.items() if getattr(self, name) is not usual}
         return changed | dict(self.arguments)
 
     @property
     def seed(self) -> int:
-        """By which rows are held out and adapters are drawn; that of ``TrainingArguments`` where none is given."""
+        """Seed for held-out rows and new adapters; by default that of ``TrainingArguments``."""
         seed = self.arguments.get("seed")
         return seed if isinstance(seed, int) else DEFAULT_SEED
 
     def opened(self) -> Self:
-        """The request with its rows opened; itself where they are.
+        """Returns the request with its data opened as rows; itself if it is already open.
 
         Raises:
-            TrainingError: data cannot be read, or has no rows.
+            TrainingError: the data cannot be read, or has no rows.
         """
         if self.is_open:
             return self
@@ -110,11 +110,11 @@ class TrainRequest:
         return replace(self, data=rows, eval_data=measured, is_open=True)
 
     def is_plain(self) -> bool | None:
-        """Whether the rows to learn are text that no chat template goes around; None for rows that are tokens."""
+        """Returns whether the training rows are text without chat template; None for tokenized rows."""
         return rows_are_plain(self.opened().data, self.tokenizer, self.columns)
 
     def kept(self) -> dict[str, Any]:
-        """What the record of a run keeps of it beside ``arguments``: keywords that say something, and no rows."""
+        """Returns what the record of a run stores in addition to ``arguments``: changed keyword arguments, no rows."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["trainer_class"] = getattr(self.trainer_class, "given_class", self.trainer_class)  # of a sweep
         if isinstance(self.sample, PromptBatch):

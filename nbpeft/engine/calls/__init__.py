@@ -4,8 +4,7 @@ Door, what other rooms import:
 
     cached_prefix.py        Prefixes: trained keys and values that come before those of the input in each layer's
                             cache
-    first_pass.py           Runs a model once without the adapter before each call, for adapters that read its hidden
-                            states
+    first_pass.py           Runs a model once before each call, for adapters that read its hidden states
     inner_calls.py          Lets model adapters add to the outputs of modules inside the model: a hook on each of
                             those modules
     model_calls.py          Inserts prompts into the calls of a model: embeddings, mask, positions, cache and labels
@@ -13,12 +12,12 @@ Door, what other rooms import:
                             trained on one base
     selective_recompute.py  Recomputes activations and norms of any model in backward instead of storing them
     side_network.py         Runs an adapter's network next to a model: its state passes through the model's blocks
-                            together with the hidden states
+                            with the hidden states
     task_ids.py             ``task_ids``: a call argument with the task of each row, for methods that train several
                             tasks together
     token_prompt.py         Prompts that are rows of an embedding of their own, and their initialization
-    two_pass_cache.py       A cache of keys and values that contains a second one, for a model that runs twice in each
-                            call or next to a side network
+    two_pass_cache.py       A cache of keys and values that contains a second one, for a model that runs twice or next
+                            to a side network
 
 Inside:
 

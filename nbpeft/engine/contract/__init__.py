@@ -8,7 +8,8 @@ Door, what other rooms import:
     adapter.py           The contract of a method: its config, its adapters, and their optional capabilities
     allocator.py         Base class of methods that distribute a budget (of ranks or subspaces) over the layers during
                          training
-    base.py              The interfaces of a kind of layer and of a weight backend, and the layer as an adapter sees it
+    base.py              The interfaces of a kind of layer and of a weight backend, and the layer as an adapter sees
+                         it
     bindable.py          Modules whose tensors and attributes are set without ``nn.Module.__setattr__``
     capabilities.py      Optional capabilities of adapters: classes to derive from in addition to ``Adapter``
     combination.py       Inputs and results of combining adapters, for every method
@@ -19,8 +20,8 @@ Door, what other rooms import:
                          import it
     method_records.py    Optional records that a method passes to ``register`` in addition to its config and adapter
                          classes
-    model_adapter.py     The contract of adapters without target layers (prompt methods): they change whole calls of the
-                         model
+    model_adapter.py     The contract of adapters without target layers (prompt methods): they change whole calls of
+                         the model
     peft_names.py        The names that PEFT's layers and models have for what a method stores, as the method declares
                          them
     peft_types.py        The values of ``task_type`` and ``peft_type`` in configs and files

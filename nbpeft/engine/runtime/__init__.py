@@ -12,7 +12,7 @@ Door, what other rooms import:
 
 Inside:
 
-    layer_commands.py  Commands on a single layer, as PEFT's layers have them; those of the manager are for the
-                       whole model
+    layer_commands.py  Commands on a single layer, as PEFT's layers have them; those of the manager are for the whole
+                       model
     renaming.py        Renaming an adapter, moving it in the order of adapters, and copying it
 """

@@ -2,7 +2,8 @@
 
 Door, what other rooms import:
 
-    adapted_tree.py       The adapted layers of a model, read from its module tree, which other libraries may change too
+    adapted_tree.py       The adapted layers of a model, read from its module tree, which other libraries may change
+                          too
     fused_layers.py       Linear layers that transformers 5 fused into parameters: the experts of a mixture, and its
                           router
     model_tree.py         Queries about a model: its modules, manager, embeddings and quantization

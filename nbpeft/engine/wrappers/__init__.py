@@ -4,8 +4,8 @@ Door, what other rooms import:
 
     composite_layer.py  AdaptedComposite: the wrapper around a module that computes with several weights itself
                         (nn.MultiheadAttention)
-    factored_weight.py  A weight plus low-rank products that stay factored, so that only what a matrix product needs is
-                        computed
+    factored_weight.py  A weight plus low-rank products that stay factored, so that only what a matrix product needs
+                        is computed
     fake_quant.py       Quantization-aware training: the layer computes with the weight that merging the adapter would
                         store
     layer.py            AdaptedLayer: the only wrapper around a layer, whatever the method, the kind of layer and the
@@ -15,6 +15,6 @@ Door, what other rooms import:
     modules_to_save.py  ModulesToSaveWrapper: a module trained as a whole, once per adapter (``modules_to_save``)
     parameter_layer.py  AdaptedParameter: the wrapper around a module with an adapted bare parameter, such as the
                         experts of a mixture
-    row_order.py        Checks that a layer's input in a mixed batch is in the order of the batch's rows, as far as its
-                        shape shows it
+    row_order.py        Checks that a layer's input in a mixed batch is in the order of the batch's rows, as far as
+                        its shape shows it
 """

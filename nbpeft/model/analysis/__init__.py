@@ -1,10 +1,11 @@
-"""Where an adapter changed a model, and what a method can do.
+"""What an adapter changed in a model, and what each method can do.
 
 Door, what other rooms import:
 
-    inspection.py    Where an adapter changed a model, layer by layer
-    intruders.py     Intruder dimensions: strong directions of an adapted weight that the weight did not have before
-    kappa.py         KappaTune: adapt the layers whose weights are best conditioned, and leave what is specialised as
-                     it is
-    method_facts.py  What each method can do, found out on a small layer
+    inspection.py    How much an adapter changes each layer of a model
+    intruders.py     Intruder dimensions: strong singular directions of an adapted weight that the original weight
+                     does not have
+    kappa.py         KappaTune: adapts the layers with the best conditioned weights, and leaves specialised layers
+                     unchanged
+    method_facts.py  What each method supports, tested on a small layer
 """

@@ -1,4 +1,4 @@
-"""Where an adapter changed a model, layer by layer."""
+"""How much an adapter changes each layer of a model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from nbpeft.state import LayerChange
 
 @torch.no_grad()
 def inspect_adapter(manager: AdapterManager, name: str, *, intruders: bool = False) -> tuple[LayerChange, ...]:
-    """How far an adapter moves the weight of each layer, in Frobenius norms.
+    """Measures how much an adapter changes the weight of each layer, in Frobenius norms.
 
-    The factor that the adapter is applied with counts. Modules trained as a whole are compared with the
-    frozen originals. Nothing is changed; of an adapter with plain factors no delta is built.
+    The adapter's current scale is included. Modules trained as a whole (``modules_to_save``) are compared with the
+    frozen originals. Nothing is changed, and the delta of a low-rank adapter is not materialized.
 
     Args:
-        manager: has the adapter.
-        name: which one.
-        intruders: count intruder dimensions, too: two singular value decompositions of each weight.
+        manager: manager of the model.
+        name: name of the adapter.
+        intruders: also count intruder dimensions, which needs two singular value decompositions of each weight.
+
+    Returns:
+        One record per layer or module, in the manager's order.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        MergeError: adapters are merged, so that the frozen weights cannot be seen.
+        MergeError: adapters are merged, so that the frozen weights are not available.
     """
     manager.require_available(name)
     with manager.ensure_loaded([name]):
@@ -46,7 +49,7 @@ def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
         if name in layer.adapters._modules:
             weight = layer.base.weight()
             if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
-                raise AdapterError(f"adapter {name!r} is not finite at {path}: it has no size to tell", path=path)
+                raise AdapterError(f"adapter {name!r} has non-finite parameters at {path}", path=path)
             norm, directions = layer.adapter(name).delta_size(weight, layer.base)
             size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
             yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
@@ -83,5 +86,5 @@ def _distance(copied: nn.Module, original: nn.Module) -> tuple[float, float]:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to sum in."""
+    """Returns the dtype for sums: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)

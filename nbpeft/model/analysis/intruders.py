@@ -1,7 +1,7 @@
-"""Intruder dimensions: strong directions of an adapted weight that the weight did not have before.
+"""Intruder dimensions: strong singular directions of an adapted weight that the original weight does not have.
 
-LoRA tends to add singular directions that are unlike all of the pre-trained ones; full fine-tuning does not, and
-forgets less. They can be counted, and taken back in part at the cost of some of what was learned.
+LoRA tends to add singular directions that are unlike all pre-trained ones. Full fine-tuning does not, and forgets less.
+Intruders can be counted, and scaled down at the cost of part of what was learned.
 
 Reference: https://arxiv.org/abs/2410.21228
 """
@@ -22,26 +22,29 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, few
 
 TOP, LARGEST_COSINE = 10, 0.5
-"""How many of the strongest directions are looked at, and how unlike all others an intruder is: PEFT's defaults."""
+"""PEFT's defaults: how many of the strongest directions are examined, and below which cosine one is an intruder."""
 
 _Factors = tuple[Tensor, Tensor, Tensor]
-"""U (out, n), values (n,), V (n, in)."""
+"""The singular value decomposition U (out, n), values (n,), V (n, in)."""
 
 
 @torch.no_grad()
 def count_intruders(
     layer: AdaptedLayer, name: str, top_k: int = TOP, threshold: float = LARGEST_COSINE, *, scale: float = 1.0
 ) -> int | None:
-    """How many of the strongest directions of an adapted weight the frozen one lacks; None where there is no matrix.
+    """Counts the intruders among the strongest directions of an adapted weight.
 
-    Costs two singular value decompositions of the weight.
+    Needs two singular value decompositions of the weight.
 
     Args:
-        layer: not merged.
-        name: of an adapter on it, of any method.
-        top_k: directions looked at.
-        threshold: an intruder's cosine with each direction of the frozen weight is below.
-        scale: factor on what the adapter adds.
+        layer: a layer that is not merged.
+        name: an adapter on it, of any method.
+        top_k: number of directions to examine.
+        threshold: a direction is an intruder if its cosine with every direction of the frozen weight is below this.
+        scale: factor on the adapter's delta.
+
+    Returns:
+        The number of intruders; None if the weight is not a matrix.
     """
     weight = layer.base.weight()
     if weight.ndim != 2:
@@ -60,22 +63,23 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Makes an adapter like another, without a part of its intruder dimensions, and activates it.
+    """Creates and activates a copy of an adapter with smaller intruder dimensions.
 
-    What the model knew before comes back in part. Where a layer has no intruder the new adapter is a copy. Two or
-    three singular value decompositions of each weight are computed, in float32.
+    This restores part of what the model knew before. In layers without intruders the new adapter is a plain copy. It
+    computes two or three singular value decompositions of each weight, in float32.
 
     Args:
-        peft_model: with a LoRA adapter that is not merged.
-        old_adapter_name: that adapter, which stays as it is.
-        new_adapter_name: the one to come.
-        top_k: how many of the strongest directions of each adapted weight are looked at.
-        threshold_epsilon: an intruder's cosine with each direction of the frozen weight is below. The lower, the fewer.
-        mitigation_lambda: as which share of itself an intruder stays in the weight: the lower, the more is taken back.
-        logging_sink: called with a line for each layer; None for nothing.
+        peft_model: a model with a LoRA adapter that is not merged.
+        old_adapter_name: that adapter, which is not changed.
+        new_adapter_name: name of the new adapter.
+        top_k: number of strongest directions to examine in each adapted weight.
+        threshold_epsilon: a direction is an intruder if its cosine with every direction of the frozen weight is below
+            this value. A lower value finds fewer.
+        mitigation_lambda: factor on each intruder, from 0 to 1. A lower value removes more of it.
+        logging_sink: called with one line per layer; None for no output.
 
     Raises:
-        AdapterError: the adapter is none of LoRA's, a layer is no matrix, or the new name is taken. Nothing is changed.
+        AdapterError: the adapter is not LoRA, a weight is not a matrix, or the new name is taken. Nothing is changed.
         MergeError: adapters are merged.
     """
     manager = require_manager(peft_model)
@@ -101,22 +105,22 @@ def reduce_intruder_dimension(
 
 
 def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, AdaptedLayer]:
-    """Path -> layer of a LoRA adapter on matrices.
+    """Returns path -> layer for the layers of a LoRA adapter.
 
     Raises:
-        AdapterError: it is none, or a layer has more than a matrix.
+        AdapterError: the adapter is not LoRA, shares tied factors, or is on a weight that is not a matrix.
     """
     if not isinstance(manager.configs[name], LoraConfig):
         raise AdapterError("The provided model is not using LoRA and is therefore not supported.")
-    held = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
-    layers = {path: one for path, one in held.items() if isinstance(one.adapter(name), LowRankAdapter)}
-    tied = next((path for path, one in layers.items() if one.adapter(name).source is not None), None)
+    adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    layers = {path: layer for path, layer in adapted.items() if isinstance(layer.adapter(name), LowRankAdapter)}
+    tied = next((path for path, layer in layers.items() if layer.adapter(name).source is not None), None)
     if tied is not None:
         raise AdapterError(
             f"adapter {name!r} has one pair of factors on {tied} and the embedding (ensure_weight_tying), whose "
             "intruder dimensions differ"
         )
-    other = [path for path, one in layers.items() if one.base.weight().ndim != 2]
+    other = [path for path, layer in layers.items() if layer.base.weight().ndim != 2]
     if other:
         raise AdapterError(f"{few(other)}: the weight is no matrix, so it has no directions to compare")
     return layers
@@ -125,12 +129,12 @@ def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, Adapted
 def _reduced(
     layer: AdaptedLayer, name: str, top_k: int, threshold: float, share: float
 ) -> tuple[int, tuple[Tensor, Tensor] | None]:
-    """How many intruders an adapted weight has, and A and B of an adapter that has less of them; None for none."""
+    """Returns the number of intruders of an adapted weight, and A and B with smaller intruders (None without any)."""
     adapter: Any = layer.adapter(name)
     first, second = (factor.detach().float() for factor in adapter.trained_factors)
     scaling = float(adapter.scaling)
     weight = layer.base.weight().float()
-    if adapter.initial is not None:  # the part of the weight that the adapter started in is the adapter's
+    if adapter.initial is not None:  # PiSSA-like inits move a part of the weight into the adapter: add it back
         init_A, neg_init_B = adapter.initial
         weight = weight + scaling * (neg_init_B.float() @ init_A.float())
     adapted = weight + scaling * (second @ first)
@@ -145,7 +149,7 @@ def _reduced(
 
 
 def _intruders(weight: Tensor, adapted: Tensor, top_k: int, threshold: float) -> tuple[Tensor, _Factors]:
-    """Places of the intruders among the directions of an adapted weight, and its decomposition."""
+    """Returns the indices of the intruders among an adapted weight's directions, and the weight's decomposition."""
     known = torch.linalg.svd(weight, full_matrices=False)[0]
     left, values, right = torch.linalg.svd(adapted, full_matrices=False)
     likeness = (left[:, :top_k].T @ known).abs().amax(1)

@@ -1,7 +1,7 @@
-"""KappaTune: adapt the layers whose weights are best conditioned, and leave what is specialised as it is.
+"""KappaTune: adapts the layers with the best conditioned weights, and leaves specialised layers unchanged.
 
-The condition number of a weight is its largest singular value by its smallest. A low one says that the weight treats
-all directions of its input alike, so that it can learn something new without losing what it knows.
+The condition number of a weight is its largest divided by its smallest singular value. A weight with a low one treats
+all input directions alike, so that it can learn something new without losing what it knows.
 
 Reference: https://arxiv.org/abs/2506.16289
 """
@@ -19,22 +19,22 @@ from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.model.from_data.observing import progress
 
 _EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
-"""Ends of the names of parameters that hold the weights of all experts, (experts, in, out) or (experts, out, in)."""
+"""Suffixes of the names of parameters with the weights of all experts, (experts, in, out) or (experts, out, in)."""
 _SMALLEST = 1e-8
-"""Added to the smallest singular value."""
+"""Added to the smallest singular value to avoid division by zero."""
 
 
 class KappaTuneSelector:
-    """Condition numbers of the linear layers and experts of a model, and which of them are lowest.
+    """Selects the linear layers and experts of a model with the lowest condition numbers.
 
-    They are computed at the first question: the singular values of each weight, in float32, which takes minutes for
-    billions of parameters.
+    The condition numbers are computed on first use, from the singular values of each weight in float32. This takes
+    minutes for billions of parameters.
 
     Args:
-        model: dense or quantized.
-        max_dim_size_to_analyze: weights with a longer side are left out.
-        moe_param_suffixes: ends of the names of parameters of experts; None for the usual ones.
-        show_progress: show how many are done.
+        model: the model, dense or quantized.
+        max_dim_size_to_analyze: weights with a longer side are skipped.
+        moe_param_suffixes: suffixes of the names of expert parameters; None for the usual ones.
+        show_progress: show a progress bar.
     """
 
     def __init__(
@@ -53,30 +53,30 @@ class KappaTuneSelector:
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Paths of linear layers, best conditioned first: for ``target_modules``.
+        """Returns paths of linear layers for ``target_modules``, best conditioned first.
 
         Args:
-            top_p: share of them.
-            num_modules: how many; counts before ``top_p``.
-            threshold: largest condition number; counts where the other two are None.
+            top_p: share of the layers to select, from 0 to 1.
+            num_modules: number of layers to select; takes precedence over ``top_p``.
+            threshold: largest condition number; used only if the other two are None.
         """
         return _lowest(self._kappas()[0], top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Names of parameters of experts, by the mean over the experts: for ``target_parameters``.
+        """Returns names of expert parameters for ``target_parameters``, by the mean condition number of the experts.
 
         Args:
-            top_p: share of them.
-            num_modules: how many; counts before ``top_p``.
-            threshold: largest condition number; counts where the other two are None.
+            top_p: share of the parameters to select, from 0 to 1.
+            num_modules: number of parameters to select; takes precedence over ``top_p``.
+            threshold: largest condition number; used only if the other two are None.
         """
         return _lowest(self._kappas()[1], top_p, num_modules, threshold)
 
     @torch.no_grad()
     def _kappas(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Condition numbers of the linear layers by path, and of the parameters of experts by name."""
+        """Returns condition numbers: path -> value for linear layers, name -> value for expert parameters."""
         if self._found is None:
             layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
             experts = {
@@ -97,7 +97,7 @@ class KappaTuneSelector:
         return self._found
 
     def _add(self, kappas: dict[str, float], name: str, weights: Sequence[Tensor] | Tensor) -> None:
-        """Adds the mean condition number of weights of one shape, unless they are too large."""
+        """Adds the mean condition number of weights of equal shape, unless they are too large."""
         if max(weights[0].shape) <= self.max_dim_size_to_analyze:
             found = list(map(_condition_number, weights))
             kappas[name] = sum(found) / len(found)
@@ -110,17 +110,17 @@ def find_kappa_target_modules(
     moe_param_suffixes: tuple[str, ...] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """The best conditioned layers of a model, as fields of ``LoraConfig``.
+    """Finds the best conditioned layers of a model, as fields of ``LoraConfig``.
 
     Args:
-        model: dense or quantized.
-        top_p: share of the layers, and of the parameters of experts.
-        max_dim_size_to_analyze: weights with a longer side are left out.
-        moe_param_suffixes: ends of the names of parameters of experts; None for the usual ones.
-        show_progress: show how many are done.
+        model: the model, dense or quantized.
+        top_p: share of the layers, and of the expert parameters, to select.
+        max_dim_size_to_analyze: weights with a longer side are skipped.
+        moe_param_suffixes: suffixes of the names of expert parameters; None for the usual ones.
+        show_progress: show a progress bar.
 
     Returns:
-        ``target_modules``, and ``target_parameters``: None where the model has no experts.
+        ``target_modules``, and ``target_parameters``, which is None if the model has no experts.
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
     return {
@@ -130,7 +130,7 @@ def find_kappa_target_modules(
 
 
 def _weight(layer: nn.Linear) -> Tensor:
-    """The weight (out, in), dequantized."""
+    """Returns the weight (out, in), dequantized."""
     kind, backend = resolve_layer_kind(layer), resolve_backend(layer)
     return layer.weight.detach() if kind is None or backend is None else BaseLayer(layer, kind, backend).weight()
 

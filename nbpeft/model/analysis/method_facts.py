@@ -1,4 +1,4 @@
-"""What each method can do, found out on a small layer."""
+"""What each method supports, tested on a small layer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import NbpeftError
 
 _TARGET = "target"
-"""The layer that sample configs are for."""
+"""Path of the layer that sample configs are applied to."""
 _FEATURES = 64
 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What a method can do.
+    """What a method supports.
 
     Attributes:
-        merges: whether it can be merged into the weights.
-        swaps: whether another adapter can take its place while the model runs.
-        quantized: whether it goes on quantized layers.
-        dequantizes: whether it needs the whole weight of such a layer in each call.
-        serves_rows: whether a batch whose rows are served by several of its adapters is one pass.
+        merges: whether its adapters can be merged into the weights.
+        swaps: whether an adapter can be replaced by another one without recompiling the model.
+        quantized: whether it supports quantized layers.
+        dequantizes: whether each call on a quantized layer has to dequantize the whole weight.
+        serves_rows: whether one forward pass can apply different adapters to different rows of a batch.
     """
 
     merges: bool
@@ -41,19 +41,23 @@ class MethodFacts:
 
 
 def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
-    """Returns the config with which a method is listed: its defaults, and fields as far as it has them.
+    """Returns the config with which a method is listed: its defaults and those of the given fields that it has.
+
+    Args:
+        method: the method.
+        fields: values of config fields; fields that the method does not have are ignored.
 
     Raises:
-        ConfigError: a value is impossible for it.
+        ConfigError: a value is invalid for the method.
     """
     known = method.config_class.__dataclass_fields__
-    targets = () if not method.transforms_calls else ("target_modules",)  # which mean layers
+    targets = () if not method.transforms_calls else ("target_modules",)  # target_modules would mean layers
     own = {name: value for name, value in fields.items() if name in known and name not in targets}
     return method.config_class(**{**method.listed_with, **own})
 
 
 def facts_of_method(method: Method) -> MethodFacts | None:
-    """Returns what a method can do; None for one that is not on layers."""
+    """Returns what a method supports; None for a method that does not adapt layers."""
     sample = dict(next(iter(method.sample_configs.values()), method.listed_with))
     if "target_modules" in method.config_class.__dataclass_fields__:
         sample["target_modules"] = [_TARGET]
@@ -64,8 +68,8 @@ def facts_of_method(method: Method) -> MethodFacts | None:
         return None
     layer, config = manager.layers[_TARGET], manager.configs["default"]
     adapter, shared = layer.adapter("default"), manager.shared("default")
-    whole = set(adapter.saved_tensors(dict)) <= set(adapter._parameters)  # not the places of entries, which differ
-    acts_beside = isinstance(adapter, TransformsInput | TransformsOutput)
+    whole = set(adapter.saved_tensors(dict)) <= set(adapter._parameters)  # not the indices of entries, which differ
+    without_weight = isinstance(adapter, TransformsInput | TransformsOutput)
     return MethodFacts(
         merges=not adapter.unmergeable_reason(layer.base),
         swaps=whole
@@ -73,13 +77,13 @@ def facts_of_method(method: Method) -> MethodFacts | None:
         and not config.initialised_from_weight
         and not (shared and shared.is_saved(config)),
         quantized=method.kinds.quantized,
-        dequantizes=adapter.reads_weight and not acts_beside,
+        dequantizes=adapter.reads_weight and not without_weight,
         serves_rows=isinstance(adapter, ServesRows),
     )
 
 
 def _tried(method: Method, fields: Mapping[str, Any]) -> AdapterManager | None:
-    """A layer with an adapter of a method, of a kind that it goes on; None if there is none."""
+    """Returns a manager with an adapter of the method on a layer of a suitable kind; None if there is none."""
     for layer in (nn.Linear(_FEATURES, _FEATURES), nn.LayerNorm(_FEATURES)):
         manager = AdapterManager(nn.ModuleDict({_TARGET: layer}))
         with contextlib.suppress(NbpeftError):
@@ -90,6 +94,6 @@ def _tried(method: Method, fields: Mapping[str, Any]) -> AdapterManager | None:
 
 
 def listed_methods() -> tuple[Method, ...]:
-    """Returns all methods, those that share a config class behind each other."""
+    """Returns all methods, grouped by their config class."""
     order = list(dict.fromkeys(method.config_class for method in methods()))
     return tuple(sorted(methods(), key=lambda method: order.index(method.config_class)))

@@ -1,7 +1,7 @@
-"""One adapter of several, and adapters of any method written as LoRA.
+"""Combining adapters into one, and converting adapters of any method to LoRA.
 
 Door, what other rooms import:
 
-    combining.py   Combining adapters of a model into a new one
-    conversion.py  Adapters of any method written as LoRA
+    combining.py   Combining adapters of a model into a new adapter
+    conversion.py  Converting adapters of any method to LoRA
 """

@@ -1,4 +1,4 @@
-"""Combining adapters of a model into a new one."""
+"""Combining adapters of a model into a new adapter."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from nbpeft.state import LayerLoss
 
 @dataclass(frozen=True)
 class Combined:
-    """What combining made and what it lost.
+    """A combined adapter and its approximation error.
 
     Attributes:
-        name: the new adapter.
-        combination_type: how it was made.
-        rank: its rank (the largest, if layers differ); None where the method has none.
-        relative_error: over all layers together.
-        energy_kept: over all layers together.
-        layers: layer by layer, in the model's order.
+        name: name of the new adapter.
+        combination_type: how it was computed.
+        rank: its rank (the largest, if layers differ); None for methods without a rank.
+        relative_error: norm of the error divided by the norm of the exact sum, over all layers.
+        energy_kept: share of the exact sum's squared norm that is preserved, over all layers.
+        layers: the errors of each layer, in the model's order.
     """
 
     name: str
@@ -64,23 +64,26 @@ def combine_adapters(
     name: str,
     settings: Mapping[str, Any],
 ) -> Combined:
-    """Makes a new adapter of a weighted combination of others; it starts frozen and inactive.
+    """Adds the weighted combination of several adapters as a new adapter, which is frozen and inactive.
 
-    The scale of an adapter counts as it is set now. Of modules trained as a whole, the one copy
-    there is goes into the new adapter. The changes of token rows are added up, whatever the type.
+    The current scale of each adapter is included. If only one of the adapters has trained a copy of a module
+    (``modules_to_save``), the new adapter gets that copy. Changes of token embeddings are summed for every type.
 
     Args:
-        manager: of the model.
-        adapters: names of what is combined.
-        weights: one for each; negative ones subtract.
-        name: of the new adapter.
-        settings: ``combination_type`` and what goes with it.
+        manager: manager of the model.
+        adapters: names of the adapters to combine.
+        weights: one factor per adapter; negative ones subtract.
+        name: name of the new adapter.
+        settings: ``combination_type`` and the options of that type.
+
+    Returns:
+        The new adapter's name, rank and errors.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the new name is taken.
-        AdapterError: they cannot be combined.
-        ConfigError: the settings are impossible, or do not work on these adapters.
+        AdapterError: the adapters cannot be combined.
+        ConfigError: the settings are invalid, or not possible for these adapters.
     """
     check_weights(adapters, weights)
     manager.require_available(*adapters)
@@ -120,7 +123,7 @@ def _combined(
     plan = plan_on(manager, combination.config, tensors)
     half = all(tensor.dtype != torch.float32 for named in tensors.values() for tensor in named.values())
     with manager.transaction():
-        if any(manager.configs.get(one) is not config for one, config in zip(adapters, configs, strict=True)):
+        if any(manager.configs.get(adapter) is not config for adapter, config in zip(adapters, configs, strict=True)):
             raise BusyError(CHANGED_MEANWHILE)
         manager.add(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)
         for path in combination.tensors:
@@ -128,7 +131,8 @@ def _combined(
             combination.finish(path, layer.adapter(name), layer.base)
         losses = combination.losses
         if losses is None:
-            weighted = [(one, weight * manager.scale(one)) for one, weight in zip(adapters, weights, strict=True)]
+            pairs = zip(adapters, weights, strict=True)
+            weighted = [(adapter, weight * manager.scale(adapter)) for adapter, weight in pairs]
             losses = {path: _measured(manager.layers[path], weighted, name) for path in combination.tensors}
         ranks = {path: manager.layers[path].adapter(name).delta_rank for path in losses}
     total = sum(losses.values(), Loss())
@@ -143,22 +147,26 @@ def _combined(
 
 
 def _measured(layer: AdaptedLayer, weighted: Sequence[tuple[str, float]], name: str) -> Loss:
-    """What an adapter on a layer lost of the weighted deltas of others, each against the frozen weight."""
+    """Returns the loss of an adapter on a layer, compared with the weighted sum of the deltas of other adapters."""
     check_interrupt()
     weight = layer.base.weight().float()
-    kept = layer.adapter(name).delta_weight(weight, layer.base)
-    true = torch.zeros_like(kept)
-    for one, factor in weighted:
-        if one in layer.adapters._modules:
-            true += layer.adapter(one).delta_weight(weight, layer.base) * factor
-    return Loss.between(true, kept)
+    delta = layer.adapter(name).delta_weight(weight, layer.base)
+    exact = torch.zeros_like(delta)
+    for adapter, factor in weighted:
+        if adapter in layer.adapters._modules:
+            exact += layer.adapter(adapter).delta_weight(weight, layer.base) * factor
+    return Loss.between(exact, delta)
 
 
 def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:
-    """How adapters of the model are combined.
+    """Returns how adapters of the model are combined.
+
+    Args:
+        manager: manager of the model.
+        adapters: names of the adapters.
 
     Raises:
-        AdapterError: their method cannot be, or they are of methods that do not go together.
+        AdapterError: their method cannot be combined, or their methods are of different kinds.
     """
     methods = [method_of(manager.configs[adapter]) for adapter in adapters]
     for name, method in zip(adapters, methods, strict=True):
@@ -182,7 +190,7 @@ def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:
 
 
 def _only_copies(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """The trained copies of whole modules, where one adapter alone has one."""
+    """Returns path -> state dict of the trained modules that only one of the adapters has (``modules_to_save``)."""
     found: dict[str, dict[str, Tensor]] = {}
     for path, module in manager.copies.items():
         owners = [name for name in dict.fromkeys(adapters) if name in module.modules_to_save._modules]
@@ -198,7 +206,7 @@ def _only_copies(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, 
 
 
 def _members(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict[str, Member]]:
-    """Path -> adapter name -> adapter, in the model's order."""
+    """Returns path -> adapter name -> member, in the model's order."""
     places = {id(layer): path for path, layer in manager.layers.items()}
     tensors = {name: manager.weights(name).adapters for name in dict.fromkeys(adapters)}
     layers: dict[str, dict[str, Member]] = {}
@@ -216,10 +224,10 @@ def _members(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict
 def _combined_companions(
     manager: AdapterManager, layers: dict[str, dict[str, Member]], adapters: Sequence[str], weights: Sequence[float]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Combines what configs ask of companion methods, and takes those layers out of the others.
+    """Combines the companion adapters that configs request, and removes their layers from ``layers``.
 
     Returns:
-        Fields of the combination's config, and path -> parameter name -> tensor.
+        Config fields of the combination, and path -> parameter name -> tensor.
     """
     fields: dict[str, Any] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -237,7 +245,8 @@ def _combined_companions(
                 )
             if own:
                 del layers[path]
-                parts[path] = [(members[one], w) for one, w in zip(adapters, weights, strict=True) if one in members]
+                pairs = zip(adapters, weights, strict=True)
+                parts[path] = [(members[adapter], weight) for adapter, weight in pairs if adapter in members]
         if parts:
             manager.refuse_merged(f"adapters with {method.label} are combined")
             fields[method.shares.companion.field], found = method.shares.companion.combine(parts)
@@ -246,12 +255,14 @@ def _combined_companions(
 
 
 def plan_on(manager: AdapterManager, config: Any, paths: Collection[str]) -> InjectionPlan:
-    """The plan of a config on just some layers, which it lists where its targets mean others.
+    """Returns the plan of a config on exactly the given layers.
+
+    If the config's own targets select other layers, the returned plan's config lists the paths instead.
 
     Args:
-        manager: of the model.
-        config: of a method that has targets.
-        paths: of the layers.
+        manager: manager of the model.
+        config: config of a method that has targets.
+        paths: paths of the layers.
     """
     plan = manager.plan(config)
     if set(plan.paths) == set(paths):

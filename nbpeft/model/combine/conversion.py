@@ -1,4 +1,4 @@
-"""Adapters of any method written as LoRA."""
+"""Converting adapters of any method to LoRA."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _NOTHING = "Could not detect any layer that supports LoRA conversion"
 
 @dataclass(frozen=True)
 class Converted:
-    """An adapter as a LoRA.
+    """An adapter converted to LoRA.
 
     Attributes:
-        plan: where it goes, with its config.
-        weights: its tensors; trained copies of whole modules are those of the adapter itself.
-        layers: layer by layer, in the model's order, what was lost.
+        plan: the injection plan, with the LoRA config.
+        weights: the LoRA's tensors; copies of ``modules_to_save`` are the adapter's own tensors.
+        layers: the approximation error of each layer, in the model's order.
     """
 
     plan: InjectionPlan
@@ -55,25 +55,25 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Returns the LoRA that comes closest to an adapter of any method that changes weights.
+    """Returns the best LoRA approximation of an adapter of any method that changes weights.
 
-    The model stays as it is. The scale of the adapter as it is set now is in the factors, whose scaling is 1.
+    The model is not changed. The adapter's current scale is multiplied into the factors, whose scaling is 1.
 
     Args:
         model: a PeftModel or an adapted base model.
-        rank: rank of the LoRA; a float is the share of the squared norm of the change that each layer keeps at least,
-            and the rank of a layer is the smallest that does.
-        adapter_name: which adapter.
-        progressbar: show one.
-        compile_kwargs: accepted for PEFT's sake; nothing is compiled.
+        rank: rank of the LoRA. A float is the minimal share of the squared norm of the change to preserve in each
+            layer; each layer then gets the smallest rank that does so.
+        adapter_name: name of the adapter.
+        progressbar: show a progress bar.
+        compile_kwargs: accepted for compatibility with PEFT; nothing is compiled.
 
     Returns:
-        The config, and the tensors under the keys of a file: those of a handle, and for a base model adapted
-        without one without the ``base_model.model.`` in front, as ``get_peft_model_state_dict`` gives them.
+        The config, and the tensors under the keys of an adapter file. For a base model without a PeftModel the keys
+        lack the prefix ``base_model.model.``, as in ``get_peft_model_state_dict``.
 
     Raises:
-        ConversionError: there is nothing on the model, or something that a LoRA cannot stand for.
-        ConfigError: the rank is impossible.
+        ConversionError: the model has no such change, or one that a LoRA cannot represent.
+        ConfigError: the rank is invalid.
     """
     manager = _manager_with(model, adapter_name, rank)
     with manager.ensure_loaded((adapter_name,)), manager.active_state.hold():
@@ -93,20 +93,20 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Saves the LoRA that comes closest to an adapter; the model stays as it is.
+    """Saves the best LoRA approximation of an adapter; the model is not changed.
 
     Args:
-        path: folder, made if need be.
+        path: folder, created if it does not exist.
         model: a PeftModel or an adapted base model.
         rank: see ``convert_to_lora``.
-        adapter_name: which adapter.
-        progressbar: show one.
-        compile_kwargs: accepted for PEFT's sake; nothing is compiled.
+        adapter_name: name of the adapter.
+        progressbar: show a progress bar.
+        compile_kwargs: accepted for compatibility with PEFT; nothing is compiled.
 
     Raises:
-        ConversionError: there is nothing on the model, or something that a LoRA cannot stand for.
-        ConfigError: the rank is impossible.
-        CheckpointError: it cannot be written; what was there is as it was.
+        ConversionError: the model has no such change, or one that a LoRA cannot represent.
+        ConfigError: the rank is invalid.
+        CheckpointError: the folder cannot be written; existing files are unchanged.
     """
     manager = _manager_with(model, adapter_name, rank)
 
@@ -135,13 +135,13 @@ def _manager_with(model: nn.Module, name: str, rank: int | float) -> AdapterMana
 
 @torch.no_grad()
 def converted(manager: AdapterManager, name: str, rank: int | float, *, progressbar: bool = False) -> Converted:
-    """Returns the LoRA that comes closest to an adapter; see ``convert_to_lora``.
+    """Returns the best LoRA approximation of an adapter; see ``convert_to_lora``.
 
     Args:
-        manager: has the adapter.
-        name: the adapter.
-        rank: of the LoRA, or the share that it keeps.
-        progressbar: show one.
+        manager: manager of the model.
+        name: name of the adapter.
+        rank: rank of the LoRA, or the share of the squared norm to preserve.
+        progressbar: show a progress bar.
     """
     check_rank(rank)
     config, layers = manager.configs[name], _convertible(manager, name)
@@ -169,10 +169,10 @@ def converted(manager: AdapterManager, name: str, rank: int | float, *, progress
 
 
 def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
-    """Path -> layer, of those on which a LoRA takes the place of the adapter.
+    """Returns path -> layer for the layers on which a LoRA replaces the adapter.
 
     Raises:
-        ConversionError: there is none, or one on which none can.
+        ConversionError: there are none, or a LoRA cannot represent the adapter on one of them.
     """
     config: Any = manager.configs[name]
     if config.is_prompt_learning:
@@ -189,7 +189,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
         adapter = layer.adapter(name)
         method = method_of_adapter(adapter)
         if method is not None and method.shares.companion is not None and method is not method_of(config):
-            continue  # a LoRA config asks for such a one, too
+            continue  # a LoRA config can request the same companion, so it is copied as it is
         reason = adapter.unconvertible_reason(layer.base)
         if reason:
             raise ConversionError(
@@ -202,7 +202,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
 
 
 def can_convert(manager: AdapterManager, name: str) -> bool:
-    """Whether a LoRA can take the place of an adapter; False where there is none of that name."""
+    """Returns whether a LoRA can represent an adapter; False for an unknown name."""
     try:
         return name in manager.configs and bool(_convertible(manager, name))
     except ConversionError:
@@ -210,15 +210,15 @@ def can_convert(manager: AdapterManager, name: str) -> bool:
 
 
 def _with_bar(layers: dict[str, AdaptedLayer]) -> Any:
-    """Path and layer, with a progress bar: the caller asks for it, whatever is set for downloads."""
+    """Yields path and layer with a progress bar, also where bars of downloads are off: the caller asked for it."""
     return importlib.import_module("tqdm").tqdm(layers.items(), desc="Converting to LoRA")
 
 
 def _finite(name: str, path: str, adapter: Adapter, base: BaseLayer, rank: int | float, scale: float) -> NearestFactors:
-    """The closest factors on one layer.
+    """Returns the closest factors on one layer.
 
     Raises:
-        ConversionError: the adapter holds numbers that are not finite.
+        ConversionError: the adapter has non-finite values.
     """
     with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         found = nearest_factors(adapter, base, rank, path, scale)

@@ -1,23 +1,20 @@
-"""What is computed from rows that a model is shown: starts of adapters, and merges that lose less.
+"""Computations that run a model on sample data: data-dependent inits, and merging with less rounding error.
 
 Door, what other rooms import:
 
-    calibrated_merge.py  Merging into quantized weights so that what was learned is left: rounded by what the layers'
-                         inputs are
-    cartridges.py        Prompts of keys and values that start as a text's, or as a cache's, and cartridges that are
-                         put together
-    data_inits.py        ``preprocess_corda`` and ``preprocess_loraga``: what an init needs to know of the data, left
-                         on the layers
-    eva.py               EVA: A starts in the main directions of a layer's inputs, and layers share the ranks out
-                         (Paischer et al. 2024)
-    loftq.py             ``replace_lora_weights_loftq``: adapters that make up for what quantizing a model lost, layer
-                         by layer
-    observing.py         Running a model to see what its layers get, so that it is as before afterwards
-    start_from_rows.py   Inits that need data, each in one call: rows are shown to a model, and an adapter starts from
-                         what is found
+    calibrated_merge.py  Merging into quantized weights with rounding that is calibrated on the layers' inputs
+    cartridges.py        Initializing prefixes and cartridges from a text or a KV cache, and concatenating cartridges
+    data_inits.py        ``preprocess_corda`` and ``preprocess_loraga``: collecting what these inits need on the
+                         layers
+    eva.py               EVA: A is initialized with the principal directions of a layer's inputs (Paischer et al.
+                         2024)
+    loftq.py             ``replace_lora_weights_loftq``: adapters that compensate the quantization error, layer by
+                         layer
+    observing.py         Running a model to observe the inputs of its layers, and restoring its state afterwards
+    start_from_rows.py   Data-dependent inits in one call: runs the data through a model and initializes an adapter
+                         from the result
 
 Inside:
 
-    eva_search.py  The directions of layers' inputs that EVA starts from, found batch by batch, and the ranks they
-                   give the layers
+    eva_search.py  Incremental search for the input directions of EVA, and the ranks that follow from them
 """

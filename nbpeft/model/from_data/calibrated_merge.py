@@ -1,4 +1,4 @@
-"""Merging into quantized weights so that what was learned is left: rounded by what the layers' inputs are."""
+"""Merging into quantized weights with rounding that is calibrated on the layers' inputs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from nbpeft.model.from_data.observing import evaluated, input_hooks
 from nbpeft.model.saving.merge_deltas import LayerDelta, deltas_of
 
 _GRAM_BYTES = 2**30
-"""Memory for what is known of the inputs: layers that do not fit at once see the rows again."""
+"""Memory in bytes for the Gram matrices of inputs. Layers that do not fit need another pass over the data."""
 _NO_GRID = "no adapted layer is stored in 4 or 8 bits of bitsandbytes: merge_adapter merges the others as well"
 
 
 @dataclass(frozen=True)
 class CalibratedMerge:
-    """What rounding to the quantized weights' grid has left of adapters.
+    """The error of a calibrated merge into quantized weights.
 
     Attributes:
-        names: the adapters.
-        lost: path of a quantized layer -> root mean square of what its outputs lost on the rows, as a share of what
-            the adapters add to them.
-        token_count: tokens that were seen.
+        names: the merged adapters.
+        lost: path of a quantized layer -> root mean square error of its outputs on the data, divided by that of the
+            adapters' contribution.
+        token_count: number of tokens in the data.
     """
 
     names: tuple[str, ...]
@@ -56,25 +56,28 @@ def merge_calibrated(
     *,
     safe_merge: bool = False,
 ) -> CalibratedMerge:
-    """Merges adapters into a model with quantized weights, and keeps what they do on rows like those given.
+    """Merges adapters into a model with quantized weights, and preserves their effect on data like the given batches.
 
-    ``merge_adapter`` rounds each merged number to the nearest level, which often is the one it had before: what was
-    learned is lost. Here the errors of the columns of a weight make up for each other on the inputs that the layer has
-    in these batches (GPTQ, https://arxiv.org/abs/2210.17323), on the grid that the weight has already. Afterwards
-    everything is as after ``merge_adapter``: ``unmerge_adapter`` puts back every bit, and ``merge_and_unload`` takes
-    the adapters off. Layers in full precision, and those whose grid is not known here (what is not bitsandbytes' 4 or
-    8 bits), are merged as ever.
+    ``merge_adapter`` rounds each merged value to the nearest quantization level. That is often the level it had before,
+    so that the update is lost. Here rounding errors in the columns of a weight compensate each other for the inputs
+    that the layer has in these batches (GPTQ, https://arxiv.org/abs/2210.17323), on the weight's existing grid.
+    The resulting state is that of ``merge_adapter``: ``unmerge_adapter`` restores every bit, and ``merge_and_unload``
+    removes the adapters. Other layers (full precision, or quantized by other libraries than bitsandbytes) are merged
+    as by ``merge_adapter``.
 
     Args:
-        model: adapted, with linear layers in 4 or 8 bits.
-        batches: arguments of the model's forward, a batch each; some hundred rows of what was learned. They are gone
-            through again for layers whose inputs do not fit into one GiB, so an iterator is kept as a list.
-        adapter_names: the active ones if None.
-        safe_merge: refuse where a merged weight would not be finite.
+        model: an adapted model with linear layers in 4 or 8 bits.
+        batches: keyword arguments of the model's forward, one mapping per batch; some hundred rows of the training
+            data. They are stored in a list, because layers whose inputs do not fit into 1 GiB need another pass.
+        adapter_names: adapters to merge; None for the active ones.
+        safe_merge: raise an error if a merged weight would not be finite.
+
+    Returns:
+        The remaining error of each quantized layer.
 
     Raises:
         MergeError: adapters are merged already or cannot be merged, or no layer is quantized.
-        ConfigError: there are no batches, or they reach none of these layers.
+        ConfigError: there are no batches, or they do not reach one of these layers.
         BusyError: a block of ``use`` or ``disable_adapter`` is open.
     """
     manager = manager_of(model)
@@ -91,9 +94,9 @@ def merge_calibrated(
     layers = {path: layer for path, layer in manager.layers.items() if path in deltas and _has_known_grid(layer)}
     if not layers:
         raise MergeError(_NO_GRID)
-    kept, rounded, lost = list(batches), {}, {}
+    rows, rounded, lost = list(batches), {}, {}
     for group in _groups(layers):
-        for path, gram in _grams(manager, names, group, kept).items():
+        for path, gram in _grams(manager, names, group, rows).items():
             check_interrupt()
             found = _rounded(group[path], deltas[path], gram)
             if found is not None:
@@ -105,7 +108,7 @@ def merge_calibrated(
         for path, stored in rounded.items():
             check_interrupt()
             layers[path].backend.restore(layers[path].base_layer, stored)
-    return CalibratedMerge(names, lost, sum(_token_count(batch) for batch in kept))
+    return CalibratedMerge(names, lost, sum(_token_count(batch) for batch in rows))
 
 
 def _has_known_grid(layer: AdaptedLayer) -> bool:
@@ -113,7 +116,7 @@ def _has_known_grid(layer: AdaptedLayer) -> bool:
 
 
 def _groups(layers: Mapping[str, AdaptedLayer]) -> Iterator[dict[str, AdaptedLayer]]:
-    """Layers whose inputs are looked at in one pass."""
+    """Yields groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
     group: dict[str, AdaptedLayer] = {}
     taken = 0
     for path, layer in layers.items():
@@ -127,7 +130,7 @@ def _groups(layers: Mapping[str, AdaptedLayer]) -> Iterator[dict[str, AdaptedLay
 
 
 class _Grams:
-    """Sums x xᵀ over the inputs of layers; those that get the same tensor share a product."""
+    """Sums of x xᵀ over the inputs of layers; layers with the same input tensor share one product."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -164,10 +167,10 @@ def _grams(
     layers: Mapping[str, AdaptedLayer],
     batches: Sequence[Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The mean of x xᵀ over the inputs that each layer has with the adapters active, (in, in) float32.
+    """Returns the mean of x xᵀ over the inputs of each layer with the adapters active, (in, in) float32.
 
     Raises:
-        ConfigError: a layer has none.
+        ConfigError: a layer had no inputs.
     """
     grams, model = _Grams(), manager.model
     device = next(itertools.chain(model.parameters(), model.buffers())).device
@@ -187,7 +190,7 @@ def _grams(
 
 @torch.no_grad()
 def _rounded(layer: AdaptedLayer, delta: LayerDelta, gram: Tensor) -> tuple[Any, float] | None:
-    """What the backend restores, and the share of the adapters' effect that is lost; None where no grid is known."""
+    """Returns the backend's merged weight and the lost share of the adapters' effect; None if the grid is unknown."""
     backend = layer.backend
     assert isinstance(backend, HasGrid)
     frozen, gram = layer.base.weight().float(), gram.to(layer.base.device)

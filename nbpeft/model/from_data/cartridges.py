@@ -1,4 +1,4 @@
-"""Prompts of keys and values that start as a text's, or as a cache's, and cartridges that are put together."""
+"""Initializing prefixes and cartridges from a text or a KV cache, and concatenating cartridges."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from nbpeft.model.handle.state_dicts import set_peft_model_state_dict
 from nbpeft.names import DEFAULT_ADAPTER
 
 _SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
-"""Fields in which cartridges must agree that are put together."""
+"""Fields that must be equal in cartridges to be concatenated."""
 
 
 @torch.no_grad()
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
-    """The first keys and values of a cache as a prefix or a cartridge has them.
+    """Converts the first keys and values of a cache to the layout of a prefix or a cartridge.
 
     Args:
-        past_key_values: a cache of transformers, or (keys, values) a layer, each (1, heads, tokens, features).
-        num_virtual_tokens: how many tokens of it.
+        past_key_values: a cache of transformers, or (keys, values) per layer, each (1, heads, tokens, features).
+        num_virtual_tokens: number of tokens to take from the start of the cache.
 
     Returns:
-        (num_virtual_tokens, layers * 2 * heads * features), a copy in the dtype of the cache.
+        A copy in the dtype of the cache, (num_virtual_tokens, layers * 2 * heads * features).
 
     Raises:
-        ConfigError: the number is not positive, or the cache is empty or of several rows, has fewer tokens, or its
+        ConfigError: the number is not positive, or the cache is empty, has more than one row or fewer tokens, or its
             layers differ in shape.
     """
     check_count("num_virtual_tokens", num_virtual_tokens)
@@ -68,11 +68,11 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 
 
 def _layers_of(past: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer."""
+    """Returns the keys and values of each layer."""
     if isinstance(own := getattr(past, "self_attention_cache", None), Iterable):
         past = own
     pairs = list(past) if isinstance(past, Iterable) else [past]
-    if not all(isinstance(pair, tuple | list) and all(isinstance(one, Tensor) for one in pair[:2]) for pair in pairs):
+    if not all(isinstance(pair, tuple | list) and all(isinstance(part, Tensor) for part in pair[:2]) for pair in pairs):
         raise ConfigError(f"past_key_values must be a cache or (keys, values) a layer, not {type(past).__name__}")
     return [(pair[0], pair[1]) for pair in pairs]
 
@@ -80,20 +80,20 @@ def _layers_of(past: Any) -> list[tuple[Tensor, Tensor]]:
 def initialize_kv_prefix_from_past_key_values(
     model: nn.Module, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> Tensor:
-    """Overwrites the keys and values of a prefix or a cartridge by the first ones of a cache.
+    """Overwrites the keys and values of a prefix or a cartridge with the first ones of a cache.
 
     Args:
-        model: carries the adapter.
-        adapter_name: which; the active one if None.
+        model: the model with the adapter.
+        adapter_name: name of the adapter; None for the active one.
         past_key_values: see ``prompt_embeddings_from_past_key_values``.
-        num_virtual_tokens: how many tokens of the cache; as many as the adapter has.
+        num_virtual_tokens: number of tokens of the cache; None for the adapter's number.
 
     Returns:
-        What was written, (tokens, layers * 2 * features).
+        The written values, (tokens, layers * 2 * features).
 
     Raises:
-        AdapterError: the adapter is neither.
-        ConfigError: a network computes its keys and values, or the cache does not suit it.
+        AdapterError: the adapter is neither a prefix nor a cartridge.
+        ConfigError: the adapter computes its keys and values with a network, or the cache does not fit.
         BaseMismatchError: the cache has other sizes.
     """
     name, count = _with_prefix(model, adapter_name)
@@ -114,27 +114,28 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """Overwrites the keys and values of a prefix or a cartridge by those that the base model has of a text.
+    """Overwrites the keys and values of a prefix or a cartridge with those of the base model for a text.
 
-    No token sees a later one, so the model reads the tokens whose keys and values are kept and no more, in evaluation
-    mode: as many tokens of memory as the adapter has, however long the text is. (PEFT reads the whole text, with
-    dropout where the model trains; layers with a window then have those of its end.)
+    Attention is causal, so the model only reads the tokens whose keys and values are used, in evaluation mode. Memory
+    therefore depends on the adapter's number of tokens, and not on the length of the text. (PEFT reads the whole text,
+    with dropout if the model is in training mode; sliding-window layers then have keys and values of its end.)
 
     Args:
-        model: carries the adapter.
-        tokenizer: of the model.
-        text: its first tokens are taken.
-        adapter_name: which; the active one if None.
-        num_virtual_tokens: how many tokens; as many as the adapter has.
-        use_chat_template: the text is a system message, where the tokenizer has a template; else it is as it is.
-        max_length: tokens of the text that are looked at.
+        model: the model with the adapter.
+        tokenizer: the model's tokenizer.
+        text: the text, of which the first tokens are used.
+        adapter_name: name of the adapter; None for the active one.
+        num_virtual_tokens: number of tokens; None for the adapter's number.
+        use_chat_template: format the text as a system message, if the tokenizer has a chat template.
+        max_length: truncate the text to this number of tokens.
 
     Returns:
-        What was written, (tokens, layers * 2 * features).
+        The written values, (tokens, layers * 2 * features).
 
     Raises:
-        AdapterError: the adapter is neither.
-        ConfigError: a network computes its keys and values, the text has too few tokens, or none are asked for.
+        AdapterError: the adapter is neither a prefix nor a cartridge.
+        ConfigError: the adapter computes its keys and values with a network, the text has too few tokens, or the
+            number of tokens is not positive.
     """
     name, count = _with_prefix(model, adapter_name)
     count = count if num_virtual_tokens is None else num_virtual_tokens
@@ -151,7 +152,7 @@ def initialize_kv_prefix_from_text(
 
 
 def _tokens_of(tokenizer: Any, text: str, *, chat: bool) -> Tensor:
-    """The ids of a text, (1, tokens)."""
+    """Returns the token ids of a text, (1, tokens)."""
     if chat and getattr(tokenizer, "chat_template", None):
         message = [{"role": "system", "content": text}]
         ids = tokenizer.apply_chat_template(message, tokenize=True, add_generation_prompt=False, return_dict=False)
@@ -161,7 +162,7 @@ def _tokens_of(tokenizer: Any, text: str, *, chat: bool) -> Tensor:
 
 
 def _with_prefix(model: nn.Module, adapter_name: str | None) -> tuple[str, int]:
-    """The name of an adapter that holds keys and values, and how many tokens it has."""
+    """Returns the name of a prefix or cartridge adapter, and its number of tokens."""
     manager = require_manager(model)
     name = adapter_name if adapter_name is not None else next(iter(manager.active), DEFAULT_ADAPTER)
     manager.require(name)
@@ -185,18 +186,18 @@ def compose_cartridge_adapters(
     output_path: str | os.PathLike[str],
     safe_serialization: bool = True,
 ) -> None:
-    """Writes one cartridge that has the tokens of several, in their order, as Eyuboglu et al. put them together.
+    """Concatenates the tokens of several cartridges in the given order into one (Eyuboglu et al.) and saves it.
 
-    What the first has frozen stays frozen in it. All files or none are written.
+    What is frozen in the first one is also frozen in the result. Either all files are written or none.
 
     Args:
-        adapter_paths: folders of saved cartridges, two at least.
+        adapter_paths: folders of at least two saved cartridges.
         output_path: folder to write.
-        safe_serialization: False for PEFT's old ``adapter_model.bin``.
+        safe_serialization: False writes PEFT's former ``adapter_model.bin``.
 
     Raises:
-        ConfigError: there are fewer than two, one is no cartridge, or they are of models of different sizes.
-        CheckpointError: a folder cannot be read or written, or a file holds something else.
+        ConfigError: there are fewer than two, one is not a cartridge, or they are of models of different sizes.
+        CheckpointError: a folder cannot be read or written, or a file has no prompt tensor.
     """
     if len(adapter_paths) < 2:
         raise ConfigError(f"compose_cartridge_adapters needs two adapters at least, not {len(adapter_paths)}")
@@ -215,9 +216,9 @@ def compose_cartridge_adapters(
                 field=name,
             )
         rows.append(method_of(config).files.pack(config, saved.tensors).get(PROMPT_KEY))
-    found = [one for one in rows if one is not None and one.ndim == 2]
-    if first is None or len(found) < len(rows) or len({one.shape[1] for one in found}) > 1:
+    tensors = [tensor for tensor in rows if tensor is not None and tensor.ndim == 2]
+    if first is None or len(tensors) < len(rows) or len({tensor.shape[1] for tensor in tensors}) > 1:
         raise CheckpointError(f"the files at {', '.join(map(str, adapter_paths))} hold no {PROMPT_KEY} of one width")
-    whole = torch.cat(found)
+    whole = torch.cat(tensors)
     config = dataclasses.replace(first, num_virtual_tokens=len(whole))
     checkpoint.write_checkpoints(output_path, {"": (config, {PROMPT_KEY: whole})}, pickled=not safe_serialization)

@@ -1,7 +1,7 @@
-"""``preprocess_corda`` and ``preprocess_loraga``: what an init needs to know of the data, left on the layers.
+"""``preprocess_corda`` and ``preprocess_loraga``: collecting what these inits need on the layers.
 
-Both run a model as it is, look at the layers a config targets, and leave an attribute on each, under PEFT's name;
-the adapter that is made of the same config takes it from there (``engine/methods/lora/initialization/inits.py``).
+Both run a model, observe the layers that a config targets, and set an attribute on each of them, under PEFT's name. An
+adapter created with the same config reads it (``engine/methods/lora/initialization/inits.py``).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from nbpeft.errors import CheckpointError, ConfigError, few, in_one_line
 from nbpeft.model.from_data.observing import base_alone, evaluated, input_hooks, modes_kept, progress
 
 _DAMPING = 0.01
-"""Share of the mean of a covariance's diagonal that is added to it; doubled until it can be inverted."""
+"""Share of the mean of a covariance's diagonal that is added to the diagonal; doubled until it can be inverted."""
 _LARGEST_ERROR = 0.05
-"""Of the inverse of a covariance, as the distance of their product from the identity."""
+"""Largest accepted distance of a covariance times its computed inverse from the identity."""
 
 
 @dataclass
 class CordaEigens:
-    """What CorDA starts a layer from, r directions.
+    """The r directions with which CorDA initializes a layer.
 
     Attributes:
         S_WC: singular values (r,) of the weight times the covariance of its inputs.
@@ -57,20 +57,20 @@ def preprocess_corda(
     *,
     show_progress: bool = False,
 ) -> None:
-    """Finds the directions of the weights that matter most, or least, on data, for ``init_lora_weights="corda"``.
+    """Computes the weights' most or least important directions on data, for ``init_lora_weights="corda"``.
 
-    The covariances of the inputs of all targeted layers are kept at once: (in, in) each. Batches of any size are
-    taken.
+    The covariances (in, in) of the inputs of all targeted layers are in memory at the same time. Batches may have any
+    size.
 
     Args:
-        model: the model that gets the adapter; its weights stay as they are.
+        model: the model that gets the adapter; its weights are not changed.
         lora_config: the adapter's config, with ``corda_config``.
-        run_model: runs the model on data; not called where a file of ``corda_config`` has what is needed.
-        hooked_model: the model that ``run_model`` runs, if it is another one.
-        show_progress: show how many weights are decomposed, as ``verbose`` of ``corda_config`` does.
+        run_model: runs the model on data; not called if a file of ``corda_config`` has the results.
+        hooked_model: the model that ``run_model`` runs, if it is not ``model``.
+        show_progress: show a progress bar for the decompositions, like ``verbose`` of ``corda_config``.
 
     Raises:
-        ConfigError: there is no config or no data, or an input is not finite. No layer has anything then.
+        ConfigError: there is no config or no data, or an input is not finite. The layers are not changed.
         CheckpointError: a file cannot be read, or lacks a layer.
     """
     settings = lora_config.corda_config
@@ -98,8 +98,8 @@ def preprocess_corda(
             _write(
                 settings.cache_file,
                 {
-                    f"{path}.{DECOMPOSITION}.{field}": getattr(one, field)
-                    for path, one in found.items()
+                    f"{path}.{DECOMPOSITION}.{field}": getattr(eigens, field)
+                    for path, eigens in found.items()
                     for field in fields
                 },
             )
@@ -114,7 +114,7 @@ def _covariances(
     run_model: Callable[[], Any] | None,
     layers: Mapping[str, BaseLayer],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Path -> mean covariance (in, in) of the layer's inputs, and how many calls it is the mean of."""
+    """Returns path -> mean covariance (in, in) of the layer's inputs, and path -> number of calls."""
     settings = config.corda_config
     assert settings is not None
     if has_file(settings.covariance_file):
@@ -150,7 +150,7 @@ def _covariances(
 
 
 def _directions(weight: Tensor, covariance: Tensor, rank: int, method: str) -> CordaEigens:
-    """The decomposition of a weight (out, in) times a covariance, cut off at a rank."""
+    """Returns the rank most or least important directions of a weight (out, in) times a covariance (in, in)."""
     identity = torch.eye(len(covariance), device=covariance.device)
     damping = _DAMPING
     while True:
@@ -161,23 +161,23 @@ def _directions(weight: Tensor, covariance: Tensor, rank: int, method: str) -> C
         damping *= 2
     left, values, right = torch.linalg.svd(weight @ damped, full_matrices=False)
     taken = slice(0, rank) if method == "ipm" else slice(len(values) - rank, len(values))
-    # Copies: a slice would keep all of it in memory and in the file.
+    # Clone: a slice would keep the whole tensor in memory, and torch.save would write all of it.
     return CordaEigens(values[taken].clone(), left[:, taken].clone(), (right[taken] @ inverse).T.contiguous())
 
 
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | None = None
 ) -> None:
-    """Finds the gradients of the targeted layers on data, for ``init_lora_weights="lora_ga"``.
+    """Computes the gradients of the targeted layers on data, for ``init_lora_weights="lora_ga"``.
 
     Args:
-        model: the model that gets the adapter; its weights stay as they are.
+        model: the model that gets the adapter; its weights are not changed.
         lora_config: the adapter's config, with ``lora_ga_config``.
-        train_step: calls the model and ``backward()`` on its loss, once or several times: the mean is taken.
-        cache_file: file to keep the gradients in; where it is there, ``train_step`` is not called.
+        train_step: calls the model and ``backward()`` on its loss, once or more; the gradients are averaged.
+        cache_file: file for the gradients; if it exists, they are read from it and ``train_step`` is not called.
 
     Raises:
-        ConfigError: there is no config, no linear layer, or a layer is quantized or gets no gradient.
+        ConfigError: there is no config or no linear layer, or a layer is quantized or gets no gradient.
         CheckpointError: the file cannot be read, or lacks a layer.
     """
     if lora_config.lora_ga_config is None:
@@ -206,14 +206,20 @@ def preprocess_loraga(
 
 
 def estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
-    """Leaves the mean gradient of each targeted layer on it; see ``preprocess_loraga``."""
+    """Sets the mean gradient of each targeted layer as an attribute on it; see ``preprocess_loraga``.
+
+    Args:
+        model: the model that gets the adapter.
+        lora_config: the adapter's config.
+        train_step: calls the model and ``backward()`` on its loss, once or more.
+    """
     layers = _linear_layers(model, lora_config)
     for path, gradient in _gradients(model, layers, train_step).items():
         layers[path].module.__dict__[GRADIENT] = gradient
 
 
 def _gradients(model: nn.Module, layers: Mapping[str, BaseLayer], train_step: Callable[[], Any]) -> dict[str, Tensor]:
-    """Path -> mean gradient of the layer's weight; the model's own gradients and flags are as before afterwards."""
+    """Returns path -> mean gradient of the layer's weight, and restores the model's gradients and requires_grad."""
     weights: dict[str, Any] = {path: layer.module.weight for path, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
 
@@ -246,7 +252,7 @@ def _gradients(model: nn.Module, layers: Mapping[str, BaseLayer], train_step: Ca
 
 
 def _linear_layers(model: nn.Module, config: LoraConfig) -> dict[str, BaseLayer]:
-    """Path -> frozen linear layer that a config targets, with or without adapters on it."""
+    """Returns path -> frozen linear layer for the layers that a config targets, already adapted or not."""
     manager = manager_of(model)
     base = model if manager is None else manager.model
     targets = {target.path: target for target in plan(base, config).targets if layer_kind_named(target.kind).is_linear}
@@ -263,12 +269,12 @@ def _linear_layers(model: nn.Module, config: LoraConfig) -> dict[str, BaseLayer]
 
 
 def has_file(place: str | None) -> bool:
-    """Whether a file of something found on data is there."""
+    """Returns whether a file exists and is not empty; False for None."""
     return place is not None and os.path.isfile(place) and os.path.getsize(place) > 0
 
 
 def _read(place: str | None, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of a cache, PEFT's too: each that is named, on the CPU."""
+    """Reads the named tensors from a cache file, ours or PEFT's, to the CPU."""
     assert place is not None
     try:
         cache = torch.load(place, map_location="cpu", weights_only=True)
@@ -282,5 +288,5 @@ def _read(place: str | None, names: Iterable[str]) -> dict[str, Tensor]:
 
 def _write(place: str, tensors: Mapping[str, Tensor]) -> None:
     path = Path(os.path.expanduser(place)).absolute()
-    held = {name: tensor.cpu() for name, tensor in tensors.items()}
-    replace_files(path.parent, [NewFile(path.name, lambda file: torch.save(held, file))])
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    replace_files(path.parent, [NewFile(path.name, lambda file: torch.save(on_cpu, file))])

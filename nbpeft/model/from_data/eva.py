@@ -1,8 +1,8 @@
-"""EVA: A starts in the main directions of a layer's inputs, and layers share the ranks out (Paischer et al. 2024).
+"""EVA: A is initialized with the principal directions of a layer's inputs (Paischer et al. 2024).
 
-Inputs of the adapted layers are gathered over a dataloader, and each layer's principal components found batch by
-batch (``IncrementalPCA``) until they no longer change. The ranks of all layers together then go to the components
-that explain most of their layer's variance. Layers with one input share one decomposition.
+The inputs of the adapted layers are collected over a dataloader. The principal components of each layer are computed
+incrementally (``IncrementalPCA``) until they converge. The ranks of all layers are then redistributed to the components
+that explain most of their layer's variance. Layers with the same input share one decomposition.
 
 Reference: https://arxiv.org/abs/2410.07170
 """
@@ -32,9 +32,9 @@ from nbpeft.model.from_data.eva_search import EvaSearch, LayerInputsFn
 from nbpeft.model.from_data.observing import base_alone, device_of, evaluated, moved, progress
 
 _LARGEST_RHO = 1000
-"""Above, rho is bounded by the largest dimension of the model."""
+"""Above this value rho is limited by the largest dimension of the model."""
 _MOST_PASSES = 100
-"""Over the data, until all directions have converged."""
+"""Largest number of passes over the data, if the directions do not converge."""
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 ModelInputsFn = Callable[[Any, Any], Any]
@@ -42,13 +42,13 @@ ModelInputsFn = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True)
 class EvaBatches:
-    """What EVA looks at; see ``get_eva_state_dict``.
+    """The data of EVA and how to use it; see ``get_eva_state_dict``.
 
     Attributes:
-        dataloader: batches, gone through as often as it takes.
+        dataloader: the batches, iterated as often as necessary.
         forward_fn: calls the model with a batch.
-        prepare_model_inputs_fn: prepares a batch for the next one.
-        prepare_layer_inputs_fn: gives the rows of a layer.
+        prepare_model_inputs_fn: (batch, config) -> second argument of ``prepare_layer_inputs_fn``.
+        prepare_layer_inputs_fn: returns the rows of a layer's inputs to use.
     """
 
     dataloader: Iterable[Any]
@@ -58,19 +58,27 @@ class EvaBatches:
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Calls a model with a batch of keyword arguments."""
+    """Calls a model with a batch of keyword arguments.
+
+    Args:
+        model: the model.
+        inputs: keyword arguments of its forward.
+
+    Returns:
+        The model's output.
+    """
     return model(**inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
-    """The places of the tokens that count: attended to and, if ``use_label_mask``, with a label: (tokens, 2).
+    """Returns the indices (tokens, 2) of the tokens to use: attended to and, if ``use_label_mask``, with a label.
 
     Args:
-        model_input: batch with ``input_ids`` (batch, length), and perhaps ``attention_mask`` and ``labels``.
+        model_input: batch with ``input_ids`` (batch, length), and optionally ``attention_mask`` and ``labels``.
         peft_config: the adapter's config.
 
     Raises:
-        TypeError: the batch is no dictionary.
+        TypeError: the batch is not a dictionary.
     """
     if not isinstance(model_input, Mapping):
         raise TypeError(
@@ -85,9 +93,18 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """The inputs (tokens, in) of a layer at the places that ``prepare_model_inputs_fn_language_modeling`` gave."""
-    found: Tensor = _tensor_of(layer_input, layer_name)[model_input.T.unbind()]
-    return found
+    """Selects the inputs of a layer at the tokens to use.
+
+    Args:
+        layer_input: inputs of the layer, (batch, length, in).
+        model_input: indices from ``prepare_model_inputs_fn_language_modeling``, (tokens, 2).
+        layer_name: name of the layer, for messages.
+
+    Returns:
+        The selected inputs, (tokens, in).
+    """
+    selected: Tensor = _tensor_of(layer_input, layer_name)[model_input.T.unbind()]
+    return selected
 
 
 def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
@@ -118,24 +135,27 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Computes the directions from which EVA starts, and with their number the rank of each layer.
+    """Computes the directions with which EVA initializes each layer; their number is the layer's rank.
 
     Args:
-        model: a PeftModel, or a model without adapters; evaluated without them, and left as it was.
-        dataloader: batches, gone through as often as it takes.
-        peft_config: the config of adapters to come; the adapter's if None.
+        model: a PeftModel or a model without adapters. It runs without adapters in evaluation mode, and its state is
+            restored afterwards.
+        dataloader: the batches, iterated as often as necessary.
+        peft_config: the config of an adapter to create; None for that of ``adapter_name``.
         forward_fn: calls the model with a batch.
-        prepare_model_inputs_fn: (batch, config) -> what the next one gets as its second argument; the batch if None.
-        prepare_layer_inputs_fn: (layer's inputs, that, name) -> rows (n, in); by name or for all. All if None.
-        adapter_name: the adapter whose layers are looked at.
-        gather_distributed_inputs: with ``torch.distributed``, put the rows of all processes together.
-        show_progress_bar: show how many layers have converged.
+        prepare_model_inputs_fn: (batch, config) -> second argument of ``prepare_layer_inputs_fn``; None passes the
+            batch.
+        prepare_layer_inputs_fn: (layer's inputs, that value, name of the layer) -> rows (n, in). A mapping gives a
+            function per layer name; None uses all rows.
+        adapter_name: the adapter whose layers are observed.
+        gather_distributed_inputs: gather the rows of all processes, with ``torch.distributed``.
+        show_progress_bar: show a progress bar of converged layers.
 
     Returns:
-        Name of the layer in the model -> directions (rank, in). Layers of rank 0 are in it, too.
+        Name of the layer in the model -> directions (rank, in), including layers of rank 0.
 
     Raises:
-        ConfigError: there is no config, no data, or no batch has as many rows as directions are needed.
+        ConfigError: there is no config or no data, or no batch has as many rows as there are directions to find.
     """
     manager = manager_of(model)
     if peft_config is None:
@@ -155,7 +175,15 @@ def get_eva_state_dict(
 
 
 def targeted_layers(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[str, nn.Module]]:
-    """Name of each linear layer of a base model that a config targets -> its path and the frozen layer itself."""
+    """Finds the linear layers of a base model that a config targets.
+
+    Args:
+        model: the base model.
+        config: config of the adapter.
+
+    Returns:
+        Name of the layer -> its path and the frozen layer.
+    """
     targets = {target.path for target in plan(model, config).targets if layer_kind_named(target.kind).is_linear}
     return {site.path: (site.path, site.module) for site in walk(model) if site.path in targets}
 
@@ -169,21 +197,21 @@ def find_directions(
     gather: bool = True,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
-    """What ``get_eva_state_dict`` computes, of these layers.
+    """Computes the directions of the given layers; see ``get_eva_state_dict``.
 
     Args:
-        model: evaluated without its adapters, and left as it was.
-        config: of the adapters to come, with ``eva_config``.
+        model: the model. It runs without adapters in evaluation mode, and its state is restored afterwards.
+        config: config of the adapter, with ``eva_config``.
         modules: name of a layer -> its path and the layer.
-        batches: what the model is called with, and what is looked at.
-        gather: with ``torch.distributed``, put the rows of all processes together.
-        show_progress: show how many layers have converged.
+        batches: the data and how to use it.
+        gather: gather the rows of all processes, with ``torch.distributed``.
+        show_progress: show a progress bar of converged layers.
 
     Returns:
-        Name of a layer -> directions (rank, in).
+        Name of the layer -> directions (rank, in).
 
     Raises:
-        ConfigError: there is no layer or no data, or no batch has as many rows as directions are needed.
+        ConfigError: there is no layer or no data, or no batch has as many rows as there are directions to find.
     """
     if not modules:
         raise ConfigError("EVA takes linear layers, and the config targets none")
@@ -219,24 +247,25 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Starts an adapter with ``init_lora_weights="eva"`` in the directions of its layers' inputs.
+    """Initializes an adapter with ``init_lora_weights="eva"`` from the inputs of its layers.
 
-    Layers get the ranks that the directions have; one of rank 0 loses its adapter. Do it before an optimizer is made.
+    A layer's rank becomes its number of directions; layers of rank 0 lose the adapter. Call this before an optimizer
+    is created.
 
     Args:
         model: a PeftModel.
-        dataloader: batches; see ``get_eva_state_dict``, as for the arguments not named here.
-        eva_state_dict: what that returned; computed if None.
+        dataloader: the batches; see ``get_eva_state_dict``, also for the arguments below.
+        eva_state_dict: result of ``get_eva_state_dict``; computed if None.
         forward_fn: calls the model with a batch.
-        prepare_model_inputs_fn: prepares a batch for the next one.
-        prepare_layer_inputs_fn: gives the rows of a layer.
-        adapter_name: the adapter.
-        gather_distributed_inputs: with ``torch.distributed``, put the rows of all processes together.
-        show_progress_bar: show how many layers have converged.
+        prepare_model_inputs_fn: (batch, config) -> second argument of ``prepare_layer_inputs_fn``.
+        prepare_layer_inputs_fn: returns the rows of a layer's inputs to use.
+        adapter_name: name of the adapter.
+        gather_distributed_inputs: gather the rows of all processes, with ``torch.distributed``.
+        show_progress_bar: show a progress bar of converged layers.
 
     Raises:
-        ConfigError: the adapter has another init, or there is neither data nor directions.
-        AdapterError: the model has no adapters, or several are active. In each case they are as before.
+        ConfigError: the adapter has another init, or there is neither data nor a state dict.
+        AdapterError: the model has no adapters, or several are active. After any error the adapters are unchanged.
     """
     manager = require_manager(model)
     manager.require(adapter_name)
@@ -263,19 +292,19 @@ def initialize_lora_eva_weights(
 
 
 def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor]) -> None:
-    """Puts an adapter with the ranks of the directions in the place of one with ``init_lora_weights="eva"``.
+    """Replaces an adapter with ``init_lora_weights="eva"`` by one that has the directions and their ranks.
 
     Args:
-        manager: of the model.
-        name: the adapter.
-        directions: path -> (rank, in).
+        manager: manager of the model.
+        name: name of the adapter.
+        directions: path -> directions (rank, in).
 
     Raises:
-        ConfigError: no layer has a rank.
+        ConfigError: every layer has rank 0.
     """
     config: Any = manager.configs[name]
     weights = manager.weights(name)
-    kept: dict[str, dict[str, Tensor]] = {}
+    by_path: dict[str, dict[str, Tensor]] = {}
     starts: dict[str, Any] = {}
     missing: list[str] = []
     ranks: dict[str, int] = {}
@@ -286,20 +315,20 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
             continue
         if found is None:
             missing.append(path)
-            kept[path] = tensors
+            by_path[path] = tensors
         else:
             if config.eva_config.adjust_scaling_factors:
                 alpha *= len(found) / rank
             rank = len(found)
             adapter: Any = manager.layers[path].adapter(name)
-            kept[path] = adapter.started_at(found)
-            first_factor, second_factor = (kept[path][factor].clone() for factor in adapter.factor_names)
+            by_path[path] = adapter.started_at(found)
+            first_factor, second_factor = (by_path[path][factor].clone() for factor in adapter.factor_names)
             starts[path] = (manager.layers[path].base_layer, (first_factor, second_factor))
         if rank != config.r:
             ranks[path] = rank
         if alpha != config.lora_alpha:
             alphas[path] = alpha
-    if not kept:
+    if not by_path:
         raise ConfigError("EVA left no layer a rank: give more data, or a larger r")
     if missing:
         warnings.warn(
@@ -308,7 +337,7 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
             stacklevel=3,
         )
     started: Any = config.copy(
-        target_modules=set(kept),
+        target_modules=set(by_path),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -316,7 +345,7 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
         alpha_pattern=alphas,
     )
     remember_starts(started, starts)
-    start = AdapterWeights(kept, weights.copies, weights.base, weights.shared)
+    start = AdapterWeights(by_path, weights.copies, weights.base, weights.shared)
     first = next((value for named in weights.adapters.values() for value in named.values()), None)
     half = first is not None and first.dtype in (torch.float16, torch.bfloat16)
     manager.add(name, started, start, replace=True, trainable=name not in manager.frozen, half=half)
@@ -325,7 +354,7 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
 def _modules(
     model: nn.Module, manager: AdapterManager | None, config: AdapterConfig, name: str
 ) -> dict[str, tuple[str, nn.Module]]:
-    """Name of each linear layer that has or gets the adapter -> its path and the frozen layer itself."""
+    """Returns name -> path and frozen layer, of the linear layers that have or get the adapter."""
     if manager is not None and name in manager.configs:
         layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
         found = {path: (path, layer.base_layer) for path, layer in layers.items() if layer.kind.is_linear}
@@ -350,25 +379,25 @@ def _rho(config: Any, model: nn.Module) -> float:
     return rho
 
 
-def _functions(given: Any, modules: Mapping[str, Any]) -> dict[str, LayerInputsFn]:
-    """Name of each layer -> what prepares its inputs."""
-    if isinstance(given, Mapping):
-        unknown = sorted(given.keys() - modules.keys())
+def _functions(functions: Any, modules: Mapping[str, Any]) -> dict[str, LayerInputsFn]:
+    """Returns name of a layer -> function that prepares its inputs."""
+    if isinstance(functions, Mapping):
+        unknown = sorted(functions.keys() - modules.keys())
         if unknown:
             raise ConfigError(f"prepare_layer_inputs_fn names {few(unknown)}, which EVA does not look at")
-        return {name: given.get(name) or _all_rows for name in modules}
-    return dict.fromkeys(modules, given or _all_rows)
+        return {name: functions.get(name) or _all_rows for name in modules}
+    return dict.fromkeys(modules, functions or _all_rows)
 
 
 class _Calls:
-    """Calls the model with the batches of a dataloader, moved to its device."""
+    """Calls the model with the batches of a dataloader, moved to the model's device."""
 
     def __init__(self, model: nn.Module, batches: EvaBatches, config: Any) -> None:
         self._model, self._batches, self._config = model, batches, config
         self._device = device_of(model)
 
     def endless(self) -> Iterator[tuple[bool, Any]]:
-        """Yields whether a batch starts another pass over the data, and the batch."""
+        """Yields whether a batch begins a repeated pass over the data, and the batch."""
         for number in range(_MOST_PASSES):
             first = number > 0
             for batch in self._batches.dataloader:
@@ -377,14 +406,25 @@ class _Calls:
         warnings.warn(f"EVA has not converged after {_MOST_PASSES} passes: it goes by what it has", stacklevel=4)
 
     def run(self, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
-        """Calls the model with the first batch."""
+        """Calls the model with the first batch.
+
+        Args:
+            hooked: context manager that registers the hooks.
+            search: the search that the hooks report to.
+        """
         batch = next(iter(self._batches.dataloader), None)
         if batch is None:
             raise ConfigError("dataloader is empty")
         self.run_batch(batch, hooked, search)
 
     def run_batch(self, batch: Any, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
-        """Calls the model with a batch, with hooks on its layers."""
+        """Calls the model with a batch, with hooks on its layers.
+
+        Args:
+            batch: the batch, which is moved to the model's device.
+            hooked: context manager that registers the hooks.
+            search: the search that the hooks report to.
+        """
         batch = moved(batch, self._device)
         prepare = self._batches.prepare_model_inputs_fn
         search.model_input = batch if prepare is None else prepare(batch, self._config)

@@ -1,4 +1,4 @@
-"""The directions of layers' inputs that EVA starts from, found batch by batch, and the ranks they give the layers."""
+"""Incremental search for the input directions of EVA, and the ranks that follow from them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nbpeft.errors import ConfigError, few
 from nbpeft.model.from_data.observing import input_hooks
 
 _SEED = 42
-"""Of the randomized decompositions, as in PEFT."""
+"""Seed of the randomized decompositions, the same as in PEFT."""
 
 LayerInputsFn = Callable[[Any, Any, str], Tensor]
-"""(inputs of a layer, what was prepared of the batch, name of the layer) -> rows (n, in)."""
+"""(inputs of a layer, value prepared from the batch, name of the layer) -> rows (n, in)."""
 
 
 class EvaSearch:
-    """The components of each distinct input, and the ranks that they give the layers.
+    """The principal components of each distinct input, and the resulting ranks of the layers.
 
     Args:
         modules: name -> path and layer.
-        functions: name -> what gives the rows.
-        config: the adapter's.
-        rho: the largest rank of a layer, as a multiple of its own.
-        gather: put the rows of all processes together.
+        functions: name -> function that returns the rows to use.
+        config: the adapter's config.
+        rho: largest rank of a layer, as a multiple of its rank in the config.
+        gather: gather the rows of all processes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class EvaSearch:
 
     @contextmanager
     def look_for_equal_inputs(self) -> Iterator[None]:
-        """Hooks that see which layers have the same input."""
+        """Registers hooks that find the layers with equal inputs, which then share one decomposition."""
         groups: dict[bytes, list[str]] = defaultdict(list)
 
         def see(name: str, rows: Tensor) -> None:
@@ -88,17 +88,17 @@ class EvaSearch:
 
     @property
     def has_converged(self) -> bool:
-        """Whether all directions that the ranks need have."""
+        """Whether the directions that the current ranks need have converged."""
         return all(self._is_settled(name) for name in self._sources)
 
     @property
     def converged_count(self) -> int:
-        """Layers whose directions have converged."""
+        """Number of layers whose directions have converged."""
         return sum(self._is_settled(self._same.get(name, name)) for name in self._modules)
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Hooks that take the inputs into account where directions have not converged."""
+        """Registers hooks that update the decomposition of each layer that has not converged."""
         open_ = {name: self._modules[name] for name in self._sources if not self._is_settled(name)}
         with self._hooks(open_, self._take):
             yield
@@ -114,31 +114,31 @@ class EvaSearch:
             self._settled[name] = torch.cosine_similarity(pca.components_, before) >= self._tau
 
     def check_pass(self) -> None:
-        """Raises ConfigError where a pass over the data brought nothing: no batch was large enough."""
+        """Raises ConfigError if a pass over the data changed nothing, because no batch was large enough."""
         if not self._fitted:
             need = max(self._most.values())
             raise ConfigError(f"no batch has {need} tokens, which EVA needs for {need} directions: use larger batches")
         self._fitted = False
 
     def share_ranks(self) -> None:
-        """Gives the ranks of all layers to the components that explain most."""
+        """Distributes the total rank over the layers' components with the largest explained variance."""
         if not all(hasattr(pca, "components_") for pca in self._pca.values()):
             return
         source = {name: name for name in self._sources} | self._same
         shares = [
             (name, share)
-            for name, found in source.items()
-            for share in self._pca[found].explained_variance_ratio_[: self._most[found]]
+            for name, first in source.items()
+            for share in self._pca[first].explained_variance_ratio_[: self._most[first]]
         ]
         order = torch.stack([share for _, share in shares]).argsort(descending=True)
         counts = Counter(shares[place][0] for place in order[: self._budget].tolist())
         self._ranks = {name: counts.get(name, 0) for name in source}
-        for name, first in self._same.items():  # what is decomposed needs the most
+        for name, first in self._same.items():  # the decomposed layer needs the largest rank of its group
             if self._ranks[first] < self._ranks[name]:
                 self._ranks[first], self._ranks[name] = self._ranks[name], self._ranks[first]
 
     def result(self, *, whiten: bool) -> dict[str, Tensor]:
-        """Name -> directions (rank, in)."""
+        """Returns name -> directions (rank, in); ``whiten`` divides them by the square root of the singular values."""
         found: dict[str, Tensor] = {}
         for name, rank in self._ranks.items():
             pca = self._pca[self._same.get(name, name)]
@@ -157,7 +157,7 @@ class EvaSearch:
 
 
 def _gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes, where there are several."""
+    """Returns the rows of all processes, or the rows unchanged without ``torch.distributed``."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return rows

@@ -1,4 +1,4 @@
-"""``replace_lora_weights_loftq``: adapters that make up for what quantizing a model lost, layer by layer."""
+"""``replace_lora_weights_loftq``: adapters that compensate the quantization error, layer by layer."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Sets a LoRA adapter so that each quantized layer is as near to the full-precision one as its rank allows.
+    """Sets a LoRA adapter to the best approximation of each layer's quantization error that its rank allows.
 
-    As PEFT's, of every way to quantize and with the adapter's scaling taken into account (PEFT leaves it out, and so
-    adds ``lora_alpha / r`` times the error). One full-precision weight is read at a time.
+    Unlike PEFT's function, this one supports every quantization backend and takes the adapter's scaling into account.
+    (PEFT ignores it, and so adds ``lora_alpha / r`` times the error.) Only one full-precision weight is in memory at a
+    time.
 
     Args:
         peft_model: the quantized model with the adapter.
-        model_path: folder of the full-precision model in safetensors; where the model was loaded from by default.
-        adapter_name: the adapter.
-        callback: called with the model and the path of each layer after it was replaced; where it returns False, that
-            layer's adapter is as before.
+        model_path: folder of the full-precision model in safetensors; by default that the model was loaded from.
+        adapter_name: name of the adapter.
+        callback: called with the model and the path of each layer after its adapter was set; if it returns False, the
+            previous values are restored.
 
     Raises:
         CheckpointNotFoundError: the folder is not found, or lacks the weight of a layer.
-        AdapterError: the adapter is not LoRA, started in the weights, or is on no quantized layer.
-        BaseMismatchError: a weight has another shape. In each case the adapter is as before.
+        AdapterError: the adapter is not LoRA, was initialized from the weights, or is not on a quantized layer.
+        BaseMismatchError: a weight has another shape. After any error the adapter is unchanged.
     """
     manager = require_manager(peft_model)
     manager.require(adapter_name)
@@ -68,13 +69,13 @@ def replace_lora_weights_loftq(
                 _replace(place, files, change)
                 if callback is not None:
                     with released_interrupts():
-                        kept = callback(peft_model, place.path)
-                    if not kept:
+                        accepted = callback(peft_model, place.path)
+                    if not accepted:
                         raise _Unwanted
 
 
 class _Unwanted(Exception):
-    """The callback wants a layer as it was: undoes the block."""
+    """The callback rejected a layer's new values: makes the transaction restore the previous ones."""
 
 
 def _quantized_layers(manager: AdapterManager, name: str) -> dict[str, tuple[AdaptedLayer, LowRankAdapter]]:
@@ -127,6 +128,6 @@ def _replace(place: _Place, files: checkpoint.ModelFolder, change: Transaction) 
 
 
 def _read(place: _Place, files: checkpoint.ModelFolder) -> Tensor:
-    """The full-precision weight, canonical."""
+    """Reads the full-precision weight in the canonical layout (out, in)."""
     base, weight = place.layer.base, files.read(place.key)
     return base.kind.canonical(base.module, weight.T if is_transposed(base.module) else weight)

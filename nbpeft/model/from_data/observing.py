@@ -1,4 +1,4 @@
-"""Running a model to see what its layers get, so that it is as before afterwards."""
+"""Running a model to observe the inputs of its layers, and restoring its state afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode; each of its modules is in its own mode afterwards."""
+    """Puts a model into evaluation mode, and restores the mode of each module afterwards."""
     with modes_kept(model):
         model.eval()
         yield
@@ -24,7 +24,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts each module of a model back into the mode it was in."""
+    """Restores the training or evaluation mode of each module when the block ends."""
     modes = [(module, module.training) for module in called_modules(model)]
     try:
         yield
@@ -35,7 +35,12 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def input_hooks(modules: Mapping[str, nn.Module], see: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Calls a function with the name and the inputs of each call of some modules: the positional ones, or else all."""
+    """Calls a function before each forward of some modules.
+
+    Args:
+        modules: name -> module.
+        see: called with the name and the positional inputs, or all inputs if there are only keyword arguments.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda _, args, kwargs: see(name, args or tuple(kwargs.values()))
@@ -49,19 +54,24 @@ def input_hooks(modules: Mapping[str, nn.Module], see: Callable[[str, tuple[Any,
 
 
 def base_alone(model: nn.Module) -> AbstractContextManager[Any]:
-    """The model without its adapters, for this thread."""
+    """Disables the model's adapters in this thread."""
     manager = manager_of(model)
     return nullcontext() if manager is None else manager.disabled()
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """The device of a model's parameters; None where they are on several, and its own hooks move what it is given."""
+    """Returns the device of a model's parameters; None if there are several, as accelerate's hooks then move inputs."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
     return devices.pop() if len(devices) == 1 else None
 
 
 def moved(inputs: Any, device: torch.device | None) -> Any:
-    """A batch, nested or not, on a device; as it is for None."""
+    """Returns a batch, which may be nested, on a device; None leaves it unchanged.
+
+    Args:
+        inputs: a tensor, a batch, or nested mappings and sequences of them.
+        device: the device, or None.
+    """
     if device is None:
         return inputs
     if hasattr(inputs, "to"):
@@ -75,7 +85,13 @@ def moved(inputs: Any, device: torch.device | None) -> Any:
 
 @contextmanager
 def progress(total: int, title: str, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar, if it is wanted: a function to which the count so far is given."""
+    """Shows a progress bar and yields a function that sets its count.
+
+    Args:
+        total: count at the end.
+        title: text before the bar.
+        show: False shows nothing.
+    """
     if not show:
         yield lambda count: None
         return

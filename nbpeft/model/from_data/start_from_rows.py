@@ -1,8 +1,8 @@
-"""Inits that need data, each in one call: rows are shown to a model, and an adapter starts from what is found.
+"""Data-dependent inits in one call: runs the data through a model and initializes an adapter from the result.
 
-EVA, CorDA and LoRA-GA ask for it in three ways (``initialize_lora_eva_weights``, ``preprocess_corda``,
-``preprocess_loraga``), before the adapter is made or after. Here all of them look first, and what they found is
-used up or gone when the block ends::
+EVA, CorDA and LoRA-GA have different interfaces (``initialize_lora_eva_weights``, ``preprocess_corda``,
+``preprocess_loraga``), called before or after the adapter is created. Here all three analyse the data first, and the
+attributes that they set on layers are removed when the block ends::
 
     with started_from(base, config, rows) as start:
         manager.add(name, config)
@@ -34,11 +34,11 @@ INITS = ("eva", "corda", "lora_ga")
 """Values of ``init_lora_weights`` that need data."""
 _LEFT = {"corda": DECOMPOSITION, "lora_ga": GRADIENT}
 _BATCH_SIZE = 8
-"""Rows of a batch, and what ``TrainingArguments`` has."""
+"""Rows per batch, the default of ``TrainingArguments``."""
 
 
 class Rows(Protocol):
-    """Rows as a training would give them to a model; see ``nbpeft.training.loop.rows.FirstRows``."""
+    """Tokenized rows in the form that training gives to a model; see ``nbpeft.training.loop.rows.FirstRows``."""
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]: ...  # noqa: D102
@@ -48,22 +48,25 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class DataStart:
-    """What rows said of where an adapter starts.
+    """The result of a data-dependent init.
 
     Attributes:
-        words: what was looked at, for people.
-        directions: of EVA: path -> (rank, in).
+        words: description of the data and the init, for users.
+        directions: path -> directions (rank, in); only for EVA.
     """
 
     words: str = ""
     directions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def finish(self, manager: AdapterManager, name: str) -> str:
-        """Lets an adapter that was made inside the block start there; says what that was.
+        """Completes the init of an adapter that was created inside the block.
 
         Args:
-            manager: of the model.
-            name: the adapter, made with the config.
+            manager: manager of the model.
+            name: name of the adapter.
+
+        Returns:
+            A description of the init, for users.
         """
         if not self.directions:
             return self.words
@@ -73,8 +76,8 @@ class DataStart:
         start_at(manager, name, self.directions)
         others = [path for path, rank in ranks.items() if rank not in (0, own[path])]
         empty = sum(not rank for rank in ranks.values())
-        given = [rank for rank in ranks.values() if rank]
-        spread = f"{min(given)} to {max(given)} (median {statistics.median(given):g})"
+        positive = [rank for rank in ranks.values() if rank]
+        spread = f"{min(positive)} to {max(positive)} (median {statistics.median(positive):g})"
         shared = (
             f"{len(ranks)} layers share the ranks out: {spread}" if others or empty else "all layers keep their rank"
         )
@@ -82,18 +85,28 @@ class DataStart:
 
 
 def init_from_data(config: Any) -> str:
-    """The init of a config, where it needs data, else the empty string."""
+    """Returns the name of a config's init if it needs data, else the empty string."""
     found = str(getattr(config, "init_name", ""))
     return found if found in INITS else ""
 
 
 def lacks_rows(model: nn.Module, config: Any) -> bool:
-    """Whether an adapter with this config cannot start before rows were shown to the base model."""
+    """Returns whether an adapter with this config needs data for its init.
+
+    Args:
+        model: the base model, which may already be prepared for the init.
+        config: the adapter's config.
+    """
     return bool(init_from_data(config)) and not _is_prepared(model, config) and not _has_files(config)
 
 
 def reads_a_file(model: nn.Module, config: Any) -> bool:
-    """Whether a file says where an adapter with this config starts on the base model, which was not prepared for it."""
+    """Returns whether the init of this config reads a file, because the base model is not prepared for it.
+
+    Args:
+        model: the base model.
+        config: the adapter's config.
+    """
     return _has_files(config) and not _is_prepared(model, config)
 
 
@@ -101,16 +114,16 @@ def reads_a_file(model: nn.Module, config: Any) -> bool:
 def started_from(
     model: nn.Module, config: Any, rows: Rows | None, *, show_progress: bool = True
 ) -> Iterator[DataStart]:
-    """Shows rows to a base model without its adapters, and lets adapters made in the block start from them.
+    """Runs rows through the base model without adapters, to initialize an adapter that is created in the block.
 
     Args:
-        model: the base model, with adapters or without; its weights and adapters stay as they are.
-        config: of the adapter to come.
-        rows: tokenised; None where a file of ``corda_config`` has what is needed.
-        show_progress: show how far it is.
+        model: the base model, with or without adapters; its weights and adapters are not changed.
+        config: config of the adapter to create.
+        rows: tokenized rows; None if a file of ``corda_config`` has the results.
+        show_progress: show a progress bar.
 
     Raises:
-        ConfigError: the config's init needs no data, or the rows are not enough. Nothing is left on the model.
+        ConfigError: the config's init needs no data, or there are too few rows. The model is not changed.
     """
     init = init_from_data(config)
     if not init:
@@ -136,13 +149,13 @@ def started_from(
 
 
 def _is_prepared(model: nn.Module, config: Any) -> bool:
-    """Whether what the init needs was left on a layer."""
+    """Returns whether the attributes that the init needs are set on layers."""
     attribute = _LEFT.get(init_from_data(config))
     return attribute is not None and any(attribute in site.module.__dict__ for site in walk(model))
 
 
 def _has_files(config: Any) -> bool:
-    """Whether a file has what CorDA needs."""
+    """Returns whether a file has the results that CorDA needs."""
     if init_from_data(config) != "corda":
         return False
     settings = config.corda_config
@@ -150,14 +163,14 @@ def _has_files(config: Any) -> bool:
 
 
 def _seen(batches: Sequence[Mapping[str, Any]]) -> str:
-    """How much was looked at."""
+    """Returns the number of rows and tokens in batches, for users."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch)
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     return f"{rows:,} row{'s' if rows != 1 else ''}" + (f", {tokens:,} tokens" if tokens else "")
 
 
 def _calls(model: nn.Module, batches: Sequence[Mapping[str, Any]], title: str, *, show: bool) -> Iterator[Any]:
-    """What the model gives for each batch."""
+    """Yields the model's output for each batch."""
     device = device_of(model)
     with progress(len(batches), title, show=show) as report:
         for number, batch in enumerate(batches):
@@ -193,16 +206,16 @@ def _eva(model: nn.Module, config: Any, rows: Rows, *, show_progress: bool) -> D
     modules = targeted_layers(model, config)
     need = max((round(config.rank_at(path) * config.eva_config.rho) for path, _ in modules.values()), default=0)
     tokens = statistics.mean(len(row.get("input_ids", ())) for row in rows.rows)
-    # A batch counts only where it has as many tokens as a layer may get directions.
+    # EVA ignores a batch with fewer tokens than the largest number of directions of a layer.
     size = max(_BATCH_SIZE, -(-2 * need // max(int(tokens), 1)))
     batches = rows.batches(size)
-    given = EvaBatches(batches, forward_fn_dict, _tokens_that_count, _rows_that_count)
-    found = find_directions(model, config, modules, given, False, show_progress)
+    data = EvaBatches(batches, forward_fn_dict, _tokens_that_count, _rows_that_count)
+    found = find_directions(model, config, modules, data, False, show_progress)
     return DataStart(f"starts from EVA: the main directions of its layers' inputs on up to {_seen(batches)}", found)
 
 
 def _tokens_that_count(batch: Mapping[str, Any], config: Any) -> Tensor | None:
-    """Where tokens are attended to and, if ``use_label_mask``, learned: (batch, length); None where there are none."""
+    """Returns a mask (batch, length) of the tokens to use: attended to and, if ``use_label_mask``, with a label."""
     ids = batch.get("input_ids")
     if ids is None:
         return None
@@ -214,9 +227,9 @@ def _tokens_that_count(batch: Mapping[str, Any], config: Any) -> Tensor | None:
 
 
 def _rows_that_count(layer_input: Any, mask: Tensor | None, layer_name: str) -> Tensor:
-    """The inputs (tokens, in) of a layer at these places; all, where the layer reads something else than the tokens."""
-    found: Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
-    if mask is not None and found.shape[:-1] == mask.shape:
-        return found[mask.to(found.device)]
-    flat = found.reshape(-1, found.shape[-1])
-    return flat[mask.to(found.device).reshape(-1)] if mask is not None and len(flat) == mask.numel() else flat
+    """Returns a layer's inputs (tokens, in) at the masked tokens; all of them if the layer's inputs are not tokens."""
+    inputs: Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+    if mask is not None and inputs.shape[:-1] == mask.shape:
+        return inputs[mask.to(inputs.device)]
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    return flat[mask.to(inputs.device).reshape(-1)] if mask is not None and len(flat) == mask.numel() else flat

@@ -1,4 +1,4 @@
-"""``create_arrow_model``: a model whose tokens are routed over several saved adapters (Arrow, GenKnowSub)."""
+"""``create_arrow_model``: routes tokens over several saved adapters (Arrow, GenKnowSub)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nbpeft.errors import ConfigError, few
 from nbpeft.model.handle.peft_model import PeftModel
 
 ROUTER = "arrow_router"
-"""Name of the adapter that routes."""
+"""Name of the routing adapter."""
 
 
 def create_arrow_model(
@@ -27,23 +27,24 @@ def create_arrow_model(
     general_adapter_paths: Sequence[str | os.PathLike[str]] | None = None,
     **adapter_kwargs: Any,
 ) -> PeftModel:
-    """Loads LoRA adapters and routes each token over those that suit it.
+    """Loads LoRA adapters and routes each token to the most suitable ones.
 
-    How: ``nbpeft.engine.methods.lora.variants.arrow``.
+    The algorithm is in ``nbpeft.engine.methods.lora.variants.arrow``.
 
-    The adapters are task_0, task_1, … and gks_0, gks_1, …, and an adapter ``arrow_router`` is active. LoRA adapters
-    that are added later are routed over, too. Each can still be activated by itself, as it was loaded.
+    The adapters are named task_0, task_1, … and gks_0, gks_1, …, and an adapter ``arrow_router`` is active. LoRA
+    adapters that are added later take part in the routing. Each one can also be activated by itself.
 
     Args:
-        base_model: the model; changed in place, all at once or not at all.
-        task_specific_adapter_paths: folders or hub ids of the adapters to route over; ``user/repo/sub/folder`` on a
-            hub. All on the same linear layers.
-        arrow_config: how to route; its names of adapters are set.
-        general_adapter_paths: adapters whose mean is subtracted from those, with ``use_gks``; all of one rank then.
-        **adapter_kwargs: what ``PeftModel.from_pretrained`` takes.
+        base_model: the model, changed in place; unchanged after an error.
+        task_specific_adapter_paths: folders or hub ids of the adapters to route over, all on the same linear layers.
+            ``user/repo/sub/folder`` names a folder in a hub repository.
+        arrow_config: options of the routing; its fields for adapter names are set.
+        general_adapter_paths: adapters whose mean is subtracted from the others, with ``use_gks``; all must then have
+            the same rank.
+        **adapter_kwargs: keyword arguments of ``PeftModel.from_pretrained``.
 
     Raises:
-        ConfigError: an argument is missing, or the adapters do not go together.
+        ConfigError: an argument is missing, or the adapters cannot be combined.
         CheckpointError: an adapter cannot be read or does not fit.
     """
     if not task_specific_adapter_paths:
@@ -51,8 +52,8 @@ def create_arrow_model(
     if arrow_config.use_gks and not general_adapter_paths:
         raise ConfigError("You should provide general LoRA paths if you want to use GenKnowSub.")
     general_paths = general_adapter_paths or () if arrow_config.use_gks else ()
-    tasks = {f"task_{place}": path for place, path in enumerate(task_specific_adapter_paths)}
-    general = {f"gks_{place}": path for place, path in enumerate(general_paths)}
+    tasks = {f"task_{index}": path for index, path in enumerate(task_specific_adapter_paths)}
+    general = {f"gks_{index}": path for index, path in enumerate(general_paths)}
     model = base_model_of(base_model)
     manager = manager_of(model) or AdapterManager(model)
     first, *others = [(name, *repository_of(path)) for name, path in (tasks | general).items()]
@@ -69,7 +70,7 @@ def create_arrow_model(
 
 
 def repository_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
-    """A folder, or the id of a hub's repository and the folder inside it."""
+    """Splits a path into a folder or hub id, and options with the folder inside the hub repository."""
     name = os.fspath(path)
     parts = name.strip("/").split("/")
     if os.path.isdir(name) or len(parts) < 3:
@@ -78,10 +79,10 @@ def repository_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
 
 
 def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequence[str]) -> LoraConfig:
-    """The config of a router over adapters.
+    """Returns the config of a router over adapters.
 
     Raises:
-        ConfigError: they are on different layers, or one is no LoRA.
+        ConfigError: they are on different layers.
     """
     paths = {name: {path for path, layer in manager.layers.items() if name in layer.adapters} for name in names}
     for name in names:
@@ -89,7 +90,7 @@ def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequen
         if differing:
             raise ConfigError(f"{names[0]!r} and {name!r} are on different layers, such as {few(differing, 2)}")
     config: Any = manager.configs[names[0]]
-    # None for the names: adapters that are added later are routed over, too.
+    # None for the names, so that adapters that are added later take part in the routing.
     own = replace(settings, task_adapter_names=None, gks_adapter_names=None)
     targets = sorted(paths[names[0]])
     return LoraConfig(arrow_config=own, target_modules=targets, r=config.size or 8, task_type=config.task_type)

@@ -1,4 +1,4 @@
-"""AutoPeftModel: a saved adapter together with the base model it names."""
+"""AutoPeftModel: loads a saved adapter together with its base model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHECKPOINT_OPTIONS = ("subfolder", "cache_dir", "token", "local_files_only")
 
 
 class AutoPeftModel:
-    """Loads the base model that a saved adapter names, and the adapter on it."""
+    """Loads a saved adapter and the base model that its config names."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -44,20 +44,23 @@ class AutoPeftModel:
         import_allowlist: Sequence[str] = ("transformers",),
         **kwargs: Any,
     ) -> PeftModel:
-        """Loads both.
+        """Loads the base model and the adapter.
 
         Args:
             pretrained_model_name_or_path: folder or hub id of the adapter.
-            adapter_name: name to give it.
-            is_trainable: whether to train it further.
-            config: use this config instead of the saved one.
-            revision: of the adapter on the hub.
-            import_allowlist: packages a config without task may name the base's class from.
-            **kwargs: ``subfolder``, ``cache_dir``, ``token``; the rest goes to the base model's
+            adapter_name: name to give the adapter.
+            is_trainable: whether to make the adapter trainable.
+            config: used instead of the saved config.
+            revision: revision of the adapter on the hub.
+            import_allowlist: packages from which a config without a task type may import the base model's class.
+            **kwargs: ``subfolder``, ``cache_dir``, ``token``; all others are passed to the base model's
                 ``from_pretrained`` (``dtype``, ``device_map``, ``quantization_config``, …).
 
+        Returns:
+            The base model with the adapter.
+
         Raises:
-            CheckpointError: the adapter does not say on which base model it goes, or that one cannot be loaded.
+            CheckpointError: the adapter does not name its base model, or the base model cannot be loaded.
         """
         source = str(pretrained_model_name_or_path)
         options = {key: kwargs[key] for key in _CHECKPOINT_OPTIONS if key in kwargs}
@@ -107,14 +110,14 @@ class AutoPeftModel:
 
 
 def _resize_for_tokenizer(base: Any, source: str, options: dict[str, Any], *, trusted: bool) -> None:
-    """Resizes the embeddings if the adapter was saved with a larger tokenizer."""
+    """Resizes the embeddings if the adapter was saved with a larger vocabulary."""
     folder = os.path.join(source, options.get("subfolder") or "")
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return
     tokenizers = importlib.import_module("transformers.models.auto.tokenization_auto")
     try:
         tokenizer = tokenizers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-    except Exception as error:  # a file that somebody else made can raise anything
+    except Exception as error:  # a third party's file can raise any error
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {in_one_line(error)}") from error
     embedding: Any = embedding_of(base)
     if len(tokenizer) > embedding.num_embeddings:

@@ -1,4 +1,4 @@
-"""Functions under the names of ``peft.functional`` and ``peft.utils``: for models with or without a handle."""
+"""The functions of ``peft.functional`` and ``peft.utils``, for models with or without a PeftModel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """Returns the config for a dictionary such as the content of ``adapter_config.json``.
 
     Raises:
-        ConfigError: it has no ``peft_type``, or a value is impossible.
+        ConfigError: the dictionary has no ``peft_type``, or a value is invalid.
     """
     if config_dict.get("peft_type") is None:
         raise ConfigError("the dictionary has no 'peft_type', such as 'LORA'", field="peft_type")
@@ -37,7 +37,7 @@ def set_adapter(
         model: a PeftModel or an adapted base model.
         adapter_name: one name or several.
         inference_mode: freeze them.
-        layer_cls: accepted for PEFT's sake: the layers of an adapter are known.
+        layer_cls: accepted for compatibility with PEFT and ignored.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -48,16 +48,16 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type | None = None
 ) -> list[str] | None:
-    """Removes an adapter; where the model has none of that name it warns, as other libraries delete by list.
+    """Removes an adapter; warns if it does not exist, because other libraries delete adapters from lists of names.
 
     Args:
         model: a PeftModel or an adapted base model.
-        adapter_name: its name.
-        prefix: accepted for PEFT's sake; names are matched whole.
-        layer_cls: accepted for PEFT's sake.
+        adapter_name: name of the adapter.
+        prefix: accepted for compatibility with PEFT and ignored.
+        layer_cls: accepted for compatibility with PEFT and ignored.
 
     Returns:
-        The adapters that are active now, or None if there are none left.
+        The adapters that are active now, or None if there are none.
     """
     manager = require_manager(model)
     if isinstance(adapter_name, str) and adapter_name not in manager.configs:
@@ -69,12 +69,12 @@ def delete_adapter(
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Sets whether gradients reach adapters, whatever is active.
+    """Sets ``requires_grad`` of the parameters of adapters, active or not.
 
     Args:
         model: a PeftModel or an adapted base model.
         adapter_names: one name or several.
-        requires_grad: whether they do.
+        requires_grad: the new value.
     """
     manager = require_manager(model)
     names = names_in(adapter_names)
@@ -88,8 +88,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     Args:
         model: a PeftModel or an adapted base model.
-        adapter_name: its name.
-        autocast_adapter_dtype: False does nothing.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: False changes nothing.
     """
     manager = require_manager(model)
     manager.require(adapter_name)
@@ -102,11 +102,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts frozen parameters to half precision and trainable ones to float32, for automatic mixed precision.
 
-    Quantized weights stay as they are stored.
+    Quantized weights are not changed.
 
     Args:
         model: any model.
-        dtype: for the frozen parameters, ``torch.float16`` or ``torch.bfloat16``.
+        dtype: dtype of the frozen parameters, ``torch.float16`` or ``torch.bfloat16``.
     """
     for parameter in model.parameters():
         _cast([parameter], torch.float32 if parameter.requires_grad else dtype)
@@ -119,10 +119,10 @@ def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 class DoraCaching:
-    """Does nothing: DoRA always caches its norm, and computes it again when a weight changes.
+    """Does nothing: DoRA always caches its norm, and recomputes it when a weight changes.
 
     Args:
-        enabled: accepted for PEFT's sake.
+        enabled: accepted for compatibility with PEFT and ignored.
     """
 
     def __init__(self, enabled: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Small helpers under the names of ``peft.helpers``."""
+"""The functions of ``peft.helpers``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _METHODS = ("forward", "generate", "all")
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether there is a saved adapter, of a method known here, in a folder or on the hub."""
+    """Returns whether a folder or a hub repository has a saved adapter of a supported method."""
     try:
         checkpoint.read_config(str(model_name_or_path))
     except (NbpeftError, OSError, ValueError):
@@ -33,21 +33,21 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Inside the block every adapter acts ``multiplier`` times as strongly; afterwards as before.
+    """Multiplies the scaling of every adapter while the block runs.
 
-    A ``layer.scaling`` that was read before, or in the block, keeps its values.
+    A dictionary ``layer.scaling`` that was read before the block, or in it, is not changed.
 
     Args:
         model: any model with adapted layers.
         multiplier: factor on the scaling of every adapter on every layer.
 
     Raises:
-        TypeError: the multiplier is no number.
+        TypeError: the multiplier is not a number.
         AdapterError: the model has no adapted layer.
     """
     if not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    # The adapters themselves: inside the block one may get another name, or be deleted.
+    # A list of the adapter modules, not names: an adapter can be renamed or deleted inside the block.
     adapters = [module for module in called_modules(model) if isinstance(module, Rescales)]
     if not adapters:
         raise AdapterError("scaling is only supported for models with `LoraLayer`s: none here has a scaling")
@@ -62,7 +62,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 def _keep_scalings(model: nn.Module) -> None:
-    """Gives each layer a new ``scaling``; the one that was read before keeps its values, as PEFT's dictionary does."""
+    """Replaces each layer's ``scaling`` by a copy, so that a dictionary that was read before is not changed."""
     for layer in called_modules(model):
         if isinstance(layer, PeftLayerMixin) and getattr(layer, "scaling", None):
             layer.scaling = layer.scaling.copy()
@@ -70,37 +70,37 @@ def _keep_scalings(model: nn.Module) -> None:
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Does nothing: an adapter computes in the dtype its tensors have when it is called, whatever the input's.
+    """Does nothing: an adapter computes in the dtype of its tensors at the time of the call, whatever the input's.
 
-    So weights that hooks cast to another dtype for the time of a forward need no help here.
+    So it also works with weights that hooks cast to another dtype during a forward pass.
 
     Args:
-        model: accepted for PEFT's sake.
-        active: accepted for PEFT's sake.
+        model: accepted for compatibility with PEFT and ignored.
+        active: accepted for compatibility with PEFT and ignored.
     """
     yield
 
 
 def update_forward_signature(model: PeftModel) -> None:
-    """Gives a handle's ``forward`` the documentation of the base model's, where it only takes ``*args, **kwargs``."""
+    """Gives a PeftModel's ``forward`` the base model's documentation if its signature is ``*args, **kwargs``."""
     _borrow(model, "forward")
 
 
 def update_generate_signature(model: PeftModel) -> None:
-    """Gives a handle's ``generate`` the documentation of the base model's, where there is one."""
+    """Gives a PeftModel's ``generate`` the documentation of the base model's, if it has one."""
     if hasattr(model.get_base_model(), "generate"):
         _borrow(model, "generate")
 
 
 def update_signature(model: PeftModel, method: str = "all") -> None:
-    """Does either of the two, or both.
+    """Calls ``update_forward_signature``, ``update_generate_signature`` or both.
 
     Args:
-        model: the handle.
+        model: the PeftModel.
         method: "forward", "generate" or "all".
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: the method is none of these.
     """
     if method not in _METHODS:
         raise ConfigError(
@@ -128,4 +128,4 @@ def _borrow(model: PeftModel, name: str) -> None:
 
 
 class MontecloraTrainerMixin:
-    """PEFT's mixin for Trainers of MonteCLoRA: nothing to add, the model returns a loss with its divergence."""
+    """PEFT's mixin for Trainers of MonteCLoRA. It is empty, because the model's loss includes the divergence."""

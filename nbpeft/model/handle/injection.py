@@ -1,4 +1,4 @@
-"""Adapters on a model without a handle: ``inject_adapter_in_model``."""
+"""``inject_adapter_in_model``: adapters on a model without a PeftModel."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Adds an adapter to a model without a handle and returns the model itself.
+    """Adds an adapter to a model without creating a PeftModel, and returns the model itself.
 
     Args:
         peft_config: config of the adapter.
-        model: the base model; changed in place.
-        adapter_name: its name. An adapter that has it already is replaced, with a warning.
-        low_cpu_mem_usage: leave its parameters on the meta device; ``set_peft_model_state_dict`` fills them in.
-        state_dict: its keys, those of a file, say which modules to adapt, instead of the config's
-            ``target_modules``; its values are not used, see ``set_peft_model_state_dict``.
+        model: the base model, changed in place.
+        adapter_name: name of the adapter. An existing adapter with this name is replaced, with a warning.
+        low_cpu_mem_usage: leave the parameters on the meta device, until ``set_peft_model_state_dict`` loads them.
+        state_dict: the tensors of an adapter file. Its keys select the modules to adapt, instead of the config's
+            ``target_modules``. Its values are ignored; load them with ``set_peft_model_state_dict``.
 
     Raises:
-        TargetError: the config, or no key, fits the model, which is as it was.
+        TargetError: neither the config nor any key fits the model, which is not changed.
     """
     manager = manager_of(model) or AdapterManager(unwrapped(model))
     with replacing(manager, adapter_name, "a new one") as replace, manager.transaction() as change:
@@ -49,15 +49,15 @@ def inject_adapter_in_model(
 
 @contextmanager
 def replacing(manager: AdapterManager, name: str, new: str) -> Iterator[bool]:
-    """Context manager around the adding of an adapter: warns after it if one of its name was replaced, as PEFT does.
+    """Context manager for adding an adapter; warns afterwards if it replaced one of the same name, as PEFT does.
 
     Args:
-        manager: of the model.
-        name: of the adapter.
-        new: what takes the place of another one.
+        manager: manager of the model.
+        name: name of the adapter.
+        new: description of the new adapter, for the warning.
 
     Yields:
-        Whether there is one.
+        Whether there is an adapter with this name.
     """
     replaced, unsaved = name in manager.configs, name in manager.unsaved
     yield replaced
@@ -75,15 +75,15 @@ def inject(
     state_dict: Mapping[str, Tensor] | None,
     replace: bool = False,
 ) -> None:
-    """Makes an adapter of a config and makes it the active one; see ``inject_adapter_in_model``.
+    """Adds an adapter and activates it; see ``inject_adapter_in_model``.
 
     Args:
-        manager: of the model.
-        config: of the adapter.
-        name: its name.
-        empty: leave its parameters on the meta device.
-        state_dict: its keys say which modules to adapt.
-        replace: let it take the place of one with the same name.
+        manager: manager of the model.
+        config: config of the adapter.
+        name: name of the adapter.
+        empty: leave the parameters on the meta device.
+        state_dict: its keys select the modules to adapt; None for the config's targets.
+        replace: replace an existing adapter with the same name.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
     put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace, training=True)
@@ -91,13 +91,13 @@ def inject(
 
 
 def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *, empty: bool) -> None:
-    """Puts a prepared adapter on the model and makes it the active one.
+    """Adds a prepared adapter to the model and activates it.
 
     Args:
-        manager: of the model, which it need not know yet.
-        put: what ``manager.prepare`` gave.
-        name: the adapter's name.
-        empty: leave its parameters on the meta device.
+        manager: manager of the model, which may not be attached yet.
+        put: result of ``manager.prepare``; adds the adapter.
+        name: name of the adapter.
+        empty: leave the parameters on the meta device.
     """
     with manager.transaction():
         put()
@@ -109,7 +109,7 @@ def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *,
 
 
 def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
-    """A plan for the modules that keys name; warns where the config means others."""
+    """Returns the plan for the modules that keys name; warns if the config selects others."""
     if getattr(config, "target_parameters", None):
         raise ConfigError(
             "the keys of a state_dict do not say which target_parameters they belong to: inject without state_dict and "
@@ -120,17 +120,17 @@ def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterabl
     if not paths:
         raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")
     everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    made = manager.plan(config.copy(target_modules=list(paths), **everywhere))
+    plan = manager.plan(config.copy(target_modules=list(paths), **everywhere))
     try:
-        meant = set(manager.plan(config).paths)
+        selected = set(manager.plan(config).paths)
     except TargetError:
-        meant = set()
-    differing = meant ^ set(made.paths)
-    if meant and differing:
+        selected = set()
+    differing = selected ^ set(plan.paths)
+    if selected and differing:
         warnings.warn(
             f"the state_dict and the config mean different modules ({few(sorted(differing), 3)}): "
             "those of the state_dict are adapted",
             RuntimeWarning,
             stacklevel=3,
         )
-    return made
+    return plan

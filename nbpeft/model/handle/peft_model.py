@@ -1,4 +1,4 @@
-"""PeftModel: the handle on a base model with adapters."""
+"""PeftModel: the wrapper of a base model with adapters."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ from nbpeft.model.saving.given_configs import as_given, take_given
 
 
 class PeftModel(nn.Module):
-    """A base model with adapters. Names and signatures are PEFT 0.21's.
+    """A base model with adapters. Names and signatures are those of PEFT 0.21.
 
-    The base model is changed in place and has one handle: a second one made on the same base
-    takes it over, and the first then says so instead of sharing state silently. Handles that learn
-    prompts alone are an exception: each has its own, and all go on. Attributes the handle lacks are
-    the base model's.
+    The base model is changed in place and belongs to one PeftModel. Creating a second one on the same base invalidates
+    the first, whose calls then raise an error, so that they do not share state silently. Exception: several PeftModels
+    with only learned prompts can use the same base. Attributes that the PeftModel lacks are looked up on the base
+    model.
 
     Args:
         model: the base model.
         peft_config: config of the first adapter.
-        adapter_name: its name.
-        autocast_adapter_dtype: keep adapters in float32 on a half-precision base.
+        adapter_name: name of the first adapter.
+        autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
         low_cpu_mem_usage: leave the adapter's parameters on the meta device until they are loaded.
     """
 
     base_model: Any
-    """A ``BaseTuner``; the base model itself where the first adapter is a learned prompt."""
+    """A ``BaseTuner``, or the base model itself if the first adapter is a learned prompt."""
     _tuner: BaseTuner
     task: ClassVar[TaskType | None] = None
     _hf_peft_config_loaded = True
@@ -73,7 +73,7 @@ class PeftModel(nn.Module):
 
     @staticmethod
     def for_task(config: AdapterConfig) -> type[PeftModel]:
-        """Returns the handle class of a config's task."""
+        """Returns the subclass of PeftModel for a config's task."""
         return PeftModel if config.task_type is None else PeftModel._by_task[TaskType(config.task_type)]
 
     def __init__(
@@ -100,7 +100,7 @@ class PeftModel(nn.Module):
         half: bool = False,
         empty: bool = False,
     ) -> None:
-        """Puts an adapter on the base model, and becomes its handle."""
+        """Adds an adapter to the base model, and becomes its PeftModel."""
         config = wanted.config if isinstance(wanted, InjectionPlan) else wanted
         options: dict[str, Any] = {"trainable": not config.inference_mode, "replace": name in manager.configs}
         put = manager.prepare(name, wanted, half=half, training=True, **options)
@@ -108,13 +108,13 @@ class PeftModel(nn.Module):
             put_active(manager, put, name, empty=empty)
             take_given(manager, name, given, change)
             self._take(manager.model, manager)
-            self.training = self._tuner.training = True  # as the adapter, in whatever mode the base is
+            self.training = self._tuner.training = True  # like the new adapter, in whichever mode the base model is
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
-        """Becomes the one handle of a base model."""
+        """Becomes the only PeftModel of a base model."""
         with manager.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(manager, "owner")
-            first = next(iter(manager.configs.values()), None)  # none where a pool has all of them
+            first = next(iter(manager.configs.values()), None)  # None if an AdapterPool owns all adapters
             tuner = (BaseTuner if first is None else tuner_class(method_of(first))).over(model, manager)
             self.__dict__.update({MANAGER: manager, "_tuner": tuner})
             self.base_model = tuner
@@ -127,7 +127,12 @@ class PeftModel(nn.Module):
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
-        """Makes a handle on a model whose manager already has adapters."""
+        """Creates a PeftModel for a model whose manager already has adapters.
+
+        Args:
+            model: the base model.
+            manager: its manager.
+        """
         handle = cls.__new__(cls)
         nn.Module.__init__(handle)
         with manager.transaction(during_calls=True, quiet=True):
@@ -143,17 +148,22 @@ class PeftModel(nn.Module):
     @property
     def manager(self) -> AdapterManager:
         """The manager of the base model's adapters."""
-        found: AdapterManager = self.__dict__[MANAGER]
-        return found
+        manager: AdapterManager = self.__dict__[MANAGER]
+        return manager
 
     @classmethod
     def completed(cls, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-        """Returns a config as it goes onto a base model: with what the task adds to it, and the base's name."""
+        """Returns a config as it is used on a base model: with the additions of the task, and the base's name.
+
+        Args:
+            config: the config.
+            model: the base model.
+        """
         return files.with_base_name(cls._complete(as_given(config)), model)
 
     @classmethod
     def _complete(cls, config: AdapterConfig) -> AdapterConfig:
-        """Returns the config with what a task adds to it; here nothing."""
+        """Returns the config with the additions of the task; here there are none."""
         return config
 
     def _check_live(self) -> None:
@@ -161,18 +171,18 @@ class PeftModel(nn.Module):
 
     @property
     def is_live(self) -> bool:
-        """Whether the adapters are on the model and no other handle took it over."""
+        """Whether the adapters are on the model and no other PeftModel owns it."""
         return self._tuner.is_live
 
-    # The tree as PEFT has it
+    # The module tree in PEFT's layout
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in PEFT; see ``nn.Module``."""
+        """Yields the modules of PEFT's layout; see ``nn.Module``."""
         prompts.list_anew(self.manager, self._modules)
         yield from super().named_modules(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; see ``nn.Module``."""
+        """Returns the state dict in PEFT's layout; see ``nn.Module``."""
         prompts.list_anew(self.manager, self._modules)
         return super().state_dict(*args, **kwargs)
 
@@ -182,7 +192,7 @@ class PeftModel(nn.Module):
             state_dict.pop(f"{prefix}word_embeddings.weight", None)  # PEFT lists the embedding twice
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    # What there is
+    # Properties
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
@@ -196,7 +206,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list where several are active."""
+        """Name of the active adapter, or a list if several are active."""
         active = self.manager.active
         return active[0] if len(active) == 1 else list(active)
 
@@ -207,7 +217,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> AdapterConfig:
-        """Config of the (first) active adapter.
+        """Config of the first active adapter.
 
         Raises:
             UnknownAdapterError: none is active.
@@ -224,7 +234,7 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that adapters train whole (``modules_to_save``)."""
+        """Names of the modules that adapters train as a whole (``modules_to_save``)."""
         names = {
             name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
         }
@@ -232,42 +242,42 @@ class PeftModel(nn.Module):
 
     @property
     def base_model_torch_dtype(self) -> Any:
-        """dtype of the base model."""
+        """The dtype of the base model."""
         return getattr(self.get_base_model(), "dtype", None)
 
     @property
     def prompt_encoder(self) -> nn.ModuleDict:
-        """Adapter name -> adapter, for those that learn a prompt; its ``embedding`` has the trained rows."""
+        """Adapter name -> adapter, for those with a learned prompt; its ``embedding`` has the trained rows."""
         return prompts.encoders(self.manager)
 
     @property
     def prompt_tokens(self) -> dict[str, torch.Tensor]:
-        """Adapter name -> numbers of the tokens of its prompt, int64."""
+        """Adapter name -> ids of the virtual tokens of its prompt, int64."""
         return prompts.tokens(self.manager)
 
     @property
     def word_embeddings(self) -> nn.Module:
-        """The model's input embedding, where an adapter learns a prompt."""
+        """The model's input embedding, if an adapter has a learned prompt."""
         return prompts.word_embeddings(self.manager)
 
     def get_prompt(
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> Any:
-        """Returns what the active prompt puts in front of a batch; see ``nbpeft.model.handle.prompts.prompt``.
+        """Returns the active prompt for a batch; see ``nbpeft.model.handle.prompts.prompt``.
 
         Args:
-            batch_size: rows.
-            task_ids: (rows,) int64: the task of each, for multitask prompts.
-            max_cache_len: accepted for PEFT's sake; the cache of a prefix grows.
+            batch_size: number of rows.
+            task_ids: task of each row, (rows,) int64, for multitask prompts.
+            max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
         """
         return prompts.prompt(self.manager, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """Returns what the file of a prompt holds, (tokens, features), on the CPU."""
+        """Returns the prompt as saved in files, (tokens, features), on the CPU."""
         return prompts.embedding_to_save(self.manager, adapter_name)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resizes the embeddings of the base model; see its method of that name for the arguments.
+        """Resizes the embeddings of the base model; the arguments are those of its method.
 
         Returns:
             The input embedding.
@@ -279,16 +289,16 @@ class PeftModel(nn.Module):
         return prompts.resize_token_embeddings(self.manager, *args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
-        """Returns the base model, with the adapters' layers still in it."""
-        held = self.base_model
-        return held.model if isinstance(held, BaseTuner) else held
+        """Returns the base model, including the wrapped layers."""
+        tuner = self.base_model
+        return tuner.model if isinstance(tuner, BaseTuner) else tuner
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the number of (trainable, all) parameters; a packed 4-bit weight counts as what it stands for."""
+        """Returns the numbers of trainable and of all parameters; packed 4-bit weights count as unpacked."""
         return parameter_counts(self)
 
     def print_trainable_parameters(self) -> None:
-        """Prints the trainable and all parameters and their share in percent."""
+        """Prints the number of trainable and of all parameters, and their ratio in percent."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
@@ -302,19 +312,19 @@ class PeftModel(nn.Module):
         """Returns one record for the whole model."""
         return get_model_status(self)
 
-    # Running
+    # Forward and generation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the base model's forward with the active adapters.
 
         Args:
-            *args: handed to the base model.
-            **kwargs: handed to the base model, but for ``adapter_names``: for each row of the batch
-                the adapter that serves it, ``"__base__"`` for none; evaluation only. (Tracers would
-                pass the default of a named parameter by position.)
+            *args: passed to the base model.
+            **kwargs: passed to the base model, except ``adapter_names``: the adapter for each row of the batch, or
+                ``"__base__"`` for none; only in evaluation mode. (It is not a named parameter, because tracers would
+                pass its default by position.)
         """
         adapter_names: Sequence[str] | None = kwargs.pop("adapter_names", None)
-        if self.__dict__.get("_is_replica"):  # of nn.DataParallel, in a call that waited for its turn
+        if self.__dict__.get("_is_replica"):  # of nn.DataParallel, whose call on the original has already prepared
             return self.get_base_model()(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._forward_compiled(adapter_names, *args, **kwargs)
@@ -323,21 +333,21 @@ class PeftModel(nn.Module):
     def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         if adapter_names is None and not self._transforms_calls(self.manager.active_state.traced.names, self.training):
             return self.get_base_model()(*args, **kwargs)
-        # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled. Nor does
-        # it know what a method prepares for each call or adds to each loss.
+        # Rows are assigned in each call, and compiled code would not see that the assignment changed. Nor would it
+        # run the method's preparation of each call or add its extra loss. So such calls are not compiled.
         alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
         return alone(adapter_names, *args, **kwargs)
 
     def _transforms_calls(self, names: tuple[str, ...], training: bool) -> bool:
-        """Whether the method of an active adapter does something in each call beside the maths of its layers."""
+        """Returns whether an active adapter's method does something in each call besides its layers' computation."""
         configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
         return any(
             prepares_calls(config) or transforms_calls(config) or (training and learns_with_hooks(config))
             for config in configs
         )
 
-    # Compiled code takes the result for a constant and is guarded on the arguments. What says so in public,
-    # torch.compiler.assume_constant_result, would import the compiler with this module.
+    # torch.compile treats the result as a constant, with guards on the arguments. The public
+    # torch.compiler.assume_constant_result is not used, because it would import the compiler with this module.
     _transforms_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
@@ -351,12 +361,18 @@ class PeftModel(nn.Module):
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode; while a training runs in the background, only that does."""
+        """Sets training or evaluation mode; ignored from other threads while a training runs in the background."""
         gate = self.manager.active_state.gate
         return self if gate is not None and not gate.is_mine else super().train(mode)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Runs the base model's ``generate``; activating other adapters meanwhile takes effect in the next call."""
+        """Runs the base model's ``generate``; activations during the call take effect in the next one.
+
+        Args:
+            *args: passed to the base model.
+            adapter_names: the adapter for each row of the batch, or ``"__base__"`` for none; None for the active ones.
+            **kwargs: passed to the base model.
+        """
         self._check_live()
         with (
             self.manager.active_state.hold(),
@@ -365,7 +381,7 @@ class PeftModel(nn.Module):
             kwargs = {**generation_arguments(self.manager), **of_the_model(self.manager, kwargs)}
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
-    # Managing
+    # Managing adapters
 
     def add_adapter(
         self,
@@ -374,7 +390,14 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Adds another adapter to the model; it does not become active."""
+        """Adds another adapter to the model without activating it.
+
+        Args:
+            adapter_name: name of the adapter.
+            peft_config: config of the adapter.
+            low_cpu_mem_usage: leave the parameters on the meta device until they are loaded.
+            autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
+        """
         self._check_live()
         config = self.completed(peft_config, self.get_base_model())
         with self.manager.transaction() as change:
@@ -385,35 +408,35 @@ class PeftModel(nn.Module):
                 drop_values(self.manager, adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        """Activates one adapter or several, and makes them trainable or, with ``inference_mode``, frozen."""
         self._tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether gradients reach adapters, whatever is active."""
+        """Sets ``requires_grad`` of the parameters of adapters, active or not."""
         self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
+        """Removes one adapter or several, all or none; if no active adapter is left, the oldest is activated."""
         self._check_live()
         remove_adapters(self.manager, adapter_name)
 
     def disable_adapter(self) -> AdapterContext:
-        """Context manager: disables all adapters inside the block; afterwards everything is as before.
+        """Context manager: disables all adapters inside the block, and restores the previous state afterwards.
 
-        This applies to the thread or asyncio task that runs the block only. Code compiled by ``torch.compile``
-        cannot distinguish threads: there the block entered last applies to all.
+        Only the thread or asyncio task that runs the block is affected. Code compiled by ``torch.compile`` cannot
+        distinguish threads: there the most recently entered block applies to all threads.
         """
         self._check_live()
         warn_of_trained_biases(self.manager)
         return self.manager.disabled()
 
     def use(self, adapter_names: str | Sequence[str]) -> AdapterContext:
-        """Context manager: activates other adapters inside the block, for its thread or task as ``disable_adapter``."""
+        """Context manager: activates other adapters inside the block, with the scope of ``disable_adapter``."""
         self._check_live()
         return self.manager.use(adapter_names)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters (default: the active ones) into the base weights."""
+        """Merges adapters into the base weights; None for the active ones. ``safe_merge`` checks for NaN and inf."""
         self._tuner.merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -423,14 +446,20 @@ class PeftModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Merges for good and returns the base model without any wrapper; this handle is then dead."""
+        """Merges permanently and returns the base model without wrappers; this PeftModel is unusable afterwards.
+
+        Args:
+            progressbar: show a progress bar.
+            safe_merge: raise an error if a merged weight would not be finite.
+            adapter_names: adapters to merge; None for the active ones.
+        """
         return self._tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
-        """Returns the base model as it was, without any wrapper; this handle is then dead."""
+        """Returns the original base model without wrappers; this PeftModel is unusable afterwards."""
         return self._tuner.unload()
 
-    # Files
+    # Saving and loading
 
     @classmethod
     def from_pretrained(
@@ -449,16 +478,19 @@ class PeftModel(nn.Module):
         """Loads a saved adapter onto a base model.
 
         Args:
-            model: the base model; changed in place.
+            model: the base model, changed in place.
             model_id: a folder or a hub id.
-            adapter_name: name to give it. An adapter on the base that has it already is replaced, with a warning.
-            is_trainable: whether to train it further; otherwise it is frozen.
-            config: use this config instead of the saved one.
-            autocast_adapter_dtype: keep it in float32 on a half-precision base.
-            ephemeral_gpu_offload: accepted for PEFT's sake.
-            low_cpu_mem_usage: accepted for PEFT's sake; loading never initialises first.
-            key_mapping: regular expressions that rename keys of the file.
+            adapter_name: name to give the adapter. An existing adapter with this name is replaced, with a warning.
+            is_trainable: whether to make the adapter trainable; otherwise it is frozen.
+            config: used instead of the saved config.
+            autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
+            ephemeral_gpu_offload: accepted for compatibility with PEFT and ignored.
+            low_cpu_mem_usage: accepted for compatibility with PEFT and ignored; loading never initializes first.
+            key_mapping: regular expression -> replacement, applied to the keys of the file.
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
+
+        Returns:
+            The PeftModel, of the class for the config's task.
 
         Raises:
             CheckpointError: the checkpoint cannot be read or does not fit.
@@ -475,7 +507,7 @@ class PeftModel(nn.Module):
             key_mapping=key_mapping,
             options=kwargs,
         )
-        # Another of that name may have been loaded by transformers with its base, or by another handle.
+        # transformers or another PeftModel may already have loaded an adapter with this name on the base.
         with replacing(manager, adapter_name, "what was read"), manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
@@ -501,9 +533,13 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> files.LoadResult:
-        """Loads a saved adapter beside the others; it does not become active, but with ``is_trainable`` it can train.
+        """Loads a saved adapter in addition to the existing ones, without activating it.
 
-        An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
+        An existing adapter with the same name is replaced, both weights and config. The arguments are those of
+        ``from_pretrained``; ``torch_device`` is the device to load the tensors to.
+
+        Returns:
+            The missing and unexpected keys.
         """
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "key_mapping": key_mapping, **kwargs}
         return self.prepare_load(model_id, adapter_name, is_trainable, torch_device, **options)()
@@ -522,7 +558,7 @@ class PeftModel(nn.Module):
         """Reads a saved adapter and checks that it fits; the arguments are those of ``load_adapter``.
 
         Returns:
-            A function that puts it on the model.
+            A function that adds the adapter to the model.
         """
         self._check_live()
         put = files.read(
@@ -558,24 +594,24 @@ class PeftModel(nn.Module):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves adapters: ``default`` into the folder itself, any other into a folder of its name.
+        """Saves adapters: ``default`` into the folder itself, each other one into a subfolder with its name.
 
         Args:
-            save_directory: made if need be.
-            safe_serialization: write safetensors; with False PEFT's old ``adapter_model.bin``, a pickle.
-            selected_adapters: which ones; all if None.
-            save_embedding_layers: also save the embeddings; "auto": where an adapter targets
-                them or the vocabulary was resized.
-            is_main_process: other processes write nothing.
-            path_initial_model_for_weight_conversion: save adapters that started in a part of the base (OLoRA,
-                PiSSA) as plain LoRA of twice the rank, for the base with that part. Each remembers its start: this
-                folder, of the adapter as it was then, is read for one that was loaded on a base without that part.
-            state_dict: take the tensors from here (as gathered from a sharded model), or from what a ``state_dict()``
-                that was put on this model gives.
-            **kwargs: accepted for PEFT's sake.
+            save_directory: folder, created if it does not exist.
+            safe_serialization: write safetensors; False writes PEFT's former ``adapter_model.bin``, a pickle.
+            selected_adapters: names of the adapters to save; None for all.
+            save_embedding_layers: also save the embeddings; "auto" does so if an adapter targets them or the vocabulary
+                was resized.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: save adapters whose init changed the base weights (OLoRA, PiSSA)
+                as plain LoRA of twice the rank, for the original base. Each adapter stores its initial weights. For an
+                adapter that was loaded on a base without them, this folder with the initial adapter is read.
+            state_dict: take the tensors from this dictionary, e.g. gathered from a sharded model; None for those of
+                the model, or of a ``state_dict()`` method that was set on it.
+            **kwargs: accepted for compatibility with PEFT and ignored.
 
         Raises:
-            CheckpointError: it cannot be written; what was there is as it was.
+            CheckpointError: the folder cannot be written; existing files are unchanged.
         """
         self._check_live()
         if not is_main_process:
@@ -592,7 +628,7 @@ class PeftModel(nn.Module):
         )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Saves the adapters and uploads them to a repository on the hub."""
+        """Saves the adapters and uploads them to a hub repository; see ``nbpeft.model.saving.files.push``."""
         self._check_live()
         return files.push(self.manager, repo_id, **kwargs)
 
@@ -613,13 +649,13 @@ class PeftModel(nn.Module):
 
 
 def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> PeftModel:
-    """Puts a planned adapter on a base model and returns the handle, as ``get_peft_model`` does without a plan.
+    """Adds a planned adapter to a base model and returns the PeftModel, like ``get_peft_model`` for a config.
 
     Args:
-        manager: of the base model, which it need not know yet.
-        plan: made by it, of the completed config.
-        given: the config as a person gave it.
-        adapter_name: of the adapter.
+        manager: manager of the base model, which may not be attached yet.
+        plan: the manager's plan of the completed config.
+        given: the user's config.
+        adapter_name: name of the adapter.
     """
     kind = PeftModel.for_task(given)
     handle = kind.__new__(kind)
@@ -629,7 +665,7 @@ def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterC
 
 
 def _base_for(model: nn.Module, config: object) -> nn.Module:
-    """The base model of a new handle: a twin for a prompt alone, where a base has the adapters of another handle."""
+    """Returns the base model of a new PeftModel: a copy sharing weights for a prompt on a base that is in use."""
     base = base_model_of(model)
     manager = manager_of(model)
     taken = manager is not None and manager.alive and manager.owner is not None and base is unwrapped(model)

@@ -1,4 +1,4 @@
-"""What PEFT's users reach for on a handle with a learned prompt: the prompts, their encoders and tokens."""
+"""PEFT's interface to learned prompts on a PeftModel: the prompts, their encoders and tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nbpeft.errors import AdapterError
 from nbpeft.model.saving.files import file_tensors
 
 LISTED = ModelAdapter.peft.shown_as
-"""Name under which a handle lists learned prompts."""
+"""Name under which a PeftModel lists learned prompts."""
 
 
 def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], change: Transaction) -> None:
-    """Lists the learned prompts of a model as its handle's own, as PEFT does, where its first adapter is one.
+    """Lists learned prompts as the PeftModel's own modules, as PEFT does, if the first adapter is a prompt.
 
     Args:
-        manager: of the model.
-        modules: those of the handle, changed in place.
-        change: records it.
+        manager: manager of the model.
+        modules: modules of the PeftModel, changed in place.
+        change: transaction that records the change.
     """
     prompted = _prompted(manager)
     first = next(iter(manager.configs), None)
@@ -41,7 +41,12 @@ def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], ch
 
 
 def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> None:
-    """Brings what a handle lists up to date, where it lists prompts at all; see ``list_apart``."""
+    """Updates the prompts that a PeftModel lists, if it lists any; see ``list_apart``.
+
+    Args:
+        manager: manager of the model.
+        modules: modules of the PeftModel, changed in place.
+    """
     if LISTED not in modules:
         return
     for layer in _prompted(manager):
@@ -50,12 +55,12 @@ def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> 
 
 
 def _prompted(manager: AdapterManager) -> list[AdaptedLayer]:
-    """The layers at which learned prompts are, which is the input embedding."""
+    """Returns the layers with learned prompts, i.e. the input embedding."""
     return [layer for layer in manager.layers.values() if any(map(learns_prompt, layer.adapters._modules.values()))]
 
 
 def encoders(manager: AdapterManager) -> nn.ModuleDict:
-    """Returns the adapters that learn a prompt, by name; the modules themselves, in a new container.
+    """Returns the adapters with a learned prompt by name, in a new container.
 
     Raises:
         AttributeError: there are none.
@@ -72,7 +77,7 @@ def encoders(manager: AdapterManager) -> nn.ModuleDict:
 
 
 def tokens(manager: AdapterManager) -> dict[str, Tensor]:
-    """Returns the numbers of the tokens of each prompt, int64 (tokens,), by adapter name."""
+    """Returns the ids of the virtual tokens of each prompt, int64 (tokens,), by adapter name."""
     return {str(name): torch.arange(_config(manager, str(name)).total_tokens) for name in encoders(manager)}
 
 
@@ -80,23 +85,23 @@ def word_embeddings(manager: AdapterManager) -> nn.Module:
     """Returns the model's input embedding.
 
     Raises:
-        AttributeError: no adapter learns a prompt.
+        AttributeError: no adapter has a learned prompt.
     """
     encoders(manager)
-    found = _prompted(manager)[0]
-    return found.base_layer if found.is_passed_over else found
+    layer = _prompted(manager)[0]
+    return layer.base_layer if layer.is_passed_over else layer
 
 
 def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) -> Any:
-    """Resizes the embeddings of a model with its own method, which needs to find them bare; prompts stay on them.
+    """Resizes the embeddings with the model's own method, which requires unwrapped layers, and restores the prompts.
 
     Args:
-        manager: of the model.
-        *args: for the model's ``resize_token_embeddings``.
-        **kwargs: likewise.
+        manager: manager of the model.
+        *args: arguments of the model's ``resize_token_embeddings``.
+        **kwargs: keyword arguments of it.
 
     Returns:
-        What that returns: the input embedding.
+        The result of that method: the input embedding.
 
     Raises:
         AdapterError: an adapter has tensors of the size of the vocabulary.
@@ -104,7 +109,7 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
     model: Any = manager.model
     with manager.transaction() as change:
         ends = [embedding_of(model), embedding_of(model, output=True)]
-        if ends[0] is not None:  # which is resized before the head is found to have an adapter
+        if ends[0] is not None:  # transformers resizes it before it fails at an adapted head
             bare = frozen_module(ends[0])
             change.keep_data(bare.parameters())
             change.keep_attributes(bare, "num_embeddings", "padding_idx")
@@ -137,31 +142,31 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
 
 
 def _is_bare(wrapper: nn.Module | None) -> TypeGuard[AdaptedLayer]:
-    """Whether all adapters on a layer act on calls of the model and leave the layer as it is."""
+    """Returns whether all adapters on a layer change only calls of the model, and not the layer itself."""
     return isinstance(wrapper, AdaptedLayer) and all(
         isinstance(adapter, ModelAdapter) for adapter in wrapper.adapters._modules.values()
     )
 
 
 def embedding_to_save(manager: AdapterManager, name: str) -> Tensor:
-    """Returns what the file of a prompt holds, (tokens, features), detached, on the CPU."""
+    """Returns the prompt as saved in files, (tokens, features), detached, on the CPU."""
     _config(manager, name)
     return file_tensors(manager, name)["prompt_embeddings"].detach().cpu()
 
 
 def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) -> Any:
-    """Returns what the active prompt puts in front of a batch.
+    """Returns the active prompt for a batch.
 
     Args:
-        manager: of the model.
-        batch_size: rows.
-        task_ids: (rows,) int64, for methods that have tasks.
+        manager: manager of the model.
+        batch_size: number of rows.
+        task_ids: task of each row, (rows,) int64, for methods with tasks.
 
     Returns:
         Embeddings (rows, tokens, features), or a cache that begins with the prefix.
 
     Raises:
-        AdapterError: no active adapter learns a prompt.
+        AdapterError: no active adapter has a learned prompt.
     """
     for name in manager.active:
         for layer in manager.layers.values():

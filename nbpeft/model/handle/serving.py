@@ -29,17 +29,18 @@ def serving(
     """Context manager around one call of a model, with the active adapters or with one adapter for each row.
 
     Args:
-        manager: of the model.
-        adapter_names: one name for each row, or None. While adapters are disabled the base serves all.
+        manager: manager of the model.
+        adapter_names: one name per row, or None for the active adapters. While adapters are disabled, all rows are
+            computed by the base model.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
         training: whether the model is in training mode.
 
     Raises:
-        AdapterError: the names do not fit, or the model trains.
+        AdapterError: the names are invalid, or the model is in training mode.
     """
     if adapter_names is None:
-        # Asked inside the call: before it, another thread may still take an adapter out.
+        # Evaluated inside the call: before it, another thread may still remove an adapter.
         with manager.active_state.call(lambda: prepared(manager.configs, manager.active_state.current(), args, kwargs)):
             yield
         return
@@ -50,7 +51,12 @@ def serving(
 
 
 def of_the_model(manager: AdapterManager, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call without those that are for the adapters alone."""
+    """Returns the keyword arguments of a call without those that only adapters use.
+
+    Args:
+        manager: manager of the model.
+        kwargs: keyword arguments of the call.
+    """
     own = call_arguments(manager.configs.values())
     return {name: value for name, value in kwargs.items() if name not in own}
 
@@ -67,14 +73,14 @@ def serving_rows(
     """Context manager around calls with one adapter for each row.
 
     Args:
-        manager: has the adapters.
-        adapter_names: one name for each row.
+        manager: manager of the model.
+        adapter_names: one name per row.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        disabled_too: use them even while adapters are disabled.
+        disabled_too: apply the adapters even while they are disabled.
 
     Raises:
-        AdapterError: the names do not fit.
+        AdapterError: the names are invalid.
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
         raise AdapterError("adapter_names must be a list with one name for each row of the batch")
@@ -82,7 +88,7 @@ def serving_rows(
     strange = next((name for name in names if not isinstance(name, str)), None)
     if strange is not None:
         raise AdapterError(f"adapter_names must have one name for each row of the batch, not {strange!r}")
-    # Rows are assigned inside the call, too.
+    # Rows are assigned inside the call for the same reason.
     with (
         manager.ensure_loaded(names),
         manager.active_state.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
@@ -99,7 +105,7 @@ def _assigned(
     *,
     disabled_too: bool,
 ) -> ActiveAdapters:
-    """Returns what is active in a mixed batch; the first tensor among the arguments says how many rows it has."""
+    """Returns the active adapters of a mixed batch, whose size is that of the first tensor among the arguments."""
     if manager.merged:
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
     batch = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -119,14 +125,14 @@ def _assigned(
 
 @contextmanager
 def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[None]:
-    """Context manager: a weighted sum of adapters is active in the calls that this thread makes inside the block.
+    """Context manager: applies a weighted sum of adapters in this thread's calls inside the block.
 
-    The sum is exact, and nothing is allocated: each adapter runs with its own factor. What is active for other
-    threads, and afterwards, does not change. A weight multiplies the scale that an adapter has.
+    The sum is exact and needs no memory, because each adapter runs with its own factor. The active adapters of other
+    threads do not change. Each weight multiplies the adapter's current scale.
 
     Args:
-        manager: of the model.
-        weights: adapter -> weight; 0 leaves it out, a negative one subtracts.
+        manager: manager of the model.
+        weights: adapter name -> weight; 0 skips the adapter, a negative weight subtracts it.
 
     Raises:
         UnknownAdapterError: there is no such adapter.

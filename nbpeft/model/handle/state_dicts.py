@@ -1,4 +1,4 @@
-"""State dicts: an adapter's under the keys of PEFT's files, and the base model's without its adapters."""
+"""State dicts of adapters under the keys of PEFT's files, and of the base model without its adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def _in_one_transaction(function: Callable[_Arguments, LoadResult]) -> Callable[_Arguments, LoadResult]:
-    """Decorator of what writes into a ``model``, its first argument: no thread comes between its checks and it."""
+    """Decorator that runs a function in one transaction of ``model``, its first argument."""
 
     @functools.wraps(function)
     def command(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> LoadResult:
@@ -48,14 +48,15 @@ def get_peft_model_state_dict(
 
     Args:
         model: a PeftModel or an adapted base model.
-        state_dict: take the tensors from here instead of from the model, or from a ``state_dict()`` put on it.
-        adapter_name: which adapter.
-        unwrap_compiled: accepted for PEFT's sake; a compiled model is always unwrapped.
+        state_dict: take the tensors from this dictionary; None for those of the model, or of a ``state_dict()``
+            method that was set on it.
+        adapter_name: name of the adapter.
+        unwrap_compiled: accepted for compatibility with PEFT and ignored; a compiled model is always unwrapped.
         save_embedding_layers: also the embeddings; "auto" decides from the model.
 
     Returns:
-        References to the tensors, detached. Keys are those of a file for a handle; for a base model
-        adapted without one they lack the ``base_model.model.`` in front, as in PEFT.
+        Detached references to the tensors. Keys are those of an adapter file; for a base model without a PeftModel they
+        lack the prefix ``base_model.model.``, as in PEFT.
     """
     manager = require_manager(model)
     given = replaced_state_dict(model, manager) if state_dict is None else state_dict
@@ -74,19 +75,22 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Copies tensors under the keys of a file into an adapter that is on the model.
+    """Copies tensors under the keys of an adapter file into an adapter of the model.
 
     Args:
         model: a PeftModel or an adapted base model.
-        peft_model_state_dict: key -> tensor; also (part of) the state dict of a whole model, whose keys
-            name the adapter, in the spelling here or in PEFT's; the base's tensors in such a one are ignored.
-            Biases of the base among the keys of a file are written, whatever ``bias`` the config has, as in PEFT.
-        adapter_name: which adapter.
-        ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
-        low_cpu_mem_usage: accepted for PEFT's sake.
+        peft_model_state_dict: key -> tensor. It can also be the state dict of a whole model or a part of it, whose keys
+            include the adapter's name, in our layout or PEFT's; its tensors of the base are ignored. Biases of the
+            base among the keys of an adapter file are loaded whatever ``bias`` the config has, as in PEFT.
+        adapter_name: name of the adapter.
+        ignore_mismatched_sizes: skip tensors of another shape instead of raising an error.
+        low_cpu_mem_usage: accepted for compatibility with PEFT and ignored.
+
+    Returns:
+        The missing and unexpected keys.
 
     Raises:
-        CheckpointError: nothing fits, or tensors that are one here differ.
+        CheckpointError: no key fits, or tied tensors have different values.
         BaseMismatchError: shapes do not fit.
     """
     manager = require_manager(model)
@@ -131,25 +135,25 @@ def set_peft_model_state_dict(
         for path, adapter in started.items():
             loaded.weights.adapters[path] = adapter.split_start(loaded.weights.adapters[path], change)
         _write(manager, adapter_name, weights, loaded, present, change)
-    # The state dict of a whole model holds the base and other adapters besides.
+    # The state dict of a whole model also has the tensors of the base and of other adapters.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
     return load_result(manager, adapter_name, loaded.missing, unexpected, bare=unwrapped(model) is manager.model)
 
 
 def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, weights: AdapterWeights) -> None:
-    """Raises CheckpointError where tensors that are one here are several in a state dict.
+    """Raises CheckpointError if tensors that are tied in the adapter differ in a state dict.
 
     Args:
-        manager: of the model.
-        name: of the adapter.
-        present: its tensors.
-        weights: those of the state dict.
+        manager: manager of the model.
+        name: name of the adapter.
+        present: the adapter's tensors.
+        weights: tensors of the state dict.
     """
     given = weights.adapters
     first: dict[int, tuple[str, Tensor]] = {}
     for path, key, value in ((path, key, value) for path, named in given.items() for key, value in named.items()):
-        owner, one = first.setdefault(id(present.adapters[path].get(key, value)), (path, value))
-        if value is not one and not torch.equal(value.to(one), one):
+        owner, other = first.setdefault(id(present.adapters[path].get(key, value)), (path, value))
+        if value is not other and not torch.equal(value.to(other), other):
             raise CheckpointError(
                 f"the state dict has other {key} for {path} than for {owner}, which share one in adapter {name!r}"
             )
@@ -165,9 +169,11 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
 
 
 def _lost_starts(manager: AdapterManager, name: str) -> dict[str, StartsInWeight]:
-    """Path -> adapter whose start a file holds beside its factors; see ``StartsInWeight.loses_start``."""
+    """Returns path -> adapter whose file has its initial component too; see ``StartsInWeight.loses_start``."""
     found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
-    return {path: one for path, one in found.items() if isinstance(one, StartsInWeight) and one.loses_start}
+    return {
+        path: adapter for path, adapter in found.items() if isinstance(adapter, StartsInWeight) and adapter.loses_start
+    }
 
 
 def _write(
@@ -178,11 +184,11 @@ def _write(
     present: Mapping[str, Tensor],
     change: Transaction,
 ) -> None:
-    """Writes loaded tensors into an adapter's own."""
+    """Copies loaded tensors into the tensors of an adapter."""
     writes = [
         (own[path][key], value)
         for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies))
-        for path, named in sorted(new.items())  # parts of sharded tensors are sent around: each process in one order
+        for path, named in sorted(new.items())  # sharded tensors communicate: use the same order everywhere
         for key, value in sorted(named.items())
     ]
     writes += [(weights.shared[key], value) for key, value in sorted(loaded.weights.shared.items())]
@@ -197,18 +203,18 @@ def _write(
             own.copy_(like(own, value))
     shared = manager.shared(name)
     if shared is not None and loaded.weights.shared:
-        here = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
-        shared.settle({path: (layer.adapter(name), layer.base) for path, layer in here.items()}, change)
+        adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+        shared.settle({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:
-    """Puts the parameters of an adapter on the meta device, where they take no memory until they are loaded."""
+    """Moves the parameters of an adapter to the meta device, where they need no memory until they are loaded."""
     with manager.transaction() as change:
         _replace_data(manager, name, lambda parameter, layer: parameter.detach().to("meta"), change)
 
 
 def _fill_in(manager: AdapterManager, name: str, values: Mapping[int, Tensor], change: Transaction) -> None:
-    """Gives an adapter parameters in the place of those without data, by the id of these."""
+    """Replaces an adapter's parameters on the meta device; ``values`` is keyed by the id of the parameter."""
 
     def filled(parameter: nn.Parameter, layer: AdaptedLayer) -> Tensor | None:
         value = values.get(id(parameter))
@@ -224,21 +230,21 @@ def _replace_data(
     data: Callable[[nn.Parameter, AdaptedLayer], Tensor | None],
     change: Transaction,
 ) -> None:
-    """Gives an adapter new parameters for those that ``data`` has other values for; what layers share stays one."""
-    made: dict[int, nn.Parameter] = {}
+    """Replaces each parameter for which ``data`` returns new values; shared parameters stay shared."""
+    replaced: dict[int, nn.Parameter] = {}
     for layer in manager.layers.values():
         adapter: Any = layer.adapters._modules.get(name)
         for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
             if parameter is None or key in adapter.peft.constants:
                 continue
-            if id(parameter) not in made and (values := data(parameter, layer)) is not None:
-                made[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-            if id(parameter) in made:
-                change.set_item(adapter._parameters, key, made[id(parameter)])
+            if id(parameter) not in replaced and (values := data(parameter, layer)) is not None:
+                replaced[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            if id(parameter) in replaced:
+                change.set_item(adapter._parameters, key, replaced[id(parameter)])
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the base model's tensors under the keys they have without adapters.
+    """Returns the base model's tensors under the keys that they have without adapters.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -253,15 +259,18 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @_in_one_transaction
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
-    """Loads tensors under the keys of the bare base model; adapters stay as they are.
+    """Loads tensors under the keys of the bare base model; adapters are not changed.
 
     Args:
         model: a PeftModel or an adapted base model.
         state_dict: key in the bare base model -> tensor.
-        strict: refuse keys that are missing or unknown.
+        strict: raise an error for missing or unknown keys.
+
+    Returns:
+        The missing and unexpected keys.
 
     Raises:
-        BaseMismatchError: keys do not fit (``strict``), or shapes do not; nothing was loaded.
+        BaseMismatchError: keys (if ``strict``) or shapes do not fit; nothing was loaded.
         MergeError: adapters are merged into the weights.
     """
     manager = require_manager(model)
@@ -274,7 +283,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     unexpected = [key for key in state_dict if key not in wrapped]
     if strict and (missing or unexpected):
         hint = did_you_mean(unexpected[0], wrapped) if unexpected else ""
-        wrong = {"Missing key(s)": missing, "Unexpected key(s)": unexpected}  # torch's words in load_state_dict
+        wrong = {"Missing key(s)": missing, "Unexpected key(s)": unexpected}  # the terms of torch's load_state_dict
         parts = [f"{what}: {few(keys, 3)}." for what, keys in wrong.items() if keys]
         raise BaseMismatchError(f"the state dict does not fit the base model. {' '.join(parts)}{hint}")
     given = {wrapped[key]: tensor for key, tensor in state_dict.items() if key in wrapped}
@@ -293,7 +302,14 @@ def load_peft_weights(
     key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
-    """Reads the tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
+    """Reads the tensors of a saved adapter under the keys of its file.
+
+    Args:
+        model_id: a folder or a hub id.
+        device: device to load the tensors to; by default "cuda" if available, else "cpu".
+        key_mapping: regular expression -> replacement, applied to the keys.
+        **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = checkpoint.read_checkpoint(str(model_id), device=device, **hub).unread.unchanged()

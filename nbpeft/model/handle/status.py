@@ -18,7 +18,7 @@ from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model.handle.tuner import tuner_class
 
 _IRREGULAR = "irregular"
-"""PEFT's word for values that differ."""
+"""PEFT's value for a property whose values differ between layers."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ModelStatus:
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """Returns one record for each adapted layer and each module of ``modules_to_save``.
 
-    Names are those the modules have below ``model.base_model`` of a handle, or in the base model.
+    Names are paths below ``model.base_model`` for a PeftModel, and paths in the base model otherwise.
     """
     manager = require_manager(model)
     prefix = "" if _bare(model, manager) else "model."
@@ -90,7 +90,7 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
 
 
 def _trained(manager: AdapterManager, name: str, adapter: Adapter) -> list[nn.Parameter]:
-    """Returns the parameters of an adapter on a layer; those that layers share where it has none of its own."""
+    """Returns the parameters of an adapter on a layer, or the shared parameters if it has none of its own."""
     shared = None if adapter._parameters else manager.shared(name)
     if shared is not None:
         return list(shared.parameters())
@@ -118,7 +118,7 @@ def _of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
 
 
 def _of_tensors(parameters: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Any]:
-    """Returns the fields that follow from the tensors of each adapter."""
+    """Returns the status fields that are computed from the parameters of each adapter."""
     return {
         "requires_grad": {name: _same(p.requires_grad for p in own) for name, own in parameters.items() if own},
         "available_adapters": sorted(parameters),
@@ -127,7 +127,7 @@ def _of_tensors(parameters: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, A
 
 
 def _same(values: Iterable[Any]) -> Any:
-    """Returns the value that all have, or "irregular"."""
+    """Returns the common value, or "irregular" if the values differ."""
     different = set(values)
     return different.pop() if len(different) == 1 else _IRREGULAR
 
@@ -138,7 +138,7 @@ def _merged(manager: AdapterManager) -> list[str] | str:
 
 
 def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:
-    """Returns the names that all have, or "irregular"."""
+    """Returns the common list of names, or "irregular" if the lists differ."""
     found = _same(map(tuple, values))
     return found if isinstance(found, str) else list(found)
 

@@ -1,4 +1,4 @@
-"""The task classes of PEFT, and the way in: ``get_peft_model``."""
+"""PEFT's task classes, and ``get_peft_model``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nbpeft.model.saving.given_configs import as_given, take_given
 
 
 def _forward(*names: str) -> Callable[..., Any]:
-    """A forward of a handle that names the usual inputs, by which a Trainer knows the columns to keep.
+    """Returns a forward method whose signature names the usual inputs, from which a Trainer selects columns.
 
     Args:
-        *names: of what it takes by position, too; what is None is not handed on.
+        *names: inputs, which can also be passed by position; an input that is None is not passed to the base model.
     """
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -31,8 +31,8 @@ def _forward(*names: str) -> Callable[..., Any]:
             if name in kwargs:
                 raise TypeError(f"forward() got multiple values for argument {name!r}")
             kwargs[name] = value
-        given = {name: value for name, value in kwargs.items() if value is not None or name not in names}
-        return PeftModel.forward(self, **given)
+        inputs = {name: value for name, value in kwargs.items() if value is not None or name not in names}
+        return PeftModel.forward(self, **inputs)
 
     kind = inspect.Parameter
     inputs = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in names]
@@ -47,10 +47,10 @@ _OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "task_id
 
 
 class _TaskModel(PeftModel):
-    """A handle for a task."""
+    """A PeftModel for a task."""
 
     heads: ClassVar[tuple[str, ...]] = ()
-    """Names of heads that start random and are therefore trained and saved too."""
+    """Names of heads that are randomly initialized and are therefore also trained and saved."""
     forward = _forward(*_TEXT, "labels", *_OPTIONS)
 
     @classmethod
@@ -77,21 +77,21 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
 
 class PeftModelForSequenceClassification(_TaskModel):
-    """A sequence classifier with adapters; its head is trained and saved too."""
+    """A sequence classifier with adapters; its head is also trained and saved."""
 
     task = TaskType.SEQ_CLS
     heads = TASK_HEADS[task]
 
 
 class PeftModelForTokenClassification(_TaskModel):
-    """A token classifier with adapters; its head is trained and saved too."""
+    """A token classifier with adapters; its head is also trained and saved."""
 
     task = TaskType.TOKEN_CLS
     heads = TASK_HEADS[task]
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
-    """An extractive question answering model with adapters; its head is trained and saved too."""
+    """An extractive question answering model with adapters; its head is also trained and saved."""
 
     task = TaskType.QUESTION_ANS
     heads = TASK_HEADS[task]
@@ -117,30 +117,33 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Adds a new adapter to a model and returns the handle. The model is changed in place.
+    """Adds a new adapter to a model and returns the PeftModel. The model is changed in place.
 
-    A second call with the same name replaces that adapter: it is initialised anew with the new
-    config, and nothing is wrapped twice. A second prompt over one base leaves the first as it is.
+    A second call with the same name replaces that adapter by a newly initialized one with the new config; layers are
+    not wrapped twice. A second prompt on the same base leaves the first one unchanged.
 
     Args:
-        model: the base model, or a handle on one.
+        model: the base model, or a PeftModel.
         peft_config: config of the adapter.
-        adapter_name: its name.
-        mixed: accepted for PEFT's sake; adapters of different methods always go together here.
-        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
-        revision: of the base model, for the saved config.
-        low_cpu_mem_usage: leave the adapter's parameters on the meta device, to be filled in by
-            ``load_adapter`` or ``set_peft_model_state_dict``.
+        adapter_name: name of the adapter.
+        mixed: accepted for compatibility with PEFT and ignored; adapters of different methods can always be mixed.
+        autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
+        revision: revision of the base model, for the saved config.
+        low_cpu_mem_usage: leave the adapter's parameters on the meta device until ``load_adapter`` or
+            ``set_peft_model_state_dict`` loads them.
+
+    Returns:
+        The PeftModel, of the class for the config's task.
 
     Raises:
-        TargetError: the config does not fit the model, which is as it was.
+        TargetError: the config does not fit the model, which is not changed.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"get_peft_model needs a torch model, not a {type(model).__name__}")
     if not isinstance(peft_config, AdapterConfig):
         raise ConfigError(f"get_peft_model needs a config such as LoraConfig, not a {type(peft_config).__name__}")
-    known = manager_of(model)
-    there = () if known is None else known.names
+    manager = manager_of(model)
+    names = () if manager is None else manager.names
     config = peft_config
     if revision is not None:
         if config.revision not in (None, revision):
@@ -153,10 +156,10 @@ def get_peft_model(
     if config is not peft_config:
         with handle.manager.transaction() as change:
             take_given(handle.manager, adapter_name, peft_config, change)
-    if there and handle.manager is known:
+    if names and handle.manager is manager:
         warnings.warn(
-            f"You are trying to modify a model that already carries {', '.join(map(repr, there))}: "
-            + (f"{adapter_name!r} is reconfigured" if adapter_name in there else f"{adapter_name!r} is added")
+            f"You are trying to modify a model that already carries {', '.join(map(repr, names))}: "
+            + (f"{adapter_name!r} is reconfigured" if adapter_name in names else f"{adapter_name!r} is added")
             + ("" if isinstance(model, PeftModel) else "; an older handle on it is dead now"),
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""``PeftModel.base_model``: what PEFT puts between the handle and the base model."""
+"""``PeftModel.base_model``: the object that PEFT has between the PeftModel and the base model."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
 
 _LABELS = ("labels", "start_positions")
-"""Inputs for which transformers' models return their loss first, where they return a tuple."""
+"""Inputs with which transformers' models return the loss first, if they return a tuple."""
 
 
 class BaseTuner(nn.Module):
-    """Holds the base model as ``.model``, so that state dict keys have PEFT's prefix.
+    """Has the base model as ``.model``, so that the keys of state dicts have PEFT's prefix.
 
-    Models of a method are of a class of its own, as PEFT's: ``LoraModel``, ``IA3Model``; see ``tuner_class``.
-    A new one takes the base model over: the commands of the one before, and of its handle, refuse from then on.
-    Attributes the tuner lacks are the base model's.
+    Each method has its own subclass, named as in PEFT: ``LoraModel``, ``IA3Model``; see ``tuner_class``. Creating a
+    tuner invalidates the previous one of the base model and its PeftModel, whose commands then raise an error.
+    Attributes that the tuner lacks are looked up on the base model.
 
     Args:
-        model: the base model; changed in place.
-        peft_config: config of an adapter, or adapter name -> config, of which ``adapter_name`` is taken.
-        adapter_name: its name.
-        low_cpu_mem_usage: leave its parameters on the meta device.
-        state_dict: its keys say which modules to adapt; see ``inject_adapter_in_model``.
+        model: the base model, changed in place.
+        peft_config: config of an adapter, or adapter name -> config, of which that of ``adapter_name`` is used.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: leave the parameters on the meta device.
+        state_dict: its keys select the modules to adapt; see ``inject_adapter_in_model``.
 
     Raises:
-        TargetError: the config, or no key, fits the model, which is as it was.
+        TargetError: neither the config nor any key fits the model, which is not changed.
     """
 
     prefix: str = ""
-    """Starts the names of the parameters of the first adapter's method."""
+    """Prefix of the parameter names of the first adapter's method."""
     uses_shared_state: bool = False
-    """Whether layers of that method share tensors."""
+    """Whether the method's layers share tensors."""
     tuner_layer_cls: type[Any] = PeftLayerMixin
-    """What adapted layers are instances of."""
+    """Class or type of the adapted layers, for ``isinstance``."""
     target_module_mapping: Mapping[str, Any] = {}
-    """Model type -> the usual targets of that method."""
+    """Model type -> default targets of the method."""
 
     model: nn.Module
     _token: object
@@ -80,7 +80,12 @@ class BaseTuner(nn.Module):
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
-        """Makes one on a model whose manager already has adapters."""
+        """Creates a tuner for a model whose manager already has adapters.
+
+        Args:
+            model: the base model.
+            manager: its manager.
+        """
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
         tuner._take(model, manager)
@@ -102,16 +107,16 @@ class BaseTuner(nn.Module):
     @property
     def manager(self) -> AdapterManager:
         """The manager of the base model's adapters."""
-        found: AdapterManager = self.__dict__[MANAGER]
-        return found
+        manager: AdapterManager = self.__dict__[MANAGER]
+        return manager
 
     @property
     def is_live(self) -> bool:
-        """Whether the adapters are on the model and no other handle took it over."""
+        """Whether the adapters are on the model and no other PeftModel owns it."""
         return self.manager.alive and self.manager.owner is self._token
 
     def check_live(self) -> None:
-        """Raises StaleModelError once the adapters were unloaded or another handle took the base model over."""
+        """Raises StaleModelError if the adapters were unloaded or another PeftModel owns the base model."""
         self.manager.check_alive()
         if self.manager.owner is not self._token:
             raise StaleModelError(
@@ -125,7 +130,7 @@ class BaseTuner(nn.Module):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Returns a base model's config as a dictionary; ``{"model_type": "custom"}`` for one that has none."""
+        """Returns a base model's config as a dictionary; ``{"model_type": "custom"}`` if it has none."""
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
             found: dict[str, Any] = config.to_dict()
@@ -151,7 +156,7 @@ class BaseTuner(nn.Module):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Paths in the base model of the layers that adapters target, those of the first adapter first."""
+        """Paths of the layers that adapters target in the base model, in the order of the adapters."""
         bare, layers = self.targeted_parameter_names, self.manager.layers.items()
         targeted = [
             path
@@ -163,7 +168,7 @@ class BaseTuner(nn.Module):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Paths in the base model of the bare parameters that adapters target (``target_parameters``)."""
+        """Names of the bare parameters that adapters target in the base model (``target_parameters``)."""
         return list(parameter_paths(self.manager.layers))
 
     def inject_adapter(
@@ -174,17 +179,17 @@ class BaseTuner(nn.Module):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Makes an adapter of the model anew, from its config, and active.
+        """Initializes an existing adapter again from its config, and activates it.
 
         Args:
-            model: the base model of this one; accepted for PEFT's sake.
-            adapter_name: one that the model has.
-            autocast_adapter_dtype: accepted for PEFT's sake.
-            low_cpu_mem_usage: leave its parameters on the meta device.
-            state_dict: its keys say which modules to adapt; see ``inject_adapter_in_model``.
+            model: accepted for compatibility with PEFT and ignored; it is the tuner's base model.
+            adapter_name: name of an adapter of the model.
+            autocast_adapter_dtype: accepted for compatibility with PEFT and ignored.
+            low_cpu_mem_usage: leave the parameters on the meta device.
+            state_dict: its keys select the modules to adapt; see ``inject_adapter_in_model``.
 
         Raises:
-            UnknownAdapterError: the model has none of that name.
+            UnknownAdapterError: the model has no such adapter.
         """
         self.check_live()
         with self.manager.reading():
@@ -193,16 +198,16 @@ class BaseTuner(nn.Module):
         inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=True)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """Paths of the modules that share the weight of the input embedding; other libraries call it."""
+        """Returns paths of the modules that share the input embedding's weight; called by other libraries."""
         return modules_tied_to_embedding(self.model)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Makes reentrant gradient checkpointing work with frozen embeddings.
 
-        Nothing is done to a quantized model: ``prepare_model_for_kbit_training`` does it there.
+        Quantized models are not changed, because ``prepare_model_for_kbit_training`` does this for them.
 
         Args:
-            model: the handle or the base model.
+            model: the PeftModel or the base model.
 
         Returns:
             The same model.
@@ -213,7 +218,7 @@ class BaseTuner(nn.Module):
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the base model's forward with the active adapters; what their methods add to a loss is in it."""
+        """Runs the base model's forward with the active adapters, and adds their methods' extra loss in training."""
         if not self.training:
             return self.model(*args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -233,12 +238,12 @@ class BaseTuner(nn.Module):
     _learns_with_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as PeftModel._transforms_calls
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        """Activates one adapter or several, and makes them trainable or, with ``inference_mode``, frozen."""
         self.check_live()
         self.manager.activate(adapter_name, trainable=not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether gradients reach adapters, whatever is active."""
+        """Sets ``requires_grad`` of the parameters of adapters, active or not."""
         self.check_live()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.manager.set_requires_grad(name, requires_grad)
@@ -249,13 +254,13 @@ class BaseTuner(nn.Module):
         self.manager.enable()
 
     def disable_adapter_layers(self) -> None:
-        """Disables all adapters: the base model alone is active."""
+        """Disables all adapters, so that only the base model computes."""
         self.check_live()
         warn_of_trained_biases(self.manager)
         self.manager.disable()
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
+        """Removes one adapter or several, all or none; if no active adapter is left, the oldest is activated."""
         self.check_live()
         remove_adapters(self.manager, adapter_name)
 
@@ -272,26 +277,25 @@ class BaseTuner(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> Combined:
-        """Makes a new adapter of a weighted combination of others; it starts frozen and inactive.
+        """Adds the weighted combination of several adapters as a new adapter, which is frozen and inactive.
 
-        Types of PEFT's name give PEFT's numbers under the same seed, but with the right scaling for
-        rsLoRA and a rank for each layer where a pattern asks for it. ``exact`` is the weighted sum
-        of the true deltas, DoRA's included.
+        Types with PEFT's names give PEFT's values for the same seed, except that rsLoRA's scaling and ranks of
+        ``rank_pattern`` are handled correctly. ``exact`` is the weighted sum of the true deltas, also for DoRA.
 
         Args:
-            adapters: names of what is combined.
-            weights: one for each; negative ones subtract.
-            adapter_name: of the new adapter.
-            combination_type: how; which there are, and the default, depend on the method (``svd`` for LoRA).
-            svd_rank: rank of the result, for types that choose one.
+            adapters: names of the adapters to combine.
+            weights: one factor per adapter; negative ones subtract.
+            adapter_name: name of the new adapter.
+            combination_type: how to combine; the types and the default depend on the method (``svd`` for LoRA).
+            svd_rank: rank of the result, for types that let it be chosen.
             svd_clamp: quantile at which the entries of the result are clamped.
-            svd_full_matrices: as in ``torch.linalg.svd``.
-            svd_driver: as in ``torch.linalg.svd``.
-            density: share of the entries that survive pruning.
+            svd_full_matrices: see ``torch.linalg.svd``.
+            svd_driver: see ``torch.linalg.svd``.
+            density: share of the entries that pruning preserves, from 0 to 1.
             majority_sign_method: "total" or "frequency".
 
         Returns:
-            What was made and how much of the true weighted delta was lost, layer by layer.
+            The new adapter's name, rank and errors, in total and for each layer.
         """
         self.check_live()
         settings = {
@@ -309,7 +313,12 @@ class BaseTuner(nn.Module):
         return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, settings)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters (default: the active ones) into the base weights, in addition to those merged already."""
+        """Merges adapters into the base weights, in addition to those merged before; None for the active ones.
+
+        Args:
+            adapter_names: names of the adapters.
+            safe_merge: raise an error if a merged weight would not be finite.
+        """
         self.check_live()
         self.manager.merge(adapter_names, safe=safe_merge)
 
@@ -321,18 +330,18 @@ class BaseTuner(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Merges for good and returns the base model without any wrapper.
+        """Merges permanently and returns the base model without wrappers.
 
         Args:
-            progressbar: accepted for PEFT's sake; merging is too fast to need one.
-            safe_merge: refuse if a merged weight would not be finite.
-            adapter_names: what to merge; the active adapters if None.
+            progressbar: accepted for compatibility with PEFT and ignored; merging is too fast to need one.
+            safe_merge: raise an error if a merged weight would not be finite.
+            adapter_names: adapters to merge; None for the active ones.
         """
         self.check_live()
         return self.manager.unload(merge=True, names=adapter_names, safe=safe_merge)
 
     def unload(self) -> nn.Module:
-        """Returns the base model as it was, without any wrapper."""
+        """Returns the original base model without wrappers."""
         self.check_live()
         return self.manager.unload(merge=False)
 
@@ -347,18 +356,18 @@ class BaseTuner(nn.Module):
         except AttributeError:
             manager = self.manager
             with manager.reading():
-                shared = {one: state for one in manager.configs if (state := manager.shared(one)) is not None}
+                shared = {owner: state for owner in manager.configs if (state := manager.shared(owner)) is not None}
             if name.startswith("_") or (found := shared_by_name(shared, name)) is None:
                 raise
         return found
 
 
 def tuner_class(method: Method) -> type[BaseTuner]:
-    """Returns the class of ``base_model`` for a first adapter of a method: ``LoraModel``, ``IA3Model``."""
+    """Returns the class of ``base_model`` if the first adapter is of this method, e.g. ``LoraModel``, ``IA3Model``."""
     name = _class_name(method)
     if name not in _classes:
-        alike = [one for one in methods_of_type(method.peft_type) if one.config_class is method.config_class]
-        functions = {name: function for one in alike for name, function in one.peft.model_functions.items()}
+        alike = [other for other in methods_of_type(method.peft_type) if other.config_class is method.config_class]
+        functions = {name: function for other in alike for name, function in other.peft.model_functions.items()}
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
@@ -371,14 +380,14 @@ def tuner_class(method: Method) -> type[BaseTuner]:
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
             **{name: _model_function(function) for name, function in functions.items()},
-            **{name: _model_attribute(read) for one in alike for name, read in one.peft.model_attributes.items()},
+            **{name: _model_attribute(read) for other in alike for name, read in other.peft.model_attributes.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
     return _classes[name]
 
 
 def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a method does to a model, as a method of its class."""
+    """Returns a method of a tuner class that calls a function of an adapter method on the manager."""
 
     def call(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
         self.check_live()
@@ -389,7 +398,7 @@ def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _model_attribute(read: Callable[[Any], Any]) -> property:
-    """What a method gives a model, as an attribute of its class."""
+    """Returns a property of a tuner class that reads an attribute defined by an adapter method."""
     return property(lambda self: read(self), doc=read.__doc__)
 
 
@@ -408,15 +417,15 @@ def __getattr__(name: str) -> Any:
 
 
 def with_extra_loss(manager: AdapterManager, output: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Adds what the adapters' methods add to the loss, where the output of a training call has one.
+    """Adds the extra loss of the adapters' methods to the output of a training call, if it has a loss.
 
     Args:
-        manager: of the model.
-        output: of the base model; changed in place, unless it is a tuple.
+        manager: manager of the model.
+        output: output of the base model, changed in place unless it is a tuple.
         kwargs: keyword arguments of the call.
 
     Returns:
-        The output with the whole loss.
+        The output with the total loss.
     """
     in_tuple = isinstance(output, tuple) and any(kwargs.get(name) is not None for name in _LABELS)
     loss: Any = output[0] if in_tuple else getattr(output, "loss", None)
@@ -434,13 +443,13 @@ def with_extra_loss(manager: AdapterManager, output: Any, kwargs: Mapping[str, A
 
 
 def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:
-    """Lets the embeddings' output require gradients if gradient checkpointing is on.
+    """Makes the embeddings' output require gradients if gradient checkpointing is on.
 
     Reentrant checkpointing computes no gradient if no input requires one, as with frozen embeddings.
 
     Args:
         model: the base model.
-        change: records the hooks that are added to the embeddings.
+        change: transaction that records the hooks added to the embeddings.
     """
     enable = getattr(model, "enable_input_require_grads", None)
     if callable(enable) and checkpoints_gradients(model):
@@ -452,11 +461,19 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
 
 
 def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None:
-    """Removes one adapter or several, all or none, and warns which one is active in their place."""
+    """Removes one adapter or several, all or none; warns if another adapter was activated in their place.
+
+    Args:
+        manager: manager of the model.
+        names: one name or several.
+
+    Raises:
+        UnknownAdapterError: one of them does not exist.
+    """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     with manager.transaction():
         for name in names:
-            if name not in manager.configs:  # in the words that PEFT's users look for
+            if name not in manager.configs:  # PEFT's wording, which its users search for
                 have = ", ".join(map(repr, manager.configs)) or "none"
                 raise UnknownAdapterError(
                     f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
@@ -471,7 +488,7 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
 
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:
-    """Warns if a model with its adapters disabled differs from the base model, because they train its biases."""
+    """Warns if the model still differs from the base model with adapters disabled, because biases were trained."""
     if not manager.trains_base_biases:
         return
     with manager.reading():

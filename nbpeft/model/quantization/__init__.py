@@ -1,11 +1,8 @@
-"""Base models in fewer bits: loading, quantizing in memory, and which part is stored how.
+"""Base models in fewer bits: loading, quantizing in memory, and how each part is stored.
 
 Door, what other rooms import:
 
-    quantize.py           Quantized base models, linear layers and experts: loaded through bitsandbytes, or quantized
-                          in memory
-    quantized_experts.py  Experts of a mixture beside bitsandbytes' layers: in the same settings, in memory or while a
-                          model is read
-    weight_storage.py     How the weights of a model are stored, part by part: quantized layers and experts,
-                          embedding, head and the rest
+    quantize.py           Quantized base models: linear layers and experts, loaded or converted in memory
+    quantized_experts.py  Quantized experts of a mixture, which bitsandbytes does not support
+    weight_storage.py     How each part of a model is stored: quantized layers, experts, embedding, head and the rest
 """

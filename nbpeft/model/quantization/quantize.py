@@ -1,7 +1,7 @@
-"""Quantized base models, linear layers and experts: loaded through bitsandbytes, or quantized in memory.
+"""Quantized base models: linear layers and experts, loaded or converted in memory.
 
-    load_quantized(source, …)        a folder, hub id or GGUF file -> a model with quantized layers
-    quantize_model(model, …)         the same for a model that is loaded already
+    load_quantized(source, …)        loads a folder, hub id or GGUF file as a model with quantized layers
+    quantize_model(model, …)         quantizes the layers of a loaded model
 
 Works on CPU and on accelerators. References: QLoRA, https://arxiv.org/abs/2305.14314; LLM.int8(),
 https://arxiv.org/abs/2208.07339.
@@ -59,34 +59,36 @@ def load_quantized(
     model_class: Any = None,
     **from_pretrained: Any,
 ) -> Any:
-    """Loads a model with its linear layers, and the experts of a mixture, quantized.
+    """Loads a model and quantizes its linear layers, and the experts of a mixture.
 
-    Weights of a folder or the hub are quantized one by one as they are read. A GGUF file is read
-    whole and then quantized layer by layer. Embeddings, norms and the head stay as they are.
-    Experts compute in the dtype of their input.
+    Weights of a folder or the hub are quantized one by one while they are read. A GGUF file is first read completely
+    and then quantized layer by layer. Embeddings, norms and the head are not quantized. Experts compute in the dtype of
+    their input.
 
-    On CPUs with AVX512-BF16 bitsandbytes re-packs 4-bit layers in evaluations, which then compute in
-    bfloat16 with rounded constants. A model that is quantized here is not re-packed: its outputs are the
-    same in training, in evaluation and on every CPU. On those CPUs that makes generating slower: by a
-    factor of 2 for a model of 135M parameters, and by more for larger ones.
+    On CPUs with AVX512-BF16 bitsandbytes would repack 4-bit layers for inference, which then compute in bfloat16 with
+    rounded quantization constants. Models quantized here are not repacked, so that their outputs are the same in
+    training, in inference and on every CPU. On those CPUs this makes generation slower: by a factor of 2 for a model
+    of 135M parameters, and by more for larger ones.
 
     Args:
         source: a folder, a hub id, or the path of a ``.gguf`` file.
         bits: 4 or 8.
         quant_type: ``"nf4"`` or ``"fp4"``; for 4 bits.
         double_quant: whether the constants of 4-bit blocks are quantized too.
-        compute_dtype: what 4-bit layers compute in; by default the dtype of the model's other weights.
-        quant_storage: dtype that holds the 4-bit codes.
+        compute_dtype: dtype in which 4-bit layers compute; by default that of the model's other weights.
+        quant_storage: dtype of the tensors that store 4-bit codes.
         gguf_file: name of a GGUF file in ``source``.
         device_map: as in transformers; by default the accelerator if there is one.
-        model_class: an automatic or model class of transformers, or its name;
-            ``AutoModelForCausalLM`` if left out.
-        **from_pretrained: what else the class's ``from_pretrained`` takes (``revision``, …). ``dtype`` is by default
-            ``compute_dtype``, else bfloat16 where the device is good at it, else float16 on an accelerator and
-            float32 on a CPU.
+        model_class: an auto class or model class of transformers, or its name; by default ``AutoModelForCausalLM``.
+        **from_pretrained: further arguments of the class's ``from_pretrained`` (``revision``, …). ``dtype`` is by
+            default ``compute_dtype``, or else bfloat16 if the device supports it natively, float16 on other
+            accelerators and float32 on other CPUs.
+
+    Returns:
+        The model.
 
     Raises:
-        ConfigError: a setting is impossible.
+        ConfigError: an argument is invalid.
         CheckpointNotFoundError: there is no model at ``source``.
     """
     settings = quantization(
@@ -109,7 +111,7 @@ def load_quantized(
         raise ConfigError(f"transformers has no class {chosen!r}", field="model_class")
     if not hasattr(loader, "from_pretrained"):
         raise ConfigError(f"model_class is {chosen!r:.60}; expected a class of transformers, or its name")
-    older = from_pretrained.pop("torch_dtype", None)  # transformers' former name of it
+    older = from_pretrained.pop("torch_dtype", None)  # former name of dtype in transformers
     dtype = from_pretrained.pop("dtype", None) or older or compute_dtype or usual_dtype()
     options: dict[str, Any] = {"dtype": dtype, **from_pretrained}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
@@ -118,11 +120,11 @@ def load_quantized(
         options["device_map"] = device_map
     with collapsed():
         _library()
-        with collapsed():  # takes in the handler that transformers made meanwhile
+        with collapsed():  # also covers the handler that transformers has added meanwhile
             if file is None:
                 with quantizing_while_reading(settings):
                     model = _from_pretrained(loader, place, {**options, "quantization_config": settings})
-                quantize_experts(model)  # those of a checkpoint that is quantized already
+                quantize_experts(model)  # experts of a checkpoint that is already quantized
                 if compute_dtype is None and not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True):
                     _compute_as_the_rest(model, model.config.quantization_config)
                 _prepare(model)
@@ -148,22 +150,22 @@ def quantize_model(
 ) -> nn.Module:
     """Quantizes the linear layers of a model, and the experts of a mixture, in place, and returns it.
 
-    Biases, norms, embeddings, the head and layers that share their weight stay as they are. All
-    layers or none: until the last one is quantized the old weights are kept. 4-bit layers are never
-    re-packed; see ``load_quantized``.
+    Biases, norms, embeddings, the head and layers that share its weight are not quantized. Either all layers are
+    replaced or none: the old weights stay in memory until the last layer is quantized. 4-bit layers are never
+    repacked; see ``load_quantized``.
 
     Args:
-        model: a model with floating weights and without adapters.
+        model: a model with floating-point weights and without adapters.
         bits: 4 or 8.
         quant_type: ``"nf4"`` or ``"fp4"``; for 4 bits.
         double_quant: whether the constants of 4-bit blocks are quantized too.
-        compute_dtype: what 4-bit layers compute in; by default the dtype of the model's other weights.
-        quant_storage: dtype that holds the 4-bit codes.
-        skip_modules: further layers that stay, by path or by a whole part of it (``"experts"``).
+        compute_dtype: dtype in which 4-bit layers compute; by default that of the model's other weights.
+        quant_storage: dtype of the tensors that store 4-bit codes.
+        skip_modules: further layers not to quantize, by path or by a whole component of it (``"experts"``).
 
     Raises:
-        ConfigError: a setting is impossible, the model has adapters, is quantized already, or has
-            no weights or nothing to quantize, or ``skip_modules`` names nothing in it.
+        ConfigError: an argument is invalid, the model has adapters, is already quantized, or has no weights or nothing
+            to quantize, or ``skip_modules`` has a name that is not in it.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a model to quantize, not {model!r:.60}; load_quantized reads one from a folder")
@@ -182,10 +184,10 @@ def quantize_model(
 
 
 def check_quantizable(model: nn.Module) -> None:
-    """Checks that ``quantize_model`` can take a model.
+    """Checks that ``quantize_model`` supports a model.
 
     Raises:
-        ConfigError: it has adapters, or is quantized already.
+        ConfigError: the model has adapters, or is already quantized.
     """
     manager = manager_of(model)
     if manager is not None and manager.alive and manager.names:
@@ -195,12 +197,16 @@ def check_quantizable(model: nn.Module) -> None:
 
 
 def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Returns path -> layer of what ``quantize_model`` replaces; a parameter of experts is the weight of its view.
+    """Returns path -> layer that ``quantize_model`` replaces; experts are views whose weight is the parameter.
 
     See ``linear_layers_to_quantize`` and ``experts_to_quantize``.
 
+    Args:
+        model: the model.
+        skip: layers not to quantize, by path or by a whole component of it.
+
     Raises:
-        ConfigError: there is nothing to quantize, or ``skip`` names no module.
+        ConfigError: there is nothing to quantize, or ``skip`` has a name of no module.
     """
     found = linear_layers_to_quantize(model, skip)
     if not found:
@@ -209,7 +215,12 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, 
 
 
 def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
-    """Returns folder or hub id, and the GGUF file in it."""
+    """Splits a source into a folder or hub id, and the name of a GGUF file in it.
+
+    Args:
+        source: a folder, a hub id, or the path of a ``.gguf`` file.
+        gguf_file: name of a GGUF file in ``source``, or None.
+    """
     text = os.path.expanduser(os.fspath(source))
     if gguf_file is None and text.endswith(".gguf"):
         return os.path.dirname(text) or ".", os.path.basename(text)
@@ -232,7 +243,7 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
         return loader.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         failure = in_one_line(error)[:300]
-    except (TypeError, AssertionError, RuntimeError) as error:  # the latter two: of a device that is not here
+    except (TypeError, AssertionError, RuntimeError) as error:  # the latter two for a device that does not exist
         reason = in_one_line(error)[:300]
         if "memory" in reason:
             raise
@@ -244,20 +255,20 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
 def _quantize(
     model: nn.Module, settings: Any, *, own: bool, skip: Sequence[str] = (), device: torch.device | None = None
 ) -> nn.Module:
-    """Replaces layers; with ``own`` one by one, which frees each old weight at once."""
+    """Replaces the layers; with ``own`` one by one, which frees each old weight immediately."""
     layers = layers_to_quantize(model, skip)
     stay = [path for path, module in model.named_modules() if path not in layers and is_plain_linear(module)]
     empty = next((path for path, layer in layers.items() if cast(Tensor, layer.weight).is_meta), None)
     if empty is not None:
         raise ConfigError(f"{empty} has no weights (meta device): load the model before quantizing it")
     library = _library()
-    made: list[tuple[str, nn.Module, nn.Module | nn.Parameter]] = []
+    replacements: list[tuple[str, nn.Module, nn.Module | nn.Parameter]] = []
     for path in list(layers):
         old = layers.pop(path)
-        made.append((path, old, _quantized(old, settings, library, device)))
+        replacements.append((path, old, _quantized(old, settings, library, device)))
         if own:
-            _replace(model, *made.pop())
-    for each in made:
+            _replace(model, *replacements.pop())
+    for each in replacements:
         _replace(model, *each)
     if device is not None:
         model.to(device)
@@ -268,7 +279,7 @@ def _quantize(
 
 
 def _replace(model: nn.Module, path: str, old: nn.Module, new: nn.Module | nn.Parameter) -> None:
-    """Puts what is quantized into the place of a layer, or of the parameter that a view stands for."""
+    """Replaces a layer, or the parameter of a view, by its quantized version."""
     if isinstance(old, ParameterView):
         old.owner._parameters[old.parameter_name] = cast(nn.Parameter, new)
     else:
@@ -308,8 +319,8 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
     if settings.load_in_8bit:
         new.weight = library.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(target)
     else:
-        kept = {name: value for name, value in new.weight.__dict__.items() if name != "module"}
-        new.weight = library.nn.Params4bit(weight, requires_grad=False, module=new, **kept).to(target)
+        attributes = {name: value for name, value in new.weight.__dict__.items() if name != "module"}
+        new.weight = library.nn.Params4bit(weight, requires_grad=False, module=new, **attributes).to(target)
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach().to(target), requires_grad=False)
     for kind in ("forward", "forward_pre"):
@@ -321,11 +332,13 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
 
 
 def _compute_as_the_rest(model: nn.Module, settings: Any) -> None:
-    """Makes 4-bit layers of a model, and those to be made with its settings, compute as its other weights."""
+    """Sets the compute dtype of 4-bit layers, and of the settings, to the dtype of the model's other weights."""
     quantized = [module for module in model.modules() if is_quantized_layer(module)]
     packed = {id(parameter) for module in quantized for parameter in module.parameters()}
-    others = (one for one in model.parameters() if one.is_floating_point() and id(one) not in packed)
-    dtype = next((one.dtype for one in others), None)
+    others = (
+        parameter for parameter in model.parameters() if parameter.is_floating_point() and id(parameter) not in packed
+    )
+    dtype = next((parameter.dtype for parameter in others), None)
     if dtype is None or settings.load_in_8bit:
         return
     settings.bnb_4bit_compute_dtype = dtype_of(dtype, "compute_dtype", DTYPES)
@@ -335,7 +348,7 @@ def _compute_as_the_rest(model: nn.Module, settings: Any) -> None:
 
 
 def _prepare(model: nn.Module) -> None:
-    """Prepares every quantized layer through its backend, as adding adapters does."""
+    """Prepares every quantized layer with its backend, as adding an adapter does."""
     for module in model.modules():
         if is_quantized_layer(module):
             backend: Any = resolve_backend(module)
@@ -375,14 +388,14 @@ def quantization(
     Args:
         bits: 4 or 8.
         quant_type: ``"nf4"`` or ``"fp4"``; for 4 bits.
-        double_quant: whether the constants of 4-bit blocks are quantized too (0.4 bits less a weight).
-        compute_dtype: what 4-bit layers compute in; by default bfloat16 where the device is good
-            at it, else float16 on an accelerator and float32 on a CPU.
-        quant_storage: dtype that holds the 4-bit codes; FSDP wants it equal to the other weights'.
-        skip_modules: names of layers that stay as they are, beside the head.
+        double_quant: whether the constants of 4-bit blocks are quantized too, which saves 0.4 bits per weight.
+        compute_dtype: dtype in which 4-bit layers compute; by default bfloat16 if the device supports it natively,
+            float16 on other accelerators and float32 on other CPUs.
+        quant_storage: dtype of the tensors that store 4-bit codes; FSDP requires that of the other weights.
+        skip_modules: names of layers not to quantize, in addition to the head.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     transformers = importlib.import_module("transformers")
     if bits not in (4, 8) or isinstance(bits, bool):
@@ -414,7 +427,7 @@ def usual_device() -> torch.device:
 
 
 def usual_dtype() -> torch.dtype:
-    """Returns bfloat16 where the device computes in it natively, else float16, on other CPUs float32."""
+    """Returns bfloat16 if the device supports it natively, else float16 on an accelerator and float32 on a CPU."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     if torch.accelerator.is_available():
@@ -423,10 +436,15 @@ def usual_dtype() -> torch.dtype:
 
 
 def dtype_of(value: torch.dtype | str, field: str, allowed: Sequence[str]) -> torch.dtype:
-    """Returns a dtype given as itself or by name.
+    """Returns a dtype that is given as a dtype or by name.
+
+    Args:
+        value: the dtype or its name.
+        field: name of the argument, for the message.
+        allowed: names of the allowed dtypes.
 
     Raises:
-        ConfigError: it is not one of ``allowed``.
+        ConfigError: the dtype is not allowed.
     """
     name = str(value).removeprefix("torch.")
     name = _ALIASES.get(name, name)
@@ -442,9 +460,10 @@ def dtype_of(value: torch.dtype | str, field: str, allowed: Sequence[str]) -> to
 
 @contextmanager
 def respect_progress_bar_setting() -> Iterator[None]:
-    """Context manager: transformers' progress bar for GGUF files respects ``disable_progress_bar``, as its others do.
+    """Context manager: makes transformers' progress bar for GGUF files respect ``disable_progress_bar``.
 
-    transformers makes that one by tqdm directly, and in a notebook it is a widget, which a saved notebook cannot show.
+    transformers creates this bar with tqdm directly. In a notebook it would be a widget, which a saved notebook cannot
+    show.
     """
     reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     plain = getattr(reader, "tqdm", None)
@@ -461,12 +480,12 @@ def respect_progress_bar_setting() -> Iterator[None]:
 def clear_gguf_flags(model: nn.Module, change: Transaction | None = None) -> None:
     """Clears transformers' quantization flags on a model read from a GGUF file.
 
-    transformers dequantizes such a file while reading, so the weights are ordinary floating
-    tensors; yet the flags stay, and it refuses to save or train the model because of them.
+    transformers dequantizes such a file while reading, so that the weights are ordinary floating-point tensors. But it
+    leaves the flags set, and because of them it refuses to save or train the model.
 
     Args:
         model: the base model.
-        change: records the flags, if that may have to be undone.
+        change: transaction that records the flags, so that the change can be undone.
     """
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)

@@ -1,6 +1,7 @@
-"""Experts of a mixture beside bitsandbytes' layers: in the same settings, in memory or while a model is read.
+"""Quantized experts of a mixture, which bitsandbytes does not support.
 
-bitsandbytes knows linear layers alone; transformers keeps the experts of a layer in bare parameters.
+bitsandbytes only quantizes linear layers, but transformers stores the experts of a layer in bare parameters. They are
+quantized with the settings of the linear layers, in memory or while a model is read.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from nbpeft.errors import ConfigError
 
 
 def remaining_experts(model: nn.Module) -> dict[str, ParameterView]:
-    """Returns path -> parameter of the experts that ``quantize_experts`` quantizes.
+    """Returns path -> view of the experts that ``quantize_experts`` quantizes.
 
-    None where the model is not quantized by bitsandbytes, or carries adapters.
+    It is empty if the model is not quantized by bitsandbytes, or has adapters.
     """
     manager = manager_of(model)
     adapted = manager is not None and manager.alive and bool(manager.names)
@@ -33,24 +34,24 @@ def remaining_experts(model: nn.Module) -> dict[str, ParameterView]:
 
 @torch.no_grad()
 def quantize_experts(model: nn.Module) -> None:
-    """Quantizes the experts of a model whose linear layers bitsandbytes quantized, in the settings of those.
+    """Quantizes the experts of a model with the settings of its linear layers, which bitsandbytes has quantized.
 
-    All or none: until the last one is quantized the old parameters are kept.
+    Either all are replaced or none: the old parameters stay in memory until the last one is quantized.
     """
     settings = _settings_of(model)
-    made = [(view, quantized_parameter(view.weight, settings)) for view in remaining_experts(model).values()]
-    for view, parameter in made:
+    quantized = [(view, quantized_parameter(view.weight, settings)) for view in remaining_experts(model).values()]
+    for view, parameter in quantized:
         view.owner._parameters[view.parameter_name] = parameter
     save_dequantized(model)
 
 
 def quantized_parameter(weight: Tensor, settings: Any, device: torch.device | None = None) -> nn.Parameter:
-    """Returns the parameter of experts (experts, rows, columns), quantized.
+    """Quantizes a parameter of experts (experts, rows, columns).
 
     Args:
-        weight: floating.
+        weight: the floating-point parameter.
         settings: a ``transformers.BitsAndBytesConfig``.
-        device: where it is to be; where the weight is if left out.
+        device: device of the result; by default that of the weight.
     """
     kind = "int8" if settings.load_in_8bit else settings.bnb_4bit_quant_type
     double = not settings.load_in_8bit and settings.bnb_4bit_use_double_quant
@@ -59,9 +60,9 @@ def quantized_parameter(weight: Tensor, settings: Any, device: torch.device | No
 
 @contextmanager
 def quantizing_while_reading(settings: Any) -> Iterator[None]:
-    """Context manager: transformers quantizes experts, too, as it reads a model with these settings.
+    """Context manager: makes transformers also quantize experts while it reads a model with these settings.
 
-    So no more than one parameter of them is in memory as it was.
+    Thus at most one unquantized parameter of experts is in memory at a time.
     """
     known = importlib.import_module("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
     key = "bitsandbytes_8bit" if settings.load_in_8bit else "bitsandbytes_4bit"
@@ -74,15 +75,15 @@ def quantizing_while_reading(settings: Any) -> Iterator[None]:
 
 
 def _quantizer_with_experts(plain: Any, settings: Any) -> Any:
-    """Returns a class of transformers' quantizers; for other settings than these it does as the plain one."""
-    given = settings.to_dict()
+    """Returns a subclass of one of transformers' quantizers; with other settings it behaves like its base class."""
+    wanted = settings.to_dict()
 
     class WithExperts(plain):  # type: ignore[misc]
         paths: frozenset[str] | None = None
 
         def is_expert(self, model: nn.Module, name: str) -> bool:
             if self.paths is None:
-                ours = self.quantization_config.to_dict() == given  # automatic classes hand on a copy
+                ours = self.quantization_config.to_dict() == wanted  # auto classes pass on a copy
                 skipped = self.modules_to_not_convert or ()
                 self.paths = frozenset(experts_to_quantize(model, skipped) if ours else ())
             return name in self.paths
@@ -109,16 +110,16 @@ def _quantizer_with_experts(plain: Any, settings: Any) -> Any:
         def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
             done = super().postprocess_model(model, **kwargs)
             self.__dict__.pop("paths", None)
-            self.__class__ = plain  # a class of a function cannot be pickled
+            self.__class__ = plain  # a class that is defined in a function cannot be pickled
             return done
 
     return WithExperts
 
 
 def save_dequantized(model: Any) -> None:
-    """Makes ``save_pretrained`` write quantized experts as floating tensors, which transformers can read again.
+    """Makes ``save_pretrained`` write quantized experts as floating-point tensors, which transformers can read.
 
-    Does nothing where transformers' flags are not set.
+    Does nothing if transformers' flags are not set.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -126,10 +127,10 @@ def save_dequantized(model: Any) -> None:
 
 
 def _dequantized_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns what a model saves, and no metadata.
+    """Returns the state dict to save, with dequantized experts, and no metadata.
 
     Raises:
-        ConfigError: transformers would look for other weights.
+        ConfigError: transformers would expect other weights when it loads the model.
     """
     others = importlib.import_module("transformers.quantizers.base").MODULES_TO_PATCH_FOR_QUANTIZATION
     found = next((name for name in (type(module).__name__ for module in model.modules()) if name in others), None)

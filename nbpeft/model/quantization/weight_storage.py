@@ -1,4 +1,4 @@
-"""How the weights of a model are stored, part by part: quantized layers and experts, embedding, head and the rest."""
+"""How each part of a model is stored: quantized layers, experts, embedding, head and the rest."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class StoredPart:
 
     Attributes:
         name: one of ``PARTS``.
-        module_count: modules that hold its weights; tensors, of experts.
-        byte_count: what it takes, quantization constants included.
-        bfloat16_bytes: what the same weights would take in bfloat16.
-        kinds: how they are stored, e.g. ``nf4 double``.
+        module_count: number of modules with these weights; for experts, of tensors.
+        byte_count: size in bytes, including quantization constants.
+        bfloat16_bytes: size of the same weights in bfloat16, in bytes.
+        kinds: the storage formats, e.g. ``nf4 double``.
     """
 
     name: str
@@ -41,15 +41,15 @@ class StoredPart:
 
     @property
     def share(self) -> float:
-        """Bytes as a share of those in bfloat16."""
+        """Size relative to that in bfloat16."""
         return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
 
 
 def stored_parts(model: nn.Module) -> tuple[StoredPart, ...]:
-    """Returns the base weights of a model by part, without adapters; a shared weight counts once.
+    """Returns the base weights of a model by part, without adapters; a shared weight is counted once.
 
     Args:
-        model: a base model, or a handle on one.
+        model: a base model or a PeftModel.
     """
     return estimated_parts(base_model_of(model))
 
@@ -62,16 +62,16 @@ def estimated_parts(
     double: bool = False,
     raised: Iterable[Tensor] = (),
 ) -> tuple[StoredPart, ...]:
-    """Returns what ``stored_parts`` will return once layers are quantized and tensors are cast to float32.
+    """Returns the parts as ``stored_parts`` will return them after quantizing layers and casting tensors to float32.
 
     Works on meta tensors too; the model is not changed.
 
     Args:
-        model: a base model; without adapters if ``layers`` are given.
-        layers: the linear layers, and views of experts, that will be quantized.
+        model: a base model; it must not have adapters if ``layers`` are given.
+        layers: the linear layers, and views of experts, to quantize.
         kind: ``nf4``, ``fp4`` or ``int8``.
-        double: whether their constants will be quantized too.
-        raised: tensors that will be float32.
+        double: whether the constants will be quantized too.
+        raised: tensors to cast to float32.
     """
     wide = {id(tensor) for tensor in raised}
     chosen = {id(layer.weight): layer for layer in layers}
@@ -104,7 +104,7 @@ def estimated_parts(
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str, list[Tensor], int]]:
-    """Yields (part, label, tensors, how many numbers they stand for) of every weight of a base model."""
+    """Yields (part, label, tensors, number of weights) of every weight of a base model."""
     special = {
         id(frozen_module(found)): name
         for name, output in (("head", True), ("embedding", False))

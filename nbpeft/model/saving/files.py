@@ -1,4 +1,4 @@
-"""Loading and saving the adapters of a manager: the step between the engine and the checkpoint package."""
+"""Loading and saving the adapters of a manager."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ from nbpeft.names import DEFAULT_ADAPTER
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 _WRAPPED = ("", ".base_layer")
-"""What stands in a key between the path of an embedding and its weight."""
+"""Alternatives for the part of a key between the path of an embedding and its weight."""
 
 
 Rewrite = Callable[[str, AdapterConfig, AdapterWeights], tuple[AdapterConfig, AdapterWeights]]
 
 
 class LoadResult(NamedTuple):
-    """What did not match while loading.
+    """Keys that did not match while loading.
 
     Attributes:
-        missing_keys: names in the model of those of the adapter's tensors that were not given. Unlike PEFT's they
-            have none of the base model among them, which no adapter file holds.
-        unexpected_keys: keys that were given and name nothing of the adapter.
+        missing_keys: names in the model of the adapter's tensors that were not given. Unlike PEFT's they do not include
+            the tensors of the base model, which are not in adapter files.
+        unexpected_keys: given keys that do not belong to the adapter.
     """
 
     missing_keys: list[str]
@@ -68,14 +68,14 @@ class LoadResult(NamedTuple):
 def load_result(
     manager: AdapterManager, name: str, missing: Sequence[str], unexpected: Sequence[str], *, bare: bool = False
 ) -> LoadResult:
-    """Returns what did not match while an adapter was loaded, under the model's names.
+    """Returns the keys that did not match while an adapter was loaded, under the model's names.
 
     Args:
-        manager: has the adapter.
-        name: of the adapter.
-        missing: keys of a file.
-        unexpected: keys as they were given.
-        bare: whether the model has no handle, whose names have a prefix.
+        manager: manager of the model.
+        name: name of the adapter.
+        missing: missing keys, as in a file.
+        unexpected: unexpected keys, as they were given.
+        bare: the model is not a PeftModel, so that its names have no prefix.
     """
     if not missing:
         return LoadResult([], list(unexpected))
@@ -87,21 +87,21 @@ def load_result(
 
 
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """Returns a copy of a new adapter's config that names its base model, and is as that was prepared for.
+    """Returns a copy of a new adapter's config with the base model's name, adjusted to a prepared base model.
 
     Raises:
-        ConfigError: the base was prepared for adapters that act on rounded weights, and this one cannot.
+        ConfigError: the base was prepared for quantization-aware adapters, which this method does not support.
     """
     name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
-    given = config.base_model_name_or_path
-    if name and given not in (None, name):
-        warnings.warn(f"base_model_name_or_path of the config was renamed from {given!r} to {name!r}", stacklevel=5)
-    made = config.copy(base_model_name_or_path=name or given)
-    return made.rounded() if is_prepared_quantization_aware(model) else made
+    former = config.base_model_name_or_path
+    if name and former not in (None, name):
+        warnings.warn(f"base_model_name_or_path of the config was renamed from {former!r} to {name!r}", stacklevel=5)
+    completed = config.copy(base_model_name_or_path=name or former)
+    return completed.rounded() if is_prepared_quantization_aware(model) else completed
 
 
 def saved_config(model: nn.Module, source: str | os.PathLike[str], options: Mapping[str, Any]) -> AdapterConfig | None:
-    """The config of a saved adapter, where it matters to what base it goes: where a model carries adapters already."""
+    """Returns the config of a saved adapter if the model has adapters, because then the base depends on it."""
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
     if manager_of(model) is None or checkpoint.lora_file(source) is not None:
         return None
@@ -122,17 +122,17 @@ def read(
     """Reads a saved adapter and checks that it fits; changes nothing yet.
 
     Args:
-        manager: of the base model.
-        source: a folder, a hub id, or one file with keys spelled as kohya's or diffusers' (see ``lora_file``).
-        name: name to give it.
-        trainable: whether it trains while active.
-        half: keep it in a half-precision base's dtype.
-        config: replaces the saved config.
-        key_mapping: regular expressions that rename keys of the file.
-        options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
+        manager: manager of the base model.
+        source: a folder, a hub id, or a single file with keys as in kohya's or diffusers' files (see ``lora_file``).
+        name: name to give the adapter.
+        trainable: whether it is trainable while active.
+        half: use a half-precision base's dtype for it.
+        config: used instead of the saved config.
+        key_mapping: regular expression -> replacement, applied to the keys of the file.
+        options: PEFT's further keyword arguments: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
 
     Returns:
-        A function that puts it on the model.
+        A function that adds the adapter to the model.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit.
@@ -153,7 +153,7 @@ def read(
         find = functools.partial(_part_in, saved.folder)
         config = method_of(saved.config).files.with_parts(saved.config, find, options)
     config, tensors = saved.beside(config.copy(inference_mode=not trainable))
-    # Merged weights are not the base's: they would look like another base.
+    # Merged weights have another fingerprint than the base, so they are not compared.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)
     settings: dict[str, Any] = {"key_mapping": key_mapping}
@@ -165,7 +165,7 @@ def read(
         plan, loaded = fitted(manager, name, on_base.copy(inference_mode=not trainable), tensors, **settings)
         loaded.weights.starts = starts
     elif START in saved.metadata:
-        note = None  # its base is expected to have other weights
+        note = None  # the adapter was saved for a base with other weights
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
     modes = {"trainable": trainable, "training": trainable, "half": half}
@@ -187,9 +187,9 @@ def read(
 
 
 def _part_in(folder: Path, part: str) -> str | None:
-    """The place of an adapter that is saved in a folder inside another one's; None where there is none.
+    """Returns the folder of an adapter that is saved in a subfolder of another adapter's folder; None if there is none.
 
-    PEFT writes whole models there under keys of its own, which are no adapters.
+    PEFT writes whole models into such subfolders, under other keys; these are not adapters.
     """
     if not (folder / part / checkpoint.CONFIG_NAME).is_file():
         return None
@@ -204,17 +204,17 @@ def fitted(
     tensors: Mapping[str, Tensor] | checkpoint.UnreadTensors,
     **options: Any,
 ) -> tuple[InjectionPlan, checkpoint.Loaded]:
-    """Returns the plan of a config, and the tensors of its file sorted in.
+    """Returns the plan of a config, and the tensors of its file assigned to the plan's layers.
 
-    A file may hold several pairs of factors where its config asks for one on tied layers: PEFT parts them when a model
-    is moved, and those of an encoder and a decoder from the start. Then the plan has them apart, too.
+    A file can have several pairs of factors although its config requests a tied pair: PEFT unties them when a model is
+    moved to a device, and never ties those of an encoder and a decoder. Then the plan does not tie them either.
 
     Args:
-        manager: of the base model.
-        name: of an adapter whose place the new one takes, if there is one.
-        config: of the adapter.
-        tensors: key in the file -> tensor, read or not.
-        **options: those of ``checkpoint.from_file``.
+        manager: manager of the base model.
+        name: name of an adapter that the new one replaces, or None.
+        config: config of the adapter.
+        tensors: key in the file -> tensor, already read or not.
+        **options: options of ``checkpoint.from_file``.
 
     Raises:
         CheckpointError: the file does not fit.
@@ -240,7 +240,7 @@ def fitted(
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
-    """Returns what a file must hold for a plan."""
+    """Returns the keys and shapes that a file for a plan must have."""
     modules = dict(bare_modules(model)) if plan.copies or plan.biases else {}
     copies = {
         path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
@@ -257,16 +257,16 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
         parameters=[target.path for target in plan.targets if target.is_bare],
         found_anew={
-            f"{one.path}.{name}"
-            for one in plan.targets
-            if issubclass(one.adapter_class, HasFixedTensors)
-            for name in one.adapter_class.optional_tensors
+            f"{target.path}.{name}"
+            for target in plan.targets
+            if issubclass(target.adapter_class, HasFixedTensors)
+            for name in target.adapter_class.optional_tensors
         },
     )
 
 
 def fixed_dtypes(plan: InjectionPlan) -> dict[str, torch.dtype]:
-    """Returns name -> dtype of what a file holds of an adapter that is neither trained nor floating-point."""
+    """Returns name -> dtype of an adapter's saved tensors that are neither trained nor floating-point."""
     shared = method_of(plan.config).shares.state
     found = {} if shared is None else shared.other_dtypes(plan.saved_shared)
     return {
@@ -281,7 +281,7 @@ def fixed_dtypes(plan: InjectionPlan) -> dict[str, torch.dtype]:
 
 
 def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
-    """Returns name -> dtype of all tensors of modules that are not floating-point."""
+    """Returns name -> dtype of the modules' tensors that are not floating-point."""
     return {
         f"{path}.{name}": tensor.dtype
         for path, module in modules.items()
@@ -291,7 +291,7 @@ def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns name in the bare model -> weight of the input and output embeddings, where there are any."""
+    """Returns name in the bare model -> weight of the input and output embeddings, if there are any."""
     embeddings = [embedding_of(model, output=output) for output in (False, True)]
     wanted = {module for found in embeddings if found is not None for _, module in bare_modules(found)}
     return {
@@ -302,14 +302,14 @@ def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> list[str]:
-    """Drops the base tensors of a file that the base model has with the same values.
+    """Removes a file's base tensors that equal those of the base model.
 
     Args:
-        weights: as read from the file; changed in place.
-        present: name in the bare model -> the base model's own tensor.
+        weights: weights read from the file, changed in place.
+        present: name in the bare model -> tensor of the base model.
 
     Returns:
-        Names of those among ``present`` that are left, because their values differ.
+        Names in ``present`` whose values differ.
     """
     brought = [key for key in weights.base if key in present]
     for key in brought:
@@ -319,10 +319,10 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 
 
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
-    """Drops base tensors of a file that the base has already, and warns of those with other values.
+    """Removes a file's base tensors that equal those of the base model, and warns about those that differ.
 
     Raises:
-        CheckpointError: the base's own tensor has no data here, so that it could not be restored.
+        CheckpointError: the base's tensor has no data here, so that it could not be restored later.
     """
     brought = [key for key in weights.base if key not in plan.biases]
     known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
@@ -342,11 +342,11 @@ def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan,
 
 
 def _device(manager: AdapterManager, wanted: object) -> str:
-    """Returns the device to read to: the one asked for, or the base model's if it is on one device only."""
+    """Returns the device to load tensors to: the requested one, or the base model's if it has only one."""
     if wanted is not None:
         return str(wanted)
-    held = (module._parameters.values() for module in called_modules(manager.model))
-    devices = {str(parameter.device) for own in held for parameter in own if parameter is not None}
+    parameters = (module._parameters.values() for module in called_modules(manager.model))
+    devices = {str(parameter.device) for own in parameters for parameter in own if parameter is not None}
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 
 
@@ -378,34 +378,34 @@ def save(
     base: checkpoint.Fingerprint | None = None,
     replace: bool = True,
 ) -> dict[str, checkpoint.WrittenFiles]:
-    """Saves adapters. Where they are sharded over processes, all of them call it, and one writes.
+    """Saves adapters. If they are sharded over processes, all processes call this and one writes.
 
     Args:
-        manager: has them.
-        folder: ``default`` goes into it, others into subfolders.
-        names: which ones; all if None.
+        manager: manager of the model.
+        folder: folder for ``default``; other adapters are saved in subfolders.
+        names: names of the adapters; None for all.
         embeddings: also save the embeddings; "auto" decides from the model.
-        state_dict: take tensors from here, under the names they have in the handle.
-        flat: put the one adapter named into the folder itself, whatever its name.
-        initial: write adapters that started in a part of the base as plain LoRA for the whole of it; a folder of the
-            adapter as it was at its start, which is read for one on a base without that part.
-        rewrite: (name, config, tensors) -> what is written in their place.
-        mark_saved: whether the folder is one that stays, so that the adapters are no longer unsaved.
-        facts: what the card says besides the config.
-        pickled: write the tensors as PEFT's old ``.bin``.
+        state_dict: take the tensors from this dictionary, under their names in the PeftModel.
+        flat: save the only adapter in ``names`` into the folder itself, whatever its name.
+        initial: save adapters whose init changed the base weights as plain LoRA for the original base. This folder has
+            the initial adapter, which is read for an adapter on a base without that change.
+        rewrite: (name, config, tensors) -> config and tensors to write instead.
+        mark_saved: mark the adapters as saved; False for temporary folders and converted adapters.
+        facts: information for the model card in addition to the config.
+        pickled: write the tensors as PEFT's former ``.bin``.
         write: whether this process writes.
-        base: fingerprint of the base model, taken before that was sharded; taken here by default.
-        replace: write over another adapter that a folder holds; by default as PEFT does.
+        base: fingerprint of the base model, computed before sharding; computed here by default.
+        replace: overwrite another adapter in the folder, which is the default as in PEFT.
 
     Returns:
-        Adapter name -> what was written.
+        Adapter name -> written files.
 
     Raises:
-        AdapterExistsError: a folder holds another adapter, and that is not to be replaced.
+        AdapterExistsError: a folder has another adapter, and ``replace`` is False.
     """
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
-    with manager.active_state.hold():  # a training in the background writes into what is read here
+    with manager.active_state.hold():  # a training in the background changes the tensors that are read here
         print_ = _fingerprint(manager, take=write) if base is None else base
         places: dict[str, str] = {}
         notes: dict[str, Mapping[str, str]] = {}
@@ -431,7 +431,7 @@ def save(
         if not replace:
             for name, target in targets.items():
                 _refuse_other(manager, name, target, ready[places[name]][1], print_)
-        first = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+        first = ready[""][0] if "" in ready else _first_config(manager)  # as in PEFT, whichever adapters are saved
         card = _card_config(manager, first)
         written = checkpoint.write_checkpoints(
             folder,
@@ -449,13 +449,13 @@ def save(
             mark_left(manager, name)
     if mark_saved:
         note_saved(manager, targets)
-    else:  # something made of the adapters, or a copy that goes again
+    else:  # a converted adapter or a temporary copy
         note_written_over(targets.values())
     return {name: written[place] for name, place in places.items()}
 
 
 def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
-    """Subfolder -> config and tensors by key of the other adapters that one consists of."""
+    """Returns subfolder -> config and tensors by key of the other adapters that an adapter consists of."""
     with manager.reading():
         return {
             os.path.join(place, part): (
@@ -467,10 +467,10 @@ def _parts(manager: AdapterManager, name: str, place: str) -> dict[str, tuple[Ad
 
 
 def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder where saving all adapters would replace another one, before anything is done for it.
+    """Checks before a long computation that saving all adapters would not overwrite another one.
 
     Raises:
-        AdapterExistsError: the folder, or the one in it that an adapter goes into, holds another adapter.
+        AdapterExistsError: the folder, or an adapter's subfolder, has another adapter.
     """
     home = Path(os.path.expanduser(folder))
     targets = {name: home if name == DEFAULT_ADAPTER else home / name for name in manager.names}
@@ -486,7 +486,7 @@ def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str
 
 
 def _fingerprint(manager: AdapterManager, *, take: bool = True) -> checkpoint.Fingerprint | None:
-    """The fingerprint of the base model; None where merged weights or a sharded model hide it, or it is not taken."""
+    """Returns the base model's fingerprint; None if it cannot be computed (merged or sharded weights) or must not."""
     noted = noted_fingerprint(manager.model)
     if noted is None and take and not manager.merged and not is_sharded(manager.model):
         return checkpoint.fingerprint(manager.model)
@@ -500,10 +500,10 @@ def _refuse_other(
     tensors: Mapping[str, Tensor],
     base: checkpoint.Fingerprint | None,
 ) -> None:
-    """Refuses to write over another adapter.
+    """Refuses to overwrite another adapter.
 
     Raises:
-        AdapterExistsError: the folder holds one.
+        AdapterExistsError: the folder has one.
     """
     owner = owner_of(manager, name, folder)
     if owner is None:
@@ -522,9 +522,9 @@ def _refuse_other(
 
 
 def _loses_start(manager: AdapterManager, name: str) -> bool:
-    """Whether a file of an adapter could not say what it started from, and has to hold that."""
+    """Returns whether an adapter's file must include its initial component, because it cannot be reconstructed."""
     if not manager.configs[name].initialised_from_weight:
-        return False  # it is for a base without that
+        return False  # its base does not have the initial component
     adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
     return any(isinstance(adapter, StartsInWeight) and adapter.loses_start for adapter in adapters)
 
@@ -532,7 +532,7 @@ def _loses_start(manager: AdapterManager, name: str) -> bool:
 def _without_weight(
     manager: AdapterManager, name: str, weights: AdapterWeights, initial: str | os.PathLike[str] | None
 ) -> tuple[AdapterConfig, AdapterWeights]:
-    """The config and tensors of an adapter as those of one that is not initialised from the weight."""
+    """Returns the config and tensors of an adapter, converted so that its init does not change the base weights."""
     config = manager.configs[name]
     rewrite = method_of(config).files.without_weight
     if rewrite is not None and initial is not None and not (weights.starts or config.initialised_from_weight):
@@ -550,10 +550,13 @@ def _without_weight(
 
 
 def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: str) -> dict[str, TakenOver]:
-    """Returns path -> the factors of an adapter at its start, from the folder that it was saved to then.
+    """Reads the initial factors of an adapter from the folder to which it was saved after its init.
+
+    Returns:
+        Path -> factors.
 
     Raises:
-        CheckpointError: it cannot be read, or is not of the same layers and ranks.
+        CheckpointError: the folder cannot be read, or has other layers or ranks.
     """
     saved = checkpoint.read_checkpoint(str(folder))
     if saved.config.initialised_from_weight:
@@ -577,13 +580,13 @@ def _first_config(manager: AdapterManager) -> AdapterConfig:
 
 
 def _card_config(manager: AdapterManager, config: AdapterConfig) -> AdapterConfig:
-    """Returns what a card describes: it names the base only if that has a config of its own, as those on the hub."""
+    """Returns the config for the model card, which names the base only if that has a config, like models on the hub."""
     has_config = hasattr(manager.model, "config")
     return config if has_config else config.copy(base_model_name_or_path=None)
 
 
 def _card_tags(model: nn.Module) -> list[str]:
-    """Returns the base model's own tags, and its library."""
+    """Returns tags for the model card: the base model's own tags and its library."""
     tags = [tag for tag in getattr(model, "model_tags", None) or () if isinstance(tag, str)]
     of_transformers = getattr(getattr(model, "config", None), "model_type", None) is not None
     return [*tags, *(["transformers"] if of_transformers else [])]
@@ -596,7 +599,7 @@ def file_tensors(
     embeddings: str | bool = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter under the keys of a file."""
+    """Returns the tensors of an adapter under the keys of a file; see ``save`` for the arguments."""
     with manager.reading():
         weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
     return _under_keys(config, weights)
@@ -607,14 +610,14 @@ def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Ten
     derived = method_of(config).files.derived
     for named in weights.adapters.values() if derived is not None else ():
         tensors.update(derived(config, named))  # type: ignore[misc]
-    whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
+    whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # gathering needs the same order in each process
     return dict(method_of(config).files.pack(config, {key: whole[key] for key in tensors}))
 
 
 def _saved_weights(
     manager: AdapterManager, name: str, embeddings: str | bool, state_dict: Mapping[str, Tensor] | None
 ) -> AdapterWeights:
-    """Returns the tensors that a file of an adapter holds; see ``save`` for the arguments."""
+    """Returns the tensors to save for an adapter; see ``save`` for the arguments."""
     weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
@@ -633,9 +636,9 @@ def _saved_weights(
 
 
 def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[str, Tensor] | None:
-    """Returns what a ``state_dict`` that was put on a model gives, as one that gathers shards; None if there is none.
+    """Returns the result of a ``state_dict`` method that was set on a model, e.g. to gather shards; None without one.
 
-    One that gives only an adapter's file counts as none: those tensors are the model's own.
+    A method that returns only an adapter's file is ignored, because those tensors are the model's own.
     """
     replaced = vars(model).get("state_dict")
     found: Mapping[str, Tensor] | None = None if replaced is None else replaced()
@@ -646,7 +649,7 @@ def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[st
 def _picked(
     manager: AdapterManager, weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
 ) -> AdapterWeights:
-    """Returns the same tensors taken from a state dict, such as one gathered from a sharded model."""
+    """Returns the same weights with the tensors of a state dict, e.g. one that was gathered from a sharded model."""
 
     def find(key: str, own: Tensor | None = None) -> Tensor:
         path, _, leaf = key.rpartition(".")
@@ -702,7 +705,7 @@ def _shared_in(state_dict: Mapping[str, Tensor], ending: str, own: Tensor) -> Te
 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
-    """Paths of embeddings and output heads, by their names, whose whole weight an adapter changes."""
+    """Returns paths of embeddings and output heads, recognized by name, whose weight an adapter changes."""
     layers = {path: layer for path, layer in manager.layers.items() if path.rpartition(".")[2] in _EMBEDDING_NAMES}
     return [
         path for path, layer in layers.items() if name in layer.adapters._modules and not layer.adapter(name).is_tied
@@ -710,7 +713,7 @@ def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
 
 
 def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | None, embeddings: str | bool) -> None:
-    """Warns if whole embeddings are saved although that was not asked for."""
+    """Warns if whole embeddings are saved although the caller did not request it; see ``save`` for the arguments."""
     adapted = [path for name in names or manager.names for path in _adapted_embeddings(manager, name)]
     if embeddings == "auto" and (adapted or vocabulary_resized(manager.model)):
         targeted = f"embedding layers found in `target_modules`, {adapted[0]}" if adapted else ""
@@ -722,9 +725,9 @@ def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | Non
 
 
 def vocabulary_resized(model: nn.Module) -> bool:
-    """Returns whether the vocabulary differs from the one in the folder the base was loaded from.
+    """Returns whether the vocabulary size differs from that in the folder from which the base was loaded.
 
-    False for a base from the hub: saving never goes to the network.
+    False for a base from the hub, because saving must not access the network.
     """
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
@@ -749,18 +752,19 @@ def push(
     """Saves adapters into a temporary folder and uploads it.
 
     Args:
-        manager: has them.
+        manager: manager of the model.
         repo_id: ``user/name``.
-        name: the adapter that goes into the repository itself; None: ``default`` does, others go into folders.
-        facts: what the card says besides the config; a card that the repository has keeps its own text.
-        replace: upload over another adapter that the repository holds; by default as PEFT does.
+        name: the adapter to save in the root of the repository; None saves all, with ``default`` in the root and the
+            others in folders.
+        facts: information for the model card in addition to the config; the text of an existing card is preserved.
+        replace: overwrite another adapter in the repository, which is the default as in PEFT.
         **kwargs: as for ``checkpoint.push``.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        AdapterExistsError: the repository holds another adapter, and that is not to be replaced.
+        AdapterExistsError: the repository has another adapter, and ``replace`` is False.
     """
     manager.check_alive()
     hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
@@ -785,6 +789,6 @@ def push(
 
 
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
-    """Writes or updates the README of a saved adapter."""
+    """Writes or updates the README of the adapter that is saved in a folder."""
     manager.check_alive()
     checkpoint.write_card(folder, _card_config(manager, _first_config(manager)), tags=_card_tags(manager.model))

@@ -1,8 +1,8 @@
-"""The config objects that people give: as in PEFT an adapter has the very object, filled in.
+"""Users' config objects: as in PEFT the adapter's config is the same object, with added values.
 
-In PEFT a config that is given to a second model has the first one's targets: ``"all-linear"`` on a model of two layers
-has become a list of the modules of two layers. Here the second model gets a copy of what was given; where the object is
-given for loading a saved adapter, the one that is loaded has it, and the first keeps a copy.
+In PEFT a config that is used for a second model has the first model's targets: ``"all-linear"`` on a model with two
+layers has become a list of these layers' modules. Here the second model gets a copy of the config as the user created
+it. If the object is passed when loading a saved adapter, that adapter gets the object and the first one a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nbpeft.engine.runtime.method_hooks import takes_part
 
 
 class _Filled(NamedTuple):
-    """A config that an adapter has: the object, as it was given, as it was filled in, and whose it is."""
+    """A config object of an adapter: as the user created it, with the added values, and the manager that has it."""
 
     reference: weakref.ref[AdapterConfig]
     given: AdapterConfig
@@ -28,47 +28,47 @@ class _Filled(NamedTuple):
 
 
 _filled: dict[int, _Filled] = {}
-"""id of such a config -> what is known of it."""
+"""id of a config object -> its record."""
 
 
 def as_given(config: AdapterConfig) -> AdapterConfig:
-    """Returns a config as a person means it: without what a model has filled in, with what was set since.
+    """Returns a config as the user means it: without values that a model has added, but with the user's later changes.
 
     Args:
-        config: the object; it is returned itself where no adapter has had it.
+        config: the config object; returned itself if it is not the config of an adapter.
     """
     known = _known(config)
     if known is None:
         return config
-    own = takes_part(config, HasTrainingState)  # whose patterns are what training has made of them
+    own = takes_part(config, HasTrainingState)  # such methods change the config's patterns during training
     public = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    kept = {name: value for name, value in public.items() if value != getattr(known.filled, name, None)}
-    return known.given.copy(**{name: value for name, value in kept.items() if not (own and isinstance(value, dict))})
+    changed = {name: value for name, value in public.items() if value != getattr(known.filled, name, None)}
+    return known.given.copy(**{name: value for name, value in changed.items() if not (own and isinstance(value, dict))})
 
 
 def take_given(
     manager: AdapterManager, name: str, given: AdapterConfig, change: Transaction, *, loading: bool = False
 ) -> None:
-    """Lets an adapter have the object that its config was given as, filled in; one that an adapter has had stays as is.
+    """Makes the user's config object the config of an adapter, with the added values; a used object is not changed.
 
     Args:
-        manager: has the adapter.
-        name: of the adapter.
-        given: the object, before anything was filled in.
-        change: records it.
-        loading: the object is given for a saved adapter: one that another adapter has goes over to this one.
+        manager: manager of the model.
+        name: name of the adapter.
+        given: the user's config object.
+        change: transaction that records the change.
+        loading: the object was passed for loading a saved adapter; another adapter that has it gets a copy instead.
     """
     if is_of_an_adapter(given):
         known = _known(given)
         if known is None or not loading:
             return
         if (owner := known.manager()) is not None:
-            for other in [one for one, config in owner.configs.items() if config is given]:
+            for other in [other for other, config in owner.configs.items() if config is given]:
                 _put(owner, other, given.copy(), change)
-    key, before, made = id(given), as_given(given).copy(), manager.configs[name]
+    key, before, completed = id(given), as_given(given).copy(), manager.configs[name]
     change.keep(vars(given))
-    filled = made.copy()
-    vars(given).update(vars(made))  # the very values: adapters share the patterns among them
+    filled = completed.copy()
+    vars(given).update(vars(completed))  # not copies: adapters share the patterns
 
     def forget(_: object = None) -> None:
         _filled.pop(key, None)
@@ -85,11 +85,11 @@ def _known(config: AdapterConfig) -> _Filled | None:
 
 
 def _put(manager: AdapterManager, name: str, config: AdapterConfig, change: Transaction) -> None:
-    """Lets an adapter have another object as its config."""
-    made = manager.configs[name]
+    """Replaces the config object of an adapter."""
+    former = manager.configs[name]
     change.set_item(manager.configs, name, config)
     shared = manager.shared(name)
-    for module in () if shared is None else shared.modules():  # who sets a field of the object later means them, too
-        if vars(module).get("config") is made:
+    for module in () if shared is None else shared.modules():  # changes of the object must reach them too
+        if vars(module).get("config") is former:
             change.keep_attributes(module, "config")
             vars(module)["config"] = config

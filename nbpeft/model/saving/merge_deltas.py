@@ -1,4 +1,4 @@
-"""What adapters add to the weights of a base model: those on a live model, or one saved in a folder."""
+"""The deltas of adapters for a merge: of adapters on a loaded model, or of a saved adapter."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from nbpeft.model.saving.merge_weights import is_transposed
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """What adapters add to one layer.
+    """The deltas of adapters on one layer.
 
     Attributes:
-        base: the layer; without weights if the base model is not loaded.
-        adapters: (adapter, factor on its delta).
+        base: the layer, without weights if the base model is not loaded.
+        adapters: pairs of an adapter and the factor on its delta.
     """
 
     base: BaseLayer
@@ -44,24 +44,24 @@ class LayerDelta:
 
     @property
     def transposed(self) -> bool:
-        """Whether the layer is a quantized one in place of one that stores its weight transposed."""
+        """Whether the layer is quantized and replaces one that stores its weight transposed."""
         return is_transposed(self.base.module)
 
     @property
     def quantized(self) -> bool:
-        """Whether the live layer is stored quantized."""
+        """Whether the loaded layer is quantized."""
         return self.base.backend.name != "dense"
 
     @property
     def device(self) -> torch.device:
-        """Device of the adapters; where they have no tensors here, of the layer, or the CPU if it is not loaded."""
+        """Device of the adapters' tensors, or of the layer if they have none; the CPU instead of the meta device."""
         owners = [adapter.source or adapter for adapter, _ in self.adapters]
-        found = next((one for own in owners for one in itertools.chain(own.parameters(), own.buffers())), None)
-        device = self.base.device if found is None else found.device
+        first = next((tensor for own in owners for tensor in itertools.chain(own.parameters(), own.buffers())), None)
+        device = self.base.device if first is None else first.device
         return torch.device("cpu") if device.type == "meta" else device
 
     def weight_name(self, path: str) -> str:
-        """Returns the name of what it adds to: the weight of the layer at a path, or the parameter there itself."""
+        """Returns the name of the changed tensor: the weight of the layer at a path, or the parameter at the path."""
         view = self.base.module
         if not isinstance(view, ParameterView):
             return f"{path}.weight"
@@ -69,15 +69,15 @@ class LayerDelta:
         return path if path.endswith(f".{own}") else f"{path}.{own}"
 
     def add_to_(self, weight: Tensor) -> None:
-        """Adds to a floating-point weight, (out, in) or as the module stores it, in place."""
+        """Adds the deltas in place to a floating-point weight, (out, in) or in the layout of the module."""
         add_deltas(self.base.kind.canonical(self.base.module, weight), self.base, self.adapters)
 
     def bias(self, read: Callable[[str], Tensor] | None = None) -> Tensor | None:
-        """Returns what is added to the layer's bias, (out,), or None.
+        """Returns the sum of the changes of the layer's bias, (out,), or None if there is none.
 
         Args:
-            read: returns a parameter of the layer by its name in it, where the layer is one without data. Without it
-                what is returned says no more than whether there is a change.
+            read: returns a parameter of the layer by name, for a layer on the meta device. Without it, the values for
+                such a layer are meaningless, and only whether the result is None can be used.
         """
         base = self._with_data(read)
         parts = [(adapter.delta_bias(base), scale) for adapter, scale in self.adapters]
@@ -85,25 +85,29 @@ class LayerDelta:
         return torch.stack(added).sum(0) if added else None
 
     def _with_data(self, read: Callable[[str], Tensor] | None) -> BaseLayer:
-        """The layer; one without data (meta device) with parameters that are read, or zeros."""
+        """Returns the layer; if it is on the meta device, a copy with parameters from ``read`` or zeros."""
         module, backend = self.base.module, self.base.backend
-        empty = {name: held for name, held in module._parameters.items() if held is not None and held.is_meta}
+        empty = {
+            name: parameter
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_meta
+        }
         if not empty or isinstance(module, ParameterView) or offloading(module) is not None:
             return self.base
         twin = backend.twin(module)  # type: ignore[attr-defined]
-        for name, held in empty.items():
-            value = torch.zeros((), dtype=held.dtype).expand(held.shape) if read is None else read(name)
+        for name, parameter in empty.items():
+            value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) if read is None else read(name)
             twin._parameters[name] = nn.Parameter(value, requires_grad=False)
         return BaseLayer(twin, self.base.kind, backend)
 
 
 @dataclass
 class Deltas:
-    """What a merge changes, by names in the base model.
+    """The changes of a merge, by names in the base model.
 
     Attributes:
-        layers: path -> what is added to the weight of that layer.
-        replaced: name -> tensor that takes the place of the base's: trained copies and biases.
+        layers: path -> change of the weight of the layer.
+        replaced: name -> tensor that replaces the base's: trained copies of modules, and biases.
         names: the adapters.
     """
 
@@ -113,7 +117,7 @@ class Deltas:
 
     @property
     def alike(self) -> list[set[str]]:
-        """Names of weights that the merge changes alike, with the same tensors: one weight of several can stay one."""
+        """Sets of weights that the merge changes by the same tensors, so that tied weights among them stay tied."""
         groups: dict[object, set[str]] = {}
         for path, layer in self.layers.items():
             groups.setdefault(change_of(layer.adapters), set()).add(layer.weight_name(path))
@@ -127,11 +131,15 @@ class Deltas:
 
 
 def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
-    """Returns the deltas of adapters on a live model.
+    """Returns the deltas of adapters on a loaded model.
+
+    Args:
+        manager: manager of the model.
+        names: names of the adapters.
 
     Raises:
         MergeError: adapters are merged, or cannot be merged into a weight.
-        AdapterError: two of them each trained a copy of one module.
+        AdapterError: two adapters have each trained a copy of the same module.
     """
     manager.require(*names)
     check_compatible(manager.copies, manager.layers, names)
@@ -170,7 +178,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         CheckpointError: the adapter cannot be read or does not fit.
     """
     saved = checkpoint.read_checkpoint(source)
-    # Raises for another base. Its note is ignored: weights that are not loaded cannot be compared.
+    # Raises an error for another base. The returned note is ignored: without weights it cannot be reliable.
     checkpoint.compare(saved.metadata, model)
     if saved.config.initialised_from_weight:
         raise MergeError(
@@ -213,10 +221,15 @@ def _base_of(target: Target, model: nn.Module) -> BaseLayer:
 
 
 def check_names(deltas: Deltas, weights: Set[str], where: str) -> None:
-    """Checks that the base has a weight for each delta, or one that is changed alike.
+    """Checks that the base has each weight that is changed, or a tied one that gets the same change.
+
+    Args:
+        deltas: the changes.
+        weights: names of the base's weights.
+        where: description of the base, for the message.
 
     Raises:
-        MergeError: one is missing.
+        MergeError: a weight is missing.
     """
     alike = {name: group for group in deltas.alike for name in group}
     missing = [name for name in deltas.changed if weights.isdisjoint(alike.get(name, {name}))]
@@ -228,10 +241,15 @@ def check_names(deltas: Deltas, weights: Set[str], where: str) -> None:
 
 
 def check_tied(deltas: Deltas, model: Any, where: str) -> None:
-    """Checks that deltas change no weight that the files of a base hold once for two modules, unless both alike.
+    """Checks that tied weights, which are stored only once, all get the same change.
+
+    Args:
+        deltas: the changes.
+        model: the base model, with its config.
+        where: description of the base, for the message.
 
     Raises:
-        MergeError: the adapter changes the embedding or the head, which share their weight.
+        MergeError: the adapter changes only the embedding or only the head, which share their weight.
     """
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return

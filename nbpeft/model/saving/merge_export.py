@@ -1,12 +1,11 @@
-"""Merging into a full-precision copy on disk, shard by shard, and the error of each way to merge.
+"""Merging into a full-precision copy on disk, shard by shard, and measuring merge errors.
 
-A QLoRA adapter can be merged into the quantized weights (dequantize, add, quantize again:
-``PeftModel.merge_adapter``), which rounds the sum again, or into a copy in full precision, which
-keeps it. The copy is written tensor by tensor: what is needed beyond the model itself is one
-weight and its sum, however large the model is.
+A QLoRA adapter can be merged into the quantized weights (``PeftModel.merge_adapter``: dequantize, add, quantize), which
+rounds the sum again, or into a full-precision copy, which does not. The copy is written tensor by tensor. In addition
+to the model this needs memory for one weight and its sum, whatever the size of the model.
 
-Base weights come from the live model (dequantized layer by layer) or from the safetensors files of
-a full-precision base; deltas come from the adapters on the live model or from a saved adapter.
+Base weights come from the loaded model, dequantized layer by layer, or from the safetensors files of a full-precision
+base. Deltas come from the adapters on the loaded model or from a saved adapter.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ _TOKENIZER_FILES = (
     "added_tokens", "chat_template", "generation_config", "merges", "preprocessor", "processor", "sentencepiece",
     "special_tokens", "spiece", "tokenizer", "vocab",
 )  # fmt: skip
-"""How the names of the files begin that belong to a model beside its weights and its config."""
+"""Prefixes of the names of a model's files other than its weights and its config."""
 _ROWS = 1024
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Distance of a merged weight to the exact sum of base weight and delta, relative to the norm of that sum.
+    """Distance of a merged weight from the exact sum of base weight and delta, relative to the norm of that sum.
 
     Attributes:
-        path: where the layer is.
-        full_precision: for the copy in full precision.
-        requantized: for the weight quantized again; None for a layer that is not quantized.
-        norm: of the exact weight.
-        delta_norm: of what the adapters add to it.
+        path: path of the layer.
+        full_precision: error of the full-precision copy.
+        requantized: error after quantizing again; None for a layer that is not quantized.
+        norm: norm of the exact sum.
+        delta_norm: norm of the adapters' delta.
     """
 
     path: str
@@ -64,14 +63,14 @@ class LayerError:
 
 @dataclass(frozen=True)
 class MergeErrors:
-    """The error of each choice, by layer and in total.
+    """The merge errors by layer and in total, for the full-precision copy and for quantizing again.
 
-    An error small beside the weight can be large beside what the adapter adds: quantized again,
-    an element that moves less than half a step of its grid falls back to where it was.
+    An error that is small relative to the weight can be large relative to the delta: after quantizing again, an element
+    that changed by less than half a quantization step has its old value.
 
     Attributes:
-        layers: one entry a layer, in model order; of layers that stay one weight, the first.
-        dtype: of the copy in full precision.
+        layers: one entry per layer, in model order; for tied weights only the first.
+        dtype: dtype of the full-precision copy.
     """
 
     layers: tuple[LayerError, ...]
@@ -84,12 +83,12 @@ class MergeErrors:
 
     @property
     def requantized(self) -> float | None:
-        """Relative error of quantizing again over all quantized layers; None if there are none."""
+        """Relative error after quantizing again, over all quantized layers; None if there are none."""
         found = [(layer.requantized, layer.norm) for layer in self.layers if layer.requantized is not None]
         return _combined_error(found) if found else None
 
     def of_delta(self, error: float) -> float:
-        """Returns a total error relative to the norm of what the adapters add, instead of the weights'."""
+        """Converts a total error, which is relative to the weights, to one relative to the adapters' delta."""
         added = math.hypot(*(layer.delta_norm for layer in self.layers))
         return error * math.hypot(*(layer.norm for layer in self.layers)) / added if added else 0.0
 
@@ -99,7 +98,7 @@ class MergeErrors:
         return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
 
     def worst(self) -> LayerError | None:
-        """Returns the layer with the largest error of quantizing again (or of rounding, if none is quantized)."""
+        """Returns the layer with the largest error after quantizing again, or of rounding if none is quantized."""
         return max(self.layers, key=lambda layer: (layer.requantized or 0.0, layer.full_precision), default=None)
 
     def __str__(self) -> str:
@@ -116,13 +115,13 @@ class MergedFolder:
     """A merged model on disk.
 
     Attributes:
-        folder: where it is; ``from_pretrained`` loads it like any other.
-        names: the adapters in it.
+        folder: the folder, which ``from_pretrained`` can load.
+        names: the merged adapters.
         paths: its files.
-        byte_count: of its weights.
-        shard_bytes: bytes of each file with weights.
-        dtype: of its weights.
-        errors: of both ways to merge; None if they were not measured.
+        byte_count: size of its weights in bytes.
+        shard_bytes: size of each weight file in bytes.
+        dtype: dtype of its weights.
+        errors: the merge errors; None if they were not measured.
     """
 
     folder: Path
@@ -155,19 +154,21 @@ def merge_to_folder(
     """Writes the base model with adapters merged into its weights to a folder. The model itself is not changed.
 
     Args:
-        model: an adapted model, quantized or not; or the folder of a base in full precision,
-            which is then never loaded as a whole.
-        adapter: name or names of its adapters (None: the active ones); for a folder as ``model``
-            the folder or hub id of a saved adapter.
-        folder: where the merged model goes; must not hold weights yet. All or nothing.
-        base: add the deltas to the full-precision weights in this folder instead of the
-            dequantized ones of the model. The adapter was not trained on them: the errors say
-            how far off the result is.
-        dtype: of the weights written; by default the base's own.
-        tokenizer: saved along; without it the files of the base's folder are copied, if it has one.
-        max_shard_bytes: largest file; the files of a folder are kept as they are split there.
-        measure_errors: also measure the error of each way to merge.
-        safe: refuse a weight that is not finite.
+        model: an adapted model, quantized or not; or the folder of a full-precision base, which is then never loaded
+            as a whole.
+        adapter: name or names of the model's adapters, None for the active ones; if ``model`` is a folder, the folder
+            or hub id of a saved adapter.
+        folder: folder for the merged model, which must not have weights yet. Either all files are written or none.
+        base: add the deltas to the full-precision weights in this folder instead of the model's dequantized weights.
+            The adapter was not trained with them, and the measured errors include this difference.
+        dtype: dtype of the written weights; by default that of the base.
+        tokenizer: tokenizer to save; by default the files of the base's folder are copied, if it has any.
+        max_shard_bytes: largest size of a file in bytes; ignored for a base from files, whose sharding is preserved.
+        measure_errors: measure the merge errors.
+        safe: raise an error for a weight that is not finite.
+
+    Returns:
+        The written folder.
 
     Raises:
         MergeError: adapters are merged already, cannot be merged, or give weights that are not finite.
@@ -209,8 +210,8 @@ def merge_errors(
 
     Args:
         model: an adapted model.
-        adapter: name or names; None: the active ones.
-        dtype: of the copy; by default the dtype of the model.
+        adapter: name or names; None for the active ones.
+        dtype: dtype of the full-precision copy; by default that of the model.
 
     Raises:
         MergeError: adapters are merged already or cannot be merged.
@@ -230,8 +231,9 @@ class MergedTensors:
 
     Attributes:
         names: the adapters.
-        specs: what there is; a weight that embedding and head share is there once, unless an adapter changes one.
-        read: name -> tensor.
+        specs: name, dtype and shape of each tensor; a weight that embedding and head share is listed once, unless an
+            adapter changes only one of them.
+        read: computes and returns the tensor with a name.
     """
 
     names: tuple[str, ...]
@@ -240,12 +242,12 @@ class MergedTensors:
 
 
 def merged_tensors(model: nn.Module, adapter: str | Sequence[str], *, dtype: torch.dtype | str) -> MergedTensors:
-    """Returns the merged weights of a loaded model, for a format of one's own. Nothing is changed or written.
+    """Returns the merged weights of a loaded model, to write them in another format. Nothing is changed or written.
 
     Args:
         model: an adapted model, quantized or not.
         adapter: name or names.
-        dtype: of the tensors.
+        dtype: dtype of the tensors.
 
     Raises:
         MergeError: adapters are merged already or cannot be merged.
@@ -270,7 +272,7 @@ class _Merger:
 
     @property
     def dtype_name(self) -> str:
-        """Name of the dtype of most of what is written."""
+        """Name of the dtype of most of the written weights."""
         dtype = self._dtype
         if dtype is None:
             floats = [spec for spec in self._specs.values() if spec.dtype.is_floating_point]
@@ -279,25 +281,25 @@ class _Merger:
 
     @property
     def changed_weights(self) -> list[str]:
-        """Returns the names of the weights that something is added to; of several that stay one the one there is."""
+        """Names of the weights that change; of tied weights, only the stored one."""
         names = (layer.weight_name(path) for path, layer in self._deltas.layers.items())
         return [name for name in names if name in self._specs]
 
     @property
     def merge_errors(self) -> MergeErrors:
-        """Returns the errors of what was read, in the order of the model."""
+        """The errors of the tensors that were read, in the order of the model."""
         return MergeErrors(
             tuple(self._errors[path] for path in self._deltas.layers if path in self._errors), self.dtype_name
         )
 
     def spec(self, spec: TensorSpec) -> TensorSpec:
-        """Returns dtype and shape of a tensor once it is merged."""
+        """Returns the dtype and shape of a tensor after merging."""
         dtype = self._dtype if self._dtype is not None and spec.dtype.is_floating_point else spec.dtype
         return TensorSpec(spec.name, dtype, spec.shape)
 
     @torch.no_grad()
     def tensor(self, name: str) -> Tensor:
-        """Returns the merged tensor of a name."""
+        """Computes and returns the merged tensor with a name."""
         spec = self.spec(self._specs[name])
         replaced = self._deltas.replaced.get(name)
         value, own = (replaced.detach(), False) if replaced is not None else self._weights.read(name)
@@ -312,7 +314,7 @@ class _Merger:
 
     def _weight(self, path: str, layer: LayerDelta, value: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
         value = value.t().contiguous() if layer.transposed else value
-        # Weights read from files are moved to the adapters, whose device multiplies faster than a CPU.
+        # Weights from files are moved to the adapters' device, which may be faster than the CPU.
         exact = value.to(layer.device, torch.float32, copy=self._measure or not own)
         layer.add_to_(exact)
         if self._safe and not bool(torch.isfinite(exact).all()):
@@ -338,11 +340,11 @@ class _Merge:
     """The inputs of a merge.
 
     Attributes:
-        model: the base model, or one on the meta device.
-        deltas: what the adapters add.
-        weights: where the base weights come from.
-        source: folder whose tokenizer is copied, or None.
-        dtype: of what is written, or None to keep each tensor's.
+        model: the base model, or a copy on the meta device.
+        deltas: the adapters' changes.
+        weights: source of the base weights.
+        source: folder from which the tokenizer is copied, or None.
+        dtype: dtype of the written weights, or None to preserve each tensor's.
         untied: whether embedding and head no longer share their weight.
     """
 
@@ -388,10 +390,10 @@ def _from_files(model: nn.Module, deltas: Deltas, folder: str | os.PathLike[str]
 def _manager(model: nn.Module) -> AdapterManager:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a model with adapters or the folder of a base, not {model!r:.60}")
-    found = manager_of(model)
-    if found is None or not found.alive or not found.names:
+    manager = manager_of(model)
+    if manager is None or not manager.alive or not manager.names:
         raise AdapterError(f"{type(model).__name__} carries no adapters to merge")
-    return found
+    return manager
 
 
 def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
@@ -402,11 +404,11 @@ def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:
-    """Returns the dtype a model was loaded in, unless none of it still has it: norms alone may have been cast since."""
+    """Returns the dtype in which a model was loaded, unless no tensor has it any more."""
     configured = getattr(getattr(model, "config", None), "dtype", None)
     floats = [p for p in model.parameters() if p.is_floating_point()]
-    kept = any(p.dtype == configured for p in floats) or is_quantized(model)
-    if isinstance(configured, torch.dtype) and kept:
+    still_used = any(p.dtype == configured for p in floats) or is_quantized(model)
+    if isinstance(configured, torch.dtype) and still_used:
         return configured
     return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32
 
@@ -415,8 +417,10 @@ def _other_files(plan: _Merge, tokenizer: Any, scratch: Path, dtype: str) -> lis
     """Returns the config, the generation config and the tokenizer's files."""
     files: dict[str, NewFile] = {}
     if plan.source is not None:
-        kept = [path for path in checkpoint.other_files(plan.source) if path.name.startswith(_TOKENIZER_FILES)]
-        files.update((path.name, NewFile.copy_of(path)) for path in kept)
+        tokenizer_files = [
+            path for path in checkpoint.other_files(plan.source) if path.name.startswith(_TOKENIZER_FILES)
+        ]
+        files.update((path.name, NewFile.copy_of(path)) for path in tokenizer_files)
     model: Any = plan.model
     if hasattr(getattr(model, "config", None), "to_json_string"):
         config = copy.deepcopy(model.config)
@@ -441,11 +445,11 @@ def _other_files(plan: _Merge, tokenizer: Any, scratch: Path, dtype: str) -> lis
 
 @torch.no_grad()
 def _requantized_error(delta: LayerDelta, exact: Tensor) -> float | None:
-    """Returns the error of quantizing a merged weight as the layer is; the layer itself is not changed.
+    """Returns the error of quantizing a merged weight like the layer, which is not changed; None if not possible.
 
     Args:
-        delta: of the layer.
-        exact: the merged weight, (out, in) or as the module stores it, float32.
+        delta: change of the layer.
+        exact: the merged weight, (out, in) or in the layout of the module, float32.
     """
     backend, module = delta.base.backend, delta.base.module
     if not delta.quantized or not backend.can_merge:
@@ -456,12 +460,12 @@ def _requantized_error(delta: LayerDelta, exact: Tensor) -> float | None:
 
 
 def _relative_error(value: Tensor, exact: Tensor) -> float:
-    """Returns the norm of the difference over the norm of ``exact``; row by row, to save memory."""
+    """Returns the norm of the difference divided by the norm of ``exact``, in blocks of rows to save memory."""
     difference = total = 0.0
     for start in range(0, max(exact.shape[0], 1), _ROWS):
-        true = exact[start : start + _ROWS].float()
-        difference += float((value[start : start + _ROWS].to(true.device).float() - true).square().sum())
-        total += float(true.square().sum())
+        exact_rows = exact[start : start + _ROWS].float()
+        difference += float((value[start : start + _ROWS].to(exact_rows.device).float() - exact_rows).square().sum())
+        total += float(exact_rows.square().sum())
     return math.sqrt(difference / total) if total else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The base weights of a merge: those of a model in memory, dequantized one by one, or of a folder's files."""
+"""The base weights for a merge: from a model in memory, dequantized one by one, or from the files of a folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nbpeft.errors import CheckpointNotFoundError, ConfigError, few
 
 
 def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
-    """Returns the model of a folder on the meta device: modules and shapes, no weights.
+    """Creates the model of a folder on the meta device: modules and shapes, but no weights.
 
     Raises:
         CheckpointNotFoundError: there is no config.
-        ConfigError: its class is not known.
+        ConfigError: the config names no class of transformers, or the weights are quantized.
     """
     transformers = importlib.import_module("transformers")
     try:
@@ -43,21 +43,21 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
 
 
 class Weights(Protocol):
-    """Where base weights come from."""
+    """A source of base weights."""
 
     specs: list[TensorSpec]
 
     def read(self, name: str) -> tuple[Tensor, bool]:
-        """Returns a tensor, and whether it is a copy that may be written to."""
+        """Returns a tensor, and whether it is a copy that the caller may overwrite."""
         ...
 
     def shards(self, specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-        """Returns the merged tensors of each file."""
+        """Splits the merged tensors into files of at most ``limit`` bytes."""
         ...
 
 
 class FolderWeights:
-    """Weights of a full-precision base on disk, in the shards they have there."""
+    """Weights of a full-precision base on disk, in its own shards."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.files = ModelFolder(folder)
@@ -68,24 +68,23 @@ class FolderWeights:
         return self.files.read(name), True
 
     def shards(self, specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-        """Returns the shards that the base has."""
+        """Returns the tensors in the shards of the base; ``limit`` is ignored."""
         planned = {spec.name: spec for spec in specs}
         return [[planned[spec.name] for spec in shard] for shard in self.files.shards if shard]
 
 
 class LiveWeights:
-    """Weights of a model in memory, dequantized when they are read.
+    """Weights of a model in memory, which are dequantized when they are read.
 
-    A shared weight is there once, unless an adapter changes one of its uses and not all alike: then each use is saved
-    by itself.
+    A tied weight is listed once. If adapters change its uses differently, each use is listed and saved separately.
 
     Args:
         model: the base model, with or without adapters on it.
-        changed: names that adapters change.
-        alike: sets of them that adapters change alike.
+        changed: names of the weights that adapters change.
+        alike: sets of weights that adapters change by the same tensors.
 
     Attributes:
-        untied: whether uses of a shared weight are saved by themselves.
+        untied: whether a tied weight is saved separately for each use.
     """
 
     def __init__(self, model: nn.Module, changed: Collection[str] = (), alike: Sequence[Set[str]] = ()) -> None:
@@ -110,7 +109,7 @@ class LiveWeights:
                 self.specs.append(TensorSpec(name, backend.dtype(module), _shape(module)))
 
     def read(self, name: str) -> tuple[Tensor, bool]:
-        """Returns the live tensor, or a dequantized one in the orientation of the model's class."""
+        """Returns the tensor, dequantized if necessary, in the layout of the model's class."""
         module, tensor = self._owners[name]
         if tensor is not None:
             with onloaded(module):
@@ -132,18 +131,18 @@ def _within(names: Sequence[str], groups: Sequence[Set[str]]) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Returns whether a quantized layer replaces one that stores its weight transposed, as GPT-2's do."""
-    made_of = getattr(module, "source_cls", None)
-    return getattr(made_of, "__name__", "") == "Conv1D" and is_quantized_layer(module)
+    """Returns whether a quantized layer replaces one that stores its weight transposed, like GPT-2's ``Conv1D``."""
+    source_class = getattr(module, "source_cls", None)
+    return getattr(source_class, "__name__", "") == "Conv1D" and is_quantized_layer(module)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
-    """Yields (name, module, tensor) of everything a model saves, without adapters; no tensor for a quantized weight."""
+    """Yields (name, module, tensor) of everything that a model saves, without adapters; None for quantized weights."""
     quantized_prefix = None
     for path, module in bare_modules(model, repeat=True):
         prefix = f"{path}." if path else ""
         if quantized_prefix is not None and prefix.startswith(quantized_prefix):
-            continue  # of a quantized layer only the dequantized weight and the bias are saved
+            continue  # a quantized layer saves only its dequantized weight and its bias
         quantized = is_quantized_layer(module)
         if quantized:
             quantized_prefix = prefix
@@ -158,7 +157,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of a quantized weight in the orientation of the model's class."""
+    """Returns the shape of a quantized weight in the layout of the model's class."""
     kind = resolve_layer_kind(module)
     if kind is None or not (kind.is_linear or kind.takes_ids):
         backend: Any = resolve_backend(module)

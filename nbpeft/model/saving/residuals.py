@@ -1,14 +1,15 @@
-"""Files of adapters that start in a part of the base, for a base without that part.
+"""Files of adapters whose init changes the base weights, for a base without that change.
 
-PEFT subtracts what such an adapter (PiSSA, OLoRA, CorDA, LoRA-GA) starts in from the base; ``unload()`` then gives the
-rest of the base, its residual. Here the adapter subtracts it and the base stays as it is. Whose config is set to
-``init_lora_weights = True`` before it is saved is saved for the residual, as with PEFT:
+In PEFT the init of such an adapter (PiSSA, OLoRA, CorDA, LoRA-GA) subtracts its initial component from the base
+weights, and ``unload()`` returns the rest of the base, its residual. Here the adapter subtracts it in its forward and
+the base weights do not change. If the config is set to ``init_lora_weights = True`` before saving, the file is for the
+residual, as in PEFT:
 
-    adapter's config          file, and the base that it goes with
-    as it was made            says where it starts; the base as it was
-    set to True by hand       the factors alone; the residual, which ``unload()`` gives from then on
+    adapter's config          file, and the base that it fits
+    unchanged                 includes the init; the original base
+    set to True by the user   only the factors; the residual, which ``unload()`` returns from then on
 
-The second file says from what it was started, so that it is right on the base as it was, too.
+The second file names the init in its metadata, so that it can be loaded on the original base too.
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Starts
 from nbpeft.engine.runtime.manager import AdapterManager
 
 START = "nbpeft.start"
-"""Where a file says which init its adapter started from."""
+"""Metadata key with the init of the adapter."""
 
 
 def starting(manager: AdapterManager, name: str) -> list[StartsInWeight]:
-    """Returns what an adapter has on the layers on which it starts in a part of the weight."""
-    here = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters]
-    return [one for one in here if isinstance(one, StartsInWeight) and one.taken_over is not None]
+    """Returns an adapter's modules on the layers where its init takes over a part of the weight.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+    """
+    adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters]
+    return [adapter for adapter in adapters if isinstance(adapter, StartsInWeight) and adapter.taken_over is not None]
 
 
 def left_start(manager: AdapterManager, name: str) -> dict[str, str]:
-    """Returns what a file for the residual says of an adapter; nothing where its file is for the base as it is."""
+    """Returns the metadata of a file for the residual; empty if the adapter's file is for the original base.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+    """
     if manager.configs[name].initialised_from_weight:
         return {}
     inits = dict.fromkeys(start.init for one in starting(manager, name) if (start := one.taken_over) is not None)
@@ -43,7 +54,13 @@ def left_start(manager: AdapterManager, name: str) -> dict[str, str]:
 
 @torch.no_grad()
 def take_out_of_saved(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
-    """Subtracts what an adapter starts in from the weights of the base that its file holds, as embeddings."""
+    """Subtracts an adapter's initial component from the base weights in its file, such as embeddings.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        weights: the tensors to save, changed in place.
+    """
     for path in weights.starts:
         layer, key = manager.layers[path], f"{path}.weight"
         adapter = layer.adapter(name)
@@ -53,7 +70,12 @@ def take_out_of_saved(manager: AdapterManager, name: str, weights: AdapterWeight
 
 
 def mark_left(manager: AdapterManager, name: str) -> None:
-    """Notes that a file for the residual was written or read, so that ``unload()`` gives that."""
+    """Records that a file for the residual was written or read, so that ``unload()`` returns the residual.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+    """
     for adapter in starting(manager, name):
         adapter.leaves_start = True
 
@@ -61,14 +83,18 @@ def mark_left(manager: AdapterManager, name: str) -> None:
 def kept_start(
     manager: AdapterManager, name: str, config: AdapterConfig, saved: checkpoint.Checkpoint, weights: AdapterWeights
 ) -> dict[str, TakenOver]:
-    """Returns where an adapter starts that takes the place of one it was trained from, or of itself.
+    """Returns the initial components of an adapter that a loaded file for the residual continues.
 
     Args:
-        manager: of the model.
-        name: the adapter on the model, which has a start and keeps it as in PEFT, if the file is for the residual.
-        config: of the file.
+        manager: manager of the model.
+        name: name of the adapter on the model that the file replaces. As in PEFT its initial components are preserved
+            if the file is for the residual.
+        config: config of the file.
         saved: the file.
         weights: the file's tensors, by layer.
+
+    Returns:
+        Path -> initial component; empty if the file is for another base.
     """
     if name not in manager.configs or config.initialised_from_weight:
         return {}
@@ -79,20 +105,20 @@ def kept_start(
         return {}
     if START in saved.metadata:
         return starts
-    if not saved.metadata and all(one.leaves_start for one in starting(manager, name)):
-        return starts  # a pickle cannot say so
+    if not saved.metadata and all(adapter.leaves_start for adapter in starting(manager, name)):
+        return starts  # a pickle has no metadata
     if checkpoint.Fingerprint.from_metadata(saved.metadata) is not None:
-        return {}  # it would say so
+        return {}  # written by nbpeft, so the metadata would name the init
     return starts if all(start.is_start_of(weights.adapters[path]) for path, start in starts.items()) else {}
 
 
 def config_on(model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> AdapterConfig:
-    """Returns the config of a file for a base: where that is no residual, one that subtracts what the file leaves out.
+    """Returns the config of a file on a base; for a file for the residual on the original base, with its init.
 
     Args:
         model: the base model.
-        config: of the file.
-        metadata: of the file.
+        config: config of the file.
+        metadata: metadata of the file.
     """
     init = metadata.get(START)
     if init is None or config.initialised_from_weight or not checkpoint.is_same_base(metadata, model):

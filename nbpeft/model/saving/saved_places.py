@@ -1,6 +1,6 @@
-"""Which adapters of this process are in which folder as they are now: saved to it, or loaded from it.
+"""Which adapters of this process are identical to which folder: saved to it or loaded from it.
 
-Where another adapter is written over the only copy of one, that one counts as not saved again.
+An adapter counts as unsaved again if another one overwrites its only copy.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nbpeft.engine.runtime.manager import AdapterManager
 
 @dataclass(frozen=True)
 class _Owner:
-    """An adapter of a model; both are held weakly, and renaming it changes nothing.
+    """An adapter of a model. Both are referenced weakly, and renaming the adapter changes nothing.
 
     Attributes:
-        manager: of its model.
-        config: its config.
-        mark: what its file there is known by.
+        manager: manager of the model.
+        config: the adapter's config object.
+        mark: identifies the version of the file.
     """
 
     manager: weakref.ref[AdapterManager]
@@ -33,25 +33,31 @@ class _Owner:
 
     @property
     def name(self) -> str | None:
-        """What it is called now; None where it is not on a model any more."""
+        """Current name of the adapter; None if it is no longer on a model."""
         manager, config = self.manager(), self.config()
         if manager is None or config is None or not manager.alive:
             return None
         return next((name for name, present in manager.configs.items() if present is config), None)
 
     def is_adapter(self, manager: AdapterManager, name: str) -> bool:
-        """Whether it is that one."""
+        """Returns whether this is the adapter with a name."""
         return self.manager() is manager and self.config() is manager.configs[name]
 
 
 _owners: dict[str, list[_Owner]] = {}
-"""Folder -> the adapters that are in it as they are now: the one that was saved, and those that were loaded from it."""
+"""Folder -> the adapters that are identical to it: the one that was saved, and those that were loaded from it."""
 _lock = threading.RLock()
-"""Held while they are read or changed, and until the marks of the adapters agree with them: all threads share them."""
+"""Guards ``_owners`` and the managers' ``unsaved``, which have to agree in all threads."""
 
 
 def note_place(manager: AdapterManager, name: str, folder: str | os.PathLike[str]) -> None:
-    """Notes that a folder has the adapter as it is now."""
+    """Records that a folder has the current state of an adapter.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        folder: the folder.
+    """
     with _lock:
         for place, owners in list(_owners.items()):
             _owners[place] = [owner for owner in owners if owner.name is not None]
@@ -63,7 +69,13 @@ def note_place(manager: AdapterManager, name: str, folder: str | os.PathLike[str
 
 
 def owner_of(manager: AdapterManager, name: str, folder: str | os.PathLike[str]) -> str | None:
-    """Which adapter a folder has, as far as this process knows: empty for this one, the name of another, or None."""
+    """Returns which adapter a folder has: the empty string for this one, the name of another, or None if unknown.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        folder: the folder.
+    """
     with _lock:
         mark, names = _mark(folder), []
         for owner in _owners.get(_key(folder), ()):
@@ -73,13 +85,18 @@ def owner_of(manager: AdapterManager, name: str, folder: str | os.PathLike[str])
 
 
 def note_saved(manager: AdapterManager, places: Mapping[str, Path]) -> None:
-    """Called when adapters were saved: adapter -> its folder. Who had its only copy there is not saved any more."""
+    """Records that adapters were saved; adapters whose only copy was overwritten become unsaved.
+
+    Args:
+        manager: manager of the model.
+        places: adapter name -> folder.
+    """
     with _lock:
         lost = []
         for name, place in places.items():
             changed = name in manager.unsaved
             if changed:
-                _forget(manager, name)  # elsewhere it is as before it was trained
+                _forget(manager, name)  # other folders have its state before training
             owners = _owners.get(_key(place), [])
             if changed or not any(owner.is_adapter(manager, name) for owner in owners):
                 lost += _owners.pop(_key(place), [])
@@ -92,14 +109,14 @@ def note_saved(manager: AdapterManager, places: Mapping[str, Path]) -> None:
 
 
 def note_written_over(folders: Iterable[str | os.PathLike[str]]) -> None:
-    """Called when something else was written into folders. Who had its only copy there is not saved any more."""
+    """Records that folders were overwritten by something else; adapters whose only copy this was become unsaved."""
     with _lock:
         changed = _mark_lost([owner for folder in folders for owner in _owners.pop(_key(folder), [])])
     _tell(changed)
 
 
 def _mark_lost(owners: Iterable[_Owner]) -> list[AdapterManager]:
-    """Marks adapters without another copy as unsaved. Returns the managers of those that were not so marked."""
+    """Marks adapters without another copy as unsaved, and returns the managers for which this is a change."""
     changed = []
     for owner in owners:
         manager, name = owner.manager(), owner.name
@@ -110,7 +127,7 @@ def _mark_lost(owners: Iterable[_Owner]) -> list[AdapterManager]:
 
 
 def _tell(managers: Iterable[AdapterManager]) -> None:
-    """Tells those who follow the managers; without the lock, because they may wait for a thread that saves."""
+    """Notifies subscribers of the managers; without the lock, because they may wait for a thread that saves."""
     for manager in dict.fromkeys(managers):
         manager.changed()
 
@@ -121,7 +138,7 @@ def _forget(manager: AdapterManager, name: str) -> None:
 
 
 def _has_copy(lost: _Owner) -> bool:
-    """Whether an adapter is in another folder as it is now."""
+    """Returns whether another folder has the current state of an adapter."""
     return any(
         owner.manager() is lost.manager() and owner.config() is lost.config() and owner.mark == _mark(place)
         for place, owners in _owners.items()

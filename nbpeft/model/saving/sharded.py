@@ -1,4 +1,4 @@
-"""Tensors of which each process has a part: FSDP2's (``DTensor``), and those of DeepSpeed's ZeRO-3, which are empty."""
+"""Tensors that are sharded over processes: FSDP2's ``DTensor`` and DeepSpeed ZeRO-3, whose shards look empty."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nbpeft.checkpoint import Fingerprint, fingerprint
 from nbpeft.errors import CheckpointError
 
 _fingerprints: weakref.WeakKeyDictionary[nn.Module, Fingerprint] = weakref.WeakKeyDictionary()
-"""Base model -> its fingerprint before it was sharded."""
+"""Base model -> its fingerprint before sharding."""
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A tensor whole and detached; where each process has a part, all of them call this.
+    """Returns a complete, detached tensor. All processes must call this for a sharded tensor.
 
     Raises:
-        CheckpointError: it is a part that DeepSpeed alone can gather: an empty file would be written.
+        CheckpointError: only DeepSpeed can gather the tensor; without this check an empty one would be saved.
     """
     shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
     if shape != tuple(tensor.shape):
@@ -28,16 +28,16 @@ def gathered(tensor: Tensor) -> Tensor:
             "state_dict=… gathered from all processes"
         )
     whole: Any = tensor.detach()
-    found: Tensor = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-    return found
+    complete: Tensor = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+    return complete
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:
-    """A value in the form of a tensor it is to be copied into: of a sharded one this process's part.
+    """Converts a value to the layout of a tensor to copy it into: for a sharded tensor, this process's shard.
 
     Args:
-        own: what is written to.
-        value: whole; the same in all processes, which all call this in the same order.
+        own: the tensor to write to.
+        value: the complete value. All processes call this with the same values in the same order.
     """
     mesh = getattr(own, "device_mesh", None)
     if mesh is None:
@@ -49,23 +49,23 @@ def like(own: Tensor, value: Tensor) -> Tensor:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes share a model's weights out."""
+    """Returns whether a model's weights are sharded over processes."""
     return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_shape") for parameter in model.parameters())
 
 
 def note_fingerprint(model: nn.Module) -> None:
-    """Takes the fingerprint of a base model that is about to be sharded: of its parts none can be taken."""
+    """Computes the fingerprint of a base model before it is sharded, which is not possible afterwards."""
     if not is_sharded(model):
         _fingerprints[model] = fingerprint(model)
 
 
 def noted_fingerprint(model: nn.Module) -> Fingerprint | None:
-    """The fingerprint of a base model before it was sharded; None for one that is not."""
+    """Returns the fingerprint of a base model before sharding; None for a model that is not sharded."""
     return _fingerprints.get(model) if is_sharded(model) else None
 
 
 def gathered_state(state: Any) -> Any:
-    """The state of an optimizer with its tensors whole; all processes call this."""
+    """Returns an optimizer state with complete tensors, on the CPU; all processes must call this."""
     if isinstance(state, Tensor):
         return gathered(state).to("cpu")
     if isinstance(state, dict):
@@ -74,16 +74,18 @@ def gathered_state(state: Any) -> Any:
 
 
 def state_like(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A whole state of an optimizer, in the form of the parameters that it holds here; all processes call this.
+    """Converts a complete optimizer state to the layout of the optimizer's parameters; all processes must call this.
 
     Args:
-        optimizer: with parameters, in the order of those that the state belongs to.
-        state: as ``optimizer.state_dict()`` has it, whole.
+        optimizer: the optimizer, with its parameters in the order of the state.
+        state: complete state in the layout of ``optimizer.state_dict()``.
     """
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shaped = {
         index: {
-            name: like(held[index], value) if isinstance(value, Tensor) and value.shape == held[index].shape else value
+            name: like(parameters[index], value)
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
             for name, value in values.items()
         }
         for index, values in state["state"].items()

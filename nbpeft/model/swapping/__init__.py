@@ -1,13 +1,12 @@
-"""More adapters than fit on the device: a pool, its caches, and swaps in place.
+"""More adapters than fit on the device: a pool, its caches, and in-place swaps.
 
 Door, what other rooms import:
 
-    hotswap.py  Hot-swapping saved adapters, under PEFT's names
+    hotswap.py  PEFT's functions for hot-swapping saved adapters
     pool.py     AdapterPool: more adapters on one base model than fit on its device
 
 Inside:
 
-    device_cache.py  The adapters of a pool that are on its model's device: their size, which may be evicted, and
-                     swapping them in
-    host_cache.py    Adapters in host memory: read from files, made ready for a model, and kept within a limit
+    device_cache.py  The pool's LRU cache of adapters on the model's device
+    host_cache.py    The pool's LRU cache of adapters in host memory, and reading them from files
 """

@@ -1,4 +1,4 @@
-"""The adapters of a pool that are on its model's device: their size, which may be evicted, and swapping them in.
+"""The pool's LRU cache of adapters on the model's device.
 
 Used by :class:`~nbpeft.model.swapping.pool.AdapterPool`.
 """
@@ -32,11 +32,11 @@ class CacheEntry:
     """An adapter of the pool that is on the model.
 
     Attributes:
-        config: the manager's own object, by which it is known again.
-        signature: of its tensors.
-        byte_count: bytes they take.
-        version: changes when they are written to.
-        norms: of its tensors as they were loaded, since fused and 8-bit optimizers write without changing a version.
+        config: the manager's config object, by which the adapter is recognized.
+        signature: shapes of its tensors.
+        byte_count: size of its tensors in bytes.
+        version: sum of its tensors' versions, which changes when they are written to.
+        norms: norms of its tensors when loaded, because fused and 8-bit optimizers do not change a tensor's version.
     """
 
     config: AdapterConfig
@@ -47,18 +47,18 @@ class CacheEntry:
 
 
 class DeviceCache:
-    """LRU cache of the adapters on a model. Not thread-safe: the pool holds its lock.
+    """LRU cache of the adapters on a model. Not thread-safe: the pool acquires its lock before calls.
 
     Args:
-        manager: of the model.
-        limit: in bytes.
-        host: takes the evicted adapters.
-        half: keep adapters in the base's dtype also where that is a half one.
+        manager: manager of the model.
+        limit: maximal size in bytes.
+        host: receives the evicted adapters.
+        half: use the base's dtype for adapters even if it is a half-precision one.
 
     Attributes:
         pinned: names that are never evicted.
-        evictions: adapters evicted so far.
-        swaps: those of them that were overwritten in place.
+        evictions: number of evicted adapters.
+        swaps: number of those that were overwritten in place.
     """
 
     def __init__(self, manager: AdapterManager, limit: int, host: HostCache, *, half: bool) -> None:
@@ -83,11 +83,11 @@ class DeviceCache:
 
     @property
     def byte_count(self) -> int:
-        """Bytes of all of them."""
+        """Size of all adapters in bytes."""
         return sum(entry.byte_count for entry in self._entries.values())
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Returns those of the names that are not on the model.
+        """Returns the names that are not on the model.
 
         Raises:
             AdapterExistsError: another adapter has taken the name on the model.
@@ -103,8 +103,8 @@ class DeviceCache:
 
     @property
     def refs(self) -> dict[str, Counter[int]]:
-        """Name -> thread -> how often that thread holds the adapter now."""
-        self._leases = [lease for lease in self._leases if (held := lease[2]()) is not None and held.locked()]
+        """Name -> thread id -> how many blocks of the thread currently use the adapter."""
+        self._leases = [lease for lease in self._leases if (lock := lease[2]()) is not None and lock.locked()]
         found: dict[str, Counter[int]] = {}
         for names, thread, _ in self._leases:
             for name in names:
@@ -112,11 +112,11 @@ class DeviceCache:
         return found
 
     def acquire(self, names: Iterable[str], held: threading.Lock) -> None:
-        """Keeps adapters for the calling thread, and marks them as just used.
+        """Protects adapters from eviction by other threads, and marks them as just used.
 
         Args:
             names: adapters on the model.
-            held: a lock; they are kept as long as it exists and is locked.
+            held: a locked lock; the adapters are protected until it is unlocked or garbage collected.
         """
         for name in names:
             self._entries.move_to_end(name)
@@ -125,39 +125,39 @@ class DeviceCache:
     def to_evict(
         self, to_load: Mapping[str, HostAdapter], names: Sequence[str], *, switching: bool
     ) -> list[str] | None:
-        """Returns what has to be evicted before adapters are loaded; None if other threads hold too many.
+        """Returns the adapters to evict before loading others; None if other threads use too many.
 
         Args:
             to_load: the adapters to load.
-            names: what has to be on the model then, ``to_load`` included.
+            names: all adapters that are needed on the model, including ``to_load``.
             switching: whether the active adapters may be evicted.
 
         Raises:
-            AdapterError: there can be no room.
-            BusyError: there is none beside what this thread holds.
+            AdapterError: the adapters can never fit.
+            BusyError: they do not fit together with those that this thread uses.
         """
         refs = self.refs
         loaded_bytes = sum(adapter.byte_count for adapter in to_load.values())
         over = self.byte_count + loaded_bytes - self.limit
-        held = [name for name, threads in refs.items() if threads[threading.get_ident()]]
-        kept = {*names, *self.pinned, *held, *(() if switching else self._manager.active)}
+        used_here = [name for name, threads in refs.items() if threads[threading.get_ident()]]
+        not_evicted = {*names, *self.pinned, *used_here, *(() if switching else self._manager.active)}
         evicted: list[str] = []
-        held_by_others: list[str] = []
+        used_by_others: list[str] = []
         for name in self.names:
             if over <= 0:
                 break
-            if name in kept or self._changed(name):
+            if name in not_evicted or self._changed(name):
                 continue
             if name in refs:
-                held_by_others.append(name)
+                used_by_others.append(name)
                 continue
             evicted.append(name)
             over -= self._entries[name].byte_count
         if over <= 0:
             return evicted
-        if over > sum(self._entries[name].byte_count for name in held_by_others):
+        if over > sum(self._entries[name].byte_count for name in used_by_others):
             raise self._no_room(names, loaded_bytes, AdapterError)
-        if held:
+        if used_here:
             raise self._no_room(names, loaded_bytes, BusyError)
         return None
 
@@ -177,7 +177,7 @@ class DeviceCache:
         )
 
     def _why_kept(self, name: str) -> str:
-        """Returns why an adapter is not evicted; empty if it may be."""
+        """Returns why an adapter is not evicted, or the empty string if it can be."""
         if name in self.pinned:
             return "pinned"
         if name in self.refs:
@@ -186,20 +186,20 @@ class DeviceCache:
             return "changed since it was loaded"
         return "active" if name in self._manager.active else ""
 
-    # Changing the model, always inside a transaction of the manager's
+    # Changes of the model, always inside one of the manager's transactions
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def swap_in(self, to_load: Mapping[str, HostAdapter], evicted: Sequence[str], *, switching: bool = False) -> None:
-        """Evicts adapters and loads others in their place; all or nothing.
+        """Evicts adapters and loads others instead; all or nothing.
 
         Args:
             to_load: the adapters to load.
             evicted: the adapters to evict.
-            switching: whether other adapters are made active with it, so that what is merged is unmerged.
+            switching: whether other adapters are activated in the same transaction, so that merged ones are unmerged.
 
         Raises:
-            MergeError: adapters are merged and stay active.
+            MergeError: adapters are merged and remain active.
         """
         overwritten, added = self._matched(to_load, evicted)
         plans = {name: self._manager.plan(to_load[name].config) for name in added}
@@ -230,12 +230,12 @@ class DeviceCache:
             self._host.put(name, copied)
 
     def _mark_unchanged(self, names: Iterable[str]) -> None:
-        """Counts the tensors of adapters, which were written and put back, as those that were loaded."""
+        """Treats the tensors of adapters as unchanged, after a transaction wrote and restored them."""
         for name in names:
             self._entries[name].version = self._version(name)
 
     def _matched(self, to_load: Mapping[str, HostAdapter], evicted: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-        """Returns evicted adapter -> the one of its signature that overwrites it, and those that overwrite none."""
+        """Returns evicted adapter -> new adapter of its signature that overwrites it, and the other new adapters."""
         added = list(to_load)
         overwritten: dict[str, str] = {}
         for old in evicted:
@@ -248,7 +248,7 @@ class DeviceCache:
         return overwritten, added
 
     def _copied(self, name: str) -> HostAdapter | None:
-        """Copies an adapter to host memory, if it may stay there."""
+        """Copies an adapter to host memory; None if it exceeds the limit."""
         entry = self._entries[name]
         self._scales[name] = self._manager.scale(name)
         if entry.byte_count > self._host.limit:
@@ -264,7 +264,7 @@ class DeviceCache:
         self._record(new, adapter)
 
     def _add(self, name: str, plan: InjectionPlan, adapter: HostAdapter) -> None:
-        # A copy: what is on the model will be overwritten, and others may hold what was read.
+        # A copy, because tensors on the model will be overwritten, and other threads may use what was read.
         weights = adapter.weights.copied("cpu")
         self._manager.add(name, plan, weights, trainable=False, half=self._half, select=False)
         self._record(name, adapter)
@@ -281,7 +281,7 @@ class DeviceCache:
         )
 
     def _bytes(self, name: str) -> int:
-        """Returns the bytes an adapter takes on the model."""
+        """Returns the size of an adapter on the model in bytes."""
         tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._manager.parameters(name)}
         weights = self._manager.weights(name)
         for named in (*weights.copies.values(), weights.shared):
@@ -289,7 +289,12 @@ class DeviceCache:
         return sum(tensor.nbytes for tensor in tensors.values())
 
     def drop(self, name: str, change: Transaction) -> None:
-        """Takes an adapter off the model, if it is there."""
+        """Removes an adapter from the model, if it is there.
+
+        Args:
+            name: name of the adapter.
+            change: transaction that records the change.
+        """
         change.keep(self._entries)
         change.keep_attributes(self, "pinned", "_scales")
         if name in self.names:

@@ -1,4 +1,4 @@
-"""Adapters in host memory: read from files, made ready for a model, and kept within a limit.
+"""The pool's LRU cache of adapters in host memory, and reading them from files.
 
 Used by :class:`~nbpeft.model.swapping.pool.AdapterPool`.
 """
@@ -30,12 +30,12 @@ from nbpeft.model.saving.files import drop_unchanged, embedding_weights, expecte
 from nbpeft.names import BOOKKEEPING_FIELDS
 
 _MAX_LAYOUTS = 64
-"""How many layouts are remembered: each holds the shapes of all layers."""
+"""Number of cached layouts, each of which has the shapes of all layers."""
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an adapter comes from.
+    """Where an adapter is loaded from.
 
     Attributes:
         source: a folder or a hub id.
@@ -48,13 +48,13 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class ShapeSignature:
-    """Which tensors an adapter has on a model; of two adapters with equal ones, either can overwrite the other.
+    """Shapes of an adapter's tensors on a model; adapters with equal signatures can overwrite each other.
 
     Attributes:
         method: label of the method.
         adapters: path -> parameter -> shape.
         copies: path of a module in ``modules_to_save`` -> parameter or buffer -> shape.
-        can_overwrite: False where its layers share tensors: then none overwrites another.
+        can_overwrite: False if its layers share tensors, so that it can neither overwrite nor be overwritten.
     """
 
     method: str
@@ -65,13 +65,13 @@ class ShapeSignature:
 
 @dataclass(frozen=True)
 class HostAdapter:
-    """An adapter in host memory, exactly as it will be on the model's device.
+    """An adapter in host memory, in the form that it has on the model's device.
 
     Attributes:
         config: its config.
-        weights: its tensors, in the dtypes they will have on the model.
-        signature: of its tensors.
-        note: what to warn of about its base model, or None.
+        weights: its tensors, in the dtypes that they have on the model.
+        signature: their shapes.
+        note: a warning about its base model, or None.
     """
 
     config: AdapterConfig
@@ -81,13 +81,13 @@ class HostAdapter:
 
     @functools.cached_property
     def byte_count(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return self.weights.byte_count
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What is worked out once for all adapters of a signature."""
+    """What is computed once for all adapters with the same config except names and values."""
 
     plan: InjectionPlan
     signature: ShapeSignature
@@ -114,8 +114,8 @@ class AdapterReader:
     """Reads adapters for one model. Thread-safe; changes nothing on the model.
 
     Args:
-        manager: of the model.
-        half: keep adapters in the base's dtype also where that is a half one.
+        manager: manager of the model.
+        half: use the base's dtype for adapters even if it is a half-precision one.
     """
 
     def __init__(self, manager: AdapterManager, *, half: bool) -> None:
@@ -130,6 +130,10 @@ class AdapterReader:
     @torch.no_grad()
     def read(self, name: str, source: AdapterSource) -> HostAdapter:
         """Reads a whole adapter.
+
+        Args:
+            name: name of the adapter, for messages.
+            source: where it is.
 
         Raises:
             CheckpointError: the file cannot be read, does not fit or lacks tensors.
@@ -204,7 +208,7 @@ class AdapterReader:
         return _Layout(plan, signature, wanted, dtypes, copy_dtypes, shared_dtype)
 
     def _drop_unchanged_embeddings(self, name: str, weights: AdapterWeights) -> None:
-        """Leaves out embeddings in the file that are the base's own; others cannot be in a pool."""
+        """Drops embeddings in the file that equal the base's; an adapter with different ones cannot be in a pool."""
         changed = drop_unchanged(weights, embedding_weights(self._manager.model) if weights.base else {})
         if changed:
             raise AdapterError(
@@ -212,7 +216,7 @@ class AdapterReader:
             )
 
     def _note(self, metadata: Mapping[str, str]) -> str | None:
-        """Returns what ``checkpoint.compare`` says; asked once for all adapters trained on the same base."""
+        """Returns the message of ``checkpoint.compare``, cached for all adapters of the same base."""
         if self._manager.merged:
             return None
         key = json.dumps({name: value for name, value in metadata.items() if name.startswith("nbpeft.base.")})
@@ -229,10 +233,10 @@ class _ReadAbandoned(Exception):
 class HostCache:
     """LRU cache of adapters in host memory.
 
-    A name that two threads ask for is read once.
+    Threads that request the same name at the same time share one read.
 
     Args:
-        limit: in bytes.
+        limit: maximal size in bytes.
         read: reads an adapter by name.
     """
 
@@ -249,16 +253,16 @@ class HostCache:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is kept, least recently used first."""
+        """The cached adapters, least recently used first."""
         with HeldInterrupts(), self._lock:
             return tuple(self._entries)
 
     def get(self, name: str, *, prefetch: bool = False) -> HostAdapter:
-        """Returns an adapter, from memory or else from its files; raises the errors of reading.
+        """Returns an adapter from the cache or from its files; raises the errors of reading.
 
         Args:
-            name: its name.
-            prefetch: it is not needed yet, so this does not count as a hit.
+            name: name of the adapter.
+            prefetch: the adapter is not needed yet, so that this does not count as a hit.
         """
         own: Future[HostAdapter] = Future()
         try:
@@ -289,7 +293,7 @@ class HostCache:
         future.set_result(adapter)
 
     def _end_reading(self, name: str, future: Future[HostAdapter]) -> bool:
-        """Returns whether the name still stands for what was read: it may have been dropped meanwhile."""
+        """Ends a read; returns False if the adapter was dropped meanwhile, so that the result must not be cached."""
         with HeldInterrupts(), self._lock:
             current = self._reading.get(name) is future
             if current:
@@ -297,7 +301,12 @@ class HostCache:
             return current
 
     def put(self, name: str, adapter: HostAdapter) -> None:
-        """Keeps an adapter, unless it alone exceeds the limit."""
+        """Caches an adapter, unless it alone exceeds the limit.
+
+        Args:
+            name: name of the adapter.
+            adapter: the adapter.
+        """
         with HeldInterrupts(), self._lock:
             self._evict(name)
             if adapter.byte_count > self.limit:
@@ -308,7 +317,7 @@ class HostCache:
                 self._evict(next(iter(self._entries)))
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter, even one that is being read."""
+        """Drops an adapter from the cache, even while it is being read."""
         with HeldInterrupts(), self._lock:
             self._evict(name)
             self._reading.pop(name, None)

@@ -1,4 +1,4 @@
-"""Hot-swapping saved adapters, under PEFT's names."""
+"""PEFT's functions for hot-swapping saved adapters."""
 
 from __future__ import annotations
 
@@ -40,28 +40,31 @@ def hotswap_adapter(
     allow_missing: bool = False,
     **kwargs: Any,
 ) -> Swapped:
-    """Puts a saved adapter in the place of one that is on the model, which keeps its name.
+    """Replaces an adapter on the model by a saved one, which gets its name.
 
-    Everything is checked before the first byte is copied. Tensors are overwritten in place, so a
-    compiled model that was prepared with ``prepare_model_for_compiled_hotswap`` goes on without
-    compiling again. A slot of a model that is not compiled grows if the new rank needs it.
+    Everything is checked before the first byte is copied. Tensors are overwritten in place, so that a compiled model
+    that was prepared with ``prepare_model_for_compiled_hotswap`` is not recompiled. If the model is not compiled, the
+    adapter's rank grows if necessary.
 
     Args:
         model: a PeftModel, compiled or not, or an adapted base model.
         model_name_or_path: a folder or a hub id.
-        adapter_name: what to replace.
-        torch_device: where to read the file to; the CPU if None.
-        validate: called with the model once the new adapter is in place and alone active; if it
-            returns False or raises, the old adapter is put back, bit for bit.
-        done: called last of all with the transaction of the swap, which it can still undo by raising.
-        allow_missing: take a file that lacks some tensors of a layer, which then adds nothing, with a warning; by
-            default it is refused. Layers that the file lacks altogether add nothing in any case.
-        **kwargs: ``config`` to use instead of the saved one, ``key_mapping``, and hub options:
-            ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
+        adapter_name: name of the adapter to replace.
+        torch_device: device to load the file to; None for the CPU.
+        validate: called with the model after the swap, when the new adapter is the only active one. If it returns
+            False or raises, the old adapter is restored bit for bit.
+        done: called last with the transaction of the swap; raising an error still undoes it.
+        allow_missing: accept a file that lacks some tensors of a layer, with a warning; the layer then adds nothing.
+            By default it is refused. Layers that the file lacks completely add nothing in any case.
+        **kwargs: ``config`` to use instead of the saved one, ``key_mapping``, and hub options: ``subfolder``,
+            ``revision``, ``cache_dir``, ``token``, …
+
+    Returns:
+        What was swapped.
 
     Raises:
         HotSwapError: the adapter cannot take the slot, or was refused by ``validate``.
-        ConfigError: a keyword is misspelt.
+        ConfigError: a keyword argument is misspelt.
         CheckpointError: the checkpoint cannot be read or belongs to another base.
     """
     manager = require_manager(model)
@@ -70,7 +73,7 @@ def hotswap_adapter(
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
     with CollectionPaused():
         saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
-        # Merged weights are not the base's: the comparison would report another base.
+        # Merged weights have another fingerprint than the base, so they are not compared.
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
     with manager.transaction():
@@ -93,17 +96,19 @@ def hotswap_adapter_from_state_dict(
     validate: Callable[[nn.Module], object] | None = None,
     allow_missing: bool = False,
 ) -> Swapped:
-    """As ``hotswap_adapter``, with tensors that are in memory.
+    """Replaces an adapter like ``hotswap_adapter``, with tensors in memory.
 
     Args:
         model: a PeftModel, compiled or not, or an adapted base model.
-        state_dict: tensors under the keys of a file, or of a PEFT model, which have the adapter's
-            name behind the parameter's.
-        adapter_name: what to replace.
+        state_dict: tensors under the keys of an adapter file, or of a PeftModel, which include the adapter's name.
+        adapter_name: name of the adapter to replace.
         config: config of the new adapter.
-        parameter_prefix: accepted for PEFT's sake; keys are matched whole.
+        parameter_prefix: accepted for compatibility with PEFT and ignored.
         validate: see ``hotswap_adapter``.
-        allow_missing: likewise.
+        allow_missing: see ``hotswap_adapter``.
+
+    Returns:
+        What was swapped.
     """
     manager = require_manager(model)
     manager.require(adapter_name)
@@ -123,28 +128,27 @@ def prepare_model_for_compiled_hotswap(
     config: AdapterConfig | Mapping[str, AdapterConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Makes a model ready to be compiled and then hot-swapped without compiling again.
+    """Prepares a model for being compiled and then hot-swapped without recompilation.
 
-    Call it after the first adapter is loaded and before ``torch.compile``. Outputs stay equal.
+    Call it after loading the first adapter and before ``torch.compile``. Outputs do not change.
 
     Args:
         model: a PeftModel or an adapted base model.
-        target_rank: the largest rank to come; factors are padded with zeros to it. None: they stay.
-        config: configs to set to the target rank too, with an alpha that keeps every scaling.
-            Not needed here: saving writes the true rank, without the padding.
-        check_compiled: what to do if the model is compiled already: "error", "warn" or "ignore".
+        target_rank: the largest rank of future adapters, to which factors are padded with zeros; None for no padding.
+        config: configs whose rank is set to the target rank too, with an alpha that preserves every scaling. Not
+            needed with nbpeft, which saves the true rank without the padding.
+        check_compiled: what to do if the model is already compiled: "error", "warn" or "ignore".
 
     Raises:
-        HotSwapError: the model is compiled already, has no adapter, or one of larger rank.
-        ConfigError: ``check_compiled`` is none of the three, ``target_rank`` or ``config`` of
-            another kind, or a layer cannot take the rank.
+        HotSwapError: the model is already compiled, has no adapter, or one of larger rank.
+        ConfigError: an argument is invalid, or a layer does not support the rank.
     """
     if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
         raise ConfigError(f"target_rank must be a positive whole number, not {target_rank!r}")
-    given = [] if config is None else list(config.values()) if isinstance(config, Mapping) else [config]
-    for one in given:
-        if not isinstance(one, AdapterConfig):
-            raise ConfigError(f"config must be an adapter's config, or a dictionary of them by name, not {one!r:.60}")
+    configs = [] if config is None else list(config.values()) if isinstance(config, Mapping) else [config]
+    for each in configs:
+        if not isinstance(each, AdapterConfig):
+            raise ConfigError(f"config must be an adapter's config, or a dictionary of them by name, not {each!r:.60}")
     if check_compiled not in _CHECKS:
         raise ConfigError(
             f"check_compiled must be one of {', '.join(map(repr, _CHECKS))}, not {check_compiled!r}."
@@ -158,21 +162,21 @@ def prepare_model_for_compiled_hotswap(
             "again",
             stacklevel=2,
         )
-    found = manager_of(model)
-    if found is None:
+    manager = manager_of(model)
+    if manager is None:
         raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
-    prepare_for_hotswap(found, target_rank)
+    prepare_for_hotswap(manager, target_rank)
     if target_rank is None:
         return
-    names = {id(own): name for name, own in found.configs.items()}
-    for one in given:
-        name = names.get(id(one))
-        paths = [] if name is None else [path for path, layer in found.layers.items() if name in layer.adapters]
-        one.set_size(target_rank, paths)
+    names = {id(own): name for name, own in manager.configs.items()}
+    for each in configs:
+        name = names.get(id(each))
+        paths = [] if name is None else [path for path, layer in manager.layers.items() if name in layer.adapters]
+        each.set_size(target_rank, paths)
 
 
 def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
-    """Unknown keywords are passed over, as in PEFT; but not one that was meant to be ``validate``."""
+    """Refuses misspelt keywords. Unknown ones are ignored as in PEFT, but ``validate`` must not be lost to a typo."""
     known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate", "done", "allow_missing")
     for name in keywords:
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
@@ -216,10 +220,10 @@ def _swap(
 
 
 def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Expected:
-    """What a file with this config may hold for a slot.
+    """Returns the keys and shapes that a file with this config may have to replace an adapter.
 
     Raises:
-        HotSwapError: the config is of another method, or its rank impossible for a layer.
+        HotSwapError: the config is of another method, or its rank is not possible for a layer.
     """
     label, slot_label = method_of(config).label, method_of(manager.configs[name]).label
     if label != slot_label:
@@ -233,7 +237,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
     for path, layer in manager.layers.items():
         if name in layer.adapters._modules:
             adapter = layer.adapter(name)
-            if isinstance(adapter, ModelAdapter):  # whose shapes go by the model
+            if isinstance(adapter, ModelAdapter):  # its shapes depend on the model
                 raise HotSwapError(f"{path}: adapter {name!r} {adapter.swap_refusal()}", path=path)
             try:
                 adapters[path] = type(adapter).parameter_shapes(filled, path, layer.base.module, layer.kind)
@@ -256,8 +260,8 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
 
 
 def _leave_incomplete_out(expected: checkpoint.Expected, weights: AdapterWeights) -> None:
-    """Leaves the layers out of which a file has some tensors and lacks others: they add nothing then."""
-    lacking = {path: expected.adapters[path].keys() - given.keys() for path, given in weights.adapters.items()}
+    """Drops the layers of which a file has only some tensors, with a warning: they add nothing."""
+    lacking = {path: expected.adapters[path].keys() - tensors.keys() for path, tensors in weights.adapters.items()}
     incomplete = {path: names for path, names in lacking.items() if any(not name.endswith("_bias") for name in names)}
     for path in incomplete:
         del weights.adapters[path]
@@ -267,7 +271,7 @@ def _leave_incomplete_out(expected: checkpoint.Expected, weights: AdapterWeights
 
 
 def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
-    """Embeddings in the file that are the base's own need no swap; others cannot be swapped."""
+    """Drops embeddings in the file that equal the base's; different ones cannot be swapped."""
     own = manager.base_biases(name)
     brought = [key for key in weights.base if key not in own]
     present = embedding_weights(manager.model) if brought else {}

@@ -1,13 +1,13 @@
 """AdapterPool: more adapters on one base model than fit on its device.
 
-    files        every registered adapter, by folder or hub id
-    host memory  what was prefetched or evicted, an LRU cache with a limit of its own
-    device       the adapters used last, an LRU cache; the only ones the model knows
+    files        all registered adapters, by folder or hub id
+    host memory  LRU cache of prefetched and evicted adapters, with its own limit
+    device       LRU cache of the most recently used adapters; only these are on the model
 
-Calls name adapters as always (``set_adapter``, ``adapter_names=[…]``) and the pool loads what is
-missing. The least recently used adapters are evicted; one of the same shapes is overwritten in
-place, so that a miss costs a file read and one copy of its tensors. Files are read without
-blocking other threads; the model changes only between calls, in a transaction of its manager.
+Calls name adapters as usual (``set_adapter``, ``adapter_names=[…]``) and the pool loads missing ones. The least
+recently used adapters are evicted; an adapter with the same shapes is overwritten in place, so that a miss costs
+reading a file and one copy of its tensors. Files are read without blocking other threads. The model changes only
+between calls, in a transaction of its manager.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from nbpeft.model.swapping.device_cache import MB, DeviceCache
 from nbpeft.model.swapping.host_cache import AdapterReader, AdapterSource, HostAdapter, HostCache
 
 _RETRY_SECONDS = 1.0
-"""After which a thread that waits for room looks again, whether it was notified or not."""
+"""Seconds after which a thread that waits for memory checks again, even without a notification."""
 
 
 @dataclass(frozen=True)
 class PoolStatistics:
-    """What a pool holds and has done.
+    """State and counters of a pool.
 
     Attributes:
-        registered: adapters it knows.
-        resident: adapters on the model's device.
-        on_host: adapters in host memory only.
-        device_bytes: bytes of the resident ones.
-        device_limit: limit on them.
-        host_bytes: bytes of those in host memory.
-        host_limit: limit on them.
+        registered: number of registered adapters.
+        resident: number of adapters on the model's device.
+        on_host: number of adapters in host memory only.
+        device_bytes: size of the resident adapters in bytes.
+        device_limit: its limit in bytes.
+        host_bytes: size of the adapters in host memory in bytes.
+        host_limit: its limit in bytes.
         hits: requests for an adapter that was resident.
-        misses: requests for one that was not.
-        host_hits: misses that were served from host memory, or by a read already running.
-        reads: adapters read from files.
-        read_bytes: bytes of their tensors.
-        evictions: adapters evicted from the device.
-        swaps: of the evictions, those overwritten in place.
+        misses: requests for an adapter that was not resident.
+        host_hits: misses that were served from host memory, or by a read that was already running.
+        reads: number of adapters read from files.
+        read_bytes: size of their tensors in bytes.
+        evictions: number of adapters evicted from the device.
+        swaps: number of evicted adapters that were overwritten in place.
     """
 
     registered: int
@@ -76,7 +76,7 @@ class PoolStatistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the requests that found the adapter resident; 1 before the first."""
+        """Share of the requests that found the adapter resident; 1 before the first request."""
         requests = self.hits + self.misses
         return self.hits / requests if requests else 1.0
 
@@ -90,20 +90,20 @@ class PoolStatistics:
 
 
 class AdapterPool:
-    """Keeps the adapters used last on the model and loads others when they are named.
+    """Keeps the most recently used adapters on the model, and loads others when they are used.
 
-    Adapters of a pool are frozen. One that is pinned, active, used by a running call, or changed
-    since it was loaded is never evicted. Adapters that were added to the model by other means
-    stay there and do not count. If an adapter's folder changes, the pool goes on serving what it
-    has read, until the adapter is unregistered and registered again.
+    Adapters of a pool are frozen. An adapter is never evicted while it is pinned, active, used by a running call, or
+    changed since it was loaded. Adapters that were added to the model by other means stay on it and do not count
+    towards the limit. If an adapter's folder changes, the pool continues to use what it has read, until the adapter is
+    unregistered and registered again.
 
     Args:
         model: a PeftModel, a base model with or without adapters, or a manager.
-        limit_mb: limit in MB (10**6 bytes) on the pool's adapters on the device.
-        host_limit_mb: the same for host memory; 0 keeps nothing there.
-        adapters: name -> folder or hub id, to register at once.
-        autocast_adapter_dtype: keep adapters in float32 on a half-precision base, as
-            ``load_adapter`` does; False halves what they take.
+        limit_mb: limit for the pool's adapters on the device, in MB (10**6 bytes).
+        host_limit_mb: limit for host memory in MB; 0 disables this cache.
+        adapters: name -> folder or hub id, to register immediately.
+        autocast_adapter_dtype: use float32 for adapters on a half-precision base, as ``load_adapter`` does; False
+            halves their size.
 
     Raises:
         AdapterError: a limit is out of range, or the model has a pool already.
@@ -129,7 +129,7 @@ class AdapterPool:
         self._device = DeviceCache(self.manager, int(limit_mb * MB), self._host, half=half)
         self._sources: dict[str, AdapterSource] = {}
         self._releases = 0
-        # Never wait for a transaction while holding it: a running call may need it to end.
+        # Never wait for a transaction while this is locked: a running call may need the lock before it can end.
         self._lock = threading.Condition(threading.RLock())
         self._prefetcher: ThreadPoolExecutor | None = None
         self._hits = self._misses = 0
@@ -138,11 +138,11 @@ class AdapterPool:
             self.register(name, source)
         self.manager.provider = self
 
-    # What there is
+    # Properties
 
     @property
     def model(self) -> PeftModel:
-        """A handle on the model whose calls and ``set_adapter`` accept the pool's names."""
+        """A PeftModel whose calls and ``set_adapter`` accept the pool's names."""
         with self.manager.transaction(during_calls=True, quiet=True):
             if self._handle is None:
                 self._handle = PeftModel.over(self.manager.model, self.manager)
@@ -150,7 +150,7 @@ class AdapterPool:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All adapters, in the order they were registered."""
+        """All adapters, in the order of registration."""
         return tuple(self._sources)
 
     @property
@@ -166,22 +166,22 @@ class AdapterPool:
 
     @property
     def offloaded_count(self) -> int:
-        """How many registered adapters are not on the model."""
+        """Number of registered adapters that are not on the model."""
         with HeldInterrupts(), self._lock:
             return len(self._sources) - len(self._device.names)
 
     def can_provide(self, name: str) -> bool:
-        """Whether an adapter is registered."""
+        """Returns whether an adapter is registered."""
         return name in self._sources
 
     @property
     def pinned(self) -> tuple[str, ...]:
-        """Adapters that stay resident."""
+        """Adapters that are pinned."""
         return tuple(name for name in self._sources if name in self._device.pinned)
 
     @property
     def statistics(self) -> PoolStatistics:
-        """What the pool holds and has done."""
+        """State and counters of the pool."""
         with HeldInterrupts(), self._lock:
             return PoolStatistics(
                 registered=len(self._sources),
@@ -212,12 +212,12 @@ class AdapterPool:
     # Commands
 
     def register(self, name: str, source: str | os.PathLike[str], *, pinned: bool = False, **hub: Any) -> None:
-        """Makes an adapter known; nothing is read until it is needed.
+        """Registers an adapter; nothing is read until it is needed.
 
         Args:
-            name: its name.
+            name: name of the adapter.
             source: a folder or a hub id.
-            pinned: load it now and keep it resident.
+            pinned: load it now and never evict it.
             **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
 
         Raises:
@@ -244,10 +244,10 @@ class AdapterPool:
                 raise
 
     def unregister(self, name: str) -> None:
-        """Forgets an adapter and removes it from the model.
+        """Removes an adapter from the pool and from the model.
 
         Raises:
-            BusyError: a running call uses it.
+            BusyError: a running call uses the adapter.
         """
         self._known([name])
         with self.manager.transaction() as change, self._lock:
@@ -259,16 +259,16 @@ class AdapterPool:
             self._host.drop(name)
 
     def pin(self, name: str) -> None:
-        """Loads an adapter and keeps it resident.
+        """Loads an adapter and protects it from eviction.
 
         Raises:
-            AdapterError: it does not fit beside the others that have to stay.
+            AdapterError: it does not fit together with the others that cannot be evicted.
         """
         with self.provide(self._known([name])):
             self._device.pinned.add(name)
 
     def unpin(self, name: str) -> None:
-        """Lets a pinned adapter be evicted again."""
+        """Allows a pinned adapter to be evicted again."""
         self._device.pinned.difference_update(self._known([name]))
 
     def load(self, names: str | Sequence[str]) -> None:
@@ -277,22 +277,22 @@ class AdapterPool:
             pass
 
     def hold(self, names: str | Sequence[str]) -> AbstractContextManager[None]:
-        """Context manager: keeps adapters resident while the block runs."""
+        """Context manager: loads adapters and protects them from eviction while the block runs."""
         return self.provide(self._known([names] if isinstance(names, str) else names))
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Activates adapters, which stay frozen; those active before may be evicted for them."""
+        """Activates adapters, which remain frozen; previously active ones may be evicted for them."""
         self._check_open()
         self.manager.activate(names)
 
     def prefetch(self, names: str | Iterable[str], *, wait: bool = False) -> None:
-        """Reads adapters into host memory in the background; the model is not touched.
+        """Reads adapters into host memory in the background; the model is not changed.
 
-        A failure is raised when the adapter is used, or now with ``wait``.
+        An error is raised when the adapter is used, or immediately with ``wait``.
 
         Args:
-            names: which ones, the most urgent first.
-            wait: return only when all are there.
+            names: names of the adapters, the most urgent first.
+            wait: return only when all of them are read.
         """
         chosen = self._known([names] if isinstance(names, str) else names)
         waiting: list[Future[Any]] = []
@@ -307,7 +307,7 @@ class AdapterPool:
                 future.result()
 
     def close(self) -> None:
-        """Closes the pool: what is resident stays on the model, the rest of the memory is freed."""
+        """Closes the pool: resident adapters stay on the model, and host memory is freed."""
         if self._prefetcher is not None:
             self._prefetcher.shutdown(wait=True, cancel_futures=True)
         self._closed = True
@@ -328,18 +328,18 @@ class AdapterPool:
 
     @contextmanager
     def provide(self, names: Sequence[str], *, switching: bool = False) -> Iterator[None]:
-        """Context manager: loads those of the adapters that are registered and keeps them until the block ends.
+        """Context manager: loads registered adapters and protects them from eviction until the block ends.
 
         Args:
-            names: adapters; those that the pool does not know are ignored.
-            switching: the block makes them the active ones, so that those active now may be evicted. If one is,
-                no call of another thread runs before the block ends.
+            names: names of adapters; those that are not registered are ignored.
+            switching: the block activates them, so that the currently active adapters may be evicted. If one is,
+                calls in other threads wait until the block ends.
 
         Raises:
-            AdapterError: they do not fit together.
-            BusyError: they do not fit beside what this thread already holds, or the thread is inside
-                a call of the model.
-            CheckpointError: one cannot be read; nothing has changed then.
+            AdapterError: the adapters do not fit together.
+            BusyError: they do not fit together with those that this thread already uses, or the thread is inside a
+                call of the model.
+            CheckpointError: an adapter cannot be read; nothing has changed then.
         """
         pooled = tuple(name for name in dict.fromkeys(names) if name in self._sources)
         if not pooled:
@@ -347,7 +347,7 @@ class AdapterPool:
             return
         with ExitStack() as stack:
             stack.callback(self._notify_waiting)
-            # Unlocking is one step, which no interruption can keep from happening or split.
+            # Unlocking is a single step, which an interruption can neither prevent nor split.
             held = threading.Lock()
             held.acquire()
             stack.push(held.__exit__)
@@ -355,7 +355,7 @@ class AdapterPool:
             yield
 
     def _load_and_hold(self, names: tuple[str, ...], held: threading.Lock, switching: bool, stack: ExitStack) -> None:
-        """Loads adapters and keeps them as long as ``held`` is locked.
+        """Loads adapters and protects them as long as ``held`` is locked.
 
         With ``switching``, ``stack`` takes over the transaction in which active adapters were evicted.
         """
@@ -375,7 +375,7 @@ class AdapterPool:
                 if name not in read:
                     read[name] = self._host.get(name)
             with ExitStack() as transaction:
-                # The transaction before the lock, in this order everywhere.
+                # The transaction is always entered before the lock, to prevent a deadlock.
                 transaction.enter_context(self.manager.transaction())
                 with HeldInterrupts(), self._lock:
                     missing = self._missing(names)
@@ -395,7 +395,7 @@ class AdapterPool:
                     self._lock.wait(_RETRY_SECONDS)
 
     def _notify_waiting(self) -> None:
-        """Notifies threads that wait for room."""
+        """Notifies threads that wait for memory."""
         with HeldInterrupts(), self._lock:
             self._releases += 1
             self._lock.notify_all()

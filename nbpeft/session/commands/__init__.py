@@ -1,1 +1,1 @@
-"""The commands of a session: plain functions over its context, one file for each idea."""
+"""The commands of a session: plain functions with the session's context, grouped by topic."""

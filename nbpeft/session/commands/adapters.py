@@ -54,27 +54,28 @@ def add(
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
 ) -> AddResult:
-    """Configure and apply an adapter; an adapter of that name is reconfigured.
+    """Configure and apply an adapter; an existing adapter with that name is reconfigured.
 
-    With ``sweep(…)`` as a field there is an adapter for each value, ``NAME-r8`` and so on. The first is active, and the
-    next training trains them side by side.
+    With ``sweep(…)`` as the value of a field, one adapter is added per value, named ``NAME-r8`` and so on. The first is
+    active, and the next training trains all of them side by side.
 
     Args:
+        ctx: context of the session.
         model: a bare or an adapted model.
         config: a config, or its fields.
-        name: the adapter.
-        variable: what to call a model that is new here.
-        allow_missing: go on where a target matches nothing, as long as others match.
-        trainable: whether it trains while it is active.
-        init_data: rows that it starts from where ``init_lora_weights`` is ``"eva"``, ``"corda"`` or ``"lora_ga"``, in
-            any form that ``train`` takes; the model is run over them before anything is changed.
-        init_rows: how many of them are looked at; 256 if left out.
-        tokenizer: of ``init_data``, as for ``train``; by default the one that the model was trained or asked with.
-        columns: of ``init_data``, as for ``train``.
-        max_length: of ``init_data``, as for ``train``.
+        name: name of the adapter.
+        variable: name for a model that the session does not know yet.
+        allow_missing: ignore targets that match nothing, as long as others match.
+        trainable: whether the adapter is trained while it is active.
+        init_data: rows for ``init_lora_weights`` ``"eva"``, ``"corda"`` or ``"lora_ga"``, in any form that ``train``
+            accepts. The model is run on them before anything is changed.
+        init_rows: number of rows to use; 256 if left out.
+        tokenizer: tokenizer for ``init_data``, as for ``train``; by default the one last used with the model.
+        columns: columns of ``init_data``, as for ``train``.
+        max_length: maximal length of ``init_data`` in tokens, as for ``train``.
 
     Raises:
-        ConfigError: a field is unknown or impossible, or rows to start from are missing.
+        ConfigError: a field is unknown or invalid, or the init needs rows.
         TargetError: the targets do not match the model.
         TrainingError: the rows cannot be read.
     """
@@ -135,7 +136,7 @@ def add(
 def _add_sweep(
     ctx: SessionContext, model: ModelLike, config: Mapping[str, Any], stem: str, **options: Any
 ) -> AddResult:
-    """Add an adapter for every combination of values, all or none, each drawing the same random numbers."""
+    """Add an adapter for every combination of values, all or none, each with the same random numbers."""
     from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 
     wanted, state = configs_of(config, stem), random_state()
@@ -170,7 +171,7 @@ def _reconfigured(
     *,
     trainable: bool,
 ) -> InjectionPlan:
-    """Give an adapter another config; its weights stay where they mean the same under that."""
+    """Reconfigure an adapter; its weights are preserved if they have the same meaning with the new config."""
     from nbpeft.engine.runtime.snapshots import keeps_weights
 
     manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
@@ -195,16 +196,16 @@ def _reconfigured(
 
 
 def _nothing(manager: AdapterManager, name: str) -> None:
-    """Of an adapter that keeps its weights, nothing is left to do."""
+    """Does nothing: an adapter that keeps its weights needs no init."""
 
 
 def weights_message(*, stays: bool, unsaved: bool, done: bool = True) -> str:
-    """What a note says of the weights of an adapter that is reconfigured.
+    """Return a note about the weights of a reconfigured adapter.
 
     Args:
-        stays: whether they stay.
+        stays: whether they are preserved.
         unsaved: whether they were trained and are not saved.
-        done: whether it was done already.
+        done: whether the change has been made; False for a preview.
     """
     which = "trained weights" if unsaved else "weights"
     if stays:
@@ -226,14 +227,15 @@ def preview(
     """Report what ``add`` would do and what training would need; nothing is changed or tracked.
 
     Args:
+        ctx: context of the session.
         model: a bare or an adapted model.
-        config: of the adapter to come, or its fields.
-        name: of the adapter to come.
-        variable: what to call a model that is new here.
-        **settings: of the memory forecast, as for ``plan_memory``.
+        config: config of the new adapter, or its fields.
+        name: name of the new adapter.
+        variable: name for a model that the session does not know yet.
+        **settings: settings of the memory forecast, as for ``plan_memory``.
 
     Raises:
-        ConfigError: a field is unknown or impossible.
+        ConfigError: a field is unknown or invalid.
         TargetError: the targets do not match the model.
     """
     from nbpeft.engine.injection.plan import plan
@@ -261,7 +263,13 @@ def preview(
 
 
 def completed(config: AdapterConfig, tracked: TrackedModel | None, base: nn.Module) -> AdapterConfig:
-    """A config as it goes onto a base model: with the heads of its task, which are trained, too."""
+    """Return a config as it is used on a base model, with the heads of its task, which are trained too.
+
+    Args:
+        config: the config.
+        tracked: the session's model, if it knows it.
+        base: the base model.
+    """
     from nbpeft.model import PeftModel
 
     kind = PeftModel.for_task(config) if tracked is None else type(tracked.model)
@@ -269,7 +277,7 @@ def completed(config: AdapterConfig, tracked: TrackedModel | None, base: nn.Modu
 
 
 def _present(ctx: SessionContext, model: ModelLike, name: str) -> AdapterConfig | None:
-    """The config of the adapter of that name, if the model has one."""
+    """Return the config of the adapter with this name, if the model has one."""
     from nbpeft.engine.tree.model_tree import manager_of
 
     manager = manager_of(
@@ -294,14 +302,16 @@ def load(
     """Load a saved adapter under a new name; the first adapter of a model becomes active.
 
     Args:
-        source: a folder, a file of kohya's or diffusers', or a hub id, with ``@`` and a revision behind it or not.
-        name: None: the last part of ``source``, or that of ``subfolder``.
+        ctx: context of the session.
+        source: a folder, a file in kohya's or diffusers' format, or a hub id, optionally followed by ``@`` and a
+            revision.
+        name: name to give the adapter; None for the last component of ``source``, or of ``subfolder``.
         model: a bare or an adapted model.
-        variable: what to call a model that is new here.
-        trainable: whether it trains while it is active.
-        replace: take the place of an adapter of that name.
+        variable: name for a model that the session does not know yet.
+        trainable: whether the adapter is trained while it is active.
+        replace: replace an existing adapter with that name.
         revision: branch, tag or commit on the hub; None for the main branch.
-        subfolder: where the adapter is in ``source``.
+        subfolder: folder of the adapter in ``source``.
         token: access token for the hub; None for ``HF_TOKEN``, the hub's login, or a secret of Colab or Kaggle.
 
     Raises:
@@ -347,7 +357,7 @@ def _load_beside(
     replace: bool,
     hub: Mapping[str, Any],
 ) -> None:
-    """Load an adapter onto a model that has some."""
+    """Load an adapter onto a model that already has adapters."""
     taken = name in tracked.manager.configs
     if taken and not replace:
         there = f"{tracked.name} has an adapter {name!r} already{unsaved_words(tracked.manager, name)}"
@@ -370,15 +380,16 @@ def save(
     """Save adapters in PEFT's format, all of them completely or none.
 
     Args:
-        folder: one adapter is written right into it, several each into a folder of its name.
-        name: None: all of the model's adapters.
+        ctx: context of the session.
+        folder: folder for one adapter; several adapters are saved in subfolders with their names.
+        name: name of the adapter; None for all of the model's adapters.
         model: an adapted model.
-        replace: write over another adapter that a folder holds: one of another name, another base model or other
-            tensors. Where that was the only copy of an adapter of this process, that one is marked as not saved.
+        replace: overwrite another adapter in a folder: one with another name, base model or other tensors. If that was
+            the only copy of an adapter of this process, that adapter is marked as not saved.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        AdapterExistsError: a folder holds another adapter.
+        AdapterExistsError: a folder has another adapter.
         CheckpointError: the folder cannot be written.
     """
     from nbpeft.model.saving import files
@@ -400,23 +411,28 @@ def save(
             )
             for adapter, made in written.items()
         )
-        for one in saved:
-            _note_with_run(ctx, tracked, one)
+        for adapter in saved:
+            _note_with_run(ctx, tracked, adapter)
         return SaveResult(tracked.name, saved, tuple(notes))
 
 
 def _note_with_run(ctx: SessionContext, tracked: TrackedModel, saved: SavedAdapter) -> None:
-    """Notes with the run that trained an adapter last where it was saved, so that the run need not keep it."""
+    """Record where an adapter was saved in the run that trained it last, so that the run can delete its own copy."""
     from nbpeft.session.commands.training import run_place
 
     _, run = tracked.steps_of((saved.name,))
-    kept = run_place(ctx) if run else None
-    if kept is not None:
-        kept.store.mark_saved(run, saved.name, saved.folder)
+    place = run_place(ctx) if run else None
+    if place is not None:
+        place.store.mark_saved(run, saved.name, saved.folder)
 
 
 def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Delete an adapter from the model; ``undo`` brings it back.
+    """Delete an adapter from the model; ``undo`` restores it.
+
+    Args:
+        ctx: context of the session.
+        name: name of the adapter.
+        model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -438,6 +454,12 @@ def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
 def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
     """Rename an adapter.
 
+    Args:
+        ctx: context of the session.
+        name: name of the adapter.
+        new: its new name.
+        model: an adapted model.
+
     Raises:
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the new name is taken.
@@ -455,6 +477,12 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
 def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
     """Copy an adapter under a new name.
 
+    Args:
+        ctx: context of the session.
+        name: name of the adapter.
+        new: name of the copy.
+        model: an adapted model.
+
     Raises:
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the new name is taken.
@@ -466,7 +494,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
 
 
 def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:
-    """Remember the fields that an adapter was asked for with, if they are new, and make the result."""
+    """Return the result of adding an adapter, and record the fields with which it was requested, if they are new."""
     state, notes = tracked.state(), [*notes, *_notes_of_mode(tracked.manager, name)]
     result = AddResult(
         _reference(tracked), tracked.name, adapter_in(state, name), state, notes=tuple(dict.fromkeys(notes)), **more
@@ -477,9 +505,9 @@ def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, note
 
 
 def _notes_of_mode(manager: AdapterManager, name: str) -> list[str]:
-    """Say it where an adapter is in training mode and its base is not: commands evaluate, the user's own calls do not.
+    """Return a note if an adapter is in training mode but its base is not, which matters for the user's own calls.
 
-    Nothing is said of one that computes the same in both.
+    (Commands run the model in evaluation mode.) There is no note for an adapter that computes the same in both modes.
     """
     from nbpeft.engine.contract.registry import method_of
     from nbpeft.engine.runtime.adapter_tensors import is_training
@@ -495,7 +523,7 @@ def _notes_of_mode(manager: AdapterManager, name: str) -> list[str]:
 
 @contextmanager
 def _unloaded_on_failure(handle: PeftModel) -> Iterator[None]:
-    """Take a new handle's adapters off its model again if the block fails."""
+    """Unload a new PeftModel's adapters from its base model if the block fails."""
     try:
         yield
     except BaseException:
@@ -509,22 +537,26 @@ def _reference(tracked: TrackedModel) -> ModelRef:
 
 
 def adapter_in(state: ModelState, name: str) -> AdapterState:
-    """Find an adapter in the state of a model.
+    """Return an adapter in the state of a model.
+
+    Args:
+        state: state of the model.
+        name: name of the adapter.
 
     Raises:
-        UnknownAdapterError: there is none of that name.
+        UnknownAdapterError: there is no such adapter.
     """
-    found = next((item for item in state.adapters if item.name == name), None)
-    if found is None:
+    adapter = next((item for item in state.adapters if item.name == name), None)
+    if adapter is None:
         raise UnknownAdapterError(f"no adapter {name!r} on {state.name}", name=name)
-    return found
+    return adapter
 
 
 def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
-    """A source and its revision: ``user/name@v1`` names both, unless that is a folder.
+    """Split a source such as ``user/name@v1`` into the source and its revision, unless it is an existing path.
 
     Raises:
-        AdapterError: two different ones are given.
+        AdapterError: two different revisions are given.
     """
     place, at, revision = source.rpartition("@")
     if not at or not revision or place.count("/") != 1 or os.path.exists(source):
@@ -535,14 +567,14 @@ def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
 
 
 def _name_from(source: str) -> str:
-    """A name for the adapter in a folder, file or hub repository: its last part, dots as ``_``."""
+    """Return a name for the adapter in a folder, file or hub repository: the last component, with dots as ``_``."""
     last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1].removesuffix(".safetensors")
     return re.sub(r"[^\w-]+", "_", last).strip("_") or DEFAULT_ADAPTER
 
 
 @contextmanager
 def nested_adapters_in_error(source: str) -> Iterator[None]:
-    """Name the adapters in sub-folders in the error where the folder itself holds none."""
+    """Mention the adapters in subfolders in the error if the folder itself has none."""
     try:
         yield
         return

@@ -1,4 +1,4 @@
-"""One answer of the active adapters, or of others, and conversations."""
+"""Asking the active adapters, or others, for one answer, and conversations."""
 
 from __future__ import annotations
 
@@ -40,31 +40,32 @@ def ask(
     model: ModelLike = None,
     **generation: Any,
 ) -> AskResult:
-    """Let a model answer a prompt. What is active does not change.
+    """Generate a model's answer to a prompt. The active adapters do not change.
 
-    Interrupting it ends it gracefully: the result says ``stopped`` and holds the answer so far. While a
-    training runs in the background, the answer comes between two of its steps.
+    After an interruption the result has the status ``stopped`` and the answer so far. While a training runs in the
+    background, the answer is generated between two of its steps.
 
     Args:
-        prompt: a text, or a conversation in the form of chat templates.
-        adapter: who answers: an adapter, several whose deltas add up, or ``base``; the active ones if left out.
-        go_on: go on with the last conversation with that adapter instead of beginning anew.
-        temperature: draw tokens, the likelier ones less often the higher it is; 0, the default, is greedy.
-        top_p: draw among the likeliest tokens that have this probability together.
-        max_new_tokens: longest answer.
-        seed: of the random numbers, which are not those of the notebook.
-        tokenizer: of the model; the one given before if left out.
-        chat: put a text into the tokenizer's chat template; None: as the adapters were trained last in this
-            session, or else where it has one.
-        on_text: called with the answer so far, some times a second.
-        should_stop: asked at each token; True ends it early.
+        ctx: context of the session.
+        prompt: a text, or a conversation in the format of chat templates.
+        adapter: name of an adapter, several names for the sum of their deltas, or ``base``; None for the active ones.
+        go_on: continue the last conversation with that adapter instead of starting a new one.
+        temperature: sampling temperature; 0, the default, is greedy.
+        top_p: sample from the most likely tokens whose probabilities sum up to this value.
+        max_new_tokens: maximal number of new tokens.
+        seed: seed of the random numbers, which are separate from those of the notebook.
+        tokenizer: the model's tokenizer; the last one given if None.
+        chat: apply the tokenizer's chat template to a text; None decides by how the adapters were last trained in
+            this session, or else by whether the tokenizer has one.
+        on_text: called with the answer so far, several times per second.
+        should_stop: called after each token; True ends the answer early.
         model: an adapted model.
         **generation: further arguments of ``generate``.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        ConfigError: a setting is impossible.
-        AdapterError: there is no tokenizer, or no conversation to go on with.
+        ConfigError: a setting is invalid.
+        AdapterError: there is no tokenizer, or no conversation to continue.
     """
     sampling = Sampling(temperature, top_p, seed)
     tracked = ctx.find_adapted(model)
@@ -106,10 +107,10 @@ def ask(
 
 
 def _turns(conversations: Mapping[str, tuple[Turn, ...]], title: str, batch: PromptBatch) -> tuple[Turn, ...]:
-    """The conversation to go on with.
+    """Return the turns of the conversation to continue.
 
     Raises:
-        AdapterError: there is none, or no chat template for one.
+        AdapterError: there is no conversation, or no chat template.
     """
     if not batch.chat:
         raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
@@ -119,7 +120,7 @@ def _turns(conversations: Mapping[str, tuple[Turn, ...]], title: str, batch: Pro
 
 
 def _names(manager: AdapterManager, adapter: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """The adapters that answer; none for the base model; None for the active ones.
+    """Return the adapters that answer: an empty tuple for the base model, None for the active ones.
 
     Raises:
         UnknownAdapterError: there is no such adapter.

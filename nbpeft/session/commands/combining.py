@@ -1,4 +1,4 @@
-"""Making a new adapter of a weighted combination of others."""
+"""Combining adapters into a new one by weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from nbpeft.session.registry import TrackedModel
 
 _OPTIONS = {"svd_rank": "rank", "svd_clamp": "clamp", "density": "density"}
-"""Setting of the engine -> what the option is called here."""
+"""Setting of the engine -> name of the session's option."""
 _LINEAR_NOTE = 0.05
-"""Relative error from which on a note explains why ``linear`` is off."""
+"""Relative error above which a note explains the inaccuracy of ``linear``."""
 
 
 def combine(
@@ -39,31 +39,31 @@ def combine(
     replace: bool = False,
     model: ModelLike = None,
 ) -> CombineResult:
-    """Make a new adapter of a weighted combination of others; it starts frozen and inactive.
+    """Add the weighted combination of adapters as a new adapter, which is frozen and inactive.
 
-    Doing it again under the same name remakes the combination; an adapter that was made in
-    another way, or was trained since, is only replaced when asked to.
+    Calling it again with the same name recomputes the combination. An adapter that was created in another way, or was
+    trained since, is only replaced with ``replace``.
 
     Args:
-        weights: adapter -> weight; negative ones subtract.
-        as_name: the new adapter.
-        type: ``exact`` (the default) is the true weighted sum of what the adapters add, cut
-            to ``rank`` by a truncated SVD, or complete without one. The others are PEFT's, under
-            their names; ``linear`` and what is built on it mix factors and differ from the sum.
-            Which types there are depends on the method of the adapters.
-        rank: of the result, for ``exact``, ``svd`` and the types that end in ``_svd``.
-        density: share of the entries that TIES, DARE and magnitude pruning keep.
+        ctx: context of the session.
+        weights: adapter name -> weight; negative ones subtract.
+        as_name: name of the new adapter.
+        type: ``exact`` (the default) is the exact weighted sum of the deltas, with a truncated SVD if ``rank`` is
+            given. The others have PEFT's names; ``linear`` and types that are based on it mix the factors of
+            different adapters, which differs from the sum. The available types depend on the method.
+        rank: rank of the result, for ``exact``, ``svd`` and the types that end in ``_svd``.
+        density: share of the entries that TIES, DARE and magnitude pruning preserve, from 0 to 1.
         majority_sign: how TIES elects a sign: ``total`` or ``frequency``.
         clamp: quantile in (0, 1] at which entries are clamped, for types with an SVD.
-        seed: of the entries that DARE drops; None: torch's generator as it is.
-        replace: replace any adapter of that name.
+        seed: seed for the entries that DARE drops; None uses torch's current random state.
+        replace: replace any adapter with that name.
         model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the name is taken.
-        AdapterError: they cannot be combined.
-        ConfigError: an option is impossible or means nothing for this type.
+        AdapterError: the adapters cannot be combined.
+        ConfigError: an option is invalid or has no effect for this type.
     """
     settings = combination_settings(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
     weights = weights_of(weights)
@@ -104,7 +104,7 @@ def combination_settings(
     majority_sign: str = "total",
     clamp: float | None = None,
 ) -> dict[str, Any]:
-    """The options of ``combine`` under the engine's names."""
+    """Return the options of ``combine`` under the engine's names; see ``combine``."""
     return {
         "combination_type": type,
         "svd_rank": rank,
@@ -123,11 +123,19 @@ def make_combination(
     *,
     replaces: bool = False,
 ) -> Any:
-    """Combine adapters; an adapter that is replaced is removed when the new one is complete.
+    """Combine adapters; a replaced adapter is removed only after the new one is complete.
+
+    Args:
+        ctx: context of the session.
+        tracked: the model.
+        weights: adapter name -> weight.
+        name: name of the new adapter.
+        settings: result of ``combination_settings``.
+        replaces: whether there is an adapter with this name to replace.
 
     Raises:
-        AdapterError: they cannot be combined.
-        ConfigError: an option is impossible or has no effect for this type, or there is no such type.
+        AdapterError: the adapters cannot be combined.
+        ConfigError: an option is invalid or has no effect for this type, or the type is unknown.
     """
     from nbpeft.model.combine.combining import combine_adapters
 
@@ -143,7 +151,7 @@ def make_combination(
                     manager.remove(name)
                     manager.rename(made, name)
         except BaseException:
-            if replaces and made in manager.names:  # also where an interruption comes as it has just been made
+            if replaces and made in manager.names:  # also if an interruption came right after its creation
                 with HeldInterrupts(to_the_end=True):
                     manager.remove(made)
             raise
@@ -151,7 +159,7 @@ def make_combination(
 
 
 def _check_options(manager: AdapterManager, weights: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-    """Refuse a type that the method does not have, and options that mean nothing for it; PEFT ignores those."""
+    """Refuse types that the method does not have, and options without effect on a type, which PEFT ignores."""
     from nbpeft.engine.contract.combination import check_weights
     from nbpeft.model.combine.combining import combine_of
 
@@ -175,7 +183,7 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
 def _may_replace(
     ctx: SessionContext, tracked: TrackedModel, name: str, weights: Mapping[str, float], replace: bool
 ) -> bool:
-    """Whether there is an adapter of that name to replace.
+    """Return whether there is an adapter with this name to replace.
 
     Raises:
         AdapterExistsError: there is one that must not be replaced.
@@ -194,7 +202,12 @@ def _may_replace(
 
 
 def free_name(name: str, taken: tuple[str, ...]) -> str:
-    """Return a name that no adapter has: this one, or one like it."""
+    """Return the name, with a number appended if it is taken.
+
+    Args:
+        name: the preferred name.
+        taken: names that are taken.
+    """
     free, number = name, 2
     while free in taken:
         free, number = f"{name}-{number}", number + 1
@@ -206,7 +219,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     """Seed torch inside the block and restore its generators afterwards.
 
     Raises:
-        ConfigError: it is not a number that torch takes.
+        ConfigError: the seed is not a number that torch accepts.
     """
     if seed is None:
         yield

@@ -1,4 +1,4 @@
-"""Answers of adapters, and of combinations of them, to the same prompts."""
+"""Comparing the answers of adapters, and of combinations of them, to the same prompts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 BASE_ROW = "__base__"
 TRIAL = "trial"
-"""Name of the temporary adapter of ``try_combination``, or a name like it where that is taken."""
+"""Name of the temporary adapter of ``try_combination``; a number is appended if it is taken."""
 
 
 def compare(
@@ -56,35 +56,35 @@ def compare(
     model: ModelLike = None,
     **generation: Any,
 ) -> CompareResult:
-    """Let the base model and adapters answer the same prompts in one batched generation.
+    """Generate the answers of the base model and of adapters to the same prompts in one batched generation.
 
-    Nothing becomes active or allocated. Interrupting it ends it gracefully: the result says
-    ``stopped`` and holds the answers so far.
+    No adapter is activated and no memory is allocated for weights. After an interruption the result has the status
+    ``stopped`` and the answers so far.
 
     Args:
-        prompts: one or several; texts, or conversations in the form of chat templates.
-        adapters: names; all if left out.
-        blends: adapter -> weight of exact weighted sums that answer too, each in a generation
-            of its own.
-        include_base: whether the base model answers too.
-        max_new_tokens: longest answer.
-        tokenizer: of the model; the one given before if left out.
-        chat: put texts into the tokenizer's chat template; None: as the adapters were trained
-            last in this session, or else where it has one.
-        temperature: draw tokens, the likelier ones less often the higher it is; 0 is greedy.
-        top_p: draw among the likeliest tokens that have this probability together.
-        seed: of the random numbers, which are not those of the notebook.
-        after: go on with the conversations of these answers, each column with its own.
-        on_text: called with the answers so far, some times a second.
-        should_stop: asked at each token; True ends it early.
+        ctx: context of the session.
+        prompts: one or several; texts, or conversations in the format of chat templates.
+        adapters: names of the adapters; None for all.
+        blends: adapter name -> weight, for exact weighted sums that are compared too, each in its own generation.
+        include_base: whether to include the base model.
+        max_new_tokens: maximal number of new tokens per answer.
+        tokenizer: the model's tokenizer; the last one given if None.
+        chat: apply the tokenizer's chat template to texts; None decides by how the adapters were last trained in
+            this session, or else by whether the tokenizer has one.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: sample from the most likely tokens whose probabilities sum up to this value.
+        seed: seed of the random numbers, which are separate from those of the notebook.
+        after: continue the conversations of this result, each column with its own.
+        on_text: called with the answers so far, several times per second.
+        should_stop: called after each token; True ends the generation early.
         model: an adapted model.
         **generation: further arguments of ``generate``, e.g. ``num_beams=4``; greedy by default.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        ConfigError: a setting is impossible.
-        AdapterError: adapters are merged, there is no tokenizer, nothing to compare, or no chat template that
-            a conversation could go on with.
+        ConfigError: a setting is invalid.
+        AdapterError: adapters are merged, there is no tokenizer, nothing to compare, or no chat template to continue
+            a conversation with.
     """
     sampling = Sampling(temperature, top_p, seed)
     request = GenerationRequest(None, max_new_tokens, sampling.options | generation, None, should_stop)
@@ -123,21 +123,22 @@ def try_combination(
     should_stop: Callable[[], bool] | None = None,
     model: ModelLike = None,
 ) -> CompareResult:
-    """Answer prompts with a combination that is made for it and removed again.
+    """Generate answers with a combination that is added temporarily.
 
     Args:
-        weights: adapter -> weight.
+        ctx: context of the session.
+        weights: adapter name -> weight.
         prompts: one or several.
         type: how to combine; see ``combine``.
         rank: see ``combine``.
         density: see ``combine``.
         seed: see ``combine``.
-        include_base: whether the base model answers too.
-        max_new_tokens: longest answer.
+        include_base: whether to include the base model.
+        max_new_tokens: maximal number of new tokens per answer.
         tokenizer: see ``compare``.
         chat: see ``compare``.
-        on_text: called with the answers so far.
-        should_stop: asked at each token.
+        on_text: called with the answers so far, several times per second.
+        should_stop: called after each token; True ends the generation early.
         model: an adapted model.
     """
     settings = combination_settings(type, rank=rank, density=density)
@@ -163,15 +164,15 @@ def try_combination(
 
 
 class _Answering:
-    """Fills columns, generation by generation, up to one that is stopped.
+    """Fills columns with answers, one generation after the other, until one is stopped.
 
     Args:
         tracked: the model.
         batch: the prompts.
-        columns: without answers.
-        request: what all generations share.
+        columns: the columns without answers.
+        request: the common settings of all generations.
         on_text: called with the answers so far.
-        settings: for the result.
+        settings: sampling settings for the result.
     """
 
     def __init__(
@@ -190,30 +191,34 @@ class _Answering:
         self._started = time.perf_counter()
 
     def go_on(self, after: CompareResult, prompts: Sequence[Prompt]) -> None:
-        """Lets each column go on with its own conversation.
+        """Continues each column's own conversation.
+
+        Args:
+            after: result with the conversations so far.
+            prompts: the next prompt, as a list of one.
 
         Raises:
-            AdapterError: that takes one prompt at a time, and a chat template.
+            AdapterError: there is not exactly one prompt, or no chat template.
         """
         if len(prompts) != 1 or len(after.prompts) != 1:
             raise AdapterError("a conversation goes on with one prompt at a time")
         if not (self._batch.chat and after.chat):
             raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
-        self._prompt, said = prompts[0], {column.title: column for column in after.columns}
+        self._prompt, columns = prompts[0], {column.title: column for column in after.columns}
         for place, column in enumerate(self._columns):
-            before = said.get(column.title)
+            before = columns.get(column.title)
             if before is not None:
                 turns = (*before.turns, (after.prompts[0], before.answers[0].text))
                 self._columns[place] = dataclasses.replace(column, turns=turns)
 
     def wait(self) -> None:
-        """Shows what is waited for where a training in the background has the model."""
+        """Reports that the answers wait, if a training in the background is using the model."""
         if waits(self._tracked.model):
             self._report("waiting")
         self._started = time.perf_counter()
 
     def run(self) -> CompareResult:
-        """Lets all answer."""
+        """Generates all answers."""
         self._started = time.perf_counter()
         self._report("running")
         for places in self._passes():
@@ -222,7 +227,7 @@ class _Answering:
         return self._result("finished")
 
     def _passes(self) -> list[list[int]]:
-        """Which columns answer together: the base and all adapters, and each blend alone."""
+        """Returns the columns per generation, by index: the base and all adapters together, each blend alone."""
         together = [place for place, column in enumerate(self._columns) if column.row]
         alone = [[place] for place, column in enumerate(self._columns) if not column.row]
         return [together, *alone] if together else alone
@@ -272,7 +277,7 @@ class _Answering:
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:
-    """The columns, still without answers.
+    """Return the columns, without answers.
 
     Raises:
         AdapterError: there are none.

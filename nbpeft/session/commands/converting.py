@@ -1,4 +1,4 @@
-"""Making a LoRA of an adapter of another method."""
+"""Converting an adapter of another method to LoRA."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def convert(
     replace: bool = False,
     model: ModelLike = None,
 ) -> ConvertResult:
-    """Make a new LoRA that comes closest to an adapter of any method; it starts frozen and inactive.
+    """Add the best LoRA approximation of an adapter of any method as a new adapter, which is frozen and inactive.
 
     Args:
-        name: the adapter, which stays as it is.
-        rank: rank of the LoRA; a float is the share of the squared norm of the change that each layer keeps at least.
-        as_name: name of the LoRA; that of the adapter with ``_lora`` behind it if left out.
-        replace: replace an adapter of that name.
+        ctx: context of the session.
+        name: name of the adapter, which is not changed.
+        rank: rank of the LoRA; a float is the share of the squared norm of the change to preserve per layer.
+        as_name: name of the LoRA; by default the adapter's name followed by ``_lora``.
+        replace: replace an existing adapter with that name.
         model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the name is taken.
-        ConversionError: a LoRA cannot stand for the adapter.
-        ConfigError: the rank is impossible.
+        ConversionError: a LoRA cannot represent the adapter.
+        ConfigError: the rank is invalid.
     """
     from nbpeft.engine.contract.adapter import AdapterWeights
     from nbpeft.engine.contract.registry import method_of
@@ -47,8 +48,8 @@ def convert(
     manager = tracked.manager
     manager.require_available(name)
     made_name = adapter_name(f"{name}_lora" if as_name is None else as_name)
-    there = made_name in manager.configs
-    if there and (not replace or made_name == name):
+    exists = made_name in manager.configs
+    if exists and (not replace or made_name == name):
         raise AdapterExistsError(
             f"{tracked.name} has an adapter {made_name!r} already{unsaved_words(manager, made_name)}; take another name"
             + ("" if made_name == name else ", or replace it (replace=…)")
@@ -56,7 +57,7 @@ def convert(
     with ctx.command(f"converting {name!r}", slow=True) as notes, manager.ensure_loaded((name,)):
         made = converted(manager, name, rank)
         config: Any = made.plan.config
-        if isinstance(rank, float):  # each layer's is in the patterns; this one is what people read
+        if isinstance(rank, float):  # the patterns have each layer's rank; this one is displayed
             largest = max(config.rank_pattern.values())
             config = config.copy(r=largest, lora_alpha=largest)
         copies = {
@@ -65,8 +66,8 @@ def convert(
         weights = AdapterWeights(made.weights.adapters, copies)
         half = all(tensor.itemsize < 4 for named in weights.adapters.values() for tensor in named.values())
         plan = dataclasses.replace(made.plan, config=config)
-        put = manager.prepare(made_name, plan, weights, trainable=False, half=half, replace=there)
-        with Undoable(ctx, tracked, made_name, "converted anew").change() if there else manager.transaction():
+        put = manager.prepare(made_name, plan, weights, trainable=False, half=half, replace=exists)
+        with Undoable(ctx, tracked, made_name, "converted anew").change() if exists else manager.transaction():
             put()
         state, method = tracked.state(), method_of(manager.configs[name]).title(manager.configs[name])
         return ConvertResult(tracked.name, name, method, adapter_in(state, made_name), made.layers, state, tuple(notes))

@@ -1,4 +1,4 @@
-"""Training data before a training."""
+"""Inspecting training data before a training."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ def data(
     name: str = "data",
     model: ModelLike = None,
 ) -> DataResult:
-    """Show rows as a model will read them when it is trained on them: through the same code.
+    """Show rows as the model will read them in training; uses the same code as training.
 
     Args:
-        data: as for ``train``: rows, or where they are.
+        ctx: context of the session.
+        data: rows, or where they are, as for ``train``.
         tokenizer: as for ``train``.
-        max_length: tokens a row is cut to; by default what the tokenizer allows, at most 1024.
-        columns: what the columns are called, e.g. ``{"prompt": "question", "completion": "answer"}``.
-        rows: how many to show; some that are cut or left out come after them.
-        name: what the data is called.
-        model: the model they are for; by default the current one. It matters for encoder-decoders, for classifiers
-            and for what it takes of tokenised rows.
+        max_length: number of tokens to which rows are cut; by default the tokenizer's limit, at most 1024.
+        columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
+        rows: number of rows to show; some that are cut or left out are shown in addition.
+        name: display name of the data.
+        model: the model to train; by default the current one. It matters for encoder-decoders, for classifiers and for
+            which columns of tokenized rows are used.
 
     Raises:
-        ConfigError: an argument is impossible.
-        TrainingError: the data cannot be read; names the row.
+        ConfigError: an argument is invalid.
+        TrainingError: the data cannot be read; the message names the row.
     """
     from nbpeft.training import summarize
     from nbpeft.training.loop.rows import check_reading, model_inputs

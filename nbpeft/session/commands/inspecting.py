@@ -1,4 +1,4 @@
-"""Where an adapter changed a model."""
+"""Inspecting how much an adapter changes each layer of a model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 def inspect(
     ctx: SessionContext, name: str | None = None, *, model: ModelLike = None, intruders: bool = False
 ) -> InspectResult:
-    """Report how far an adapter moves the weights, layer by layer; nothing is changed.
+    """Measure how much an adapter changes the weights, layer by layer; nothing is changed.
 
     Args:
-        name: the active adapter, or the only one, if left out.
+        ctx: context of the session.
+        name: name of the adapter; None for the active one, or the only one.
         model: an adapted model.
-        intruders: count intruder dimensions, too: strong directions of an adapted weight that the frozen one lacks.
-            Takes two singular value decompositions of each weight: seconds to minutes each for a large model.
+        intruders: also count intruder dimensions: strong directions of an adapted weight that the frozen one lacks.
+            Needs two singular value decompositions of each weight: seconds to minutes each for a large model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        AdapterError: weights are merged, or it is not clear which adapter is meant.
+        AdapterError: weights are merged, or there are several adapters and no name.
     """
     from nbpeft.model.analysis.inspection import inspect_adapter
 
@@ -43,10 +44,11 @@ def inspect(
 
 
 def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:
-    """Measure what a model uses without telling anyone: cheap, takes no lock, and any thread may ask.
+    """Measure a model's memory without notifying subscribers; fast, takes no lock, and can be called from any thread.
 
     Args:
-        model: the name of an adapted model; the current one if left out.
+        ctx: context of the session.
+        model: name of an adapted model; None for the current one.
 
     Raises:
         AdapterError: there is no such model.
@@ -59,7 +61,12 @@ def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:
 
 
 def memory(ctx: SessionContext, model: ModelLike = None) -> MemoryState:
-    """Measure what a model uses; the session's state contains it from then on."""
+    """Measure a model's memory and include it in the session's state.
+
+    Args:
+        ctx: context of the session.
+        model: an adapted model.
+    """
     tracked = ctx.models.get(model, command="memory")
     tracked.memory = tracked.measure()
     ctx.publish()

@@ -1,4 +1,4 @@
-"""What methods there are, and what each would cost on a model."""
+"""Listing the methods, and what each would cost on a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
 
 _TRAINING_BYTES = 3 * 4
-"""Gradient and AdamW's two moments of a parameter."""
+"""Bytes per parameter for the gradient and AdamW's two moments in float32."""
 
 
 def methods(
@@ -28,22 +28,24 @@ def methods(
     variable: str | None = None,
     **settings: Any,
 ) -> MethodsResult:
-    """List the methods: what each costs on a model with its usual settings, what it can do and when to choose it.
+    """List the methods: what each costs on a model with its defaults, what it supports and when to choose it.
 
     Args:
-        model: a bare or an adapted model; None where none is named and several or none carry adapters: no costs.
-        fields: of the configs, for those that have them, e.g. ``{"target_modules": "all-linear"}``.
-        variable: what to call a model that is new here.
-        **settings: of a memory forecast, as for ``plan_memory``; with any, the peak of a training step is listed.
+        ctx: context of the session.
+        model: a bare or an adapted model; with None and not exactly one adapted model, no costs are listed.
+        fields: config fields, used for the methods that have them, e.g. ``{"target_modules": "all-linear"}``.
+        variable: name for a model that the session does not know yet.
+        **settings: settings of a memory forecast, as for ``plan_memory``; with any of them, the peak memory of a
+            training step is listed.
 
     Raises:
-        ConfigError: no method has a field.
+        ConfigError: no method has one of the fields.
     """
     from nbpeft.model.analysis.method_facts import facts_of_method, listed_methods
 
     known = listed_methods()
     for name in fields:
-        having = {one for method in known for one in method.config_class.__dataclass_fields__}
+        having = {field for method in known for field in method.config_class.__dataclass_fields__}
         if name not in having:
             raise ConfigError(f"no method has a field {name!r}.{did_you_mean(name, having)}", field=name)
     if model is None and ctx.models.names:
@@ -66,7 +68,7 @@ def methods(
 
 
 def _written(method: Method) -> str:
-    """What is written to choose a method: ``oft``, or a field where several have one config."""
+    """Return how a method is selected: ``oft``, or a field if several methods have the same config class."""
     from nbpeft.engine.contract.registry import methods_of_type
 
     for name, value in method.listed_with.items():
@@ -82,7 +84,7 @@ def _cost(
     fields: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> MethodCost:
-    """What a method costs, or why it does not go on the model."""
+    """Return the cost of a method, or why it cannot be used on the model."""
     from nbpeft.engine.injection.plan import plan
     from nbpeft.model.analysis.method_facts import listed_config
 

@@ -1,4 +1,4 @@
-"""Merging adapters into the base weights, and taking all of them off."""
+"""Merging adapters into the base weights, and unloading all of them."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ def merge(
     columns: Mapping[str, str] | None = None,
     **copying: Any,
 ) -> CommandResult | MergedCopy:
-    """Add adapters to the base weights, so that they cost nothing when the model runs.
+    """Merge adapters into the base weights, so that they need no time when the model runs.
 
     Args:
-        names: None: the active ones.
+        ctx: context of the session.
+        names: names of the adapters; None for the active ones.
         model: an adapted model.
-        safe: refuse where a merged weight would not be finite.
-        to: write a merged copy in full precision into this folder, and leave the model as it is.
-        calibrate: rows of what was learned, in any form that ``train`` takes, of which the first 128 are looked at:
-            4-bit and 8-bit weights are rounded so that the adapters' effect on them stays, see
+        safe: raise an error if a merged weight would not be finite.
+        to: write a merged full-precision copy into this folder instead of changing the model.
+        calibrate: rows of the training data, in any form that ``train`` accepts, of which the first 128 are used: 4-bit
+            and 8-bit weights are rounded so that the adapters' effect on these rows is preserved, see
             ``nbpeft.merge_calibrated``.
-        tokenizer: for ``calibrate``, by default the one that the model was trained or asked with; with ``to`` it is
-            saved beside the copy.
-        columns: of ``calibrate``, as for ``train``.
+        tokenizer: tokenizer for ``calibrate``, by default the one last used with the model; with ``to`` it is saved
+            with the copy.
+        columns: columns of ``calibrate``, as for ``train``.
         **copying: with ``to``: ``base``, ``dtype`` and ``max_shard_bytes`` of ``nbpeft.merge_to_folder``.
 
     Raises:
-        MergeError: the weights cannot be merged into, or are merged already.
-        CheckpointError: the folder cannot be written, or holds a model.
-        TrainingError: the rows to calibrate by cannot be read.
+        MergeError: the adapters cannot be merged, or are already merged.
+        CheckpointError: the folder cannot be written, or already has a model.
+        TrainingError: the rows for calibration cannot be read.
     """
     chosen = None if names is None else list(names_of(names))
     folder = None if to is None else place_of(to, "merge")
@@ -69,8 +70,8 @@ def merge(
             how = copying | ({} if tokenizer is None else {"tokenizer": tokenizer})
             return _write_copy(manager, tracked.name, folder, chosen, notes, safe=safe, **how)
         if calibrate is not None:
-            said = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
-            return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", said)
+            more_notes = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
+            return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", more_notes)
         note = _requantizing_note(manager, chosen)
         manager.merge(chosen, safe=safe)
         notes += [note] if note else []
@@ -78,7 +79,12 @@ def merge(
 
 
 def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """Put the base weights back, bit for bit."""
+    """Restore the base weights, bit for bit.
+
+    Args:
+        ctx: context of the session.
+        model: an adapted model.
+    """
     tracked = ctx.models.get(model, command="unmerge")
     with ctx.command("unmerging", slow=True) as notes:
         merged = tracked.manager.merged
@@ -89,12 +95,13 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
 
 
 def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None, safe: bool = False) -> UnloadResult:
-    """Take all adapters off and forget the model; its handles cannot be used afterwards.
+    """Unload all adapters and remove the model from the session; its PeftModels are unusable afterwards.
 
     Args:
-        merge: add the active adapters to the base weights first.
+        ctx: context of the session.
+        merge: merge the active adapters into the base weights first.
         model: an adapted model.
-        safe: with ``merge``, refuse where a merged weight would not be finite.
+        safe: with ``merge``, raise an error if a merged weight would not be finite.
     """
     tracked = ctx.models.get(model, command="unload")
     with ctx.command("unloading", slow=True) as notes:
@@ -106,7 +113,7 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
 
 
 def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
-    """What merging into quantized weights will cost, or the empty string where nothing is quantized."""
+    """Return a note about the error of merging into quantized weights; empty if nothing is quantized."""
     from nbpeft.model import merge_errors
 
     chosen = tuple(manager.active if names is None else names)
@@ -130,7 +137,7 @@ def _merge_calibrated(
     *,
     safe: bool,
 ) -> list[str]:
-    """Merges, and says what was not used of the rows and what rounding has left."""
+    """Merge, and return notes about unused parts of the rows and the remaining error."""
     from nbpeft.model import merge_calibrated
     from nbpeft.training.loop.rows import first_rows
 
@@ -143,7 +150,7 @@ def _merge_calibrated(
 def _write_copy(
     manager: Any, model_name: str, folder: str, names: list[str] | None, notes: list[str], **how: Any
 ) -> MergedCopy:
-    """Writes the copy; see ``nbpeft.merge_to_folder`` for what ``how`` may hold."""
+    """Write the copy; see ``nbpeft.merge_to_folder`` for the arguments in ``how``."""
     from nbpeft.model import merge_to_folder
 
     done = merge_to_folder(manager.model, names, folder, **how)

@@ -1,4 +1,4 @@
-"""Forecasting memory: whether a run will fit, before it runs."""
+"""Forecasting memory: whether a run will fit, before it starts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from nbpeft.state import MemoryPart
 
 AS_IT_IS = "as it is"
-"""Stored as the model is, or as its config says."""
+"""The quantization of the model, or of its config."""
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 1024
-"""Assumed where nothing else is given."""
+"""Defaults of a forecast."""
 USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-"""Fields of the adapter that is assumed."""
+"""Fields of the default adapter."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
     *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
@@ -43,27 +43,28 @@ _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 def plan_memory(
     ctx: SessionContext, /, model: ModelLike = None, config: ConfigLike | None = None, **settings: Any
 ) -> PlanResult:
-    """Forecast what a run will need, by part, and whether a device has it; nothing is loaded or changed.
+    """Forecast the memory of a run, by part, and whether a device has enough; nothing is loaded or changed.
 
     Args:
-        model: a model (its name here, or itself), a transformers config, or the folder or hub
-            id of one; only its config is read.
-        config: the adapter, or its fields; by default the model's active adapter, or LoRA of
-            rank 16 on all linear layers.
-        **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
-            ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-            ``double_quant``, ``optimizer``, ``training``, ``packing``, ``adapters`` (how many learn side by side; a
-            sweep among the ``changes`` says so, too), ``processes`` and ``sharded`` (what one of several processes
-            needs, with DDP or with FSDP2), ``loss_chunk_size`` and ``recompute`` (as ``nbpeft.Trainer`` has them; a
-            ``trainer_class`` of another library keeps logits as a whole, and activations), ``device`` (bytes,
-            ``"16GB"``, ``"T4"``, a torch device, by default this machine's), ``suggest=False`` to leave out what would
-            make it fit; ``rank`` and ``changes`` (fields by name) for what differs from ``config``. A ``peft_type``
-            among ``changes`` that is not the config's means an adapter of that method with these fields. ``data``
-            (with ``tokenizer`` and ``columns``, as for ``train``): the rows, whose longest, or fullest sequence, says
-            how long sequences are; ``sequence_length`` is then what they are cut to.
+        ctx: context of the session.
+        model: a model or its name in the session, a transformers config, or the folder or hub id of one; only its
+            config is read.
+        config: the adapter's config, or its fields; by default that of the model's active adapter, or LoRA of rank 16
+            on all linear layers.
+        **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``, ``"fp4"``, ``"int8"``
+            or None; by default that of the model), ``gradient_checkpointing``, ``double_quant``, ``optimizer``,
+            ``training``, ``packing``, ``adapters`` (number of adapters trained side by side; a sweep in ``changes``
+            sets it too), ``processes`` and ``sharded`` (memory of one of several processes, with DDP or with FSDP2),
+            ``loss_chunk_size`` and ``recompute`` (as in ``nbpeft.Trainer``; a ``trainer_class`` of another library
+            stores complete logits and activations), ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by
+            default this machine's), ``suggest=False`` for no suggestions. ``rank`` and ``changes`` (fields by name)
+            are differences from ``config``; another ``peft_type`` in ``changes`` means an adapter of that method with
+            these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``): rows whose longest one, or
+            fullest packed sequence, determines the sequence length; ``sequence_length`` is then the length to which
+            they are cut.
 
     Raises:
-        ConfigError: a value is impossible, or the model cannot run without data.
+        ConfigError: a value is invalid, or the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
     suggest = settings.pop("suggest", True)
@@ -89,7 +90,7 @@ def memory_planner(
     trainer_class: type[Any] | None = None,
     **settings: Any,
 ) -> MemoryPlanner:
-    """Prepare the same for settings that are changed again and again; see ``plan_memory``."""
+    """Return a planner for repeated forecasts with changing settings; see ``plan_memory`` for the arguments."""
     tracked = None
     if model is None or (isinstance(model, str) and model in ctx.models.names):
         tracked = ctx.models.get(model, command="plan_memory")
@@ -122,10 +123,10 @@ def memory_planner(
 def _planned(
     tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any], rank: int | None
 ) -> AdapterConfig:
-    """The adapter to plan for; see ``plan_memory``.
+    """Return the config of the adapter to plan for; see ``plan_memory``.
 
     Raises:
-        ConfigError: a field is unknown or impossible, or the adapter has no rank that could be changed.
+        ConfigError: a field is unknown or invalid, or the adapter has no rank that could be changed.
     """
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
@@ -150,13 +151,13 @@ def _planned(
 
 
 class MemoryPlanner:
-    """Forecasts for one model and many settings; knows the model's shapes and holds no weights.
+    """Forecasts for one model and many settings; has the model's shapes, but no weights.
 
     Args:
         source: a model, a config, a folder or a hub id.
-        adapter: what is trained.
-        name: of the model.
-        batch_size: as in ``Session.plan_memory``, like the others.
+        adapter: config of the trained adapter.
+        name: display name of the model.
+        batch_size: see ``Session.plan_memory``, also for the further arguments.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class MemoryPlanner:
 
     @property
     def settings(self) -> PlanSettings:
-        """The settings that were asked for."""
+        """The settings of the planner."""
         return self._settings(self.setting)
 
     def plan(
@@ -228,14 +229,14 @@ class MemoryPlanner:
         suggest: bool = True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> PlanResult:
-        """Estimate what a step needs; takes about a second the first time, suggestions some more.
+        """Estimates the memory of a step; takes about a second the first time, and longer with suggestions.
 
-        May be called in another thread.
+        Can be called from another thread.
 
         Args:
-            settings: what to change of the planner's own.
+            settings: changes of the planner's settings; None for none.
             suggest: whether to look for changes that lower the peak.
-            stopped: says whether to look no further.
+            stopped: returns True to end the search for suggestions early.
         """
         from nbpeft.memory.estimate import estimate
         from nbpeft.memory.suggest import suggest as suggestions_for
@@ -304,7 +305,7 @@ class MemoryPlanner:
 
 
 def _of_experts(weights: Weights) -> str:
-    """What share of the trained parameters the experts add; empty where they add none."""
+    """Return a note about the experts' share of the trained parameters; empty if they have none."""
     trained, total = weights.of_experts, weights.trained_count
     if not trained:
         return ""
@@ -312,13 +313,13 @@ def _of_experts(weights: Weights) -> str:
 
 
 def _in_words(adapter: AdapterConfig) -> str:
-    """The method and, as its summary spells it, the size: ``LoRA r=16``. The rest of a summary needs the model."""
+    """Return the method and its size as text: ``LoRA r=16``. The rest of a summary needs the model."""
     size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.size)]
     return " ".join((label_of(adapter), *size_words[:1]))
 
 
 class _Detected:
-    """What a model or a config says about itself."""
+    """Properties that a model or a config has itself."""
 
     def __init__(self, source: Any, adapter: AdapterConfig) -> None:
         from nbpeft.memory.architecture import architecture_of
@@ -338,7 +339,7 @@ class _Detected:
 
 
 def _dtype_of(model: Any) -> str | None:
-    """The dtype of most weights that are not quantized."""
+    """Return the dtype of most weights that are not quantized."""
     from nbpeft.memory import weights_by_kind
 
     labels = (kind.split(" ")[0] for kind in weights_by_kind(model))
@@ -346,7 +347,7 @@ def _dtype_of(model: Any) -> str | None:
 
 
 def _room(device: Any, source: Any) -> Room:
-    """The device to fit, by default that of the model, or this machine's best one."""
+    """Return the device to fit: by default that of the model, or this machine's best one."""
     import torch
 
     from nbpeft.memory.devices import device_memory, is_cpu, placed_on
@@ -374,12 +375,12 @@ def _room(device: Any, source: Any) -> Room:
 
 
 def _is_graphics(room: Room) -> bool:
-    """Whether CUDA, or what stands for it, takes memory there too."""
+    """Return whether a CUDA context, or that of another GPU, needs memory on the device too."""
     return room.name.startswith("cuda") or (room.free is None and not is_apple(room.name))
 
 
 def _is_on(placed: torch.device | None, there: torch.device) -> bool:
-    """Whether a parameter's device is the one meant, which a person may name without its number."""
+    """Return whether a parameter's device is the given one, which may lack an index."""
     import torch
 
     if placed is None or placed.type != there.type:
@@ -402,7 +403,14 @@ def _best_device() -> str:
 
 
 def plan_or_reason(source: Any, config: AdapterConfig, name: str, settings: Mapping[str, Any]) -> PlanResult | str:
-    """Forecast for a model and an adapter, without suggestions; where that is impossible, return the reason."""
+    """Return a forecast for a model and an adapter, without suggestions; if impossible, return the reason.
+
+    Args:
+        source: a model, a config, a folder or a hub id.
+        config: config of the adapter.
+        name: display name of the model.
+        settings: further arguments of ``MemoryPlanner``.
+    """
     try:
         return MemoryPlanner(source, config, name=name, **settings).plan(suggest=False)
     except NbpeftError as error:

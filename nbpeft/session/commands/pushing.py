@@ -1,4 +1,4 @@
-"""Sharing an adapter: uploading it to the hub with a card."""
+"""Uploading an adapter to the hub, with a model card."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ def push(
     endpoint: str | None = None,
     replace: bool = False,
 ) -> PushResult:
-    """Upload an adapter to the hub, with a card that says how it was trained and how to load it.
+    """Upload an adapter to the hub, with a card that describes its training and how to load it.
 
-    A repository that is there gets one more commit; a card that it has keeps its own text. The access token is that
-    of ``HF_TOKEN``, of the hub's login, or of the secrets of Colab or Kaggle.
+    An existing repository gets a new commit, and the text of its card is preserved. The access token is that of
+    ``HF_TOKEN``, of the hub's login, or of the secrets of Colab or Kaggle.
 
     Args:
-        repo: ``user/name``; made if need be.
-        name: the adapter; None where the model has only one.
+        ctx: context of the session.
+        repo: ``user/name``; created if it does not exist.
+        name: name of the adapter; None if the model has only one.
         model: an adapted model.
-        private: whether a new repository is private; None leaves it to the account, usually public.
-        message: of the commit.
-        revision: a branch, made if need be; None for the main one.
+        private: whether a new repository is private; None for the account's default, usually public.
+        message: commit message.
+        revision: a branch, created if it does not exist; None for the main branch.
         token: an access token instead of those above.
-        endpoint: address of the hub; None for ``HF_ENDPOINT``, or the usual one.
-        replace: upload over another adapter that the repository holds: one of another method, rank, targets or base.
+        endpoint: URL of the hub; None for ``HF_ENDPOINT``, or the usual one.
+        replace: overwrite another adapter in the repository: one of another method, rank, targets or base.
 
     Raises:
-        AdapterExistsError: the repository holds another adapter.
-        AdapterError: there are several adapters and none is named, or ``repo`` is not a repository's name.
-        CheckpointError: there is no token, or the hub refused or cannot be reached.
+        AdapterExistsError: the repository has another adapter.
+        AdapterError: there are several adapters and no name, or ``repo`` is not the name of a repository.
+        CheckpointError: there is no token, or the hub refused the upload or cannot be reached.
     """
     from nbpeft.checkpoint import find_token
     from nbpeft.model.saving import files
@@ -77,11 +78,11 @@ def push(
 
 
 def _adapter(tracked: TrackedModel, name: str | None) -> str:
-    """The adapter that is meant.
+    """Return the name of the adapter to push.
 
     Raises:
-        UnknownAdapterError: there is none of that name.
-        AdapterError: there is none, or there are several and none is named.
+        UnknownAdapterError: there is no such adapter.
+        AdapterError: there is none, or there are several and no name.
     """
     names = tuple(tracked.manager.names)
     if name is not None:
@@ -95,7 +96,7 @@ def _adapter(tracked: TrackedModel, name: str | None) -> str:
 
 
 def _facts(tracked: TrackedModel, name: str, repo: str) -> CardFacts:
-    """What the card says besides the config."""
+    """Return information for the card in addition to the config."""
     from nbpeft.checkpoint import CardFacts
     from nbpeft.display.svg import loss_svg
 
@@ -123,7 +124,7 @@ def _duration(seconds: float) -> str:
 
 
 def _results(train: TrainState) -> list[tuple[str, str]]:
-    """How a training ended, in words."""
+    """Return the results of a training as rows of text."""
     total = f" of {train.total_steps:,}" if train.total_steps and train.total_steps != train.step else ""
     rows = [("steps", f"{train.step:,}{total}"), ("time", _duration(train.elapsed))]
     if train.smoothed_loss is not None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nbpeft.training.loop.prepare import Preparation, Upcast
 
 DEFAULTS: dict[str, Any] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
-"""How to quantize where nothing else is given."""
+"""Default quantization."""
 QUANTIZATION_FIELDS = ("bits", "quant_type", "double_quant", "compute_dtype", "quant_storage")
 LOADING_FIELDS = (
     *("gguf_file", "device_map", "model_class", "dtype", "revision", "subfolder", "cache_dir", "token"),
@@ -41,7 +41,7 @@ LOADING_FIELDS = (
 )
 PREPARING_FIELDS = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "upcast")
 _OF_CONFIG = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
-"""Fields of loading that also locate a config."""
+"""Arguments of loading that are also needed to find a config."""
 
 
 def qlora(
@@ -63,28 +63,29 @@ def qlora(
     upcast: Any = "norms",
     **loading: Any,
 ) -> QloraResult:
-    """Load a model quantized (or quantize one in memory), prepare it, and add an adapter.
+    """Load a model quantized, or quantize a loaded one, prepare it, and add an adapter.
 
-    Run again with the same source and quantization it only reconfigures the adapter.
+    A repeated call with the same source and quantization only reconfigures the adapter.
 
     Args:
+        ctx: context of the session.
         source: a folder, a hub id, a ``.gguf`` file, or a loaded model, which is quantized in place.
         config: a config, or its fields.
-        name: the adapter.
-        variable: what to call the model.
-        allow_missing: go on where a target matches nothing, as long as others match.
-        bits: 4 or 8; 4 if left out.
-        quant_type: ``"nf4"`` (if left out) or ``"fp4"``.
-        double_quant: whether the constants of 4-bit blocks are quantized too; they are if left out.
-        compute_dtype: what 4-bit layers compute in; by default the dtype of the model's other weights.
-        quant_storage: dtype that holds the 4-bit codes.
+        name: name of the adapter.
+        variable: name for the model.
+        allow_missing: ignore targets that match nothing, as long as others match.
+        bits: 4 (the default) or 8.
+        quant_type: ``"nf4"`` (the default) or ``"fp4"``.
+        double_quant: whether the constants of 4-bit blocks are quantized too, which is the default.
+        compute_dtype: dtype in which 4-bit layers compute; by default that of the model's other weights.
+        quant_storage: dtype of the tensors that store 4-bit codes.
         gradient_checkpointing: whether training recomputes activations.
         gradient_checkpointing_kwargs: e.g. ``{"use_reentrant": True}``.
-        upcast: what becomes float32: ``"norms"``, ``"peft"`` or ``"none"``.
-        **loading: ``gguf_file``, ``device_map``, ``model_class`` and what else ``from_pretrained`` takes.
+        upcast: what to cast to float32: ``"norms"``, ``"peft"`` or ``"none"``.
+        **loading: ``gguf_file``, ``device_map``, ``model_class`` and further arguments of ``from_pretrained``.
 
     Raises:
-        ConfigError: a field is unknown or impossible, or the model is quantized otherwise already.
+        ConfigError: a field is unknown or invalid, or the model is already quantized in another way.
         TargetError: the targets do not match the model.
         CheckpointNotFoundError: there is no model at ``source``.
     """
@@ -97,7 +98,7 @@ def qlora(
 
     given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
     given |= {"quant_storage": quant_storage, "upcast": upcast, "gradient_checkpointing": gradient_checkpointing}
-    request = _request(config, given | loading)  # what is impossible is refused before loading
+    request = _request(config, given | loading)  # invalid arguments are refused before loading
     if (init := init_from_data(request.config)) and not is_module(source):
         raise ConfigError(
             f"init_lora_weights={init!r} starts from rows, and a model that is there: load "
@@ -115,7 +116,7 @@ def qlora(
             before = stored_parts(base)
             experts = _is_quantized(before) and bool(remaining_experts(base))
             quantized = experts or not _is_quantized(before)
-            # What cannot be adapted is refused before a weight is rounded.
+            # Targets that do not match are refused before a weight is rounded.
             manager = manager_of(base)
             replacing = name if manager is not None and name in manager.configs else None
             plan(base, request.config, allow_missing=allow_missing, replacing=replacing)
@@ -156,20 +157,21 @@ def preview_qlora(
 ) -> QloraPreview:
     """Report what ``qlora`` would load, quantize and adapt, and what training would need; nothing is changed.
 
-    Of a folder, a hub id or a GGUF file only the config is read.
+    Only the config of a folder, a hub id or a GGUF file is read.
 
     Args:
+        ctx: context of the session.
         source: as for ``qlora``.
-        config: of the adapter to come, or its fields.
-        name: of the adapter to come.
-        variable: what to call the model.
-        batch_size: for the forecast of memory, like the next two; see ``plan_memory``.
-        sequence_length: tokens of each row.
-        device: where it should fit.
+        config: config of the new adapter, or its fields.
+        name: name of the new adapter.
+        variable: name for the model.
+        batch_size: setting of the memory forecast, like the next two; see ``plan_memory``.
+        sequence_length: number of tokens per row.
+        device: the device that it should fit.
         **how: quantization, preparation and loading, as for ``qlora``.
 
     Raises:
-        ConfigError: a field is unknown or impossible, or the model cannot be quantized.
+        ConfigError: a field is unknown or invalid, or the model cannot be quantized.
         TargetError: the targets do not match the model.
         CheckpointNotFoundError: there is no model at ``source``.
     """
@@ -205,11 +207,12 @@ def preview_qlora(
 
 
 def would_reuse(ctx: SessionContext, model: Any, variable: str, source: str, how: Mapping[str, Any]) -> bool:
-    """Whether ``qlora`` would reuse the model in a variable, because it made it of this source before.
+    """Return whether ``qlora`` would reuse the model in a variable, because it created it from the same source.
 
     Args:
-        model: what the variable holds.
-        variable: its name.
+        ctx: context of the session.
+        model: value of the variable.
+        variable: name of the variable.
         source: a folder, a hub id or a ``.gguf`` file.
         how: quantization, preparation and loading, as for ``qlora``.
     """
@@ -223,10 +226,10 @@ class _Request:
     """The arguments of ``qlora``, checked and sorted.
 
     Attributes:
-        config: of the adapter.
-        settings: of quantizing, as they were given.
+        config: config of the adapter.
+        settings: the given arguments of quantizing.
         loading: arguments of ``from_pretrained``.
-        upcast: what becomes float32.
+        upcast: what to cast to float32.
         checkpointing: whether training recomputes activations.
     """
 
@@ -238,13 +241,13 @@ class _Request:
 
     @property
     def kind(self) -> str:
-        """How layers will be stored: ``nf4``, ``fp4`` or ``int8``."""
+        """The storage format of layers: ``nf4``, ``fp4`` or ``int8``."""
         chosen = DEFAULTS | self.settings
         return "int8" if chosen["bits"] == 8 else str(chosen["quant_type"])
 
     @property
     def double(self) -> bool:
-        """Whether the constants of 4-bit blocks will be quantized, too."""
+        """Whether the constants of 4-bit blocks will be quantized too."""
         return self.kind != "int8" and bool((DEFAULTS | self.settings)["double_quant"])
 
 
@@ -252,7 +255,7 @@ def _request(config: ConfigLike, how: Mapping[str, Any]) -> _Request:
     """Check and sort the arguments of ``qlora``.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     from nbpeft.model.quantization.quantize import quantization
     from nbpeft.training.loop.prepare import check_upcast
@@ -266,7 +269,7 @@ def _request(config: ConfigLike, how: Mapping[str, Any]) -> _Request:
 
 
 def _sorted(how: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of quantizing, and those of ``from_pretrained``."""
+    """Split arguments into those of quantizing and those of ``from_pretrained``."""
     settings = {field: how[field] for field in QUANTIZATION_FIELDS if how.get(field) is not None}
     own = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS)
     return settings, {field: value for field, value in how.items() if field not in own}
@@ -274,7 +277,7 @@ def _sorted(how: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a model came from (None: from memory) and how it was quantized."""
+    """Where a model was loaded from (None for a model in memory) and how it was quantized."""
 
     source: str | None
     settings: dict[str, Any]
@@ -282,13 +285,13 @@ class _Origin:
 
 
 def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _Request) -> tuple[_Origin, Any]:
-    """Find out what a source is.
+    """Find the model that a source refers to.
 
     Returns:
-        Where the model comes from, and its base model: None where it has to be loaded.
+        Where the model comes from, and its base model, or None if it has to be loaded.
 
     Raises:
-        ConfigError: it is a model in memory, but arguments are for loading one or for quantizing it otherwise.
+        ConfigError: it is a model in memory, but arguments are for loading one or for another quantization.
     """
     if isinstance(source, str | os.PathLike):
         place = place_of(source, "qlora")
@@ -307,7 +310,7 @@ def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _R
 
 
 def _present(ctx: SessionContext, origin: _Origin, variable: str) -> Any:
-    """The base model that a variable holds, if it came from there and was quantized like that."""
+    """Return the base model in a variable, if it was loaded from the same source and quantized in the same way."""
     tracked = next((tracked for tracked in ctx.models.all() if tracked.name == variable), None)
     same = tracked is not None and ctx.qlora_origins.get(tracked.manager.model) == origin
     return tracked.manager.model if tracked is not None and same else None
@@ -318,7 +321,7 @@ def _is_quantized(parts: tuple[StoredPart, ...]) -> bool:
 
 
 def _compute_dtype(base: nn.Module) -> str:
-    """What the 4-bit layers of a model compute in; empty where it has none."""
+    """Return the compute dtype of a model's 4-bit layers; empty if it has none."""
     from nbpeft.engine.contract.registry import resolve_backend
 
     for module in base.modules():
@@ -329,7 +332,7 @@ def _compute_dtype(base: nn.Module) -> str:
 
 
 def _is_unprepared(ctx: SessionContext, base: nn.Module) -> bool:
-    """Whether a model still has to be prepared for training: it never carried adapters."""
+    """Return whether a model still has to be prepared for training, because it never had adapters."""
     from nbpeft.engine.tree.model_tree import manager_of
 
     return manager_of(base) is None and base not in ctx.qlora_origins
@@ -338,7 +341,7 @@ def _is_unprepared(ctx: SessionContext, base: nn.Module) -> bool:
 def _prepare(
     ctx: SessionContext, base: nn.Module, checkpointing: bool, options: dict[str, Any] | None, upcast: Any
 ) -> Preparation | None:
-    """Prepare a model that carries no adapter yet; for others only switch checkpointing."""
+    """Prepare a model that has no adapter yet; for others only switch gradient checkpointing."""
     from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
     from nbpeft.training.loop.prepare import prepare_model
 
@@ -354,9 +357,9 @@ def _prepare(
 
 @contextmanager
 def _restored_on_failure(base: nn.Module) -> Iterator[None]:
-    """Undo what preparing does to a model (dtypes, flags, hooks, checkpointing) if the block fails.
+    """Restore a model's dtypes, flags, hooks and gradient checkpointing if the block fails.
 
-    What is kept for that are references: a tensor that is cast stays alive until the block ends.
+    This uses references: a tensor that is cast stays in memory until the block ends.
     """
     from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
 
@@ -388,10 +391,10 @@ class _Skeleton:
     """A model of a folder, hub id or GGUF file on the meta device.
 
     Attributes:
-        model: modules and shapes, no weights.
+        model: modules and shapes, without weights.
         architecture: what it was built from.
-        dtype: of its weights, as they would be loaded.
-        note: a remark on its config; mostly empty.
+        dtype: dtype in which its weights would be loaded.
+        note: a remark on its config; usually empty.
     """
 
     model: nn.Module
@@ -401,11 +404,11 @@ class _Skeleton:
 
 
 def _skeleton(source: str, request: _Request) -> _Skeleton:
-    """Read a config and build its model without weights, in the dtype that it would be loaded in.
+    """Read a config and build its model without weights, in the dtype in which it would be loaded.
 
     Raises:
         CheckpointNotFoundError: there is no config at ``source``.
-        ConfigError: its class or a dtype is not known.
+        ConfigError: its class or a dtype is unknown.
     """
     import torch
 
@@ -425,14 +428,14 @@ def _skeleton(source: str, request: _Request) -> _Skeleton:
 
 @dataclass(frozen=True)
 class _ToCome:
-    """What quantizing and preparing would do.
+    """What quantizing and preparing would change.
 
     Attributes:
-        parts: of the base weights, as they would be.
-        prepared: the preparation; None where the model is prepared already.
-        layers: path -> linear layer or view of experts to quantize; None where all are quantized already.
-        kind: how these will be stored: ``nf4``, ``fp4`` or ``int8``.
-        double: whether 4-bit constants will be quantized, too.
+        parts: the base weights afterwards, part by part.
+        prepared: the preparation; None if the model is already prepared.
+        layers: path -> linear layer or view of experts to quantize; None if all are already quantized.
+        kind: the storage format of these: ``nf4``, ``fp4`` or ``int8``.
+        double: whether 4-bit constants will be quantized too.
     """
 
     parts: tuple[PartSize, ...]
@@ -442,7 +445,7 @@ class _ToCome:
     double: bool
 
     def backends(self) -> dict[str, str]:
-        """Path -> name of how a layer will be stored."""
+        """Returns path -> name of the backend that will store the layer."""
         from nbpeft.engine.layer_kinds.parameter import ParameterView
 
         linear = "bnb8bit" if self.kind == "int8" else "bnb4bit"
@@ -451,7 +454,7 @@ class _ToCome:
 
 
 def _parts_to_come(ctx: SessionContext, base: Any, skeleton: _Skeleton | None, request: _Request) -> _ToCome:
-    """Count what would be quantized and prepared; the model is not changed."""
+    """Return what would be quantized and prepared; the model is not changed."""
     from nbpeft.memory.forecast import stored_as
     from nbpeft.model.quantization.quantize import check_quantizable, layers_to_quantize
     from nbpeft.model.quantization.quantized_experts import remaining_experts
@@ -470,7 +473,9 @@ def _parts_to_come(ctx: SessionContext, base: Any, skeleton: _Skeleton | None, r
         layers = layers_to_quantize(base)
     unprepared = skeleton is not None or _is_unprepared(ctx, base)
     chosen = {id(layer.weight) for layer in layers.values()}
-    raised = [one for one in becoming_float32(base, request.upcast) if id(one) not in chosen] if unprepared else []
+    raised = (
+        [tensor for tensor in becoming_float32(base, request.upcast) if id(tensor) not in chosen] if unprepared else []
+    )
     extra = sum(parameter.numel() * (4 - parameter.element_size()) for parameter in raised)
     parts = estimated_parts(base, layers.values(), kind=kind, double=double, raised=raised)
     preparation = Preparation(0, len(raised), extra, request.checkpointing, False) if unprepared else None
@@ -509,7 +514,7 @@ def _architecture(config: Any, model_class: Any) -> Architecture:
 
 
 def _dtype(request: _Request, config: Any) -> Any:
-    """What ``load_quantized`` would load weights in."""
+    """Return the dtype in which ``load_quantized`` would load weights."""
     from nbpeft.model.quantization.quantize import dtype_of, usual_dtype
 
     chosen, computes = request.loading.get("dtype"), request.settings.get("compute_dtype")
@@ -521,10 +526,10 @@ def _dtype(request: _Request, config: Any) -> Any:
 
 
 def _part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | None) -> tuple[PartSize, ...]:
-    """The parts now, beside what the same weights took before (None: they were never loaded otherwise)."""
+    """Return the parts with their previous sizes; None as ``before`` if they were never loaded in another form."""
     old = {part.name: part.byte_count for part in before or ()}
     if before is not None and "quantized layers" not in old:
-        # What is quantized now was among the other layers; the rest of those stayed.
+        # Layers that are quantized now were counted as other layers before.
         stayed = sum(part.byte_count for part in now if part.name == "other layers")
         old["quantized layers"] = old.get("other layers", 0) - stayed
         old["other layers"] = stayed
@@ -535,7 +540,7 @@ def _part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | No
 
 
 def _title(origin: _Origin, base: Any) -> str:
-    """The source for results: a hub id as it is, of a path outside the working folder only its last part."""
+    """Return the source for display: a hub id unchanged, a path outside the working folder as its last component."""
     if origin.source is None:
         return type(base).__name__
     if origin.loading.get("gguf_file"):

@@ -1,4 +1,4 @@
-"""Trainings in the background: starting them, and what can be asked of one that runs: stop, pause, go on, clone."""
+"""Trainings in the background, and requests to a running one: stop, pause, continue, clone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nbpeft.training import Run, TrainResult
 
 UNTRACKED = "model"
-"""What a model without adapters is called while a loop of somebody's own trains it."""
+"""Name for a model without adapters while a custom loop trains it."""
 _WAYS = "session.stop() ends it, session.result() shows what came of it"
 
 
@@ -24,14 +24,14 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
     """Start a training of a model in the background.
 
     Args:
-        ctx: of the session.
+        ctx: context of the session.
         tracked: the model.
-        names: of the adapters.
-        work: trains; runs in the thread.
+        names: names of the adapters, as text.
+        work: runs the training; called in the new thread.
 
     Raises:
-        BusyError: something runs already.
-        NbpeftError: it cannot begin.
+        BusyError: another training is running.
+        NbpeftError: the training cannot begin.
     """
     from nbpeft.engine.changes.step_gate import StepGate
 
@@ -50,7 +50,7 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
             ctx.refuse_another_training()
             ctx.background[tracked], state.gate = training, gate
         training.start(working, lambda run: ctx.notes.extend(ctx.run_subscribers.notify(run, tracked.name)))
-    except BaseException:  # one that never began would keep all others out
+    except BaseException:  # a gate that is never released would block all other threads
         training.abandon()
         state.gate = None if state.gate is gate else state.gate
         raise
@@ -59,14 +59,15 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
 
 
 def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None = None) -> RequestResult:
-    """Ask a training to end after the step it is in; it keeps what was learned.
+    """Request a training to end after the current step; what was learned remains.
 
     Args:
-        model: name of its model; may be left out where one training runs.
-        adapter: stop this one of a sweep alone; the others go on.
+        ctx: context of the session.
+        model: name of its model; may be left out if only one training is running.
+        adapter: stop only this adapter of a sweep; the others continue.
 
     Raises:
-        AdapterError: none runs, or no such adapter learns in it.
+        AdapterError: no training is running, or it does not train such an adapter.
     """
     run = _running(ctx, model, "stop")
     if adapter is not None:
@@ -81,20 +82,21 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
 def clone(
     ctx: SessionContext, adapter: str, /, name: str | None = None, *, model: str | None = None, **fields: Any
 ) -> RequestResult:
-    """Ask a training of a sweep to go on with one of its adapters as two, the second with other settings.
+    """Request a training of a sweep to duplicate one of its adapters, with other settings for the copy.
 
-    After the step that runs the new adapter has the weights and the optimizer's state of the other one. From then on
-    both learn side by side, each by its own settings; the schedule is that of the whole run.
+    After the current step the new adapter gets a copy of the weights and the optimizer state. From then on both are
+    trained side by side, each with its own settings; the schedule is that of the whole run.
 
     Args:
-        adapter: one that learns.
-        name: of the new one; by default what it is cloned from and has of its own.
-        model: as for ``stop``.
-        **fields: what it has of its own: ``learning_rate``, ``weight_decay``, …; see ``sweep``.
+        ctx: context of the session.
+        adapter: an adapter that is being trained.
+        name: name of the copy; by default derived from the adapter and the copy's own settings.
+        model: see ``stop``.
+        **fields: settings of the copy: ``learning_rate``, ``weight_decay``, …; see ``sweep``.
 
     Raises:
-        AdapterError: none runs, no such adapter learns in it, or the name is taken.
-        ConfigError: a field cannot be an adapter's own, or has a value that is impossible.
+        AdapterError: no training is running, it does not train such an adapter, or the name is taken.
+        ConfigError: a field cannot be set per adapter, or its value is invalid.
     """
     from transformers import TrainingArguments
 
@@ -118,13 +120,14 @@ def clone(
 
 
 def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
-    """Ask a training to wait after the step it is in; ``go_on`` lets it go on.
+    """Request a training to wait after the current step; ``go_on`` continues it.
 
     Args:
-        model: as for ``stop``.
+        ctx: context of the session.
+        model: see ``stop``.
 
     Raises:
-        AdapterError: none runs.
+        AdapterError: no training is running.
     """
     run = _running(ctx, model, "pause")
     run.control.pause()
@@ -132,13 +135,14 @@ def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
 
 
 def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
-    """Let a training go on that waits.
+    """Continue a paused training.
 
     Args:
-        model: as for ``stop``.
+        ctx: context of the session.
+        model: see ``stop``.
 
     Raises:
-        AdapterError: none runs.
+        AdapterError: no training is running.
     """
     run = _running(ctx, model, "continue")
     run.control.resume()
@@ -146,7 +150,7 @@ def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
 
 
 def _check_learns(run: Run, adapter: str) -> None:
-    """Refuses an adapter that does not learn beside others now."""
+    """Raise AdapterError if an adapter is not currently trained in a sweep."""
     learning = [member.name for member in run.state.members if member.status == "training"]
     if adapter not in learning:
         there = f"; {', '.join(learning)} do" if learning else ": the training that runs is no sweep"
@@ -167,7 +171,7 @@ def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
 
 
 def runs_by_name(ctx: SessionContext) -> dict[str, Run]:
-    """The runs that go on, by the names of their models."""
+    """Return name of the model -> run, for the trainings that are running."""
     return {UNTRACKED if tracked is None else tracked.name: run for tracked, run in list(ctx.runs.items())}
 
 

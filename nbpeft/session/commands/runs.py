@@ -1,4 +1,4 @@
-"""Runs on disk: listing and comparing them, going on with one that was broken off, renaming and deleting."""
+"""Runs on disk: listing and comparing them, resuming an interrupted one, renaming and deleting."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
 
 _SAME = ("peft_type", "r", "lora_alpha")
-"""Settings that decide at once whether an adapter is the one of a run."""
+"""Settings whose values must be equal for an adapter to be that of a run."""
 
 
 def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult | RunsComparison:
-    """List the runs that are kept, or lay some of them over each other.
+    """List the saved runs, or compare some of them.
 
     Args:
-        *names: of runs to compare; all are listed without any.
-        sort: ``time`` (the newest first), ``loss``, ``eval``, ``best``, ``steps``, ``seconds``, ``name`` or ``status``.
+        ctx: context of the session.
+        *names: names of runs to compare; without any, all runs are listed.
+        sort: ``time`` (newest first), ``loss``, ``eval``, ``best``, ``steps``, ``seconds``, ``name`` or ``status``.
 
     Raises:
-        CheckpointNotFoundError: there is no run of a name.
-        CheckpointError: none of those to compare can be read.
-        ConfigError: there is no such order.
+        CheckpointNotFoundError: there is no such run.
+        CheckpointError: none of the runs to compare can be read.
+        ConfigError: the sort order is unknown.
     """
     from nbpeft.runs.record import UNREADABLE, curve_of
 
@@ -67,7 +68,7 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
 
 
 def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
-    """What is known of a run, and what was logged: nothing of one that cannot be read."""
+    """Return the record of a run and its log entries, which are empty for a run that cannot be read."""
     from nbpeft.runs.record import UNREADABLE, unreadable
 
     record = folder.record()
@@ -82,33 +83,43 @@ def _cannot_be_read(record: RunRecord) -> CheckpointError:
 
 
 def rename_run(ctx: SessionContext, name: str, new: str) -> RunChanged:
-    """Give a run that has ended another name.
+    """Rename a run that has ended.
+
+    Args:
+        ctx: context of the session.
+        name: name of the run.
+        new: its new name.
 
     Raises:
-        CheckpointError: there is none of that name, the new name is taken, or it is still running.
+        CheckpointError: there is no such run, the new name is taken, or the run is still running.
     """
     _store(ctx).rename(name, new)
     return RunChanged(f"renamed run {name} to {new}")
 
 
 def delete_run(ctx: SessionContext, name: str) -> RunChanged:
-    """Delete a run that has ended, with all that is kept of it; the adapter on the model stays.
+    """Delete a run that has ended, with its folder; the adapter on the model is not changed.
+
+    Args:
+        ctx: context of the session.
+        name: the exact name of the run.
 
     Raises:
-        CheckpointError: there is none of exactly that name, or it is still running.
+        CheckpointError: there is no such run, or it is still running.
     """
     _store(ctx).delete(name)
     return RunChanged(f"deleted run {name}")
 
 
 def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Mapping[str, Any]]:
-    """Return the run that ``resume`` would go on with, and what is known about how it was started.
+    """Return the run that ``resume`` would continue, and the recorded facts about its start.
 
     Args:
-        run: its name; None for the newest one.
+        ctx: context of the session.
+        run: name of the run; None for the newest one.
 
     Raises:
-        CheckpointNotFoundError: there is none, or no state of it is kept.
+        CheckpointNotFoundError: there is no such run, or it has no checkpoint.
         TrainingError: it is still running.
     """
     from nbpeft.runs.record import UNREADABLE
@@ -117,7 +128,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     ended = [record for record in store.records() if record.status not in ("running", UNREADABLE)]
     if run is None and not ended:
         raise CheckpointNotFoundError(f"no run that has ended is kept in {store.place}, so there is nothing to resume")
-    # One of which the file says that it began later than now is taken by its name alone.
+    # A run whose recorded start is in the future is only resumed by name.
     newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
     record = newest if run is None and newest is not None else _record(store, str(run))
     if record.status == "running":
@@ -139,26 +150,29 @@ def resume(
     variable: str | None = None,
     **arguments: Any,
 ) -> ResumeResult:
-    """Go on with a run that was broken off, from the last state that is kept of it.
+    """Resume an interrupted run from its last checkpoint.
 
-    The adapter comes back with its config and weights, the optimizer, the schedule and the random numbers
-    with it: the loss goes on as if nothing had happened. Of a run that had finished the adapter comes back.
+    The adapter's config and weights, the optimizer, the schedule and the random state are restored, so that the loss
+    continues as without the interruption. For a run that had finished, only the adapter is restored.
 
     Args:
-        run: its name; None for the newest one.
-        model: the base model of the run, bare or adapted; by default the model that the session calls as then.
-        data: the rows of the run again; not needed for a run that had finished.
-        eval_data: its rows to evaluate on, if it had any.
+        ctx: context of the session.
+        run: name of the run; None for the newest one.
+        model: the base model of the run, bare or adapted; by default the session's model with the name that the run's
+            model had.
+        data: the training data of the run; not needed for a run that had finished.
+        eval_data: its evaluation data, if it had any.
         tokenizer: as for ``train``.
-        variable: what to call a model that is new here.
-        **arguments: further arguments of ``train`` that could not be kept; others replace those of the run. What the
-            run was given comes back, but for where something is written, published or reported: ``notes`` of the result
-            name that. More processes than this machine has are asked for again. It trains in the foreground.
+        variable: name for a model that the session does not know yet.
+        **arguments: arguments of ``train`` that could not be saved; others override those of the run. Saved arguments
+            are restored, except for those that write, publish or report somewhere, which are listed in the result's
+            ``notes``, and for a number of processes that this machine does not have. The training runs in the
+            foreground.
 
     Raises:
-        CheckpointNotFoundError: there is no such run, or no state of it.
-        BaseMismatchError: the model is another one than that of the run.
-        TrainingError: the rows are other ones, or something of the run has to be given again.
+        CheckpointNotFoundError: there is no such run, or it has no checkpoint.
+        BaseMismatchError: the model is not that of the run.
+        TrainingError: the data differs from that of the run, or an argument of the run has to be given again.
     """
     from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
@@ -167,8 +181,8 @@ def resume(
     from nbpeft.training.request import TrainRequest
 
     record, facts = kept_run(ctx, run)
-    kept, left_out = to_take_over(facts.get("arguments"))
-    given = {**kept, **arguments}
+    saved, left_out = to_take_over(facts.get("arguments"))
+    given = {**saved, **arguments}
     held_out = given.pop("eval_data", None)
     eval_data = held_out if eval_data is None else eval_data
     if not record.is_complete:
@@ -211,7 +225,7 @@ def resume(
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
-    """The adapters of a sweep that a state has: one that was cloned after it is not among them."""
+    """Return the adapters of a sweep in a checkpoint, without those that were cloned after it."""
     from nbpeft.training.sweep.trainer import kept_members
 
     return kept_members(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
@@ -220,7 +234,7 @@ def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
 def _put_back(
     ctx: SessionContext, record: RunRecord, model: Any, places: Mapping[str, Path], variable: str | None
 ) -> tuple[Any, tuple[str, ...]]:
-    """Loads the adapters that the model lacks. Returns the model, and the adapters that it had already."""
+    """Load the adapters that the model lacks; return the model, and the names of the adapters that it already had."""
     from nbpeft.engine.tree.model_tree import manager_of
 
     manager = manager_of(model)
@@ -237,19 +251,19 @@ def _put_back(
         steps, last = tracked.steps_of((name,))
         if steps and last != record.name:
             trained = f"run {last}" if last else "another run"
-            told = f"{name!r} was trained by {trained} since, which run {record.name} would undo"
-            raise AdapterError(f"{told}: rename or delete it first")
+            message = f"{name!r} was trained by {trained} since, which run {record.name} would undo"
+            raise AdapterError(f"{message}: rename or delete it first")
     for name, place in places.items():
         if name not in present:
             model = load(ctx, place, name=name, model=model, variable=variable, trainable=True).model
-    if len(places) > 1 or not present:  # a single one that is there is switched to when it trains
+    if len(places) > 1 or not present:  # training activates a single existing adapter
         ctx.models.get(model).manager.activate(list(places))
     return model, present
 
 
 @contextmanager
 def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
-    """Takes what was put on a model off again, and activates what was active, where the block fails before a step."""
+    """Remove loaded adapters and restore the active ones if the block fails before the first training step."""
     from nbpeft.engine.tree.model_tree import manager_of
 
     manager, known = manager_of(base), ctx.models.find(base)
@@ -283,23 +297,23 @@ def _check_given(
 
 
 def _not_taken(facts: Mapping[str, Any], left_out: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Says which of the arguments that a run was started with the resumed training does not have; empty if none."""
+    """Return a note about arguments of the run that the resumed training does not have; empty if there are none."""
     names = [name for name in {**left_out, **dict.fromkeys(facts.get("secrets", ()))} if name not in given]
     return f"not taken from the folder of the run: {few(names, 6)}; give them again to have them" if names else ""
 
 
 def _check_base(record: RunRecord, place: Path, base: Any) -> None:
-    """Raises BaseMismatchError unless the adapter was trained on this base model."""
+    """Raise BaseMismatchError unless the adapter was trained on this base model."""
     from nbpeft.checkpoint import compare
     from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata
 
-    told = compare(read_metadata(place / WEIGHTS_NAME), base)
-    if told is not None:
-        raise BaseMismatchError(f"run {record.name} does not go on on this model: {told}")
+    difference = compare(read_metadata(place / WEIGHTS_NAME), base)
+    if difference is not None:
+        raise BaseMismatchError(f"run {record.name} does not go on on this model: {difference}")
 
 
 def _check_config(record: RunRecord, name: str, config: Any) -> None:
-    """Raises AdapterError where the adapter of that name is another than that of the run."""
+    """Raise AdapterError if the adapter with this name is not that of the run."""
     present = config.to_dict()
     for field in _SAME:
         then, now = record.settings.get(field), getattr(present.get(field), "value", present.get(field))

@@ -1,4 +1,4 @@
-"""Shipping an adapter: what an engine takes of it, and the files it loads."""
+"""Shipping an adapter: whether a serving engine supports it, and writing the files that it loads."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ def ship(
     dry_run: bool = False,
     model: ModelLike = None,
 ) -> ShipResult:
-    """Write an adapter as an engine loads it, after saying whether the engine takes it. The model stays as it is.
+    """Write an adapter in the form that a serving engine loads, if the engine supports it. The model is not changed.
 
     Args:
-        name: the adapter; None where the model has only one.
+        ctx: context of the session.
+        name: name of the adapter; None if the model has only one.
         engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
-        to: a folder that is not there yet; None for ``<adapter>-<engine>``.
-        merged: merge the adapter into the base, and write that.
-        quantize: how weights are stored: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (GGUF alone); None for the usual type.
-        base: name of the base model in Ollama, where the adapter goes beside it; without one it is merged.
-        tokenizer: saved with a merged model; None for the one that the model was trained or asked with.
-        overwrite: let the folder take the place of one that holds an earlier shipment.
-        dry_run: say what would be written, and write nothing.
+        to: a folder that does not exist yet; None for ``<adapter>-<engine>``.
+        merged: merge the adapter into the base, and write the merged model.
+        quantize: storage type of the weights: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (only GGUF); None for the default.
+        base: name of the base model in Ollama, to which the adapter is added; without it the adapter is merged.
+        tokenizer: tokenizer to save with a merged model; None for the one last used with the model.
+        overwrite: replace a folder that has an earlier shipment.
+        dry_run: report what would be written, and write nothing.
         model: an adapted model.
 
     Raises:
-        AdapterError: the engine does not take the adapter, or there are several and none is named.
-        ConfigError: an argument is impossible, or a package is missing.
-        CheckpointError: the folder cannot be written, or is there already; then nothing is written.
+        AdapterError: the engine does not support the adapter, or there are several adapters and no name.
+        ConfigError: an argument is invalid, or a package is missing.
+        CheckpointError: the folder cannot be written, or already exists; then nothing is written.
     """
     folder = None if to is None else place_of(to, "ship")
     tracked = ctx.models.get(model, command="ship")

@@ -1,4 +1,4 @@
-"""Hot-swapping: a saved adapter takes the place of one that is on the model."""
+"""Hot-swapping: replacing an adapter on the model by a saved one."""
 
 from __future__ import annotations
 
@@ -36,26 +36,27 @@ def swap(
     replace: bool = False,
     model: ModelLike = None,
 ) -> SwapResult:
-    """Put a saved adapter in the place of one that is on the model, which keeps its name; ``undo`` brings that back.
+    """Replace an adapter on the model by a saved one, which gets its name; ``undo`` restores the old one.
 
-    Everything is checked before the first byte is copied, and a compiled model that was
-    prepared for it goes on without compiling again.
+    Everything is checked before the first byte is copied. A compiled model that was prepared for hot-swapping is not
+    recompiled.
 
     Args:
+        ctx: context of the session.
         path: a folder or a hub id.
-        into: the adapter to replace; the active one if left out.
-        validate: called with the model when the new adapter is in place and alone active; if it
-            returns False or raises, the old one is put back, bit for bit.
-        check_prompt: is answered before and after; an adapter whose weights or output
-            are not finite is refused as by ``validate``.
-        tokenizer: for ``check_prompt``; the one given before if left out.
+        into: name of the adapter to replace; None for the active one.
+        validate: called with the model after the swap, when the new adapter is the only active one. If it returns
+            False or raises, the old adapter is restored bit for bit.
+        check_prompt: answered before and after the swap. An adapter with non-finite weights or outputs is refused, as
+            by ``validate``.
+        tokenizer: tokenizer for ``check_prompt``; the last one given if None.
         chat: see ``compare``.
-        max_new_tokens: length of the answers to ``check_prompt``.
-        replace: also one that was trained and is not saved.
-        model: an adapted model; give the compiled one where it is compiled.
+        max_new_tokens: maximal number of new tokens of the answers to ``check_prompt``.
+        replace: also replace an adapter that was trained and is not saved.
+        model: an adapted model; if it is compiled, the compiled one.
 
     Raises:
-        HotSwapError: the new adapter cannot take the place, or was refused.
+        HotSwapError: the new adapter cannot replace the old one, or was refused.
         CheckpointError: there is no checkpoint, it is damaged, or belongs to another base.
         UnknownAdapterError: there is no such adapter.
     """
@@ -101,11 +102,11 @@ def swap(
 
 
 class _SwapCheck:
-    """Judges a swapped adapter: by a prompt, then by the caller's function.
+    """Checks a swapped adapter: with a prompt, then with the caller's function.
 
     Attributes:
-        answer: what the new adapter answered to the prompt.
-        seconds: how long judging took.
+        answer: the new adapter's answer to the prompt.
+        seconds: duration of the checks in seconds.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class _SwapCheck:
         self.answer, self.seconds = "", 0.0
 
     def generate(self, rows: list[str] | None = None) -> str:
-        """Answer the prompt, if there is one, with the adapters of ``rows``, or with the active one."""
+        """Answer the prompt, if there is one, with the adapters in ``rows``, or with the active one."""
         if self._batch is None:
             return ""
         request = GenerationRequest(rows, self._max_new_tokens)

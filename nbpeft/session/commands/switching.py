@@ -1,4 +1,4 @@
-"""Which adapters are active, how strongly, and which train."""
+"""Which adapters are active, their scale, and which are trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = None) -> CommandResult:
-    """Switch to one adapter, or to several whose deltas add up.
+    """Switch to one adapter, or to several whose deltas are added.
+
+    Args:
+        ctx: context of the session.
+        names: one name or several.
+        model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -27,7 +32,7 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
 
 
 def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """Switch all adapters off, until ``on`` or ``use``: the base model runs alone."""
+    """Disable all adapters, until ``on`` or ``use``, so that only the base model computes."""
     tracked = ctx.models.get(model, command="off")
     with ctx.command("switching adapters off") as notes:
         tracked.manager.disable()
@@ -35,7 +40,7 @@ def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
 
 
 def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """Switch the selected adapters on again."""
+    """Enable the selected adapters again."""
     tracked = ctx.models.get(model, command="on")
     with ctx.command("switching adapters on") as notes:
         tracked.manager.enable()
@@ -43,7 +48,13 @@ def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
 
 
 def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike = None) -> CommandResult:
-    """Set the factor on an adapter's delta; 1 is how it was trained.
+    """Set the factor on an adapter's delta; 1 is the trained strength.
+
+    Args:
+        ctx: context of the session.
+        name: name of the adapter.
+        scale: the factor.
+        model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -55,7 +66,7 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
 
 
 def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Keep an adapter from training."""
+    """Exclude an adapter from training."""
     tracked = ctx.models.get(model, command="freeze")
     with ctx.command(f"freezing {name!r}") as notes:
         tracked.manager.freeze(name)
@@ -63,7 +74,7 @@ def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
 
 
 def unfreeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Let an adapter train while it is active."""
+    """Allow an adapter to be trained while it is active."""
     tracked = ctx.models.get(model, command="unfreeze")
     with ctx.command(f"unfreezing {name!r}") as notes:
         tracked.manager.unfreeze(name)

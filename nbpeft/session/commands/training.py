@@ -1,4 +1,4 @@
-"""Training: with transformers' Trainer, in a loop of one's own, or as a script."""
+"""Training: with transformers' Trainer, in a custom loop, or as a script."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENDED = ("finished", "stopped", "failed")
 
 
 def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | None = None, **options: Any) -> Run:
-    """Make a run for a training loop of one's own, shown live where a front end listens.
+    """Create a run for a custom training loop, displayed live by front ends.
 
     ::
 
@@ -42,8 +42,9 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
                 run.step(loss)
 
     Args:
-        model: the model in training; one without adapters can be tracked too.
-        total_steps: optimizer steps planned, or None where that is not known.
+        ctx: context of the session.
+        model: the model in training, with or without adapters.
+        total_steps: number of planned optimizer steps, or None if unknown.
         **options: further arguments of ``Run``.
     """
     ctx.refuse_another_training()
@@ -97,29 +98,31 @@ def train(
     background: bool = False,
     **arguments: Any,
 ) -> TrainResult | BackgroundRun:
-    """Train the active adapters with transformers' Trainer; shown live where a front end listens.
+    """Train the active adapters with transformers' Trainer; displayed live by front ends.
 
-    Stop ends it gracefully: the result says so and the model keeps what it learned. So does an interruption,
-    which then goes on as ``TrainingInterrupted``: cells queued behind do not run. ``last_result`` is the result
-    either way. The run is kept on disk as it goes on (see ``runs`` and ``resume``).
+    Stop ends the training gracefully: the result has the status, and the model keeps what it learned. So does an
+    interruption, which is then raised as ``TrainingInterrupted``, so that queued cells do not run. ``last_result`` is
+    the result in both cases. The run is saved on disk during training (see ``runs`` and ``resume``).
 
     Args:
+        ctx: context of the session.
         model: an adapted model.
         data: a dataset, a list of dictionaries, a DataFrame, a file or the name of a dataset on the hub; see
             ``nbpeft.training.train``.
-        eval_data: the same, for evaluation; or how many rows of ``data`` to hold out: a share (0.1) or a number (64).
-        tokenizer: for data that is text.
-        columns: what the columns are called, e.g. ``{"prompt": "question", "completion": "answer"}``.
-        adapter: switch to this one first; it stays active when a step was done.
-        keep: whether the run is kept on disk: its settings and curve, the adapter and the state of training.
-        restart: start from the weights that the adapter was made with, instead of those it has now.
-        source: text that the call was made from, kept with the run to make it again.
-        background: return when the first step begins, and train in a thread. The model answers between two steps,
-            in evaluation mode and without gradients; what would change its adapters raises ``BusyError``.
+        eval_data: evaluation data in the same form; or how many rows of ``data`` to hold out, as a share (0.1) or a
+            number (64).
+        tokenizer: tokenizer for text data.
+        columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
+        adapter: adapter to activate first; it remains active if a step was done.
+        keep: whether to save the run on disk: its settings and curve, the adapter and the training state.
+        restart: start from the adapter's initial weights instead of its current ones.
+        source: source text of the call, saved with the run to repeat it.
+        background: return when the first step begins, and train in a thread. Between two steps the model can be called
+            in evaluation mode and without gradients; changing its adapters raises ``BusyError``.
         **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
 
     Raises:
-        TrainingError: the run cannot start, e.g. because no adapter can train.
+        TrainingError: the run cannot start, e.g. because no adapter is trainable.
         TrainingInterrupted: an interruption ended the run.
     """
     from nbpeft.training.request import TrainRequest
@@ -147,13 +150,13 @@ def train_tracked(
     restart: bool = False,
     replaced: tuple[str, ...] = (),
 ) -> TrainResult:
-    """Train a model that is known, and remember how many steps its adapters were trained for.
+    """Train a model of the session, and record the number of steps for its adapters.
 
     Args:
-        ctx: of the session.
+        ctx: context of the session.
         tracked: the model.
-        request: of the training.
-        restart: start from the weights that the adapters were made with.
+        request: the arguments of the training.
+        restart: start from the initial weights of the adapters.
         replaced: adapters whose weights the training replaces before its first step.
     """
     interrupted: TrainingInterrupted | None = None
@@ -163,7 +166,7 @@ def train_tracked(
             result = _trained(ctx, tracked, request, restart=restart, replaced=replaced)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
-        ctx.background.pop(tracked, None)  # how one in the background ended is not the last any more
+        ctx.background.pop(tracked, None)  # an earlier result from the background is outdated
         ctx.models.select(tracked)
     if interrupted is not None:
         raise interrupted.with_traceback(None)
@@ -171,14 +174,14 @@ def train_tracked(
 
 
 def _names(tracked: TrackedModel, request: TrainRequest) -> str:
-    """The adapters that are trained."""
+    """Return the names of the trained adapters, as text."""
     return str(request.adapter or ", ".join(tracked.manager.active))
 
 
 def _trained(
     ctx: SessionContext, tracked: TrackedModel, request: TrainRequest, *, restart: bool, replaced: tuple[str, ...]
 ) -> TrainResult:
-    """Train, in the thread that runs this; adapters that learned nothing are as they were before."""
+    """Train in the current thread; adapters that learned nothing get their previous weights back."""
     from nbpeft.training.adapters.adapted_model import trained_names
     from nbpeft.training.loop.train import run_training
 
@@ -228,7 +231,13 @@ def _trained(
 
 
 def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | None = None) -> RunPlace | None:
-    """Where runs of this session are kept; None where that is switched off."""
+    """Return where this session saves runs; None if that is disabled.
+
+    Args:
+        ctx: context of the session.
+        model: name of the trained model.
+        source: source text of the call.
+    """
     from nbpeft.runs.store import RunPlace, RunStore
 
     place = ctx.runs_folder
@@ -236,19 +245,20 @@ def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | 
 
 
 def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
-    """Return how the last training of a model ended, in the background or not.
+    """Return the result of the last training of a model, in the background or not.
 
     Args:
+        ctx: context of the session.
         model: an adapted model.
 
     Raises:
-        AdapterError: it was not trained here, or still is.
-        Exception: what the training failed with.
+        AdapterError: the model was not trained in this session, or is still being trained.
+        Exception: the error with which the training failed.
     """
     tracked = ctx.models.get(model)
     training = ctx.background.get(tracked)
     if training is not None and training.state is not None and training.state.status in _ENDED:
-        training.join()  # what it leaves is being put away
+        training.join()  # wait until its thread has stored the result
     if training is not None and not training.ended:
         raise AdapterError(f"{training.description} goes on: it has no result yet")
     if training is not None and training.error is not None:
@@ -274,19 +284,20 @@ def export(
     """Write a script that trains an adapter like the active one on the same rows: ``uv run``, ``accelerate launch``.
 
     Args:
-        path: of the script; rows that are in the notebook alone go beside it.
+        ctx: context of the session.
+        path: path of the script; rows that exist only in the notebook are written next to it.
         data: as for ``train``.
         eval_data: as for ``train``.
         tokenizer: as for ``train``.
-        base: where the script finds the base model; by default where this one came from.
+        base: folder or hub id from which the script loads the base model; by default that of this model.
         model: an adapted model.
-        replace: write over a file that is there and that was not exported, or that was changed since.
+        replace: overwrite an existing file that was not exported, or was changed since.
         **arguments: as for ``train``.
 
     Raises:
-        CheckpointError: another file is there.
+        CheckpointError: another file exists.
         ConfigError: an argument cannot be written into a script.
-        TrainingError: it is not known how to load the base model, or the data cannot be read.
+        TrainingError: it is unknown where to load the base model from, or the data cannot be read.
     """
     from nbpeft.training import export_script
 
@@ -299,7 +310,12 @@ def export(
 
 
 def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:
-    """Return Stop and Pause of the run on a model, or None while none runs."""
+    """Return the controls (Stop and Pause) of the run on a model, or None while none is running.
+
+    Args:
+        ctx: context of the session.
+        model: name of the model; None for the run that started last.
+    """
     runs = runs_by_name(ctx)
     run = runs.get(model if model is not None else next(reversed(runs), ""))
     return run.control if run is not None else None
@@ -308,7 +324,7 @@ def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:
 def _run(
     ctx: SessionContext, tracked: TrackedModel | None, watched: Any, total_steps: int | None, **options: Any
 ) -> Run:
-    """Make a run that publishes its states through the session."""
+    """Create a run that publishes its states through the session."""
     from nbpeft.training import Run
 
     options.setdefault("memory", _measuring(watched))
@@ -336,7 +352,7 @@ def _published(ctx: SessionContext, run: Run, tracked: TrackedModel | None, stat
 
 
 def _measuring(model: Any) -> Callable[[], MemoryState | None]:
-    """Return a function that measures the memory of a model and its training, and holds the model weakly."""
+    """Return a function that measures the memory of a model and its training; it references the model weakly."""
     from nbpeft.memory import Meter
 
     reference, meter = weakref.ref(model), Meter(model)

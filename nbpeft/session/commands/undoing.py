@@ -1,4 +1,4 @@
-"""Bringing deleted and replaced adapters back, and letting one start anew."""
+"""Restoring deleted and replaced adapters, and resetting one to its initial weights."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None = None) -> CommandResult | BroughtBack:
-    """Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, exactly as it was.
+    """Restore the adapter that was last deleted, reconfigured, reset, swapped or replaced, exactly as it was.
 
-    Called again it goes one further back. The last 10 adapters of a model are kept in host memory,
-    2 GiB of them at most, until the model is unloaded or the process ends. Where there is none, and the variable
-    of a notebook held another model before, what was trained on that and not saved comes back, onto the model that the
-    variable holds now.
+    A repeated call goes one change further back. The last 10 adapters of a model are stored in host memory, at most
+    2 GiB, until the model is unloaded or the process ends. If there is none, and the notebook variable referred to
+    another model before, that model's trained and unsaved adapters are restored on the variable's current model.
 
     Args:
-        model: an adapted model; a bare one for the adapters of one that is gone.
-        variable: what to call a model that is new here.
+        ctx: context of the session.
+        model: an adapted model; or a bare one, to restore the adapters of a model that no longer exists.
+        variable: name for a model that the session does not know yet.
 
     Raises:
-        AdapterError: there is nothing to bring back, or what took its place was trained and is not saved.
-        AdapterExistsError: another adapter has its name now.
+        AdapterError: there is nothing to restore, or the replacement was trained and is not saved.
+        AdapterExistsError: another adapter has the name now.
         BaseMismatchError: the adapters were trained on another base model.
         MergeError: adapters are merged.
     """
@@ -43,10 +43,11 @@ def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None =
 
 
 def discard(ctx: SessionContext, model: str) -> Discarded:
-    """Keep no longer what was trained and not saved on a model that is gone; ``undo`` cannot bring it back then.
+    """Discard the unsaved adapters of a model that no longer exists; ``undo`` cannot restore them any more.
 
     Args:
-        model: what the model is called since it is gone, e.g. ``model (before)``.
+        ctx: context of the session.
+        model: the model's name since it was lost, e.g. ``model (before)``.
 
     Raises:
         AdapterError: there is no such model.
@@ -63,7 +64,7 @@ def discard(ctx: SessionContext, model: str) -> Discarded:
 def _what_to_undo(
     ctx: SessionContext, model: ModelLike, variable: str | None
 ) -> tuple[TrackedModel | None, PastModel | TrackedModel | None]:
-    """The model that something comes back to, where it is known; and what has it, where that is another model."""
+    """Return the model to restore adapters on, if known, and the model that had them, if it is another one."""
     past = ctx.history.model(model) if isinstance(model, str) else None
     if past is not None:
         return None, past
@@ -77,7 +78,7 @@ def _what_to_undo(
 
 
 def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
-    """Brings the last adapter back that is gone from a model."""
+    """Restore the adapter of a model that was last deleted or replaced."""
     from nbpeft.engine.runtime.snapshots import restore
 
     manager = tracked.manager
@@ -103,18 +104,19 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
 
 
 def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Let an adapter start anew, with the weights it was made with; ``undo`` brings the present ones back.
+    """Reset an adapter to its initial weights; ``undo`` restores the current ones.
 
-    One that was loaded gets weights as its config draws them.
+    An adapter that was loaded gets new weights, initialized from its config.
 
     Args:
-        name: the adapter.
+        ctx: context of the session.
+        name: name of the adapter.
         model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
         MergeError: it is merged.
-        BusyError: the model is training.
+        BusyError: the model is being trained.
     """
     tracked = ctx.find_adapted(model, command="reset")
     manager = tracked.manager
@@ -127,10 +129,15 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
 
 
 def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) -> None:
-    """Refuse to change adapters that an optimizer holds.
+    """Refuse to change adapters whose parameters an optimizer has.
+
+    Args:
+        ctx: context of the session.
+        tracked: the model.
+        what: what cannot be done, as a participle, e.g. ``reset``.
 
     Raises:
-        BusyError: a run trains the model.
+        BusyError: a run is training the model.
     """
     run = ctx.runs.get(tracked)
     if run is not None:
@@ -138,11 +145,11 @@ def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) ->
 
 
 def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
-    """Refuse to replace an adapter that nobody has asked to replace.
+    """Refuse to replace an adapter without being asked to.
 
     Raises:
-        AdapterError: what took the place was trained and is not saved.
-        AdapterExistsError: the name was given to another adapter since.
+        AdapterError: the replacement was trained and is not saved.
+        AdapterExistsError: another adapter was given the name since.
     """
     from nbpeft.engine.runtime.snapshots import has_weights
 

@@ -1,6 +1,6 @@
-"""What commands return: frozen data, a line in a terminal and a card in a notebook.
+"""Results of commands: frozen data, displayed as a line in a terminal and as a card in a notebook.
 
-A result never keeps a tensor alive once it was shown: what a notebook keeps in ``Out`` is numbers and names.
+A displayed result keeps no tensor alive, so that a notebook's ``Out`` only has numbers and names.
 """
 
 from __future__ import annotations

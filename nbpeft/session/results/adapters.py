@@ -1,4 +1,4 @@
-"""What adding, loading, saving and unloading adapters gives, and the state of things."""
+"""Results of adding, loading, saving and unloading adapters, and the session's status."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class AddResult(ModelResult):
 
     Attributes:
         model_name: the notebook variable of the model.
-        adapter: the adapter as it is now.
-        state: the model as it is now.
-        reconfigured: whether it replaced an adapter of the same name.
-        unchanged: whether the same adapter was there already, so that nothing was done.
-        plan: what was adapted (no tensors); None where ``unchanged``.
-        notes: what a person should know.
+        adapter: state of the adapter after the command.
+        state: state of the model after the command.
+        reconfigured: whether it replaced an adapter with the same name.
+        unchanged: whether the same adapter already existed, so that nothing was done.
+        plan: the injection plan, which has no tensors; None if ``unchanged``.
+        notes: messages for the user.
         others: the other adapters of a sweep.
     """
 
@@ -69,7 +69,7 @@ class AddResult(ModelResult):
         return with_notes(what, self.notes)
 
     def view(self) -> Card:
-        """The adapter and what trains."""
+        """Shows the adapter and what is trainable."""
         did = "already set up like this, nothing changed" if self.unchanged else self.did
         if self.others:
             table = adapter_table((self.adapter, *self.others))
@@ -82,12 +82,12 @@ class AddResult(ModelResult):
 
 @dataclass(frozen=True, repr=False)
 class CommandResult(Result):
-    """A command was carried out.
+    """A command was executed.
 
     Attributes:
-        line: what was done.
-        state: the model as it is now.
-        notes: what a person should know.
+        line: what was done, as text.
+        state: state of the model after the command.
+        notes: messages for the user.
     """
 
     line: str
@@ -98,20 +98,20 @@ class CommandResult(Result):
         return with_notes(self.line, self.notes)
 
     def view(self) -> Card:
-        """What was done and which adapters are active."""
+        """Shows what was done and which adapters are active."""
         words = f"{activity(self.state)}; {trainable(self.state)}"
         return card(self.line, line(dim(words)), notes(self.notes), aside=model_title(self.state))
 
 
 @dataclass(frozen=True, repr=False)
 class BroughtBack(ModelResult):
-    """Adapters of a model that is gone are on another one.
+    """Adapters of a model that no longer exists were restored on another one.
 
     Attributes:
-        model_name: the notebook variable of that one.
-        line: what was done.
-        state: the model as it is now.
-        notes: what a person should know.
+        model_name: the notebook variable of the other model.
+        line: what was done, as text.
+        state: state of the model after the command.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -123,7 +123,7 @@ class BroughtBack(ModelResult):
         return with_notes(self.line, self.notes)
 
     def view(self) -> Card:
-        """What was done, and the model's adapters."""
+        """Shows what was done, and the model's adapters."""
         return card(self.line, adapter_table(self.state.adapters), notes(self.notes), aside=model_title(self.state))
 
 
@@ -133,10 +133,10 @@ class LoadResult(ModelResult):
 
     Attributes:
         model_name: the notebook variable of the model.
-        source: folder or hub id it came from.
-        adapter: the adapter as it is now.
-        state: the model as it is now.
-        notes: what a person should know, e.g. that the checkpoint names no base.
+        source: folder or hub id from which it was loaded.
+        adapter: state of the adapter after the command.
+        state: state of the model after the command.
+        notes: messages for the user, e.g. that the checkpoint names no base.
     """
 
     model_name: str
@@ -150,7 +150,7 @@ class LoadResult(ModelResult):
         return with_notes(what if self.adapter.active else f"{what}; it is not active", self.notes)
 
     def view(self) -> Card:
-        """The adapter and where it came from."""
+        """Shows the adapter and its source."""
         return adapter_card("loaded", self, line(dim(f"from {self.source}; {activity(self.state)}")))
 
 
@@ -159,10 +159,10 @@ class SavedAdapter:
     """One adapter on disk.
 
     Attributes:
-        name: the adapter.
-        folder: where its files are.
-        files: their names.
-        byte_count: their size.
+        name: name of the adapter.
+        folder: folder of its files.
+        files: names of the files.
+        byte_count: total size in bytes.
     """
 
     name: str
@@ -177,7 +177,8 @@ class SaveResult(Result):
 
     Attributes:
         model_name: the notebook variable of the model.
-        saved: what was written.
+        saved: the saved adapters.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -189,7 +190,7 @@ class SaveResult(Result):
         return with_notes(f"saved {', '.join(parts)}", self.notes)
 
     def view(self) -> Card:
-        """One row an adapter."""
+        """Shows one row per adapter."""
         rows = tuple(
             (
                 Text(item.name, wrap="names"),
@@ -205,12 +206,13 @@ class SaveResult(Result):
 
 @dataclass(frozen=True, repr=False)
 class UnloadResult(ModelResult):
-    """The adapters are gone and the base model is back.
+    """The adapters were unloaded.
 
     Attributes:
         model_name: the notebook variable of the model.
-        names: the adapters that were there.
-        merged: whether their deltas are in the base weights now.
+        names: names of the unloaded adapters.
+        merged: whether their deltas were merged into the base weights.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -223,26 +225,26 @@ class UnloadResult(ModelResult):
         """The base model.
 
         Raises:
-            AdapterError: the result was shown or released, and nothing else holds the model.
+            AdapterError: the result was displayed or released, and nothing else references the model.
         """
-        found: nn.Module = self.reference.get("base model")
-        return found
+        base: nn.Module = self.reference.get("base model")
+        return base
 
     def __str__(self) -> str:
         how = "merged into the base and unloaded" if self.merged else "unloaded"
         return with_notes(f"{how}: {few(self.names)}; {self.model_name} is the base model again", self.notes)
 
     def view(self) -> Card:
-        """What was unloaded."""
+        """Shows what was unloaded."""
         return card(str(dataclasses.replace(self, notes=())), notes(self.notes), aside=self.model_name)
 
 
 @dataclass(frozen=True, repr=False)
 class Discarded(Result):
-    """What was left of a model that is gone is not kept any longer.
+    """The preserved adapters of a model that no longer exists were discarded.
 
     Attributes:
-        line: what was done.
+        line: what was done, as text.
     """
 
     line: str
@@ -251,16 +253,16 @@ class Discarded(Result):
         return self.line
 
     def view(self) -> Card:
-        """What was done."""
+        """Shows what was done."""
         return card(self.line)
 
 
 @dataclass(frozen=True, repr=False)
 class StatusReport(Result):
-    """The state of things.
+    """The status of the session.
 
     Attributes:
-        state: of the session, or of one model of it.
+        state: state of the session, or of one of its models.
     """
 
     state: SessionState
@@ -281,21 +283,21 @@ class StatusReport(Result):
         return "\n".join([*blocks, *self._past(), *([f"busy: {self.state.busy}"] if self.state.busy else [])])
 
     def _past(self) -> tuple[str, ...]:
-        """What is left of models that are gone."""
+        """Returns a line for each model that no longer exists and has adapters to restore."""
         return tuple(
             f"{past.name}: the model is gone; undo brings back {past.adapters}, trained and not saved"
             for past in self.state.past
         )
 
     def view(self) -> Block:
-        """One card a model."""
+        """Shows one card per model."""
         cards = tuple(model_card(model) for model in self.state.models or (None,))
         return Stack((*cards, *(line(Text(words, "warning")) for words in self._past())))
 
 
 @dataclass(frozen=True, repr=False)
 class MemoryReport(Result):
-    """What a model uses, by part."""
+    """The memory of a model, by part."""
 
     memory: MemoryState
 
@@ -304,7 +306,7 @@ class MemoryReport(Result):
         return f"memory on {self.memory.device}: {parts_text(self.memory.parts)}{f'; {free}' if free else ''}"
 
     def view(self) -> Card:
-        """The parts with their details."""
+        """Shows the parts with their details."""
         rows = tuple((part.name, size(part.byte_count), dim(part.detail)) for part in self.memory.parts)
         peak = f"peak {size(self.memory.peak)}" if self.memory.peak is not None else ""
         words = "; ".join(text for text in (peak, free_words(self.memory)) if text)

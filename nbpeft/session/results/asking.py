@@ -1,4 +1,4 @@
-"""What asking gives: one answer, with what was said before."""
+"""The result of asking: one answer, with the earlier turns of the conversation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class AskResult(Result):
 
     Attributes:
         model_name: the notebook variable of the model.
-        adapter: who answered: an adapter, several joined by `` + ``, or ``base``.
-        prompt: as a person reads it.
+        adapter: what answered: an adapter, several joined by `` + ``, or ``base``.
+        prompt: the prompt as the user wrote it.
         answer: the answer.
-        seconds: how long it took.
-        settings: temperature, top-p and seed where tokens were drawn; empty where greedy.
-        turns: (prompt, answer) of each turn before, where a conversation was continued.
-        status: ``running`` while it comes, ``waiting`` before that, ``stopped`` where it was ended early.
-        form: whether the chat template was applied; empty where the tokenizer has none.
-        notes: what a person should know.
+        seconds: duration in seconds.
+        settings: temperature, top-p and seed for sampling; empty for greedy decoding.
+        turns: (prompt, answer) of the earlier turns of a continued conversation.
+        status: ``running`` while it is generated, ``waiting`` before that, ``stopped`` if it was ended early.
+        form: whether the chat template was applied; empty if the tokenizer has none.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -48,12 +48,12 @@ class AskResult(Result):
 
     @property
     def token_count(self) -> int:
-        """Tokens of the answer."""
+        """Number of tokens of the answer."""
         return self.answer.token_count
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed, with the time that the prompt took."""
+        """Speed in tokens per second, including the time for the prompt."""
         return self.token_count / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -66,17 +66,17 @@ class AskResult(Result):
         return ", ".join(part for part in (*parts, self.status if self.status == "stopped" else "") if part)
 
     def __str__(self) -> str:
-        said = [part for turn in (*self.turns, (self.prompt, self.text + self._ending)) for part in turn]
-        words = "\n".join([f"{'>' if not place % 2 else ' '} {text}" for place, text in enumerate(said)])
+        parts = [part for turn in (*self.turns, (self.prompt, self.text + self._ending)) for part in turn]
+        words = "\n".join([f"{'>' if not index % 2 else ' '} {text}" for index, text in enumerate(parts)])
         return with_notes(f"{words}\n{self.adapter}: {self.aside}", self.notes)
 
     def view(self) -> Card:
-        """The conversation."""
-        said: list[Block] = []
+        """Shows the conversation."""
+        blocks: list[Block] = []
         for prompt, text, ending in (*((*turn, "") for turn in self.turns), (self.prompt, self.text, self._ending)):
-            said.append(line(Text(prompt, "dim", wrap="as is")))
-            said.append(line(Text(text, wrap="as is"), dim(ending)))
-        return card(f"{self.adapter} answers", tuple(said), notes(self.notes), aside=self.aside)
+            blocks.append(line(Text(prompt, "dim", wrap="as is")))
+            blocks.append(line(Text(text, wrap="as is"), dim(ending)))
+        return card(f"{self.adapter} answers", tuple(blocks), notes(self.notes), aside=self.aside)
 
     @property
     def _ending(self) -> str:

@@ -1,4 +1,4 @@
-"""What all results share: frozen data that describes itself, and lets go of its model once it was shown."""
+"""The base classes of results: frozen data that describes itself, and releases its model after it was displayed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Result(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Notice(Result):
-    """What a person should know before a command, e.g. that a variable holds another model now.
+    """A message for the user before a command, e.g. that a variable refers to another model now.
 
     Attributes:
-        line: it.
+        line: the message.
     """
 
     line: str
@@ -35,7 +35,7 @@ class Notice(Result):
         return self.line
 
     def view(self) -> Line:
-        """The line."""
+        """Shows the message."""
         return line(Text(self.line, "warning"))
 
 
@@ -44,7 +44,7 @@ class TracebackResult(Result):
     """The traceback of the last command that failed.
 
     Attributes:
-        text: as Python prints it; empty where none has failed.
+        text: the traceback as printed by Python; empty if no command has failed.
     """
 
     text: str
@@ -53,16 +53,16 @@ class TracebackResult(Result):
         return self.text or "no command has failed yet"
 
     def view(self) -> Card:
-        """The traceback as it is."""
+        """Shows the traceback as code."""
         return card("traceback", line(Text(str(self), "code", wrap="as is")))
 
 
 class ModelRef:
-    """A reference to a model that is strong until it is released, and weak from then on.
+    """A reference to a model that is strong until it is released, and weak afterwards.
 
     Args:
         model: the model.
-        rehandle: gives the model again where nothing else held its handle.
+        rehandle: returns the model again if its PeftModel was deleted.
     """
 
     __slots__ = ("_model", "_reference", "_rehandle")
@@ -73,27 +73,27 @@ class ModelRef:
         self._rehandle = rehandle
 
     def get(self, what: str) -> Any:
-        """The model.
+        """Returns the model.
 
         Raises:
-            AdapterError: it is gone.
+            AdapterError: it no longer exists.
         """
-        found = self._model if self._model is not None else self._reference() or self._rehandle()
-        if found is None:
+        model = self._model if self._model is not None else self._reference() or self._rehandle()
+        if model is None:
             raise AdapterError(f"the {what} of this result is gone: nothing else holds it")
-        return found
+        return model
 
     def release(self) -> None:
-        """From now on holds weakly."""
+        """Makes the reference weak."""
         self._model = None
 
 
 @dataclass(frozen=True, repr=False)
 class ModelResult(Result):
-    """A result that hands a model over; what a notebook keeps in ``Out`` holds it weakly.
+    """A result that returns a model; in a notebook's ``Out`` it references the model weakly.
 
     Attributes:
-        reference: to the model.
+        reference: reference to the model.
     """
 
     reference: ModelRef = field(compare=False)
@@ -103,13 +103,13 @@ class ModelResult(Result):
         """The adapted model.
 
         Raises:
-            AdapterError: the result was shown or released, and nothing else holds the model.
+            AdapterError: the result was displayed or released, and nothing else references the model.
         """
-        found: PeftModel = self.reference.get("model")
-        return found
+        model: PeftModel = self.reference.get("model")
+        return model
 
     def release(self) -> None:
-        """Keeps the model no longer alive. Showing the result does it, too."""
+        """Releases the reference to the model, as displaying the result does."""
         self.reference.release()
 
     def displayed(self) -> None:
@@ -118,12 +118,12 @@ class ModelResult(Result):
 
 
 def adapter_card(did: str, result: Any, *blocks: Block | tuple[Block, ...] | None) -> Card:
-    """What was done with one adapter of one model.
+    """Returns a card about one adapter of a model.
 
     Args:
         did: what was done, e.g. ``added``.
-        result: with the ``adapter``, the ``state`` of its model, and ``notes``.
-        *blocks: below the adapter.
+        result: a result with ``adapter``, ``state`` and ``notes``.
+        *blocks: shown below the adapter.
     """
     title, aside = f"{result.adapter.name}: {did}", model_title(result.state)
     return card(title, adapter_table((result.adapter,)), *blocks, notes(result.notes), aside=aside)

@@ -1,4 +1,4 @@
-"""What combining and hot-swapping give."""
+"""Results of combining and hot-swapping."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from nbpeft.session.results.base import Result, adapter_card
 from nbpeft.state import AdapterState, LayerLoss, ModelState
 
 _LOST = 1e-4
-"""Relative error from which on something counts as lost: rounding stays below it."""
+"""Relative error above which something counts as lost; rounding errors are smaller."""
 
 
 @dataclass(frozen=True, repr=False)
 class CombineResult(Result):
-    """A new adapter was made of others.
+    """An adapter was created as a combination of others.
 
     Attributes:
         model_name: the notebook variable of the model.
         weights: (adapter, weight) pairs.
         adapter: the new adapter.
-        kind: how it was made.
-        rank: its rank, the largest where layers differ; None where the method has none.
-        relative_error: distance to the true weighted delta over its norm, over all layers.
-        energy_kept: share of the true delta's energy that lies along the result, over all layers.
-        layers: the same, layer by layer.
-        state: the model as it is now.
-        remade: whether it replaced an adapter of the same name.
-        notes: what a person should know.
+        kind: the combination type.
+        rank: its rank, the largest if layers differ; None for methods without a rank.
+        relative_error: norm of the error divided by the norm of the exact sum, over all layers.
+        energy_kept: share of the exact sum's squared norm that is preserved, over all layers.
+        layers: the errors of each layer.
+        state: state of the model after the command.
+        remade: whether it replaced an adapter with the same name.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -47,12 +47,12 @@ class CombineResult(Result):
 
     @property
     def worst(self) -> LayerLoss:
-        """The layer that lost most."""
+        """The layer with the largest error."""
         return max(self.layers, key=lambda layer: layer.relative_error)
 
     @property
     def formula(self) -> str:
-        """``0.7 × orders + 0.3 × pirate``."""
+        """The weighted sum as text: ``0.7 × orders + 0.3 × pirate``."""
         first, *others = self.weights
         terms = [f"{first[1]:g} × {first[0]}"]
         terms += [f"{'-' if weight < 0 else '+'} {abs(weight):g} × {name}" for name, weight in others]
@@ -60,12 +60,12 @@ class CombineResult(Result):
 
     @property
     def how(self) -> str:
-        """The type, and the rank where there is one."""
+        """The type, and the rank if there is one."""
         return self.kind if self.rank is None else f"{self.kind}, rank {self.rank}"
 
     @property
     def kept(self) -> str:
-        """What was kept, in words."""
+        """The errors as text."""
         if self.relative_error < _LOST:
             return "nothing lost"
         return f"relative error {_percent(self.relative_error)}, energy kept {_percent(self.energy_kept)}"
@@ -81,7 +81,7 @@ class CombineResult(Result):
         return with_notes(line, self.notes)
 
     def view(self) -> Card:
-        """The new adapter, and what was lost by layer."""
+        """Shows the new adapter, and the errors of each layer."""
         lost = self.relative_error >= _LOST
         worst = f"worst layer {self.worst.path}: {_percent(self.worst.relative_error)}" if lost else ""
         ranked = ("Rank",) if self.rank is not None else ()
@@ -109,20 +109,21 @@ class CombineResult(Result):
 
 @dataclass(frozen=True, repr=False)
 class SwapResult(Result):
-    """A saved adapter took the place of one on the model.
+    """An adapter on the model was replaced by a saved one.
 
     Attributes:
         model_name: the notebook variable of the model.
-        source: folder or hub id it came from.
-        adapter: the adapter as it is now.
-        layers: how many layers took new tensors.
-        zeroed: layers that the new adapter does not have; they add nothing now.
-        reset: modules trained as a whole that went back to the base model's.
-        seconds: how long it took, checks by a prompt or a function left out.
-        state: the model as it is now.
-        prompt: of the check, or empty.
-        before, after: answers to the prompt.
-        notes: what a person should know.
+        source: folder or hub id from which it was loaded.
+        adapter: state of the adapter after the command.
+        layers: number of layers that got new tensors.
+        zeroed: layers that the new adapter does not have, on which it adds nothing.
+        reset: modules trained as a whole that were reset to the base model's.
+        seconds: duration in seconds, without checks by a prompt or a function.
+        state: state of the model after the command.
+        prompt: prompt of the check, or empty.
+        before: answer to the prompt before the swap.
+        after: answer to the prompt after the swap.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -158,7 +159,7 @@ class SwapResult(Result):
         return ", ".join(facts)
 
     def view(self) -> Card:
-        """The adapter, and the answers before and after."""
+        """Shows the adapter, and the answers before and after."""
         checked = None
         if self.prompt:
             runs, relation = differences(self.after, self.before)

@@ -1,4 +1,4 @@
-"""What comparing gives: the answers of several adapters to the same prompts."""
+"""The result of comparing: the answers of several adapters to the same prompts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ WAITING = "waiting for the training step to end …"
 Status = Literal["waiting", "running", "finished", "stopped"]
 
 Turn = tuple[str, str]
-"""What was asked, and what was answered."""
+"""A prompt and its answer."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one adapter, one blend, or the base model answers.
+    """The answers of one adapter, one blend, or the base model.
 
     Attributes:
         title: ``base``, the adapter's name, or ``orders + pirate (0.7 / 0.3)``.
         weights: (adapter, weight) pairs; empty for the base model.
-        answers: one for each prompt.
-        row: what serves its rows of the batch; empty for a blend, which is answered apart.
-        turns: what was said before, where a conversation goes on.
+        answers: one per prompt.
+        row: name of the adapter for its rows of the batch; empty for a blend, which needs a generation of its own.
+        turns: the earlier turns of a continued conversation.
     """
 
     title: str
@@ -47,16 +47,16 @@ class CompareResult(Result):
 
     Attributes:
         model_name: the notebook variable of the model.
-        prompts: as a person reads them.
+        prompts: the prompts as the user wrote them.
         columns: the base model first, then adapters, then blends.
-        seconds: how long all of it took.
-        passes: how many generations: one for the base and all adapters, one more for each blend.
-        status: ``running`` while answers come, ``waiting`` before that for a training in the background,
-            ``stopped`` where they were ended early.
-        form: ``chat template applied`` or ``chat template not applied``; empty where the tokenizer has none.
-        notes: what a person should know.
-        chat: whether the chat template was applied, so that the conversation can go on.
-        settings: temperature, top-p and seed where tokens were drawn; empty where greedy.
+        seconds: total time in seconds.
+        passes: number of generations: one for the base and all adapters, and one for each blend.
+        status: ``running`` while answers are generated, ``waiting`` before that for a training in the background,
+            ``stopped`` if they were ended early.
+        form: ``chat template applied`` or ``chat template not applied``; empty if the tokenizer has none.
+        notes: messages for the user.
+        chat: whether the chat template was applied, so that the conversation can be continued.
+        settings: temperature, top-p and seed for sampling; empty for greedy decoding.
     """
 
     model_name: str
@@ -72,17 +72,17 @@ class CompareResult(Result):
 
     @property
     def is_coming(self) -> bool:
-        """Whether answers are on their way."""
+        """Whether answers are still being generated."""
         return self.status in ("waiting", "running")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:
-        """Column title -> the texts, one for each prompt."""
+        """Column title -> the texts, one per prompt."""
         return {column.title: tuple(answer.text for answer in column.answers) for column in self.columns}
 
     @property
     def token_count(self) -> int:
-        """Tokens of all answers."""
+        """Number of tokens of all answers."""
         return sum(answer.token_count for column in self.columns for answer in column.answers)
 
     @property
@@ -106,50 +106,50 @@ class CompareResult(Result):
         return with_notes("\n".join([*blocks, self.aside]), self.notes)
 
     def view(self, against: str | None = None) -> Card:
-        """The answers side by side.
+        """Shows the answers side by side.
 
         Args:
-            against: title of the column that the others are compared with; the first if left out.
+            against: title of the column with which the others are compared; None for the first.
         """
         return card(f"Answers of {self.model_name}", self.blocks(against), notes(self.notes), aside=self.aside)
 
     def blocks(self, against: str | None = None, *, shown: str = "") -> tuple[Block, ...]:
-        """The prompts and answers without a frame.
+        """Shows the prompts and answers without a frame.
 
         Args:
-            against: title of the column that the others are compared with; the first if left out.
-            shown: a prompt that can be read beside them already.
+            against: title of the column with which the others are compared; None for the first.
+            shown: a prompt that is already displayed elsewhere and is left out.
         """
         reference = self._reference(against)
-        found = list(self._earlier())
+        blocks = list(self._earlier())
         for number, prompt in enumerate(self.prompts):
             if prompt != shown:
-                found.append(line(Text(prompt, "dim", wrap="as is")))
-            found.append(Columns(tuple(_box(column, number, reference) for column in self.columns)))
-        return tuple(found)
+                blocks.append(line(Text(prompt, "dim", wrap="as is")))
+            blocks.append(Columns(tuple(_box(column, number, reference) for column in self.columns)))
+        return tuple(blocks)
 
     def _reference(self, against: str | None = None) -> Column | None:
-        """The column that others are compared with; None while answers come."""
+        """Returns the column with which others are compared; None while answers are generated."""
         titles = [column.title for column in self.columns]
         return None if self.is_coming else self.columns[titles.index(against) if against in titles else 0]
 
     def _earlier(self) -> Iterator[Block]:
-        """The turns before, where a conversation goes on."""
+        """Yields the earlier turns of a continued conversation."""
         for back in range(max(len(column.turns) for column in self.columns), 0, -1):
-            said = [column.turns[-back] if len(column.turns) >= back else ("", "") for column in self.columns]
-            yield line(Text(next(prompt for prompt, _ in said if prompt), "dim", wrap="as is"))
-            boxes = zip(self.columns, said, strict=True)
+            turns = [column.turns[-back] if len(column.turns) >= back else ("", "") for column in self.columns]
+            yield line(Text(next(prompt for prompt, _ in turns if prompt), "dim", wrap="as is"))
+            boxes = zip(self.columns, turns, strict=True)
             yield Columns(tuple(Box(column.title, ((answer, False),)) for column, (_, answer) in boxes))
 
 
 def blend_title(weights: tuple[tuple[str, float], ...]) -> str:
-    """``orders + pirate (0.7 / 0.3)``."""
+    """Returns e.g. ``orders + pirate (0.7 / 0.3)``."""
     names = " + ".join(name for name, _ in weights)
     return f"{names} ({' / '.join(f'{weight:g}' for _, weight in weights)})"
 
 
 def _box(column: Column, number: int, reference: Column | None = None) -> Box:
-    """One answer, with what differs from that of the reference marked."""
+    """Returns one answer, with the differences from the reference's answer marked."""
     answer, aside = column.answers[number], ""
     runs: Runs = ((answer.text, False),)
     if reference is not None and reference is not column:

@@ -1,4 +1,4 @@
-"""What converting an adapter gives."""
+"""The result of converting an adapter to LoRA."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from nbpeft.session.results.base import Result, adapter_card
 from nbpeft.state import AdapterState, LayerLoss, ModelState
 
 _WHOLE = 1 - 1e-6
-"""Share from which on nothing counts as lost: rounding stays above it."""
+"""Share above which nothing counts as lost; rounding errors are smaller than the rest."""
 
 
 @dataclass(frozen=True, repr=False)
 class ConvertResult(Result):
-    """A LoRA was made of an adapter of another method.
+    """An adapter of another method was converted to LoRA.
 
     Attributes:
         model_name: the notebook variable of the model.
-        source: the adapter that it stands for.
+        source: the converted adapter.
         method: its method.
         adapter: the LoRA.
-        layers: what was kept, layer by layer, in the model's order.
-        state: the model as it is now.
-        notes: what a person should know.
+        layers: the preserved share of each layer, in the model's order.
+        state: the model's state after the conversion.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -39,23 +39,23 @@ class ConvertResult(Result):
 
     @property
     def worst(self) -> LayerLoss:
-        """The layer that kept least."""
+        """The layer with the smallest preserved share."""
         return min(self.layers, key=lambda layer: layer.energy_kept)
 
     @property
     def median(self) -> float:
-        """The share kept in the middle of all layers."""
+        """Median of the layers' preserved shares."""
         return statistics.median(layer.energy_kept for layer in self.layers)
 
     @property
     def rank(self) -> str:
-        """``rank 16``, or ``ranks 3 to 16``."""
+        """The ranks as text: ``rank 16``, or ``ranks 3 to 16``."""
         ranks = sorted({layer.rank or 0 for layer in self.layers})
         return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
     @property
     def kept(self) -> str:
-        """What was kept, in words."""
+        """The preserved share as text."""
         if self.worst.energy_kept > _WHOLE:
             return "nothing of the change lost"
         return (
@@ -71,7 +71,7 @@ class ConvertResult(Result):
         return with_notes(text, self.notes)
 
     def view(self) -> Card:
-        """The LoRA, and what was kept by layer."""
+        """Shows the LoRA, and the preserved share of each layer."""
         rows = tuple((item.path, str(item.rank), _percent(item.energy_kept)) for item in self.layers)
         table = Table(("Layer", "Rank", "Kept"), rows, right=(1, 2))
         lost = self.worst.energy_kept <= _WHOLE
@@ -82,5 +82,5 @@ class ConvertResult(Result):
 
 
 def _percent(share: float) -> str:
-    """Rounded down, so that only what is whole says so."""
+    """Returns a percentage, rounded down so that only a complete share is shown as 100 %."""
     return f"{int(share * 1000) / 10:.1f} %" if share <= _WHOLE else "100 %"

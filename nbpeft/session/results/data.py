@@ -1,4 +1,4 @@
-"""What looking at training data gives: rows as the model will read them, and how long all of them are."""
+"""The result of inspecting training data: rows as the model will read them, and the lengths of all rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class DataResult(Result):
-    """What a training would read.
+    """The data that a training would read.
 
     Attributes:
-        name: what a person calls the data.
+        name: the user's name for the data.
         summary: counts, lengths and some rows.
-        notes: what a person should know, one each.
+        notes: messages for the user.
     """
 
     name: str
@@ -29,18 +29,20 @@ class DataResult(Result):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        found = self.summary
-        learned = f"{_percent(found.learned_count, found.token_count)} of them learned"
+        summary = self.summary
+        learned = f"{_percent(summary.learned_count, summary.token_count)} of them learned"
         parts = [
-            plural(found.row_count, "row"),
-            plural(found.token_count, "token"),
-            *([] if found.has_labels else [learned]),
-            f"the longest row has {found.longest}",
+            plural(summary.row_count, "row"),
+            plural(summary.token_count, "token"),
+            *([] if summary.has_labels else [learned]),
+            f"the longest row has {summary.longest}",
         ]
-        return "\n".join([f"{self.name} ({found.form}): {', '.join(parts)}", *(f"note: {note}" for note in self.notes)])
+        return "\n".join(
+            [f"{self.name} ({summary.form}): {', '.join(parts)}", *(f"note: {note}" for note in self.notes)]
+        )
 
     def view(self) -> Card:
-        """Counts, a histogram of lengths, and rows with what is learned marked."""
+        """Shows counts, a histogram of lengths, and rows in which the learned tokens are marked."""
         return card(
             f"{self.name} · training data",
             self._figures(),
@@ -52,26 +54,26 @@ class DataResult(Result):
         )
 
     def _figures(self) -> Figures:
-        found = self.summary
-        learned = Figure("learned", _percent(found.learned_count, found.token_count), width=56)
+        summary = self.summary
+        learned = Figure("learned", _percent(summary.learned_count, summary.token_count), width=56)
         figures = [
-            Figure("rows", count(found.row_count), width=44),
-            Figure("tokens", short_count(found.token_count), width=60),
-            *([] if found.has_labels else [learned]),
-            Figure("median length", count(found.median), width=84),
-            Figure("longest row", count(found.longest), width=72),
+            Figure("rows", count(summary.row_count), width=44),
+            Figure("tokens", short_count(summary.token_count), width=60),
+            *([] if summary.has_labels else [learned]),
+            Figure("median length", count(summary.median), width=84),
+            Figure("longest row", count(summary.longest), width=72),
         ]
-        if found.cut_rows:
-            figures.append(Figure("rows cut", _percent(found.cut_rows, _all_rows(found)), width=52))
-        if found.left_out_count:
-            figures.append(Figure("left out", count(found.left_out_count), width=52))
+        if summary.cut_rows:
+            figures.append(Figure("rows cut", _percent(summary.cut_rows, _all_rows(summary)), width=52))
+        if summary.left_out_count:
+            figures.append(Figure("left out", count(summary.left_out_count), width=52))
         return Figures(tuple(figures))
 
     def _lengths(self) -> tuple[Block, ...]:
-        found = self.summary
-        label = "" if found.limit is None else f"max_length {count(found.limit)}"
-        chart = Histogram(found.bins, found.limit if found.cut_rows else None, label if found.cut_rows else "")
-        fits = f"all rows are within {label}" if label and not found.cut_rows else ""
+        summary = self.summary
+        label = "" if summary.limit is None else f"max_length {count(summary.limit)}"
+        chart = Histogram(summary.bins, summary.limit if summary.cut_rows else None, label if summary.cut_rows else "")
+        fits = f"all rows are within {label}" if label and not summary.cut_rows else ""
         return chart, line(dim(fits))
 
     def _row(self, row: RowSummary) -> tuple[Block, ...]:
@@ -101,33 +103,33 @@ class DataResult(Result):
         return Tokens("", tuple(spaced[1:]), framed=False)
 
 
-def notes_of(found: DataSummary) -> tuple[str, ...]:
-    """What a person should know of rows, one each."""
-    said = []
-    if found.partial:
-        said.append(f"these are the first {count(_all_rows(found))} rows of a stream")
-    if found.cut_rows:
-        said.append(
-            f"{count(found.cut_rows)} of {plural(_all_rows(found), 'row')} cut to {count(found.limit or 0)} tokens: "
-            f"{plural(found.cut_tokens, 'token')} are not read"
+def notes_of(summary: DataSummary) -> tuple[str, ...]:
+    """Returns messages for the user about the rows, one per fact."""
+    messages = []
+    if summary.partial:
+        messages.append(f"these are the first {count(_all_rows(summary))} rows of a stream")
+    if summary.cut_rows:
+        messages.append(
+            f"{count(summary.cut_rows)} of {plural(_all_rows(summary), 'row')} cut to {count(summary.limit or 0)} "
+            f"tokens: {plural(summary.cut_tokens, 'token')} are not read"
         )
-    if found.left_out_count:
-        said.append(f"{plural(found.left_out_count, 'row')} left out: {found.left_out}")
-    said += found.unused
-    if found.unused_label:
-        said.append(
+    if summary.left_out_count:
+        messages.append(f"{plural(summary.left_out_count, 'row')} left out: {summary.left_out}")
+    messages += summary.unused
+    if summary.unused_label:
+        messages.append(
             "a language model is trained on the text, whatever its label: columns={'prompt': 'text', 'completion': "
             "'label'} makes it answer with the label, and a classifier learns it as it is"
         )
-    if found.row_count and not found.learned_count:
-        said.append("no token of these rows is learned")
-    return tuple(said)
+    if summary.row_count and not summary.learned_count:
+        messages.append("no token of these rows is learned")
+    return tuple(messages)
 
 
-def _all_rows(found: DataSummary) -> int:
-    return found.row_count + found.left_out_count
+def _all_rows(summary: DataSummary) -> int:
+    return summary.row_count + summary.left_out_count
 
 
 def _percent(part: int, whole: int) -> str:
-    """``36.4 %``."""
+    """Returns e.g. ``36.4 %``."""
     return f"{100 * part / whole:.3g} %" if whole else "0 %"

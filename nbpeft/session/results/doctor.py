@@ -1,4 +1,4 @@
-"""What the doctor found."""
+"""The report of the doctor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Check:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        found: its version or state, or the empty string when it is not there.
+        name: what was checked.
+        found: its version or state, or the empty string if it is missing.
         problem: what is wrong, or the empty string.
-        remedy: what to do about it.
+        remedy: how to fix the problem.
         optional: whether everything else works without it.
-        note: what is good to know where nothing is wrong.
+        note: a remark if nothing is wrong.
     """
 
     name: str
@@ -31,13 +31,13 @@ class Check:
 
     @property
     def advice(self) -> str:
-        """What is wrong and what to do about it, or the note."""
+        """The problem and its remedy, or the note."""
         return f"{self.problem}: {self.remedy}" if self.problem and self.remedy else self.problem or self.note
 
 
 @dataclass(frozen=True, repr=False)
 class DoctorReport(Result):
-    """What is installed and what is wrong with it."""
+    """The installed components and their problems."""
 
     checks: tuple[Check, ...]
 
@@ -47,12 +47,12 @@ class DoctorReport(Result):
         return tuple(check for check in self.checks if check.problem)
 
     def with_checks(self, *more: Check) -> DoctorReport:
-        """The report with more lines."""
+        """Returns the report with additional lines."""
         return DoctorReport((*self.checks, *more))
 
     @property
     def verdict(self) -> str:
-        """``2 problems found``."""
+        """The result as text, e.g. ``2 problems found``."""
         return f"{plural(len(self.problems), 'problem')} found" if self.problems else "everything is in order"
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class DoctorReport(Result):
         return f"nbpeft doctor: {self.verdict}\n{columns(rows)}"
 
     def view(self) -> Card:
-        """One row a check."""
+        """Shows one row per check."""
         rows = tuple(
             (
                 check.name,

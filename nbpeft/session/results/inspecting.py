@@ -1,4 +1,4 @@
-"""What inspecting an adapter gives: a map of the model, darker where the adapter changed more."""
+"""The result of inspecting an adapter: a heat map of how much it changed each layer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True, repr=False)
 class InspectResult(Result):
-    """Where an adapter changed a model.
+    """How much an adapter changed each layer of a model.
 
     Attributes:
         model_name: the notebook variable of the model.
-        adapter: which adapter.
-        layers: layer by layer, in the model's order.
-        notes: what a person should know.
+        adapter: name of the adapter.
+        layers: the change of each layer, in the model's order.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -39,12 +39,12 @@ class InspectResult(Result):
 
     @property
     def median(self) -> float:
-        """The relative change in the middle of all layers."""
+        """Median of the layers' relative changes."""
         return statistics.median(layer.relative for layer in self.layers) if self.layers else 0.0
 
     @property
     def summary(self) -> str:
-        """How much changed, in words."""
+        """The amount of change as text."""
         ranked = self.ranked
         if not ranked or ranked[0].relative == 0:
             return "it changes nothing yet: train it first"
@@ -55,7 +55,7 @@ class InspectResult(Result):
 
     @property
     def _intruders(self) -> str:
-        """How many intruder dimensions there are; empty where they were not counted."""
+        """The number of intruder dimensions as text; empty if they were not counted."""
         counts = [layer.intruders for layer in self.layers if layer.intruders is not None]
         if not counts:
             return ""
@@ -65,7 +65,7 @@ class InspectResult(Result):
 
     @property
     def changed(self) -> bool:
-        """Whether it changes anything."""
+        """Whether the adapter changes anything."""
         return bool(self.layers) and self.ranked[0].relative > 0
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class InspectResult(Result):
         return with_notes("\n".join(lines), self.notes)
 
     def view(self) -> Card:
-        """A map of the model, and the layers as a table."""
+        """Shows a heat map of the model, and a table of the layers."""
         return card(
             f"Where {self.adapter} changed the model",
             line(self.summary),
@@ -89,7 +89,7 @@ class InspectResult(Result):
         )
 
     def _map(self) -> tuple[Block, ...]:
-        """One row a kind of layer, one cell a block of the model."""
+        """Returns a heat map with one row per kind of layer and one cell per block of the model."""
         kinds: dict[str, dict[int, LayerChange]] = {}
         for layer in self.layers:
             match = _BLOCK.match(layer.path)
@@ -100,7 +100,7 @@ class InspectResult(Result):
         count = max(max(blocks) for blocks in kinds.values()) + 1
         top = self.ranked[0].relative
         rows = tuple(
-            (kind, tuple(_cell(blocks[place], top) if place in blocks else None for place in range(count)))
+            (kind, tuple(_cell(blocks[index], top) if index in blocks else None for index in range(count)))
             for kind, blocks in kinds.items()
         )
         legend = f"blocks 0 to {count - 1}, left to right; the strongest colour is {percent(top)} of the layer's weight"
@@ -120,7 +120,7 @@ class InspectResult(Result):
 
 
 def percent(share: float) -> str:
-    """``1.3 %``; as many digits as small changes need to differ."""
+    """Returns e.g. ``1.3 %``, with two significant digits for small shares."""
     return f"{share * 100:.2g} %" if share < 1 else f"{share * 100:.0f} %"
 
 

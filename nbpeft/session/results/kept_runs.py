@@ -1,4 +1,4 @@
-"""What the runs on disk look like: a table of all, and some beside each other."""
+"""Results about the runs on disk: a table of all runs, and comparisons of some."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ _TONES: Mapping[str, Any] = {
 
 
 def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord, ...]:
-    """Runs by time (the newest first), or by another column (the best, the least, the first first).
+    """Sorts runs by time (newest first), or by another column in ascending order.
+
+    Args:
+        records: the runs.
+        sort: name of the column, see ``SORTS``.
 
     Raises:
         ConfigError: there is no such column.
@@ -54,11 +58,11 @@ def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord
 
 @dataclass(frozen=True, repr=False)
 class RunsResult(Result):
-    """The runs that are kept.
+    """The saved runs.
 
     Attributes:
-        place: the folder they are in.
-        records: the runs, in the order in which they are shown.
+        place: the folder of the runs.
+        records: the runs, in display order.
     """
 
     place: str
@@ -73,14 +77,14 @@ class RunsResult(Result):
         return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
 
     def view(self) -> Card:
-        """All of them as a table."""
+        """Shows all runs as a table."""
         if not self.records:
             return card("Runs", line(dim("No run is kept here yet: every training adds one.")), aside=self.place)
         table = Table(_HEAD, tuple(self._rows()), right=_RIGHT)
         return card(plural(len(self.records), "run"), table, aside=self.place)
 
     def to_dataframe(self) -> Any:
-        """The runs as a pandas DataFrame, a column for each setting.
+        """Returns the runs as a pandas DataFrame with a column for each setting.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -99,22 +103,22 @@ class RunsResult(Result):
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
                 (loss(record.eval_loss), dim(_best(record))),
-                _settings_words(settings, place),
+                _settings_words(settings, index),
             )
-            for place, record in enumerate(readable)
+            for index, record in enumerate(readable)
         ]
-        found = dict(zip(map(id, readable), rows, strict=True))
-        return [found.get(id(record)) or _unreadable_row(record) for record in self.records]
+        row_of = dict(zip(map(id, readable), rows, strict=True))
+        return [row_of.get(id(record)) or _unreadable_row(record) for record in self.records]
 
 
 @dataclass(frozen=True, repr=False)
 class RunsComparison(Result):
-    """Some runs beside each other.
+    """Some runs side by side.
 
     Attributes:
-        records: the runs; of one that cannot be read nothing is known but why.
-        curves: the loss of each.
-        eval_curves: the evaluation loss of each.
+        records: the runs; a run that cannot be read has only the reason.
+        curves: the loss curve of each.
+        eval_curves: the evaluation loss curve of each.
     """
 
     records: tuple[RunRecord, ...]
@@ -123,12 +127,12 @@ class RunsComparison(Result):
 
     @property
     def differing(self) -> dict[str, tuple[Any, ...]]:
-        """Setting -> its value in each run, for those that differ; None in one that cannot be read."""
+        """Setting -> its value in each run, for settings that differ; None for a run that cannot be read."""
         readable = [record for record in self.records if record.status != UNREADABLE]
-        found = {name: iter(values) for name, values in differing(readable).items()}
+        values_of = {name: iter(values) for name, values in differing(readable).items()}
         return {
             name: tuple(None if record.status == UNREADABLE else next(values) for record in self.records)
-            for name, values in found.items()
+            for name, values in values_of.items()
         }
 
     def __str__(self) -> str:
@@ -138,7 +142,7 @@ class RunsComparison(Result):
         return "\n".join((" · ".join(self._names()), table, *self._why_unreadable()))
 
     def view(self) -> Card:
-        """Their curves in one chart, and what differs."""
+        """Shows their curves in one chart, and the settings that differ."""
         names = self._names()
         labelled = tuple(zip(names, self.curves, self.eval_curves, strict=True))
         width = range(1, 1 + len(names))
@@ -148,7 +152,7 @@ class RunsComparison(Result):
         return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same, *why)
 
     def _why_unreadable(self) -> list[str]:
-        """A line for each run that cannot be read."""
+        """Returns a line for each run that cannot be read."""
         broken = (record for record in self.records if record.status == UNREADABLE)
         return [f"run {record.name} cannot be read: {record.message}" for record in broken]
 
@@ -172,7 +176,7 @@ class RunChanged(Result):
     """A run was renamed or deleted.
 
     Attributes:
-        line: what was done.
+        line: what was done, as text.
     """
 
     line: str
@@ -183,14 +187,14 @@ class RunChanged(Result):
 
 @dataclass(frozen=True, repr=False)
 class ResumeResult(ModelResult):
-    """A run that was broken off has gone on, or the adapter of one that had finished is back.
+    """An interrupted run was resumed, or the adapter of a finished run was restored.
 
     Attributes:
-        run: its name.
-        step: of the state it went on from.
-        adapters: those that the state held.
-        training: how it ended; None where nothing was left to train.
-        notes: which of its arguments it does not have any more.
+        run: name of the run.
+        step: step of the checkpoint from which it was resumed.
+        adapters: the adapters in the checkpoint.
+        training: the result of the training; None if nothing was left to train.
+        notes: which of its arguments could not be restored.
     """
 
     run: str
@@ -205,7 +209,7 @@ class ResumeResult(ModelResult):
         return " · ".join((f"run {self.run} went on from step {self.step:,}: {self.training}", *self.notes))
 
     def view(self) -> Block:
-        """Where it went on, and how it ended."""
+        """Shows from which step the run was resumed, and its result."""
         if self.training is None:
             return Card(str(self))
         went_on = line(dim(f"run {self.run} went on from step {self.step:,}"))
@@ -213,13 +217,13 @@ class ResumeResult(ModelResult):
 
 
 def _unreadable_row(record: RunRecord) -> tuple[Any, ...]:
-    """A run of which nothing is known but why."""
+    """Returns the row of a run that cannot be read, with the reason."""
     name = Text(record.name, "bold", tooltip=record.path, wrap="names")
     return name, Text(record.status, _TONES[record.status]), "", "", "", Text(record.message, "dim")
 
 
 def _origin(record: RunRecord) -> str:
-    """When it began and, where its name does not say it, what it trained."""
+    """Returns the start time and, unless the run's name includes it, the adapter."""
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started))
     several = record.adapter.count(", ") + 1
     adapter = record.adapter if several < 3 else f"{several} adapters"
@@ -231,14 +235,14 @@ def _took(record: RunRecord) -> str:
 
 
 def _best(record: RunRecord) -> str:
-    """The best evaluation, unless that is the last one."""
+    """Returns the best evaluation as text, unless it is the last one."""
     if record.best_loss is None or record.best_loss == record.eval_loss:
         return ""
     return f"best {loss(record.best_loss)}" + (f" at step {record.best_step:,}" if record.best_step is not None else "")
 
 
-def _settings_words(settings: Mapping[str, tuple[Any, ...]], place: int) -> Text:
-    words = [f"{name} {_value_words(values[place])}" for name, values in settings.items() if values[place] is not None]
+def _settings_words(settings: Mapping[str, tuple[Any, ...]], index: int) -> Text:
+    words = [f"{name} {_value_words(values[index])}" for name, values in settings.items() if values[index] is not None]
     return Text(few(words, _MOST_SETTINGS, quoted=False), "dim", tooltip=", ".join(words))
 
 

@@ -1,4 +1,4 @@
-"""What merging into a copy gives: a copy in full precision on disk, and the error of each way to merge."""
+"""The result of merging into a copy: a full-precision copy on disk, and the merge errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SHOWN = 5
 
 @dataclass(frozen=True, repr=False)
 class MergedCopy(Result):
-    """A merged model was written to disk; the model in memory is as it was.
+    """A merged model was written to disk; the model in memory is not changed.
 
     Attributes:
         model_name: the notebook variable of the model.
-        names: the adapters in the copy.
-        folder: where it is; ``from_pretrained`` loads it.
-        dtype: of its weights.
-        byte_count: of its weights.
-        shard_bytes: of each of its files with weights.
-        errors: of both ways to merge, by layer and in total.
-        notes: what a person should know.
+        names: the merged adapters.
+        folder: the folder, which ``from_pretrained`` can load.
+        dtype: dtype of its weights.
+        byte_count: size of its weights in bytes.
+        shard_bytes: size of each weight file in bytes.
+        errors: the merge errors, by layer and in total.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -51,7 +51,7 @@ class MergedCopy(Result):
         return _figure(error), self.errors.delta_message(error)
 
     def view(self) -> Card:
-        """The error of each way to merge, and the layers that lose most."""
+        """Shows the error of each way to merge, and the layers with the largest errors."""
         requantized = self.errors.requantized
         ways = [("this copy", self.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:
@@ -67,7 +67,7 @@ class MergedCopy(Result):
         )
 
     def _worst(self) -> Table | None:
-        """The layers that lose most; None where none loses anything."""
+        """Returns the layers with the largest errors; None if no layer has an error."""
         layers = [item for item in self.errors.layers if item.requantized or item.full_precision]
         layers.sort(key=lambda item: -(item.requantized or item.full_precision))
         again = self.errors.requantized is not None

@@ -1,4 +1,4 @@
-"""The methods beside each other: what each costs on a model, what it can do, and when to choose it."""
+"""The table of methods: what each costs on a model, what it supports, and when to choose it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TIME = "The time of a step depends on the machine: train a few steps of each."
 
 @dataclass(frozen=True)
 class MethodCost:
-    """What a method costs on a model.
+    """The cost of a method on a model.
 
     Attributes:
-        parameter_count: parameters that it trains.
-        byte_count: bytes of the adapter, with what its layers share.
-        training_bytes: bytes of gradients and AdamW's two moments.
-        peak_bytes: most bytes needed in a training step; None where that was not asked for.
-        refusal: why it does not go on the model with these settings; empty where it does.
+        parameter_count: number of trained parameters.
+        byte_count: size of the adapter in bytes, including shared tensors.
+        training_bytes: size of gradients and AdamW's two moments in bytes.
+        peak_bytes: peak memory of a training step in bytes; None if it was not requested.
+        refusal: why the method cannot be used on the model with these settings; empty if it can.
     """
 
     parameter_count: int = 0
@@ -45,15 +45,15 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method.
+    """One method in the table.
 
     Attributes:
-        label: its name for people.
-        written: what ``--method`` takes for it, or the field that chooses it.
-        cost: on the model; None without one.
-        facts: what it can do; None for one that is not on layers.
+        label: display name.
+        written: the value of ``--method``, or the field that selects it.
+        cost: cost on the model; None without a model.
+        facts: what the method supports; None for a method that does not adapt layers.
         when: when to choose it.
-        paper: where it is described.
+        paper: reference.
     """
 
     label: str
@@ -65,7 +65,7 @@ class MethodRow:
 
     @property
     def can(self) -> tuple[str, ...]:
-        """One sign for each of Merge, Swap, 4‑bit and Rows."""
+        """One cell for each of Merge, Swap, 4‑bit and Rows."""
         facts = self.facts
         if facts is None:
             return (_NO,) * len(_CAN)
@@ -76,14 +76,14 @@ class MethodRow:
 
 @dataclass(frozen=True, repr=False)
 class MethodsResult(Result):
-    """All methods, those with fewest parameters first.
+    """All methods, those with the fewest parameters first.
 
     Attributes:
-        model_name: the notebook variable of the model; empty where none was named.
-        rows: one for each method.
-        settings: with which fields they are listed, in words.
-        forecast: whether the peak of a training step was asked for.
-        notes: what a person should know.
+        model_name: the notebook variable of the model; empty if none was given.
+        rows: one per method.
+        settings: the config fields used for the table, as text.
+        forecast: whether the peak of a training step was requested.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -94,7 +94,7 @@ class MethodsResult(Result):
 
     @property
     def _costs(self) -> tuple[str, ...]:
-        """Titles of the columns with figures."""
+        """Titles of the columns with costs."""
         if not self.model_name:
             return ()
         return ("Parameters", "To train", *(("Peak",) if self.forecast else ()))
@@ -113,7 +113,7 @@ class MethodsResult(Result):
         return f"{len(self.rows)} methods" + (f" on {self.model_name}, with {self.settings}" if self.model_name else "")
 
     def view(self) -> Card:
-        """All methods as a table."""
+        """Shows all methods as a table."""
         rows = tuple(
             (
                 (bold(row.label), Text(row.written, "dim", wrap="names")),
@@ -136,7 +136,7 @@ class MethodsResult(Result):
         )
 
     def to_dataframe(self) -> Any:
-        """The methods as a pandas DataFrame, a row for each.
+        """Returns the methods as a pandas DataFrame with one row each.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -165,12 +165,12 @@ def _figures(row: MethodRow, titles: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _why(row: MethodRow) -> str:
-    """When to choose it, or why it does not go on the model."""
+    """Returns when to choose the method, or why it cannot be used on the model."""
     return f"not as it is: {row.cost.refusal}" if row.cost is not None and row.cost.refusal else row.when
 
 
 def _reason(row: MethodRow) -> Cell:
-    shown = urlsplit(row.paper).hostname or row.paper  # an address has no place to be broken
+    shown = urlsplit(row.paper).hostname or row.paper  # a complete URL has no position for a line break
     paper = Text(shown, "dim", href=_address(row.paper)) if row.paper else ""
     refused = row.cost is not None and row.cost.refusal
     first = Text(_why(row), "warning") if refused else Text(row.when)

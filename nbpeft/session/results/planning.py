@@ -1,4 +1,4 @@
-"""Whether a run fits, part by part, and what would make it fit."""
+"""The result of a memory plan: whether a run fits, part by part, and which changes would make it fit."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a forecast is for.
+    """The settings of a forecast.
 
     Attributes:
-        batch_size: sequences in a step.
-        sequence_length: tokens of each.
-        rank: of the adapter, or None where it has no single one.
-        dtype: of weights and activations, e.g. ``bfloat16``.
+        batch_size: number of sequences per step.
+        sequence_length: number of tokens per sequence.
+        rank: rank of the adapter, or None if it has no single one.
+        dtype: dtype of weights and activations, e.g. ``bfloat16``.
         quantization: ``nf4``, ``fp4``, ``int8`` or None.
-        gradient_checkpointing: whether layers are computed again in backward.
-        optimizer: its name.
-        training: a training step; else reading a prompt.
-        device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
-        packing: whether a sequence holds several rows.
-        adapters: how many are trained side by side.
-        processes: that train together.
-        sharded: whether they share the model out.
+        gradient_checkpointing: whether layers are recomputed in the backward pass.
+        optimizer: name of the optimizer.
+        training: a training step if True; else reading a prompt.
+        device: name of the device that it should fit, possibly ``this-machine``; empty for the planner's default.
+        packing: whether a sequence has several rows.
+        adapters: number of adapters that are trained side by side.
+        processes: number of processes that train together.
+        sharded: whether the model is sharded over the processes.
     """
 
     batch_size: int
@@ -69,13 +69,13 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Room:
-    """Where it should fit.
+    """The device that the run should fit.
 
     Attributes:
-        name: of the device, for a person.
-        total: its bytes; None where the system does not report them.
-        free: what is free on it now; None for a device elsewhere.
-        held: what the model holds on it already.
+        name: display name of the device.
+        total: its memory in bytes; None if the system does not report it.
+        free: its free memory in bytes; None for a device of another machine.
+        held: bytes that the model already uses on it.
         on_cpu: whether it is the host.
     """
 
@@ -88,16 +88,17 @@ class Room:
 
 @dataclass(frozen=True, repr=False)
 class PlanResult(Result):
-    """What a run will need at its peak.
+    """The peak memory of a run.
 
     Attributes:
         model_name: variable, folder or hub id of the model.
-        class_name: of the model.
-        adapter: the adapter, in words.
-        settings: what it was forecast for.
-        parts: the peak, part by part.
-        room: where it should fit.
-        changes: what would lower the peak; what makes it fit first. Empty where not asked for.
+        class_name: class of the model.
+        adapter: the adapter, as text.
+        settings: the settings of the forecast.
+        parts: the peak memory, part by part.
+        room: the device that it should fit.
+        changes: settings that would lower the peak, those that make it fit first; empty if not requested.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -111,40 +112,40 @@ class PlanResult(Result):
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes needed at any time."""
+        """Peak memory in bytes."""
         return sum(part.byte_count for part in self.parts)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device has that much in all; None where that is not known."""
+        """Whether the peak is within the device's total memory; None if that is unknown."""
         return None if self.room.total is None else self.peak_bytes <= self.room.total
 
     @property
     def fits_now(self) -> bool | None:
-        """Whether it fits what is free now, the model's own part included; None where that is not known."""
+        """Whether the peak is within the free memory plus the model's own; None if that is unknown."""
         return None if self.room.free is None else self.peak_bytes <= self.room.free + self.room.held
 
     @property
     def excess(self) -> int:
-        """Bytes beyond the device; 0 where it fits."""
+        """Bytes that exceed the device's memory; 0 if it fits."""
         return max(self.peak_bytes - (self.room.total or self.peak_bytes), 0)
 
     @property
     def exceeding(self) -> tuple[tuple[str, int], ...]:
-        """The parts that find no room when they are laid in one after the other, and by how much each."""
+        """The parts that exceed the device's memory when they are added one by one, and by how many bytes each."""
         if not self.excess or self.room.total is None:
             return ()
-        found, end = [], 0
+        parts, end = [], 0
         for part in self.parts:
             end += part.byte_count
             over = min(end - self.room.total, part.byte_count)
             if over > 0:
-                found.append((part.name, over))
-        return tuple(found)
+                parts.append((part.name, over))
+        return tuple(parts)
 
     @property
     def verdict(self) -> str:
-        """Whether it fits, in words."""
+        """Whether it fits, as text."""
         total = size(self.room.total)
         if self.fits is None:
             return f"what {self.room.name} has is not known"
@@ -161,7 +162,7 @@ class PlanResult(Result):
 
     @property
     def aside(self) -> str:
-        """Model class and adapter in words."""
+        """Model class and adapter as text."""
         return ", ".join(text for text in (self.class_name, self.adapter) if text)
 
     def __str__(self) -> str:
@@ -179,20 +180,20 @@ class PlanResult(Result):
         return ", ".join(f"{label(name)} ({size(over)})" for name, over in self.exceeding)
 
     def view(self) -> Card:
-        """The plan with its settings."""
+        """Shows the plan with its settings."""
         assumed = tuple(line(dim(note)) for note in self.notes)
         settings = line(dim(str(self.settings)))
         return card(f"Memory plan for {self.model_name}", settings, self.blocks(), assumed, aside=self.aside)
 
     def blocks(self) -> tuple[Block, ...]:
-        """The plan without its settings and its frame."""
+        """Shows the plan without its settings and without a frame."""
         tone: Tone = "error" if self.fits is False else "warning" if self.fits_now is False else "dim"
-        found: list[Block] = [line(bold(f"peak {size(self.peak_bytes)}"), Text(self.verdict, tone)), self.bar()]
-        found += [line(Text(f"no room for: {self._exceeding()}", "error"))] if self.exceeding else []
-        return (*found, self._change_table()) if self.changes else tuple(found)
+        blocks: list[Block] = [line(bold(f"peak {size(self.peak_bytes)}"), Text(self.verdict, tone)), self.bar()]
+        blocks += [line(Text(f"no room for: {self._exceeding()}", "error"))] if self.exceeding else []
+        return (*blocks, self._change_table()) if self.changes else tuple(blocks)
 
     def bar(self) -> Bar:
-        """The parts on the device, with its end marked."""
+        """Returns a bar of the parts, with the end of the device's memory marked."""
         total = scale_of(self.peak_bytes, self.room.total)
         known = size(self.room.total)
         label = known if self.room.name == known else f"{self.room.name}, {known}"

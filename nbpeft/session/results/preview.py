@@ -1,4 +1,4 @@
-"""What ``add`` would do, counted and shown before anything is touched."""
+"""The preview of ``add``: what it would do, without changing anything."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class PreviewRow:
     """Targets of one kind in a preview.
 
     Attributes:
-        target: last segment of their paths.
-        module_count: how many modules.
-        shapes: distinct ``out × in``.
+        target: last component of their paths.
+        module_count: number of modules.
+        shapes: distinct shapes ``out × in``.
         ranks: distinct ranks.
-        parameter_count: of the new adapter on them.
+        parameter_count: number of the new adapter's parameters on them.
         backend: how their weights are stored.
     """
 
@@ -35,23 +35,24 @@ class PreviewRow:
 
 @dataclass(frozen=True, repr=False)
 class Preview(Result):
-    """What ``add`` would do; nothing was touched.
+    """What ``add`` would do; nothing was changed.
 
     Attributes:
         model_name: the notebook variable of the model.
-        name: the adapter.
-        method: how a person calls the method.
-        rows: the targets, by last path segment.
+        name: name of the adapter.
+        method: display name of the method.
+        rows: the targets, by the last component of their paths.
         copies: modules that would be trained as a whole.
-        excluded_count: modules that the config excludes.
+        excluded_count: number of modules that the config excludes.
         missing: target patterns that match nothing.
-        parameter_count: that the new adapter trains.
-        base_count: parameters of the model as it is.
-        byte_count: of those parameters.
-        frozen_bytes: of the frozen tensors that its layers share.
-        training_bytes: gradients and AdamW's two moments for it.
-        replaces: whether an adapter of that name would be reconfigured.
-        memory: what training would need, or why there is no forecast.
+        parameter_count: number of parameters that the new adapter trains.
+        base_count: number of parameters of the model.
+        byte_count: size of the adapter's parameters in bytes.
+        frozen_bytes: size in bytes of the frozen tensors that its layers share.
+        training_bytes: size of gradients and AdamW's two moments in bytes.
+        replaces: whether an adapter with this name would be reconfigured.
+        memory: the forecast for training, or why there is none.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -72,14 +73,14 @@ class Preview(Result):
 
     @property
     def module_count(self) -> int:
-        """Modules that would be adapted, or trained as a whole."""
+        """Number of modules that would be adapted, or trained as a whole."""
         return sum(row.module_count for row in self.rows) + len(self.copies)
 
     def __str__(self) -> str:
         return with_notes(f"dry run: {self.what()}; nothing was changed", self.all_notes()) + self.forecast_text()
 
     def what(self) -> str:
-        """What would be adapted, in words."""
+        """Returns what would be adapted, as text."""
         where = ", ".join((*(row.target for row in self.rows), *self.copies))
         return (
             f"{self.method} {self.name!r} would {'reconfigure' if self.replaces else 'adapt'} "
@@ -88,23 +89,23 @@ class Preview(Result):
         )
 
     def forecast_text(self) -> str:
-        """The forecast as further lines."""
+        """Returns the forecast as additional lines of text."""
         if isinstance(self.memory, PlanResult):
             return f"\nforecast: {self.memory}"
         return f"\nno forecast: {self.memory}" if self.memory else ""
 
     def all_notes(self) -> tuple[str, ...]:
-        """Notes, and what matches nothing."""
+        """Returns the notes, and a message about patterns that match nothing."""
         missing = (f"nothing matches {few(self.missing)}",) if self.missing else ()
         return (*missing, *self.notes)
 
     def view(self) -> Card:
-        """What would be adapted, and what training would need."""
+        """Shows what would be adapted, and what training would need."""
         title = f"{self.name}: dry run, nothing was changed"
         return card(title, self.blocks(), aside=f"{self.model_name}, {self.method}")
 
     def blocks(self) -> tuple[Block, ...]:
-        """The preview without its frame."""
+        """Shows the preview without its frame."""
         rows = tuple(
             (
                 row.target,

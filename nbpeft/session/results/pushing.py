@@ -1,4 +1,4 @@
-"""What uploading an adapter gives."""
+"""The result of uploading an adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class PushResult(Result):
 
     Attributes:
         model_name: the notebook variable of the model.
-        adapter: the adapter.
-        commit_url: address of the commit.
-        notes: what a person should know.
+        adapter: name of the adapter.
+        commit_url: URL of the commit.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -27,18 +27,18 @@ class PushResult(Result):
 
     @property
     def url(self) -> str:
-        """Address of the repository."""
+        """URL of the repository."""
         return self.commit_url.partition("/commit/")[0]
 
     @property
     def commit(self) -> str:
-        """The commit's hash."""
+        """Hash of the commit."""
         return self.commit_url.partition("/commit/")[2]
 
     def __str__(self) -> str:
         return with_notes(f"pushed {self.adapter!r} to {self.url} (commit {self.commit[:8]})", self.notes)
 
     def view(self) -> Card:
-        """Links to the repository and the commit."""
+        """Shows links to the repository and the commit."""
         links = line(Text(self.url, href=self.url), dim("· commit"), Text(self.commit[:8], href=self.commit_url))
         return card(f"{self.adapter} · pushed", links, notes(self.notes), aside=self.model_name)

@@ -1,4 +1,4 @@
-"""What quantizing, preparing and adapting a model gives, or would give."""
+"""Results of quantizing, preparing and adapting a model, and its preview."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nbpeft.session.results.preview import Preview
 
 @dataclass(frozen=True)
 class PartSize:
-    """What one part of the base weights takes.
+    """The size of one part of the base weights.
 
     Attributes:
         name: ``quantized layers``, ``experts``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
-        module_count: modules that hold its weights; tensors, of experts.
-        byte_count: what it takes now.
-        before: what it took before, or None where it was never loaded otherwise.
-        bfloat16_bytes: what it would take in bfloat16.
-        kinds: how it is stored.
+        module_count: number of modules with its weights; for experts, of tensors.
+        byte_count: current size in bytes.
+        before: previous size in bytes, or None if it was never loaded in another form.
+        bfloat16_bytes: size in bfloat16, in bytes.
+        kinds: the storage formats.
     """
 
     name: str
@@ -34,7 +34,7 @@ class PartSize:
 
     @property
     def share(self) -> float:
-        """Bytes as a share of those in bfloat16."""
+        """Size relative to that in bfloat16."""
         return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
 
 
@@ -45,28 +45,28 @@ class _BaseWeights:
 
     @property
     def byte_count(self) -> int:
-        """What the base weights take, or would take."""
+        """Current or planned size of the base weights in bytes."""
         return sum(part.byte_count for part in self.parts)
 
     @property
     def bfloat16_bytes(self) -> int:
-        """What the base weights would take in bfloat16."""
+        """Size of the base weights in bfloat16, in bytes."""
         return sum(part.bfloat16_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, repr=False)
 class QloraResult(_BaseWeights, ModelResult):
-    """A quantized model was prepared and carries an adapter.
+    """A quantized model was prepared and has an adapter.
 
     Attributes:
-        added: what applying the adapter gave.
-        source: where the model came from, in words.
-        quantized: whether this command quantized it; else it was so already.
+        added: the result of adding the adapter.
+        source: where the model came from, as text.
+        quantized: whether this command quantized it; otherwise it was already quantized.
         parts: the base weights, part by part.
-        prepared: what was prepared for training, in words; empty where it was so already.
-        prepare_bytes: memory that preparing cost.
-        seconds: how long loading and quantizing took.
-        compute_dtype: what its 4-bit layers compute in, ``float32``; empty where it has none.
+        prepared: what was prepared for training, as text; empty if nothing was left to prepare.
+        prepare_bytes: memory that the preparation needed, in bytes.
+        seconds: time for loading and quantizing, in seconds.
+        compute_dtype: dtype in which its 4-bit layers compute, e.g. ``float32``; empty if it has none.
     """
 
     added: AddResult
@@ -79,7 +79,7 @@ class QloraResult(_BaseWeights, ModelResult):
     compute_dtype: str = ""
 
     def release(self) -> None:
-        """Keeps the model no longer alive."""
+        """Releases the reference to the model."""
         self.added.release()
         super().release()
 
@@ -94,7 +94,7 @@ class QloraResult(_BaseWeights, ModelResult):
         return f"4-bit layers compute in {self.compute_dtype}" if self.compute_dtype else ""
 
     def view(self) -> Card:
-        """The base weights part by part, and the adapter."""
+        """Shows the base weights part by part, and the adapter."""
         took = f"{self.seconds:.1f} s" if self.quantized else "no weight was touched"
         return card(
             f"{self.added.adapter.name}: {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
@@ -112,10 +112,10 @@ class QloraPreview(_BaseWeights, Result):
     """What ``qlora`` would do; nothing was loaded or changed.
 
     Attributes:
-        source: where the model would come from, in words.
-        action: ``load and quantize``, ``quantize`` or, where that is done already, the empty string.
+        source: where the model would come from, as text.
+        action: ``load and quantize``, ``quantize``, or the empty string if it is already quantized.
         parts: the base weights as they would be, part by part.
-        prepared: what would be prepared for training, in words; empty where it is so already.
+        prepared: what would be prepared for training, as text; empty if nothing is left to prepare.
         adapter: what would be adapted, and what training would need.
     """
 
@@ -132,7 +132,7 @@ class QloraPreview(_BaseWeights, Result):
         return with_notes(what, self.adapter.all_notes()) + self.adapter.forecast_text()
 
     def view(self) -> Card:
-        """The base weights part by part, and the adapter."""
+        """Shows the base weights part by part, and the adapter."""
         touched = "loaded or changed" if self.action.startswith("load") else "changed"
         return card(
             f"{self.adapter.name}: dry run, nothing was {touched}",
@@ -145,7 +145,7 @@ class QloraPreview(_BaseWeights, Result):
 
 
 def stored_words(parts: tuple[PartSize, ...]) -> str:
-    """``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``; experts by themselves."""
+    """Returns e.g. ``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``."""
     named = {"quantized layers": "layer", "experts": "tensor"}
     shown = [part for part in parts if part.name in named]
     words = [
@@ -157,7 +157,7 @@ def stored_words(parts: tuple[PartSize, ...]) -> str:
 
 
 def part_table(parts: tuple[PartSize, ...]) -> Table:
-    """The parts as a table, with a last row for all of them."""
+    """Returns the parts as a table, with a last row for their sum."""
     measured = all(part.before is not None for part in parts)
     now, before, dense = (
         sum(sizes) for sizes in zip(*((p.byte_count, p.before or 0, p.bfloat16_bytes) for p in parts), strict=True)

@@ -1,4 +1,4 @@
-"""What a request to a training gives: it is carried out when the step that runs has ended."""
+"""The result of a request to a training, which carries it out after the current step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nbpeft.session.results.base import Result
 
 @dataclass(frozen=True, repr=False)
 class RequestResult(Result):
-    """A training was asked for something.
+    """A request was sent to a training.
 
     Attributes:
-        adapter: that it trains.
-        request: what it will do, e.g. ``stops after the step it is in``.
-        step: the last one that has ended.
-        total_steps: steps planned; None where that is not known.
+        adapter: the adapter that it trains.
+        request: what the training will do, e.g. ``stops after the step it is in``.
+        step: the last completed step.
+        total_steps: number of planned steps; None if unknown.
     """
 
     adapter: str

@@ -1,4 +1,4 @@
-"""What exporting a training gives."""
+"""The result of exporting a training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ExportResult(Result):
     Attributes:
         script: its path.
         adapter: the adapter it trains.
-        data: path and number of rows of each file beside it.
-        notes: what a person should know.
+        data: path and number of rows of each data file next to it.
+        notes: messages for the user.
     """
 
     script: str
@@ -30,12 +30,10 @@ class ExportResult(Result):
 
     def __str__(self) -> str:
         rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
-        beside = f", and {rows}" if rows else ""
-        line = (
-            f"wrote {self.script}, which trains {self.adapter!r} anew{beside}; accelerate launch {quote(self.script)}"
-        )
+        data = f", and {rows}" if rows else ""
+        line = f"wrote {self.script}, which trains {self.adapter!r} anew{data}; accelerate launch {quote(self.script)}"
         return with_notes(line, self.notes)
 
     def view(self) -> Card:
-        """What was written."""
+        """Shows what was written."""
         return card(str(dataclasses.replace(self, notes=())), notes(self.notes))

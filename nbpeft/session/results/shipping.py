@@ -1,4 +1,4 @@
-"""What shipping an adapter gives: the verdict, the files and how to start the engine."""
+"""The result of shipping an adapter: the verdict, the files and how to start the engine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class ShipResult(Result):
-    """An adapter was written as an engine loads it, or would be; what a shipment has, this has, too.
+    """An adapter was written in the form that a serving engine loads, or would be; has the attributes of the shipment.
 
     Attributes:
         model_name: the notebook variable of the model.
         shipment: what was written, or would be.
-        notes: what a person should know.
+        notes: messages for the user.
     """
 
     model_name: str
@@ -29,7 +29,7 @@ class ShipResult(Result):
     notes: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "shipment" or name.startswith("__"):  # of an object that is being unpickled
+        if name == "shipment" or name.startswith("__"):  # while the object is being unpickled
             raise AttributeError(name)
         return getattr(self.shipment, name)
 
@@ -44,7 +44,7 @@ class ShipResult(Result):
         return "merged into its base" if self.shipment.merged else "as an adapter"
 
     def view(self) -> Card:
-        """The files with their sizes, and the commands."""
+        """Shows the files with their sizes, and the commands."""
         done = self.shipment
         rows = tuple((name, done.stored_as or "as it is", size(count)) for name, count in done.files)
         return card(

@@ -1,13 +1,13 @@
-"""``train(model, data)``: rows made ready, a Trainer made, run and closed.
+"""``train(model, data)``: prepares rows, and creates, runs and closes a Trainer.
 
 Door, what other rooms import:
 
-    packing.py  Several rows in one sequence, for models of which each row then learns what it would learn alone
-    prepare.py  Makes a quantized base model ready for training adapters on it
-    rows.py     The rows that a model is trained and evaluated on: prepared for it, and checked against it
-    train.py    ``train(model, data)``: one call that a notebook cell makes
+    packing.py  Packing several rows into one sequence, for models that do not mix packed rows
+    prepare.py  Preparing a quantized base model for training adapters
+    rows.py     Preparing the training and evaluation rows for a model, and checking them
+    train.py    ``train(model, data)``: training in one call
 
 Inside:
 
-    grouping.py  Batches of rows that are about as long, so that little of them is padding
+    grouping.py  Batches of rows with similar lengths, to reduce padding
 """

@@ -1,4 +1,4 @@
-"""Batches of rows that are about as long, so that little of them is padding."""
+"""Batches of rows with similar lengths, to reduce padding."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from nbpeft.training.data.lengths import GroupedByLength, lengths_of
 
 GROUPED = "group_by_length"
 _OLDER_FIELD = "group_by_length"
-"""What said so before ``train_sampling_strategy``."""
+"""The corresponding field before transformers had ``train_sampling_strategy``."""
 
 
 def wants_groups(fields: Mapping[str, Any]) -> bool:
-    """Whether rows are to be grouped by length, which they are unless a field of the arguments says otherwise."""
+    """Returns whether rows are grouped by length, which is the default unless a field of the arguments differs."""
     strategy = fields.get("train_sampling_strategy", GROUPED)
     return getattr(strategy, "value", strategy) == GROUPED and fields.get(_OLDER_FIELD, True) is True
 
 
 def group_rows(trainer: Any, *, wanted: bool) -> None:
-    """Lets a Trainer go through its rows in groups of about the same length.
+    """Makes a Trainer draw batches of rows with similar lengths.
 
-    transformers' own sampler draws from the generator that everything else draws from, so that a run that is resumed
-    goes on with other rows than it would have had; and it groups rows to evaluate on as well.
+    transformers' own sampler uses the global random generator, so that a resumed run would continue with other rows
+    than without the interruption; and it also groups evaluation rows.
 
-    Where it would change nothing (one row a batch, rows of one length) or the lengths are not known, the order stays
-    the Trainer's; so it does where the class of the Trainer has an order of its own.
+    The Trainer's order is used if grouping would change nothing (batches of one row, rows of one length), if the
+    lengths are unknown, or if the Trainer's class has its own sampler.
 
     Args:
-        trainer: made already; has not trained yet.
-        wanted: whether to do so at all.
+        trainer: the Trainer, before training.
+        wanted: False does nothing.
     """
     if not wanted or type(trainer)._get_train_sampler is not transformers.Trainer._get_train_sampler:
         return
@@ -45,7 +45,7 @@ def group_rows(trainer: Any, *, wanted: bool) -> None:
     reference = weakref.ref(trainer)
 
     def epoch() -> int:
-        """Passes done, before the run was resumed too; accelerate tells it to no sampler whose batches it skips."""
+        """Returns the number of complete epochs, including those before resuming, which accelerate does not report."""
         owner = reference()
         return 0 if owner is None else int(owner.state.epoch or 0)
 

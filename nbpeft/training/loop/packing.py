@@ -1,4 +1,4 @@
-"""Several rows in one sequence, for models of which each row then learns what it would learn alone."""
+"""Packing several rows into one sequence, for models that do not mix packed rows."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from nbpeft.training.monitor.run import Run
 
 _JOINED = {"input_ids", "labels", "attention_mask", "label", "label_ids"}
 _CHECKED_TOKENS = 48
-"""Of each row that the model is tried with."""
+"""Number of tokens of each row in the check of a model."""
 _ERROR = (1e-3, 0.2)
-"""How far the logits of a packed row may be from its own, as a share of their standard deviation; in half precision."""
+"""Largest difference of a packed row's logits from its own, in standard deviations: float32, half."""
 _LEAK = (1e-3, 1e-2)
-"""How far another neighbour may move them: nothing should, in one and the same shape, but for a router's choice."""
+"""Largest change of a row's logits by another neighbour, which only changes the choice of a router in equal shapes."""
 
 
 def pack(
@@ -43,21 +43,21 @@ def pack(
     tokenizer: Any,
     given: Mapping[str, Any],
 ) -> tuple[PackedRows, PackedCollator]:
-    """Packs the rows that a model is to learn.
+    """Packs the training rows of a model.
 
     Args:
-        model: adapted or bare.
-        rows: what ``prepare_data`` gave.
-        collator: of rows that are not packed.
-        max_length: tokens of a sequence; by default what rows are cut to, or the longest of them.
-        tokenizer: says what rows are cut to.
+        model: the model, adapted or bare.
+        rows: result of ``prepare_data``.
+        collator: collator of unpacked rows.
+        max_length: number of tokens per sequence; by default the length to which rows are cut, or that of the longest.
+        tokenizer: determines the length to which rows are cut.
         given: options of the Trainer.
 
     Returns:
-        The sequences, and what makes batches of them.
+        The packed sequences, and their collator.
 
     Raises:
-        ConfigError: these rows, or those of this model, cannot be packed.
+        ConfigError: these rows, or rows of this model, cannot be packed.
     """
     refuse_to_pack(model)
     if "data_collator" in given:
@@ -83,19 +83,19 @@ def longest_sequence(
     columns: Mapping[str, str] | None = None,
     packing: bool = False,
 ) -> int:
-    """Tokens of the longest sequence that a training on some data would have: of a row, or of rows packed together.
+    """Returns the length in tokens of the longest sequence in a training: a row, or rows packed together.
 
     Args:
-        model: that is trained; a config or name of one is taken for a causal language model.
+        model: the trained model; a config or a name is treated as a causal language model.
         data: rows, or where they are.
-        tokenizer: as for training, like the others.
-        max_length: tokens a row is cut to.
-        columns: what the columns are called.
+        tokenizer: as for training, like the further arguments.
+        max_length: number of tokens to which rows are cut.
+        columns: names of the columns.
         packing: whether rows are packed.
 
     Raises:
-        ConfigError: these rows, or those of this model, cannot be packed.
-        TrainingError: the data cannot be read, or its rows have no known length.
+        ConfigError: these rows, or rows of this model, cannot be packed.
+        TrainingError: the data cannot be read, or the lengths of its rows are unknown.
     """
     inputs = model_inputs(model) if isinstance(model, nn.Module) else None
     rows = prepare_data(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
@@ -111,10 +111,10 @@ def longest_sequence(
 
 
 def refuse_to_pack(model: nn.Module) -> None:
-    """Refuses a model whose kind says already that rows of one sequence would not be apart.
+    """Refuses a model whose architecture or adapters would mix the rows of one sequence.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: packing is not possible.
     """
     base = base_of(model)
     name = type(base).__name__
@@ -134,7 +134,12 @@ def refuse_to_pack(model: nn.Module) -> None:
 
 
 def packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
-    """The collator for a model: flat where its attention takes sequences of any length beside each other."""
+    """Returns the packing collator for a model: without padding if its attention supports variable lengths.
+
+    Args:
+        model: the model.
+        plain: collator of unpacked rows.
+    """
     base: Any = base_of(model)
     kernel = str(getattr(getattr(base, "config", None), "_attn_implementation", ""))
     takes_more = any(part.kind is part.VAR_KEYWORD for part in inspect.signature(base.forward).parameters.values())
@@ -142,12 +147,12 @@ def packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
 
 
 class PackingCheck(TrainerCallback):
-    """Tries a model with two rows before the first step, packed and alone, and refuses one that mixes them.
+    """Tests a model with two rows before the first step, packed and separate, and refuses it if it mixes them.
 
     Args:
-        run: says how full the sequences are.
-        rows: that the model is to learn.
-        collator: of the batches.
+        run: gets a note about how full the sequences are.
+        rows: the packed training rows.
+        collator: the packing collator.
     """
 
     def __init__(self, run: Run, rows: PackedRows, collator: PackedCollator) -> None:
@@ -162,26 +167,26 @@ class PackingCheck(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ConfigError where logits of a packed row are not those that it has alone."""
+        """Raises ConfigError if the logits of a packed row differ from those of the row alone."""
         check_packing(model, self._rows, self._collator, args.device, mixed=args.bf16 or args.fp16)
 
 
 def check_packing(
     model: nn.Module, rows: PackedRows, collator: PackedCollator, device: torch.device, *, mixed: bool = False
 ) -> None:
-    """Compares the logits of two rows packed with those of each alone, and with another row before the second.
+    """Compares the logits of two packed rows with those of each alone, and with another row before the second.
 
-    Nothing is learned or drawn meanwhile; where no sequence holds two rows there is nothing to compare.
+    This changes neither weights nor random state. If no sequence has two rows, nothing is compared.
 
     Args:
-        model: as it is trained.
-        rows: two of which are tried.
-        collator: of the batches.
-        device: where the model is.
-        mixed: whether it computes in half precision whatever its weights are.
+        model: the model in training.
+        rows: the packed training rows, of which two are used.
+        collator: the packing collator.
+        device: the model's device.
+        mixed: whether it computes in half precision regardless of the dtype of its weights.
 
     Raises:
-        ConfigError: they differ, so that packed rows would not be learned as they are.
+        ConfigError: the logits differ, so that the model mixes packed rows.
     """
     numbers = next((pack for pack in map(rows.rows_of, range(len(rows))) if len(pack) > 1), None)
     if numbers is None:
@@ -208,12 +213,12 @@ def check_packing(
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-    given = {
+    inputs = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if name not in ("labels", LOSS_WEIGHTS)
     }
-    output: Tensor = model(**given).logits
+    output: Tensor = model(**inputs).logits
     return output
 
 

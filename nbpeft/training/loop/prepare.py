@@ -1,4 +1,4 @@
-"""Makes a quantized base model ready for training adapters on it."""
+"""Preparing a quantized base model for training adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Upcast = Literal["norms", "peft", "none"]
 _UPCASTS = ("norms", "peft", "none")
 _HALF = (torch.float16, torch.bfloat16)
 _KEEPS_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
-"""Kinds of quantization for which PEFT casts nothing."""
+"""Quantization methods for which PEFT does not cast parameters."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Preparation:
     """What :func:`prepare_model` did."""
 
     frozen_count: int
-    """Parameters (numbers, not tensors) that were frozen."""
+    """Number of frozen parameters (elements, not tensors)."""
     upcast_count: int
-    """Tensors turned into float32."""
+    """Number of tensors that were cast to float32."""
     extra_bytes: int
-    """Memory that cost."""
+    """Additional memory in bytes."""
     gradient_checkpointing: bool
     inputs_require_grad: bool
 
@@ -60,24 +60,21 @@ def prepare_model_for_kbit_training(
 ) -> Any:
     """Freezes a base model and prepares it for training adapters. Returns the model.
 
-    Norms of a quantized model compute in float32 and hand on the dtype they were given; its embeddings
-    and head stay as they are. A model that is not quantized is float32 afterwards, as with PEFT, and
-    ``upcast="peft"`` turns everything that is not quantized into float32. That costs memory, and a
-    warning says how much.
+    Norms of a quantized model compute in float32 and return the dtype of their input; its embeddings and head are not
+    cast. All parameters of a model that is not quantized are cast to float32, as in PEFT; ``upcast="peft"`` casts
+    everything that is not quantized. This needs memory, and a warning reports how much.
 
     Args:
-        model: A transformers model, quantized or not.
-        use_gradient_checkpointing: Whether a quantized model recomputes activations.
-        gradient_checkpointing_kwargs: For ``torch.utils.checkpoint``; ``use_reentrant`` is False
-            unless given.
-        auto_clear_cache: Whether to give cached device memory back after casting.
-        upcast: ``"norms"``, ``"peft"`` or ``"none"``; None for norms of a quantized model and all of any other.
-        quantization_aware: Whether new adapters act, and learn, as if merged into the quantized weights and rounded
-            with them; see ``LoraConfig``.
+        model: a transformers model, quantized or not.
+        use_gradient_checkpointing: whether a quantized model recomputes activations.
+        gradient_checkpointing_kwargs: options of ``torch.utils.checkpoint``; ``use_reentrant`` is False by default.
+        auto_clear_cache: whether to free cached device memory after casting.
+        upcast: ``"norms"``, ``"peft"`` or ``"none"``; None means "norms" for a quantized model and "peft" for others.
+        quantization_aware: whether new adapters compute as if merged into the quantized weights and rounded with them,
+            also in training; see ``LoraConfig``.
 
     Raises:
-        ConfigError: ``upcast`` is none of these, or ``quantization_aware`` is asked for on a model that is not
-            quantized.
+        ConfigError: ``upcast`` is invalid, or ``quantization_aware`` is requested for a model that is not quantized.
     """
     quantized = is_quantized(model)
     if quantization_aware and not quantized:
@@ -111,7 +108,7 @@ def prepare_model(
     *,
     upcast: Upcast = "norms",
 ) -> Preparation:
-    """As :func:`prepare_model_for_kbit_training`, and returns what was done."""
+    """Does the same as :func:`prepare_model_for_kbit_training`, but returns what was done."""
     check_upcast(upcast)
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -133,7 +130,7 @@ def prepare_model(
 
 
 def check_upcast(upcast: str) -> None:
-    """Refuses a value that ``prepare_model`` does not know.
+    """Refuses an invalid value of ``upcast``.
 
     Raises:
         ConfigError: ``upcast`` is not ``"norms"``, ``"peft"`` or ``"none"``.
@@ -144,7 +141,12 @@ def check_upcast(upcast: str) -> None:
 
 
 def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
-    """The parameters that ``prepare_model`` turns into float32; nothing is changed."""
+    """Returns the parameters that ``prepare_model`` casts to float32; nothing is changed.
+
+    Args:
+        model: the model.
+        upcast: ``"norms"``, ``"peft"`` or ``"none"``.
+    """
     if upcast == "norms":
         return [parameter for _, halves in _norms(model) for parameter in halves]
     if upcast != "peft" or quantization_method(model) in _KEEPS_DTYPES:
@@ -159,7 +161,7 @@ def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
 
 
 def _to_float32(parameters: list[nn.Parameter]) -> tuple[int, int]:
-    """How many there were, and the bytes that costs."""
+    """Casts parameters to float32; returns their number and the additional bytes."""
     size = 0
     for parameter in parameters:
         size += parameter.numel() * (4 - parameter.element_size())
@@ -168,7 +170,7 @@ def _to_float32(parameters: list[nn.Parameter]) -> tuple[int, int]:
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """Norms with weights in half precision, and these weights."""
+    """Yields norm modules with weights in half precision, and these weights."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         halves = [parameter for parameter in own if parameter.dtype in _HALF]

@@ -1,4 +1,4 @@
-"""The rows that a model is trained and evaluated on: prepared for it, and checked against it."""
+"""Preparing the training and evaluation rows for a model, and checking them."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
     from nbpeft.training.request import TrainRequest
 
 _HEAD = re.compile(r"For([A-Z]\w*)$")
-"""How transformers names a model with a head."""
+"""The suffix of class names of transformers' models with a head."""
 _LANGUAGE_HEADS = ("LM", "Generation", "PreTraining")
 _OWN_LABELS = ("labels", "start_positions", "end_positions")
 BATCH_SIZE = 8
-"""Rows that a model is shown at once, where nothing is learned: that of ``TrainingArguments``."""
+"""Rows per batch outside of training, the default of ``TrainingArguments``."""
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a Trainer is given.
+    """The rows for a Trainer.
 
     Attributes:
-        train: rows to learn.
-        evaluation: rows to measure on, or None.
-        notes: what was cut, left out or not used, one each.
-        held_out: how many rows were taken to measure on; empty where none were.
+        train: training rows.
+        evaluation: evaluation rows, or None.
+        notes: messages about rows that were cut, left out or not used.
+        held_out: message about rows that were held out for evaluation; empty if there are none.
     """
 
     train: Any
@@ -65,11 +65,11 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     """Prepares the rows of a training for its model.
 
     Args:
-        request: of the training; its model may be bare.
-        loss: whether a loss is computed of them, so that they need the labels of the model's head.
+        request: the arguments of the training; its model may be bare.
+        loss: whether a loss will be computed, so that the rows need labels for the model's head.
 
     Raises:
-        ConfigError: an argument is impossible.
+        ConfigError: an argument is invalid.
         TrainingError: the data cannot be read, or does not fit the model.
     """
     request = request.opened()
@@ -85,7 +85,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
         notes += [f"of the rows to evaluate on: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
     train, evaluation = hold_out(rows, amount, request.seed)
-    if isinstance(rows, StreamedRows) and rows.notes:  # those that are held out were read meanwhile
+    if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
         notes = [rows.notes]
     known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
     held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
@@ -93,7 +93,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
 
 
 def inputs_of(request: TrainRequest) -> ModelInputs:
-    """What the model of a training takes of rows: of tokenised ones all columns, where none are to be removed."""
+    """Returns the inputs of a training's model; all columns of tokenized rows with ``remove_unused_columns=False``."""
     from nbpeft.training.transformers.trainer import why_unweighted  # here, as it imports transformers' Trainer
 
     own_batches = request.arguments.get("data_collator") is not None
@@ -105,12 +105,12 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
 
 
 def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:
-    """What a model takes of rows.
+    """Returns the inputs that a model accepts.
 
     Args:
-        model: adapted or bare.
-        all_columns: whether it is given all that tokenised rows hold.
-        unweighted: why its loss cannot count more for one row than for another; empty if it can.
+        model: the model, adapted or bare.
+        all_columns: whether it gets all columns of tokenized rows.
+        unweighted: why its loss does not support weights of rows; empty if it does.
     """
     base, numbers, classes = base_of(model), call_columns(model), classes_of(model)
     if classes is not None and classes.problem != SINGLE_LABEL:
@@ -127,7 +127,7 @@ def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str
 
 
 def _why_tokens_only(base: nn.Module) -> str:
-    """Why a model takes no rows of text; empty if it does."""
+    """Returns why a model does not accept rows of text; empty if it does."""
     heads = [found for name in class_names(base) if (found := _HEAD.search(name))]
     transformers_model = hasattr(type(base), "_from_config")
     if not (transformers_model and heads) or is_text_classifier(base) or embedding_of(base, output=True) is not None:
@@ -142,7 +142,7 @@ def _why_tokens_only(base: nn.Module) -> str:
 
 
 def classes_of(model: nn.Module) -> Classes | None:
-    """What a classifier of texts tells apart; None for any other model."""
+    """Returns the classes of a text classifier; None for any other model."""
     base = base_of(model)
     config = getattr(base, "config", None)
     if not is_text_classifier(base) or not hasattr(config, "num_labels"):
@@ -151,7 +151,12 @@ def classes_of(model: nn.Module) -> Classes | None:
 
 
 def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
-    """What makes batches of rows, padded with the token that the tokenizer or the model's config names."""
+    """Returns a collator that pads with the pad token of the tokenizer or the model's config.
+
+    Args:
+        model: the model, adapted or bare.
+        tokenizer: the tokenizer, or None.
+    """
     config = getattr(base_of(model), "config", None)
     candidates = [
         getattr(owner, name, None) for name in ("pad_token_id", "eos_token_id") for owner in (tokenizer, config)
@@ -162,12 +167,12 @@ def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
 
 @dataclass(frozen=True)
 class FirstRows:
-    """The first rows of data as a training would give them to a model.
+    """The first rows of data in the form that training gives to a model.
 
     Attributes:
-        rows: tokenised.
-        collate: makes a batch of some of them.
-        read_notes: what was cut, left out or not used.
+        rows: the tokenized rows.
+        collate: makes a batch of rows.
+        read_notes: messages about rows that were cut, left out or not used.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -175,20 +180,20 @@ class FirstRows:
     read_notes: tuple[str, ...] = ()
 
     def notes(self, *, loss: bool) -> tuple[str, ...]:
-        """What a person should know of the rows.
+        """Returns messages for the user about the rows.
 
         Args:
-            loss: whether a loss is computed of them, in which their weights count.
+            loss: whether a loss is computed, which uses the weights of rows.
         """
         unused = any(LOSS_WEIGHTS in row for row in self.rows) and not loss
         return (*self.read_notes, *(["not used: weights of the rows"] if unused else []))
 
     def batches(self, size: int = BATCH_SIZE, *, labels: bool = True) -> list[dict[str, Tensor]]:
-        """Their batches.
+        """Returns the rows in batches.
 
         Args:
-            size: rows of a batch.
-            labels: whether the labels are among a batch's tensors.
+            size: number of rows per batch.
+            labels: whether to include labels.
         """
         given = (self.collate(self.rows[first : first + size]) for first in range(0, len(self.rows), size))
         found = [with_loss_weights(batch) for batch in given]
@@ -198,18 +203,18 @@ class FirstRows:
 def first_rows(
     model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None, loss: bool = True, **reading: Any
 ) -> FirstRows:
-    """The first rows of data as a training would give them to the model.
+    """Returns the first rows of data in the form that training gives to the model.
 
     Args:
-        model: adapted or bare.
+        model: the model, adapted or bare.
         data: see :func:`prepare_data`.
-        rows: how many, at most.
+        rows: maximal number of rows.
         tokenizer: see :func:`prepare_data`.
-        loss: whether a loss is computed of them.
+        loss: whether a loss will be computed.
         **reading: ``columns`` and ``max_length``; see :func:`prepare_data`.
 
     Raises:
-        ConfigError: an argument is impossible.
+        ConfigError: an argument is invalid.
         TrainingError: the data cannot be read, or does not fit the model.
     """
     from nbpeft.training.request import TrainRequest  # here, as it imports transformers' Trainer
@@ -219,12 +224,12 @@ def first_rows(
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether prompt and completion go to different halves of the model."""
+    """Returns whether prompt and completion are inputs of different halves of the model."""
     return bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether labels stand beside the ids, one for one."""
+    """Returns whether each token id has a label at the same position, as in a causal language model."""
     return (
         not is_encoder_decoder(model)
         and classes_of(model) is None
@@ -233,10 +238,10 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def check_reading(tokenizer: Any, max_length: Any) -> None:
-    """Refuses what cannot tokenise.
+    """Refuses an invalid tokenizer or length.
 
     Raises:
-        ConfigError: the tokenizer is none, or the length is impossible.
+        ConfigError: the tokenizer or the length is invalid.
     """
     if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
         raise ConfigError(f"max_length must be a whole number of at least 1, not {max_length!r}", field="max_length")
@@ -265,7 +270,7 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
 
 
 def _check_loss(base: nn.Module) -> None:
-    """Refuses a head for which transformers, which looks for one in the name of the leaf class, finds no loss."""
+    """Refuses a head without a loss: transformers chooses the loss by the name of the model's own class."""
     if getattr(base, "loss_type", "") is not None or hasattr(base, "_loss_function"):
         return
     head = next((found[0] for name in class_names(base) if (found := _HEAD.search(name))), "")
@@ -278,7 +283,7 @@ def _check_loss(base: nn.Module) -> None:
 
 
 def _check_padding(model: nn.Module, tokenizer: Any) -> None:
-    """Refuses a classifier that would not find the end of a text: it takes the last token that is no padding."""
+    """Refuses a classifier without a pad token, with which it finds the last token of a text."""
     base: Any = base_of(model)
     if getattr(tokenizer, "pad_token_id", None) is None and getattr(base.config, "pad_token_id", None) is None:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""``train(model, data)``: one call that a notebook cell makes."""
+"""``train(model, data)``: training in one call."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def train(
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
 
-    Stop, Pause and KeyboardInterrupt are carried out: a stopped training returns its result like any
-    other, and the model keeps what it learned. An interrupted one does the same and then raises
-    ``TrainingInterrupted``, which holds the result. Whatever fails before the first step leaves the
-    model, and which adapters are active or merged, as before.
+    A stopped training (Stop or Pause of ``control``) returns its result like any other, and the model keeps what it
+    learned. An interrupted one (KeyboardInterrupt) does the same and then raises ``TrainingInterrupted`` with the
+    result. After an error before the first step, the model and its active and merged adapters are unchanged.
 
-    With ``sweep(…)`` as a field, e.g. ``learning_rate=sweep(1e-4, 3e-4)`` or ``r=sweep(8, 64)``, an adapter for each
-    value, or each combination, learns beside the others as if it were alone: ``codes-lr1e-4`` and so on start from the
-    active adapter, or anew where its config varies, and the result is a :class:`SweepResult` whose best is active.
+    With ``sweep(…)`` as a field, e.g. ``learning_rate=sweep(1e-4, 3e-4)`` or ``r=sweep(8, 64)``, one adapter per value
+    or combination is trained side by side with the others, as if alone: ``codes-lr1e-4`` and so on. They start from
+    the active adapter, or from a new init if the config varies. The result is a :class:`SweepResult`; its best adapter
+    is active afterwards.
 
     Args:
         model: A model with adapters.
@@ -150,7 +150,7 @@ def train(
 
 @side_by_side
 def run_training(request: TrainRequest) -> TrainResult:
-    """As :func:`train`, which says what is raised.
+    """Trains like :func:`train`, which documents the errors.
 
     Args:
         request: its arguments.
@@ -187,7 +187,7 @@ def run_training(request: TrainRequest) -> TrainResult:
                 if launch is not None:
                     metrics = _elsewhere(request, run, launch, rows, said, kept)
                 else:
-                    # No variable has the callbacks: an error that is kept would keep their copies of weights.
+                    # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
                     around = (request, run, kept, rows)
                     metrics = _fit(request, run, options, _around(*around), _inside(request, run, check), fields)
@@ -196,14 +196,14 @@ def run_training(request: TrainRequest) -> TrainResult:
             if failures[0] is error and not isinstance(error, NbpeftError):
                 failures.clear()
                 raise
-    if failures:  # raised out here, the new error does not hold the frames of the old one; nor does this frame hold it
+    if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
     result = _result(run, metrics, fields.get("output_dir"))
     return _unless_interrupted(result, run)
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
-    """Refuses what cannot be trained, before rows are read.
+    """Refuses arguments that cannot be trained with, before rows are read.
 
     Returns:
         The model, how many processes train it, fields of the arguments class, and options of the Trainer.
@@ -225,7 +225,7 @@ def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str,
 
 
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
-    """The result, or TrainingInterrupted with it."""
+    """Returns the result, or raises TrainingInterrupted with it."""
     if run.interrupted:
         left = run.lost or ("what it learned is kept" if run.steps_done else "the adapters are as before")
         raise TrainingInterrupted(f"{result} · {left}", result)
@@ -233,10 +233,10 @@ def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
 
 
 def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
-    """Refuses an ``output_dir`` where saving would replace another adapter; one that is resumed from is its own.
+    """Refuses an ``output_dir`` with another adapter; a folder that training resumes from is accepted.
 
     Raises:
-        AdapterExistsError: it would.
+        AdapterExistsError: saving would overwrite another adapter.
     """
     folder, manager, resumed = fields.get("output_dir"), manager_of(model), fields.get("resume_from_checkpoint")
     if manager is None or not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
@@ -248,16 +248,16 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
 
 
 def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
-    """Says what was done to the rows, what is not used of them, and what will be slow. Returns what it says of rows."""
+    """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
             part.report = run.note
-    said = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    said += f" ({data_hint})" if data_hint and rows.notes else ""
-    run.note(said)
+    note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
+    note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
+    run.note(note_on_rows)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
-    return said
+    return note_on_rows
 
 
 def _not_none(**values: Any) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _not_none(**values: Any) -> dict[str, Any]:
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:
-    """Refuses a model that cannot learn, as it is or after the switch to an adapter."""
+    """Refuses a model that cannot be trained, as it is or after activating an adapter."""
     if not is_adapted(model):
         raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
     manager: Any = getattr(model, "manager", None)
@@ -282,7 +282,7 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
 
 
 def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
-    """Refuses a model of which a Trainer gets no loss, unless somebody says how it is computed."""
+    """Refuses a model that returns no loss, unless the Trainer computes it in another way."""
     base = base_of(model)
     taken = inspect.signature(base.forward).parameters.values()
     if (
@@ -311,19 +311,19 @@ def _can_learn(model: nn.Module) -> None:
 
 
 class _Activation:
-    """A run for which an adapter may have been activated."""
+    """Records the run for which an adapter may have been activated."""
 
     run: Run | None = None
 
     @property
     def learned(self) -> bool:
-        """Whether the model is another than before."""
+        """Whether training has changed the model."""
         return self.run is not None and (self.run.steps_done > 0 or self.run.state.status == "finished")
 
 
 @contextmanager
 def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
-    """Activates an adapter; what was active or merged before is so again where nothing was learned."""
+    """Activates an adapter; restores the active and merged adapters if nothing was learned."""
     activation = _Activation()
     if adapter is None:
         yield activation
@@ -355,7 +355,7 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
 
 
 def _sample_batch(request: TrainRequest) -> PromptBatch | None:
-    """The prompts to sample, if there are any, in the form that the rows to learn have."""
+    """Returns the prompts to sample, if there are any, in the same form as the training rows."""
     if isinstance(request.sample, PromptBatch):  # of the process that launched this one
         return request.sample
     if request.sample is not None:
@@ -379,7 +379,7 @@ def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
 def _around(
     request: TrainRequest, run: Run, kept: Mapping[str, Any], rows: TrainingRows
 ) -> list[RunCheckpointer | TrackCallback]:
-    """The callbacks that see the run end."""
+    """Returns the callbacks that see the end of the run."""
     keeper, trackers = (
         _keeper(request, run, kept, mark_of_rows(rows.train, rows.evaluation)),
         tracker_names(request.track),
@@ -389,9 +389,9 @@ def _around(
 
 
 def _inside(request: TrainRequest, run: Run, check: PackingCheck | None) -> list[TrainerCallback]:
-    """The callbacks that end before the run does.
+    """Returns the callbacks that end before the run does.
 
-    One of them ends a training that diverges, or takes the adapters of a sweep that do out of it.
+    One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
     model, guarded = request.model, request.stop_on_divergence
     found: list[TrainerCallback] = [] if check is None else [check]
@@ -406,7 +406,7 @@ def _inside(request: TrainRequest, run: Run, check: PackingCheck | None) -> list
 def _keeper(
     request: TrainRequest, run: Run, kept: Mapping[str, Any], data: Mapping[str, Any]
 ) -> RunCheckpointer | None:
-    """What keeps the run on disk, if it is to be kept."""
+    """Returns the callback that saves the run on disk, if it is to be saved."""
     if request.run_dir is None:
         return None
     if manager_of(request.model) is None:
@@ -426,15 +426,15 @@ def _fit(
     inside: Sequence[Any],
     fields: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Runs a Trainer, and takes everything of it off the model again.
+    """Runs a Trainer, and removes everything of it from the model afterwards.
 
     Args:
-        request: of the training.
-        run: is told how it goes.
-        options: of the Trainer.
-        around: callbacks that see the run end.
+        request: the arguments of the training.
+        run: receives the progress.
+        options: options of the Trainer.
+        around: callbacks that see the end of the run.
         inside: callbacks that end before the run does.
-        fields: of the arguments, as given; with ``output_dir`` the adapter is saved at the end.
+        fields: the given fields of the arguments; with ``output_dir`` the adapter is saved at the end.
     """
     model = request.model
     trainer: Any = None
@@ -479,7 +479,7 @@ def _fit(
 
 
 def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], inside: Sequence[Any]) -> None:
-    """Makes the callbacks known to those that they work with."""
+    """Connects callbacks that work together."""
     stops = [item for item in inside if isinstance(item, EarlyStop)]
     for guard in inside:
         if isinstance(guard, DivergenceStop) and stops:
@@ -494,15 +494,15 @@ def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], 
 def _elsewhere(
     request: TrainRequest, run: Run, launch: Launch, rows: TrainingRows, said: str, kept: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Runs a Trainer in each of several processes, as ``_fit`` runs one here.
+    """Runs a Trainer in each of several processes, as ``_fit`` runs one in this process.
 
     Args:
-        request: of the training.
-        run: is told how it goes.
-        launch: how many processes.
-        rows: of the training.
-        said: of the rows, which the processes say in their record of the run.
-        kept: arguments that the record keeps: those given here, and not those of the processes.
+        request: the arguments of the training.
+        run: receives the progress.
+        launch: the processes to start.
+        rows: the rows of the training.
+        said: note about the rows, which the processes add to their record of the run.
+        kept: arguments for the record: those given here, and not those of the processes.
     """
     if is_stream(rows.train):
         raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
@@ -532,7 +532,7 @@ def _elsewhere(
 
 @contextmanager
 def _interrupted_once(run: Run) -> Iterator[None]:
-    """Holds the interruption of a run, which is raised when everything is in order, and any further one with it."""
+    """Suppresses the KeyboardInterrupt of an interrupted run, which is raised again after everything is restored."""
     try:
         yield
     except KeyboardInterrupt:
@@ -562,7 +562,7 @@ def _is_of_network(error: Exception) -> bool:
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
-    """Trains, and turns running out of memory, and what fails before the first batch, into one line."""
+    """Trains, and turns out-of-memory errors, and errors before the first batch, into errors of one line."""
     try:
         output = trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
         return {name: float(value) for name, value in output.metrics.items()}
@@ -585,9 +585,9 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks.
+    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, a cast forward, hooks.
 
-    After a training adapters are in the mode of their base: one that was made in training mode drops nothing then.
+    After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
     """
     base: Any = base_of(model)
     embedding = embedding_of(base)
@@ -606,7 +606,7 @@ def _restoring(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache
         if not checkpoints and is_checkpointing(base):
             disable_checkpointing(base)
-        if embedding is not None:  # with checkpointing transformers adds one more to them in each training
+        if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
             for hook in embedding._forward_hooks.keys() - watched:
                 del embedding._forward_hooks[hook]
         for name in cast:
@@ -614,7 +614,7 @@ def _restoring(model: nn.Module) -> Iterator[None]:
 
 
 def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
-    """The error to raise: one line for what is known, with the memory given back; else itself."""
+    """Returns the error to raise: one line for known problems, with memory freed; otherwise the error itself."""
     if isinstance(error, NbpeftError):
         free_memory()
         return error

@@ -1,8 +1,8 @@
-"""A training of a notebook as a script that a person could have written: one process, several, or a cluster's queue.
+"""Exports a notebook's training as a plain script: for one process, several, or a cluster's queue.
 
-export     what is exported, and the files that are written together
-sources    where base model, tokenizer and rows come from, said without this machine's paths
-python     values as source text, formatted as ruff and black format it
+export     exporting a training, and writing the files together
+sources    sources of base model, tokenizer and rows, without paths of this machine
+python     values as source text, in the format of ruff and black
 """
 
 from __future__ import annotations

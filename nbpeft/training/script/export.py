@@ -1,4 +1,4 @@
-"""Writes a training of a notebook as a script, with the files it needs."""
+"""Exports a notebook's training as a script, with the files that it needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from nbpeft.training.script.sources import (
 
 _DIGEST_LENGTH = 12
 _MARK = "# Exported by nbpeft, and unchanged as long as this is its digest: "
-"""The last line of a script."""
+"""Start of the last line of a script."""
 
 _TEMPLATE = '''# /// script
 # requires-python = ">=3.11"
@@ -80,15 +80,15 @@ if __name__ == "__main__":
 
 @dataclasses.dataclass(frozen=True)
 class ScriptFiles:
-    """What was written.
+    """The written files.
 
     Attributes:
         script: the script.
-        data: the rows beside it, evaluation rows last if there are any; none where the script names where they are.
-        row_counts: how many each of them has.
+        data: files with rows next to it, evaluation rows last if there are any; empty if the script refers to the data.
+        row_counts: number of rows in each of them.
         adapter: name of the adapter that the script trains.
-        left_out: arguments that hold a token, password or key, which the script does not.
-        notes: what a person should know of it.
+        left_out: omitted arguments, which contain a token, password or key.
+        notes: messages for the user.
     """
 
     script: Path
@@ -100,7 +100,7 @@ class ScriptFiles:
 
 
 def unwritable(arguments: Mapping[str, Any]) -> list[str]:
-    """Names of arguments whose values have no text that gives them back."""
+    """Returns the names of arguments whose values cannot be written as Python literals."""
     return [name for name, value in arguments.items() if not is_literal(plain(value))]
 
 
@@ -117,32 +117,34 @@ def export_script(
     replace: bool = False,
     **arguments: Any,
 ) -> ScriptFiles:
-    """Writes a script that trains a new adapter, configured as the active one, on the same rows.
+    """Writes a script that trains a new adapter, configured like the active one, on the same rows.
 
-    Data that was given as a file or the name of a dataset is named in the script; rows of the notebook are written
-    beside it, as they are, under names that follow from their content: a script always finds the rows it was written
-    with. The tokenizer is loaded from where it came from, or saved beside the script where it was changed since; where
-    no script can load it, the rows are written tokenised. Paths are those from the script's folder. All files
-    are written together or not at all; rows of an earlier script of that name go. Tokens and passwords among
-    the arguments are left out, with a warning.
+    Data that was given as a file or the name of a dataset is referred to by the script. Rows of the notebook are
+    written next to it, unchanged, to files named by their content, so that a script always finds its own rows. The
+    tokenizer is loaded from its source, or saved next to the script if it was changed since; if no script can load it,
+    the rows are written tokenized. Paths are relative to the script's folder. Either all files are written or none;
+    rows of an earlier script with that name are removed. Tokens and passwords in the arguments are omitted, with a
+    warning.
 
     Args:
         model: a model with adapters.
-        path: of the script, ``name.py``.
-        data: rows to learn, as for ``train``; no stream.
-        eval_data: rows to measure on, or how many to hold out, as for ``train``.
-        tokenizer: needed unless the rows are tokenised.
-        max_length: tokens a row is cut to.
+        path: path of the script, ``name.py``.
+        data: training rows, as for ``train``, but no stream.
+        eval_data: evaluation rows, or how many to hold out, as for ``train``.
+        tokenizer: needed unless the rows are tokenized.
+        max_length: number of tokens to which rows are cut.
         columns: as for ``train``.
-        base: where the script loads the base model from: a folder or a hub id; by default where
-            this one came from.
-        replace: write over a file that is there and that this did not write, or that was changed since.
+        base: folder or hub id from which the script loads the base model; by default that of this model.
+        replace: overwrite an existing file that was not exported, or was changed since.
         **arguments: fields of ``TrainingArguments``, as for ``train``.
 
+    Returns:
+        The written files.
+
     Raises:
-        ConfigError: an argument cannot be written down, or the path is not a ``.py`` file.
-        CheckpointError: another file is there, or it cannot be written.
-        TrainingError: it is not known how to load the base model, or rows cannot be read.
+        ConfigError: an argument cannot be written as a literal, or the path is not a ``.py`` file.
+        CheckpointError: another file exists, or the files cannot be written.
+        TrainingError: it is unknown how to load the base model, or rows cannot be read.
     """
     target = Path(os.path.expanduser(os.fspath(path)))
     if target.suffix != ".py":
@@ -198,12 +200,12 @@ class _Rows:
     """The rows of a script.
 
     Attributes:
-        train: to learn.
-        evaluation: to measure on; or how many to hold out.
-        tokenizer: None where they are tokenised.
-        counts: file beside the script -> number of its rows.
-        as_they_are: whether they are read as in the notebook; else they are written as what a model reads.
-        notes: what a person should know.
+        train: training rows.
+        evaluation: evaluation rows; or how many to hold out.
+        tokenizer: None if the rows are tokenized.
+        counts: file next to the script -> number of its rows.
+        as_they_are: whether they are read as in the notebook; otherwise they are written in tokenized form.
+        notes: messages for the user.
     """
 
     train: Source
@@ -215,10 +217,10 @@ class _Rows:
 
 
 def _rows(target: Path, request: TrainRequest) -> _Rows:
-    """The rows as the script finds them.
+    """Returns the sources of the rows for the script.
 
     Raises:
-        TrainingError: they cannot be read, or come from a stream.
+        TrainingError: they cannot be read, or are a stream.
     """
     opened, tokenizer, amount = request.opened(), request.tokenizer, is_amount(request.eval_data)
     given, rows = (
@@ -255,19 +257,19 @@ _KINDS = ("data", "eval")
 
 
 def _written(target: Path, kind: str, text: str) -> Source:
-    """Rows in a file beside the script."""
+    """Returns the source for rows in a file next to the script."""
     name = f"{target.stem}_{kind}-{_digest(text)}.jsonl"
     return Source(name, local=True, files=(NewFile.of_text(name, text),))
 
 
 def _targets(model: nn.Module, config: Any) -> dict[str, Any]:
-    """The targets of a config, said shortly."""
+    """Returns the targets of a config in short form."""
     targets = plain(short_targets(model, config))
     return {"target_modules": targets} if targets else {}
 
 
 def _body(constants: Mapping[str, Any], config_class: str, load: str, rows: _Rows) -> str:
-    """What ``main`` does."""
+    """Returns the body of ``main``."""
     lines = [f"    base = {load}"]
     data = [rows.train.expression("DATA")]
     if "EVAL_DATA" in constants:
@@ -293,10 +295,10 @@ def _body(constants: Mapping[str, Any], config_class: str, load: str, rows: _Row
 
 
 def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]) -> str:
-    """The text of a script.
+    """Returns the text of a script.
 
     Raises:
-        ConfigError: a value would not come back from the text as it is.
+        ConfigError: a value cannot be read back from the text unchanged.
     """
     lines = [f"{name} = {source_of(value, used=len(name) + 3)}" for name, value in constants.items()]
     listed = [f'#     "{dependency}",' for dependency in dependencies]
@@ -316,10 +318,10 @@ def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]
 
 
 def _refuse_other(path: Path) -> None:
-    """Refuses to write over a file that is not a script as it was exported.
+    """Refuses to overwrite a file that is not an unchanged exported script.
 
     Raises:
-        CheckpointError: it is another one, or was changed since.
+        CheckpointError: it is another file, or was changed since.
     """
     if not os.path.lexists(path):
         return
@@ -332,7 +334,7 @@ def _refuse_other(path: Path) -> None:
 
 
 def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:
-    """What has to be installed for a script, with the versions that are installed here as the oldest."""
+    """Returns the requirements of a script, with the installed versions as minimum."""
     quantized = any(part.name == "quantized layers" for part in stored_parts(model))
     needed = ["nbpeft[bnb]" if quantized else "nbpeft[train]", "torch", "transformers"]
     sources = [part for part in (rows.train, rows.evaluation) if isinstance(part, Source)]
@@ -346,14 +348,14 @@ def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:
 
 
 def _version(package: str) -> str:
-    """At least the version that is installed, without what only this machine's build of it is called."""
+    """Returns a requirement for at least the installed version, without its local build label."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return f">={importlib.metadata.version(package).partition('+')[0]}"
     return ""
 
 
 def _sweep_rows(script: Path, kept: Sequence[Path]) -> None:
-    """Removes rows that an earlier script of that name was written with."""
+    """Removes the files with rows of an earlier script with the same name."""
     pattern = re.compile(rf"{re.escape(script.stem)}_(?:data|eval)-[0-9a-f]{{{_DIGEST_LENGTH}}}\.jsonl")
     with contextlib.suppress(OSError):
         for name in os.listdir(script.parent):
@@ -362,7 +364,7 @@ def _sweep_rows(script: Path, kept: Sequence[Path]) -> None:
 
 
 def _load(model: Any, source: Source, place: str) -> str:
-    """The expression that loads the base model as it is now."""
+    """Returns the expression that loads the base model in its current form."""
     import transformers
 
     name = type(model).__name__
@@ -387,7 +389,7 @@ def _load(model: Any, source: Source, place: str) -> str:
 
 
 def _gguf_file(folder: Path) -> str | None:
-    """The GGUF file of a folder that holds no other weights."""
+    """Returns the GGUF file of a folder without other weights, or None."""
     if not os.path.isdir(folder) or (folder / "config.json").exists():
         return None
     files = sorted(path.name for path in folder.glob("*.gguf"))
@@ -395,7 +397,7 @@ def _gguf_file(folder: Path) -> str | None:
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    """Fields of a config that are not as by default."""
+    """Returns the fields of a config that differ from their defaults."""
     usual = type(config)().to_dict()
     fields = {
         name: plain(value) for name, value in config.to_dict().items() if name not in ("peft_type", *ORIGIN_FIELDS)

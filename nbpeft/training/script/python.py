@@ -1,4 +1,4 @@
-"""Values as Python source, formatted as ruff and black format it, whatever line length they are set to."""
+"""Values as Python source, in the format of ruff and black, whatever their line length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _WIDTH = 80
 
 
 def is_literal(value: Any) -> bool:
-    """Whether the text of a value gives it back."""
+    """Returns whether a value can be read back from its text."""
     try:
         return bool(ast.literal_eval(repr(value)) == value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -17,12 +17,12 @@ def is_literal(value: Any) -> bool:
 
 
 def source_of(value: Any, indent: int = 0, used: int = 0) -> str:
-    """A literal; dictionaries, and lists that are long, with one item a line.
+    """Returns a literal; dictionaries, and long lists, have one item per line.
 
     Args:
-        value: in types that literals have.
-        indent: of the line that it begins on.
-        used: characters before it on that line.
+        value: a value of literal types.
+        indent: indentation of its first line.
+        used: number of characters before it on that line.
     """
     if isinstance(value, str):
         return _quoted(value)
@@ -45,7 +45,13 @@ def source_of(value: Any, indent: int = 0, used: int = 0) -> str:
 
 
 def call(function: str, arguments: list[str], indent: int = 0) -> str:
-    """A call with one argument a line."""
+    """Returns a call with one argument per line.
+
+    Args:
+        function: expression of the function.
+        arguments: expressions of the arguments.
+        indent: indentation of its first line.
+    """
     inside = " " * (indent + 4)
     return "".join([f"{function}(\n", *(f"{inside}{item},\n" for item in arguments), " " * indent, ")"])
 

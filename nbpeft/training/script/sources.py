@@ -1,4 +1,4 @@
-"""Where base model, tokenizer and rows of a training come from, said so that another machine finds them."""
+"""Sources of base model, tokenizer and rows of a training, in a form that other machines can use."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from nbpeft.training.data.row import is_empty_cell
 from nbpeft.training.data.sources import place_in
 
 _COMPARED = 500
-"""Rows that a tokenizer has to read as the notebook's does."""
+"""Number of rows on which two tokenizers are compared."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a script loads.
+    """Something that a script loads.
 
     Attributes:
-        text: name on the hub, or path from the script's folder.
+        text: name on the hub, or path relative to the script's folder.
         local: whether it is a path.
-        files: that have to lie beside the script.
+        files: files to write next to the script.
     """
 
     text: str
@@ -41,16 +41,16 @@ class Source:
     files: tuple[NewFile, ...] = field(default=(), repr=False)
 
     def expression(self, name: str) -> str:
-        """How the script refers to it, where a constant of that name holds the text."""
+        """Returns the expression for it, if a constant with the given name has the text."""
         return f"str(HERE / {name})" if self.local else name
 
 
 def source_of_path(text: str, folder: Path) -> Source:
-    """A file or folder of this machine as a path from the script's folder; anything else as it is.
+    """Returns a file or folder of this machine relative to the script's folder; anything else unchanged.
 
     Args:
-        text: a path, a name on the hub, or either with a part behind it (``rows.jsonl[:100]``).
-        folder: of the script.
+        text: a path or a name on the hub, optionally followed by a slice (``rows.jsonl[:100]``).
+        folder: folder of the script.
     """
     text = os.path.expanduser(text)
     place = place_in(text)
@@ -61,10 +61,15 @@ def source_of_path(text: str, folder: Path) -> Source:
 
 
 def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source, str]:
-    """Where to load the base model from, for the script and for this process.
+    """Returns where to load the base model from, for the script and for this process.
+
+    Args:
+        model: the base model.
+        given: a folder or hub id, or None.
+        folder: folder of the script.
 
     Raises:
-        TrainingError: it does not say where it came from.
+        TrainingError: the model has no information about its source.
     """
     found = given or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not found:
@@ -75,16 +80,16 @@ def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source,
 
 
 def source_of_tokenizer(tokenizer: Any, readings: Sequence[Reading], name: str, folder: Path) -> Source | None:
-    """Where a script finds a tokenizer that reads rows as this one does: where it came from, or saved beside it.
+    """Returns where a script finds an equivalent tokenizer: its source, or a copy that is saved next to the script.
 
     Args:
-        tokenizer: of the notebook, which may have been changed since it was loaded.
-        readings: of the rows, with that tokenizer.
-        name: of a folder for it, beside the script.
-        folder: of the script.
+        tokenizer: the notebook's tokenizer, which may have been changed since it was loaded.
+        readings: the rows as read with that tokenizer.
+        name: name of a folder for it, next to the script.
+        folder: folder of the script.
 
     Returns:
-        None where no tokenizer that a script can load reads them the same.
+        The source; None if a script cannot load a tokenizer that reads the rows in the same way.
     """
     before = [_first_read(how) for how in readings], default_length(tokenizer)
 
@@ -95,7 +100,7 @@ def source_of_tokenizer(tokenizer: Any, readings: Sequence[Reading], name: str, 
             with collapsed():
                 loaded = AutoTokenizer.from_pretrained(place, local_files_only=True)
                 others = [_first_read(replace(how, tokenizer=loaded)) for how in readings], default_length(loaded)
-        except Exception:  # whatever a tokenizer's files make a library raise, it is not one to name
+        except Exception:  # loading a tokenizer's files can raise any error; it is not usable then
             return False
         return bool(others == before)
 
@@ -122,7 +127,7 @@ def _first_read(how: Reading) -> list[Any]:
 
 
 def text_rows(how: Reading) -> str:
-    """Rows as JSON lines with the columns that are read of them, which say in a script what they say here."""
+    """Returns rows as JSON lines, with the columns that training reads."""
     return json_lines(_kept(row, number, how.used) for number, row in enumerate(how.rows))
 
 
@@ -132,7 +137,7 @@ def _kept(value: Any, number: int, wanted: Collection[str]) -> dict[str, Any]:
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as lines of JSON; tensors and arrays as lists, what JSON has no word for as text."""
+    """Returns rows as JSON lines; tensors and arrays as lists, other values that JSON lacks as text."""
     return "".join(f"{json.dumps(dict(row), default=_listed, ensure_ascii=False)}\n" for row in rows)
 
 
@@ -141,11 +146,11 @@ def _listed(value: Any) -> Any:
 
 
 def short_targets(model: Any, config: Any) -> Any:
-    """``"all-linear"`` or the fewest names that mean the same modules as the targets of a config.
+    """Returns ``"all-linear"``, or the shortest names, that select the same modules as the targets of a config.
 
     Args:
-        model: with the adapter on it.
-        config: of the adapter, whose targets may be a path each.
+        model: the model with the adapter.
+        config: config of the adapter, whose targets may be whole paths.
     """
     targets, manager = getattr(config, "target_modules", None), manager_of(model)
     if isinstance(targets, str) or not targets or manager is None:

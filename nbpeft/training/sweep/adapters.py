@@ -1,4 +1,4 @@
-"""Makes the adapters of a sweep, chooses the best of them, and leaves a model as it was where nothing was learned."""
+"""Creates the adapters of a sweep, selects the best one, and restores the model if nothing was learned."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from nbpeft.training.transformers.arguments import build_arguments, split_argume
 
 
 def side_by_side(train: Callable[[TrainRequest], TrainResult]) -> Callable[[TrainRequest], TrainResult]:
-    """Lets a training have a ``sweep(…)`` for a field, or ``members``: adapters with fields of their own.
+    """Decorator that lets a training have ``sweep(…)`` as a field, or ``members``: adapters with their own fields.
 
-    The decorated function is called with ``members`` as a :class:`SideBySide` while the adapters are there and learn.
-    Afterwards the best is active; where no step was done the model is as it was.
+    The decorated function is called with a :class:`SideBySide` as ``members`` while the adapters exist and are trained.
+    Afterwards the best one is active; if no step was done, the model is restored.
     """
 
     @functools.wraps(train)
@@ -56,12 +56,12 @@ def side_by_side(train: Callable[[TrainRequest], TrainResult]) -> Callable[[Trai
 
 
 def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
-    """The request of a training of all members at once, each of which is given its own arguments."""
+    """Returns the request for training all members together, and sets the arguments of each member."""
     common = {name: value for name, value in request.arguments.items() if not isinstance(value, Sweep)}
     request = dataclasses.replace(request, members=group, adapter=None, arguments=common)
     trainer_class, kind = request.trainer_class, request.arguments_class
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
-        return request  # which training refuses
+        return request  # the training itself refuses it
     known = {field.name for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in common.items() if name in known}
     chosen = trainer_for(trainer_class, group, request.given)
@@ -75,7 +75,7 @@ def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
 
 @contextmanager
 def _members(request: TrainRequest) -> Iterator[SideBySide]:
-    """The adapters, which learn inside the block; afterwards the best is active, if they learned."""
+    """Yields the adapters, which are trained inside the block; afterwards the best is active, if they learned."""
     model, members = request.model, request.members
     manager = manager_of(model)
     if manager is None:
@@ -84,7 +84,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
     if members is not None and swept(request.given):
         name = next(iter(swept(request.given)))
         raise ConfigError(f"{name} is a sweep, and members=… says already what each adapter has", field=name)
-    with HeldInterrupts() as held:
+    with HeldInterrupts() as interrupts:
         selected, enabled = manager.selected, manager.enabled
         group, made = None, list[str]()
         try:
@@ -94,7 +94,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
             with group.opened:
                 group.opened.enter_context(manager.use(group.names, independent=True))
                 _check_alone(model, group)
-                with held.released():
+                with interrupts.released():
                     yield group
         finally:
             with HeldInterrupts(to_the_end=True), manager.transaction():
@@ -105,7 +105,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
 
 
 def _put_back(manager: AdapterManager, made: Sequence[str], selected: tuple[str, ...], *, enabled: bool) -> None:
-    """Leaves the model with the adapters and the choice that it had before they were made."""
+    """Removes the new adapters and restores the selection of the others."""
     for name in made:
         if name in manager.configs:
             manager.remove(name)
@@ -116,12 +116,12 @@ def _put_back(manager: AdapterManager, made: Sequence[str], selected: tuple[str,
 
 
 def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> list[Member]:
-    """Adapters for every combination of the values: copies of one, or new ones where its config varies.
+    """Returns adapters for every combination of values: copies of one, or new ones if the config varies.
 
     Args:
-        manager: of the model.
-        request: of the training.
-        made: gets the names of those that were not there, each before it is: an interruption can come at any moment.
+        manager: manager of the model.
+        request: the arguments of the training.
+        made: receives the names of new adapters, each before it is added, because an interruption can come any time.
     """
     origin = _origin(manager, request.adapter)
     config, fields = manager.configs[origin], swept(request.given)
@@ -154,7 +154,7 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
 
 
 def _origin(manager: AdapterManager, adapter: Any) -> str:
-    """The adapter that a sweep starts from."""
+    """Returns the adapter from which a sweep starts."""
     if adapter is not None:
         manager.require(adapter)
         return str(adapter)
@@ -165,7 +165,7 @@ def _origin(manager: AdapterManager, adapter: Any) -> str:
 
 
 def _given(manager: AdapterManager, members: Any) -> list[Member]:
-    """Adapters that are there, with fields of their own."""
+    """Returns existing adapters with their own fields as members."""
     fields_of = isinstance(members, Mapping) and all(isinstance(fields, Mapping) for fields in members.values())
     if not fields_of or len(members) < 2:
         raise ConfigError(
@@ -182,7 +182,7 @@ def _given(manager: AdapterManager, members: Any) -> list[Member]:
 
 
 def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> None:
-    """Refuses to go on with an adapter that is another than the sweep would make."""
+    """Refuses to continue with an existing adapter that differs from the one the sweep would create."""
     present, planned = manager.configs[name].to_dict(), manager.plan(wanted, name).config.to_dict()
     other = next((key for key in present if key not in BOOKKEEPING_FIELDS and planned.get(key) != present[key]), "")
     if other:
@@ -194,7 +194,7 @@ def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> No
 
 
 def _check_alone(model: nn.Module, group: SideBySide) -> None:
-    """Refuses what adapters that learn side by side would have in common."""
+    """Refuses parameters that adapters of a sweep would share."""
     manager = manager_of(model)
     assert manager is not None
     own = {id(parameter) for member in group.members for parameter in member.parameters}

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 
 _PLACE = "_loss_function"
-"""Where a transformers model keeps a loss function that was set on it."""
+"""Attribute of a transformers model that overrides its loss function."""
 
 
 class NotApartError(Exception):
-    """The loss of a model cannot be taken apart by rows."""
+    """The loss of a model cannot be computed separately for groups of rows."""
 
 
 class SplitLoss:
-    """Stands in for a model's loss function: one loss for each member, and their sum for backward.
+    """Replaces a model's loss function: computes one loss per member, and returns their sum for backward.
 
-    A member's loss is that of its rows alone, normalized as if there were no others; the gradient of the sum is for
-    each adapter that of its own loss, since no other depends on it.
+    A member's loss is that of its own rows, normalized as if there were no others. The gradient of the sum for each
+    adapter is that of its own loss, because the other losses do not depend on it.
 
     Args:
-        function: the model's.
-        members: how many there are, each with as many neighbouring rows.
-        rows: of all of them.
+        function: the model's loss function.
+        members: number of members, each with the same number of consecutive rows.
+        rows: number of rows of the batch.
 
     Attributes:
-        losses: of each, detached; empty until it was called.
+        losses: loss of each member, detached; empty before the first call.
         total: their sum, detached.
     """
 
@@ -39,7 +39,7 @@ class SplitLoss:
         self.total: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The sum; see the model's own for the arguments."""
+        """Returns the sum; the arguments are those of the model's loss function."""
         size = self._rows // self._members
         losses = []
         for member in range(self._members):
@@ -55,10 +55,10 @@ class SplitLoss:
         return value[part] if whole else value
 
     def check(self, loss: Tensor) -> None:
-        """Refuses a loss that is not the sum alone.
+        """Refuses a loss that differs from the sum.
 
         Raises:
-            NotApartError: the model computes its loss elsewhere, or adds to it what the rows have in common.
+            NotApartError: the model computes its loss elsewhere, or adds terms that depend on all rows.
         """
         if self.total is None or not torch.allclose(loss.detach(), self.total, rtol=1e-4, equal_nan=True):
             raise NotApartError
@@ -66,25 +66,25 @@ class SplitLoss:
 
 @contextmanager
 def split_loss(base: nn.Module, members: int, inputs: Mapping[str, Any]) -> Iterator[SplitLoss]:
-    """Context manager: the loss function of ``base`` is taken apart for the calls inside.
+    """Context manager: computes the loss of ``base`` separately per member in the calls inside.
 
     Args:
         base: a transformers model.
-        members: how many share the batch.
+        members: number of members that share the batch.
         inputs: the batch.
 
     Raises:
-        NotApartError: it has no loss function of its own that could be replaced.
+        NotApartError: the model has no loss function that can be replaced.
     """
     if not isinstance(getattr(type(base), "loss_function", None), property):
         raise NotApartError
-    held: Any = base
+    model: Any = base
     before = getattr(base, _PLACE, None)
-    split = SplitLoss(held.loss_function, members, len(next(iter(inputs.values()))))
-    held.loss_function = split
+    split = SplitLoss(model.loss_function, members, len(next(iter(inputs.values()))))
+    model.loss_function = split
     try:
         yield split
     finally:
         delattr(base, _PLACE)
         if before is not None:
-            held.loss_function = before
+            model.loss_function = before

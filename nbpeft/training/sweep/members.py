@@ -1,4 +1,4 @@
-"""The adapters of a sweep and how each of them does."""
+"""The adapters of a sweep and their progress."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from nbpeft.training.transformers.arguments import changed_arguments
 
 
 class Member:
-    """One adapter that learns beside others.
+    """An adapter that is trained side by side with others.
 
     Args:
-        name: of the adapter.
-        fields: what it has of its own: fields of ``TrainingArguments``.
-        settings: what distinguishes it from the others, its config included.
-        parameters: those of the adapter that train.
+        name: name of the adapter.
+        fields: its own fields of ``TrainingArguments``.
+        settings: what distinguishes it from the others, including config fields.
+        parameters: its trainable parameters.
 
     Attributes:
         arguments: its ``TrainingArguments``; set before training starts.
-        status: whether it learns, or why not.
-        settings: ``settings`` in words.
-        learning_rate: of the step that runs.
-        good_step: step of the weights that are kept; None without any.
+        status: whether it is trained, or why not.
+        settings: ``settings`` as text.
+        learning_rate: learning rate of the current step.
+        good_step: step of the copied weights; None if there are none.
     """
 
     arguments: TrainingArguments
@@ -62,7 +62,7 @@ class Member:
         self._exploded, self._watches_weights = False, not have_exploded(self.parameters)
 
     def clip(self) -> Tensor | None:
-        """Clips its gradients as its arguments say. Returns their norm before that, or None where it has none."""
+        """Clips its gradients by ``max_grad_norm``; returns their norm before that, or None without clipping."""
         most = self.arguments.max_grad_norm
         if most and most > 0 and self.status == "training":
             self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
@@ -70,7 +70,7 @@ class Member:
         return None
 
     def measure_norm(self) -> Tensor:
-        """The norm of its gradients, which stay as they are."""
+        """Returns the norm of its gradients, which are not changed."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm: Tensor = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         self._norm = norm
@@ -81,22 +81,22 @@ class Member:
         self._loss = loss if self._loss is None else self._loss + loss
 
     def end_step(self, step: int) -> None:
-        """Notes the step."""
+        """Records the step."""
         if self._loss is not None:
             self._record.add(step, self._loss, self.learning_rate, None, None, self._norm)
             self._broken = ~self._loss.isfinite()
         self._loss = self._norm = None
 
     def has_diverged(self, *, weights: bool) -> bool:
-        """Whether the loss of the last step is not finite or, where ``weights`` asks for it, they have exploded."""
+        """Returns whether the loss of the last step is not finite or, if ``weights`` is set, its weights exploded."""
         lost = self._exploded or (self._broken is not None and bool(self._broken))
         return lost or (weights and self._watches_weights and have_exploded(self.parameters))
 
     def keep(self, step: int) -> None:
-        """Copies its weights to host memory, unless they have exploded or the loss of the step that runs is not finite.
+        """Copies its weights to host memory, unless they exploded or the loss of the current step is not finite.
 
         Args:
-            step: optimizer steps done.
+            step: number of completed optimizer steps.
         """
         self._exploded = self._watches_weights and have_exploded(self.parameters)
         if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
@@ -105,7 +105,7 @@ class Member:
                 self.good_step = step
 
     def put_back(self) -> int | None:
-        """Writes the weights that were kept last into it. Returns their step, or None without any."""
+        """Restores the copied weights; returns their step, or None if there are none."""
         write_back(self._good, self._numbered)
         return self.good_step
 
@@ -114,12 +114,17 @@ class Member:
         return {str(number): parameter for number, parameter in enumerate(self.parameters)}
 
     def evaluated(self, step: int, loss: float | None) -> None:
-        """Notes what was measured on held-out rows."""
+        """Records the loss on evaluation rows, if it was measured.
+
+        Args:
+            step: the optimizer step.
+            loss: the loss, or None.
+        """
         if loss is not None:
             self._record.add_evaluation(step, loss, {})
 
     def state(self, run: TrainStatus) -> MemberState:
-        """How it does now, in a run of that status."""
+        """Returns its current state, in a run with that status."""
         record = self._record
         record.collect()
         ended: MemberStatus = "finished" if run == "finished" else "stopped"
@@ -140,18 +145,18 @@ class Member:
 
 
 class SideBySide:
-    """Adapters that learn side by side, and which of them a pass over the model serves.
+    """Adapters that are trained side by side, and how a batch is distributed to passes over the model.
 
     Args:
-        model: with the adapters.
-        members: one for each adapter.
+        model: the model with the adapters.
+        members: one per adapter.
 
     Attributes:
-        mixed: whether one pass may serve several; set to False where a model's loss cannot be taken apart.
-        note: said once with the run.
+        mixed: whether one pass may serve several adapters; False if a model's loss cannot be split by rows.
+        note: adds a note to the run.
         learned: whether a step was done.
-        join: gives a new member the optimizer's state of another one, and the schedule that its arguments say.
-        opened: contexts in which the adapters learn, until training ends.
+        join: copies the optimizer state of a member to a new one, which gets its own schedule.
+        opened: contexts that are open until training ends.
     """
 
     join: Callable[[Member, Member], None]
@@ -165,46 +170,46 @@ class SideBySide:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all adapters."""
+        """Names of all adapters."""
         return tuple(member.name for member in self.members)
 
     @property
     def training(self) -> list[Member]:
-        """Those that still learn."""
+        """The members that are still trained."""
         return [member for member in self.members if member.status == "training"]
 
     @property
     def best(self) -> str:
-        """The one that learned best; see ``MemberState.rank``."""
+        """Name of the best adapter; see ``MemberState.rank``."""
         return min(self.states("finished"), key=lambda member: member.rank).name
 
     def fields(self) -> dict[str, dict[str, Any]]:
-        """What each has of its own, for a record of the run."""
+        """Returns the own fields of each member, for a record of the run."""
         return {member.name: member.fields for member in self.members}
 
     def states(self, run: TrainStatus) -> tuple[MemberState, ...]:
-        """How each does now, in a run of that status."""
+        """Returns the current state of each member, in a run with that status."""
         return tuple(member.state(run) for member in self.members)
 
     def alone(self, member: Member) -> Call:
-        """A context for calls of the model in which one adapter serves all rows."""
+        """Returns a context manager for calls of the model in which one adapter serves all rows."""
         return self._manager.active_state.call(ActiveAdapters((member.name,), (self._manager.scale(member.name),)))
 
     def stop(self, name: str, status: MemberStatus = "stopped") -> None:
-        """Takes an adapter's rows out of the batch from the next step on; it keeps what it learned."""
+        """Ends the training of an adapter after the current step; it keeps what it learned."""
         for member in self.training:
             if member.name == name:
                 member.status = status
 
     def clone(self, request: CloneRequest) -> Member:
-        """Lets an adapter go on as two: the new one has its weights and its optimizer's state, and learns on beside it.
+        """Duplicates an adapter: the copy has its weights and optimizer state, and is trained side by side with it.
 
         Args:
-            request: which, and what the new one has of its own.
+            request: the adapter, and the copy's own fields.
 
         Raises:
-            ConfigError: a field cannot be an adapter's own, or has a value that is impossible.
-            AdapterError: the adapter does not learn, or the name is taken.
+            ConfigError: a field cannot be set per adapter, or its value is invalid.
+            AdapterError: the adapter is not being trained, or the name is taken.
         """
         source = next((member for member in self.training if member.name == request.source), None)
         if source is None:
@@ -235,13 +240,13 @@ class SideBySide:
         return clone
 
     def _free_name(self, source: Member, changed: Mapping[str, Any]) -> str:
-        """``codes-lr1e-4-lr5e-5``, or with a number where that is taken."""
+        """Returns a name such as ``codes-lr1e-4-lr5e-5``, with a number appended if it is taken."""
         (name,) = names_of(source.name, [changed])
         numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         return next(free for free in numbered if free not in self._manager.names)
 
     def passes(self, inputs: Mapping[str, Any]) -> list[list[Member]]:
-        """Who is served in one pass over the model, for a batch of one of them."""
+        """Returns the members of each pass over the model, for a batch of one member."""
         members, shape = self.training, shape_of(inputs)
         width = 1
         if self.mixed and shape is not None and _in_rows(inputs, shape[0]):
@@ -251,17 +256,17 @@ class SideBySide:
 
 
 def kept_of(members: object) -> dict[str, Any]:
-    """What the record of a run keeps of the members of a sweep, so that it can go on; nothing where it is none."""
+    """Returns what the record of a run stores about a sweep, so that it can be resumed; empty for other runs."""
     return {"members": members.fields()} if isinstance(members, SideBySide) else {}
 
 
 def _in_rows(inputs: Mapping[str, Any], rows: int) -> bool:
-    """Whether everything in a batch belongs to its rows, one for one, so that rows can be repeated."""
+    """Returns whether every tensor of a batch has one entry per row, so that rows can be repeated."""
     return all(isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows for value in inputs.values())
 
 
 def setting_text(value: Any) -> str:
-    """A setting in words."""
+    """Returns a setting as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind, for the output of a cell."""
+"""The result of a sweep, for the output of a cell."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nbpeft.training.monitor.result import TrainResult
 
 @dataclass(frozen=True, repr=False)
 class SweepResult(TrainResult):
-    """How a training of several adapters ended; the numbers beside ``members`` are of all of them together.
+    """The result of training several adapters; values other than ``members`` are for all of them together.
 
     Attributes:
-        best: the adapter with the lowest loss on held-out rows, or of training where none was measured. It is active.
-        best_fields: fields of ``TrainingArguments`` that it had of its own.
+        best: the adapter with the lowest evaluation loss, or training loss if there was no evaluation. It is active.
+        best_fields: its own fields of ``TrainingArguments``.
     """
 
     best: str = ""
@@ -28,23 +28,23 @@ class SweepResult(TrainResult):
 
     @classmethod
     def of(cls, result: TrainResult, fields: Mapping[str, Mapping[str, Any]]) -> Self:
-        """The same result with the best adapter named.
+        """Returns the result of a sweep from that of its training.
 
         Args:
-            result: of the training.
-            fields: by adapter, what it had of its own.
+            result: result of the training.
+            fields: adapter name -> its own fields.
         """
         best = min(result.state.members, key=lambda member: member.rank).name
-        given = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
-        return cls(**given | {"best": best, "best_fields": dict(fields[best])})
+        values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
+        return cls(**values | {"best": best, "best_fields": dict(fields[best])})
 
     @property
     def members(self) -> tuple[MemberState, ...]:
-        """How each adapter ended."""
+        """The final state of each adapter."""
         return self.state.members
 
     def view(self) -> Block:  # type: ignore[override]
-        """What ended and which is best, and a row for each."""
+        """Shows the result and the best adapter, and a row for each."""
         first = super().view()
         return Stack((first, members_table(self.state))) if self.shown != "card" else first
 
@@ -53,5 +53,9 @@ class SweepResult(TrainResult):
         loss = best.smoothed_loss if best.eval_loss is None else best.eval_loss
         kind = "loss" if best.eval_loss is None else "eval loss"
         _, *others = super()._parts(message=message)
-        told = [part for part in others if not part.startswith(("loss ", "eval loss "))]
-        return [f"{len(self.members)} adapters {self.status}", f"best {self.best} ({kind} {numbers.loss(loss)})", *told]
+        parts = [part for part in others if not part.startswith(("loss ", "eval loss "))]
+        return [
+            f"{len(self.members)} adapters {self.status}",
+            f"best {self.best} ({kind} {numbers.loss(loss)})",
+            *parts,
+        ]

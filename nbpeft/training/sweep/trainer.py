@@ -1,4 +1,4 @@
-"""One Trainer for several adapters: each has its rows, loss, clipping, schedule and evaluation as if it were alone."""
+"""One Trainer for several adapters: each has its rows, loss, clipping, schedule and evaluation as if trained alone."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from nbpeft.training.transformers.trainer import has_own_loss
 from nbpeft.training.watching.divergence import Seldom
 
 _OF_A_GROUP = ("lr", "betas", "eps")
-"""Options of an optimizer that its parameter groups may have of their own."""
+"""Optimizer options that are set per parameter group."""
 _OWN_PARAMETERS = ("params", "model", "optimizer_dict")
-"""Options with which an optimizer of transformers chooses its parameters by itself."""
+"""Options with which an optimizer of transformers selects its parameters itself."""
 
 
 _REFUSED = {
@@ -42,11 +42,11 @@ _REFUSED = {
     "patience": "stop an adapter when its curve says so",
     "sample": "compare the adapters when they are trained",
 }
-"""Arguments of a training that would act on all adapters at once, and why not or what instead."""
+"""Arguments that would affect all adapters together, with the reason or an alternative."""
 
 
 class SideBySideTrainer(transformers.Trainer):
-    """Trains the members of ``group``; made by ``trainer_for`` of a class that was given."""
+    """Trains the members of ``group``; ``trainer_for`` derives a subclass from a given Trainer class."""
 
     group: ClassVar[SideBySide]
     given_class: ClassVar[type[Any]]
@@ -59,7 +59,7 @@ class SideBySideTrainer(transformers.Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward for each member's copy of the batch. Returns the mean of their losses."""
+        """Computes forward and backward for each member's copy of the batch; returns the mean of their losses."""
         try:
             losses = self._passes(model, inputs, num_items_in_batch)
         except NotApartError:  # before any backward
@@ -72,8 +72,8 @@ class SideBySideTrainer(transformers.Trainer):
         passes = self.group.passes(inputs)
         state = random_state() if len(passes) > 1 else None
         losses = []
-        for place, members in enumerate(passes):
-            if place and state is not None:  # each draws what it would draw alone
+        for index, members in enumerate(passes):
+            if index and state is not None:  # each pass uses the random numbers that it would use alone
                 set_random_state(state)
             losses += self._one_pass(model, dict(inputs), members, num_items)
         return losses
@@ -101,7 +101,7 @@ class SideBySideTrainer(transformers.Trainer):
         return losses
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; refuses one that is not the sum of the members' losses."""
+        """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""
         loss = super().compute_loss(model, *args, **kwargs)
         if self._split is not None and not self._splits_surely:
             self._split.check(loss[0] if isinstance(loss, tuple) else loss)
@@ -111,7 +111,7 @@ class SideBySideTrainer(transformers.Trainer):
     # Optimizer, schedule and clipping
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """One optimizer, with parameter groups for each member."""
+        """Creates one optimizer with parameter groups for each member."""
         if self.optimizer is not None:
             return self.optimizer
         whole: Any = self.model if model is None else model
@@ -122,8 +122,8 @@ class SideBySideTrainer(transformers.Trainer):
         return self.optimizer
 
     def _groups(self, member: Member, whole: Any) -> list[dict[str, Any]]:
-        """The parameter groups of a member: what decays, and what does not."""
-        parameters = dict(whole.named_parameters())  # before names are asked for: a walk shows adapters that are new
+        """Returns the parameter groups of a member: with and without weight decay."""
+        parameters = dict(whole.named_parameters())  # first, because this walk registers new adapters
         decayed = {id(parameters[name]) for name in self.get_decay_parameter_names(whole) if name in parameters}
         kind, options = self.get_optimizer_cls_and_kwargs(member.arguments, whole)
         if not isinstance(kind, type) or any(name in options for name in _OWN_PARAMETERS):
@@ -132,13 +132,13 @@ class SideBySideTrainer(transformers.Trainer):
         own = {name: options[name] for name in _OF_A_GROUP if name in options}
         groups = []
         for decay in (True, False):
-            chosen = [one for one in member.parameters if (id(one) in decayed) is decay]
+            chosen = [parameter for parameter in member.parameters if (id(parameter) in decayed) is decay]
             weight_decay = member.arguments.weight_decay if decay else 0.0
             groups.append({"params": chosen, "weight_decay": weight_decay, "member": member.name, **own})
         return [group for group in groups if group["params"]]
 
     def _join(self, clone: Member, source: Member) -> None:
-        """Lets a new member learn from the state of another one on, by the schedule that its own arguments say."""
+        """Adds a new member to the optimizer with a copy of another's state, and its own schedule."""
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # as accelerate wraps them
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         factor = _factor(clone, int(self.state.max_steps))
@@ -152,7 +152,7 @@ class SideBySideTrainer(transformers.Trainer):
                 optimizer.state[new] = copy.deepcopy(optimizer.state[old])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """One schedule, with the factor of its own for each group."""
+        """Creates one schedule with a separate factor for each parameter group."""
         if self.lr_scheduler is None:
             factors = {member.name: _factor(member, num_training_steps) for member in self.group.members}
             chosen: Any = self.optimizer if optimizer is None else optimizer
@@ -165,7 +165,7 @@ class SideBySideTrainer(transformers.Trainer):
         return torch.stack(norms).max() if norms else torch.zeros(())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As the Trainer's, which without clipping would mix the gradients of one that diverges into all others."""
+        """Returns the norm like the base class, but separately: one diverging member must not affect the others."""
         if grad_norm is not None or not self.group.training:
             return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         return torch.stack([member.measure_norm() for member in self.group.training]).max().item()
@@ -173,7 +173,7 @@ class SideBySideTrainer(transformers.Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates each member that learns. Returns the outputs of the one with the lowest loss."""
+        """Evaluates each member that is trained; returns the outputs of the one with the lowest loss."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         members, outputs = self.group.training or list(self.group.members), []
         try:
@@ -186,7 +186,7 @@ class SideBySideTrainer(transformers.Trainer):
         return min(outputs, key=partial(_rank, name=f"{prefix}_loss"))
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the member that is evaluated."""
+        """Predicts like the base class, with the member that is being evaluated."""
         if self._evaluated is None:
             return super().prediction_step(model, *args, **kwargs)
         with self.group.alone(self._evaluated):
@@ -194,32 +194,32 @@ class SideBySideTrainer(transformers.Trainer):
 
 
 def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str, Any]) -> type[Any]:
-    """A Trainer that derives from another one and trains the members of a group.
+    """Derives a Trainer class that trains the members of a group.
 
     Args:
-        trainer_class: the other one.
+        trainer_class: the class to derive from.
         group: the members.
-        given: arguments and options of the training, as given.
+        given: the given arguments and options of the training.
 
     Raises:
-        ConfigError: one of them cannot serve several adapters.
+        ConfigError: an argument does not support several adapters.
     """
     for name, reason in _REFUSED.items():
         if given.get(name) not in (None, False):
             raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
     if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
-        group.mixed = False  # what it computes of a mixed batch is not known
+        group.mixed = False  # its result for a mixed batch is unknown
     members = {"group": group, "given_class": trainer_class}
     return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), members)
 
 
 class SideBySideCallback(TrainerCallback, ExportableState):
-    """Notes the members' steps, and takes those out of the batch that are to stop or that have diverged.
+    """Records the members' steps, and removes members that were stopped or have diverged from the batch.
 
     Args:
         group: the members.
         run: their common run.
-        stop_on_divergence: whether those that diverge stop, with their last good weights.
+        stop_on_divergence: whether to stop diverging members, with their last good weights.
     """
 
     def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool) -> None:
@@ -229,16 +229,18 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         run.members = group.states
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: who has stopped, and what each has of its own, clones among them."""
-        stopped = {one.name: one.status for one in self._group.members if one.status != "training"}
-        members = [[name, fields] for name, fields in self._group.fields().items()]  # the file sorts dictionaries
+        """Returns the state for checkpoints: the stopped members, and the own fields of each, including clones."""
+        stopped = {member.name: member.status for member in self._group.members if member.status != "training"}
+        members = [
+            [name, fields] for name, fields in self._group.fields().items()
+        ]  # a list, because the file sorts dictionaries
         kept = {"members": members} if is_plain_value(members) else {}
         return {"args": {}, "attributes": {"stopped": stopped, **kept}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Those that had stopped in a run that is resumed do not learn on."""
+        """Stops the members of a resumed run that were already stopped."""
         callbacks: Any = state.stateful_callbacks or {}
         kept = callbacks.get(type(self).__name__)
         stopped: Any = kept["attributes"].get("stopped", {}) if isinstance(kept, dict) else {}
@@ -250,7 +252,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reads the learning rates that the step will use."""
+        """Reads the learning rates of the step."""
         rates = {group["member"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
         for member in self._group.training:
             member.learning_rate = rates.get(member.name)
@@ -258,7 +260,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copies what trains in each of which it is good, where it is time."""
+        """Copies the weights of the members at intervals."""
         if self._stops and self._seldom.due:
             self._seldom(lambda: self._copy(state.global_step))
 
@@ -267,7 +269,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             member.keep(step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notes the step of each, and who learns on."""
+        """Records the step of each member, and stops members."""
         self._group.learned = True
         for member in self._group.training:
             member.end_step(state.global_step)
@@ -285,8 +287,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
                 control.should_evaluate = control.should_save = False
 
     def _stop_diverged(self, step: int, *, weights: bool) -> None:
-        """Takes those out of the batch that have diverged, and puts their last good weights back."""
-        for member in [one for one in self._group.training if one.has_diverged(weights=weights)]:
+        """Stops the members that have diverged, and restores their last good weights."""
+        for member in [member for member in self._group.training if member.has_diverged(weights=weights)]:
             kept = member.put_back()
             self._group.stop(member.name, "diverged")
             self._run.replaced_weights()
@@ -296,7 +298,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             self._run.diverge("all adapters diverged", max(member.good_step or 0 for member in self._group.members))
 
     def _clone(self, request: CloneRequest, step: int) -> None:
-        """Carries a request out, or says with the run why not: training goes on."""
+        """Carries a request out; if it fails, adds a note to the run, and training continues."""
         try:
             clone = self._group.clone(request)
         except NbpeftError as error:
@@ -307,10 +309,10 @@ class SideBySideCallback(TrainerCallback, ExportableState):
 
 
 def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The adapters of a sweep in a checkpoint, clones among them, and what each has of its own; none where it is none.
+    """Returns the adapters of a sweep in a checkpoint, including clones, with their own fields; empty without a sweep.
 
     Args:
-        state: what its ``trainer_state.json`` holds.
+        state: content of its ``trainer_state.json``.
     """
     kept: Any = state
     for name in ("stateful_callbacks", SideBySideCallback.__name__, "attributes", "members"):
@@ -321,14 +323,20 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool = False) -> list[SideBySideCallback]:
-    """What notes the steps of the members of a sweep; nothing where it is none."""
+    """Returns the callback of a sweep, or an empty list for other trainings.
+
+    Args:
+        members: a SideBySide, or None.
+        run: the run.
+        stop_on_divergence: whether to stop diverging members.
+    """
     if not isinstance(members, SideBySide):
         return []
     return [SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence)]
 
 
 def _factor(member: Member, steps: int) -> Any:
-    """The factor on a member's learning rate, by step."""
+    """Returns the factor on a member's learning rate, as a function of the step."""
     arguments = member.arguments
     options: Any = arguments.lr_scheduler_kwargs
     schedule: LRScheduler = transformers.get_scheduler(
