@@ -115,7 +115,8 @@ def test_groups_that_are_put_together_by_hand_learn_as_with_peft(given):
         lora_A, lora_B, other = (nn.Parameter(torch.randn(size)) for size in ((2, 6), (5, 2), (3, 3)))
         names = ["lin.lora_A.default.weight", "lin.lora_B.default.weight", "head.weight"]
         lora_A.requires_grad_(False)
-        optimizer = kind([{"params": [lora_A, lora_B, other], "names": names, **given}], lr=1e-2)
+        groups: Any = [{"params": [lora_A, lora_B, other], "names": names, **given}]
+        optimizer = kind(groups, lr=1e-2)
         lora_B.grad, other.grad = torch.randn(5, 2), torch.randn(3, 3)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
