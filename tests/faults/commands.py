@@ -22,6 +22,7 @@ from nbpeft.model import AdapterPool, set_peft_model_state_dict
 from nbpeft.model.handle.state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from nbpeft.session import Session
 from nbpeft.session.history import PastAdapter
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.adapters import _members as sweep_members
 
 WIDTH, WORDS = 64, 7
@@ -219,7 +220,7 @@ def _adapter_state(stage: Stage) -> None:
 
 def _sweep(stage: Stage) -> None:
     """Makes the adapters of a sweep, of which nothing is learned."""
-    with sweep_members(stage.model, {"learning_rate": sweep(0.1, 0.2)}):
+    with sweep_members(TrainRequest(stage.model, None, arguments={"learning_rate": sweep(0.1, 0.2)})):
         stage.model(IDS)
 
 

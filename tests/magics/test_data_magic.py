@@ -109,7 +109,7 @@ def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook, rows: int)
 def test_a_training_says_where_to_see_what_was_cut(ready: Notebook) -> None:
     cell = "%%lora_train model --data rows --tokenizer tok{}\nmax_steps = 1"
     told = ready.do(cell.format(" --max-length 13")).message
-    assert "3 of 8 rows were cut" in told
+    assert "3 of 8 rows were truncated" in told
     assert told.endswith("(%lora data rows --tokenizer tok --max-length 13 shows them)")
     shown = ready.do("%lora data rows --tokenizer tok --max-length 13").summary
     assert shown.cut_rows == 3

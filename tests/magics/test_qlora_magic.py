@@ -161,7 +161,7 @@ def test_what_preparing_did_is_taken_back_where_adapting_fails(
         assert state() != before
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nbpeft.model.get_peft_model", fail)
+    monkeypatch.setattr("nbpeft.model.handle.peft_model.handle_of_plan", fail)
     outcome = notebook.run(cell("model", "--name sql", "upcast = 'peft'\ngradient_checkpointing = False\n"))
     assert isinstance(outcome.error, KeyboardInterrupt)
     assert state() == before and notebook["model"] is base and notebook.session.names == ()

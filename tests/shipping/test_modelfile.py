@@ -78,7 +78,7 @@ def test_a_class_whose_models_are_not_written_needs_a_base(tmp_path: Path) -> No
     torch.manual_seed(0)
     gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, head_dim=16))
     model = adapted(gemma, target_modules=["o_proj"])
-    with pytest.raises(ConfigError, match=r"give its name there, e\.g\. base='gemma2:2b' \(base=…\)"):
+    with pytest.raises(ConfigError, match=r"give that model's name, e\.g\. base='gemma2:2b' \(base=…\)"):
         ship(model, engine="ollama", tokenizer=tokenizer(), to=tmp_path / "served")
     assert ship(model, engine="ollama", base="gemma2:2b", to=tmp_path / "served").written
 

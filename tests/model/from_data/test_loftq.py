@@ -74,7 +74,7 @@ def test_what_fails_leaves_the_adapter_as_it_was(folder: Path, tmp_path: Path) -
 
     with pytest.raises(RuntimeError, match="q_proj"):
         replace_lora_weights_loftq(model, folder, callback=fail)
-    with pytest.raises(CheckpointNotFoundError, match="no folder"):
+    with pytest.raises(CheckpointNotFoundError, match="neither a folder"):
         replace_lora_weights_loftq(model, tmp_path / "none")
     with pytest.raises(CheckpointNotFoundError, match=r"holds no model\.safetensors"):
         replace_lora_weights_loftq(model, tmp_path)

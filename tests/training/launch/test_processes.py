@@ -117,7 +117,7 @@ def test_what_other_processes_cannot_import_is_named(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_seen_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3})())
-    with pytest.raises(TrainingError, match=r"a file of 24 B, and .* has 3 B left: set TMPDIR"):
+    with pytest.raises(TrainingError, match=r"a file of 24 B, and .* has only 3 B left: set TMPDIR"):
         save_whole(tmp_path / "job.pt", None, nn.Linear(2, 2))
     assert not list(tmp_path.iterdir())
 

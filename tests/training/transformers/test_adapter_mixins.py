@@ -110,7 +110,7 @@ class Mixin:
 
 def test_a_library_that_cannot_take_them_says_what_to_do() -> None:
     add = explaining(Mixin.add_adapter)
-    with pytest.raises(NotSupportedError, match=r"call nbpeft.install_as_peft\(\) in a fresh process") as raised:
+    with pytest.raises(NotSupportedError, match=r"call nbpeft.install_as_peft\(\) in a new process") as raised:
         add(Mixin(), nbpeft.LoraConfig())
     assert isinstance(raised.value.__cause__, TypeError)
     assert add(Mixin(), peft.LoraConfig(), adapter_name="one") == "one"
