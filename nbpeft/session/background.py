@@ -210,7 +210,7 @@ class BackgroundRun(Result):
             Exception: the error with which it failed.
         """
         if not self.training.join(timeout):
-            raise TimeoutError(f"{self.training.description} goes on")
+            raise TimeoutError(f"{self.training.description} is still running")
         result = self.result
         assert result is not None
         return result

@@ -105,7 +105,7 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     assert ready.do('%lora ask "Hi" --max-new-tokens 3').status == "finished"
     assert run.state is not None and run.state.step == 1
     assert "answered" in str(ready.do('%lora compare "Hi" --max-new-tokens 3'))
-    assert ready.run("%lora result").line == "training sql goes on: it has no result yet"
+    assert ready.run("%lora result").line == "training sql is still running: it has no result yet"
     ready.do("%lora continue")
     result = run.wait(60)
     assert (result.status, result.steps) == ("finished", 4)

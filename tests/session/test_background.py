@@ -255,11 +255,11 @@ def test_it_is_stopped_by_word_and_has_a_result(session: Session, model: Any) ->
     with pytest.raises(AdapterError, match="no training runs: there is nothing to stop"):
         session.stop()
     run, gate = begin(session, model)
-    with pytest.raises(AdapterError, match="training sql goes on: it has no result yet"):
+    with pytest.raises(AdapterError, match="training sql is still running: it has no result yet"):
         session.result()
     with pytest.raises(AdapterError, match="no training of 'x' runs; there is one of model"):
         session.stop("x")
-    with pytest.raises(TimeoutError, match="training sql goes on"):
+    with pytest.raises(TimeoutError, match="training sql is still running"):
         run.wait(0)
     assert run.result is None and "session.stop()" in str(run)
     assert str(session.stop("model")) == f"training sql stops after the step it is in (step 0 of {STEPS})"

@@ -93,7 +93,7 @@ class Mine(TrainerCallback):
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no rows": ({"data": None}, TrainingError, "run sql-1 goes on with the rows it had: give them again, data=…"),
+    "no rows": ({"data": None}, TrainingError, "resuming run sql-1 needs its training data: pass data=…"),
     "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, and these are 25"),
     "other rows": ({"data": token_rows(24, seed=9)}, TrainingError, "run sql-1 was trained with other rows"),
     "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 evaluation rows, and these are none"),
@@ -295,7 +295,7 @@ def test_of_a_run_without_states_only_the_curve_is_left(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "sql-1").glob("checkpoint-*/**/*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     (tmp_path / "sql-1/checkpoint-0").rmdir()
-    with pytest.raises(CheckpointNotFoundError, match="of run sql-1 only the curve is kept any more"):
+    with pytest.raises(CheckpointNotFoundError, match="run sql-1 has only its curve left"):
         session.resume(model=model, data=rows())
 
 

@@ -28,7 +28,9 @@ class Ask(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            with pytest.raises(AdapterError, match=r"'x' does not learn beside others now; sql-lr1e-2, sql-lr5e-2 do"):
+            with pytest.raises(
+                AdapterError, match=r"'x' is not trained together with others now; sql-lr1e-2, sql-lr5e-2 do"
+            ):
                 self.session.stop(adapter="x")
             self.session.stop(adapter=self.name)
 
@@ -62,7 +64,9 @@ class AskForAClone(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             clone = self.session.clone
-            with pytest.raises(AdapterError, match="'x' does not learn beside others now; sql-lr1e-2, sql-lr5e-2 do"):
+            with pytest.raises(
+                AdapterError, match="'x' is not trained together with others now; sql-lr1e-2, sql-lr5e-2 do"
+            ):
                 clone("x", learning_rate=0.1)
             with pytest.raises(ConfigError, match="a clone has other settings: say which, e"):
                 clone("sql-lr1e-2")

@@ -164,7 +164,7 @@ class ModelAdapter(Adapter, TransformsOutput):
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped; see ``Adapter``."""
-        return "is a prompt of the whole model; load the other one beside it and switch with set_adapter()"
+        return "is a prompt of the whole model; load the other one under another name and switch with set_adapter()"
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
         """All parameters; see ``Adapter``."""

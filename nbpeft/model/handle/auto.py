@@ -67,7 +67,7 @@ class AutoPeftModel:
         saved = config or checkpoint.read_config(source, revision=revision, **options)
         base_name = saved.base_model_name_or_path
         if not base_name:
-            raise CheckpointError(f"{source} does not say which base model it goes on; load that one and use PeftModel")
+            raise CheckpointError(f"{source} does not name its base model: load that model and use PeftModel")
         base_class = cls._base_class(saved, import_allowlist)
         base_options = {key: value for key, value in kwargs.items() if key not in ("subfolder",)}
         base_options |= hub_options(base_name, base_options)

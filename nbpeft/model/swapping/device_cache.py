@@ -168,7 +168,7 @@ class DeviceCache:
         others = [
             f"{name!r} ({reason})" for name in self._entries if name not in names and (reason := self._why_kept(name))
         ]
-        beside = f" beside {few(others, 4, quoted=False)}" if others else ""
+        beside = f" in addition to {few(others, 4, quoted=False)}" if others else ""
         return kind(
             f"{few(names, 4)} take {wanted / MB:.3f} MB and do not fit into the pool's "
             f"{self.limit / MB:.3f} MB{beside}",

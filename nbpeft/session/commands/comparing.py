@@ -201,7 +201,7 @@ class _Answering:
             AdapterError: there is not exactly one prompt, or no chat template.
         """
         if len(prompts) != 1 or len(after.prompts) != 1:
-            raise AdapterError("a conversation goes on with one prompt at a time")
+            raise AdapterError("a conversation continues with one prompt at a time")
         if not (self._batch.chat and after.chat):
             raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
         self._prompt, columns = prompts[0], {column.title: column for column in after.columns}

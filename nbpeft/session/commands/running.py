@@ -154,7 +154,7 @@ def _check_learns(run: Run, adapter: str) -> None:
     learning = [member.name for member in run.state.members if member.status == "training"]
     if adapter not in learning:
         there = f"; {', '.join(learning)} do" if learning else ": the training that runs is no sweep"
-        raise AdapterError(f"{adapter!r:.60} does not learn beside others now{there}")
+        raise AdapterError(f"{adapter!r:.60} is not trained together with others now{there}")
 
 
 def _running(ctx: SessionContext, model: str | None, command: str) -> Run:

@@ -134,7 +134,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     if record.status == "running":
         raise TrainingError(f"run {record.name} is still running")
     if not record.kept_steps:
-        raise CheckpointNotFoundError(f"of run {record.name} only the curve is kept any more, no state to go on from")
+        raise CheckpointNotFoundError(f"run {record.name} has only its curve left, and no state to resume from")
     return record, store.find(record.name).facts()
 
 
@@ -285,7 +285,7 @@ def _check_given(
     from nbpeft.training.disk.kept_arguments import missing_for_losses
 
     if data is None:
-        raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
+        raise TrainingError(f"resuming run {record.name} needs its training data: pass data=…")
     for why, names in (
         ("values that are not kept in a file; give them again", facts.get("objects") or ()),
         ("arguments that are not taken from its folder; give them again", missing_for_losses(left_out)),

@@ -260,7 +260,7 @@ def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
     if training is not None and training.state is not None and training.state.status in _ENDED:
         training.join()  # wait until its thread has stored the result
     if training is not None and not training.ended:
-        raise AdapterError(f"{training.description} goes on: it has no result yet")
+        raise AdapterError(f"{training.description} is still running: it has no result yet")
     if training is not None and training.error is not None:
         raise training.error
     if tracked.result is None:

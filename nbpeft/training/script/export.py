@@ -227,7 +227,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
         [part for part in (of.data, None if amount else of.eval_data) if part is not None] for of in (request, opened)
     )
     if any(map(is_stream, rows)):
-        raise TrainingError("a stream cannot be written beside a script: give as many of its rows as are to be learned")
+        raise TrainingError("a stream cannot be written next to a script: give the rows to train on")
     found = training_rows(opened)
     options: dict[str, Any] = {"max_length": request.max_length, "columns": request.columns}
     readings = [reading(part, tokenizer, **options, inputs=inputs_of(request)) for part in rows]

@@ -214,7 +214,7 @@ class SideBySide:
         source = next((member for member in self.training if member.name == request.source), None)
         if source is None:
             learning = ", ".join(member.name for member in self.training)
-            raise AdapterError(f"{request.source!r:.60} does not learn beside others; {learning} do")
+            raise AdapterError(f"{request.source!r:.60} is not trained together with others; {learning} do")
         if len(self.members) >= MOST:
             raise ConfigError(f"{len(self.members)} adapters are trained side by side already, and {MOST} is the most")
         changed = dict(request.fields)

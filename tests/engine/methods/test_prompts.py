@@ -460,7 +460,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(NbpeftError, match="cannot be combined"):
         model.add_weighted_adapter(["p4", "p4"], [1.0, 1.0], "both")
     model.save_pretrained(tmp_path, selected_adapters=["p4"])
-    with pytest.raises(NbpeftError, match="load the other one beside it"):
+    with pytest.raises(NbpeftError, match="load the other one under another name"):
         nbpeft.hotswap_adapter(model, tmp_path / "p4", "p4")
     with pytest.raises(AdapterError, match=r"cannot have a scale of 0\.5: tokens of a prompt are there or not"):
         model.manager.set_scale("p4", 0.5)

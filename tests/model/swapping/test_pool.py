@@ -110,7 +110,7 @@ def test_what_cannot_fit_together_changes_nothing(folders: dict[str, Path]) -> N
     with pytest.raises(AdapterError, match=message):
         pool.model(input_ids=tokens(rows=3), adapter_names=["c", "d", "e"])
     pool.pin("a")
-    with pytest.raises(AdapterError, match=r"'c', 'd' take .* beside 'a' \(pinned\)"):
+    with pytest.raises(AdapterError, match=r"'c', 'd' take .* in addition to 'a' \(pinned\)"):
         pool.set_adapter(["c", "d"])
     assert same_state(before, state(pool.manager.model))
     assert (pool.resident, pool.manager.revision) == (("b", "a"), revision) and set(resident) == {"a", "b"}
@@ -139,7 +139,7 @@ def test_an_adapter_that_was_trained_stays(folders: dict[str, Path], fused: bool
     assert pool.manager.frozen == set()
     pool.model(input_ids=tokens(), labels=tokens()).loss.backward()
     torch.optim.AdamW(pool.manager.parameters("b"), fused=fused).step()
-    with pytest.raises(AdapterError, match=r"beside 'b' \(changed since it was loaded\)"):
+    with pytest.raises(AdapterError, match=r"in addition to 'b' \(changed since it was loaded\)"):
         pool.set_adapter("c")
 
 

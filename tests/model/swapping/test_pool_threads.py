@@ -117,7 +117,7 @@ def test_a_running_call_keeps_its_adapters(folders: dict[str, Path], alone: dict
 def test_a_thread_that_holds_what_is_in_its_own_way_is_told(folders: dict[str, Path]) -> None:
     pool = pool_of(folders, room=1)
     with pool.hold("a"):
-        with pytest.raises(AdapterError, match=r"'b' take .* beside 'a' \(in use\)"):
+        with pytest.raises(AdapterError, match=r"'b' take .* in addition to 'a' \(in use\)"):
             pool.load("b")
         with pytest.raises(BusyError, match="in use by a running call"):
             pool.unregister("a")

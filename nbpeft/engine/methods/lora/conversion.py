@@ -46,7 +46,7 @@ def as_plain_lora(
     if config.use_dora:
         raise AdapterError("it is DoRA, whose norm a plain LoRA does not have: save it as it is")
     if config.init_name == "loftq":
-        raise AdapterError("LoftQ replaced the base's weights: save it as it is, and the base beside it")
+        raise AdapterError("LoftQ replaced the base's weights: save it as it is, together with the base")
     lost = any(adapter.loses_start for adapter, _ in started.values())
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern) and not lost:
         raise AdapterError("it joins use_rslora with rank_pattern or alpha_pattern: save it as it is")

@@ -281,7 +281,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
 
     def swap_refusal(self) -> str:
         """Why nothing takes its place; see ``Adapter``."""
-        return "is a network beside the model; load the other one beside it and switch with set_adapter()"
+        return "is a second network; load the other one under another name and switch with set_adapter()"
 
     def reset_(self, base: BaseLayer) -> None:
         """Sets W_up to zero, so that nothing is added; see ``Adapter``."""

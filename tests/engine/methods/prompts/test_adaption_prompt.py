@@ -260,7 +260,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(NbpeftError, match="cannot be merged into the weights: what it adds"):
         nbpeft.convert_to_lora(model, 4)
     model.save_pretrained(tmp_path)
-    with pytest.raises(NbpeftError, match="load the other one beside it"):
+    with pytest.raises(NbpeftError, match="load the other one under another name"):
         nbpeft.hotswap_adapter(model, tmp_path, "default")
 
 

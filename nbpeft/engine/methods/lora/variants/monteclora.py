@@ -254,7 +254,7 @@ class MonteCLoRA(LowRankProduct):
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped."""
-        return super().swap_refusal() or "has the spread of its factors beside them"
+        return super().swap_refusal() or "stores the spread of its factors, too"
 
     def reset_(self, base: BaseLayer) -> None:
         """Sets the factors to zero; variances and concentrations are unchanged."""

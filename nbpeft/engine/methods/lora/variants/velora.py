@@ -157,4 +157,4 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped."""
-        return super().swap_refusal() or "keeps a direction of its inputs beside its factors"
+        return super().swap_refusal() or "stores a direction of its inputs in addition to its factors"

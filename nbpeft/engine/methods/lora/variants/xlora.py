@@ -382,7 +382,7 @@ class XLoraLayer(Adapter):
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped."""
-        return "consists of several adapters; load the other one beside it and switch with set_adapter()"
+        return "consists of several adapters; load the other one under another name and switch with set_adapter()"
 
     def configure(self, config: XLoraConfig, path: str) -> None:
         """Sets the settings from a config."""
