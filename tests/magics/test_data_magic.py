@@ -136,7 +136,7 @@ def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> Non
     assert [count for _, count in result.data] == [6, 2]
     ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
     ready.do("%%lora_train model --data stream --tokenizer tok\nmax_steps = 1")
-    assert "a stream cannot be written beside a script" in ready.run("%lora export train.py --base somewhere").line
+    assert "a stream cannot be written next to a script" in ready.run("%lora export train.py --base somewhere").line
 
 
 def test_a_stream_needs_a_number_of_steps(ready: Notebook) -> None:
