@@ -1,8 +1,8 @@
 """The LoRA family: LoRA, its variants and AdaLoRA, their inits, combining and optimizers.
 
 config.py         LoraConfig
-lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py arrow.py velora.py monteclora.py adalora.py   the methods
-xlora.py xlora_config.py xlora_classifier.py   a mixture of LoRA adapters with weights for each token
+lora.py           LoRA itself
+variants/         methods that are LoRA with one thing changed, AdaLoRA and X-LoRA among them
 adapter.py        base class of adapters with two low-rank factors
 plain.py          base class of methods that add the product unchanged: LoRA, aLoRA and others
 attention.py      LoRA on the two weights of an attention module
