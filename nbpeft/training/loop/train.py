@@ -102,16 +102,17 @@ def train(
         eval_data: Rows to measure on, in the same forms; or a share (0.1) or number (64) of the rows of
             ``data`` to hold out, drawn by ``seed``.
         tokenizer: Needed unless the rows are tokenised.
-        max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
-        columns: What the columns of the data are called: ``{"prompt": "question", "completion": "answer"}``.
+        max_length: Greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at most
+            1024.
+        columns: Names of the columns in the data: ``{"prompt": "question", "completion": "answer"}``.
         data_hint: Where a person sees what was cut or left out; follows the note that says so.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
-        patience: End after so many evaluations without a better one, and put the state of the best back. Evaluations
-            are of ``eval_data``, ten times a run unless ``eval_strategy`` or ``eval_steps`` says when.
-        sample: A prompt, or several, that the adapter and the base answer while training goes on, in
+        patience: Stop after this many evaluations without improvement, and restore the best state. ``eval_data`` is
+            evaluated ten times a run unless ``eval_strategy`` or ``eval_steps`` says when.
+        sample: A prompt, or several, that the adapter and the base answer during training; the answers are in
             ``result.state.samples``.
-        every: Steps from one time to the next; by default about five times a run.
+        every: Number of steps between two such answers; by default there are about five in a run.
         packing: Put several rows into one sequence of ``max_length`` tokens, so that nothing is padding; each row is
             learned as it would be alone. The batch size counts sequences. Rows to evaluate on are not packed. Without
             packing, batches are of rows about as long, in an order drawn by ``seed``, unless
@@ -122,16 +123,17 @@ def train(
         trainer_class: A Trainer class of another library to use.
         arguments_class: The arguments class that belongs to it.
         run_dir: A folder in which the run gets one of its own, ``ADAPTER-N``, with its settings, its curve and
-            every few seconds the state to go on from. Where it cannot be written, training goes on without.
-        track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
-        members: Adapters of the model to train side by side, each with fields of its own:
-            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. What a sweep makes by itself.
-        stop_on_divergence: End when the loss is NaN or infinite or the weights have exploded, and put the last good
-            ones back; of a sweep that adapter alone. Copies of what trains take a hundredth of the time, and host
-            memory of its size. See :mod:`nbpeft.training.watching.divergence`.
-        processes: Train in so many processes of this machine, one for each card; see :mod:`nbpeft.training.launch`.
+            every few seconds the state to resume from. Where it cannot be written, training continues without it.
+        track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them, which also get the numbers.
+        members: Adapters of the model to train side by side, each with its own fields:
+            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. A sweep makes its members itself.
+        stop_on_divergence: Stop when the loss is NaN or infinite or the weights have exploded, and restore the last
+            good ones; in a sweep only that adapter stops. Copies of the trainable weights take about 1 % of the time,
+            and host memory of their size. See :mod:`nbpeft.training.watching.divergence`.
+        processes: Number of processes to train in on this machine, one a card; see :mod:`nbpeft.training.launch`.
             Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
-        machines: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
+        machines: Addresses of machines that see the same folders, this one's first; ``processes`` is the number on
+            each of them.
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
