@@ -260,7 +260,7 @@ def test_nothing_is_drawn_ahead() -> None:
 def test_what_does_not_go_is_refused_in_one_line(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path)
-    with pytest.raises(HotSwapError, match="has the spread of its factors"):
+    with pytest.raises(HotSwapError, match="stores the spread of its factors"):
         hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(ConfigError, match="monteclora_config works on linear layers only"):
         get_peft_model(llama(), LoraConfig(monteclora_config={}, target_modules=["embed_tokens"]))
