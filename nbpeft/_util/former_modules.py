@@ -32,7 +32,6 @@ _ROOMS = {
     "engine.kernels": (
         "four_bit grouped_heads live_parameters numerics quantized_matrices recomputed rounding storage"
     ),
-    "engine.peft_names": "peft_layer_api peft_modules",
     "engine.methods.products": "loha lokr hira gralora glora lily miss peanut delora poly c3a",
     "engine.methods.rotations": "oft boft hra psoft road",
     "engine.methods.projections": "vera pvera randlora vblora unilora tinylora frod adamss osf deft",
@@ -64,6 +63,9 @@ _ROOMS = {
 }
 """Package -> its modules that used to be in the parent package."""
 _ELSEWHERE = {
+    "engine.peft_layer_api": "peft_layers.layers",
+    "engine.peft_modules": "engine.views.part_modules",
+    "engine.methods.lora.custom_layers": "peft_layers.custom_layers",
     "engine.projected_vectors": "engine.methods.projections.projected_vectors",
     "engine.kept": "engine.runtime.snapshots",
     "engine.spool": "engine.changes.spill_file",
@@ -84,6 +86,7 @@ _CLASSES = {
     "KeptAdapter": "AdapterSnapshot",
     "MergedTwin": "FakeQuantLayer",
     "NONE_ACTIVE": "NO_ADAPTERS",
+    "PeftLayerMixin": "AdaptedLayer",
     "Rows": "RowAssignment",
     "Stored": "WeightBackup",
 }

@@ -1,15 +1,22 @@
-"""Hooks for the creation of configs and adapted models: upper layers register callbacks, lower layers call them.
+"""Hooks for the import of the engine and for new configs and models: upper layers register callbacks, lower call them.
 
-The package root registers the patch of transformers' Trainer here. So importing nbpeft changes nothing in other
-libraries, and the engine and the model layer import nothing from the layers above them.
+The package root registers PEFT's attributes of layers and the patch of transformers' Trainer here. So importing nbpeft
+changes nothing in other libraries, and the engine and the model layer import nothing from the layers above them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+_when_imported: list[Callable[[], None]] = []
 _when_configured: list[Callable[[], None]] = []
 _when_adapted: list[Callable[[], None]] = []
+
+
+def when_engine_imported(call: Callable[[], None]) -> None:
+    """Registers ``call`` to run when the engine is imported, as by the first config or by unpickling a model."""
+    if call not in _when_imported:
+        _when_imported.append(call)
 
 
 def when_configured(call: Callable[[], None]) -> None:
@@ -22,6 +29,12 @@ def when_adapted(call: Callable[[], None]) -> None:
     """Registers ``call`` to run whenever a ``BaseTuner`` is created; repeated calls should be fast."""
     if call not in _when_adapted:
         _when_adapted.append(call)
+
+
+def engine_imported() -> None:
+    """Runs the callbacks for the engine; called at the end of its import."""
+    for call in _when_imported:
+        call()
 
 
 def configured() -> None:

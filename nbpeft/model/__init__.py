@@ -6,7 +6,6 @@ from nbpeft.engine.contract.adapter import TaskType as TaskType
 from nbpeft.engine.contract.registry import methods_of_type
 from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
-from nbpeft.engine.methods.lora.custom_layers import LoraLayer as LoraLayer
 from nbpeft.engine.methods.lora.init_configs import CordaConfig as CordaConfig
 from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
 from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
@@ -91,6 +90,7 @@ from nbpeft.model.swapping.hotswap import hotswap_adapter_from_state_dict as hot
 from nbpeft.model.swapping.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from nbpeft.model.swapping.pool import AdapterPool as AdapterPool
 from nbpeft.model.swapping.pool import PoolStatistics as PoolStatistics
+from nbpeft.peft_layers.custom_layers import LoraLayer as LoraLayer
 
 PeftConfig = AdapterConfig
 LoraModel: type[BaseTuner] = tuner_class(methods_of_type("LORA")[0])

@@ -7,10 +7,8 @@ from typing import Any
 
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backends, layer_kinds, methods_of_type
-from nbpeft.engine.methods.lora.custom_layers import Linear
 from nbpeft.engine.methods.lora.variants.xlora_classifier import XLoraClassifier as XLoraClassifier
 from nbpeft.engine.methods.products.poly import PolyRouter as PolyRouter
-from nbpeft.engine.peft_names.peft_layer_api import LayerType, layer_type, refuse_pickle_of_peft
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model.handle.peft_model import PeftModel
@@ -18,6 +16,8 @@ from nbpeft.model.handle.status import LayerStatus, ModelStatus
 from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
 from nbpeft.model.handle.tuner import tuner_class
 from nbpeft.peft_api.constants import usual_targets_of
+from nbpeft.peft_layers.classes import LayerType, layer_type, refuse_pickle_of_peft
+from nbpeft.peft_layers.custom_layers import Linear
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])

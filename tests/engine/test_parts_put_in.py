@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import nbpeft.model as nbpeft
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import methods
-from nbpeft.engine.peft_names.peft_modules import ParameterMapping, ShownParts
+from nbpeft.engine.views.part_modules import ParameterMapping, ShownParts
 from nbpeft.errors import AdapterError, MergeError
-from tests.engine.peft_names.test_peft_modules import IDS, pair
+from tests.engine.views.test_part_modules import IDS, pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be merged")
 

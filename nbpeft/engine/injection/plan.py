@@ -704,7 +704,7 @@ def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     Raises:
         TargetError: the module cannot be adapted by the method.
     """
-    if isinstance(site.wrapper, AdaptedParameter) and site.module is site.wrapper.get_base_layer():
+    if isinstance(site.wrapper, AdaptedParameter) and site.module is site.wrapper.wrapped_module():
         raise TargetError(f"{site.path} has parameters that another adapter adapts (target_parameters); exclude it")
     kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
     if kind is not None and isinstance(site.wrapper, AdaptedLayer):

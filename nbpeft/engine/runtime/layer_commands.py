@@ -20,9 +20,10 @@ from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.injection.build import build, commit, hook_in
 from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.runtime.merging import check_merge
-from nbpeft.engine.tree.adapted_tree import AdaptedTree, Wrapper
+from nbpeft.engine.tree.adapted_tree import AdaptedTree
 from nbpeft.engine.tree.tied_weights import check_single, layers_to_untie
 from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeError, StaleModelError
 
 
@@ -240,7 +241,7 @@ class LayerCommands:
             manager._publish_active()
 
     def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
-        """Writes the frozen weight of one layer; see ``PeftLayerMixin``.
+        """Writes the frozen weight of one layer; in its dtype, or quantized with the layer's settings.
 
         Args:
             layer: the layer.
@@ -255,7 +256,7 @@ class LayerCommands:
             manager.refuse_merged("writing base weights")
             if not backend.can_merge:
                 raise MergeError(f"a {backend.name} weight cannot be written: {backend.unmergeable_reason}")
-            shape = layer.get_base_weight().shape
+            shape = backend.dequantize(module).shape
             if weight.shape != shape:
                 raise BaseMismatchError(f"the weight is {tuple(shape)}, not {tuple(weight.shape)}")
             before = backend.snapshot(module)

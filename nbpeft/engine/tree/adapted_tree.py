@@ -13,9 +13,9 @@ from nbpeft.engine.tree.model_tree import walk, without_wrappers
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter, wrappers_of
+from nbpeft.engine.wrappers.wrapper import Wrapper
 
 Modules = dict[str, nn.Module | None]
-Wrapper = AdaptedLayer | ModulesToSaveWrapper
 
 
 def _hangs(modules: Modules, name: str, child: nn.Module) -> bool:

@@ -4,6 +4,7 @@ Door, what other rooms import:
 
     composite_layer.py  AdaptedComposite: the wrapper around a module that computes with several weights itself
                         (nn.MultiheadAttention)
+    extension.py        Lets rooms above the engine add the attributes that other libraries expect on wrappers
     factored_weight.py  A weight plus low-rank products that stay factored, so that only what a matrix product needs
                         is computed
     fake_quant.py       Quantization-aware training: the layer computes with the weight that merging the adapter would
@@ -17,4 +18,6 @@ Door, what other rooms import:
                         experts of a mixture
     row_order.py        Checks that a layer's input in a mixed batch is in the order of the batch's rows, as far as
                         its shape shows it
+    wrapper.py          Wrapper: base class of the modules that take the place of a layer, or of a module trained as a
+                        whole
 """

@@ -13,7 +13,7 @@ from torch import nn
 
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.contract.base import Composite
-from nbpeft.engine.peft_names.peft_modules import use_shown
+from nbpeft.engine.views.part_modules import use_shown
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.parameter_layer import AdaptedOwner, factored_weight, twin_of
 from nbpeft.errors import AdapterError
@@ -29,7 +29,7 @@ class AdaptedComposite(AdaptedOwner):
         owners = (self, *self._layers().values())
         if any(name in owner.adapters._modules for owner in owners for name in self._acting(owner)):
             return self._adapted(args, kwargs)
-        return self.get_base_layer()(*args, **kwargs)
+        return self.wrapped_module()(*args, **kwargs)
 
     def _acting(self, owner: AdaptedLayer) -> tuple[str, ...]:
         """Names of the active adapters of the running call; none if adapters are merged into the weight."""
@@ -39,16 +39,16 @@ class AdaptedComposite(AdaptedOwner):
     def _layers(self) -> dict[str, AdaptedLayer]:
         """Name -> inner layer that has adapters."""
         assert isinstance(self.kind, Composite)
-        modules = self.get_base_layer()._modules
+        modules = self.wrapped_module()._modules
         return {name: layer for name in self.kind.layers if isinstance(layer := modules.get(name), AdaptedLayer)}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _adapted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active = self.active_state.current()
-        module = self.get_base_layer()
+        module = self.wrapped_module()
         if active.rows is not None:
             raise AdapterError(
-                f"{self.adapted_as} does not support mixed adapter batches: adapter {active.rows.names[0]!r} adapts "
+                f"{self._get_name()} does not support mixed adapter batches: adapter {active.rows.names[0]!r} adapts "
                 f"a {type(module).__name__:.60}, so give each adapter a batch of its own"
             )
         own = self.with_adapters(active)
@@ -57,7 +57,7 @@ class AdaptedComposite(AdaptedOwner):
 
     def __getattr__(self, name: str) -> Any:
         if name in getattr(self.__dict__.get("kind"), "private", ()):
-            return getattr(self.get_base_layer(), name)
+            return getattr(self.wrapped_module(), name)
         return super().__getattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:

@@ -23,10 +23,11 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.contract.model_adapter import learns_prompt
+from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.kernels.recomputed import parts_of
-from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
-from nbpeft.engine.peft_names.peft_modules import (
+from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
+from nbpeft.engine.views.part_modules import (
     AdapterDict,
     ParameterMapping,
     ShownParts,
@@ -38,6 +39,7 @@ from nbpeft.engine.peft_names.peft_modules import (
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
 from nbpeft.engine.wrappers.row_order import check_row_order
+from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.errors import AdapterError, MergeError
 
 
@@ -60,13 +62,14 @@ class WeightBackup:
     frozen: WeightBackup | None
 
 
-class AdaptedLayer(PeftLayerMixin):
+class AdaptedLayer(Wrapper):
     """A frozen layer and its named adapters.
 
     The output is that of the base layer plus the deltas of the active adapters. Each delta is computed with the
     frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``, ``in_features``, …),
-    except private ones, are read from the base layer. Parameters and modules below it have PEFT's names
-    (``peft_modules``); the adapter modules themselves are not in the tree that ``named_modules`` lists.
+    except private ones, are read from the base layer. Parameters and modules below it have the names that the record
+    of the method declares (``engine.views``); the adapter modules themselves are not in the tree that ``named_modules``
+    lists.
 
     Attributes:
         base_layer: the frozen layer; called as a module, so that its hooks run.
@@ -105,6 +108,26 @@ class AdaptedLayer(PeftLayerMixin):
     _shown: dict[str, Any]
     listed_apart: bool
     """Whether a handle on the model (a ``PeftModel``) lists the adapters that change calls, so that this does not."""
+    emptied_of: str = ""
+    """The ``peft_type`` of the last deleted adapter, for a layer without adapters."""
+
+    def _named(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.__dict__["adapters"]._modules
+        return found
+
+    def _methods(self) -> list[Method]:
+        """The methods of the adapters here; for a layer without adapters, that of the last deleted adapter."""
+        found = [method_of_adapter(adapter) for adapter in self._named().values()]
+        return [method for method in found if method is not None] or [*methods_of_type(self.emptied_of)[:1]]
+
+    def note_method(self) -> None:
+        """Records the method of the adapters here, whose names the layer keeps when all are deleted."""
+        self.__dict__["emptied_of"] = next((method.peft_type for method in self._methods()), "")
+
+    def wrapped_module(self) -> nn.Module:
+        """The frozen layer; for an adapted parameter the module that has it, inside all wrappers."""
+        layer: nn.Module = self.__dict__["_modules"]["base_layer"]
+        return layer
 
     @property
     def weight_module(self) -> nn.Module:
@@ -518,10 +541,10 @@ class AdaptedLayer(PeftLayerMixin):
         change.on_undo(undo)
         self._put_back(frozen)
 
-    # The tree as PEFT has it
+    # The tree, with the names that the records of methods declare
 
     def show_adapters(self) -> None:
-        """Updates the submodules with PEFT's names after adapters have changed."""
+        """Updates the submodules that show the adapters after these have changed."""
         adapters = self.adapters._modules
         if self.is_passed_over:
             adapters = {}
@@ -541,7 +564,7 @@ class AdaptedLayer(PeftLayerMixin):
         return shown_under(owner._modules, name)
 
     def hide_adapters(self) -> None:
-        """Removes the submodules with PEFT's names of adapters that were deleted."""
+        """Removes the submodules that show adapters which were deleted."""
         if self._shown:
             self.show_adapters()
 
@@ -572,7 +595,7 @@ class AdaptedLayer(PeftLayerMixin):
         yield from super().named_children()
 
     def children(self) -> Iterator[nn.Module]:
-        """All children including the adapters; modules with PEFT's names only once they were asked for by name."""
+        """All children including the adapters; modules that show these only once they were asked for by name."""
         yield from (child for _, child in super().named_children())
         yield self.adapters
 
@@ -629,7 +652,7 @@ class AdaptedLayer(PeftLayerMixin):
         if found is None:
             found = by_name(adapters, name)
         if found is None:
-            found = function_by_name(self, name)
+            found = function_by_name(self, adapters, name)
         if found is None:
             found = shown_under(modules, name)
         if found is None:
@@ -652,7 +675,7 @@ class AdaptedLayer(PeftLayerMixin):
 class LayerReplica(AdaptedLayer):
     """A replica made by ``nn.DataParallel``.
 
-    torch copies the submodules with PEFT's names to the replica's device; the adapters then use these copies.
+    torch copies the submodules that show the adapters to the replica's device; the adapters then use these copies.
     """
 
     def show_adapters(self) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import ActiveState, LayerState, ReplicaState, RowAssignment
-from nbpeft.engine.peft_names.peft_layer_api import ChoosesAlone, one_or_all, refuse_pickle_of_peft
-from nbpeft.engine.peft_names.peft_modules import AdapterDict
+from nbpeft.engine.views.part_modules import AdapterDict
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.row_order import check_row_order
+from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.errors import AdapterError, LayerKindError
 
 
-class ModulesToSaveWrapper(ChoosesAlone):
+class ModulesToSaveWrapper(Wrapper):
     """A frozen module and its trained copies by adapter name.
 
     Calls and attributes go to the copy of the active adapter, or to the original module if no
@@ -39,49 +39,8 @@ class ModulesToSaveWrapper(ChoosesAlone):
 
     active_state: ActiveState | LayerState
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "active_state" not in state:
-            refuse_pickle_of_peft(self, state)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-    adapter_layer_names = ("modules_to_save",)
-    other_param_names = ()
-
     def _named(self) -> dict[str, Any]:
         return self.modules_to_save._modules
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes the copy of an adapter active and trainable; the other copies are frozen.
-
-        Args:
-            adapter_names: one name or several, of which at most one has a copy here.
-            inference_mode: freeze that copy too.
-
-        Raises:
-            AdapterError: more than one of these adapters has a copy here.
-        """
-        self._chosen_of([adapter_names] if isinstance(adapter_names, str) else adapter_names)
-        super().set_adapter(adapter_names, inference_mode)
-
-    @property
-    def _adapters(self) -> set[str]:
-        """Names of the adapters that have a copy; libraries written for PEFT read it."""
-        return set(self.modules_to_save._modules)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether no adapter is active in the model now."""
-        return not self.active_state.current().names
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the selected adapter that has a copy here, whether or not adapters are enabled; else empty."""
-        return one_or_all(self.active_adapters)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The same as a list."""
-        return [name for name in self.chosen_names() if name in self.modules_to_save._modules]
 
     def chosen(self) -> nn.Module:
         """The module that calls go to now.
@@ -89,9 +48,14 @@ class ModulesToSaveWrapper(ChoosesAlone):
         Raises:
             AdapterError: more than one active adapter has a copy here.
         """
-        return self._chosen_of(self.active_state.current().names)
+        return self.copy_of(self.active_state.current().names)
 
-    def _chosen_of(self, names: Sequence[str]) -> nn.Module:
+    def copy_of(self, names: Sequence[str]) -> nn.Module:
+        """The copy of one of some adapters, or the original module if none of them has one.
+
+        Raises:
+            AdapterError: more than one of these adapters has a copy here.
+        """
         copies = self.modules_to_save._modules
         having = [name for name in names if name in copies]
         if len(having) > 1:

@@ -18,7 +18,7 @@ from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, Acti
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.peft_names.peft_modules import use_shown
+from nbpeft.engine.views.part_modules import use_shown
 from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, FactoredWeight, Product
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.row_order import check_row_order
@@ -56,7 +56,7 @@ class AdaptedOwner(AdaptedLayer):
 
     def _own_base(self) -> BaseLayer:
         """``base``, or a new one in a replica of ``nn.DataParallel``, which has another module."""
-        module: nn.Module = self.get_base_layer()
+        module: nn.Module = self.wrapped_module()
         if module is self.weight_module.owner:
             return self.base
         return BaseLayer(
@@ -69,7 +69,7 @@ class AdaptedOwner(AdaptedLayer):
         names = active.names if active.rows is None else active.rows.names
         return not self.merged_names and any(name in self.adapters._modules for name in names)
 
-    def get_base_layer(self) -> nn.Module:
+    def wrapped_module(self) -> nn.Module:
         """The module, inside all wrappers."""
         inner: Any = self
         while isinstance(inner, AdaptedLayer):
@@ -96,27 +96,12 @@ class AdaptedParameter(AdaptedOwner):
         layers = tuple(wrappers_of(self))
         if any(layer._acts() for layer in layers):
             return _adapted(layers, args, kwargs)
-        return self.get_base_layer()(*args, **kwargs)
+        return self.wrapped_module()(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         replica.__class__ = ParameterReplica
         return replica
-
-    def get_param(self) -> Tensor:
-        """The parameter, without adapters."""
-        found: Tensor = getattr(self.get_base_layer(), self.parameter_name)
-        return found
-
-    @property
-    def num_experts(self) -> int:
-        """Number of matrices in the parameter."""
-        view: Any = self.weight_module
-        return int(view.count)
-
-    def extra_repr(self) -> str:
-        """The parameter's name and the base layer's ``extra_repr``."""
-        return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", super().extra_repr())))
 
 
 class ParameterReplica(AdaptedParameter):
@@ -175,7 +160,7 @@ def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: 
         return _called(layers, active, args, kwargs)
     tokens = {len(value) if isinstance(value, Tensor) else -1 for value in args}
     if kwargs or len(args) < 2 or len(tokens) != 1 or max(tokens) % len(rows.index):
-        kind, name = type(layers[0].get_base_layer()).__name__, rows.names[0]
+        kind, name = type(layers[0].wrapped_module()).__name__, rows.names[0]
         parameters = " and ".join(layer.parameter_name for layer in reversed(layers))
         raise AdapterError(
             f"lora.ParamWrapper does not support mixed adapter batches yet in a {kind:.60}: adapter {name!r} adapts "
@@ -195,7 +180,7 @@ def _called(
     """Calls the module inside some wrappers with adapted parameters; the module itself is not changed."""
     found = {layer.parameter_name: layer.with_adapters(one) for layer, one in zip(layers, active, strict=True)}
     weights = {name: weight for name, weight in found.items() if weight is not None}
-    module = layers[0].get_base_layer()
+    module = layers[0].wrapped_module()
     if not weights:
         return module(*args, **kwargs)
     if only_multiplies(module):

@@ -15,7 +15,7 @@ from torch import nn
 from nbpeft import checkpoint
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Rescales
-from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, ConfigError, NbpeftError, did_you_mean
 from nbpeft.model.handle.peft_model import PeftModel
 
@@ -64,7 +64,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 def _keep_scalings(model: nn.Module) -> None:
     """Replaces each layer's ``scaling`` by a copy, so that a dictionary that was read before is not changed."""
     for layer in called_modules(model):
-        if isinstance(layer, PeftLayerMixin) and getattr(layer, "scaling", None):
+        if isinstance(layer, AdaptedLayer) and getattr(layer, "scaling", None):
             layer.scaling = layer.scaling.copy()
 
 

@@ -14,7 +14,6 @@ from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.injection.plan import InjectionPlan
-from nbpeft.engine.peft_names.peft_layer_api import refuse_pickle_of_peft
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import (
     generation_arguments,
@@ -41,6 +40,7 @@ from nbpeft.model.handle.tuner import (
 from nbpeft.model.quantization.quantize import clear_gguf_flags
 from nbpeft.model.saving import files
 from nbpeft.model.saving.given_configs import as_given, take_given
+from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
 
 class PeftModel(nn.Module):

@@ -17,16 +17,18 @@ from nbpeft.engine.config.targets import usual_model_types
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
 from nbpeft.engine.contract.shared_state import Together
-from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin, layer_type, refuse_pickle_of_peft, shared_by_name
 from nbpeft.engine.runtime.adapter_tensors import parameter_paths
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import extra_loss_of_call, learns_with_hooks
 from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combine.combining import Combined, combine_adapters
 from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
+from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
+from nbpeft.peft_layers.shared_tensors import shared_by_name
 
 _LABELS = ("labels", "start_positions")
 """Inputs with which transformers' models return the loss first, if they return a tuple."""
@@ -54,7 +56,7 @@ class BaseTuner(nn.Module):
     """Prefix of the parameter names of the first adapter's method."""
     uses_shared_state: bool = False
     """Whether the method's layers share tensors."""
-    tuner_layer_cls: type[Any] = PeftLayerMixin
+    tuner_layer_cls: type[Any] = AdaptedLayer
     """Class or type of the adapted layers, for ``isinstance``."""
     target_module_mapping: Mapping[str, Any] = {}
     """Model type -> default targets of the method."""

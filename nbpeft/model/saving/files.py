@@ -31,10 +31,10 @@ from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.injection.plan import InjectionPlan
-from nbpeft.engine.peft_names.peft_modules import shown_name
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import bare_modules, embedding_of, manager_of
+from nbpeft.engine.views.part_modules import shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 from nbpeft.model.saving.given_configs import take_given

@@ -23,12 +23,11 @@ from nbpeft.engine.contract.base import BaseLayer, Composite, LayerKind
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.custom_layers import LoraLayer
 from nbpeft.engine.methods.lora.initialization.decompositions import nearest_product
 from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, Shapes, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
-from nbpeft.engine.peft_names.peft_layer_api import PeftLayerMixin
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -40,7 +39,7 @@ _ENERGY = 0.9
 
 
 @torch.no_grad()
-def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights: bool | str) -> None:
+def reset_factors(adapted: AdaptedLayer, adapter_name: str, init_lora_weights: bool | str) -> None:
     """Reinitializes the factors of an adapter on one layer in place; as in PEFT, DoRA's magnitude is unchanged.
 
     Args:
@@ -69,7 +68,7 @@ def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights:
 
 
 def update_layer(
-    adapted: PeftLayerMixin, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
+    adapted: AdaptedLayer, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
 ) -> None:
     """Replaces the factors of an adapter on one layer; as in PEFT's layers, but the saved config includes the change.
 
@@ -124,8 +123,8 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
     _remembered: tuple[Any, str]
 
     peft: ClassVar[PeftNames] = PeftNames(
-        " ".join(LoraLayer.adapter_layer_names),
-        " ".join(LoraLayer.other_param_names),
+        f"lora_A lora_B lora_embedding_A lora_embedding_B {MAGNITUDE}",
+        "r lora_alpha scaling lora_dropout use_dora use_rslora lora_bias",
         wrapped=("lora_A", "lora_B", MAGNITUDE),
         modules=("lora_dropout",),
         mappings=(*("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE),),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.bindable import set_plain
-from nbpeft.engine.peft_names.peft_modules import Observed, ParameterModule
+from nbpeft.engine.views.part_modules import Observed, ParameterModule
 
 
 class LinearFactor(ParameterModule, nn.Linear):

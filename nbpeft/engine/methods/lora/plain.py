@@ -17,7 +17,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
-from nbpeft.engine.peft_names.peft_modules import ParameterModule
+from nbpeft.engine.views.part_modules import ParameterModule
 from nbpeft.errors import LayerKindError
 
 _MERGE_ROWS = 256

@@ -33,7 +33,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
-from nbpeft.engine.peft_names.peft_modules import ParameterModule
+from nbpeft.engine.views.part_modules import ParameterModule
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 
 A, B, ROUTER, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router", "module_logits"

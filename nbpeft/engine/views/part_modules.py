@@ -1,7 +1,7 @@
-"""The modules behind PEFT's parameter names: ``layer.core["default"].weight``, ``…core.default.weight``.
+"""The modules behind the declared names of parameters: ``layer.core["default"].weight``, ``…core.default.weight``.
 
-An adapter owns its parameters. The modules here show them under PEFT's names. They are created when code first
-iterates over an adapted layer's modules or accesses one, and then kept. Writing to them writes to the adapter,
+An adapter owns its parameters. The modules here show them under the names of ``PeftNames``. They are created when code
+first iterates over an adapted layer's modules or accesses one, and then kept. Writing to them writes to the adapter,
 also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 """
 
@@ -19,7 +19,7 @@ from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.capabilities import ShowsModules, warn_not_called
 from nbpeft.engine.contract.registry import Method
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
-from nbpeft.engine.peft_names.peft_layer_api import by_name
+from nbpeft.engine.views.layer_attributes import by_name
 from nbpeft.errors import AdapterError
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.peft_names.peft_layer_api import LayerType, refuse_pickle_of_peft
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
+from nbpeft.peft_layers.classes import LayerType, refuse_pickle_of_peft
 
 
 class LoraLayer(metaclass=LayerType):
@@ -44,12 +45,8 @@ class LoraLayer(metaclass=LayerType):
 
     peft_type = "LORA"
 
-    adapter_layer_names: tuple[str, ...] = (
-        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-    )
-    other_param_names: tuple[str, ...] = (
-        *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
-    )
+    adapter_layer_names: tuple[str, ...] = tuple(LowRankAdapter.peft.parameters.split())
+    other_param_names: tuple[str, ...] = tuple(LowRankAdapter.peft.others.split())
     adapted_layer: Any = None
     """Its wrapper in the model's tree; see ``engine.injection.custom_layers``."""
     _active_adapter: str | list[str] = "default"

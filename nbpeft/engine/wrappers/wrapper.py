@@ -1,0 +1,57 @@
+"""Wrapper: base class of the modules that take the place of a layer, or of a module trained as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.changes.active_state import ActiveState, LayerState
+
+
+class Wrapper(nn.Module):
+    """Takes the place of a module of the model, and has something of named adapters for it.
+
+    Attributes:
+        active_state: which adapters are active: the model's, or one of this wrapper alone.
+    """
+
+    active_state: ActiveState | LayerState
+
+    def _named(self) -> dict[str, Any]:
+        """Adapter name -> the adapter's module here."""
+        raise NotImplementedError
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """Whether adapters are enabled here."""
+        state: Any = self.__dict__["active_state"]
+        return bool(state.enabled if isinstance(state, LayerState) else self._commands().manager.enabled)
+
+    def chosen_names(self) -> list[str]:
+        """Names of the active adapters here, whether or not they are enabled."""
+        state: Any = self.__dict__["active_state"]
+        return list(state.names if isinstance(state, LayerState) else self._commands().chosen)
+
+    def _commands(self) -> Any:
+        """The ``LayerCommands`` of the model."""
+        return self._shared_state().layer_commands
+
+    def _shared_state(self) -> ActiveState:
+        state: Any = self.__dict__["active_state"]
+        return getattr(state, "shared", state)  # type: ignore[no-any-return]
+
+    def _activate_alone(self, names: Sequence[str], *, enabled: bool) -> None:
+        """Activates adapters on this wrapper alone; the next command on the model overrides it.
+
+        Args:
+            names: of the adapters; those that have nothing here are ignored.
+            enabled: whether they are enabled.
+        """
+        shared = self._shared_state()
+        shared.refuse_changes()
+        now = shared.current().names
+        alike = tuple(names) == now if enabled else not now
+        self.__dict__["active_state"] = shared if alike else LayerState(shared, names, enabled=enabled)
+        (shared.apart.discard if alike else shared.apart.add)(self)

@@ -1,0 +1,21 @@
+"""What users of PEFT find on adapted layers: attributes and methods, classes for ``isinstance``, custom layers.
+
+The engine knows no name of PEFT but those that the record of a method declares (``PeftNames``). This room adds the
+others to the classes of its wrappers when the engine is imported, so that unpickled models have them, too.
+
+Door, what other rooms import:
+
+    classes.py         PEFT's classes of layers: adapted layers pass as their instances in ``isinstance``
+    custom_layers.py   Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
+    shared_tensors.py  Tensors that the layers of an adapter share, under PEFT's names
+
+Inside:
+
+    commands.py  PEFT's commands on a single layer or module: ``layer.set_adapter("default")``
+    copies.py    PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
+    layers.py    PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
+"""
+
+from nbpeft.peft_layers import commands, copies, layers
+
+__all__ = ["commands", "copies", "layers"]

@@ -1,0 +1,53 @@
+"""PEFT's classes of layers: adapted layers pass as their instances in ``isinstance``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import CheckpointError
+
+
+class LayerType(type):
+    """Metaclass of PEFT's layer classes, for which ``isinstance`` is true of adapted layers.
+
+    A class has a ``peft_type``, that of the adapters on the layers, or a ``title``, PEFT's name of the layers. A class
+    derived from it has only its own instances, which ``custom_layers`` put into a model.
+    """
+
+    def __instancecheck__(cls, layer: object) -> bool:
+        if type.__instancecheck__(cls, layer):
+            return True
+        if not isinstance(layer, AdaptedLayer):
+            return False
+        if type.__instancecheck__(cls, layer.__dict__.get("custom")):
+            return True
+        own = vars(cls)
+        if "title" in own:
+            return bool(layer.adapted_as == own["title"])
+        return "peft_type" in own and any(method.peft_type == own["peft_type"] for method in layer._methods())
+
+
+def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
+    """Creates a class like PEFT's ``LoraLayer`` for ``isinstance`` checks of layers with a method's adapters.
+
+    Args:
+        peft_type: the method's PEFT type.
+        name: name of the class.
+        **attributes: attributes of the class.
+    """
+    doc = f"Adapted layers with adapters of type {peft_type}; for ``isinstance`` only."
+    own = {"peft_type": peft_type, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
+    return LayerType(name, (), own | attributes)
+
+
+def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:
+    """``__setstate__`` of classes under PEFT's import names: refuses modules that were pickled by PEFT.
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
+        f"a {type(module).__name__} in this file was pickled by PEFT, and its modules do not run here: load the file "
+        "with PEFT, save the adapter with save_pretrained(), and load that folder"
+    )

@@ -1,0 +1,307 @@
+"""PEFT's attributes and methods of adapted layers: mappings by adapter name that read and write the adapters.
+
+layer.scaling["default"] = 2.0        layer.merged_adapters        layer.set_scale("default", 0.5)
+
+What the record of a method declares, such as ``layer.r`` or ``layer.core["default"].weight``, is in ``engine.views``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.active_state import LayerState
+from nbpeft.engine.contract.adapter import Adapter, Rescales
+from nbpeft.engine.contract.base import Backend
+from nbpeft.engine.views.layer_attributes import PerAdapterView
+from nbpeft.engine.wrappers.extension import add_attributes
+from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
+from nbpeft.errors import UnknownAdapterError, did_you_mean
+from nbpeft.peft_layers.commands import one_or_all
+
+_scalings: WeakKeyDictionary[nn.Module, PerAdapterView] = WeakKeyDictionary()
+"""Layer -> its last ``scaling`` view; not stored on the layer, which may be copied and pickled."""
+
+
+class _OfInstances(property):
+    """A property that is an empty tuple on the class itself, as in PEFT's base class."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return () if instance is None else super().__get__(instance, owner)
+
+
+class PeftLayer(AdaptedLayer):
+    """PEFT's attributes and methods of every adapted layer; see ``add_attributes``."""
+
+    @property
+    def scaling(self) -> PerAdapterView:
+        """Adapter name -> scaling of its delta; can be written to change the scaling on this layer."""
+        view = _scalings.get(self)
+        if view is None:
+            view = _scalings[self] = PerAdapterView(
+                self._named(), "scaling", lambda adapter: adapter.scaling, lambda adapter, value: adapter.rescale(value)
+            )
+        return view
+
+    @scaling.setter
+    def scaling(self, values: MutableMapping[str, Any]) -> None:
+        own: Any = self.scaling
+        given = dict(values)
+        if values is not own:  # callers that saved the previous mapping, to restore it later, keep its values
+            own.keep()
+            del _scalings[self]
+        if isinstance(values, PerAdapterView) and values.is_of(self._named()):
+            _scalings[self] = values
+            values.resume()
+        for name, value in given.items():
+            self.scaling[name] = value
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets an adapter's scaling to ``scale`` times its trained scaling; ignored if the layer lacks the adapter."""
+        found = self._named().get(adapter)
+        if isinstance(found, Rescales):
+            found.rescale(found.trained_scaling * scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scalings of the active adapters here."""
+        for adapter in self._rescalable():
+            adapter.rescale(float(adapter.scaling) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scalings of the active adapters here; without a factor, restores their trained scalings."""
+        for adapter in self._rescalable():
+            adapter.rescale(adapter.trained_scaling if scale is None else float(adapter.scaling) / scale)
+
+    def _rescalable(self) -> list[Rescales]:
+        """The active adapters here that have a scaling."""
+        active = [self._named().get(name) for name in self.active_adapters]
+        return [adapter for adapter in active if isinstance(adapter, Rescales)]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the model's active adapters; for a layer that has only trainable tokens, of those here."""
+        return [name for name in self.chosen_names() if name in self._named() or not self._has_tokens_alone]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The same; for a layer that has only trainable tokens a single name, as in PEFT's wrapper of these."""
+        return one_or_all(self.active_adapters) if self._has_tokens_alone else self.active_adapters
+
+    @property
+    def _has_tokens_alone(self) -> bool:
+        return all(adapter.peft_container for adapter in self._named().values())
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are disabled."""
+        return not self.active_state.current().names
+
+    @_OfInstances
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the layer's attributes with adapters' parameters."""
+        if not self._named():
+            return self._names_when_empty(0)
+        return tuple(dict.fromkeys(name for adapter in self._named().values() for name in _mapping_names(adapter)))
+
+    @_OfInstances
+    def other_param_names(self) -> tuple[str, ...]:
+        """Names of the layer's attributes with other settings of adapters."""
+        if not self._named():
+            return self._names_when_empty(1)
+        found: dict[str, None] = {}
+        for adapter in self._named().values():
+            found.update(dict.fromkeys((*adapter.peft.attributes, *adapter.peft.modules)))
+            found.update({"scaling": None} if isinstance(adapter, Rescales) else {})
+        return tuple(found)
+
+    def _names_when_empty(self, kind: int) -> tuple[str, ...]:
+        names = ((method.peft.parameters, method.peft.others)[kind] for method in self._methods())
+        return tuple(name for several in names for name in several.split())
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Names of all adapters on the layer, sorted; called by libraries that use PEFT."""
+        return sorted(self._named())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter from this layer; has no effect if the layer lacks it.
+
+        State that its layers share moves to another layer, and is trained and saved as before. If no active adapter is
+        left on this layer, its oldest adapter becomes active here.
+
+        Raises:
+            AdapterError: another layer uses the adapter's tensors of this layer (``ensure_weight_tying``).
+            MergeError: it is merged here.
+        """
+        if adapter_name not in self._named():
+            return
+        before = self.chosen_names()
+        self._commands().remove(self, adapter_name)
+        active = [name for name in before if name != adapter_name]
+        oldest = next(iter(self._named()), None)
+        if active == before:
+            return
+        if oldest is not None and not any(name in self._named() for name in active):
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {oldest}.",
+                stacklevel=2,
+            )
+            self.set_adapter(oldest)
+        elif isinstance(self.active_state, LayerState):
+            self._activate_alone(active, enabled=self.active_state.enabled)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Merges adapters into the weight of this layer.
+
+        Args:
+            safe_merge: refuse a weight that would not be finite.
+            adapter_names: the adapters; the active ones if None.
+        """
+        names = self.chosen_names() if adapter_names is None else list(adapter_names)
+        new = [name for name in names if name in self._named() and name not in self.merged_names]
+        if not new:
+            if self.merged_names:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
+        self._commands().merge(self, new, safe=safe_merge)
+
+    def unmerge(self) -> None:
+        """Restores the frozen weight of this layer, bit for bit."""
+        if not self.merged_names:
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+            return
+        self._commands().unmerge(self)
+
+    def get_base_weight(self) -> Tensor:
+        """The layer's weight as stored, detached; dequantized if it is quantized."""
+        return self.base.backend.dequantize(self.base.module).detach()
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Writes the layer's frozen weight, in its dtype, or quantized with the layer's settings.
+
+        Args:
+            weight_data: the new values, shaped like ``get_base_weight()``.
+
+        Raises:
+            MergeError: adapters are merged, or the backend cannot write its weights.
+            BaseMismatchError: it has another shape.
+        """
+        self._commands().set_base_weight(self, weight_data)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter on this layer can be converted to a LoRA; False if the layer lacks it."""
+        found = self._named().get(adapter_name)
+        return found is not None and not found.unconvertible_reason(self.base)
+
+    @property
+    def quantization_backend(self) -> Backend | None:
+        """The backend of the layer's quantized weight, with its ``backend_name``; None if it is not quantized."""
+        backend: Backend = self.base.backend
+        return backend if backend.backend_name else None
+
+    def extra_repr(self) -> str:
+        """The settings that ``repr`` shows."""
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the layer stores its weight as (in, out), as transformers' ``Conv1D`` does."""
+        return self.base.kind.name == "conv1d"
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into this layer."""
+        return list(self.merged_names)
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into this layer."""
+        return bool(self.merged_names)
+
+    @property
+    def adapted_as(self) -> str:
+        """PEFT's class name of such a layer, such as ``lora.Linear`` or ``lora.Linear4bit``."""
+        methods = self._methods()
+        own = sorted({method.peft_type.lower() for method in methods if not method.peft.layer})
+        layer = self.base.backend.peft_name or self.base.kind.peft_name
+        prefix = methods[0].peft.layer_prefix if len(own) == 1 else ""
+        return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].peft.layer
+
+    def _get_name(self) -> str:
+        return self.adapted_as
+
+    @property
+    def in_features(self) -> int:
+        """Features, channels or ids of the input."""
+        return self.base.in_features
+
+    @in_features.setter
+    def in_features(self, count: int) -> None:
+        self.get_base_layer().in_features = count  # type: ignore[assignment]
+
+    @property
+    def out_features(self) -> int:
+        """Features or channels of the output."""
+        return self.base.out_features
+
+    @out_features.setter
+    def out_features(self, count: int) -> None:
+        self.get_base_layer().out_features = count  # type: ignore[assignment]
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer; for an adapted parameter the module that has it, inside all wrappers."""
+        return self.wrapped_module()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The delta that merging an adapter adds to the weight, in the orientation of the stored weight, detached.
+
+        Raises:
+            UnknownAdapterError: the layer does not have the adapter.
+        """
+        found = self._named().get(adapter)
+        if found is None:
+            have = ", ".join(map(repr, self._named()))
+            raise UnknownAdapterError(
+                f"no adapter {adapter!r} on this layer; there is: {have}." + did_you_mean(adapter, self._named())
+            )
+        delta: Tensor = found.delta_weight(self.base.weight(), self.base)
+        return self.base.kind.canonical(self.base.module, delta).detach()
+
+
+class PeftParameter(AdaptedParameter):
+    """PEFT's attributes of an adapted parameter."""
+
+    def get_param(self) -> Tensor:
+        """The parameter, without adapters."""
+        found: Tensor = getattr(self.wrapped_module(), self.parameter_name)
+        return found
+
+    @property
+    def num_experts(self) -> int:
+        """Number of matrices in the parameter."""
+        view: Any = self.weight_module
+        return int(view.count)
+
+    def extra_repr(self) -> str:
+        """The parameter's name and the settings of the layer."""
+        return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", AdaptedLayer.extra_repr(self))))
+
+
+def _mapping_names(adapter: Adapter) -> tuple[str, ...]:
+    """Returns the names of a layer's attributes with an adapter's parameters, as in PEFT's layers."""
+    peft = adapter.peft
+    if adapter.source is not None and peft.mappings:
+        return _mapping_names(adapter.source)
+    if peft.single_mapping:
+        return (peft.single_mapping,)
+    own = dict.fromkeys(name.partition(".")[0] for name in adapter._parameters)
+    return tuple(name for name in peft.mappings if name not in peft.modules) or tuple(own)
+
+
+add_attributes(AdaptedLayer, PeftLayer)
+add_attributes(AdaptedParameter, PeftParameter)
