@@ -22,7 +22,7 @@ class PeftCopies(ModulesToSaveWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "active_state" not in state:
             refuse_pickle_of_peft(self, state)
-        nn.Module.__setstate__(self, state)
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes the copy of an adapter active and trainable; the other copies are frozen.

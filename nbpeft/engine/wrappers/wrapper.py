@@ -23,6 +23,9 @@ class Wrapper(nn.Module):
         """Adapter name -> the adapter's module here."""
         raise NotImplementedError
 
+    def _get_name(self) -> str:
+        return type(self).__name__
+
     @property
     def adapters_enabled(self) -> bool:
         """Whether adapters are enabled here."""
