@@ -13,6 +13,7 @@ import torch
 
 import nbpeft
 from nbpeft.engine.contract import registry
+from nbpeft.engine.contract.adapter import configure, keep_settings
 from nbpeft.errors import ConfigError, UnknownMethodError
 from nbpeft.methods import Adapter, MethodConfig, SharedState, SharedTensors, register
 from tests.tiny_models import llama, logits, tokens
@@ -139,8 +140,8 @@ def test_what_it_takes_from_its_config_is_set_swapped_and_shown() -> None:
     adapter: Any = layer.adapter("default")
     assert adapter.start == 0.1 and adapter.extra_repr() == "shift_s=(1,), start=0.1"
     with pytest.raises(RuntimeError), model.manager.transaction() as change:
-        adapter.keep_settings(change)
-        adapter.configure(ShiftConfig(start=0.5), "")
+        keep_settings(adapter, change)
+        configure(adapter, ShiftConfig(start=0.5), "")
         assert adapter.start == 0.5
         raise RuntimeError
     assert adapter.start == 0.1

@@ -268,7 +268,7 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     Rows of ``trainable_token_indices`` are not among them: they count as a module that is trained as a whole.
     """
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
-    names = {layer: [name for name in layer.adapters if not layer.adapter(name).peft_container] for _, layer in layers}
+    names = {layer: [name for name in layer.adapters if not layer.adapter(name).peft.container] for _, layer in layers}
     carrying = [(path, one) for path, one in layers if names[one] and adapter_name in (None, *names[one])]
     buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in carrying}
     parts = [

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import LayerState
-from nbpeft.engine.contract.adapter import Adapter, Rescales
+from nbpeft.engine.contract.adapter import Adapter, Rescales, source_of, unconvertible_reason
 from nbpeft.engine.contract.base import Backend
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 from nbpeft.engine.wrappers.extension import add_attributes
@@ -94,7 +94,7 @@ class PeftLayer(AdaptedLayer):
 
     @property
     def _has_tokens_alone(self) -> bool:
-        return all(adapter.peft_container for adapter in self._named().values())
+        return all(adapter.peft.container for adapter in self._named().values())
 
     @property
     def disable_adapters(self) -> bool:
@@ -195,7 +195,7 @@ class PeftLayer(AdaptedLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter on this layer can be converted to a LoRA; False if the layer lacks it."""
         found = self._named().get(adapter_name)
-        return found is not None and not found.unconvertible_reason(self.base)
+        return found is not None and not unconvertible_reason(found, self.base)
 
     @property
     def quantization_backend(self) -> Backend | None:
@@ -295,8 +295,9 @@ class PeftParameter(AdaptedParameter):
 def _mapping_names(adapter: Adapter) -> tuple[str, ...]:
     """Returns the names of a layer's attributes with an adapter's parameters, as in PEFT's layers."""
     peft = adapter.peft
-    if adapter.source is not None and peft.mappings:
-        return _mapping_names(adapter.source)
+    source = source_of(adapter)
+    if source is not None and peft.mappings:
+        return _mapping_names(source)
     if peft.single_mapping:
         return (peft.single_mapping,)
     own = dict.fromkeys(name.partition(".")[0] for name in adapter._parameters)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForCausalLM
 
+from nbpeft.engine.contract.adapter import add_to_
 from nbpeft.errors import AdapterError, CheckpointError, CheckpointNotFoundError, ConfigError, MergeError
 from nbpeft.model import PeftModel
 from nbpeft.model.quantization.quantize import quantize_model
@@ -107,7 +108,7 @@ def test_the_errors_are_those_that_merging_makes() -> None:
     assert 1e-4 < told.full_precision < 4e-3 < 0.05 < (told.requantized or 0) < 0.2
     layer = model.manager.layers[told.layers[3].path]
     exact = layer.base.weight().float()
-    layer.adapter("default").add_to_(exact, layer.base, 1.0)
+    add_to_(layer.adapter("default"), exact, layer.base, 1.0)
     model.merge_adapter()
     error = float((layer.base.weight() - exact).norm() / exact.norm())
     assert told.layers[3].requantized == pytest.approx(error, rel=1e-4)

@@ -33,9 +33,16 @@ from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.capabilities import ChangesBase as ChangesBase
 from nbpeft.engine.contract.capabilities import ConvertsToLora as ConvertsToLora
+from nbpeft.engine.contract.capabilities import FusesAdd as FusesAdd
 from nbpeft.engine.contract.capabilities import HasFixedTensors as HasFixedTensors
+from nbpeft.engine.contract.capabilities import HasInnerAdapters as HasInnerAdapters
+from nbpeft.engine.contract.capabilities import HotSwaps as HotSwaps
 from nbpeft.engine.contract.capabilities import IsLowRank as IsLowRank
+from nbpeft.engine.contract.capabilities import MeasuresDelta as MeasuresDelta
+from nbpeft.engine.contract.capabilities import MergesInPlace as MergesInPlace
+from nbpeft.engine.contract.capabilities import NotConvertible as NotConvertible
 from nbpeft.engine.contract.capabilities import Pads as Pads
+from nbpeft.engine.contract.capabilities import QuantizationAware as QuantizationAware
 from nbpeft.engine.contract.capabilities import ReplacesCall as ReplacesCall
 from nbpeft.engine.contract.capabilities import Rescales as Rescales
 from nbpeft.engine.contract.capabilities import ServesRows as ServesRows
@@ -44,7 +51,13 @@ from nbpeft.engine.contract.capabilities import ShowsModules as ShowsModules
 from nbpeft.engine.contract.capabilities import StartsInWeight as StartsInWeight
 from nbpeft.engine.contract.capabilities import TransformsInput as TransformsInput
 from nbpeft.engine.contract.capabilities import TransformsOutput as TransformsOutput
+from nbpeft.engine.contract.capabilities import Untargeted as Untargeted
 from nbpeft.engine.contract.capabilities import UsesAnother as UsesAnother
+from nbpeft.engine.contract.capabilities import inner_adapters_of as inner_adapters_of
+from nbpeft.engine.contract.capabilities import rounds as rounds
+from nbpeft.engine.contract.capabilities import size_of as size_of
+from nbpeft.engine.contract.capabilities import source_of as source_of
+from nbpeft.engine.contract.capabilities import swap_refusal as swap_refusal
 from nbpeft.engine.contract.field_types import check_types
 from nbpeft.engine.contract.peft_names import ADAPTER_PARTS as ADAPTER_PARTS
 from nbpeft.engine.contract.peft_names import PeftNames as PeftNames
@@ -441,23 +454,8 @@ class Adapter(Bindable):
     reads_weight: ClassVar[bool] = False
     """Whether ``delta_weight`` depends on its ``weight``; then each of several adapters needs the frozen weight."""
 
-    supports_fused_add: ClassVar[bool] = False
-    """Whether ``forward`` takes ``fused=True``: return ``base_output`` plus delta, which can be cheaper."""
-
-    is_quantization_aware: bool = False
-    """Whether the layer computes as if the adapter were merged into its quantized weight (``merged_twin``)."""
-
-    is_tied: ClassVar[bool] = False
-    """Whether it does not change the layer's weight as a whole (prompts, some rows of an embedding).
-
-    Such a layer does not count as targeted, and the method itself handles layers that share its weight.
-    """
-
     peft: ClassVar[PeftNames] = PeftNames()
     """PEFT's names for its parameters and attributes."""
-
-    peft_container: str = ""
-    """The module below the layer in which PEFT keeps the parameters; empty for the layer itself."""
 
     # What every method implements
 
@@ -558,44 +556,9 @@ class Adapter(Bindable):
         """Computes what to ADD to the layer's bias, (out,); None if the bias does not change."""
         return None
 
-    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
-        """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
-
-        Override it if that needs no second tensor of the weight's size.
-
-        Args:
-            weight: the canonical weight to change.
-            base: the layer.
-            scale: factor on the delta.
-        """
-        add_scaled_(weight, self.delta_weight(weight, base), scale)
-
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged, to complete the sentence "it cannot be merged into …"; empty if it can be."""
         return ""
-
-    def unconvertible_reason(self, base: BaseLayer) -> str:
-        """Why no product of two matrices can replace its delta, as part of a sentence; empty if one can."""
-        reason = self.unmergeable_reason(base)
-        if len(base.kind.weight_shape(base.module)) < 2:
-            return "its weight is a vector, which is no product of two matrices"
-        if not reason and int(getattr(base.module, "groups", 1)) > 1:
-            return "the weight of a convolution in groups is no product of two matrices"
-        return f"it cannot be merged into {reason}" if reason else ""
-
-    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
-        """Measures the change of the weight.
-
-        Args:
-            weight: the frozen canonical weight.
-            base: the layer.
-
-        Returns:
-            The Frobenius norm of the change, and how many singular directions hold most of it; None for the latter
-            where it is expensive to compute.
-        """
-        delta = self.delta_weight(weight, base)
-        return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32))), None
 
     @property
     def delta_rank(self) -> int | None:
@@ -613,10 +576,6 @@ class Adapter(Bindable):
         """
         own = self._parameters.items()
         return {key: value for key, value in own if value is not None and key not in self.peft.constants}
-
-    def swap_refusal(self) -> str:
-        """Why its tensors cannot be replaced by hot-swapping, as part of a sentence; empty if they can."""
-        return ""
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters so that it adds nothing."""
@@ -636,34 +595,11 @@ class Adapter(Bindable):
             values["scaling"] = float(values["scaling"])
         return values
 
-    def configure(self, config: Any, path: str) -> None:
-        """Applies another config of the method to this adapter; called after its tensors were replaced.
-
-        Args:
-            config: the new config.
-            path: of the layer.
-        """
-        values = self._config_values(config, path)
-        if isinstance(self, Rescales) and "scaling" in values:
-            self.rescale(values.pop("scaling"), trained=True)
-        self.bind(**values)
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the attributes that ``configure`` changes, so that a failed change can restore them."""
-        if isinstance(self, Rescales):
-            self.keep_scaling(change)
-        change.keep_attributes(self, *self.from_config)
-
     def extra_repr(self) -> str:
         """The shapes of its parameters, and the settings of ``from_config``."""
         shapes = {name: tuple(value.shape) for name, value in self._parameters.items() if value is not None}
         shown = {**shapes, **{name: getattr(self, name) for name in self.from_config}}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
-
-    @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The size (rank) of an adapter with these parameter shapes; None if the method has no such size."""
-        return None
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
@@ -684,10 +620,76 @@ class Adapter(Bindable):
             parameter.requires_grad_(requires_grad and name not in self.frozen_parameters)
         return self
 
-    source: Adapter | None = None
-    """The adapter of another layer whose tensors this one uses (``UsesAnother``)."""
 
-    @property
-    def inner_adapters(self) -> Mapping[str, Adapter]:
-        """Adapters that this one consists of, as submodules, by the names that PEFT's layers use for these parts."""
-        return {}
+def add_to_(adapter: Adapter, weight: Tensor, base: BaseLayer, scale: float) -> None:
+    """Adds ``scale * delta_weight(weight)`` of an adapter to a canonical weight in place.
+
+    Args:
+        adapter: the adapter.
+        weight: the canonical weight to change.
+        base: the layer.
+        scale: factor on the delta.
+    """
+    if isinstance(adapter, MergesInPlace):
+        adapter.add_to_(weight, base, scale)
+    else:
+        add_scaled_(weight, adapter.delta_weight(weight, base), scale)
+
+
+def unconvertible_reason(adapter: Adapter, base: BaseLayer) -> str:
+    """Why no product of two matrices can replace an adapter's delta, as part of a sentence; empty if one can.
+
+    Args:
+        adapter: the adapter.
+        base: the layer.
+    """
+    if isinstance(adapter, NotConvertible):
+        return adapter.unconvertible
+    if len(base.kind.weight_shape(base.module)) < 2:
+        return "its weight is a vector, which is no product of two matrices"
+    reason = adapter.unmergeable_reason(base)
+    if not reason and int(getattr(base.module, "groups", 1)) > 1:
+        return "the weight of a convolution in groups is no product of two matrices"
+    return f"it cannot be merged into {reason}" if reason else ""
+
+
+def norm_of_delta(adapter: Adapter, weight: Tensor, base: BaseLayer) -> float:
+    """The Frobenius norm of an adapter's change of the weight, which is computed for it.
+
+    Args:
+        adapter: the adapter.
+        weight: the frozen canonical weight.
+        base: the layer.
+    """
+    delta = adapter.delta_weight(weight, base)
+    return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32)))
+
+
+def configure(adapter: Adapter, config: Any, path: str) -> None:
+    """Applies another config of the method to an adapter; called after its tensors were replaced.
+
+    Args:
+        adapter: the adapter.
+        config: the new config.
+        path: of the layer.
+    """
+    values = adapter._config_values(config, path)
+    if isinstance(adapter, Rescales) and "scaling" in values:
+        adapter.rescale(values.pop("scaling"), trained=True)
+    adapter.bind(**values)
+    if isinstance(adapter, HotSwaps):
+        adapter.configure(config, path)
+
+
+def keep_settings(adapter: Adapter, change: Transaction) -> None:
+    """Records what ``configure`` changes on an adapter, so that a failed change can restore it.
+
+    Args:
+        adapter: the adapter.
+        change: the record.
+    """
+    if isinstance(adapter, Rescales):
+        adapter.keep_scaling(change)
+    change.keep_attributes(adapter, *adapter.from_config)
+    if isinstance(adapter, HotSwaps):
+        adapter.keep_settings(change)

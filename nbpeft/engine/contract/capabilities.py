@@ -4,6 +4,7 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
 
     TransformsInput, TransformsOutput   change the input or output of the base call, without a second matrix product
     ReplacesCall                        compute the layer's output without the base call
+    FusesAdd, MergesInPlace             add to the output or to the weight without a second tensor of that size
     Rescales                            have a factor that can be changed while loaded
     ChangesBase                         change the frozen layer when they are added to it
     Pads                                fit into larger tensors, so that a compiled model is not compiled again
@@ -13,6 +14,12 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
     HasFixedTensors                     have buffers that are saved
     StartsInWeight                      are initialised from a part of the weight
     UsesAnother                         use the tensors of the adapter on another layer
+    HasInnerAdapters                    consist of several adapters
+    Untargeted                          do not change the layer's weight as a whole
+    NotConvertible                      change what no LoRA on the layer can
+    MeasuresDelta                       know the size of their delta without computing it
+    HotSwaps                            have settings, a size or reasons that matter to hot-swapping
+    QuantizationAware                   may be trained against the rounding of merging
     ShowsModules                        offer submodules that PEFT's layers have and that can be called
     LearnsWithHooks                     run code in each training step besides backward (``training_hooks.py``)
 """
@@ -82,6 +89,24 @@ class TransformsOutput(ABC):
 
         Returns:
             A tensor with the shape and dtype of ``output``.
+        """
+
+
+class FusesAdd:
+    """Its ``forward`` takes ``fused=True`` and then returns ``base_output`` plus the delta, which can be cheaper."""
+
+
+class MergesInPlace(ABC):
+    """Adds its delta to a weight without a second tensor of the weight's size."""
+
+    @abstractmethod
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
+
+        Args:
+            weight: the canonical weight to change.
+            base: the layer.
+            scale: factor on the delta.
         """
 
 
@@ -290,8 +315,91 @@ class StartsInWeight(ABC):
         """
 
 
+class Untargeted:
+    """Does not change the layer's weight as a whole, as a prompt or trained rows of an embedding.
+
+    Such a layer does not count as targeted, and the method itself handles layers that share its weight.
+    """
+
+
+class NotConvertible:
+    """Cannot be converted to a LoRA on its layer.
+
+    Attributes:
+        unconvertible: why not, as part of a sentence.
+    """
+
+    unconvertible: ClassVar[str]
+
+
+class QuantizationAware:
+    """May be trained against the rounding of its quantized weight.
+
+    Attributes:
+        is_quantization_aware: whether it is: the layer then computes as if the adapter were merged.
+    """
+
+    is_quantization_aware: bool = False
+
+
+class MeasuresDelta(ABC):
+    """Knows the size of its delta without computing it."""
+
+    @abstractmethod
+    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+        """Measures the change of the weight.
+
+        Args:
+            weight: the frozen canonical weight.
+            base: the layer.
+
+        Returns:
+            The Frobenius norm of the change, and how many singular directions hold most of it; None for the latter
+            where it is expensive to compute.
+        """
+
+
+class HotSwaps:
+    """Has something that matters when the tensors and settings of another adapter replace its own."""
+
+    def swap_refusal(self) -> str:
+        """Why its tensors cannot be replaced, as part of a sentence; empty if they can."""
+        return ""
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
+        """The size (rank) of an adapter with these parameter shapes; None if the method has no such size."""
+        return None
+
+    def configure(self, config: Any, path: str) -> None:
+        """Applies another config of the method, after the settings of ``from_config`` and the tensors were replaced.
+
+        Args:
+            config: the new config.
+            path: of the layer.
+        """
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records what ``configure`` changes, so that a failed change can restore it."""
+
+
+class HasInnerAdapters:
+    """Consists of several adapters."""
+
+    @property
+    def inner_adapters(self) -> Mapping[str, Any]:
+        """The adapters, its submodules, by the names that PEFT's layers use for these parts."""
+        return {}
+
+
 class UsesAnother(ABC):
-    """Uses the tensors of the adapter on another layer, its ``source``, because the two layers share one weight."""
+    """Uses the tensors of the adapter on another layer, its ``source``, because the two layers share one weight.
+
+    Attributes:
+        source: the other adapter; None if this one has tensors of its own.
+    """
+
+    source: Any = None
 
     @abstractmethod
     def tie_to(self, source: Any) -> None:
@@ -370,3 +478,28 @@ def warn_not_called(module: nn.Module, stacklevel: int) -> None:
         "in calls of the model; put it on the layer",
         stacklevel=stacklevel,
     )
+
+
+def source_of(adapter: nn.Module) -> Any:
+    """The adapter of another layer whose tensors an adapter uses (``UsesAnother``); None if it has its own."""
+    return adapter.source if isinstance(adapter, UsesAnother) else None
+
+
+def inner_adapters_of(adapter: nn.Module) -> Mapping[str, Any]:
+    """The adapters that an adapter consists of (``HasInnerAdapters``), by name; empty if it has none."""
+    return adapter.inner_adapters if isinstance(adapter, HasInnerAdapters) else {}
+
+
+def swap_refusal(adapter: nn.Module) -> str:
+    """Why an adapter cannot be hot-swapped (``HotSwaps``), as part of a sentence; empty if it can."""
+    return adapter.swap_refusal() if isinstance(adapter, HotSwaps) else ""
+
+
+def size_of(adapter_class: type[nn.Module], shapes: Mapping[str, Shape]) -> int | None:
+    """The size (rank) of an adapter with some shapes (``HotSwaps``); None if it has no such size."""
+    return adapter_class.size_of(shapes) if issubclass(adapter_class, HotSwaps) else None
+
+
+def rounds(adapter: nn.Module) -> bool:
+    """Whether an adapter was trained against the rounding of its quantized weight (``QuantizationAware``)."""
+    return isinstance(adapter, QuantizationAware) and adapter.is_quantization_aware

@@ -6,9 +6,20 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nbpeft.engine.contract.capabilities import HasFixedTensors, ShowsModules, StartsInWeight, UsesAnother
+from nbpeft.engine.contract.capabilities import (
+    HasFixedTensors,
+    HasInnerAdapters,
+    HotSwaps,
+    MeasuresDelta,
+    MergesInPlace,
+    QuantizationAware,
+    ShowsModules,
+    StartsInWeight,
+    UsesAnother,
+)
 from nbpeft.errors import ConfigError, did_you_mean
 
+_HOME = HotSwaps.__module__
 _FIELDS = {
     **{name: f"files=FileFormat({name}=…)" for name in ("prefix", "pack", "unpack", "derived", "fuse", "parts")},
     **{name: f"files=FileFormat({name}=…)" for name in ("with_parts", "without_weight")},
@@ -42,10 +53,17 @@ _MEMBERS = {
     "takes_quantized": "kinds=OwnKinds(quantized=…) in register()",
     "has_tensors": "files=FileFormat(has_tensors=…) in register()",
     "constant_parameters": "peft = PeftNames(constants=…)",
+    "peft_container": "peft = PeftNames(container=…)",
+    "supports_fused_add": f"a class that derives from {_HOME}.FusesAdd, too",
+    "is_tied": f"a class that derives from {_HOME}.Untargeted, too",
+    "unconvertible_reason": f"a class that derives from {_HOME}.NotConvertible, too, and its attribute unconvertible",
 }
 """Former attribute of an adapter class -> its replacement."""
 
-_CAPABILITIES = (HasFixedTensors, ShowsModules, StartsInWeight, UsesAnother)
+_CAPABILITIES = (
+    *(HasFixedTensors, HasInnerAdapters, HotSwaps, MeasuresDelta, MergesInPlace),
+    *(QuantizationAware, ShowsModules, StartsInWeight, UsesAnother),
+)
 """What every adapter's class could override; the engine asks only those that derive from these classes."""
 
 

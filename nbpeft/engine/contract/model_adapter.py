@@ -24,13 +24,13 @@ from typing import Any, ClassVar, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, MeasuresDelta, TransformsOutput, Untargeted
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.errors import ConfigError
 
 
-class ModelAdapter(Adapter, TransformsOutput):
+class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwaps):
     """An adapter that changes calls of the whole model. Subclass it in ``methods/``.
 
     A subclass creates its modules in ``__init__``, from the config alone, with torch's default initial values;
@@ -43,7 +43,6 @@ class ModelAdapter(Adapter, TransformsOutput):
         state_count: number of key/value positions that it prepends to the cache of each layer.
     """
 
-    is_tied: ClassVar[bool] = True  # it does not change the embedding's weight, so tied weights need no attention
     peft: ClassVar[PeftNames] = PeftNames(shown_as="prompt_encoder")
     call_argument: ClassVar[str] = ""
     token_count: int = 0
@@ -154,7 +153,7 @@ class ModelAdapter(Adapter, TransformsOutput):
         return torch.zeros_like(weight)
 
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
-        """The norm of its parameters; see ``Adapter``."""
+        """The norm of its parameters; see ``MeasuresDelta``."""
         norms = [torch.linalg.vector_norm(parameter.detach().float()) for parameter in self.parameters()]
         return float(torch.stack(norms).norm()), None
 
@@ -163,7 +162,7 @@ class ModelAdapter(Adapter, TransformsOutput):
         return "the weights: it puts trained tokens in front of the input and changes no weight"
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped; see ``Adapter``."""
+        """Why it cannot be hot-swapped; see ``HotSwaps``."""
         return "is a prompt of the whole model; load the other one under another name and switch with set_adapter()"
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:

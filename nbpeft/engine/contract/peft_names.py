@@ -28,6 +28,7 @@ class PeftNames:
         lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …
         modules: further modules of PEFT's layers, besides those for ``wrapped``; see ``ShowsModules.peft_module``.
         constants: parameters that are neither saved nor read; they exist because PEFT counts them.
+        container: module below the layer in which PEFT keeps the parameters, if not on the layer itself.
         shown_as: attribute of a layer under which the submodules of adapters are found.
         model_functions: method of a model whose first adapter has such a config -> function of the model's manager and
             the arguments.
@@ -47,6 +48,7 @@ class PeftNames:
     lists: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    container: str = ""
     shown_as: str = ADAPTER_PARTS
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     model_attributes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, Pads, Rescales
+from nbpeft.engine.contract.adapter import Adapter, Pads, Rescales, keep_settings, source_of
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import HotSwapError
 
@@ -44,7 +44,8 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
         for adapter in layer.adapters._modules.values()
         if isinstance(adapter, Adapter)
     ]
-    tied = next((path for path, _, adapter in slots if adapter.source is not None and isinstance(adapter, Pads)), None)
+    pads = [(path, adapter) for path, _, adapter in slots if isinstance(adapter, Pads)]
+    tied = next((path for path, adapter in pads if source_of(adapter) is not None), None)
     if tied is not None:
         raise HotSwapError(f"{tied} uses the tensors of another layer (ensure_weight_tying): it cannot be swapped")
     if not slots:
@@ -67,7 +68,7 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
     with manager.transaction() as change, torch.no_grad():
         change.keep_data(parameter for parameter, _ in grown)
         for _, _, adapter in slots:
-            adapter.keep_settings(change)
+            keep_settings(adapter, change)
         put_larger(grown)
         for wide in padded:
             wide.mark_padded()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, Pads
+from nbpeft.engine.contract.adapter import Adapter, Pads, configure, keep_settings, size_of, swap_refusal
 from nbpeft.engine.hotswap.padding import put_larger
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -58,7 +58,7 @@ class Writes:
             )
         for path, layer in slot.items():
             adapter = layer.adapter(self.name)
-            refusal = adapter.swap_refusal()
+            refusal = swap_refusal(adapter)
             if refusal:
                 raise HotSwapError(f"{path}: adapter {self.name!r} {refusal}", path=path)
             self._adapters.append((path, adapter))
@@ -129,7 +129,7 @@ class Writes:
         larger: dict[nn.Parameter, Tensor] = {}
         parameters: dict[str, Any] = adapter._parameters
         pads = adapter if isinstance(adapter, Pads) else None
-        rank = adapter.size_of(shapes)
+        rank = size_of(type(adapter), shapes)
         if pads is not None and rank is not None:
             room = pads.room
             if rank > room and not self.grow:
@@ -221,7 +221,7 @@ class Writes:
         change.keep_values([*self._zeros, *self._targets])
         change.keep_data(parameter for parameter, _ in self._larger)
         for _, adapter in self._adapters:
-            adapter.keep_settings(change)
+            keep_settings(adapter, change)
         if self._zeros:
             torch._foreach_zero_(self._zeros)
         if self._targets:
@@ -230,7 +230,7 @@ class Writes:
         for pads in self._padded:
             pads.mark_padded()
         for path, adapter in self._adapters:
-            adapter.configure(self.config, path)
+            configure(adapter, self.config, path)
         for adapter, layer in self._reset:
             adapter.reset_(layer.base)
 

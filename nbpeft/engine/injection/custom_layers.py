@@ -22,7 +22,7 @@ from nbpeft.engine.changes.active_state import ActiveState
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.layers_config import LayerByLayer
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.kernels.storage import StoredWeight
@@ -217,7 +217,7 @@ def kind_and_backend(module: nn.Module) -> tuple[LayerKind, Backend]:
     return (_OPAQUE_KIND, _OPAQUE_WEIGHTS) if kind is None or backend is None else (kind, backend)
 
 
-class CustomAdapter(Adapter, Rescales):
+class CustomAdapter(Adapter, Rescales, HotSwaps):
     """The entries of one adapter in the mappings of a custom layer.
 
     Args:

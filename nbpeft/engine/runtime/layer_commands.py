@@ -15,7 +15,7 @@ from nbpeft.engine.calls.model_calls import take_hooks
 from nbpeft.engine.changes.active_state import ActiveState, LayerState
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, source_of
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.injection.build import build, commit, hook_in
 from nbpeft.engine.runtime.adapter_tensors import is_half
@@ -286,7 +286,9 @@ class LayerCommands:
             raise ConfigError(f"adapter {name!r} is {method_of(current).label}, not {method_of(config).label}")
         others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
         present: Any = layer.adapters._modules.get(name)
-        if present is not None and (present.source is not None or any(other.source is present for other in others)):
+        if present is not None and (
+            source_of(present) is not None or any(source_of(other) is present for other in others)
+        ):
             raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: add it anew instead")
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
@@ -359,7 +361,7 @@ class LayerCommands:
             others: dict[str, Adapter] = {
                 path: adapted for path, adapted in held.items() if adapted is not None and adapted is not removed
             }
-            user = next((path for path, other in others.items() if other.source is removed), None)
+            user = next((path for path, other in others.items() if source_of(other) is removed), None)
             if user is not None:
                 raise AdapterError(
                     f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"

@@ -14,7 +14,7 @@ from torch import nn
 
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.contract.adapter import Adapter, source_of
 from nbpeft.engine.tree.model_tree import TIED, bare_modules, base_model_of, embedding_of, sharing_embedding
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import MergeError, few
@@ -93,7 +93,7 @@ def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, flo
         adapters: (adapter, factor on its delta).
     """
     return tuple(
-        (id(member.source or member), scale * float(getattr(member, "scaling", 1.0))) for member, scale in adapters
+        (id(source_of(member) or member), scale * float(getattr(member, "scaling", 1.0))) for member, scale in adapters
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.capabilities import ShowsModules, warn_not_called
+from nbpeft.engine.contract.capabilities import ShowsModules, inner_adapters_of, warn_not_called
 from nbpeft.engine.contract.registry import Method
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.views.layer_attributes import by_name
@@ -187,14 +187,15 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     listed, _, number = own.partition(".")
     if listed in adapter.peft.lists:
         return f"{listed}.{name}.{number}"
-    if listed in adapter.inner_adapters:
-        return shown_name(adapter.inner_adapters[listed], number, listed)
+    inner = inner_adapters_of(adapter)
+    if listed in inner:
+        return shown_name(inner[listed], number, listed)
     if "." in own:  # of a module inside the adapter
         return f"{adapter.peft.shown_as}.{name}.{own}"
     for wrapped in (own, own.removesuffix("_bias")):
         if wrapped in adapter.peft.wrapped:
             return f"{wrapped}.{name}.{adapter.peft.names_in_modules.get(own, 'weight') if wrapped == own else 'bias'}"
-    return ".".join(filter(None, (adapter.peft_container, own, name)))
+    return ".".join(filter(None, (adapter.peft.container, own, name)))
 
 
 class Observed(nn.Module):
@@ -412,7 +413,7 @@ class Remainder(_FollowsMode):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        inner, own = adapter.inner_adapters, adapter._modules
+        inner, own = inner_adapters_of(adapter), adapter._modules
         shown = {name: module for name, module in own.items() if name not in inner} if inner else own
         self.__dict__.update(adapter=adapter, _modules=shown)
 
@@ -432,7 +433,9 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
         The adapters that are shown now.
     """
     present = dict(live)  # a copy, because iterating over a model takes no lock
-    adapters = {inner: one for adapter in present.values() for inner, one in adapter.inner_adapters.items()} | present
+    adapters = {
+        inner: one for adapter in present.values() for inner, one in inner_adapters_of(adapter).items()
+    } | present
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
@@ -444,7 +447,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
         for own in list(adapter._parameters):
             listed = own.partition(".")[0] in adapter.peft.lists
             if not listed and own.removesuffix("_bias") not in adapter.peft.wrapped:
-                parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
+                parameters.setdefault((adapter.peft.container, own), {})[name] = (adapter, own)
     used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))
@@ -485,7 +488,7 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in list(adapter._parameters):
         if own in adapter.peft.wrapped:
             yield own, partial(_leaf, adapter, own, base)
-    if adapter._modules.keys() - adapter.inner_adapters.keys():
+    if adapter._modules.keys() - inner_adapters_of(adapter).keys():
         yield adapter.peft.shown_as, partial(Remainder, adapter)
 
 

@@ -15,11 +15,15 @@ from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import (
     Adapter,
+    FusesAdd,
     ReplacesCall,
     ServesRows,
     StartsInWeight,
     TransformsInput,
     TransformsOutput,
+    add_to_,
+    rounds,
+    source_of,
 )
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.contract.model_adapter import learns_prompt
@@ -191,9 +195,9 @@ class AdaptedLayer(Wrapper):
             return self._mixed(x, output, active, active.rows)
         if isinstance(alone, TransformsOutput):
             return alone.transform_output(output, self._base_in(active, active.names[0]))
-        if alone is not None and alone.supports_fused_add:
-            fused: Tensor = alone(x, output, self._base_in(active, active.names[0]), True)
-            return fused
+        if isinstance(alone, FusesAdd):
+            adapter: Any = alone
+            return adapter(x, output, self._base_in(active, active.names[0]), True)  # type: ignore[no-any-return]
         return self._with_deltas(x, output, active)
 
     def _alone(self, active: ActiveAdapters) -> Any:
@@ -207,7 +211,7 @@ class AdaptedLayer(Wrapper):
         if self.backend.name == "dense":
             return False
         adapters: Any = self.adapters._modules
-        return any(name in adapters and adapters[name].is_quantization_aware for name in names)
+        return any(name in adapters and rounds(adapters[name]) for name in names)
 
     def _rounded(self, x: Tensor, active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if active.rows is not None:
@@ -322,9 +326,9 @@ class AdaptedLayer(Wrapper):
         scale = rows.scales[rows.names.index(name)]
         if scale == 1.0 and isinstance(adapter, TransformsOutput) and not isinstance(adapter, TransformsInput):
             return adapter.transform_output(output, base)
-        if scale == 1.0 and adapter.supports_fused_add:
-            fused: Tensor = adapter(x, output, base, True)
-            return fused
+        if scale == 1.0 and isinstance(adapter, FusesAdd):
+            fusing: Any = adapter
+            return fusing(x, output, base, True)  # type: ignore[no-any-return]
         return add_delta(output, adapter(x, output, base) * scale)
 
     def adapter(self, name: str) -> Adapter:
@@ -475,7 +479,8 @@ class AdaptedLayer(Wrapper):
 
     def _merged_through_tied_layer(self, adapter: Adapter) -> bool:
         """Whether merging on the layer of the adapter that this one is tied to changes this layer's weight too."""
-        owner = None if adapter.source is None else self._layer_with([adapter.source])
+        source = source_of(adapter)
+        owner = None if source is None else self._layer_with([source])
         if owner is None:
             return False
         return owner.weight_module._parameters.get("weight") is self.weight_module._parameters.get("weight")
@@ -554,8 +559,8 @@ class AdaptedLayer(Wrapper):
     def _shown_where_tied(self, name: str) -> nn.Module | None:
         """What the layer shows under a name to whose adapters those of this layer are tied; None if it has none."""
         here: Any = self.adapters._modules.values()
-        sources = [adapter.source for adapter in here if adapter.source is not None]
-        if not any(name in (source.peft_container, *source._parameters) for source in sources):
+        sources = [source for adapter in here if (source := source_of(adapter)) is not None]
+        if not any(name in (source.peft.container, *source._parameters) for source in sources):
             return None
         owner = self._layer_with(sources)
         if owner is None:
@@ -712,7 +717,7 @@ def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter
     """
     if len(adapters) == 1 or not any(adapter.reads_weight for adapter, _ in adapters):
         for adapter, scale in adapters:
-            adapter.add_to_(weight, base, scale)
+            add_to_(adapter, weight, base, scale)
         return
     frozen = weight.clone()
     for adapter, scale in adapters:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.contract.adapter import Adapter, MeasuresDelta, norm_of_delta
+from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError
 from nbpeft.model.analysis.intruders import count_intruders
@@ -50,9 +52,15 @@ def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
             weight = layer.base.weight()
             if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
                 raise AdapterError(f"adapter {name!r} has non-finite parameters at {path}", path=path)
-            norm, directions = layer.adapter(name).delta_size(weight, layer.base)
+            norm, directions = _size_of_delta(layer.adapter(name), weight, layer.base)
             size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
             yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
+
+
+def _size_of_delta(adapter: Adapter, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+    if isinstance(adapter, MeasuresDelta):
+        return adapter.delta_size(weight, base)
+    return norm_of_delta(adapter, weight, base), None
 
 
 def _with_intruders(manager: AdapterManager, name: str, found: tuple[LayerChange, ...]) -> tuple[LayerChange, ...]:

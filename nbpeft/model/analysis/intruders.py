@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
+from nbpeft.engine.contract.adapter import source_of
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
@@ -114,7 +115,7 @@ def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, Adapted
         raise AdapterError("The provided model is not using LoRA and is therefore not supported.")
     adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
     layers = {path: layer for path, layer in adapted.items() if isinstance(layer.adapter(name), LowRankAdapter)}
-    tied = next((path for path, layer in layers.items() if layer.adapter(name).source is not None), None)
+    tied = next((path for path, layer in layers.items() if source_of(layer.adapter(name)) is not None), None)
     if tied is not None:
         raise AdapterError(
             f"adapter {name!r} has one pair of factors on {tied} and the embedding (ensure_weight_tying), whose "

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
-from nbpeft.engine.contract.adapter import AdapterConfig, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.contract.adapter import AdapterConfig, ServesRows, TransformsInput, TransformsOutput, swap_refusal
 from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import NbpeftError
@@ -73,7 +73,7 @@ def facts_of_method(method: Method) -> MethodFacts | None:
     return MethodFacts(
         merges=not adapter.unmergeable_reason(layer.base),
         swaps=whole
-        and not adapter.swap_refusal()
+        and not swap_refusal(adapter)
         and not config.initialised_from_weight
         and not (shared and shared.is_saved(config)),
         quantized=method.kinds.quantized,

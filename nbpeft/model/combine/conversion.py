@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft._util.interrupts import check_interrupt
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterWeights, unconvertible_reason
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.registry import method_of, method_of_adapter
 from nbpeft.engine.injection.plan import InjectionPlan
@@ -190,7 +190,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
         method = method_of_adapter(adapter)
         if method is not None and method.shares.companion is not None and method is not method_of(config):
             continue  # a LoRA config can request the same companion, so it is copied as it is
-        reason = adapter.unconvertible_reason(layer.base)
+        reason = unconvertible_reason(adapter, layer.base)
         if reason:
             raise ConversionError(
                 f"Some module types on this model do not support LoRA conversion: {path}: {reason}", path=path

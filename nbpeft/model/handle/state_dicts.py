@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother
+from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -160,7 +160,7 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
     adapters = {path: manager.layers[path].adapter(name) for path in given}
     paths = {id(adapter): path for path, adapter in adapters.items()}
     for path, adapter in adapters.items():
-        source = paths.get(id(adapter.source)) if adapter.source is not None else None
+        source = paths.get(id(source_of(adapter)))
         if source is not None and isinstance(adapter, UsesAnother) and adapter.differs(given[path], given[source]):
             raise CheckpointError(
                 f"the state dict has other tensors for {path} than for {source}, which share one pair in adapter "

@@ -77,7 +77,7 @@ def _bare(model: nn.Module, manager: AdapterManager) -> bool:
 
 def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStatus:
     adapters = {own: layer.adapter(own) for own in layer.adapters}
-    containers = {adapter.peft_container for adapter in adapters.values()}
+    containers = {adapter.peft.container for adapter in adapters.values()}
     return LayerStatus(
         name=".".join(filter(None, (name, containers.pop() if len(containers) == 1 else ""))),
         module_type=layer.adapted_as,

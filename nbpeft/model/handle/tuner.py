@@ -14,7 +14,7 @@ from nbpeft._util import hooks
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.targets import usual_model_types
-from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.adapter import AdapterConfig, Untargeted
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
 from nbpeft.engine.contract.shared_state import Together
 from nbpeft.engine.runtime.adapter_tensors import parameter_paths
@@ -164,7 +164,7 @@ class BaseTuner(nn.Module):
             path
             for name in self.manager.names
             for path, layer in layers
-            if path not in bare and name in layer.adapters and not layer.adapter(name).is_tied
+            if path not in bare and name in layer.adapters and not isinstance(layer.adapter(name), Untargeted)
         ]
         return list(dict.fromkeys(targeted))
 

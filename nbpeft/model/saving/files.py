@@ -25,7 +25,9 @@ from nbpeft.engine.contract.adapter import (
     HasFixedTensors,
     StartsInWeight,
     TakenOver,
+    Untargeted,
     UsesAnother,
+    source_of,
 )
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
@@ -677,7 +679,7 @@ def _picked(
             for k in weights.adapters[path]
         }
         for path, adapter in adapters.items()
-        if adapter.source is None
+        if source_of(adapter) is None
     }
     return AdapterWeights(
         {
@@ -708,7 +710,9 @@ def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
     """Returns paths of embeddings and output heads, recognized by name, whose weight an adapter changes."""
     layers = {path: layer for path, layer in manager.layers.items() if path.rpartition(".")[2] in _EMBEDDING_NAMES}
     return [
-        path for path, layer in layers.items() if name in layer.adapters._modules and not layer.adapter(name).is_tied
+        path
+        for path, layer in layers.items()
+        if name in layer.adapters._modules and not isinstance(layer.adapter(name), Untargeted)
     ]
 
 

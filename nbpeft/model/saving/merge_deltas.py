@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, source_of
 from nbpeft.engine.contract.base import BaseLayer, offloading
 from nbpeft.engine.contract.registry import backend_named, layer_kind_named
 from nbpeft.engine.injection.build import shared_state
@@ -55,7 +55,7 @@ class LayerDelta:
     @property
     def device(self) -> torch.device:
         """Device of the adapters' tensors, or of the layer if they have none; the CPU instead of the meta device."""
-        owners = [adapter.source or adapter for adapter, _ in self.adapters]
+        owners = [source_of(adapter) or adapter for adapter, _ in self.adapters]
         first = next((tensor for own in owners for tensor in itertools.chain(own.parameters(), own.buffers())), None)
         device = self.base.device if first is None else first.device
         return torch.device("cpu") if device.type == "meta" else device

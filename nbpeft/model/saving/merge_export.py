@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.checkpoint import NewFile, TensorSpec
 from nbpeft.engine.config.adapter_names import names_in
+from nbpeft.engine.contract.adapter import rounds
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import is_quantized, manager_of
 from nbpeft.errors import AdapterError, ConfigError, MergeError
@@ -182,7 +183,7 @@ def merge_to_folder(
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes!r}; expected a whole number of bytes")
     plan = _of_folder(model, adapter, base) if isinstance(model, str | os.PathLike) else _of_model(model, adapter, base)
     deltas, weights = plan.deltas, plan.weights
-    if any(adapter.is_quantization_aware for delta in deltas.layers.values() for adapter, _ in delta.adapters):
+    if any(rounds(adapter) for delta in deltas.layers.values() for adapter, _ in delta.adapters):
         warnings.warn(
             f"{' and '.join(map(repr, deltas.names))} learned with quantized weights rounded with what it adds; "
             "a copy in full precision has all of that: merge_adapter() on the quantized model changes nothing",

@@ -18,7 +18,7 @@ import torch
 
 from nbpeft import checkpoint
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Untargeted
 from nbpeft.engine.contract.registry import backend_named, method_of
 from nbpeft.engine.injection.build import adapter_dtype
 from nbpeft.engine.injection.plan import InjectionPlan
@@ -181,7 +181,7 @@ class AdapterReader:
             raise AdapterError(f"adapter {name!r} starts in a part of the base weights: load it by itself")
         if method_of(plan.config).transforms_calls:
             raise AdapterError(f"adapter {name!r} acts on whole calls ({plan.method}): load it by itself")
-        if any(target.adapter_class.is_tied for target in plan.targets):
+        if any(issubclass(target.adapter_class, Untargeted) for target in plan.targets):
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
             )

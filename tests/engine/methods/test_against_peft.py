@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import nbpeft
+from nbpeft.engine.contract.adapter import swap_refusal
 from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.errors import HotSwapError, MergeError, NbpeftError
 from nbpeft.memory import forecast
@@ -455,7 +456,7 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
     saved = model.manager.weights("default")
     layers = {path: layer.adapter("default") for path, layer in model.manager.layers.items()}
     fixed = any(named.keys() - layers[path]._parameters.keys() for path, named in saved.adapters.items())
-    refusal = next(iter(layers.values())).swap_refusal()
+    refusal = swap_refusal(next(iter(layers.values())))
     assert not refusal.startswith("it "), "its subject is the adapter"
     if config.initialised_from_weight:
         with pytest.raises(HotSwapError, match="starts in a part of the base weights"):

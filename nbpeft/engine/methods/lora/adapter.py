@@ -13,11 +13,16 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterSite,
     ChangesBase,
+    HotSwaps,
+    MeasuresDelta,
     Pads,
+    QuantizationAware,
     Rescales,
     ShowsModules,
     StartsInWeight,
     TakenOver,
+    norm_of_delta,
+    source_of,
 )
 from nbpeft.engine.contract.base import BaseLayer, Composite, LayerKind
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -51,7 +56,7 @@ def reset_factors(adapted: AdaptedLayer, adapter_name: str, init_lora_weights: b
         ConfigError: the adapter is, or would be, initialized from the weight.
     """
     layer, adapter = adapted.base, adapted._named().get(adapter_name)
-    if init_lora_weights is False or not isinstance(adapter, LowRankAdapter) or adapter.source is not None:
+    if init_lora_weights is False or not isinstance(adapter, LowRankAdapter) or source_of(adapter) is not None:
         return
     config = LoraConfig(r=adapter.rank, init_lora_weights=init_lora_weights)
     check_init(config, "the layer", layer.module, layer.kind)
@@ -94,7 +99,9 @@ def update_layer(
     adapted._commands().remake(adapted, adapter_name, here)
 
 
-class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsInWeight):
+class LowRankAdapter(
+    Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsInWeight, QuantizationAware, MeasuresDelta, HotSwaps
+):
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
     Args:
@@ -268,7 +275,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         """Computes the norm of the change from the factors, without building their product; see ``Adapter``."""
         if self.reads_weight or weight.ndim != 2:
-            return super().delta_size(weight, base)
+            return norm_of_delta(self, weight, base), None
         lora_A, lora_B = map(widened, self.detached_factors)
         core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
         energies = torch.linalg.svdvals(core * float(self.scaling)).square()
@@ -413,6 +420,5 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsI
         return "" if self.initial is None else "started in a part of the base weights"
 
     def keep_settings(self, change: Transaction) -> None:
-        """Also records padding; see ``Adapter``."""
-        super().keep_settings(change)
+        """Records padding; see ``HotSwaps``."""
         change.keep_attributes(self, "padded")

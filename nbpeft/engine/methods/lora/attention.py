@@ -68,8 +68,10 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         return _OUT_PROJ_TIMES if self.low_rank.kind.is_linear else 1.0
 
     def configure(self, config: Any, path: str) -> None:
-        """Sets the scaling from a config; see ``Adapter``."""
-        super().configure(config, _attention_path(path, self.low_rank.kind))
+        """Sets the scaling of the attention module, whose path the patterns of a config mean; see ``HotSwaps``."""
+        place = _attention_path(path, self.low_rank.kind)
+        self.rescale(config.scaling_at(place), trained=True)
+        self.bind(alpha=config.alpha_at(place))
 
     @property
     def computes_by_parts(self) -> bool:

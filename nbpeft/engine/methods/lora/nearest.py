@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.contract.adapter import Adapter, ConvertsToLora
+from nbpeft.engine.contract.adapter import Adapter, ConvertsToLora, source_of
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.combining.config import rank_patterns
@@ -93,7 +93,7 @@ def nearest_factors(adapter: Adapter, base: BaseLayer, rank: int | float, path: 
     size = rank if isinstance(rank, int) else count
     name_A, name_B = low_rank.factor_names
     shape_A, shape_B = low_rank.shapes(base.module, size)
-    own = next((adapter.source or adapter).parameters(), None)  # None if its parameters are shared
+    own = next((source_of(adapter) or adapter).parameters(), None)  # None if its parameters are shared
     dtype = values.dtype if own is None else own.dtype
     lora_A = padded(right[:count], 0, size).to(dtype, copy=True).contiguous()
     lora_B = padded(left[:, :count] * (values[:count] * scale), 1, size).to(dtype).contiguous()

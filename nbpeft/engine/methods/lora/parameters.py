@@ -9,12 +9,12 @@ input of an expert's A, if the module is known to do nothing but multiply; PEFT,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import AdapterSite
+from nbpeft.engine.contract.adapter import AdapterSite, MergesInPlace, NotConvertible
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.kernels.numerics import fits
 from nbpeft.engine.layer_kinds.parameter import ParameterView
@@ -27,13 +27,14 @@ from nbpeft.engine.wrappers.parameter_layer import only_multiplies
 from nbpeft.errors import ConfigError
 
 
-class ParameterLoRA(LowRankAdapter, AdaptsParameters):
+class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConvertible):
     """A LoRA adapter on one parameter of 2 or 3 dimensions.
 
     Attributes:
         count: number of matrices in the parameter.
     """
 
+    unconvertible: ClassVar[str] = "bare parameters (target_parameters) have a LoRA of their own"
     count: int
     low_rank: LowRankParameter
 
@@ -102,10 +103,6 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         assert isinstance(view, ParameterView)
         dropout = self.dropout if self.training else 0.0
         return (Product(*self.low_rank.factors(view, *self.trained_factors), self.scaling, dropout),)
-
-    def unconvertible_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be converted to a LoRA on layers: it is always refused."""
-        return "bare parameters (target_parameters) have a LoRA of their own"
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
         """Adds ``scale * s * B A`` to the parameter in place, one expert at a time."""

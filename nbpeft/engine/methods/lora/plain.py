@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
+from nbpeft.engine.contract.adapter import AdapterSite, FusesAdd, IsLowRank, LowRankDelta, MergesInPlace, ServesRows
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.kernels.numerics import add_delta, compute_dtype, fits
+from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, compute_dtype, fits
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -26,7 +26,7 @@ _WHOLE_INPUT = Dropout(0.0, False)
 """The subtracted initial component gets no dropout, because it is part of the base weight."""
 
 
-class PlainLowRank(LowRankAdapter):
+class PlainLowRank(LowRankAdapter, MergesInPlace):
     """An adapter that adds the product of two factors, and the bias of B, to the output.
 
     Attributes:
@@ -156,7 +156,7 @@ class PlainLowRank(LowRankAdapter):
         """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""
         lora_A, lora_B = self.detached_factors
         if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
-            super().add_to_(weight, base, scale)
+            add_scaled_(weight, self.delta_weight(weight, base), scale)
             return
         factor = float(self.scaling) * scale
         if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
@@ -167,10 +167,8 @@ class PlainLowRank(LowRankAdapter):
             weight[rows] += (lora_B[rows] @ lora_A) * factor
 
 
-class LowRankProduct(PlainLowRank, ServesRows, IsLowRank):
+class LowRankProduct(PlainLowRank, ServesRows, IsLowRank, FusesAdd):
     """A product that is a low-rank change of the weight in every call."""
-
-    supports_fused_add: ClassVar[bool] = True
 
     @classmethod
     def mixed(

@@ -27,7 +27,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import suffixes
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
@@ -101,7 +101,7 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
     files=FileFormat(keys={name: f"{name}.weight" for name in (A, B, ROUTER)}),
     shares=SharedTensors(tied=_tied),
 )
-class Lily(Adapter, Rescales):
+class Lily(Adapter, Rescales, HotSwaps):
     """A, (r, in), the experts, (num_B · r, out), and the router, (num_B, r), that one layer uses."""
 
     peft: ClassVar[PeftNames] = PeftNames(

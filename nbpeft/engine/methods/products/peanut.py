@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat
@@ -106,7 +106,7 @@ def _activations() -> Any:
     },
     files=FileFormat(keys={FIRST: f"{FIRST}.weight", LAST: f"{LAST}.weight", **_HIDDEN}),
 )
-class Peanut(Adapter, ConvertsToLora, Rescales):
+class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     """The network of one layer."""
 
     reads_weight: ClassVar[bool] = True

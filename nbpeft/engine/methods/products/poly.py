@@ -25,7 +25,7 @@ from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, ShowsModules
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat
@@ -94,7 +94,7 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
     files=FileFormat(keys={ROUTER: f"{ROUTER}.{LOGITS}"}),
     calls=CallInputs(context=_tasks_of_rows, arguments=(TASK_IDS,)),
 )
-class Polytropon(Adapter, ConvertsToLora, ShowsModules):
+class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
     """The skills of one layer, A and B, and which of them each task uses.
 
     Attributes:

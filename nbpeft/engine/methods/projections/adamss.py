@@ -30,7 +30,15 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HasFixedTensors, LowRankDelta, Shape
+from nbpeft.engine.contract.adapter import (
+    Adapter,
+    AdapterSite,
+    ConvertsToLora,
+    HasFixedTensors,
+    HotSwaps,
+    LowRankDelta,
+    Shape,
+)
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_, skip
@@ -279,7 +287,7 @@ class SubspaceAllocator(Allocator):
     },
     shares=SharedTensors(state=SubspaceAllocator),
 )
-class Adamss(Adapter, ConvertsToLora, HasFixedTensors):
+class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
     """The subspaces of one layer.
 
     Attributes:

@@ -23,7 +23,7 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -94,7 +94,7 @@ class DeftConfig(LayersConfig):
         "qr": {"r": 3, "decomposition_method": "qr"},
     },
 )
-class Deft(Adapter, ConvertsToLora):
+class Deft(Adapter, ConvertsToLora, HotSwaps):
     """The directions of one layer, and what is put into them."""
 
     reads_weight: ClassVar[bool] = True
@@ -159,13 +159,11 @@ class Deft(Adapter, ConvertsToLora):
         self.bind(factor=_factor(config.alpha, self.rank))
 
     def configure(self, config: DeftConfig, path: str) -> None:
-        """Takes s of a config over, too; see ``Adapter``."""
-        super().configure(config, path)
+        """Sets s from a config; see ``HotSwaps``."""
         self.bind(factor=_factor(config.alpha, self.rank))
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records s, too; see ``Adapter``."""
-        super().keep_settings(change)
+        """Records s; see ``HotSwaps``."""
         change.keep_attributes(self, "factor")
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:

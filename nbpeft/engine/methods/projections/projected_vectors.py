@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.registry import method_of
@@ -86,7 +86,7 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-class ProjectedVectors(Adapter):
+class ProjectedVectors(Adapter, HotSwaps):
     """The two vectors of one layer: b, over its outputs, and d, between the projections.
 
     A subclass gives ``names``, those of b and d, and ``between``, the class of the projections.

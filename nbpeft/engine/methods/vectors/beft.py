@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, MergesInPlace, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -62,7 +62,7 @@ def _value_projections(model_type: str | None) -> list[str] | None:
     summary=lambda config: {"trains": "biases"},
     sample_configs={"bias": {}},
 )
-class Beft(Adapter, TransformsOutput):
+class Beft(Adapter, TransformsOutput, MergesInPlace):
     """The change of the bias of one layer, (1, out)."""
 
     peft: ClassVar[PeftNames] = PeftNames("beft_bias")

@@ -23,7 +23,19 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import checked_names
 from nbpeft.engine.config.targets import matches_segment_names, no_match
-from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterSite, PeftType, UsesAnother
+from nbpeft.engine.contract.adapter import (
+    Adapter,
+    AdapterConfig,
+    AdapterSite,
+    FusesAdd,
+    HotSwaps,
+    MergesInPlace,
+    NotConvertible,
+    PeftType,
+    Untargeted,
+    UsesAnother,
+    source_of,
+)
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.bindable import parameter_of
 from nbpeft.engine.contract.combination import Member
@@ -125,7 +137,7 @@ class _Companion:
         for path, members in parts.items():
             rows: list[Any] = [(member.adapter, member.scale * weight) for member, weight in members]
             tensors[path] = {}
-            if all(adapter.source is not None for adapter, _ in rows):
+            if all(source_of(adapter) is not None for adapter, _ in rows):
                 continue  # a head that follows the embedding
             tokens[path] = list(dict.fromkeys(token for adapter, _ in rows for token in adapter.token_list))
             base = members[0][0].base
@@ -136,6 +148,19 @@ class _Companion:
                 total[places] += (adapter.rows - adapter.frozen_rows.to(total.dtype)) * factor
             tensors[path] = {ROWS: total}
         return tokens, tensors
+
+
+_NAMES = PeftNames(
+    "trainable_tokens_delta",
+    "token_indices trainable_tokens_original",
+    layer="TrainableTokensLayer",
+    attributes={
+        "token_indices": "token_list",
+        "trainable_tokens_original": "frozen_rows",
+    },
+)
+_REQUESTED = replace(_NAMES, container="token_adapter")
+"""The names of rows that the config of another method requests."""
 
 
 @register(
@@ -150,25 +175,18 @@ class _Companion:
     files=FileFormat(prefix="trainable_tokens_"),
     kinds=OwnKinds(quantized=False),
 )
-class TrainableTokens(Adapter, UsesAnother):
+class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd, MergesInPlace, HotSwaps):
     """Trained rows of one embedding or of the head that shares its weight.
 
     Attributes:
         source: the adapter that has the rows, where this one is tied to it.
     """
 
-    supports_fused_add: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
-    is_tied: ClassVar[bool] = True
-    peft: ClassVar[PeftNames] = PeftNames(
-        "trainable_tokens_delta",
-        "token_indices trainable_tokens_original",
-        layer="TrainableTokensLayer",
-        attributes={
-            "token_indices": "token_list",
-            "trainable_tokens_original": "frozen_rows",
-        },
+    unconvertible: ClassVar[str] = (
+        "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
     )
+    peft: PeftNames = _NAMES  # type: ignore[misc]
 
     tokens: Tensor
     sorted_indices: Tensor
@@ -200,14 +218,17 @@ class TrainableTokens(Adapter, UsesAnother):
         ordered, order = rows.sort()
         for name, tensor in (("tokens", rows), ("sorted_indices", ordered), ("order", order)):
             self.register_buffer(name, tensor, persistent=False)
-        container = "token_adapter" if config.companion else ""
-        self.bind(source=None, _indices=config.indices, own_base=site.base, peft_container=container)
+        self.bind(source=None, _indices=config.indices, own_base=site.base)
+        if config.companion:
+            self.bind(peft=_REQUESTED)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         buffers = state["_buffers"]
         if "token_indices" in buffers:  # pickled by nbpeft 0.2
             buffers["tokens"] = buffers.pop("token_indices")
             state["_non_persistent_buffers_set"].add("tokens")
+        if state.pop("peft_container", ""):
+            state["peft"] = _REQUESTED
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def tie_to(self, source: Adapter) -> None:
@@ -232,10 +253,6 @@ class TrainableTokens(Adapter, UsesAnother):
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped: its rows belong to its tokens."""
         return "trains rows of embeddings (trainable_token_indices)"
-
-    def unconvertible_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be converted to a LoRA."""
-        return "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes the change of the output where a trained token is.

@@ -27,6 +27,7 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterSite,
     AdapterWeights,
+    HotSwaps,
     IsLowRank,
     LowRankDelta,
     PeftType,
@@ -357,7 +358,7 @@ def _distance(matrix: Tensor) -> Tensor:
     files=FileFormat(prefix="lora_"),
     shares=SharedTensors(state=RankAllocator),
 )
-class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
+class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     """The three factors of one layer.
 
     Attributes:
@@ -508,14 +509,12 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules):
         return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
 
     def configure(self, config: AdaLoraConfig, path: str) -> None:
-        """Also sets ranks and schedule from a config; see ``Adapter``."""
-        super().configure(config, path)
+        """Sets ranks and schedule from a config; see ``HotSwaps``."""
         self.bind(flags_of_places=_places(config, path, self.rank) or self.flags_of_places)
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Also records ranks and schedule; see ``Adapter``."""
-        super().keep_settings(change)
+        """Records ranks and schedule; see ``HotSwaps``."""
         change.keep_attributes(self, "flags_of_places")
         change.keep_attributes(self.allocator, "config")
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import AdapterWeights, TaskType
+from nbpeft.engine.contract.adapter import AdapterWeights, FusesAdd, TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.method_records import CallInputs
@@ -125,10 +125,8 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
     calls=CallInputs(context=_invoked, arguments=(_OFFSETS,)),
     **{**FAMILY, "combine": _CombineInvoked(), "files": replace(FILES, without_weight=_no_plain_lora)},
 )
-class ALoRA(PlainLowRank):
+class ALoRA(PlainLowRank, FusesAdd):
     """An aLoRA adapter on one layer."""
-
-    supports_fused_add: ClassVar[bool] = True
 
     @classmethod
     def parameter_shapes(

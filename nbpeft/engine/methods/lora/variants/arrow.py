@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, IsLowRank
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, IsLowRank
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -79,7 +79,7 @@ def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[
         "combine": None,
     },
 )
-class Arrow(Adapter):
+class Arrow(Adapter, HotSwaps):
     """The router of one linear layer.
 
     Attributes:
@@ -198,13 +198,11 @@ class Arrow(Adapter):
         return "routes over other adapters and has no tensors of its own"
 
     def configure(self, config: LoraConfig, path: str) -> None:
-        """Also clears the cache; see ``Adapter``."""
-        super().configure(config, path)
+        """Clears the cache; see ``HotSwaps``."""
         self.bind(_kept=None)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Also records the cache; see ``Adapter``."""
-        super().keep_settings(change)
+        """Records the cache; see ``HotSwaps``."""
         change.keep_attributes(self, "_kept")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, SharedSite, SharedState
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HasInnerAdapters, HotSwaps, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -269,7 +269,7 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     calls=CallInputs(context=lambda config, args, kwargs: None, generation=_without_cache),
     files=FileFormat(has_tensors=False, pack=_packed, unpack=_unpacked, parts=_parts, with_parts=with_parts),
 )
-class XLoraLayer(Adapter):
+class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
     """The adapters of one layer, by index.
 
     Attributes:
@@ -323,7 +323,7 @@ class XLoraLayer(Adapter):
 
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by index; see ``Adapter``."""
+        """The adapters by index; see ``HasInnerAdapters``."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
