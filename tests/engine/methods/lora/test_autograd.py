@@ -243,5 +243,8 @@ def test_other_dtypes_trained_layers_and_autocast_take_the_layer_by_itself() -> 
     assert adapted_linear(x.bfloat16(), weight.bfloat16(), None, (lora_A, lora_B, 1.0), NONE) is None
     assert adapted_linear(x, weight.clone().requires_grad_(), None, (lora_A, lora_B, 1.0), NONE) is None
     assert adapted_linear(x, weight, torch.zeros(6, requires_grad=True), (lora_A, lora_B, 1.0), NONE) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), Dropout(1.0, True)) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), Dropout(1.0, False)) is not None
+    assert adapted_linear(x, weight.double(), None, (lora_A, lora_B, 1.0), NONE) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), NONE) is None
