@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import nbpeft
 from nbpeft.engine.hotswap import prepare_for_hotswap
+from nbpeft.engine.peft_names.peft_layer_api import shared_by_name
 from nbpeft.errors import AdapterError, BaseMismatchError, MergeError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, ModulesToSaveWrapper, get_peft_model
 
@@ -302,3 +303,31 @@ def test_a_parameter_that_an_adapter_lacks_cannot_be_written(name: str) -> None:
     with pytest.raises(AdapterError, match=f"no adapter '{key}'"):
         getattr(layer, name)[key] = nn.Parameter(torch.zeros(2, 4)) if "embedding" in name else nn.Linear(4, 2)
     assert list(layer.lora_A) == ["default"] and not layer.lora_embedding_A
+
+
+class Shared(nn.Module):
+    """The state that layers of one adapter share."""
+
+    named_first: tuple[str, ...] = ()
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.trained = nn.Parameter(torch.tensor([value]))
+        self.register_buffer("drawn", torch.tensor([value]))
+        self.part = nn.BatchNorm1d(1)
+
+
+def test_what_layers_share_is_found_by_the_name_of_a_parameter_or_a_buffer() -> None:
+    states = {"one": Shared(1.0), "other": Shared(2.0), "without": nn.Module()}
+    states["without"].named_first = ()
+    for name in ("trained", "drawn"):
+        view = shared_by_name(states, name)
+        assert view is not None and dict(view) == {key: getattr(states[key], name) for key in ("one", "other")}
+    assert shared_by_name(states, "training") is None and shared_by_name(states, "part") is None
+    view = shared_by_name(states, "drawn")
+    assert view is not None
+    view["one"] = torch.tensor([3.0])
+    assert states["one"].drawn.tolist() == [3.0] and states["other"].drawn.tolist() == [2.0]
+    states["one"].named_first = ("part",)
+    of_modules = shared_by_name(states, "part")
+    assert of_modules is not None and set(of_modules) == {"running_mean", "running_var", "num_batches_tracked"}

@@ -307,6 +307,10 @@ def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 3})
     assert (second.state.first_step, second.state.step, second.steps) == (0, 3, 3)
     assert "continues from the weights after step 5 of run sql-1, with a new schedule" in str(second)
+    settings = {record.path: record.settings for record in session.runs().records}
+    own = settings[second.state.folder]
+    assert (own["starts from"], own["rows"]) == ("the weights after step 5 of run sql-1", len(rows()))
+    assert "starts from" not in settings[first.state.folder]
     assert "after step 8 of run" in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
     session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
     assert "goes on" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))

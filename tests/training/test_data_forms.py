@@ -115,6 +115,10 @@ def test_a_bad_row_is_named_with_what_is_wrong(row: Any, message: str) -> None:
         ([{"role": 3, "content": "a"}], "Row 1: message 0 of 'messages': 'role' is an int, not the name of a role."),
         ([USER, {"role": "assistant"}], "message 1 of 'messages' has no 'content' (or 'value'); it has 'role'."),
         ([{"role": "user", "content": None}, REPLY], "message 0 of 'messages' has no text: 'content' is None."),
+        (
+            [{"role": "user", "content": None, "tool_calls": []}, REPLY],
+            "message 0 of 'messages' has no text: 'content' is None.",
+        ),
         ([{"from": "robot", "value": "a"}], "message 0 of 'messages' is from 'robot'. Did you mean 'bot'?"),
         ([USER, {"role": "gpt", "content": "a"}], "Row 1: message 1 has the role 'gpt'. Did you mean 'assistant'?"),
         (

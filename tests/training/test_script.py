@@ -20,10 +20,12 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 
+import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.training import export_script, prepare_model_for_kbit_training, train
+from nbpeft.training.script.sources import short_targets
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable
@@ -365,3 +367,15 @@ def test_fresh_processes_have_the_losses_of_the_cells(folder: Path) -> None:
     for losses, wanted in zip(found, expected, strict=True):
         assert len(wanted) == 3
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-6, atol=1e-6)
+
+
+def test_targets_are_condensed_only_if_they_are_whole_paths_of_an_adapted_model() -> None:
+    model = trainable(llama(), "sql")
+    config, paths = model.peft_config["sql"], model.manager.plan(model.peft_config["sql"]).paths
+    assert short_targets(model, config.copy(target_modules=set(paths))) == set(paths)
+    everything = config.copy(target_modules="all-linear")
+    assert short_targets(model, config.copy(target_modules=set(model.manager.plan(everything).paths))) == "all-linear"
+    assert short_targets(model, config.copy(target_modules=r".*_proj")) == r".*_proj"
+    assert short_targets(model, config.copy(target_modules={"missing"})) == {"missing"}
+    assert short_targets(llama(), config.copy(target_modules=set(paths))) == set(paths)
+    assert short_targets(model, nbpeft.PromptTuningConfig(num_virtual_tokens=2)) is None

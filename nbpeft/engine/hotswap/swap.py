@@ -180,6 +180,6 @@ def _validated(manager: Manager, name: str, validate: Callable[[], object]) -> N
         accepted = verdict is None or bool(verdict)
     except Exception as error:
         reason = in_one_line(error) or type(error).__name__
-        raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is as before") from error
+        raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is as before", name=name) from error
     if not accepted:
         raise HotSwapError(f"the new adapter did not pass its validation; {name!r} is as before", name=name)

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nbpeft.engine.changes.active_state import _ENTERED_BY, NO_ADAPTERS, ActiveAdapters, ActiveState, RowAssignment
 from nbpeft.errors import AdapterError, BusyError
@@ -127,3 +129,41 @@ def test_rows_are_repeated_for_beams_and_must_fit() -> None:
     assert rows.repeat_to(6, device) is rows.repeat_to(6, device)
     with pytest.raises(AdapterError, match="3 names for 4 rows"):
         rows.repeat_to(4, device)
+
+
+class Records(torch.autograd.Function):
+    """Notes in backward which adapters are active there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, switch: ActiveState, seen: list[ActiveAdapters]) -> Tensor:
+        ctx.noted = switch, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        switch, seen = ctx.noted
+        seen.append(switch.current())
+        return gradients[0], None, None
+
+
+def test_backward_runs_with_the_adapters_of_the_call_that_recorded_the_node() -> None:
+    switch, seen = ActiveState(), list[ActiveAdapters]()
+    switch.live = now = ActiveAdapters(("now",), (1.0,))
+    calls = [ActiveAdapters((name,), (1.0,)) for name in ("first", "second", "elsewhere")]
+    x = torch.ones(1, requires_grad=True)
+    total, outputs = Records.apply(x, switch, seen), []
+    for active in calls[:2]:
+        first = torch._C._autograd._get_sequence_nr()
+        outputs.append(Records.apply(x, switch, seen))
+        switch.remember(first, active)
+    begin = switch._prepared[0][0]
+    other = threading.Thread(target=switch._prepared.append, args=((begin, begin + 99, -1, calls[2]),))
+    other.start()
+    other.join(PATIENCE)
+    for output in (total, *outputs):
+        output.sum().backward()
+    assert seen == [now, *calls[:2]] and switch.current() is now
+    switch._prepared.popleft()
+    outputs = [Records.apply(x, switch, seen)]  # recorded in no call of this thread
+    outputs[0].sum().backward()
+    assert seen[-1] is calls[2]

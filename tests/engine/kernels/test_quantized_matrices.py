@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.kernels.quantized_matrices import Form, QuantizedMatrices
+from nbpeft.engine.kernels.quantized_matrices import Form, QuantizedMatrices, _grouped
 from nbpeft.errors import ConfigError
 from tests.tiny_models import mixture, tokens
 
@@ -138,3 +138,14 @@ def test_models_are_copied_moved_and_stored_as_they_are(tmp_path: Any) -> None:
     halved = model.to(torch.bfloat16).model.layers[0].mlp.experts.down_proj
     assert halved.dtype == torch.bfloat16 and halved.codes.dtype == torch.uint8
     assert model.to("meta").model.layers[0].mlp.experts.down_proj.device.type == "meta"
+
+
+def test_other_forms_of_a_grouped_product_are_left_to_torch() -> None:
+    weight = QuantizedMatrices.of(torch.randn(2, 16, 8), "nf4")
+    x, ends = torch.randn(4, 16), torch.tensor([1, 4], dtype=torch.int32)
+    found = _grouped(None, x, weight, ends)
+    wanted = [x[:1] @ weight.dequantize()[0], x[1:] @ weight.dequantize()[1]]
+    torch.testing.assert_close(found, torch.cat(wanted))
+    others: list[tuple[Any, ...]] = [(x, weight), (x, weight, ends, torch.ones(8)), (x[None], weight, ends)]
+    for arguments in (*others, (x, weight[0], ends), (x, weight.dequantize(), ends)):
+        assert _grouped(None, *arguments) is NotImplemented

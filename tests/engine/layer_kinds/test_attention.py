@@ -315,3 +315,12 @@ def test_separate_projections_are_adapted_as_parameters_as_in_peft(tmp_path: Pat
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient)
     assert close(ours.merge_and_unload().attn(*inputs)[0], outputs[0])
+
+
+def test_another_config_sets_the_scaling_of_both_its_weights() -> None:
+    model = adapt(nbpeft, base())
+    config = model.peft_config["default"].copy(alpha_pattern={"attn": 6})
+    for path, layer in model.manager.layers.items():
+        layer.adapter("default").configure(config, path)
+    scalings = {path: layer.adapter("default").scaling for path, layer in model.manager.layers.items()}
+    assert scalings == {"attn": 1.5, "attn.out_proj": 1.5}

@@ -238,7 +238,7 @@ def test_gradcheck_of_the_convolution_that_keeps_only_its_input() -> None:
 
     def work(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return low_rank_of(host).forward(module, x, lora_A, lora_B, 1.5, Dropout(0.3, True))
+        return low_rank_of(host).forward(module, x, (lora_A, lora_B, 1.5), Dropout(0.3, True))
 
     assert torch.autograd.gradcheck(work, (x, lora_A, lora_B))
 
@@ -256,7 +256,7 @@ def test_a_half_convolution_keeps_only_its_input_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = low_rank_of(host).forward(module, x, lora_A, lora_B, 1.5, Dropout(0.1, True))
+        output = low_rank_of(host).forward(module, x, (lora_A, lora_B, 1.5), Dropout(0.1, True))
     assert output.dtype == torch.float32
     assert sum(saved.values()) == sum(tensor.untyped_storage().nbytes() for tensor in (x, lora_A, lora_B))
 

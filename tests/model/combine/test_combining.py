@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, UnknownAdapterError
 from nbpeft.model import Combined, PeftModel, get_peft_model
 from nbpeft.names import COMBINATION_TYPES
 from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, randomize, tokens
@@ -190,6 +190,16 @@ def test_22_one_adapter_at_full_weight_stays_itself(fields: str, kind: str, tmp_
     model.save_pretrained(tmp_path, selected_adapters=["same"])
     restored = PeftModel.from_pretrained(llama(), tmp_path / "same")
     torch.testing.assert_close(logits(restored), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("first", "kind"), [("biased", "exact"), ("dora", "exact"), ("dora", "linear")])
+def test_a_bias_that_dora_would_drop_is_refused(first: str, kind: str) -> None:
+    model = adapted(name="biased", lora_bias=True)
+    model.add_adapter("dora", config(use_dora=True))
+    names = [first, "dora" if first == "biased" else "biased"]
+    with pytest.raises(ConfigError, match="DoRA does not support the bias; leave one of them out"):
+        model.add_weighted_adapter(names, [0.5, 1.0], "mix", combination_type=kind)
+    assert list(model.peft_config) == ["biased", "dora"]
 
 
 @pytest.mark.parametrize("name", ["a", "lora", "q_proj"])

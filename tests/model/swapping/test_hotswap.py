@@ -150,8 +150,9 @@ def test_validation_puts_the_old_adapter_back(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(candidate), expected, rtol=1e-5, atol=1e-5)
         return False
 
-    with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is as before"):
+    with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is as before") as refused:
         hotswap_adapter(model, source, "default", validate=worse)
+    assert refused.value.details == {"name": "default"}
     assert same_state(before, state(model)) and torch.equal(logits(model), output)
     hotswap_adapter(model, source, "default", validate=lambda candidate: True)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)

@@ -205,3 +205,19 @@ def test_other_threads_print_while_a_tracker_opens_in_a_thread(capsys: pytest.Ca
     printed.set()
     thread.join()
     assert capsys.readouterr().out == "from a cell\n"
+
+
+def test_wandb_has_a_key_in_the_environment_or_in_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    assert not trackers._has_wandb_key()
+    file.write_text("machine wandb.example.org login user password secret\n")
+    assert not trackers._has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert trackers._has_wandb_key()
+    file.write_text("machine without login\n")
+    assert not trackers._has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert trackers._has_wandb_key()

@@ -272,6 +272,10 @@ class LowRankAdapter(
         """The rank of the product of the factors."""
         return int(self.factors[0].shape[0])
 
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s * B A``, shaped like the canonical weight; see ``Adapter``."""
+        return self.low_rank.product(base.module, *self.detached_factors) * self.scaling
+
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         """Computes the norm of the change from the factors, without building their product; see ``Adapter``."""
         if self.reads_weight or weight.ndim != 2:

@@ -34,6 +34,9 @@ each of them."""
 _EXACT = (torch.float32, torch.float64)
 """Dtypes in which adding a product in place gives the same bits as adding it afterwards."""
 
+Factors = tuple[Tensor, Tensor, float | Tensor]
+"""A (r, in), B (out, r) and the scaling: a number, or a 0-d tensor if hot-swapping may change it."""
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -46,6 +49,11 @@ class Dropout:
     def is_active(self) -> bool:
         """Whether anything is dropped."""
         return self.training and self.probability > 0.0
+
+    @property
+    def share(self) -> float:
+        """The probability in this call: 0 outside of training."""
+        return self.probability if self.training else 0.0
 
 
 def draw_seed() -> int:
@@ -319,70 +327,45 @@ def _dropped_input(x: Tensor, mask: Tensor | None, buffer: Tensor | None) -> Ten
     return part if mask is None else part.mul_(mask.reshape(flat.shape))
 
 
-def low_rank_linear(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float | Tensor,
-    dropout: Dropout,
-    onto: Tensor | None = None,
-) -> Tensor:
+def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tensor | None = None) -> Tensor:
     """``scaling * B(A(dropout(x)))`` for a linear layer, added to ``onto`` if that is given.
 
     Args:
         x: (..., in), any floating dtype.
-        lora_A: (r, in).
-        lora_B: (out, r).
-        scaling: a number, or a 0-d tensor if hot-swapping may change it.
-        dropout: dropout of the input.
+        factors: A, B and their scaling, on the device of ``x``.
+        probability: probability of dropout of the input, below 1.
         onto: (..., out), a tensor to add the product to.
 
     Returns:
         (..., out) in the dtype of ``onto``; without that, in the autocast dtype if autocast is on, else in the
         factors' dtype.
     """
-    if x.device != lora_A.device:
-        x = x.to(lora_A.device)
+    lora_A, lora_B, scaling = factors
     dtype = compute_dtype(x, lora_A)
-    probability = dropout.probability if dropout.is_active else 0.0
-    if probability >= 1.0 or composes():
-        # Compilers and function transforms trace plain operations, those of ``LowRank.down`` and ``up``.
-        dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
-        delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
-        return delta if onto is None else add_delta(onto, delta)
     if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
-        return add_delta(onto, low_rank_linear(x, lora_A, lora_B, scaling, dropout).to(onto.device))
+        return add_delta(onto, low_rank_linear(x, factors, probability).to(onto.device))
     return _LowRank.apply(x, lora_A, lora_B, onto, None, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float | Tensor,
-    dropout: Dropout,
-) -> Tensor | None:
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout) -> Tensor | None:
     """``W x + b + scaling * B(A(dropout(x)))`` in one function, whose backward needs no buffer for each summand.
 
     Args:
         x: (..., in).
         weight: W of a frozen layer, (out, in).
         bias: the layer's bias, (out,), or None.
-        lora_A: (r, in).
-        lora_B: (out, r).
-        scaling: a number, or a 0-d tensor if hot-swapping may change it.
+        factors: A, B and their scaling.
         dropout: dropout of the input.
 
     Returns:
         (..., out), with the same bits as the layer plus ``low_rank_linear``; None if that is not guaranteed: for
         dtypes other than float32 and float64, for several dtypes or devices, and for a layer that is trained.
     """
+    lora_A, lora_B, scaling = factors
     tensors = [x, weight, lora_A, lora_B, *([] if bias is None else [bias])]
     alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    probability = dropout.probability if dropout.is_active else 0.0
+    probability = dropout.share
     if not alike or trained or x.dtype not in _EXACT or probability >= 1.0:
         return None
     if composes() or torch.is_autocast_enabled(x.device.type):

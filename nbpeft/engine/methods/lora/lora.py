@@ -5,16 +5,21 @@
 
 W and b stay frozen; A starts random and B at zero, so training starts at the base model.
 
-``B A x`` is computed in three forms, each for a reason; tests check that they agree:
+``B A x`` is computed in three places, each for a reason; tests check that they agree:
 
-    one function      ``autograd._LowRank.forward``, which saves only x for backward. ``LoRA.output`` calls it on an
-                      ordinary linear layer, W x included: set a breakpoint for the usual call there. On every other
+    one function      ``autograd._LowRank``, which saves only x for backward. ``LoRA.output`` calls it on an ordinary
+                      linear layer, W x included: set a breakpoint for the usual call there. On every other linear
                       layer, and if W is in half precision, ``LowRank.forward`` calls it for the product alone.
-    plain operations  ``LowRank.down`` and ``up``: for ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
-                      ``lora_B``, which must see each operation, and for convolutions.
-    a matrix          ``LowRank.product``: the change of the weight, for merging and for DoRA's norms.
+    plain operations  ``LowRank.down``, then ``up``: for ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
+                      ``lora_B``, which must see each operation; for convolutions and embeddings, which are no matrix
+                      products; and for variants that change the values between the factors (VeLoRA, Arrow, X-LoRA).
+    a mixed batch     ``multi_adapter``: rows that use different adapters, on an accelerator in two batched products
+                      and on a CPU without copies of the factors.
 
-A batch whose rows use different adapters is computed with stacked factors (``multi_adapter.factor_rows``).
+The matrix ``B A`` itself is ``LowRank.product``, for DoRA's norms and for merging, which on linear layers adds it in
+place without building it (``low_rank.add_product_``).
+
+A bare parameter is no layer: its module multiplies by it, so ``wrappers.factored_weight`` adds the product in there.
 """
 
 from __future__ import annotations
@@ -91,7 +96,7 @@ class LoRA(LowRankProduct, ReplacesCall):
         if self.observed is not None or self.output_bias is not None or self.initial is not None:
             return None
         dropout = Dropout(self.dropout, self.training)
-        return adapted_linear(x, layer.weight, layer.bias, *self.trained_factors, self.scaling, dropout)
+        return adapted_linear(x, layer.weight, layer.bias, (*self.trained_factors, self.scaling), dropout)
 
 
 class TiedLoRA(TiedProduct, LoRA):

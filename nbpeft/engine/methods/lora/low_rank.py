@@ -21,15 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.base import LayerKind
-from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, without_autocast
+from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, fits, without_autocast
 from nbpeft.engine.layer_kinds.attention import Attention
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
 from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
-from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, low_rank_linear
+from nbpeft.engine.methods.lora.autograd import Dropout, Factors, KeepMask, low_rank_linear
 from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+_MERGE_ROWS = 256
+"""Rows of a weight that are merged at a time, which bounds the additional memory of a merge."""
 
 
 class LowRank:
@@ -56,30 +59,40 @@ class LowRank:
         return (rank, in_features), (out_features, rank)
 
     def forward(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        dropout: Dropout,
-        onto: Tensor | None = None,
+        self, module: nn.Module, x: Tensor, factors: Factors, dropout: Dropout, onto: Tensor | None = None
     ) -> Tensor:
         """``scaling * B(A(dropout(x)))`` without a bias.
 
         Args:
             module: the frozen layer.
             x: its input.
-            lora_A: A, shaped as in ``shapes``.
-            lora_B: B, likewise.
-            scaling: factor on the product.
+            factors: A and B, shaped as in ``shapes``, and their scaling.
             dropout: dropout of the input.
             onto: tensor to add the product to, shaped like the layer's output.
 
         Returns:
             A tensor shaped like the layer's output, in the dtype of ``onto`` if that is given.
         """
-        return low_rank_linear(x, lora_A, lora_B, scaling, dropout, onto)
+        lora_A, probability = factors[0], dropout.share
+        if x.device != lora_A.device:
+            x = x.to(lora_A.device)
+        if probability < 1.0 and not composes():
+            return self._in_one(module, x, factors, probability, onto)
+        # Compilers and function transforms trace plain operations.
+        x = x.to(lora_A.dtype)
+        delta = self.compose(module, F.dropout(x, probability) if probability else x, factors)
+        return delta if onto is None else add_delta(onto, delta)
+
+    def _in_one(
+        self, module: nn.Module, x: Tensor, factors: Factors, probability: float, onto: Tensor | None
+    ) -> Tensor:
+        """The product by a function that saves little for backward."""
+        return low_rank_linear(x, factors, probability, onto)
+
+    def compose(self, module: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        """``scaling * B(A(x))`` by plain operations in PEFT's order, in the dtype of ``x``."""
+        lora_A, lora_B, scaling = factors
+        return self.up(module, self.down(module, x, lora_A.to(x.dtype)), lora_B.to(x.dtype), None) * scaling
 
     has_steps: ClassVar[bool] = True
     """Whether ``up`` of ``down`` is the product."""
@@ -124,20 +137,24 @@ class LowRankLookup(LowRank):
         return super().shapes(module, rank)
 
     def forward(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        dropout: Dropout,
-        onto: Tensor | None = None,
+        self, module: nn.Module, x: Tensor, factors: Factors, dropout: Dropout, onto: Tensor | None = None
     ) -> Tensor:
         """The product for ids (…,): (…, features); see ``LowRank.forward``."""
+        lora_A, lora_B, scaling = factors
         dtype = compute_dtype(lora_A, lora_A)
-        hidden = self.kind.look_up(module, x.to(lora_A.device), lora_A.T).to(dtype)
-        delta = F.linear(hidden * scaling, lora_B.to(dtype)) * self.kind.output_scale(module, dtype)
+        hidden = self.down(module, x.to(lora_A.device), lora_A).to(dtype)
+        delta = self.up(module, hidden * scaling, lora_B.to(dtype), None)
         return delta if onto is None else add_delta(onto, delta)
+
+    def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
+        """The first step: the columns of A for ids; see ``LowRank``."""
+        hidden: Tensor = self.kind.look_up(module, x, lora_A.T)
+        return hidden
+
+    def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        """The second step, with the scale of the embedding's output; see ``LowRank``."""
+        output: Tensor = super().up(module, hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
+        return output
 
 
 class LowRankConvolution(LowRank):
@@ -158,38 +175,20 @@ class LowRankConvolution(LowRank):
             (module.out_channels, rank // module.groups, *ones),
         )
 
-    def forward(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        dropout: Dropout,
-        onto: Tensor | None = None,
+    def _in_one(
+        self, module: nn.Module, x: Tensor, factors: Factors, probability: float, onto: Tensor | None
     ) -> Tensor:
-        """The product for (batch, in, *space): (batch, out, *space'); see ``LowRank.forward``."""
-        delta = self._delta(module, x, lora_A, lora_B, scaling, dropout)
+        """The product for (batch, in, *space): (batch, out, *space'); see ``LowRank``."""
+        dtype = compute_dtype(x, factors[0])
+        if torch.is_grad_enabled() and (probability or x.dtype != dtype):
+            delta: Tensor = _LeanProduct.apply(x, *factors, probability, dtype, self, module)  # type: ignore[no-untyped-call]
+        else:
+            delta = self.compose(module, _dropped(x, probability, dtype)[0], factors)
         return delta if onto is None else add_delta(onto, delta)
 
-    def _delta(
-        self, module: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout
-    ) -> Tensor:
-        if x.device != lora_A.device:
-            x = x.to(lora_A.device)
-        dtype = compute_dtype(x, lora_A)
-        probability = dropout.probability if dropout.is_active else 0.0
-        if probability >= 1.0 or composes():
-            dropped = F.dropout(x.to(dtype), probability) if probability else x.to(dtype)
-            return self.compose(module, dropped, lora_A, lora_B, scaling)
-        if torch.is_grad_enabled() and (probability or x.dtype != dtype):
-            arguments = (x, lora_A, lora_B, scaling, probability, dtype, self, module)
-            return _LeanProduct.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-        dropped, _ = _dropped(x, probability, dtype)
-        return self.compose(module, dropped, lora_A, lora_B, scaling)
-
-    def compose(self, module: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-        """``scaling * B(A(x))`` in the dtype of ``x``."""
+    def compose(self, module: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        """``B(scaling * A(x))`` in the dtype of ``x``: between the factors there are fewer values to multiply."""
+        lora_A, lora_B, scaling = factors
         return self.up(module, self.down(module, x, lora_A.to(x.dtype)) * scaling, lora_B.to(x.dtype), None)
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -247,6 +246,23 @@ class LowRankParameter(LowRank):
         return left @ right
 
 
+def add_product_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
+    """Adds ``factor * B A`` to a matrix in place, some rows at a time if another dtype needs a copy.
+
+    Args:
+        weight: (out, in).
+        lora_A: (r, in).
+        lora_B: (out, r).
+        factor: factor on the product.
+    """
+    if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
+        weight.addmm_(lora_B, lora_A, alpha=factor)
+        return
+    for start in range(0, weight.shape[0], _MERGE_ROWS):
+        rows = slice(start, start + _MERGE_ROWS)
+        weight[rows] += (lora_B[rows] @ lora_A) * factor
+
+
 _BY_KIND: dict[LayerKind, LowRank] = {}
 
 
@@ -300,7 +316,7 @@ class _LeanProduct(torch.autograd.Function):
         ctx.settings = scaling, dtype, maths, module
         dropped, ctx.keep = _dropped(x, probability, dtype)
         with without_autocast(x.device.type):
-            return maths.compose(module, dropped, lora_A, lora_B, scaling)
+            return maths.compose(module, dropped, (lora_A, lora_B, scaling))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -315,7 +331,7 @@ class _LeanProduct(torch.autograd.Function):
             dropped = x.to(dtype)
             if ctx.keep is not None:
                 dropped = dropped * ctx.keep.again(dtype).mul_(ctx.keep.scale)
-            output = maths.compose(module, dropped, lora_A, lora_B, scaling)
+            output = maths.compose(module, dropped, (lora_A, lora_B, scaling))
             inputs = [tensor for tensor, need in zip((x, lora_A, lora_B), needed, strict=True) if need]
             found = iter(torch.autograd.grad(output, inputs, gradients[0], create_graph=differentiable))
         return *(next(found) if need else None for need in needed), None, None, None, None, None

@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, MergesInPlace, NotConvertible
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.kernels.numerics import fits
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.inits import init_factors
-from nbpeft.engine.methods.lora.low_rank import LowRankParameter, low_rank_of
+from nbpeft.engine.methods.lora.low_rank import LowRankParameter, add_product_, low_rank_of
 from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, Product
 from nbpeft.engine.wrappers.parameter_layer import only_multiplies
 from nbpeft.errors import ConfigError
@@ -110,13 +108,4 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
         left, right = self.low_rank.factors(view, *self.detached_factors)
         factor = float(self.scaling) * scale
         for matrix, lora_B, lora_A in zip(*(t if t.ndim == 3 else t[None] for t in (weight, left, right)), strict=True):
-            if matrix.dtype == lora_A.dtype and fits(factor, matrix.dtype):
-                matrix.addmm_(lora_B, lora_A, alpha=factor)
-            else:
-                matrix += (lora_B @ lora_A) * factor
-
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s * B A``, shaped like the parameter."""
-        view: Any = base.module
-        left, right = self.low_rank.factors(view, *self.detached_factors)
-        return torch.matmul(left, right) * self.scaling
+            add_product_(matrix, lora_A, lora_B, factor)

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, FusesAdd, IsLowRank, LowRankDelta, MergesInPlace, ServesRows
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, compute_dtype, fits
+from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.inits import check_init, init_factors, start_of
-from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.low_rank import add_product_, low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
 from nbpeft.engine.views.part_modules import ParameterModule
 from nbpeft.errors import LayerKindError
 
-_MERGE_ROWS = 256
-"""Rows of a weight that are merged at a time, which bounds the additional memory of a merge."""
 _WHOLE_INPUT = Dropout(0.0, False)
 """The subtracted initial component gets no dropout, because it is part of the base weight."""
 
@@ -84,14 +82,13 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         if self.observed is not None:
             delta = self._through_modules(base.module, x, self.observed)
             return add_delta(base_output, delta) if fused else delta
-        lora_A, lora_B = self.active_factors
         dropout = Dropout(self.dropout, self.training)
         bias, initial = self.output_bias, self.initial
         alone = bias is None and initial is None
         onto = base_output if fused and alone else None
         if initial is not None:
-            onto = self.low_rank.forward(base.module, x, *initial, self.scaling, _WHOLE_INPUT)
-        delta = self.low_rank.forward(base.module, x, lora_A, lora_B, self.scaling, dropout, onto)
+            onto = self.low_rank.forward(base.module, x, (*initial, self.scaling), _WHOLE_INPUT)
+        delta = self.low_rank.forward(base.module, x, (*self.active_factors, self.scaling), dropout, onto)
         if alone:
             return delta
         if bias is not None:
@@ -122,7 +119,9 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         lora_A, lora_B = self.active_factors
         if lora_A.element_size() > 1:  # one-byte dtypes are for storage only: a hook casts such factors to compute
             x = x.to(compute_dtype(x, lora_A))
-        delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
+        delta = None
+        if self.initial is not None:
+            delta = self.low_rank.forward(module, x, (*self.initial, self.scaling), _WHOLE_INPUT)
         steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [
             (self.peft.modules[0], lambda value: F.dropout(value, self.dropout, self.training)),
             (name_A, lambda value: self.low_rank.down(module, value, lora_A.to(value.dtype))),
@@ -142,29 +141,18 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
             return f"a layer whose {other} is of the class {type(parts[other]).__name__}, which need not be a product"
         return super().unmergeable_reason(base)
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s * B A``, shaped like the canonical weight."""
-        lora_A, lora_B = self.detached_factors
-        return self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
-
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         """``s`` times the bias of B, (out,), or None."""
         bias = self.output_bias
         return None if bias is None else bias.detach() * self.scaling
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
-        """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""
+        """Adds ``scale * s * B A`` to a canonical weight in place."""
         lora_A, lora_B = self.detached_factors
         if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
             add_scaled_(weight, self.delta_weight(weight, base), scale)
             return
-        factor = float(self.scaling) * scale
-        if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
-            weight.addmm_(lora_B, lora_A, alpha=factor)
-            return
-        for start in range(0, weight.shape[0], _MERGE_ROWS):
-            rows = slice(start, start + _MERGE_ROWS)
-            weight[rows] += (lora_B[rows] @ lora_A) * factor
+        add_product_(weight, lora_A, lora_B, float(self.scaling) * scale)
 
 
 class LowRankProduct(PlainLowRank, ServesRows, IsLowRank, FusesAdd):

@@ -11,21 +11,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.kernels.numerics import add_delta
-from nbpeft.engine.methods.lora.autograd import (
-    Dropout,
-    KeepMask,
-    adapted_linear,
-    low_rank_linear,
-    seeded_dropout,
-)
+from nbpeft.engine.layer_kinds.linear import Linear
+from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, adapted_linear, seeded_dropout
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
 
 NONE = Dropout(0.0, False)
+LAYER = torch.nn.Linear(1, 1)
 
 
 def factors(rank: int = 3, inputs: int = 8, outputs: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = [(4, 5, inputs), (rank, inputs), (outputs, rank)]
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def low_rank_linear(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: Dropout, onto: Tensor | None = None
+) -> Tensor:
+    return low_rank_of(Linear()).forward(LAYER, x, (lora_A, lora_B, scaling), dropout, onto)
 
 
 def plain(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -198,10 +201,12 @@ def test_everything_dropped_gives_zero() -> None:
     assert not low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(1.0, True)).any()
 
 
-def with_layer(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor, drop: float = 0.0) -> Tensor:
+def with_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, drop: float = 0.0
+) -> Tensor:
     """The layer and the product in one function, the mask drawn from a seed."""
     torch.manual_seed(3)
-    output = adapted_linear(x, weight, bias, *factors, 1.7, Dropout(drop, True))
+    output = adapted_linear(x, weight, bias, (lora_A, lora_B, 1.7), Dropout(drop, True))
     assert output is not None
     return output
 
@@ -234,9 +239,12 @@ def test_gradcheck_with_the_frozen_layer(probability: float) -> None:
 def test_other_dtypes_trained_layers_and_autocast_take_the_layer_by_itself() -> None:
     x, lora_A, lora_B = factors(dtype=torch.float32)
     weight = torch.randn(6, 8)
-    assert adapted_linear(x, weight, None, lora_A, lora_B, 1.0, NONE) is not None
-    assert adapted_linear(x.bfloat16(), weight.bfloat16(), None, lora_A, lora_B, 1.0, NONE) is None
-    assert adapted_linear(x, weight.clone().requires_grad_(), None, lora_A, lora_B, 1.0, NONE) is None
-    assert adapted_linear(x, weight, torch.zeros(6, requires_grad=True), lora_A, lora_B, 1.0, NONE) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), NONE) is not None
+    assert adapted_linear(x.bfloat16(), weight.bfloat16(), None, (lora_A, lora_B, 1.0), NONE) is None
+    assert adapted_linear(x, weight.clone().requires_grad_(), None, (lora_A, lora_B, 1.0), NONE) is None
+    assert adapted_linear(x, weight, torch.zeros(6, requires_grad=True), (lora_A, lora_B, 1.0), NONE) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), Dropout(1.0, True)) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), Dropout(1.0, False)) is not None
+    assert adapted_linear(x, weight.double(), None, (lora_A, lora_B, 1.0), NONE) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert adapted_linear(x, weight, None, lora_A, lora_B, 1.0, NONE) is None
+        assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), NONE) is None

@@ -1,18 +1,24 @@
-"""Which low-rank product a kind of layer gets."""
+"""Which low-rank product a kind of layer gets, and that every way to compute it gives the same."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from nbpeft.engine.contract.registry import layer_kinds
 from nbpeft.engine.layer_kinds.convolution import Convolution
+from nbpeft.engine.layer_kinds.linear import Linear
+from nbpeft.engine.methods.lora.autograd import Dropout, adapted_linear
 from nbpeft.engine.methods.lora.low_rank import (
     LowRank,
     LowRankConvolution,
     LowRankLookup,
     LowRankParameter,
+    add_product_,
     low_rank_of,
 )
+from nbpeft.engine.methods.lora.multi_adapter import FactorBank, FactorGroups
 from nbpeft.errors import LayerKindError
 
 
@@ -33,3 +39,28 @@ def test_a_kind_without_a_product_is_refused() -> None:
     assert type(low_rank_of(Recurrent())) is LowRankConvolution
     with pytest.raises(LayerKindError, match="LoRA does not work on layers of the kind 'strange'"):
         low_rank_of(Strange())  # type: ignore[arg-type]
+
+
+def test_all_ways_to_compute_the_product_agree() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 6).requires_grad_(False), torch.randn(5, 8)
+    lora_A, lora_B = torch.rand(3, 8), torch.rand(6, 3)
+    low_rank, factors, none = low_rank_of(Linear()), (lora_A, lora_B, 1.7), Dropout(0.0, False)
+    wanted = (lora_B @ (lora_A @ x.T)).T * 1.7
+    merged = torch.zeros(6, 8, dtype=torch.float64)
+    add_product_(merged, lora_A, lora_B, 1.7)
+    whole = adapted_linear(x, layer.weight, layer.bias, factors, none)
+    assert whole is not None
+    index = torch.zeros(5, dtype=torch.long)
+    found = {
+        "one function": low_rank.forward(layer, x, factors, none),
+        "with the layer": whole - layer(x),
+        "plain operations": low_rank.compose(layer, x, factors),
+        "traced": torch.func.vmap(lambda row: low_rank.forward(layer, row, factors, none))(x),
+        "rows on a CPU": FactorGroups([factors]).delta(x, index),
+        "rows on an accelerator": FactorBank([factors]).delta(x, index),
+        "matrix": x @ low_rank.product(layer, lora_A, lora_B).T * 1.7,
+        "merged": x @ merged.float().T,
+    }
+    for way, product in found.items():
+        assert torch.allclose(product, wanted, atol=1e-5), way

@@ -8,6 +8,7 @@ from typing import Any
 from nbpeft.engine.methods.lora.combining.layers import CombinedFactors
 from nbpeft.engine.methods.lora.init_configs import no_settings
 from nbpeft.engine.methods.lora.variant_configs import no_variant
+from nbpeft.errors import ConfigError
 
 _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -18,9 +19,21 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
     It is the first adapter's config with the rank of the combination and an alpha that makes every
     scaling 1, without rsLoRA. Targets are joined as in PEFT; if the configs select layers in ways
     that cannot be joined, the combined layers are listed by their full paths.
+
+    Raises:
+        ConfigError: the combination would be a DoRA adapter with a bias.
     """
     first, rank = configs[0], combination.rank
     layers = combination.layers.values()
+    is_exact = combination.recipe.combination_type == "exact"
+    use_dora = any(layer.row_scale is not None for layer in layers) if is_exact else first.use_dora
+    lora_bias = any(layer.bias is not None for layer in layers)
+    if use_dora and lora_bias:
+        raise ConfigError(
+            "adapters with lora_bias=True and with use_dora=True cannot be combined: DoRA does not support the bias; "
+            "leave one of them out",
+            field="lora_bias",
+        )
     ranks = rank_patterns(combination.ranks_apart, combination.layers)
     return first.copy(
         r=rank,
@@ -32,10 +45,8 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
         **no_settings(),
         **no_variant(),
         ensure_weight_tying=False,
-        lora_bias=any(layer.bias is not None for layer in layers),
-        use_dora=first.use_dora
-        if combination.recipe.combination_type != "exact"
-        else any(layer.row_scale is not None for layer in layers),
+        lora_bias=lora_bias,
+        use_dora=use_dora,
         **_targets(configs, combination),
     )
 

@@ -260,4 +260,4 @@ def _with_row_scale(part: Factors, row_scale: Tensor) -> Factors:
     """Factors whose product, times the combined row_scale, is the part's contribution to the delta."""
     share = row_scale.reciprocal() if part.row_scale is None else part.row_scale / row_scale
     lora_B = part.lora_B * share.view(-1, *[1] * (part.lora_B.dim() - 1))
-    return replace(part, lora_B=lora_B, bias=None if part.bias is None else part.bias * share)
+    return replace(part, lora_B=lora_B)

@@ -452,9 +452,8 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``s B diag(E) A dropout(x)``; see ``Adapter``."""
-        first, second = self._factors(base)
-        dropout = Dropout(self.dropout, self.training)
-        return low_rank_of(base.kind).forward(base.module, x, first, second, self.scaling, dropout)
+        factors, dropout = (*self._factors(base), self.scaling), Dropout(self.dropout, self.training)
+        return low_rank_of(base.kind).forward(base.module, x, factors, dropout)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:

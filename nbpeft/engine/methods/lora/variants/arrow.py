@@ -166,9 +166,9 @@ class Arrow(Adapter, HotSwaps):
         total = together = None
         for weight, one in zip(weights.unsqueeze(-2).unbind(-1), routed, strict=True):
             lora_A, lora_B = (factor.to(tokens.dtype) for factor in one.factors)
-            hidden, weight = F.linear(tokens, lora_A), weight * one.scaling
+            hidden, weight = one.low_rank.down(base.module, tokens, lora_A), weight * one.scaling
             hidden = (hidden if subtracted is None else hidden - subtracted) * weight
-            added = F.linear(hidden, lora_B)
+            added = one.low_rank.up(base.module, hidden, lora_B, None)
             bias = getattr(one, "output_bias", None)
             added = added if bias is None else added + bias.to(added.dtype) * weight
             total = added if total is None else total + added

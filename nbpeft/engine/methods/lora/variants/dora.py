@@ -151,7 +151,7 @@ class DoRA(LowRankAdapter):
             base_output: (…, out), bias included.
             base: the layer.
         """
-        lora_A, lora_B = self.factors
+        factors = (*self.factors, self.scaling)
         kind, module = base.kind, base.module
         magnitude = self.held[MAGNITUDE]
         assert magnitude is not None
@@ -159,26 +159,25 @@ class DoRA(LowRankAdapter):
         scale = kind.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         dropout, whole = Dropout(self.dropout, self.training and x.is_floating_point()), x
         if dropout.is_active:
-            x = seeded_dropout(x.to(lora_A.dtype), dropout)
+            x = seeded_dropout(x.to(factors[0].dtype), dropout)
             plain = kind.apply(module, x, base.weight().to(x.dtype))
         else:
             bias = base.bias
             plain = base_output if bias is None else base_output - kind.per_channel(module, bias)
-        low = self.low_rank.forward(module, x, lora_A, lora_B, self.scaling, _NOT_DROPPED)
+        low = self.low_rank.forward(module, x, factors, _NOT_DROPPED)
         delta = scale * (plain + low) - plain
         if dropout.is_active and self.initial is not None:
             # The base contains the initial component for the dropped part of the input as well: subtract it there, too.
             left = whole.to(x.dtype) - x
-            delta = delta + self.low_rank.forward(module, left, *self.initial, self.scaling, _NOT_DROPPED)
+            delta = delta + self.low_rank.forward(module, left, (*self.initial, self.scaling), _NOT_DROPPED)
         return delta
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``m / ||W + s B A|| * (W + s B A) - W``, shaped like the canonical weight."""
-        lora_A, lora_B = self.detached_factors
         magnitude = self.held[MAGNITUDE]
         assert magnitude is not None
-        whole = weight.to(lora_A.dtype)
-        summed = whole + self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
+        whole = weight.to(self.trained_factors[0].dtype)
+        summed = whole + super().delta_weight(weight, base)
         norm = summed.flatten(1).norm(dim=1)
         scale = magnitude.detach().view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         return summed.mul_(scale.view(-1, *[1] * (summed.ndim - 1))).sub_(whole)

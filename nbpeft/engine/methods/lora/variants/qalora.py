@@ -113,4 +113,4 @@ class QALoRA(LowRankProduct):
         x = seeded_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
         means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
         scaling, onto = self.scaling * lora_A.shape[1], base_output if fused else None
-        return self.low_rank.forward(base.module, means, lora_A, lora_B, scaling, _NOT_DROPPED, onto)
+        return self.low_rank.forward(base.module, means, (lora_A, lora_B, scaling), _NOT_DROPPED, onto)

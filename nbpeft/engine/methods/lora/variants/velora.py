@@ -134,10 +134,9 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         dropped = seeded_dropout(x, Dropout(self.dropout, True))
         hidden = self._hidden(dropped, lora_A.to(x.dtype)) * self.scaling
         bias = self.output_bias
-        delta = F.linear(hidden, lora_B.to(x.dtype))
+        delta = self.low_rank.up(base.module, hidden, lora_B.to(x.dtype), None)
         if self.initial is not None:  # never trained, so nothing of x is saved for it
-            init_A, neg_init_B = (factor.to(x.dtype) for factor in self.initial)
-            delta = delta + F.linear(F.linear(x, init_A), neg_init_B) * self.scaling
+            delta = delta + self.low_rank.compose(base.module, x, (*self.initial, self.scaling))
         delta = delta if bias is None else delta + bias.to(delta.dtype) * self.scaling
         return add_delta(base_output, delta) if fused else delta
 

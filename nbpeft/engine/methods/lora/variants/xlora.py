@@ -423,7 +423,7 @@ def _weighed(expert: Any, x: Tensor, base_output: Tensor, base: BaseLayer, weigh
     if isinstance(scaling, Tensor):
         scaling = scaling.to(dtype)
     if not low_rank.has_steps:
-        return low_rank.forward(base.module, x, lora_A, lora_B, scaling, None)  # type: ignore[no-any-return]
+        return low_rank.forward(base.module, x, (lora_A, lora_B, scaling), None)  # type: ignore[no-any-return]
     dropped = F.dropout(x.to(lora_A.device, dtype), expert.dropout, expert.training)
     hidden = low_rank.down(base.module, dropped, lora_A.to(dtype)) * scaling
     added: Tensor = low_rank.up(base.module, hidden, lora_B.to(dtype), None)
