@@ -227,7 +227,8 @@ def method_tensors(path: str, text: str) -> Iterator[str]:
 
 
 HEADLESS = tuple(
-    f"nbpeft/{layer}/" for layer in ("checkpoint", "engine", "memory", "model", "session", "shipping", "training")
+    f"nbpeft/{layer}/"
+    for layer in ("checkpoint", "engine", "memory", "model", "scoring", "session", "shipping", "training")
 )
 HTML = re.compile(r"<div|<table|_html\b|var\(--jp")
 MAGIC = re.compile(r"%%?q?lora|[(,] ?--(?!jp-)[a-z]")
