@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +98,21 @@ def classes(
         bad: list[bool] = logits.isnan().any(-1).tolist()
         return [None if is_bad else number for number, is_bad in zip(chosen, bad, strict=True)]
 
-    yield from _computed(model, rows, columns, compute, tokenizer, size, should_stop)
+    with _padding_token(base_of(model), tokenizer):
+        yield from _computed(model, rows, columns, compute, tokenizer, size, should_stop)
+
+
+@contextmanager
+def _padding_token(base: Any, tokenizer: Any) -> Iterator[None]:
+    """Gives a classifier, which finds the last token of a row by it, the padding token while the block runs."""
+    if base.config.pad_token_id is not None or tokenizer is None:
+        yield
+        return
+    base.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        yield
+    finally:
+        base.config.pad_token_id = None
 
 
 def _computed(
@@ -112,6 +126,8 @@ def _computed(
 ) -> Iterator[Outputs]:
     """Calls the model on rows of about the same length, all columns of mixed batches in one call."""
     collate, device = collator_for(model, tokenizer), device_of(base_of(model))
+    padding = getattr(getattr(base_of(model), "config", None), "pad_token_id", None)
+    collate.pad_token_id = collate.pad_token_id if padding is None else padding
     vocabulary = getattr(embedding_of(base_of(model)), "num_embeddings", 1)
 
     def fits(longest: int) -> int:

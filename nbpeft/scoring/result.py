@@ -1,129 +1,47 @@
-"""The result: scores with intervals, the items, and paired tests between two columns."""
+"""The result: scores with intervals, the items, paired tests, and how it is shown."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from nbpeft._util.optional import needs
-from nbpeft.display.blocks import Card
+from nbpeft.display.blocks import (
+    BarChart,
+    Block,
+    Box,
+    Card,
+    Columns,
+    Details,
+    Line,
+    Progress,
+    Stack,
+    Text,
+    Tone,
+    bold,
+    card,
+    dim,
+    line,
+    notes,
+)
+from nbpeft.display.differences import differences
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import metric as number
+from nbpeft.display.numbers import percent, plural
 from nbpeft.display.shown import Shown
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import ConfigError, cut, did_you_mean
+from nbpeft.scoring.items import Flips, MetricFacts, Score, ScoreItem
 from nbpeft.scoring.statistics import bootstrap, mcnemar, paired_bootstrap, weighted_mean, wilson
 
-SIGNIFICANT = 0.05
-"""The p-value below which two columns count as different."""
 Status = Literal["running", "finished", "stopped"]
-
-
-@dataclass(frozen=True)
-class MetricFacts:
-    """What a result has to know of a metric.
-
-    Attributes:
-        name: its name.
-        greater_is_better: whether a greater value is better.
-        is_share: whether each item is right or wrong, so that the score is a share.
-        is_perplexity: whether the mean is taken of the logarithms.
-        is_weighted: whether an item counts by its number of tokens.
-    """
-
-    name: str
-    greater_is_better: bool = True
-    is_share: bool = True
-    is_perplexity: bool = False
-    is_weighted: bool = False
-
-    def scaled(self, value: float) -> float:
-        """A value as it enters a mean."""
-        return math.log(value) if self.is_perplexity and value > 0 else value
-
-    def unscaled(self, value: float) -> float:
-        """A mean as it is shown."""
-        return math.exp(min(value, 700.0)) if self.is_perplexity else value
-
-
-@dataclass(frozen=True)
-class Score:
-    """The score of one column, with a 95 % interval.
-
-    Attributes:
-        value: the share of right items, or the mean.
-        low: lower bound of the interval.
-        high: upper bound of the interval.
-        count: number of items.
-        interval: how the interval was computed: ``Wilson`` or ``bootstrap``.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-    interval: str
-
-    def __float__(self) -> float:
-        return self.value
-
-
-@dataclass(frozen=True)
-class ScoreItem:
-    """One row with its answers.
-
-    Attributes:
-        number: its number in the data, 0 for the first.
-        prompt: the prompt as text.
-        reference: the right answer; empty if there is none.
-        answers: column -> answer; without the columns that did not answer.
-        values: metric -> column -> value; without items on which the metric failed.
-        cut: the columns whose answer reached the greatest length.
-        weight: number of tokens of the loss; 1 for other metrics.
-    """
-
-    number: int
-    prompt: str
-    reference: str
-    answers: Mapping[str, str] = field(default_factory=dict, hash=False)
-    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
-    cut: frozenset[str] = frozenset()
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Flips:
-    """The items on which two columns differ, and whether the difference is more than chance.
-
-    Attributes:
-        first: the column that is compared with.
-        second: the other column.
-        fixed: the items that the second one has right, or better, and the first one does not.
-        broken: the reverse.
-        count: number of items that both answered.
-        p: p-value of the test.
-        test: the test: ``exact McNemar test`` or ``paired bootstrap``.
-        is_share: whether items are right or wrong.
-    """
-
-    first: str
-    second: str
-    fixed: tuple[ScoreItem, ...]
-    broken: tuple[ScoreItem, ...]
-    count: int
-    p: float
-    test: str
-    is_share: bool = True
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the items can tell the two apart, at the level 0.05."""
-        return self.p < SIGNIFICANT
-
-    def __str__(self) -> str:
-        words = ("fixed", "broke") if self.is_share else ("better on", "worse on")
-        chance = f"p {'< 0.001' if self.p < 0.001 else f'= {self.p:.2g}'}"
-        return f"{words[0]} {len(self.fixed)}, {words[1]} {len(self.broken)} ({chance})"
+_SHOWN = 10
+"""The greatest number of items under one filter."""
+_LONGEST = 800
+"""The greatest number of characters that is shown of an answer or a prompt."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -278,12 +196,191 @@ class ScoreResult(Shown):
             raise ConfigError(f"nothing called {column!r:.40} was scored.{hint}")
 
     def __str__(self) -> str:
-        from nbpeft.scoring.describe import as_text
-
-        return as_text(self)
+        return _as_text(self)
 
     def view(self) -> Card:
         """Shows the scores as bars with intervals, what each adapter fixed and broke, and the items."""
-        from nbpeft.scoring.describe import as_card
+        return _as_card(self)
 
-        return as_card(self)
+
+def _as_text(result: ScoreResult) -> str:
+    """The scores and tests as lines of text."""
+    from nbpeft.display.text import columns
+
+    parts = [_about(result)]
+    for facts in result.metrics:
+        found = result.by(facts.name)
+        title = f"{facts.name} " if len(result.metrics) > 1 else ""
+        rows = [(f"{title}{name}", *_figures(found, score)) for name, score in found.scores.items()]
+        tests = _tests(found)
+        parts += [columns(rows), *(f"  {_words(flips)}" for flips in tests), f"  {_how(found, tests)}"]
+    return with_notes("\n".join(parts), result.notes)
+
+
+def _as_card(result: ScoreResult) -> Card:
+    """The scores as bars with intervals, what each adapter fixed and broke, and the items."""
+    title = f"Scores of {result.model_name}" if result.model_name else "Scores"
+    if result.status == "running":
+        return card(title, *_running(result), aside=_about(result))
+    blocks: list[Block | tuple[Block, ...]] = []
+    for facts in result.metrics:
+        found = result.by(facts.name)
+        heading = (line(bold(facts.name)),) if len(result.metrics) > 1 else ()
+        tests = _tests(found)
+        blocks += [heading, _bars(found), tuple(map(_line, tests)), line(dim(_how(found, tests)))]
+    filters = (filtered.details(result) for filtered in _filters(result) if filtered.items)
+    return card(title, *blocks, notes(result.notes), *filters, aside=_about(result))
+
+
+def _about(result: ScoreResult) -> str:
+    """Returns e.g. ``exact · 48 items · 12.1 s``."""
+    names = ", ".join(facts.name for facts in result.metrics)
+    counted = plural(len(result.items), "item")
+    if len(result.items) < result.total:
+        counted = f"{len(result.items)} of {plural(result.total, 'item')}"
+    if result.status == "stopped":
+        counted = f"stopped after {counted}"
+    drawn = "sampled" if result.settings else ""
+    return " · ".join(part for part in (names, counted, drawn, f"{result.seconds:.1f} s") if part)
+
+
+def _running(result: ScoreResult) -> Iterator[Block]:
+    """The progress, and the means so far, without intervals."""
+    yield Progress(result.done)
+    found = {name: list(result.values(name).values()) for name in result.columns}
+    means = [f"{name} {_value(result, sum(values) / len(values))}" for name, values in found.items() if values]
+    if means:
+        yield line(dim(f"{result.metric} so far: {', '.join(means)}"))
+    yield line(dim("an interruption keeps what is scored"))
+
+
+def _value(result: ScoreResult, value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return percent(value) if result.facts.is_share else number(value)
+
+
+def _figures(result: ScoreResult, score: Score) -> tuple[str, str]:
+    """The value, and its interval."""
+    if math.isnan(score.value):
+        return "NaN", ""
+    if result.facts.is_share:
+        return percent(score.value), f"{100 * score.low:.0f}–{100 * score.high:.0f} %"
+    return number(score.value), f"{number(score.low)}–{number(score.high)}"
+
+
+def _bars(result: ScoreResult) -> BarChart:
+    scores, shown = result.scores, result.facts.is_share
+    finite = [score.high for score in scores.values() if math.isfinite(score.high)]
+    whole = 1.0 if shown or (finite and max(finite) <= 1) else max(finite, default=1.0)
+
+    def share(value: float) -> float:
+        return min(max(value / whole, 0.0), 1.0) if math.isfinite(value) and whole > 0 else 0.0
+
+    figures = [_figures(result, score) for score in scores.values()]
+    return BarChart(
+        tuple(
+            (name, share(score.value), interval)
+            for (name, score), (_, interval) in zip(scores.items(), figures, strict=True)
+        ),
+        "95 % interval",
+        tuple(value for value, _ in figures),
+        tuple((share(score.low), share(score.high)) for score in scores.values()),
+    )
+
+
+def _tests(result: ScoreResult) -> list[Flips]:
+    """The tests that are shown: each column against the first one, and the best two of the others."""
+    first, *others = result.columns
+    tests = [result.flips(first, other) for other in others]
+    sign = -1 if result.facts.greater_is_better else 1
+    ranked = sorted(others, key=lambda name: sign * result.scores[name].value)
+    if len(ranked) > 1:
+        tests.append(result.flips(ranked[1], ranked[0]))
+    return [flips for flips in tests if flips.count and not math.isnan(flips.p)]
+
+
+def _how(result: ScoreResult, tests: Sequence[Flips]) -> str:
+    """Returns e.g. ``95 % Wilson intervals; p-values of the exact McNemar test``."""
+    (interval,) = {score.interval for score in result.scores.values()}
+    found = {flips.test for flips in tests}
+    return "; ".join([f"95 % {interval} intervals", *(f"p-values of the {test}" for test in found)])
+
+
+def _verdict(flips: Flips) -> str:
+    return "" if flips.is_significant else f"{plural(flips.count, 'item')} cannot tell these two apart"
+
+
+def _words(flips: Flips) -> str:
+    """Returns e.g. ``sql against base: fixed 12, broke 3 (p = 0.035)``."""
+    verdict = _verdict(flips)
+    return f"{flips.second} against {flips.first}: {flips}{f'; {verdict}' if verdict else ''}"
+
+
+def _line(flips: Flips) -> Line:
+    return line(bold(flips.second), dim("against"), f"{flips.first}: {flips}", Text(_verdict(flips), "warning"))
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """Items that are shown together.
+
+    Attributes:
+        title: what they have in common.
+        items: the items.
+    """
+
+    title: str
+    items: tuple[ScoreItem, ...]
+
+    def details(self, result: ScoreResult) -> Details:
+        """The items, folded."""
+        blocks = list(itertools.chain.from_iterable(_item(result, item) for item in self.items[:_SHOWN]))
+        more = len(self.items) - _SHOWN
+        if more > 0:
+            blocks.append(line(dim(f"and {more} more, in the result's items")))
+        return Details(f"{self.title}: {len(self.items)}", Stack(tuple(blocks)), group=f"score-{id(result):x}")
+
+
+def _filters(result: ScoreResult) -> Iterator[_Filter]:
+    """The filters of the first metric."""
+    first, *others = result.columns
+    better, worse = ("fixed by", "broken by") if result.facts.is_share else ("better with", "worse with")
+    for other in others:
+        flips = result.flips(first, other)
+        yield _Filter(f"{better} {other}", flips.fixed)
+        yield _Filter(f"{worse} {other}", flips.broken)
+    if others:
+        yield _Filter("disagreeing", result.disagreeing)
+    yield _Filter("all items", result.items)
+
+
+def _item(result: ScoreResult, item: ScoreItem) -> tuple[Block, ...]:
+    """The prompt, the reference, and the answers side by side with their differences from it marked."""
+    prompt = line(bold(f"row {item.number}"), Text(_shortened(item.prompt), "dim", wrap="as is"))
+    boxes = [Box("reference", ((_shortened(item.reference), False),))] if item.reference else []
+    compared = item.reference or item.answers.get(result.columns[0], "")
+    boxes += [_box(result, item, column, compared) for column in result.columns]
+    return prompt, Columns(tuple(boxes))
+
+
+def _box(result: ScoreResult, item: ScoreItem, column: str, compared: str) -> Box:
+    answer = _shortened(item.answers.get(column, ""))
+    runs, _ = differences(answer, _shortened(compared)) if compared else (((answer, False),), "")
+    aside, tone = _judged(result, item.values.get(result.metric, {}).get(column))
+    answered = column in item.answers
+    ending = " …" if column in item.cut else "(nothing)" if answered and not answer.strip() else ""
+    return Box(column, runs, aside, ending, tone)
+
+
+def _judged(result: ScoreResult, value: float | None) -> tuple[str, Tone]:
+    """The value of an item as text, and its colour."""
+    if value is None:
+        return "not counted", "warning"
+    if not result.facts.is_share:
+        return number(value) if not math.isnan(value) else "NaN", "dim"
+    return ("right", "success") if value else ("wrong", "error")
+
+
+def _shortened(text: str) -> str:
+    return cut(text, _LONGEST)

@@ -276,7 +276,7 @@ class _Rows:
                 next((n + 1 for n in reversed(range(last - 1)) if labels[n] == IGNORED_LABEL), 0) if places else last
             )
             prompt, learned = ids[:first], ids[first:last]
-        return self._prompted(row, self._decoded(prompt), prompt, self._until_end(learned))
+        return self._prompted(row, self._decoded(prompt), prompt, learned)
 
     def _of_text(self, row: ScoredRow) -> ScoredRow:
         """The prompt and the reference of a row of text."""
@@ -286,8 +286,7 @@ class _Rows:
             before, turn = self._turn(example, row.number)
             ids = list(self._tokenizer(before, add_special_tokens=False)["input_ids"])
             printed = list(self._tokenizer(turn, add_special_tokens=False)["input_ids"]) if turn else []
-            self.ends.update([token for token in printed if token in self._special][-1:])
-            return self._prompted(row, _asked(example) or before, ids, self._until_end(printed))
+            return self._prompted(row, _asked(example) or before, ids, printed)
         if isinstance(example, Pair):
             ids = list(self._tokenizer(example.prompt)["input_ids"])
             length = len(self._tokenizer(example.completion)["input_ids"]) if example.completion else 0
@@ -310,7 +309,11 @@ class _Rows:
             reason = in_one_line(error) or type(error).__name__
             raise TrainingError(f"Row {number}: the chat template refuses it: {reason}", index=number) from None
 
-    def _prompted(self, row: ScoredRow, text: str, ids: Sequence[int], learned: Sequence[int]) -> ScoredRow:
+    def _prompted(self, row: ScoredRow, text: str, ids: Sequence[int], answer: Sequence[int]) -> ScoredRow:
+        """The row with its prompt, and with the tokens of an answer, up to its end token, as the reference."""
+        self.ends.update([token for token in answer if token in self._special][-1:])  # that of a chat template
+        ends = self._usual_ends | self.ends
+        learned = list(itertools.takewhile(lambda token: token not in ends, answer))
         reference = decoded(self._tokenizer, ids, learned) if learned else ""
         return replace(
             row,
@@ -319,11 +322,6 @@ class _Rows:
             reference=reference if reference.strip() else "",
             reference_count=len(learned),
         )
-
-    def _until_end(self, tokens: Sequence[int]) -> list[int]:
-        """Tokens of an answer up to the first one that ends it."""
-        ends = self._usual_ends | self.ends
-        return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

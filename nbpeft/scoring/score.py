@@ -14,9 +14,10 @@ from nbpeft.display.numbers import plural
 from nbpeft.errors import ConfigError, TrainingError, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
+from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
 from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
-from nbpeft.scoring.result import MetricFacts, ScoreItem, ScoreResult, Status
+from nbpeft.scoring.result import ScoreResult, Status
 from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
 from nbpeft.training.watching.generation import evaluating
