@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LogitsProcessorList
+from transformers import AutoModelForSeq2SeqLM, BartConfig, LogitsProcessorList, T5Config
 
-from nbpeft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model, score
+from nbpeft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, ShadowConfig, get_peft_model, score
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
 from nbpeft.scoring.answers import _Choosing
 from nbpeft.scoring.settings import ScoreSettings
@@ -333,7 +337,7 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
 
     model = adapted().train()
     before = everything(model)
-    with pytest.raises(TrainingError, match="fails at row .*: KeyError: 'target'.*all rows of the first batch"):
+    with pytest.raises(TrainingError, match=r"fails at row .*: KeyError: 'target'.*all rows of the first batch"):
         scored(model, metric=own, max_new_tokens=2, batch_size=2)
     assert len(calls) == 2 * 3
     assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
@@ -371,3 +375,58 @@ def test_progress_is_reported_batch_by_batch() -> None:
     assert [result.done for result in seen] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert all(result.status == "running" for result in seen)
     assert "exact so far: base" in seen[1]._repr_html_()
+
+
+# Kinds of models
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_answers_as_alone(kind: str) -> None:
+    """Its encoder is padded on the right, and its answers do not follow the prompts."""
+    if kind == "t5":
+        config: Any = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = 0
+    else:
+        sizes = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "decoder_attention_heads": 4, "d_model": 32}
+        config = BartConfig(vocab_size=97, max_position_embeddings=64, **sizes, **layers, forced_eos_token_id=None)
+    torch.manual_seed(0)
+    base = AutoModelForSeq2SeqLM.from_config(config).eval()
+    targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets), "sql")
+    randomize(model, "sql", 0, 1.0)
+    result = scored(model.eval(), ROWS[:5], metric=["exact", "loss"], max_new_tokens=6, batch_size=3)
+    for item in result.items:
+        ids = torch.tensor([TOKENIZER(ROWS[item.number]["prompt"])["input_ids"]])
+        labels = torch.tensor([TOKENIZER(ROWS[item.number]["completion"])["input_ids"]])
+        ends = [model.generation_config.eos_token_id, END]
+        tokens = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=ends)[0, 1:].tolist()
+        answer = [token for n, token in enumerate(tokens) if not set(tokens[: n + 1]) & set(ends)]
+        assert item.answers["sql"] == TOKENIZER.decode(answer)
+        with torch.no_grad():
+            assert item.values["loss"]["sql"] == pytest.approx(
+                float(model(input_ids=ids, labels=labels).loss), abs=1e-5
+            )
+
+
+def test_a_method_that_needs_its_batch_alone_gets_it() -> None:
+    model = adapted()
+    model.add_adapter("shadow", ShadowConfig(task_type="CAUSAL_LM", init_weights=False))
+    result = scored(model.eval(), ROWS[:4], metric=["exact", "loss"], max_new_tokens=4)
+    assert result.columns == ("base", "sql", "chat", "shadow")
+    model.set_adapter("shadow")
+    assert [item.answers["shadow"] for item in result.items] == [alone(model, row, 4) for row in ROWS[:4]]
+
+
+@pytest.mark.parametrize("source", ["stream", "table", "file"])
+def test_rows_come_from_every_source_of_training(source: str, tmp_path: Path) -> None:
+    rows: Any = ROWS[:3]
+    if source == "stream":
+        rows = datasets.Dataset.from_list(ROWS[:3]).to_iterable_dataset()
+    elif source == "table":
+        rows = pandas.DataFrame(ROWS[:3])
+    else:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    result = scored(adapted(), rows, max_new_tokens=2, adapters="sql", base=False)
+    assert [item.reference for item in result.items] == [row["completion"] for row in ROWS[:3]]
