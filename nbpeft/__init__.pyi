@@ -174,6 +174,8 @@ from .model import update_generate_signature as update_generate_signature
 from .model import update_signature as update_signature
 from .peft_api.install import install_as_peft as install_as_peft
 from .peft_api.install import uninstall_as_peft as uninstall_as_peft
+from .scoring.result import ScoreResult as ScoreResult
+from .scoring.score import score as score
 from .session import Session as Session
 from .session import get_session as get_session
 from .session import session as session

@@ -61,3 +61,9 @@ SERVING_ENGINES = ("vllm", "llama.cpp", "ollama", "transformers", "peft", "diffu
 
 STORED_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Storage types of exported weights; ``q8_0`` only in GGUF files."""
+
+METRICS = (
+    *("exact", "contains", "startswith", "regex", "number", "json", "json_valid", "f1"),
+    *("choice", "choice_norm", "loss", "perplexity", "accuracy"),
+)
+"""Metrics of scores that have a name; others are functions."""

@@ -228,7 +228,8 @@ def method_tensors(path: str, text: str) -> Iterator[str]:
 
 
 HEADLESS = tuple(
-    f"nbpeft/{layer}/" for layer in ("checkpoint", "engine", "memory", "model", "session", "shipping", "training")
+    f"nbpeft/{layer}/"
+    for layer in ("checkpoint", "engine", "memory", "model", "scoring", "session", "shipping", "training")
 )
 PEFT_LORA_LAYERS = "nbpeft/peft_layers/custom_layers.py"
 """PEFT's own classes of LoRA layers, which have these attributes."""

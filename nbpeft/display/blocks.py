@@ -139,12 +139,14 @@ class Box:
         runs: (span of the text, whether it is marked as different).
         aside: text to the right of the title.
         ending: dimmed text after the text.
+        tone: emphasis or colour of ``aside``.
     """
 
     title: str
     runs: tuple[tuple[str, bool], ...]
     aside: str = ""
     ending: str = ""
+    tone: Tone = "dim"
 
     @property
     def text(self) -> str:
@@ -188,11 +190,13 @@ class BarChart:
         bars: (label, share from 0 to 1, figure at the right edge).
         figure: title of the figures.
         values: text after each bar, e.g. seconds; by default the share in percent.
+        intervals: (low, high) of each bar, as shares from 0 to 1; empty for none.
     """
 
     bars: tuple[tuple[str, float, str], ...]
     figure: str = ""
     values: tuple[str, ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
 
     def value(self, number: int) -> str:
         """Returns the text after a bar."""
@@ -370,10 +374,17 @@ class SmallCharts:
 
 @dataclass(frozen=True)
 class Details:
-    """A block that is folded below its summary and opens on a click."""
+    """A block that is folded below its summary and opens on a click.
+
+    Attributes:
+        summary: the line that is always shown.
+        block: the block.
+        group: of the blocks of one group, at most one is open; empty for none.
+    """
 
     summary: str
     block: Block
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,9 @@ def _(block: blocks.Grid) -> str:
 
 @to_html.register
 def _(block: blocks.Details) -> str:
-    return f'<details style="margin-top:6px"><summary>{escape(block.summary)}</summary>{to_html(block.block)}</details>'
+    group = f' name="{escape(block.group)}"' if block.group else ""
+    summary = f"<summary>{escape(block.summary)}</summary>"
+    return f'<details{group} style="margin-top:6px">{summary}{to_html(block.block)}</details>'
 
 
 @to_html.register
@@ -261,7 +263,7 @@ def _(block: blocks.Columns) -> str:
 
 def _box(box: blocks.Box) -> str:
     text = "".join(_marked(piece) if changed else escape(piece) for piece, changed in box.runs)
-    aside = span(blocks.dim(box.aside))
+    aside = span(blocks.Text(box.aside, box.tone))
     ending = span(blocks.dim(box.ending))
     return (
         f'<div style="border:1px solid #9e9e9e;border:1px solid {palette.BORDER};border-radius:4px;padding:6px 8px;'

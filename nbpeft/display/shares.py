@@ -17,6 +17,7 @@ from nbpeft.errors import cut
 
 _WIDTH = 640
 _BLUE, _GREY, _TRACK = "#2b88e0", "#808080", "rgba(128,128,128,.18)"
+_WHISKER = "#173f66"
 _ROW, _BAR = 34, 18
 _TALL_ROW = 44
 _LETTER = 7.4
@@ -38,10 +39,22 @@ def bar_image(chart: BarChart) -> str:
             _text(left - 10, middle + 4.5, _cut(label), "end"),
             f'<rect x="{left:.0f}" y="{y:.0f}" width="{whole:.0f}" height="{_BAR}" rx="3" fill="{_TRACK}"/>',
             f'<rect x="{left:.0f}" y="{y:.0f}" width="{wide:.1f}" height="{_BAR}" rx="3" fill="{_BLUE}"/>',
+            *(_whisker(left, whole, middle, *chart.intervals[number]) if chart.intervals else ()),
             _text(left + whole + 8, middle + 4.5, chart.value(number), weight=600),
             _text(_WIDTH, middle + 4.5, figure, "end"),
         ]
     return _image(parts, _WIDTH, int(top + _ROW * len(chart.bars) + 2), describe_bars(chart))
+
+
+def _whisker(left: float, whole: float, middle: float, low: float, high: float) -> tuple[str, ...]:
+    """Returns an interval over a bar: a line with a stroke at each end."""
+    first, last = left + whole * low, left + whole * high
+    lines = ((first, middle, last, middle), *((x, middle - 5, x, middle + 5) for x in (first, last)))
+    return tuple(
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
+        for colour, width in (("#fff", 4), (_WHISKER, 2))
+        for x1, y1, x2, y2 in lines
+    )
 
 
 def bar_table_image(table: BarTable) -> str:

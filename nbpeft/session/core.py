@@ -24,6 +24,7 @@ from nbpeft.session.commands import (
     pushing,
     quantizing,
     running,
+    scoring,
     shipping,
     swapping,
     switching,
@@ -130,6 +131,7 @@ class Session:
     ask = _command(asking.ask)
     compare = _command(comparing.compare)
     try_combination = _command(comparing.try_combination)
+    score = _command(scoring.score)
     swap = _command(swapping.swap)
 
     # Training

@@ -30,10 +30,27 @@ def prompt_batch(
         AdapterError: there is no tokenizer, or it is invalid, or it does not support the prompts.
     """
     base = tracked.manager.model
-    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
-        raise AdapterError(f"tokenizer is of type {type(tokenizer).__name__}, expected a tokenizer of transformers")
-    chosen = tokenizer if tokenizer is not None else ctx.tokenizers.get(base)
+    chosen = chosen_tokenizer(ctx, tracked, tokenizer)
     if chosen is None:
         raise AdapterError("a tokenizer is needed to read prompts (tokenizer=…)")
-    ctx.tokenizers[base] = chosen
     return PromptBatch.of(prompts, chosen, base, chat=False if chat is None and tracked.trained_on_plain_text else chat)
+
+
+def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any) -> Any:
+    """Return the given tokenizer, which is stored for the model, or the last one for it; None if there is none.
+
+    Args:
+        ctx: context of the session, which stores the tokenizer.
+        tracked: the model.
+        tokenizer: None for the last one given.
+
+    Raises:
+        AdapterError: it is not a tokenizer.
+    """
+    base = tracked.manager.model
+    if tokenizer is None:
+        return ctx.tokenizers.get(base)
+    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise AdapterError(f"tokenizer is of type {type(tokenizer).__name__}, expected a tokenizer of transformers")
+    ctx.tokenizers[base] = tokenizer
+    return tokenizer

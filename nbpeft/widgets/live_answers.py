@@ -8,8 +8,7 @@ from nbpeft.display.html import to_html
 from nbpeft.widgets.environment import Ui, shown_as
 
 if TYPE_CHECKING:
-    from nbpeft.session.results.asking import AskResult
-    from nbpeft.session.results.comparing import CompareResult
+    from nbpeft.display.shown import Shown
 
 HINT = "Interrupting the kernel keeps the answers so far."
 
@@ -25,7 +24,7 @@ class LiveAnswers:
         self._silent = shown_as(ui) == "text"
         self._output: Any = None
 
-    def draw(self, result: CompareResult | AskResult) -> None:
+    def draw(self, result: Shown) -> None:
         """Shows the answers so far."""
         if self._silent:
             return

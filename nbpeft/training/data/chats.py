@@ -86,6 +86,29 @@ class ChatRenderer:
         learned = tuple(span for span in spans if span.weight)
         return RenderedChat(text, learned, names, "" if learned else "the weights of its turns are 0")
 
+    def last_turn(self, chat: Chat) -> tuple[str, str]:
+        """The text of a chat up to its last turn of the assistant, with the generation prompt; and that turn.
+
+        Args:
+            chat: the chat.
+
+        Returns:
+            The text before the turn, and the turn with its end-of-turn token; without such a turn, the text of the
+            whole chat and the empty string.
+
+        Raises:
+            TrainingError: the template changes the text of the turn.
+        """
+        messages = tuple(self._flat(message) for message in chat.messages)
+        number = max((place for place, message in enumerate(messages) if _speaks(message)), default=None)
+        if number is None:
+            return self._text(messages, chat.tools, prompt=True), ""
+        through = replace(chat, messages=messages[: number + 1], weights=(1.0,) * (number + 1))
+        text = self._text(through.messages, chat.tools)
+        (span,) = self._spans(through, text, [number])
+        before = self._text(messages[:number], chat.tools, prompt=True) if number else ""
+        return before, text[span.first : span.last]
+
     def _text(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
         options = {} if tools is None else {"tools": tools}
         return str(

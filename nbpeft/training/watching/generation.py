@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
@@ -73,25 +73,39 @@ class PromptBatch:
                 f"the tokenizer does not belong to this model: token {largest} of "
                 f"{table.weight.shape[0]} in the model's vocabulary"
             )
+        applied = chat or not isinstance(prompts[0], str)  # without a template, both are errors above
+        form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
+        batch = cls.of_tokens(rows, tokenizer, base)
+        return replace(batch, prompts=tuple(map(_words, prompts)), form=form, chat=applied)
+
+    @classmethod
+    def of_tokens(cls, token_ids: Sequence[Sequence[int]], tokenizer: Any, base: Any) -> PromptBatch:
+        """A batch of prompts that are tokenized already.
+
+        Args:
+            token_ids: the token ids of each prompt.
+            tokenizer: the tokenizer of the model.
+            base: the model that answers.
+        """
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
-        applied = chat or not isinstance(prompts[0], str)  # without a template, both are errors above
-        form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
-        return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form, applied)
+        return cls(("",) * len(token_ids), tuple(map(tuple, token_ids)), tokenizer, pad, ends)
 
-    def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 of shape (repeats * prompts, longest), padded on the left.
+    def inputs(self, device: Any, repeats: int = 1, *, left: bool = True) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, int64 of shape (repeats * prompts, longest).
 
         Args:
             device: the device of the tensors.
             repeats: how often the list of prompts is repeated.
+            left: whether to pad on the left, so that the answers follow the prompts; an encoder is padded on the right.
         """
         import torch
 
         longest = max(map(len, self.token_ids))
-        rows = [[self.pad] * (longest - len(row)) + list(row) for row in self.token_ids]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in self.token_ids]
+        fill = [longest - len(row) for row in self.token_ids]
+        rows = [_padded(row, [self.pad] * count, left) for row, count in zip(self.token_ids, fill, strict=True)]
+        mask = [_padded([1] * len(row), [0] * count, left) for row, count in zip(self.token_ids, fill, strict=True)]
         both = (torch.tensor(values * repeats, dtype=torch.long, device=device) for values in (rows, mask))
         return dict(zip(("input_ids", "attention_mask"), both, strict=True))
 
@@ -190,13 +204,35 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
     Raises:
         AdapterError: the model cannot generate text, or does not accept these options.
     """
+    tokens, complete = generate_tokens(model, batch, request)
+    return [batch.answer(row, request.max_new_tokens) for row in tokens], complete
+
+
+def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) -> tuple[list[list[int]], bool]:
+    """Generate the tokens of the answers to a batch of prompts.
+
+    Args:
+        model: the model; adapted, unless the request names no adapters.
+        batch: the prompts.
+        request: the settings.
+
+    Returns:
+        The new tokens of each row, with what follows its end token; and whether the generation was completed, as for
+        ``generate_batch``.
+
+    Raises:
+        AdapterError: the model cannot generate text, or does not accept these options.
+    """
+    from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.model.handle.serving import serving_rows
 
-    base: Any = model.manager.model
+    manager = manager_of(model)
+    base: Any = model if manager is None else manager.model
     if not hasattr(base, "generate"):
         raise AdapterError(f"a {type(base).__name__} cannot answer prompts: it has no generate()")
     repeats = 1 if request.rows is None or request.paired else len(request.rows)
-    inputs = batch.inputs(_input_device(base), repeats)
+    two_halves = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    inputs = batch.inputs(_input_device(base), repeats, left=not two_halves)
     names = request.rows
     if names is not None and not request.paired:
         names = [name for name in names for _ in batch.prompts]
@@ -208,19 +244,24 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
     if options.get("num_beams", 1) == 1:
         options["streamer"] = stream
     # Adapters named in a request answer even while all adapters are disabled.
-    rows = nullcontext() if names is None else serving_rows(model.manager, names, (), inputs, disabled_too=True)
+    rows = (
+        nullcontext()
+        if names is None or manager is None
+        else serving_rows(manager, names, (), inputs, disabled_too=True)
+    )
     try:
         with rows:
-            tokens = model.generate(**inputs, **options)  # type: ignore[arg-type]
+            tokens = model.generate(**inputs, **options)
     except (_StopAnswering, KeyboardInterrupt):
-        return stream.answers(), False
+        return stream.tokens, False
     except ValueError as error:
         if not request.options:
             raise
         reason = in_one_line(error)
         raise AdapterError(f"generate does not accept {', '.join(request.options)}: {reason:.200}") from error
-    generated = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-    return [batch.answer(row, request.max_new_tokens) for row in generated], True
+    # A decoder of its own starts with one token, and not with the prompt.
+    generated: list[list[int]] = tokens[:, 1 if two_halves else inputs["input_ids"].shape[1] :].tolist()
+    return generated, True
 
 
 def _input_device(base: Any) -> Any:
@@ -297,6 +338,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def _padded(row: Sequence[int], fill: list[int], left: bool) -> list[int]:
+    return [*fill, *row] if left else [*row, *fill]
 
 
 def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:

@@ -1,0 +1,90 @@
+"""``%lora score``: the base model and its adapters on rows with references."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from nbpeft.errors import CellError, did_you_mean
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument, positive
+from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.subcommands.asking import SAMPLING, sampling_of
+from nbpeft.names import METRICS
+
+
+@subcommand(
+    "score",
+    "Score the base model and all adapters on rows with references, item by item, with intervals and paired tests. "
+    "Interrupting the kernel keeps what is scored.",
+    argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        completes="adapter",
+        help="the adapters, a+b for the sum of two (default: all)",
+    ),
+    replace(DATA, options={**DATA.options, "help": str(DATA.options["help"]).replace("training rows", "the rows")}),
+    argument(
+        "--metric",
+        nargs="+",
+        default=["exact"],
+        metavar="METRIC",
+        words=METRICS,
+        completes="variable",
+        help=f"{', '.join(METRICS)}, or a variable with a function (answer, row) (default: exact)",
+    ),
+    argument("--pattern", metavar="REGEX", help="regular expression for the metric regex"),
+    argument("--strip", action="store_true", help="ignore white space at both ends of answers and references"),
+    argument("--casefold", action="store_true", help="ignore upper and lower case"),
+    argument("--tolerance", type=float, metavar="SHARE", help="relative tolerance of the metric number"),
+    argument("--no-base", action="store_true", help="leave the base model out"),
+    argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
+    argument("--max-new-tokens", type=positive, metavar="N", help="limit of an answer (default: by the metric)"),
+    *SAMPLING,
+    MAX_LENGTH,
+    COLUMNS,
+    TOKENIZER,
+    ON_MODEL,
+    example="%lora score --data held_out --metric exact --strip",
+)
+def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Score adapters; the scores so far are shown meanwhile."""
+    given: dict[str, Any] = {name: value for name, value in sampling_of(options).items() if value is not None}
+    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length"):
+        if (value := getattr(options, name)) is not None:
+            given[name] = value
+    rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
+    metrics = [_metric(word, notebook) for word in options.metric]
+    from nbpeft.widgets import LiveAnswers
+
+    with closing(LiveAnswers(ui=notebook.ui)) as live:
+        return notebook.session.score(
+            rows,
+            metric=metrics,
+            adapters=options.names or None,
+            base=not options.no_base,
+            strip=options.strip,
+            casefold=options.casefold,
+            columns=None if options.columns is None else dict(options.columns),
+            tokenizer=notebook.tokenizer(options.tokenizer),
+            on_progress=live.draw,
+            model=model,
+            **given,
+        )
+
+
+def _metric(word: str, notebook: NotebookContext) -> Any:
+    """The name of a metric, or what a variable or an expression holds.
+
+    Raises:
+        CellError: it is neither.
+    """
+    if word in METRICS:
+        return word
+    if word.isidentifier() and word not in notebook.namespace:
+        hint = did_you_mean(word, METRICS) or f" There are: {', '.join(METRICS)}, and functions."
+        raise CellError(f"--metric: there is no {word!r:.40}.{hint}")
+    return notebook.value(word, "--metric")

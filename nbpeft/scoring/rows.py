@@ -1,0 +1,422 @@
+"""Rows as they are scored: the prompt, the reference, and what a metric needs in addition."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from nbpeft.display.numbers import count, plural
+from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.errors import ConfigError, TrainingError, in_one_line, with_article
+from nbpeft.names import IGNORED_LABEL
+from nbpeft.scoring.metrics import Metric, Needs
+from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data import is_stream, open_data
+from nbpeft.training.data.chats import ChatRenderer
+from nbpeft.training.data.checks import check_row
+from nbpeft.training.data.classes import SINGLE_LABEL
+from nbpeft.training.data.encoding import Span, encode
+from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles
+from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.row import Row, is_nothing
+from nbpeft.training.data.tokenized import named_rows
+from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
+from nbpeft.training.watching.generation import PromptBatch
+
+_STREAMED = 1000
+"""The number of rows of a stream that are read."""
+CHOICES, ANSWER = "choices", "answer"
+"""The columns of a row with its options, and with the right one: its text or its number."""
+_OWN = (CHOICES, ANSWER)
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One row to score.
+
+    Attributes:
+        number: its number in the data, 0 for the first.
+        given: the row as it was given.
+        prompt: the prompt as text, for display.
+        prompt_ids: its token ids.
+        reference: the text of the right answer; empty if there is none.
+        reference_count: number of its tokens.
+        coded: the tokenised row with its labels, for losses and classes.
+        options: the tokenised row with each option, whose labels are those of the option; with its text.
+        right: the number of the right option.
+    """
+
+    number: int
+    given: Any
+    prompt: str = ""
+    prompt_ids: tuple[int, ...] = ()
+    reference: str = ""
+    reference_count: int = 0
+    coded: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    right: int = 0
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """All rows to score.
+
+    Attributes:
+        rows: the rows.
+        notes: messages about rows that are left out or cut.
+        ends: further tokens that end an answer: those with which the chat template ends a turn.
+        inputs: the inputs of the model.
+    """
+
+    rows: tuple[ScoredRow, ...]
+    notes: tuple[str, ...]
+    ends: frozenset[int]
+    inputs: ModelInputs
+
+
+class _Missing(Exception):
+    """Why a row cannot be scored."""
+
+
+def read_rows(
+    model: nn.Module,
+    data: Any,
+    metrics: Sequence[Metric],
+    tokenizer: Any = None,
+    *,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> ScoredRows:
+    """Reads rows as training does, and finds the reference of each.
+
+    Args:
+        model: the model, adapted or bare.
+        data: rows in any form of training, or where they are.
+        metrics: the metrics, which decide what a row needs.
+        tokenizer: the tokenizer of the model.
+        max_length: as for ``prepare_data``; for metrics of losses and classes.
+        columns: name -> the column in the data, as for ``prepare_data``.
+
+    Raises:
+        ConfigError: an argument is invalid, or a metric does not fit the model.
+        TrainingError: the data cannot be read, or no row can be scored.
+    """
+    check_reading(tokenizer, max_length)
+    needs = {metric.needs for metric in metrics}
+    inputs = model_inputs(model)
+    _check_model(model, inputs, needs, tokenizer)
+    opened = open_data(data)
+    reader, own = _reader(opened, tokenizer, needs, inputs, max_length, columns)
+    values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
+    if not values:
+        raise TrainingError("The stream has no rows.")
+    reading_rows = _Rows(model, replace(reader, rows=values), own, metrics)
+    rows, left_out = [], []
+    for number in range(len(values)):
+        try:
+            rows.append(reading_rows.read(number))
+        except _Missing as reason:
+            left_out.append((number, str(reason)))
+    if not rows:
+        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.")
+    _check_tokens(model, rows, inputs)
+    notes = []
+    if is_stream(opened) and len(values) == _STREAMED:
+        notes.append(f"these are the first {count(_STREAMED)} rows of a stream")
+    if left_out:
+        notes.append(f"{plural(len(left_out), 'row')} left out: {named_rows(left_out)}")
+    if reading_rows.cut:
+        notes.append(f"{plural(reading_rows.cut, 'row')} cut to {reader.limit} tokens (max_length)")
+    return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
+
+
+def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], tokenizer: Any) -> None:
+    """Refuses metrics that the model cannot be scored with.
+
+    Raises:
+        ConfigError: a metric does not fit the model, or needs a tokenizer.
+    """
+    name = type(base_of(model)).__name__
+    if inputs.classes is None and "classes" in needs:
+        raise ConfigError(f"accuracy is for classifiers, and {name} is none: choice compares the options of a row")
+    if inputs.classes is not None and needs != {"classes"}:
+        raise ConfigError(f"{name} is a classifier: its metric is accuracy")
+    if inputs.classes is not None and inputs.classes.problem != SINGLE_LABEL:
+        raise ConfigError(f"accuracy needs one class for each row, and {name} is for {inputs.classes.problem}")
+    if "options" in needs and inputs.encoder_decoder:
+        raise ConfigError(f"choice needs a decoder, and {name} has an encoder")
+    if "answers" in needs and not hasattr(base_of(model), "generate"):
+        raise ConfigError(f"{name} cannot answer prompts: it has no generate()")
+    if needs & {"answers", "options"} and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        given = "none is given" if tokenizer is None else f"not {with_article(tokenizer)}"
+        raise ConfigError(f"a tokenizer is needed to score answers (tokenizer=…), {given}", field="tokenizer")
+
+
+def _reader(
+    opened: Any,
+    tokenizer: Any,
+    needs: set[Needs],
+    inputs: ModelInputs,
+    max_length: int | None,
+    columns: Mapping[str, str] | None,
+) -> tuple[Reading, Mapping[str, str]]:
+    """How the rows are read, and where the options are. Rows with a prompt alone are read, too, if that is enough."""
+    own = {name: name for name in _OWN}
+    mapping = columns
+    if isinstance(columns, Mapping):
+        own |= {name: str(columns[name]) for name in _OWN if name in columns}
+        mapping = {name: column for name, column in columns.items() if name not in _OWN}
+    available = columns_of(opened)
+    for name in _OWN:
+        if own[name] != name and own[name] not in available:
+            raise ConfigError(f"columns: the rows have no {own[name]!r:.40} for {name}", field="columns")
+    prompt = (mapping or {}).get("prompt", "prompt")
+    alone = "tokens" not in needs and "classes" not in needs and prompt in available
+    if alone and (mapping or {}).get("completion", "completion") not in available:
+        names = {"prompt": prompt} if prompt != "prompt" else {}
+        return Reading(opened, _PROMPT, names, tokenizer, inputs=inputs), own
+    return reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs), own
+
+
+def _read_prompt(row: Row, chat: bool) -> Pair | Chat:
+    if isinstance(row.value("prompt"), str):
+        return Pair(row.text("prompt"), "")
+    messages = row.messages("prompt")
+    return Chat(messages.messages, (1.0,) * len(messages.messages), tools=row.tools())
+
+
+_PROMPT = Form("prompt", ("prompt",), _read_prompt, ("tools",))
+
+
+class _Rows:
+    """Reads one row after the other.
+
+    Args:
+        model: the model.
+        reader: how the rows are read.
+        own: where the options are.
+        metrics: the metrics.
+
+    Attributes:
+        cut: number of rows that were cut.
+        ends: tokens with which the chat template ends a turn.
+    """
+
+    def __init__(self, model: nn.Module, reader: Reading, own: Mapping[str, str], metrics: Sequence[Metric]) -> None:
+        self.cut = 0
+        self.ends: set[int] = set()
+        self._reader, self._own, self._metrics = reader, own, metrics
+        self._needs = {metric.needs for metric in metrics}
+        self._tokenizer = reader.tokenizer
+        self._renderer = ChatRenderer(reader.tokenizer)
+        tokens = self._needs & {"tokens", "classes"} or reader.form is None
+        self._coded = reader.coded() if tokens else None
+        self._special = frozenset(getattr(self._tokenizer, "all_special_ids", ()))
+        self._usual_ends = PromptBatch.of_tokens([], self._tokenizer, base_of(model)).ends
+
+    def read(self, number: int) -> ScoredRow:
+        """Reads a row.
+
+        Args:
+            number: its number; rows are read in order.
+
+        Raises:
+            TrainingError: it has another form than the first one.
+            _Missing: it cannot be scored.
+        """
+        given = self._reader.rows[number]
+        coded = None if self._coded is None else next(self._coded)
+        row = ScoredRow(number, given)
+        if self._needs & {"tokens", "classes"}:
+            row = self._with_tokens(row, coded)
+        if self._reader.form is None:
+            row = self._of_tokens(row, coded)
+        elif self._reader.inputs.classes is None:
+            row = self._of_text(row)
+        if "options" in self._needs:
+            row = self._with_options(row)
+        for metric in self._metrics:
+            if metric.needs == "answers" and metric.needs_reference and not row.reference:
+                raise _Missing("it has no reference")
+            if reason := metric.check(row.reference, row.given):
+                raise _Missing(reason)
+        if "answers" in self._needs and not row.prompt_ids:
+            raise _Missing("its prompt is empty")
+        return row
+
+    def _with_tokens(self, row: ScoredRow, coded: CodedRow | None) -> ScoredRow:
+        """The row with its tokens and labels; for a classifier with its text and class."""
+        assert coded is not None
+        if coded.missing:
+            raise _Missing(coded.missing)
+        self.cut += coded.cut
+        classes = self._reader.inputs.classes
+        if classes is None:
+            return replace(row, coded=coded.row)
+        text = self._decoded(coded.whole.input_ids) if self._tokenizer is not None else ""
+        name = next((name for name, number in classes.names.items() if number == coded.label), str(coded.label))
+        return replace(row, coded=coded.row, prompt=text, reference=name)
+
+    def _of_tokens(self, row: ScoredRow, coded: CodedRow | None) -> ScoredRow:
+        """The prompt and the reference of a tokenised row: what comes before the last learned part, and that part."""
+        assert coded is not None
+        if self._tokenizer is None or self._reader.inputs.classes is not None:
+            return row
+        ids, labels = coded.whole.input_ids, coded.whole.labels
+        if self._reader.inputs.encoder_decoder:
+            prompt, learned = ids, [label for label in labels if label != IGNORED_LABEL]
+        else:
+            places = [place for place, label in enumerate(labels) if label != IGNORED_LABEL]
+            last = places[-1] + 1 if places else len(ids)
+            first = (
+                next((n + 1 for n in reversed(range(last - 1)) if labels[n] == IGNORED_LABEL), 0) if places else last
+            )
+            prompt, learned = ids[:first], ids[first:last]
+        return self._prompted(row, self._decoded(prompt), prompt, learned)
+
+    def _of_text(self, row: ScoredRow) -> ScoredRow:
+        """The prompt and the reference of a row of text."""
+        example = self._reader.example(row.given, row.number)
+        if isinstance(example, Chat):
+            check_roles(row.number, example, str(getattr(self._tokenizer, "chat_template", "") or ""))
+            before, turn = self._turn(example, row.number)
+            ids = list(self._tokenizer(before, add_special_tokens=False)["input_ids"])
+            printed = list(self._tokenizer(turn, add_special_tokens=False)["input_ids"]) if turn else []
+            return self._prompted(row, _asked(example) or before, ids, printed)
+        if isinstance(example, Pair):
+            ids = list(self._tokenizer(example.prompt)["input_ids"])
+            length = len(self._tokenizer(example.completion)["input_ids"]) if example.completion else 0
+            reference = example.completion if example.completion.strip() else ""
+            return replace(
+                row, prompt=example.prompt, prompt_ids=tuple(ids), reference=reference, reference_count=length
+            )
+        assert isinstance(example, Plain)
+        ids = list(self._tokenizer(example.text)["input_ids"])
+        return replace(row, prompt=example.text, prompt_ids=tuple(ids) if example.text.strip() else ())
+
+    def _turn(self, chat: Chat, number: int) -> tuple[str, str]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise TrainingError("The tokenizer has no chat template, and the rows are conversations.")
+        try:
+            return self._renderer.last_turn(chat)
+        except TrainingError as error:
+            raise TrainingError(f"Row {number}: {error}", index=number) from None
+        except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
+            reason = in_one_line(error) or type(error).__name__
+            raise TrainingError(f"Row {number}: the chat template refuses it: {reason}", index=number) from None
+
+    def _prompted(self, row: ScoredRow, text: str, ids: Sequence[int], answer: Sequence[int]) -> ScoredRow:
+        """The row with its prompt, and with the tokens of an answer, up to its end token, as the reference."""
+        self.ends.update([token for token in answer if token in self._special][-1:])  # that of a chat template
+        ends = self._usual_ends | self.ends
+        learned = list(itertools.takewhile(lambda token: token not in ends, answer))
+        reference = decoded(self._tokenizer, ids, learned) if learned else ""
+        return replace(
+            row,
+            prompt=text,
+            prompt_ids=tuple(ids),
+            reference=reference if reference.strip() else "",
+            reference_count=len(learned),
+        )
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _with_options(self, row: ScoredRow) -> ScoredRow:
+        """The row with its options, each as the answer to the prompt."""
+        if self._reader.form is None or not isinstance(row.given, Mapping):
+            raise TrainingError("The metric choice needs rows of text with a prompt and choices; these are not.")
+        options: Any = row.given.get(self._own[CHOICES])
+        options = options.get("text") if isinstance(options, Mapping) else options
+        options = options.tolist() if hasattr(options, "tolist") else options
+        texts = isinstance(options, list | tuple) and all(isinstance(text, str) and text for text in options)
+        if not texts or len(options) < 2:
+            raise _Missing(f"{self._own[CHOICES]!r} is not a list of at least two texts")
+        right = self._right(row, options)
+        example = self._reader.example(row.given, row.number)
+        coded = tuple((text, self._option(example, row, text)) for text in options)
+        return replace(row, options=coded, right=right, reference=options[right])
+
+    def _right(self, row: ScoredRow, options: Sequence[str]) -> int:
+        column = self._own[ANSWER]
+        value = row.given.get(column)
+        value = value.item() if getattr(value, "shape", None) == () else value
+        value = row.reference if is_nothing(value) else value
+        if isinstance(value, str) and value in options:
+            return options.index(value)
+        labels = row.given.get(self._own[CHOICES])
+        labels = list(labels.get("label", ())) if isinstance(labels, Mapping) else []
+        if value in labels:
+            return labels.index(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+            return value
+        if is_nothing(value):
+            raise _Missing("it has no reference")
+        raise _Missing(f"its reference {value!r:.40} is none of its {len(options)} choices")
+
+    def _option(self, example: Any, row: ScoredRow, option: str) -> Mapping[str, Any]:
+        """The tokens of the prompt with an option, and labels on those of the option without its end token."""
+        if isinstance(example, Chat):
+            answered = (*_before_last_turn(example), {"role": "assistant", "content": option})
+            before, turn = self._turn(replace(example, messages=answered, weights=(1.0,) * len(answered)), row.number)
+            coded = encode(self._tokenizer, before + turn, [Span(len(before), len(before + turn))], special=False)
+        else:
+            prompt = example.prompt if isinstance(example, Pair) else row.prompt
+            coded = encode(self._tokenizer, prompt + option, [Span(len(prompt), len(prompt + option))])
+        ids, labels = list(coded.input_ids), list(coded.labels)
+        ends = self._usual_ends | self.ends | self._special
+        learned = [n for n, label in enumerate(labels) if label != IGNORED_LABEL and label not in ends]
+        first_end = next((n for n, label in enumerate(labels) if label != IGNORED_LABEL and label in ends), len(ids))
+        last = max((n + 1 for n in learned if n < first_end), default=first_end)
+        return {"input_ids": ids[:last], "labels": labels[:last]}
+
+
+def _before_last_turn(chat: Chat) -> tuple[Mapping[str, Any], ...]:
+    """The messages before the last turn of the assistant; all of them if there is none."""
+    place = max((number for number, item in enumerate(chat.messages) if item["role"] == "assistant"), default=None)
+    return chat.messages if place is None else chat.messages[:place]
+
+
+def _asked(chat: Chat) -> str:
+    """The text that the last turn of the assistant answers."""
+    content = next((item.get("content") for item in reversed(_before_last_turn(chat))), "")
+    return content if isinstance(content, str) else ""
+
+
+def decoded(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens that follow others, with its leading space, and without special tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        before: the tokens before them.
+        tokens: the tokens.
+    """
+    head = list(before[-8:])  # many tokenizers drop the leading space of the first token
+    start, through, alone = (_plain(tokenizer, ids) for ids in (head, [*head, *tokens], list(tokens)))
+    return through[len(start) :] if through.startswith(start) else alone
+
+
+def _plain(tokenizer: Any, ids: list[int]) -> str:
+    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
+    return str(tokenizer.decode(ids, skip_special_tokens=True, **options))
+
+
+def _check_tokens(model: nn.Module, rows: Sequence[ScoredRow], inputs: ModelInputs) -> None:
+    """Refuses rows that do not fit the model.
+
+    Raises:
+        TrainingError: a token is outside of the model's vocabulary, or a label does not fit; names the row.
+    """
+    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
+    vocabulary, causal = size if isinstance(size, int) else None, is_causal(model)
+    for row in rows:
+        prompt = {"input_ids": list(row.prompt_ids)} if row.prompt_ids else {}
+        for tokens in (prompt, *(coded for _, coded in row.options)):
+            if tokens:
+                check_row(tokens, row.number, vocabulary=vocabulary, causal=causal)
+        if row.coded:
+            check_row(row.coded, row.number, vocabulary=vocabulary, causal=causal, classes=inputs.classes)

@@ -1,0 +1,354 @@
+"""``score(model, rows)``: rows are read, answered and compared with their references."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nbpeft.display.numbers import plural
+from nbpeft.errors import ConfigError, TrainingError, few
+from nbpeft.model.from_data.observing import progress as progress_bar
+from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
+from nbpeft.scoring.items import MetricFacts, ScoreItem
+from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
+from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
+from nbpeft.scoring.result import ScoreResult, Status
+from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows
+from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
+from nbpeft.training.watching.generation import evaluating
+
+Report = Callable[[ScoreResult], object]
+
+
+def score(
+    model: nn.Module,
+    rows: Any,
+    *,
+    metric: Any = "exact",
+    tokenizer: Any = None,
+    adapters: str | Sequence[str] | None = None,
+    base: bool = True,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    strip: bool = False,
+    casefold: bool = False,
+    pattern: str | None = None,
+    tolerance: float = 1e-6,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    progress: bool = True,
+    on_progress: Report | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    name: str = "",
+) -> ScoreResult:
+    """Scores the base model and its adapters on rows with references, item by item.
+
+    All of them answer in the same batches. The model does not change. After an interruption the result has the
+    status ``stopped``, and the items that were scored until then::
+
+        result = nbpeft.score(model, held_out, metric="exact", tokenizer=tokenizer)
+        print(result)
+        result.flips("base", "sql").broken
+
+    Metrics of answers are ``exact``, ``contains``, ``startswith``, ``regex``, ``number`` (the last one of the answer),
+    ``json`` (the share of right fields), ``json_valid`` and ``f1`` (of words). ``choice`` takes the option of the row
+    with the greatest likelihood, ``choice_norm`` divides it by the option's length in characters; ``loss`` and
+    ``perplexity`` are those of the tokens that a training would learn, ``accuracy`` is for classifiers. A function
+    ``(answer, row) -> bool | float`` is a metric of answers, too, and so is an object with the ``compute`` of Hugging
+    Face's ``evaluate``, which is called for each item on its own.
+
+    Args:
+        model: a model of transformers, with or without adapters.
+        rows: rows in every form that ``train`` takes, or where they are. The reference is the completion, or the last
+            turn of the assistant. ``choice`` needs ``choices``, and ``answer`` or a completion; ``regex`` takes a
+            ``pattern`` of each row.
+        metric: a metric, or several in a list.
+        tokenizer: the tokenizer of the model; not needed for rows that are tokenised.
+        adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
+        base: whether to score the base model, too.
+        max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
+            reference may come later in the answer.
+        batch_size: rows that are answered together by the base and all adapters; by default up to 32 answers.
+        seed: seed of the bootstrap and of sampled answers.
+        strip: whether white space at both ends of answers and references is ignored.
+        casefold: whether upper and lower case are ignored.
+        pattern: regular expression for ``regex``; None takes that of each row.
+        tolerance: relative tolerance of ``number``.
+        temperature: sampling temperature; None or 0 is greedy. A row is sampled with random numbers of its own, which
+            are the same for the base and each adapter and do not depend on the batch.
+        top_p: sample from the most likely tokens whose probabilities sum up to this value.
+        columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
+        max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
+            the tokenizer's limit, at most 1024.
+        progress: whether to show a progress bar.
+        on_progress: called with the result so far after each batch.
+        should_stop: called after each token; True ends the scoring early.
+        name: name of the model, for display.
+
+    Returns:
+        The scores with intervals, and the items.
+
+    Raises:
+        ConfigError: an argument is invalid, or a metric does not fit the model.
+        TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
+        AdapterError: there is no such adapter, or nothing to score.
+    """
+    compared = AnswerSettings(strip, casefold, pattern, tolerance)
+    settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
+    metrics = metrics_of(metric, compared)
+    if settings.draws and not any(item.needs == "answers" for item in metrics):
+        raise ConfigError("temperature is for metrics of answers: nothing is generated here", field="temperature")
+    if max_new_tokens is not None and not any(item.needs == "answers" for item in metrics):
+        raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
+    found, column_notes = columns_of(model, adapters, base)
+    read = read_rows(model, rows, metrics, tokenizer, max_length=max_length, columns=columns)
+    state = _Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
+    limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
+    with progress_bar(state.steps, "scoring", show=progress and on_progress is None) as bar:
+
+        def advanced() -> None:
+            bar(state.done)
+            if on_progress is not None:
+                on_progress(state.result("running"))
+
+        if on_progress is not None:
+            on_progress(state.result("running"))
+        try:
+            with evaluating(model):
+                state.run(model, tokenizer, limit, should_stop, advanced)
+        except KeyboardInterrupt:
+            pass
+    return state.result("finished" if state.done >= state.steps else "stopped")
+
+
+@dataclass
+class _Scoring:
+    """What was computed so far.
+
+    Attributes:
+        name: name of the model.
+        columns: what is scored.
+        metrics: the metrics.
+        read: the rows.
+        settings: how rows are answered.
+        notes: messages about rows and columns.
+        done: number of (row, column) pairs that are computed, for each kind of computation.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    metrics: tuple[Metric, ...]
+    read: ScoredRows
+    settings: ScoreSettings
+    notes: list[str]
+    done: int = 0
+    _answers: list[dict[str, str]] = field(init=False)
+    _values: list[dict[str, dict[str, float | bool]]] = field(init=False)
+    _weights: list[float] = field(init=False)
+    _cut: list[set[str]] = field(init=False)
+    _failed: dict[str, list[str]] = field(default_factory=dict)
+    _not_finite: dict[str, list[int]] = field(default_factory=dict)
+    _limit: int = 0
+    _started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        count = len(self.read.rows)
+        self._answers, self._cut = [{} for _ in range(count)], [set() for _ in range(count)]
+        self._values = [{metric.name: {} for metric in self.metrics} for _ in range(count)]
+        self._weights = [1.0] * count
+
+    @property
+    def steps(self) -> int:
+        """The value of ``done`` at the end."""
+        kinds = {metric.needs for metric in self.metrics}
+        return len(kinds) * len(self.read.rows) * len(self.columns)
+
+    def run(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        limit: int,
+        should_stop: Callable[[], bool] | None,
+        advanced: Callable[[], None],
+    ) -> None:
+        """Computes everything, one kind of computation after the other, until one of them is stopped.
+
+        Args:
+            model: the model in evaluation mode.
+            tokenizer: the tokenizer.
+            limit: the greatest number of new tokens.
+            should_stop: True ends it.
+            advanced: called after each batch.
+        """
+        size, rows, self._limit = self.settings.rows_together(len(self.columns)), self.read.rows, limit
+        given: dict[str, Any] = {"tokenizer": tokenizer, "should_stop": should_stop}
+        kinds = list(dict.fromkeys(metric.needs for metric in self.metrics))
+        for place, kind in enumerate(kinds):
+            if kind == "answers":
+                batches: Iterable[Any] = answer_rows(
+                    model, rows, self.columns, self.settings, limit=limit, ends=self.read.ends, **given
+                )
+                take: Callable[[Any], None] = self._take_answers
+            elif kind == "tokens":
+                batches = token_losses(model, [row.coded for row in rows], self.columns, size=size, **given)
+                take = self._take_losses
+            elif kind == "classes":
+                batches = classes(model, [row.coded for row in rows], self.columns, size=size, **given)
+                take = self._take_classes
+            else:
+                batches, take = self._choices(model, size, given), self._take_choices
+            for batch in batches:
+                take(batch)
+                self.done += len(batch)
+                advanced()
+            if self.done < (place + 1) * len(rows) * len(self.columns):
+                return
+
+    def _choices(self, model: nn.Module, size: int, given: Mapping[str, Any]) -> Iterable[Outputs]:
+        """The losses of the options of each row, of all options of a batch of rows together."""
+        rows = self.read.rows
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            places = [(start + place, number) for place, row in enumerate(some) for number in range(len(row.options))]
+            coded = [rows[place].options[number][1] for place, number in places]
+            losses: dict[tuple[int, int], dict[int, tuple[float, float]]] = {}
+            for batch in token_losses(model, coded, self.columns, size=size, **given):
+                for option, column, loss in batch:
+                    place, number = places[option]
+                    losses.setdefault((place, column), {})[number] = loss
+            whole = {key: found for key, found in losses.items() if len(found) == len(rows[key[0]].options)}
+            yield [(place, column, found) for (place, column), found in whole.items()]
+            if len(whole) < len(some) * len(self.columns):
+                return
+
+    # What was computed for a batch
+
+    def _take_answers(self, batch: Sequence[tuple[int, int, GivenAnswer]]) -> None:
+        for place, column, answer in batch:
+            title, row = self.columns[column].title, self.read.rows[place]
+            self._answers[place][title] = answer.text
+            if answer.cut:
+                self._cut[place].add(title)
+            if not answer.finite:
+                self._not_finite.setdefault(title, []).append(row.number)
+            for metric in self.metrics:
+                if metric.needs == "answers":
+                    self._take_value(metric, place, title, answer.text)
+        for metric in self.metrics:
+            failed = len(self._failed.get(metric.name, ()))
+            if metric.needs == "answers" and not self.done and failed == len(batch):
+                raise TrainingError(f"{self._failed[metric.name][0]}; it fails on all rows of the first batch")
+
+    def _take_value(self, metric: Metric, place: int, title: str, answer: str) -> None:
+        row = self.read.rows[place]
+        try:
+            self._values[place][metric.name][title] = value_of(metric, answer, row.reference, row.given, row.number)
+        except TrainingError as error:
+            self._failed.setdefault(metric.name, []).append(f"{error} (answer of {title})")
+
+    def _take_losses(self, batch: Outputs) -> None:
+        for place, column, (total, weight) in batch:
+            title, mean = self.columns[column].title, total / weight if weight else math.nan
+            self._weights[place] = weight
+            if math.isnan(mean):
+                self._not_finite.setdefault(title, []).append(self.read.rows[place].number)
+            for metric in self.metrics:
+                if metric.needs == "tokens":
+                    value = math.exp(min(mean, 700.0)) if metric.is_perplexity else mean
+                    self._values[place][metric.name][title] = value
+
+    def _take_classes(self, batch: Outputs) -> None:
+        for place, column, number in batch:
+            title, row = self.columns[column].title, self.read.rows[place]
+            if number is None:
+                self._not_finite.setdefault(title, []).append(row.number)
+            known = self.read.inputs.classes
+            names = {} if known is None else {value: text for text, value in known.names.items()}
+            self._answers[place][title] = "" if number is None else names.get(number, str(number))
+            for metric in self.metrics:
+                self._values[place][metric.name][title] = number == row.coded["labels"]
+
+    def _take_choices(self, batch: Outputs) -> None:
+        for place, column, losses in batch:
+            title, row = self.columns[column].title, self.read.rows[place]
+            if any(math.isnan(total) for total, _ in losses.values()):
+                self._not_finite.setdefault(title, []).append(row.number)
+            for metric in self.metrics:
+                if metric.needs != "options":
+                    continue
+                lengths = [len(text) if metric.name == "choice_norm" else 1 for text, _ in row.options]
+                chosen = min(losses, key=lambda number: losses[number][0] / lengths[number])
+                self._answers[place].setdefault(title, row.options[chosen][0])
+                self._values[place][metric.name][title] = chosen == row.right
+
+    # The result
+
+    def result(self, status: Status) -> ScoreResult:
+        """The result so far.
+
+        Args:
+            status: its status.
+        """
+        rows = enumerate(self.read.rows)
+        items = tuple(self._item(place, row) for place, row in rows if any(self._values[place].values()))
+        settings = {"temperature": self.settings.temperature, "top-p": self.settings.top_p, "seed": self.settings.seed}
+        given = {name: float(value) for name, value in settings.items() if value is not None}
+        return ScoreResult(
+            self.name,
+            tuple(column.title for column in self.columns),
+            tuple(map(self._facts, self.metrics)),
+            self.metrics[0].name,
+            items,
+            len(self.read.rows),
+            time.perf_counter() - self._started,
+            status,
+            () if status == "running" else (*self.notes, *self._problems()),
+            self.settings.seed,
+            given if self.settings.draws else {},
+            self.done / self.steps,
+        )
+
+    def _item(self, place: int, row: ScoredRow) -> ScoreItem:
+        values = {
+            metric: {title: float(value) for title, value in by_title.items()}
+            for metric, by_title in self._values[place].items()
+        }
+        return ScoreItem(
+            row.number,
+            row.prompt,
+            row.reference,
+            dict(self._answers[place]),
+            values,
+            frozenset(self._cut[place]),
+            self._weights[place],
+        )
+
+    def _facts(self, metric: Metric) -> MetricFacts:
+        share = metric.is_share
+        if share is None:  # a function of the user
+            share = all(type(value) is bool for values in self._values for value in values[metric.name].values())
+        weighted = metric.needs == "tokens"
+        return MetricFacts(metric.name, metric.greater_is_better, share, metric.is_perplexity, weighted)
+
+    def _problems(self) -> list[str]:
+        """What a person should know of the answers, one line for each problem."""
+        found = []
+        cut = {column.title: sum(column.title in titles for titles in self._cut) for column in self.columns}
+        if any(cut.values()):
+            each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
+            found.append(f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}")
+        for title, numbers in self._not_finite.items():
+            rows = f"{'row' if len(numbers) == 1 else 'rows'} {few(sorted(set(numbers)), 5, quoted=False)}"
+            found.append(f"{title}: its outputs are not numbers (NaN) at {rows}")
+        for messages in self._failed.values():
+            more = f"; {plural(len(messages), 'answer')} not counted" if len(messages) > 1 else "; it is not counted"
+            found.append(messages[0] + more)
+        return found

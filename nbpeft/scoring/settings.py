@@ -1,0 +1,181 @@
+"""What is scored, and how: the columns, the batches, and how tokens are chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.config.adapter_names import BASE_NAME
+from nbpeft.engine.contract.model_adapter import RunsBeside
+from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.model.handle.serving import blended
+
+BASE = "base"
+_SEQUENCES = 32
+"""The default number of sequences in one generation."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What answers: the base model, an adapter, the sum of several, or the model as it is.
+
+    Attributes:
+        title: ``base``, the name of the adapter, or ``a+b``.
+        names: the adapters; empty for the base model.
+        row: the name for its rows of a mixed batch; empty for a column that needs a batch of its own.
+        as_it_is: whether the model is called as it is: without adapters, or with merged ones.
+    """
+
+    title: str
+    names: tuple[str, ...] = ()
+    row: str = ""
+    as_it_is: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How rows are answered.
+
+    Attributes:
+        max_new_tokens: the limit of an answer; None for one that fits the references.
+        batch_size: rows that are answered together, by every column; None for a default.
+        seed: seed of the bootstrap, and of sampled answers.
+        temperature: divisor of the logits; None or 0 is greedy.
+        top_p: sample from the most likely tokens whose probabilities sum up to this value.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
+
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r:.40}", field=name)
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r:.40}", field="seed")
+        if self.temperature is not None and not (_is_number(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature must be a number of at least 0, not {self.temperature!r:.40}")
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p!r:.40}")
+        if self.top_p is not None and not self.draws:
+            raise ConfigError("top_p has no effect on greedy answers: sampling needs a temperature above 0")
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are sampled."""
+        return bool(self.temperature)
+
+    def rows_together(self, columns: int) -> int:
+        """The number of rows in one generation.
+
+        Args:
+            columns: the number of columns that answer each row.
+        """
+        return self.batch_size or max(1, _SEQUENCES // columns)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def columns_of(model: nn.Module, adapters: Any, base: bool) -> tuple[tuple[Column, ...], tuple[str, ...]]:
+    """The columns that are scored.
+
+    Args:
+        model: the model, adapted or bare.
+        adapters: names of adapters, ``a+b`` for the sum of two; None for all.
+        base: whether the base model is scored.
+
+    Returns:
+        The columns, the base first; and messages for the user.
+
+    Raises:
+        AdapterError: there is no such adapter, it is merged, or nothing is left to score.
+    """
+    manager = manager_of(model)
+    if adapters is not None and not isinstance(adapters, str | list | tuple):
+        raise AdapterError(f"adapters must be names of adapters, not {adapters!r:.60}")
+    given = None if adapters is None else [adapters] if isinstance(adapters, str) else list(adapters)
+    if manager is None:
+        if given:
+            raise AdapterError(f"the model has no adapters, so that {given[0]!r:.60} cannot be scored")
+        if not base:
+            raise AdapterError("nothing to score: the model has no adapters, and base=False")
+        return (Column(BASE, as_it_is=True),), ()
+    if manager.merged:
+        merged = "+".join(manager.merged)
+        if given is not None and given != [merged]:
+            manager.refuse_merged("scoring other adapters")
+        note = "it is in the base weights, so that the base and other adapters cannot be scored: unmerge it first"
+        return (Column(merged, manager.merged, as_it_is=True),), (f"only {merged!r} is scored: {note}",)
+    names = list(manager.names) if given is None else list(dict.fromkeys(given))
+    found = [_column(manager, name) for name in names]
+    if base:
+        found.insert(0, Column(BASE if BASE not in manager.names else f"({BASE})", row=BASE_NAME))
+    if not found:
+        raise AdapterError("nothing to score: no adapters, and base=False")
+    return tuple(found), ()
+
+
+def _column(manager: Any, name: object) -> Column:
+    """The column of an adapter, or of the sum of several.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    if isinstance(name, str) and not manager.available(name) and "+" in name:
+        parts = tuple(dict.fromkeys(part.strip() for part in name.split("+")))
+        manager.require_available(*parts)
+        return Column("+".join(parts), parts)
+    manager.require_available(name)
+    text = str(name)
+    config = manager.configs.get(text)  # None for an adapter that is loaded when it is used
+    alone = config is not None and issubclass(method_of(config).adapter_class, RunsBeside)
+    return Column(text, (text,), row="" if alone else text)
+
+
+def serving_alone(model: nn.Module, column: Column) -> AbstractContextManager[None]:
+    """Context manager: the calls in the block are computed by one column that is not part of a mixed batch."""
+    manager = manager_of(model)
+    if column.as_it_is or manager is None:
+        return nullcontext()
+    return blended(manager, dict.fromkeys(column.names, 1.0))
+
+
+def passes(columns: Sequence[Column]) -> list[list[int]]:
+    """The columns of each pass, by index: those of mixed batches together, each of the others alone."""
+    mixed = [place for place, column in enumerate(columns) if column.row]
+    alone = [[place] for place, column in enumerate(columns) if not column.row]
+    return [mixed, *alone] if mixed else alone
+
+
+def batches(lengths: Sequence[int], size: Callable[[int], int]) -> Iterator[list[int]]:
+    """Rows of about the same length together, the longest first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: the length of each row.
+        size: length of the longest row of a batch -> the greatest number of rows in it.
+
+    Yields:
+        The indices of the rows of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    start = 0
+    while start < len(order):
+        count = max(1, size(lengths[order[start]]))
+        yield order[start : start + count]
+        start += count

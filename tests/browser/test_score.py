@@ -1,0 +1,71 @@
+"""What ``%lora score`` shows, in a real browser: in the width there is, without a kernel, and not trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, expect
+
+from tests.browser.conftest import Opener
+from tests.scoring.samples import orders
+
+pytestmark = pytest.mark.browser
+
+SETUP = """\
+%load_ext nbpeft
+from tests.char_tokenizer import CharTokenizer
+from tests.scoring.support import ROWS, adapted
+model, tokenizer, rows = adapted(), CharTokenizer(), ROWS * 3
+%lora use sql"""
+
+
+def overflow(card: Locator) -> int:
+    """Pixels by which something of a card is wider than it."""
+    return int(card.evaluate("card => card.scrollWidth - card.clientWidth"))
+
+
+def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(
+        SETUP,
+        "%lora score --data rows --metric f1 loss --max-new-tokens 8 --batch-size 4",
+        "from tests.scoring.samples import orders\norders()",
+    )
+    page.run_all()
+    page.wait_for("95 % bootstrap intervals", cell=1)
+    assert "so far" not in page.output_text(1)
+    saved = page.save()
+    assert "widget-view" not in str(saved["cells"][1]["outputs"])
+    page.reopen()
+    output = page.output(2)
+    card = output.locator("div", has_text="Scores of model").first
+    summary = output.get_by_text("fixed by orders: 18")
+    for theme in ("light", "dark") if app == "lab" else ("light",):
+        if theme == "dark":
+            page.theme("dark")
+        for width in (1280, 600):
+            page.page.set_viewport_size({"width": width, "height": 1000})
+            expect(output.locator("img[alt*='base 31.2 %']")).to_be_visible()
+            expect(output.get_by_text("fixed 18, broke 3 (p = 0.0015)")).to_be_visible()
+            expect(output.get_by_text("48 items cannot tell these two apart")).to_be_visible()
+            assert overflow(card) <= 0
+            page.screenshot(pictures / f"score-{app}-{theme}-{width}.png")
+            summary.click()
+            expect(output.get_by_text("Order: Ana from Lima needs 7 chairs.").first).to_be_visible()
+            assert overflow(card) <= 0
+            page.screenshot(pictures / f"score-{app}-{theme}-{width}-items.png")
+            summary.click()
+    summary.click()
+    output.get_by_text("broken by orders: 3").click()
+    expect(output.locator("details[open]")).to_have_count(1)  # one filter at a time
+    expect(output.get_by_text("wrong").last).to_be_visible()
+    page.check()
+
+
+def test_a_notebook_that_is_not_trusted_shows_them_too(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(shown=[{"text/html": orders()._repr_html_(), "text/plain": "hidden"}])
+    page.wait_for("fixed 18, broke 3", cell=0)
+    expect(page.output(0).locator("img[alt*='base 31.2 %']")).to_be_visible()
+    page.output(0).get_by_text("broken by orders: 3").click()
+    expect(page.output(0).get_by_text("needs 13 chairs").first).to_be_hidden()
+    page.screenshot(pictures / f"score-{app}-untrusted.png")

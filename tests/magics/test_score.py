@@ -1,0 +1,74 @@
+"""``%lora score`` in a real shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbpeft.scoring.result import ScoreResult
+from tests.char_tokenizer import CharTokenizer
+from tests.magics.notebook import Notebook
+from tests.scoring.support import ROWS
+from tests.tiny_models import randomize
+
+
+@pytest.fixture
+def ready(adapted: Notebook) -> Notebook:
+    for seed, name in enumerate(("sql", "chat")):
+        randomize(adapted["model"], name, seed)
+    adapted["rows"], adapted["tokenizer"] = ROWS, CharTokenizer()
+    return adapted
+
+
+def test_the_base_and_all_adapters_are_scored_or_some(ready: Notebook) -> None:
+    result = ready.do("%lora score --data rows --max-new-tokens 3")
+    assert isinstance(result, ScoreResult)
+    assert (result.columns, result.metric, len(result.items)) == (("base", "chat", "sql"), "exact", len(ROWS))
+    result = ready.do("%lora score sql sql+chat --data rows --metric f1 loss --strip --no-base --max-new-tokens 3")
+    assert (result.columns, [facts.name for facts in result.metrics]) == (("sql", "sql+chat"), ["f1", "loss"])
+    assert ready["model"].active_adapters == ["sql"]
+
+
+def test_options_reach_the_scores(ready: Notebook, tmp_path: Path) -> None:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps({"q": row["prompt"], "a": row["completion"]}) + "\n" for row in ROWS))
+    ready["file"] = str(file)
+    line = "%lora score sql --data {file} --metric regex --pattern . --columns prompt=q completion=a --max-new-tokens 2"
+    assert ready.do(line).scores["sql"].value > 0.5
+    sampled = ready.do("%lora score sql --data rows --temperature 0.7 --top-p 0.9 --seed 4 --max-new-tokens 2")
+    assert dict(sampled.settings) == {"temperature": 0.7, "top-p": 0.9, "seed": 4}
+
+
+def test_a_metric_may_be_a_function_of_the_notebook(ready: Notebook) -> None:
+    def short(answer: str, row: Any) -> bool:
+        return len(answer) < 2
+
+    ready["short"] = short
+    assert ready.do("%lora score sql --data rows --metric short exact --max-new-tokens 2").metric == "short"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "needs --data"),
+        ("--data rows --metric exakt", "--metric: there is no 'exakt'. Did you mean 'exact'"),
+        ("--data rows --metric loss --strip", "strip is used by exact"),
+        ("--data rows --metric number --tolerance x", "expected a number"),
+        ("--data rowz", "name 'rowz' is not defined"),
+        ("sqll --data rows", "sqll"),
+        ("--data rows --top-p 0.5", "top_p has no effect"),
+    ],
+)
+def test_mistakes_are_one_line(ready: Notebook, line: str, message: str) -> None:
+    assert message in ready.run(f"%lora score {line}").line
+
+
+def test_names_metrics_and_data_are_completed(ready: Notebook) -> None:
+    assert {"sql", "chat"} <= set(ready.complete("%lora score "))
+    assert {"exact", "perplexity"} <= set(ready.complete("%lora score --data rows --metric "))
+    assert "rows" in ready.complete("%lora score --data ")
+    assert "--casefold" in ready.complete("%lora score --data rows --ca")
+    assert "intervals and paired tests" in str(ready.run("%lora help score").everything)

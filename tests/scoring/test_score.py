@@ -1,0 +1,432 @@
+"""Scores equal to scoring each row alone, and what happens when something is missing, wrong or stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSeq2SeqLM, BartConfig, LogitsProcessorList, T5Config
+
+from nbpeft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, ShadowConfig, get_peft_model, score
+from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
+from nbpeft.scoring.answers import _Choosing
+from nbpeft.scoring.settings import ScoreSettings
+from tests.char_tokenizer import END, CharTokenizer
+from tests.scoring.support import ROWS, adapted, alone, byte_tokenizer, everything
+from tests.tiny_models import classifier, llama, randomize, same_state
+
+TOKENIZER = CharTokenizer()
+LIMIT = 12
+
+
+def scored(model: Any, rows: Any = ROWS, **options: Any) -> Any:
+    return score(model, rows, **{"tokenizer": TOKENIZER, "progress": False} | options)
+
+
+@pytest.fixture(scope="module")
+def many() -> Any:
+    """A model with two LoRA, (IA)³, prompt tuning and prefix tuning."""
+    model = adapted()
+    model.add_adapter("ia3", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    model.add_adapter("prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.add_adapter("prefix", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for seed, name in enumerate(("ia3", "prompt", "prefix")):
+        randomize(model, name, seed + 5, 1.0)
+    return model.eval()
+
+
+COLUMNS = ("base", "sql", "chat", "ia3", "prompt", "prefix", "sql+chat")
+
+
+@pytest.fixture
+def answering(many: Any) -> Iterator[Any]:
+    """(column, row, options) -> the answer of one column to one row by ``generate``."""
+
+    def answer(column: str, row: Any, **options: Any) -> str:
+        if column == "base":
+            with many.disable_adapter():
+                return alone(many, row, LIMIT, **options)
+        many.set_adapter(column.split("+") if "+" in column else column)
+        return alone(many, row, LIMIT, **options)
+
+    yield answer
+    many.set_adapter("sql")
+
+
+def test_greedy_answers_equal_those_of_generate_one_by_one(many: Any, answering: Any) -> None:
+    before = everything(many)
+    result = scored(many, adapters=list(COLUMNS[1:]), max_new_tokens=LIMIT, batch_size=5)
+    assert same_state(before[0], everything(many)[0]) and before[1:] == everything(many)[1:]
+    assert result.columns == COLUMNS
+    assert len(result.items) == len(ROWS)
+    for item in result.items:
+        row = ROWS[item.number]
+        expected = {column: answering(column, row) for column in COLUMNS}
+        assert item.answers == expected
+        right = {column: float(text == row["completion"]) for column, text in expected.items()}
+        assert item.values["exact"] == right
+    assert len({item.answers["sql"] for item in result.items}) > 1
+
+
+def test_sampled_answers_equal_those_of_the_row_alone(many: Any, answering: Any) -> None:
+    """Each row has random numbers of its own, so that neither the batch nor the other columns matter."""
+    settings = ScoreSettings(seed=3, temperature=0.9, top_p=0.8)
+    given = {"seed": 3, "temperature": 0.9, "top_p": 0.8, "max_new_tokens": LIMIT}
+    together = scored(many, ROWS[:4], adapters=["sql", "prompt"], batch_size=3, **given)
+    assert together.settings == {"temperature": 0.9, "top-p": 0.8, "seed": 3.0}
+    for item in together.items:
+        for column in together.columns:
+            chosen = LogitsProcessorList([_Choosing(settings, [item.number])])
+            assert item.answers[column] == answering(column, ROWS[item.number], logits_processor=chosen)
+    other = scored(many, ROWS[:4], adapters=["sql", "prompt"], **given | {"seed": 4})
+    assert [item.answers for item in other.items] != [item.answers for item in together.items]
+
+
+def test_samples_have_the_distribution_of_the_logits() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0, 3.0]]).expand(4000, 4)
+    choosing = _Choosing(ScoreSettings(temperature=2.0), range(4000))
+    drawn = choosing(torch.zeros(4000, 1), logits).argmax(-1).bincount(minlength=4) / 4000
+    assert torch.allclose(drawn, (logits[0] / 2).softmax(-1), atol=0.03)
+    kept = _Choosing(ScoreSettings(temperature=2.0, top_p=0.7), range(4000))(torch.zeros(4000, 1), logits)
+    assert kept.isfinite().any(0).tolist() == [True, False, False, True]
+
+
+def test_a_merged_adapter_is_scored_alone() -> None:
+    model = adapted()
+    model.merge_adapter(["sql"])
+    try:
+        result = scored(model, max_new_tokens=LIMIT)
+        assert result.columns == ("sql",)
+        assert [item.answers["sql"] for item in result.items] == [alone(model, row, LIMIT) for row in ROWS]
+        assert any("only 'sql' is scored" in note for note in result.notes)
+        with pytest.raises(MergeError, match="unmerge before scoring other adapters"):
+            scored(model, adapters="chat")
+    finally:
+        model.unmerge_adapter()
+
+
+def test_a_model_without_adapters_is_scored() -> None:
+    model = llama()
+    result = scored(model, max_new_tokens=LIMIT)
+    assert result.columns == ("base",)
+    assert [item.answers["base"] for item in result.items] == [alone(model, row, LIMIT) for row in ROWS]
+    with pytest.raises(AdapterError, match="has no adapters"):
+        scored(model, adapters="sql")
+
+
+def loss_alone(model: Any, row: dict[str, str]) -> tuple[float, int]:
+    """The sum of the losses of a completion and its end token, and their number."""
+    prompt, whole = (TOKENIZER(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
+    ids = torch.tensor([[*whole, END]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, -ids.shape[1] :]
+    losses = F.cross_entropy(logits[0, len(prompt) - 1 : -1], ids[0, len(prompt) :], reduction="none")
+    return float(losses.double().sum()), len(losses)
+
+
+def test_losses_equal_a_loop(many: Any) -> None:
+    names = ("sql", "ia3", "prompt", "prefix")
+    result = scored(many, metric=["loss", "perplexity"], adapters=names, base=False, tokenizer=TOKENIZER)
+    for name in names:
+        many.set_adapter(name)
+        found = [loss_alone(many, row) for row in ROWS]
+        means = [item.values["loss"][name] for item in result.items]
+        assert means == pytest.approx([total / count for total, count in found], abs=1e-5)
+        mean = sum(total for total, _ in found) / sum(count for _, count in found)
+        assert result.scores[name].value == pytest.approx(mean, abs=1e-5)
+        assert result.by("perplexity").scores[name].value == pytest.approx(math.exp(mean), rel=1e-5)
+    many.set_adapter("sql")
+    assert not result.facts.greater_is_better
+
+
+def test_choices_equal_a_loop() -> None:
+    model, rows = adapted(), []
+    for number in range(8):
+        rows.append({"question": f"{number}?", "options": ["a", "bb", "c c c", "dd"], "key": number % 4})
+    columns = {"prompt": "question", "choices": "options", "answer": "key"}
+    result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", base=False, columns=columns)
+    model.set_adapter("sql")
+    for item, row in zip(result.items, rows, strict=True):
+        prompt = TOKENIZER(row["question"])["input_ids"]
+        totals = []
+        for option in row["options"]:
+            ids = torch.tensor([[*prompt, *TOKENIZER(option)["input_ids"]]])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+            totals.append(-float(F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")))
+        by_length = [total / len(option) for total, option in zip(totals, row["options"], strict=True)]
+        assert item.values["choice"]["sql"] == float(totals.index(max(totals)) == row["key"])
+        assert item.values["choice_norm"]["sql"] == float(by_length.index(max(by_length)) == row["key"])
+        assert item.answers["sql"] == row["options"][totals.index(max(totals))]
+        assert item.reference == row["options"][row["key"]]
+
+
+def test_choices_may_be_given_with_labels_and_the_right_one_as_text() -> None:
+    choices = {"text": ["yes", "no"], "label": ["A", "B"]}
+    rows: list[Any] = [
+        {"prompt": "1?", "choices": choices, "answer": "B"},
+        {"prompt": "2?", "choices": ["yes", "no"], "completion": "no"},
+        {"prompt": "3?", "choices": ["yes", "no"], "answer": "maybe"},
+        {"prompt": "4?", "choices": ["yes"], "answer": 0},
+        {"prompt": "5?", "choices": ["yes", "no"]},
+    ]
+    rows = [{"completion": "", **row} for row in rows]
+    result = scored(adapted(), rows, metric="choice", adapters="sql")
+    assert [item.reference for item in result.items] == ["no", "no"]
+    (note,) = result.notes
+    assert "3 rows left out" in note and "'maybe' is none of its 2 choices" in note and "row 4: it has no ref" in note
+
+
+def test_classes_are_scored_with_heads_of_their_own() -> None:
+    model = get_peft_model(classifier(), LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"), "first")
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    for seed, name in enumerate(("first", "second")):
+        randomize(model, name, seed, 1.0)
+    rows = [{"text": f"{number} is {'x' * number}", "label": number % 3} for number in range(9)]
+    result = scored(model.eval(), rows, metric="accuracy", batch_size=4)
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        for item, row in zip(result.items, rows, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([TOKENIZER(row["text"])["input_ids"]])).logits
+            assert item.values["accuracy"][name] == float(int(logits.argmax()) == row["label"])
+    with pytest.raises(ConfigError, match="is a classifier: its metric is accuracy"):
+        scored(model, rows, metric="exact")
+    with pytest.raises(ConfigError, match="accuracy is for classifiers"):
+        scored(adapted(), metric="accuracy")
+
+
+# Rows
+
+
+def test_every_form_of_rows_has_the_same_reference() -> None:
+    tokenizer = byte_tokenizer()
+    model = adapted(vocab_size=len(tokenizer))
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": " 4"}]
+    text = tokenizer("<|user|>2+2<|end|>\n<|assistant|>", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(" 4<|end|>\n", add_special_tokens=False)["input_ids"]
+    for row in (
+        {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "one"}, *turns]},
+        {"messages": turns},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": " 4"}]},
+        {"instruction": "2+2", "output": " 4"},
+        {"input_ids": [*text, *answer], "labels": [-100] * len(text) + answer},
+    ):
+        result = scored(model, [row], tokenizer=tokenizer, max_new_tokens=2, adapters="sql", base=False)
+        assert result.items[0].reference == " 4", row
+        assert result.items[0].prompt.endswith("2+2") or "input_ids" in row
+
+
+def test_an_answer_ends_with_the_turn_of_the_chat_template() -> None:
+    """Even if the tokenizer's end token is another one."""
+    tokenizer = byte_tokenizer()
+    model = llama(vocab_size=len(tokenizer))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(end), len(tokenizer)).float())
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]}]
+    result = scored(model, rows, tokenizer=tokenizer, max_new_tokens=5)
+    assert result.items[0].answers == {"base": ""}
+    assert not result.items[0].cut
+
+
+def test_the_leading_space_of_an_answer_is_kept() -> None:
+    """Sentencepiece tokenizers drop it where tokens are decoded alone."""
+    from nbpeft.scoring.rows import decoded
+
+    class Spaced(CharTokenizer):
+        def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
+            return super().decode(tokens).removeprefix(" ")
+
+    assert decoded(Spaced(), TOKENIZER("is")["input_ids"], TOKENIZER(" 42")["input_ids"]) == " 42"
+
+
+def test_a_metric_of_the_user_needs_no_reference() -> None:
+    seen = []
+
+    def short(answer: str, row: Any) -> bool:
+        seen.append(row)
+        return len(answer) < 3
+
+    for rows in (["Hi", "Ho"], [{"prompt": "Hi", "more": 1}, {"prompt": "Ho", "more": 2}]):
+        result = scored(adapted(), rows, metric=short, adapters="sql", max_new_tokens=4)
+        assert result.facts.is_share
+        assert seen[-1] == rows[1]
+
+
+def test_rows_without_a_reference_are_named() -> None:
+    result = scored(adapted(), [*ROWS[:2], {"prompt": "x", "completion": ""}], max_new_tokens=2)
+    assert result.notes[0] == "1 row left out: row 2: it has no reference"
+    with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
+        scored(adapted(), ["only text"])
+
+
+def test_cut_answers_are_counted() -> None:
+    result = scored(adapted(), ROWS[:3], max_new_tokens=2, adapters="sql")
+    assert any(note.startswith("answers cut at 2 tokens (max_new_tokens): base") for note in result.notes)
+    assert result.items[0].cut <= {"base", "sql"}
+
+
+def test_outputs_that_are_no_numbers_are_named_and_the_others_kept() -> None:
+    model = adapted()
+    with torch.no_grad():
+        next(iter(model.manager.parameters("chat"))).fill_(math.nan)
+    for metric in ("exact", "loss"):
+        result = scored(model, ROWS[:3], metric=metric)
+        assert "chat: its outputs are not numbers (NaN) at rows 0, 1, 2" in result.notes
+        assert not math.isnan(result.scores["sql"].value)
+        assert "chat" in str(result) and "NaN" in str(result)
+    assert math.isnan(result.scores["chat"].value)
+    assert "nan" not in result._repr_html_()
+
+
+# Stopped and failing
+
+
+@pytest.mark.parametrize("how", ["stop", "interrupt", "interrupted metric"])
+def test_a_stop_keeps_what_is_scored(how: str) -> None:
+    model = adapted().train()
+    before, calls = everything(model), []
+
+    def stops() -> bool:
+        calls.append(1)
+        if how == "interrupt" and len(calls) > 20:
+            raise KeyboardInterrupt
+        return how == "stop" and len(calls) > 20
+
+    def own(answer: str, row: Any) -> bool:
+        if how == "interrupted metric" and row is ROWS[-1]:
+            raise KeyboardInterrupt
+        return True
+
+    rows = sorted(ROWS, key=lambda row: -len(row["prompt"]))
+    result = scored(model, rows, metric=own, max_new_tokens=LIMIT, batch_size=4, should_stop=stops)
+    assert result.status == "stopped"
+    assert 0 < len(result.items) < len(rows)
+    assert f"stopped after {len(result.items)} of 12 items" in str(result)
+    assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
+
+
+def test_a_metric_that_fails_on_some_rows_names_the_first() -> None:
+    def own(answer: str, row: Any) -> float:
+        return 1 / (row is not ROWS[2])
+
+    result = scored(adapted(), metric=own, max_new_tokens=2, adapters=["sql", "chat"])
+    (note,) = (note for note in result.notes if "own" in note)
+    assert note.startswith("metric 'own' fails at row 2: ZeroDivisionError: division by zero (answer of ")
+    assert note.endswith("3 answers not counted")
+    assert result.scores["sql"].count == len(ROWS) - 1
+
+
+def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
+    calls = []
+
+    def own(answer: str, row: Any) -> float:
+        calls.append(1)
+        raise KeyError("target")
+
+    model = adapted().train()
+    before = everything(model)
+    with pytest.raises(TrainingError, match=r"fails at row .*: KeyError: 'target'.*all rows of the first batch"):
+        scored(model, metric=own, max_new_tokens=2, batch_size=2)
+    assert len(calls) == 2 * 3
+    assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 0}, ConfigError, "batch_size must be a whole number of at least 1"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens must be"),
+        ({"seed": -1}, ConfigError, "seed must be"),
+        ({"temperature": -1}, ConfigError, "temperature must be"),
+        ({"top_p": 0.5}, ConfigError, "top_p has no effect on greedy answers"),
+        ({"metric": "loss", "temperature": 1}, ConfigError, "temperature is for metrics of answers"),
+        ({"metric": "loss", "max_new_tokens": 3}, ConfigError, "max_new_tokens is for metrics of answers"),
+        ({"tokenizer": None}, ConfigError, "a tokenizer is needed to score answers"),
+        ({"adapters": "sqll"}, AdapterError, "sqll"),
+        ({"adapters": "sql+chatt"}, AdapterError, "chatt"),
+        ({"adapters": [], "base": False}, AdapterError, "nothing to score"),
+        ({"adapters": 3}, AdapterError, "adapters must be names"),
+        ({"columns": {"choices": "opts"}}, ConfigError, "the rows have no 'opts' for choices"),
+        ({"columns": {"promt": "x"}}, TrainingError, "promt"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_answered(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        scored(adapted(), **options)
+
+
+def test_progress_is_reported_batch_by_batch() -> None:
+    seen: list[Any] = []
+    scored(adapted(), max_new_tokens=2, batch_size=4, on_progress=seen.append)
+    assert [result.done for result in seen] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert all(result.status == "running" for result in seen)
+    assert "exact so far: base" in seen[1]._repr_html_()
+
+
+# Kinds of models
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_answers_as_alone(kind: str) -> None:
+    """Its encoder is padded on the right, and its answers do not follow the prompts."""
+    if kind == "t5":
+        config: Any = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = 0
+    else:
+        sizes = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "decoder_attention_heads": 4, "d_model": 32}
+        config = BartConfig(vocab_size=97, max_position_embeddings=64, **sizes, **layers, forced_eos_token_id=None)
+    torch.manual_seed(0)
+    base = AutoModelForSeq2SeqLM.from_config(config).eval()
+    targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets), "sql")
+    randomize(model, "sql", 0, 1.0)
+    result = scored(model.eval(), ROWS[:5], metric=["exact", "loss"], max_new_tokens=6, batch_size=3)
+    for item in result.items:
+        ids = torch.tensor([TOKENIZER(ROWS[item.number]["prompt"])["input_ids"]])
+        labels = torch.tensor([TOKENIZER(ROWS[item.number]["completion"])["input_ids"]])
+        ends = [model.generation_config.eos_token_id, END]
+        tokens = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=ends)[0, 1:].tolist()
+        answer = [token for n, token in enumerate(tokens) if not set(tokens[: n + 1]) & set(ends)]
+        assert item.answers["sql"] == TOKENIZER.decode(answer)
+        with torch.no_grad():
+            assert item.values["loss"]["sql"] == pytest.approx(
+                float(model(input_ids=ids, labels=labels).loss), abs=1e-5
+            )
+
+
+def test_a_method_that_needs_its_batch_alone_gets_it() -> None:
+    model = adapted()
+    model.add_adapter("shadow", ShadowConfig(task_type="CAUSAL_LM", init_weights=False))
+    result = scored(model.eval(), ROWS[:4], metric=["exact", "loss"], max_new_tokens=4)
+    assert result.columns == ("base", "sql", "chat", "shadow")
+    model.set_adapter("shadow")
+    assert [item.answers["shadow"] for item in result.items] == [alone(model, row, 4) for row in ROWS[:4]]
+
+
+@pytest.mark.parametrize("source", ["stream", "table", "file"])
+def test_rows_come_from_every_source_of_training(source: str, tmp_path: Path) -> None:
+    rows: Any = ROWS[:3]
+    if source == "stream":
+        rows = datasets.Dataset.from_list(ROWS[:3]).to_iterable_dataset()
+    elif source == "table":
+        rows = pandas.DataFrame(ROWS[:3])
+    else:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    result = scored(adapted(), rows, max_new_tokens=2, adapters="sql", base=False)
+    assert [item.reference for item in result.items] == [row["completion"] for row in ROWS[:3]]
