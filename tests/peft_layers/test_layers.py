@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 import nbpeft
 from nbpeft.engine.hotswap import prepare_for_hotswap
-from nbpeft.engine.peft_names.peft_layer_api import shared_by_name
 from nbpeft.errors import AdapterError, BaseMismatchError, MergeError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, ModulesToSaveWrapper, get_peft_model
+from nbpeft.peft_layers.shared_tensors import shared_by_name
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False}
 
