@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.engine.contract.adapter import size_of
 from nbpeft.session.configs import label_of
 from nbpeft.session.results.preview import Preview, PreviewRow
 
@@ -86,5 +85,7 @@ def _shape(target: Target) -> str:
 
 def _size(target: Target) -> int | None:
     """Returns the rank; for experts, the rank of each."""
+    from nbpeft.engine.contract.adapter import size_of
+
     size: int | None = target.config.size if target.is_bare else size_of(target.adapter_class, target.shapes)
     return size
