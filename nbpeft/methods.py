@@ -38,6 +38,8 @@ names a module whose import registers them.
     SharedTensors, SharedState          tensors that layers of one adapter share
     CallInputs                          what adapters take from calls of the model
     FileFormat                          files that differ from the parameters
+    Listing                             how lists and panels present it
+    OwnKinds                            kinds of layers that it does not support, or supports in its own way
     PeftNames                           what users of PEFT find under names of PEFT's
 """
 
@@ -61,7 +63,7 @@ from nbpeft.engine.contract.adapter import (
     TransformsOutput,
 )
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, OwnKinds, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import method_of, register
 from nbpeft.engine.contract.training_hooks import HasTrainingState, LearnsWithHooks
@@ -75,7 +77,9 @@ __all__ = [
     "HasTrainingState",
     "LayerKind",
     "LearnsWithHooks",
+    "Listing",
     "MethodConfig",
+    "OwnKinds",
     "Pads",
     "PeftNames",
     "Rescales",

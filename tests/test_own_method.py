@@ -82,6 +82,7 @@ def test_its_targets_are_checked_as_those_of_other_methods() -> None:
 
 
 FORMER = {
+    "peft_container": "token_adapter",
     "constant_parameters": ("shift_s",),
     "peft_attributes": {"r": "rank"},
     "wrapped_parameters": ("shift_s",),
@@ -97,7 +98,13 @@ def test_an_attribute_of_the_former_contract_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "instead"), [("pack", "FileFormat(pack"), ("shared", "SharedTensors(state"), ("labl", "register() takes")]
+    ("field", "instead"),
+    [
+        ("pack", "FileFormat(pack"),
+        ("shared", "SharedTensors(state"),
+        ("summary", "listing=Listing(summary"),
+        ("labl", "register() takes"),
+    ],
 )
 def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(instead)):
@@ -110,6 +117,8 @@ def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: s
         ("takes_quantized", "write kinds=OwnKinds(quantized=…)"),
         ("tie_to", "derive from nbpeft.engine.contract.capabilities.UsesAnother"),
         ("fixed_tensors", "derive from nbpeft.engine.contract.capabilities.HasFixedTensors"),
+        ("swap_refusal", "derive from nbpeft.engine.contract.capabilities.HotSwaps"),
+        ("supports_fused_add", "a class that derives from nbpeft.engine.contract.capabilities.FusesAdd, too"),
     ],
 )
 def test_what_adapters_could_override_formerly_is_refused_where_nothing_reads_it(name: str, instead: str) -> None:

@@ -242,7 +242,7 @@ def _length(setting: Setting, length: int) -> _Change:
 
 def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
     config = setting.adapter_config
-    less = None if config is None else method_of(config).smaller(config)
+    less = None if config is None else method_of(config).listing.smaller(config)
     if config is not None and less is not None:
         now = config.to_dict()
         text = ", ".join(f"{name} {now[name]} -> {new}" for name, new in less.to_dict().items() if new != now[name])

@@ -114,7 +114,7 @@ def label_of(config: AdapterConfig) -> str:
 
 def summary_of(config: AdapterConfig) -> dict[str, str]:
     """Return the displayed fields of a config: ``{"r": "16", "α": "32"}``."""
-    return dict(_method(config).summary(config))
+    return dict(_method(config).listing.summary(config))
 
 
 def combination_types(configs: Iterable[AdapterConfig]) -> tuple[str, ...]:

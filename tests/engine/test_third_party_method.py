@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nbpeft.methods import Adapter, CallInputs, LearnsWithHooks, MethodConfig, SharedState, SharedTensors, register
+from nbpeft.methods import Adapter, CallInputs, LearnsWithHooks, Listing, MethodConfig
+from nbpeft.methods import SharedState, SharedTensors, register
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Projections(SharedState, LearnsWithHooks):
     peft_type="STRANGE",
     label="Strange",
     default_targets=lambda model_type: ["q_proj", "down_proj"] if model_type == "llama" else None,
-    summary=lambda config: {"size": str(config.size)},
+    listing=Listing(summary=lambda config: {"size": str(config.size)}),
     sample_configs={"small": {"size": 3}},
     shares=SharedTensors(Projections),
     calls=CallInputs(lambda config, args, kwargs: kwargs["input_ids"].float().mean(1)),

@@ -23,7 +23,7 @@ every_method = pytest.mark.parametrize("method", BUILT_IN, ids=lambda method: me
 
 @every_method
 def test_each_has_few_words_and_a_config_of_its_own(method: Method) -> None:
-    assert len(method.when) < 80
+    assert len(method.listing.when) < 80
     config = listed_config(method, {})
     assert method.applies(config)
 
@@ -50,7 +50,7 @@ def test_what_it_costs_is_what_it_trains(method: Method) -> None:
 
 
 def on_a_layer(method: Method, layer: nn.Module) -> PeftModel:
-    fields = dict(next(iter(method.sample_configs.values()), method.listed_with))
+    fields = dict(next(iter(method.sample_configs.values()), method.listing.listed_with))
     config = method.config_class(**{**fields, "target_modules": ["target"]})
     return get_peft_model(nn.ModuleDict({"target": layer}), config)
 

@@ -63,7 +63,7 @@ def test_counts_of_methods_on_a_whole_model_in_half_precision() -> None:
     for method in methods():
         if not method.sample_configs:  # Arrow routes over adapters that are there
             continue
-        fields = {**method.listed_with, **next(iter(method.sample_configs.values()))}
+        fields = {**method.listing.listed_with, **next(iter(method.sample_configs.values()))}
         fields["target_modules"] = ["q_proj", "down_proj"]
         known = method.config_class.__dataclass_fields__
         if method.transforms_calls:

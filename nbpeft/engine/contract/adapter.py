@@ -340,6 +340,14 @@ class AdapterConfig:
         unset = [name for name in self.own_fields if not getattr(self, name)]
         return {name: v for name, v in dataclasses.asdict(self).items() if name not in ("runtime_config", *unset)}
 
+    def set_derived(self, **values: Any) -> None:
+        """Sets attributes that are not fields: what follows from a model, and is neither saved nor compared.
+
+        Args:
+            **values: attribute -> value.
+        """
+        vars(self).update(values)
+
     def copy(self, **changes: Any) -> Self:
         """A deep copy with some fields replaced; the checks of the constructor do not run again."""
         twin = copy.deepcopy(self)
@@ -502,11 +510,6 @@ class Adapter(Bindable):
     _names: tuple[str, ...] = ()
 
     @classmethod
-    def class_at(cls, config: Any, site: AdapterSite) -> type[Self]:
-        """The class of the adapter on one layer, for a method that has several classes."""
-        return cls
-
-    @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Builds the adapter of one layer; rarely overridden.
 
@@ -518,7 +521,7 @@ class Adapter(Bindable):
         Returns:
             The adapter.
         """
-        made = cls.class_at(config, site)()
+        made = cls()
         given = cls.initial_tensors(config, site) if tensors is None else tensors
         names = tuple(site.shapes)
         made.bind({name: given[name] for name in names}, _names=names, **made._config_values(config, site.path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
@@ -37,21 +37,27 @@ class Bindable(nn.Module):
         """Parameters of other modules that this one uses: none. DeepSpeed's ZeRO-3 calls it on modules with hooks."""
         return ()
 
-    @property
-    def held(self) -> Mapping[str, Any]:
-        """Its parameters by name.
+    @overload
+    def tensor(self, name: str) -> Tensor: ...
 
-        In a replica of ``nn.DataParallel`` ``_parameters`` is empty and parameters are plain attributes; then all
-        attributes are returned.
+    @overload
+    def tensor(self, name: str, *, optional: Literal[True]) -> Tensor | None: ...
+
+    def tensor(self, name: str, *, optional: bool = False) -> Tensor | None:
+        """One of its parameters or buffers by name.
+
+        In a replica of ``nn.DataParallel`` parameters are plain attributes, which are found too.
+
+        Args:
+            name: of the parameter or buffer.
+            optional: return None if there is none of that name.
         """
-        return self._parameters or self.__dict__
-
-    def tensor(self, name: str) -> Tensor:
-        """One of its parameters or buffers by name; works in replicas of ``nn.DataParallel`` too, see ``held``."""
         tensor: Any = self._parameters.get(name)
         if tensor is None:
             tensor = self._buffers.get(name)
-        return self.__dict__[name] if tensor is None else tensor  # type: ignore[no-any-return]
+        if tensor is None:
+            tensor = self.__dict__.get(name) if optional else self.__dict__[name]
+        return tensor  # type: ignore[no-any-return]
 
 
 def set_plain(module: nn.Module, **attributes: Any) -> None:

@@ -23,6 +23,9 @@ _HOME = HotSwaps.__module__
 _FIELDS = {
     **{name: f"files=FileFormat({name}=…)" for name in ("prefix", "pack", "unpack", "derived", "fuse", "parts")},
     **{name: f"files=FileFormat({name}=…)" for name in ("with_parts", "without_weight")},
+    **{
+        name: f"listing=Listing({name}=…)" for name in ("when", "paper", "variant", "summary", "smaller", "listed_with")
+    },
     "file_keys": "files=FileFormat(keys=…)",
     "shared": "shares=SharedTensors(state=…)",
     **{name: f"shares=SharedTensors({name}=…)" for name in ("tied", "tied_class", "companion")},

@@ -70,6 +70,28 @@ class Companion(Protocol):
 
 
 @dataclass(frozen=True)
+class Listing:
+    """How lists, panels, model cards and messages present a method.
+
+    Attributes:
+        when: when to choose it, in a few words.
+        paper: where it is described: ``arXiv:2106.09685``, or a URL.
+        variant: config -> a display name that is more specific than the label (``rsLoRA``), or the empty string.
+        summary: config -> settings to show: ``{"r": "16", "α": "32"}``.
+        smaller: config -> one with fewer parameters, to suggest if a memory estimate does not fit; None if there is
+            none.
+        listed_with: fields of the config that lists of methods show it with, if its defaults are not valid.
+    """
+
+    when: str = ""
+    paper: str = ""
+    variant: Callable[[Any], str] = lambda config: ""
+    summary: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    smaller: Callable[[Any], Any] = lambda config: None
+    listed_with: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FileFormat:
     """How the files of a method differ from its parameters.
 

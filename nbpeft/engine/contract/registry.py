@@ -23,7 +23,7 @@ from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, PeftType
 from nbpeft.engine.contract.base import Backend, Composite, LayerKind
 from nbpeft.engine.contract.combination import Combine
 from nbpeft.engine.contract.former_contract import check_classes, check_fields
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat, OwnKinds, SharedTensors
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, OwnKinds, SharedTensors
 from nbpeft.engine.contract.method_records import Companion as Companion
 from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
@@ -46,16 +46,10 @@ class Method:
         adapter_class: class of its adapters.
         applies: config -> whether it is one of this method; for config classes that several methods share.
         default_targets: model type -> default targets: names, a pattern or "all-linear"; None if unknown.
-        variant: config -> a display name that is more specific than the label (``rsLoRA``), or the empty string.
-        summary: config -> settings shown in panels, model cards and previews: ``{"r": "16", "α": "32"}``.
-        smaller: config -> one with fewer parameters, to suggest if a memory estimate does not fit; None if there is
-            none.
         sample_configs: name -> fields of a config, without targets; the method's tests run with each of them.
-        listed_with: fields of the config that lists of methods show it with, if its defaults are not valid.
-        when: when to choose it, in a few words.
-        paper: where it is described: ``arXiv:2106.09685``, or a URL.
         draws_in_training: whether its adapters use random numbers in training mode, apart from dropout.
         combine: combines its adapters; methods that can be combined with each other share one object.
+        listing: how lists and panels present it.
         shares: tensors that its layers share.
         calls: what it reads from calls of the model.
         files: how its files differ from its parameters.
@@ -68,15 +62,10 @@ class Method:
     adapter_class: type[Adapter]
     applies: Callable[[Any], bool] = lambda config: True
     default_targets: Callable[[str | None], Targets] = lambda model_type: None
-    variant: Callable[[Any], str] = lambda config: ""
-    summary: Callable[[Any], Mapping[str, str]] = lambda config: {}
-    smaller: Callable[[Any], Any] = lambda config: None
     sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    listed_with: Mapping[str, Any] = field(default_factory=dict)
-    when: str = ""
-    paper: str = ""
     draws_in_training: bool = False
     combine: Combine | None = None
+    listing: Listing = field(default_factory=Listing)
     shares: SharedTensors = field(default_factory=SharedTensors)
     calls: CallInputs = field(default_factory=CallInputs)
     files: FileFormat = field(default_factory=FileFormat)
@@ -99,10 +88,11 @@ class Method:
 
     def title(self, config: AdapterConfig) -> str:
         """Its display name for one config: the variant if there is one, else the label."""
-        return self.variant(config) or self.label
+        return self.listing.variant(config) or self.label
 
 
 _RECORDS: dict[str, type[Any]] = {
+    "listing": Listing,
     "shares": SharedTensors,
     "calls": CallInputs,
     "files": FileFormat,

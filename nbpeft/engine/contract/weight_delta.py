@@ -34,7 +34,7 @@ class WeightDelta(Adapter):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Its parameters, in the order of ``parameter_shapes``."""
-        return tuple(self.held[name] for name in self._names)
+        return tuple(self.tensor(name) for name in self._names)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """Computes the delta; must be differentiable, and give the same result when backward calls it again.

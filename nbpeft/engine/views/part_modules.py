@@ -258,7 +258,7 @@ class ParameterModule(Observed, _Shows):
 
     def extra_repr(self) -> str:
         """The shape and settings that ``repr`` shows."""
-        return str(tuple(self.adapter.held[self.shown_parameter].shape))
+        return str(tuple(self.adapter.tensor(self.shown_parameter).shape))
 
 
 def show_parameter(module: nn.Module, adapter: Adapter, name: str) -> None:

@@ -53,12 +53,12 @@ def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
     known = method.config_class.__dataclass_fields__
     targets = () if not method.transforms_calls else ("target_modules",)  # target_modules would mean layers
     own = {name: value for name, value in fields.items() if name in known and name not in targets}
-    return method.config_class(**{**method.listed_with, **own})
+    return method.config_class(**{**method.listing.listed_with, **own})
 
 
 def facts_of_method(method: Method) -> MethodFacts | None:
     """Returns what a method supports; None for a method that does not adapt layers."""
-    sample = dict(next(iter(method.sample_configs.values()), method.listed_with))
+    sample = dict(next(iter(method.sample_configs.values()), method.listing.listed_with))
     if "target_modules" in method.config_class.__dataclass_fields__:
         sample["target_modules"] = [_TARGET]
     with drawing_from(0), warnings.catch_warnings():

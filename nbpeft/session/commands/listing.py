@@ -58,7 +58,9 @@ def methods(
         for method in known:
             facts = facts_of_method(method)
             cost = None if base is None else _cost(ctx, method, base, fields, settings)
-            rows.append(MethodRow(method.label, _written(method), cost, facts, method.when, method.paper))
+            rows.append(
+                MethodRow(method.label, _written(method), cost, facts, method.listing.when, method.listing.paper)
+            )
         rows.sort(key=lambda row: row.cost.parameter_count if row.cost and not row.cost.refusal else 1 << 60)
         if base is None:
             notes.append("give a model to see what each costs on it")
@@ -71,7 +73,7 @@ def _written(method: Method) -> str:
     """Return how a method is selected: ``oft``, or a field if several methods have the same config class."""
     from nbpeft.engine.contract.registry import methods_of_type
 
-    for name, value in method.listed_with.items():
+    for name, value in method.listing.listed_with.items():
         if len(methods_of_type(method.peft_type)) > 1:
             return f"{name}={value if value is True or isinstance(value, str) else '…'}"
     return method.peft_type.lower()

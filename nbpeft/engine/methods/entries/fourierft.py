@@ -22,6 +22,7 @@ from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
@@ -77,11 +78,13 @@ class FourierFTConfig(LayersConfig):
     FourierFTConfig,
     peft_type="FOURIERFT",
     label="FourierFT",
-    when="very small files: some numbers a layer, whatever its size",
-    paper="arXiv:2405.03003",
+    listing=Listing(
+        when="very small files: some numbers a layer, whatever its size",
+        paper="arXiv:2405.03003",
+        summary=lambda config: {"frequencies": str(config.n_frequency)},
+        smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
+    ),
     default_targets=usual_unfused_targets,
-    summary=lambda config: {"frequencies": str(config.n_frequency)},
-    smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
     sample_configs={"n20": {"n_frequency": 20, "init_weights": True, "scaling": 50.0}},
 )
 class FourierFT(WeightDelta, Rescales):

@@ -20,6 +20,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, in_one_product, with_entries
@@ -97,11 +98,13 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
     ShiraConfig,
     peft_type="SHIRA",
     label="SHiRA",
-    when="few entries of each weight: adapters that hardly touch each other",
-    paper="arXiv:2406.13175",
+    listing=Listing(
+        when="few entries of each weight: adapters that hardly touch each other",
+        paper="arXiv:2406.13175",
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r2": {"r": 2}, "seeded": {"r": 3, "random_seed": 7}},
 )
 class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):

@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, apply_delta, in_one_product, with_entries
@@ -94,14 +94,16 @@ class SupertuningConfig(LayersConfig):
     SupertuningConfig,
     peft_type="SUPERTUNING",
     label="Super-Tuning",
-    when="as SHiRA, with the entries that matter most; together with a LoRA if needed",
-    paper="arXiv:2607.09287",
-    default_targets=usual_targets,
-    variant=lambda config: "" if config.r is None else "Supra",
-    summary=lambda config: (
-        {"trained": f"{1 - config.sparsity:.3g}"} | ({} if config.r is None else {"r": str(config.r)})
+    listing=Listing(
+        when="as SHiRA, with the entries that matter most; together with a LoRA if needed",
+        paper="arXiv:2607.09287",
+        variant=lambda config: "" if config.r is None else "Supra",
+        summary=lambda config: (
+            {"trained": f"{1 - config.sparsity:.3g}"} | ({} if config.r is None else {"r": str(config.r)})
+        ),
+        smaller=lambda config: config.copy(sparsity=(1 + config.sparsity) / 2) if config.sparsity < 0.999 else None,
     ),
-    smaller=lambda config: config.copy(sparsity=(1 + config.sparsity) / 2) if config.sparsity < 0.999 else None,
+    default_targets=usual_targets,
     sample_configs={
         "super": {"sparsity": 0.9},
         "supra": {"sparsity": 0.95, "r": 2, "lora_alpha": 3.0},

@@ -34,6 +34,7 @@ from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
@@ -98,6 +99,8 @@ class WaveFTConfig(LayersConfig):
     proportional_parameters: bool = field(default=False)
     init_weights: bool = field(default=True)
 
+    counts_at: ClassVar[Mapping[str, int]] = {}
+    """Path -> number of coefficients of a layer, where ``proportional_parameters`` shares them out."""
     method_type: ClassVar[str] = "WAVEFT"
     counts: ClassVar[tuple[str, ...]] = ("n_frequency",)
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"n_frequency_pattern": check_count}
@@ -116,13 +119,13 @@ class WaveFTConfig(LayersConfig):
             return False
         sizes = {path: taken * given for path, (taken, given) in features.items()}
         whole, budget = sum(sizes.values()), self.n_frequency * len(sizes)
-        vars(self)["_shares"] = {path: max(1, round(size / whole * budget)) for path, size in sizes.items()}
+        self.set_derived(counts_at={path: max(1, round(size / whole * budget)) for path, size in sizes.items()})
         return True
 
     def frequencies_at(self, path: str) -> int:
         """The number of coefficients at a module path; 1 before they are shared out, where they are."""
         if self.proportional_parameters:
-            return int(vars(self).get("_shares", {}).get(path, 1))
+            return int(self.counts_at.get(path, 1))
         return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
 
     @property
@@ -224,11 +227,13 @@ def _coiflet(order: int) -> NDArray[np.float64]:
     WaveFTConfig,
     peft_type="WAVEFT",
     label="WaveFT",
-    when="as FourierFT, with changes that stay local: pictures of one subject",
-    paper="arXiv:2505.12532",
+    listing=Listing(
+        when="as FourierFT, with changes that stay local: pictures of one subject",
+        paper="arXiv:2505.12532",
+        summary=lambda config: {"coefficients": str(config.n_frequency), "wavelet": config.wavelet_family},
+        smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
+    ),
     default_targets=usual_unfused_targets,
-    summary=lambda config: {"coefficients": str(config.n_frequency), "wavelet": config.wavelet_family},
-    smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
     sample_configs={
         "haar": {"n_frequency": 30},
         "sym4": {"n_frequency": 25, "wavelet_family": "sym4", "scaling": 10.0},

@@ -128,6 +128,7 @@ class LowRankAdapter(
     padded: bool
     started_as: str
     _remembered: tuple[Any, str]
+    _start: Start = RANDOM
 
     peft: ClassVar[PeftNames] = PeftNames(
         f"lora_A lora_B lora_embedding_A lora_embedding_B {MAGNITUDE}",
@@ -182,7 +183,10 @@ class LowRankAdapter(
 
     def change_base(self, base: BaseLayer, change: Transaction) -> None:
         """Stores LoftQ's quantized weight, and deletes CorDA's and LoRA-GA's data on the layer; see ``ChangesBase``."""
-        start: Start = vars(self).pop("_start", RANDOM)
+        start = self._start
+        if start is RANDOM:
+            return
+        self.bind(_start=RANDOM)
         if start.found:
             change.keep_attributes(base.module, start.found)
             vars(base.module).pop(start.found, None)
@@ -239,9 +243,7 @@ class LowRankAdapter(
     def trained_factors(self) -> tuple[Tensor, Tensor]:
         """A and B, the parameters."""
         name_A, name_B = self.factor_names
-        lora_A, lora_B = self.held[name_A], self.held[name_B]
-        assert lora_A is not None and lora_B is not None
-        return lora_A, lora_B
+        return self.tensor(name_A), self.tensor(name_B)
 
     @property
     def detached_factors(self) -> tuple[Tensor, Tensor]:
@@ -257,7 +259,7 @@ class LowRankAdapter(
     @property
     def has_bias(self) -> bool:
         """Whether B has a bias."""
-        return f"{self.factor_names[1]}_bias" in self.held
+        return self.tensor(f"{self.factor_names[1]}_bias", optional=True) is not None
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """A factor or the dropout; see ``Adapter``."""
@@ -265,7 +267,7 @@ class LowRankAdapter(
             return AdapterDropout(self)
         if name not in self.factor_names:
             return None
-        return factor_module(base, tuple(self.held[name].shape), is_first=name == self.factor_names[0])
+        return factor_module(base, tuple(self.tensor(name).shape), is_first=name == self.factor_names[0])
 
     @property
     def delta_rank(self) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.engine.config.targets import usual_targets
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.methods.lora.combining import combine_low_rank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import as_plain_lora
@@ -31,6 +31,15 @@ def _smaller(config: LoraConfig) -> LoraConfig | None:
     return config.resized(max(config.size // 4, _LEAST_RANK))
 
 
+def listing(**fields: Any) -> Listing:
+    """How lists and panels present a method of the family.
+
+    Args:
+        **fields: attributes of ``Listing``, without those that the methods have in common.
+    """
+    return Listing(summary=_summary, smaller=_smaller, **fields)
+
+
 FILES = FileFormat(
     keys={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"},
     fuse=fuse,
@@ -39,8 +48,6 @@ FILES = FileFormat(
 FAMILY: dict[str, Any] = {
     "peft_type": "LORA",
     "default_targets": usual_targets,
-    "summary": _summary,
-    "smaller": _smaller,
     "combine": combine_low_rank,
     "files": FILES,
 }

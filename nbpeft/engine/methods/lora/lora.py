@@ -36,7 +36,7 @@ from nbpeft.engine.kernels.numerics import composes
 from nbpeft.engine.methods.lora.attention import AttentionLoRA
 from nbpeft.engine.methods.lora.autograd import Dropout, adapted_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
@@ -57,10 +57,10 @@ def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
 @register(
     LoraConfig,
     label="LoRA",
-    when="the usual choice: every tool and every server takes it",
-    paper="arXiv:2106.09685",
+    listing=listing(
+        when="the usual choice: every tool and every server takes it", paper="arXiv:2106.09685", variant=_variant
+    ),
     applies=lambda config: not config.variant,
-    variant=_variant,
     sample_configs={
         "plain": {"r": 4, "lora_alpha": 8},
         "rslora": {"r": 4, "use_rslora": True},

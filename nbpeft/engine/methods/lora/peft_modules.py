@@ -75,7 +75,7 @@ class TiedFactor(LinearFactor):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The factor."""
-        view: Tensor = self.adapter.held[self.shown_parameter]
+        view: Tensor = self.adapter.tensor(self.shown_parameter)
         return view
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

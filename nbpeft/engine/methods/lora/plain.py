@@ -63,7 +63,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
     @property
     def output_bias(self) -> Tensor | None:
         """The bias of B, (out,), with ``lora_bias``; else None."""
-        return self.held.get(f"{self.factor_names[1]}_bias")
+        return self.tensor(f"{self.factor_names[1]}_bias", optional=True)
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,9 @@ class TiedProduct(LowRankProduct, UsesAnother):
         source: that adapter.
     """
 
+    _drawn: Mapping[str, Tensor] = {}
+    _loaded: Mapping[str, Tensor] = {}
+
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Creates an adapter without its source, but with loaded tensors or new ones drawn as for a head."""
@@ -77,10 +80,10 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
         Loaded factors are written to that adapter: a file may contain them for this layer only.
         """
-        self.bind(source=source)
-        drawn, loaded = vars(self).pop("_drawn", {}), vars(self).pop("_loaded", {})
-        for name, value in (loaded if self._is_alike else drawn | loaded).items():
-            self.held[name].copy_(value)
+        drawn, loaded = self._drawn, self._loaded
+        self.bind(source=source, _drawn={}, _loaded={})
+        for name, value in (loaded if self._is_alike else {**drawn, **loaded}).items():
+            self.tensor(name).copy_(value)
 
     @classmethod
     def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,15 +92,20 @@ class TiedProduct(LowRankProduct, UsesAnother):
         pairs = zip(LowRank.factor_names, reversed(LowRankLookup.factor_names), strict=True)
         return alike or {name: source[other].T for name, other in pairs if other in source}
 
-    @property
-    def held(self) -> Mapping[str, Any]:
-        """Views of the source's factors."""
-        return {} if self.source is None else self.tied_tensors(self.factor_names, self.source.held)
+    def tensor(self, name: str, *, optional: bool = False) -> Any:
+        """A view of one of the source's factors; see ``Adapter``."""
+        return self._views().get(name) if optional else self._views()[name]
+
+    def _views(self) -> dict[str, Tensor]:
+        names = {*LowRank.factor_names, *LowRankLookup.factor_names}
+        given = {} if self.source is None else {name: self.source.tensor(name, optional=True) for name in names}
+        found = {name: factor for name, factor in given.items() if factor is not None}
+        return self.tied_tensors(self.factor_names, found)
 
     @property
     def _is_alike(self) -> bool:
         """Whether the factors are the source's without transposition."""
-        return self.source is not None and self.factor_names[0] in self.source.held
+        return self.source is not None and self.source.tensor(self.factor_names[0], optional=True) is not None
 
     @property
     def computes_factors(self) -> bool:
@@ -116,7 +124,7 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The views; see ``Adapter``."""
-        return dict(self.held)
+        return self._views()
 
     def swap_refusal(self) -> str:
         """Why its factors cannot be hot-swapped: two layers share them."""

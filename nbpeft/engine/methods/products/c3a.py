@@ -22,6 +22,7 @@ from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
@@ -64,10 +65,12 @@ class C3AConfig(LayersConfig):
     C3AConfig,
     peft_type="C3A",
     label="C3A",
-    when="a high rank from few parameters, where blocks divide the layers",
-    paper="arXiv:2407.19342",
+    listing=Listing(
+        when="a high rank from few parameters, where blocks divide the layers",
+        paper="arXiv:2407.19342",
+        summary=lambda config: {"block": str(config.block_size)},
+    ),
     default_targets=usual_unfused_targets,
-    summary=lambda config: {"block": str(config.block_size)},
     sample_configs={"b8": {"block_size": 8, "init_weights": True}, "b2": {"block_size": 2, "init_weights": True}},
 )
 class C3A(WeightDelta):

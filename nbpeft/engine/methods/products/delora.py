@@ -22,6 +22,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape
 from nbpeft.engine.contract.base import LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors, keeping_inputs
@@ -79,11 +80,13 @@ class DeloraConfig(LayersConfig):
     DeloraConfig,
     peft_type="DELORA",
     label="DeLoRA",
-    when="as LoRA, with a bound on how far each layer may move",
-    paper="arXiv:2503.18225",
+    listing=Listing(
+        when="as LoRA, with a bound on how far each layer may move",
+        paper="arXiv:2503.18225",
+        summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r4": {"r": 4, "delora_lambda": 2}},
 )
 class Delora(ComputedFactors, HasFixedTensors):
@@ -132,7 +135,7 @@ class Delora(ComputedFactors, HasFixedTensors):
     @property
     def rank(self) -> int:
         """The rank: rows of A."""
-        return int(self.held[FACTOR_A].shape[0])
+        return int(self.tensor(FACTOR_A).shape[0])
 
     @property
     def norms(self) -> Tensor:
@@ -142,14 +145,14 @@ class Delora(ComputedFactors, HasFixedTensors):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""
         norms = self.norms
-        second: Tensor = self.held[FACTOR_B]
+        second: Tensor = self.tensor(FACTOR_B)
 
         def first(rows: Tensor, columns: Tensor, bound: Tensor) -> Tensor:
             lengths = rows.norm(dim=1).clamp_min(_LEAST_NORM) * columns.norm(dim=0).clamp_min(_LEAST_NORM)
             strengths: Tensor = bound / len(rows) / lengths
             return rows * strengths[:, None] * norms.to(rows)
 
-        return keeping_inputs(first, self.held[FACTOR_A], second, self.held[BOUND]), second
+        return keeping_inputs(first, self.tensor(FACTOR_A), second, self.tensor(BOUND)), second
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """Its parameters and the norms; see ``Adapter``."""

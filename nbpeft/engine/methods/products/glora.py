@@ -22,7 +22,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, in_one_product, keeping_inputs
@@ -82,11 +82,18 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
     GloraConfig,
     peft_type="GLORA",
     label="GLoRA",
-    when="as LoRA, where weights should be scaled and biases learn too",
-    paper="arXiv:2306.07967",
+    listing=Listing(
+        when="as LoRA, where weights should be scaled and biases learn too",
+        paper="arXiv:2306.07967",
+        summary=lambda config: {
+            "r": str(config.r),
+            "AB": config.config_A_B,
+            "C": config.config_C,
+            "DE": config.config_D_E,
+        },
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "AB": config.config_A_B, "C": config.config_C, "DE": config.config_D_E},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "r4": {"r": 4},
         "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
@@ -129,7 +136,8 @@ class Glora(Adapter, ReplacesCall):
 
     def _path(self, path: str) -> tuple[Tensor, ...]:
         """The parameters of one of A to E; empty for nothing."""
-        return tuple(self.held[name] for part in _PARTS if (name := f"glora_{path}_{part}") in self.held)
+        found = (self.tensor(f"glora_{path}_{part}", optional=True) for part in _PARTS)
+        return tuple(tensor for tensor in found if tensor is not None)
 
     def _change(self, weight: Tensor, *parameters: Tensor) -> Tensor:
         """``W ∘ A + B``, shaped like the weight, in the dtype of the parameters: those of A, then those of B."""

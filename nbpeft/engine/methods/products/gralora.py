@@ -21,7 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
@@ -86,11 +86,13 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
     GraloraConfig,
     peft_type="GRALORA",
     label="GraLoRA",
-    when="as LoRA with a high rank, for the parameters of a lower one",
-    paper="arXiv:2505.20355",
+    listing=Listing(
+        when="as LoRA with a high rank, for the parameters of a lower one",
+        paper="arXiv:2505.20355",
+        summary=lambda config: {"r": str(config.r), "k": str(config.gralora_k), "α": f"{config.alpha:g}"},
+        smaller=_smaller,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "k": str(config.gralora_k), "α": f"{config.alpha:g}"},
-    smaller=_smaller,
     sample_configs={"k2": {"r": 4}, "hybrid": {"r": 4, "gralora_k": 4, "hybrid_r": 2, "alpha": 8}},
     files=FileFormat(keys={name: f"{name}.weight" for name in (WHOLE_A, WHOLE_B)}),
 )

@@ -21,6 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
@@ -63,11 +64,13 @@ class HiraConfig(LayersConfig):
     HiraConfig,
     peft_type="HIRA",
     label="HiRA",
-    paper="https://openreview.net/forum?id=TwJrTz9cRS",
-    when="much to learn: a high rank for LoRA's parameters",
+    listing=Listing(
+        when="much to learn: a high rank for LoRA's parameters",
+        paper="https://openreview.net/forum?id=TwJrTz9cRS",
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r4": {"r": 4}},
 )
 class Hira(WeightDelta):

@@ -30,7 +30,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
-from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -92,11 +92,13 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
     LilyConfig,
     peft_type="LILY",
     label="Lily",
-    when="many layers that learn alike: they share factors of a higher rank",
-    paper="arXiv:2407.09946",
+    listing=Listing(
+        when="many layers that learn alike: they share factors of a higher rank",
+        paper="arXiv:2407.09946",
+        summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"own": {"r": 4}, "shared": {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 2.0}},
     files=FileFormat(keys={name: f"{name}.weight" for name in (A, B, ROUTER)}),
     shares=SharedTensors(tied=_tied),
@@ -136,12 +138,12 @@ class Lily(Adapter, Rescales, HotSwaps):
     @property
     def rank(self) -> int:
         """The rank: rows of A."""
-        return int(self.held[A].shape[0])
+        return int(self.tensor(A).shape[0])
 
     @property
     def expert_count(self) -> int:
         """How many experts the router mixes."""
-        return int(self.held[ROUTER].shape[0])
+        return int(self.tensor(ROUTER).shape[0])
 
     @property
     def delta_rank(self) -> int | None:
@@ -155,7 +157,7 @@ class Lily(Adapter, Rescales, HotSwaps):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The mixture of the experts for ``x``; see ``Adapter``."""
-        parameters = (self.held[name].to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
+        parameters = (self.tensor(name).to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
         return keeping_inputs(_mixed, x, *parameters, keeps_little=True) * self.scaling
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:

@@ -21,7 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta
@@ -58,11 +58,13 @@ class LoHaConfig(RankedConfig):
     LoHaConfig,
     peft_type="LOHA",
     label="LoHa",
-    when="a high rank from few parameters; images",
-    paper="arXiv:2108.06098",
+    listing=Listing(
+        when="a high rank from few parameters; images",
+        paper="arXiv:2108.06098",
+        summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r3": {"r": 3, "alpha": 4}, "cores": {"r": 2, "use_effective_conv2d": True}},
     files=FileFormat(prefix="hada_"),
 )

@@ -21,6 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta, keeping_inputs
@@ -92,11 +93,13 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
     LoKrConfig,
     peft_type="LOKR",
     label="LoKr",
-    when="very small files; images",
-    paper="arXiv:2212.10650",
+    listing=Listing(
+        when="very small files; images",
+        paper="arXiv:2212.10650",
+        summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "whole": {"r": 8, "alpha": 4},
         "factored": {"r": 1, "decompose_both": True, "use_effective_conv2d": True},

@@ -22,6 +22,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
@@ -63,12 +64,14 @@ class MissConfig(LayersConfig):
     MissConfig,
     peft_type="MISS",
     label="MiSS",
-    when="LoRA's memory, for about half of its parameters at the same rank",
-    paper="arXiv:2409.15371",
+    listing=Listing(
+        when="LoRA's memory, for about half of its parameters at the same rank",
+        paper="arXiv:2409.15371",
+        variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "r4": {"r": 4},
         "uneven": {"r": 5},
@@ -113,9 +116,10 @@ class Miss(WeightDelta, ConvertsToLora):
         return {BLOCK: (rank, out_features)}
 
     @classmethod
-    def class_at(cls, config: MissConfig, site: AdapterSite) -> type[Miss]:
+    def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Miss:
         """Bat where the config asks for it; see ``Adapter``."""
-        return Bat if config.init_weights == "bat" else Miss
+        own: type[Miss] = Bat if config.init_weights == "bat" else Miss
+        return super(Miss, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: MissConfig, site: AdapterSite) -> Mapping[str, Tensor]:

@@ -21,7 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -95,11 +95,13 @@ def _activations() -> Any:
     PeanutConfig,
     peft_type="PEANUT",
     label="PEANuT",
-    when="changes that follow from the weights themselves",
-    paper="arXiv:2410.01870",
+    listing=Listing(
+        when="changes that follow from the weights themselves",
+        paper="arXiv:2410.01870",
+        summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "flat": {"r": 4},
         "deep": {"r": 3, "depth": 2, "act_fn": "silu", "scaling": 0.5},
@@ -145,12 +147,12 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     @property
     def rank(self) -> int:
         """Width of the network."""
-        return int(self.held[LAST].shape[1])
+        return int(self.tensor(LAST).shape[1])
 
     @property
     def depth(self) -> int:
         """Hidden layers on the way down."""
-        return sum(name.startswith("peanut_encoders") for name in self.held)
+        return sum(name.startswith("peanut_encoders") for name in self._names)
 
     @property
     def delta_rank(self) -> int | None:
@@ -177,25 +179,27 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     def _layers(self) -> tuple[Tensor, ...]:
         """A and the hidden layers, as ``rows`` takes them."""
         names = (f"peanut_{side}_{number}" for side in ("encoders", "decoders") for number in range(self.depth))
-        return self.held[FIRST], *(self.held[name] for name in names)
+        return self.tensor(FIRST), *(self.tensor(name) for name in names)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``scaling B f(Wᵀ)ᵀ x``; see ``Adapter``."""
         # The weight is read again in backward, which costs less than to keep a dequantized one.
         rows = keeping_inputs(lambda first, *hidden: self.rows(base.weight(), first, *hidden), *self._layers())
         dtype = compute_dtype(x, rows)
-        return F.linear(F.linear(x.to(dtype), rows.T.to(dtype)), self.held[LAST].to(dtype)) * self.scaling
+        return F.linear(F.linear(x.to(dtype), rows.T.to(dtype)), self.tensor(LAST).to(dtype)) * self.scaling
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``scaling B f(Wᵀ)ᵀ``, of the given weight."""
-        found: Tensor = self.held[LAST] @ self.rows(weight, *self._layers()).T
+        found: Tensor = self.tensor(LAST) @ self.rows(weight, *self._layers()).T
         return found * self.scaling
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """``f(Wᵀ)ᵀ`` and B; see ``ConvertsToLora``."""
-        return LowRankDelta(self.rows(base.weight(), *self._layers()).T, self.held[LAST].detach(), float(self.scaling))
+        return LowRankDelta(
+            self.rows(base.weight(), *self._layers()).T, self.tensor(LAST).detach(), float(self.scaling)
+        )
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:

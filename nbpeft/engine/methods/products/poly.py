@@ -28,7 +28,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -81,15 +81,17 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
     peft_type="POLY",
     draws_in_training=True,
     label="Polytropon",
-    when="several tasks that need some of the same skills; a new task learns which",
-    paper="arXiv:2202.13914",
+    listing=Listing(
+        when="several tasks that need some of the same skills; a new task learns which",
+        paper="arXiv:2202.13914",
+        summary=lambda config: {
+            "r": str(config.r),
+            "tasks": str(config.n_tasks),
+            "skills": str(config.n_skills),
+        },
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {
-        "r": str(config.r),
-        "tasks": str(config.n_tasks),
-        "skills": str(config.n_skills),
-    },
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"one-task": {"r": 4}, "split": {"r": 2, "n_skills": 3, "n_splits": 4}},
     files=FileFormat(keys={ROUTER: f"{ROUTER}.{LOGITS}"}),
     calls=CallInputs(context=_tasks_of_rows, arguments=(TASK_IDS,)),
@@ -144,22 +146,22 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
     @property
     def rank(self) -> int:
         """Of each skill."""
-        return int(self.held[A].shape[3])
+        return int(self.tensor(A).shape[3])
 
     @property
     def task_count(self) -> int:
         """How many tasks the router knows."""
-        return int(self.held[ROUTER].shape[0])
+        return int(self.tensor(ROUTER).shape[0])
 
     @property
     def skill_count(self) -> int:
         """How many skills it mixes."""
-        return int(self.held[A].shape[1])
+        return int(self.tensor(A).shape[1])
 
     @property
     def split_count(self) -> int:
         """How many parts have shares of their own."""
-        return int(self.held[A].shape[0])
+        return int(self.tensor(A).shape[0])
 
     @property
     def delta_rank(self) -> int | None:
@@ -178,7 +180,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
             ids: (rows,), the task of each.
             drawn: draw them anew, as in training.
         """
-        logits = self.held[ROUTER]
+        logits = self.tensor(ROUTER)
         chosen = logits[ids.to(logits.device)].view(len(ids), self.split_count, self.skill_count)
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         if drawn:
@@ -199,7 +201,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         """
         ids = base.context if isinstance(base.context, Tensor) else checked_task_ids(base.context, self.task_count)
         shares = self.shares(self._of_each_row(ids, x), drawn=self.training)
-        return keeping_inputs(_mixed, x, self.held[A], self.held[B], shares, keeps_little=True)
+        return keeping_inputs(_mixed, x, self.tensor(A), self.tensor(B), shares, keeps_little=True)
 
     def _of_each_row(self, ids: Tensor, x: Tensor) -> Tensor:
         """The task of each row of an input, (rows,); (1,) where one mixture serves all of them."""
@@ -228,7 +230,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         if self.task_count > 1:
             return None
         shares = self.shares(checked_task_ids(None, 1), drawn=False)
-        down, up = _factors(self.held[A], self.held[B], shares)
+        down, up = _factors(self.tensor(A), self.tensor(B), shares)
         return LowRankDelta(down[0].T, up[0].T, 1 / self.rank)
 
     def unmergeable_reason(self, base: BaseLayer) -> str:

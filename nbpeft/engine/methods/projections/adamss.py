@@ -42,7 +42,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_, skip
-from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register, resolve_backend
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -105,6 +105,8 @@ class AdamssConfig(LayersConfig):
     svd_threshold: float = field(default=0.1)
     random_seed: int = field(default=0)
 
+    found_at: ClassVar[Any] = None
+    """Path -> the subspaces that were found in a weight, until an adapter is made of them."""
     method_type: ClassVar[str] = "ADAMSS"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank")
@@ -168,7 +170,9 @@ class AdamssConfig(LayersConfig):
         backend = resolve_backend(module)
         assert backend is not None
         found = _subspaces(self, BaseLayer(module, kind, backend))
-        vars(self).setdefault("parted", _Parted())[path] = found
+        if self.found_at is None:
+            self.set_derived(found_at=_FoundAt())
+        self.found_at[path] = found
         return found.sizes
 
 
@@ -276,11 +280,13 @@ class SubspaceAllocator(Allocator):
     AdamssConfig,
     peft_type="ADAMSS",
     label="AdaMSS",
-    when="few numbers in each part of a weight; may train fewer and fewer of them",
-    paper="https://openreview.net/forum?id=8ZdWmpYxT0",
+    listing=Listing(
+        when="few numbers in each part of a weight; may train fewer and fewer of them",
+        paper="https://openreview.net/forum?id=8ZdWmpYxT0",
+        summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "k3": {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
         "dynamic": {"r": 8, "num_subspaces": 2, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.5},
@@ -329,7 +335,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
         if CLUSTERS in given:
             _check_clusters(given[CLUSTERS], site)
         if tensors is None or not given.keys() >= {DIRECTIONS, CLUSTERS}:
-            found = vars(config).get("parted", {}).pop(site.path, None) or _subspaces(config, site.base)
+            found = (config.found_at or {}).pop(site.path, None) or _subspaces(config, site.base)
             if tensors is not None and CLUSTERS not in given:
                 _check_sizes(found, site)
             given = {**_start(found, config, site), **given} if tensors is None else given
@@ -339,12 +345,12 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
         made.bind({name: given[name] for name in given if _KEY.fullmatch(f"x.{name}")})
         made.register_buffer(DIRECTIONS, given[DIRECTIONS].to(device, torch.float32))
         made.register_buffer(CLUSTERS, given[CLUSTERS].to(device))
-        made.bind(importance={}, gone=set(), count=len(made.held) // 2, allocator=site.shared)
+        made.bind(importance={}, gone=set(), count=len(site.shapes) // 2, allocator=site.shared)
         site.shared.adapters[site.path] = made
         return made
 
     def _matrices(self, name: str) -> list[Tensor]:
-        return [self.held[f"{name}.{k}"] for k in range(self.count)]
+        return [self.tensor(f"{name}.{k}") for k in range(self.count)]
 
     @property
     def delta_rank(self) -> int | None:
@@ -387,7 +393,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     def measure(self, importance_beta: float, uncertainty_beta: float) -> None:
         """Updates the moving averages of its parameters that have a gradient."""
-        for name, parameter in self.held.items():
+        for name, parameter in self.named_parameters(recurse=False):
             if parameter.grad is None:
                 continue
             now = (parameter.detach() * parameter.grad).abs()
@@ -456,11 +462,11 @@ class Subspaces:
     sizes: Sizes
 
 
-class _Parted(dict[str, Subspaces]):
+class _FoundAt(dict[str, Subspaces]):
     """Path -> what a plan found in a weight, until an adapter is made of it; copies of a config have none."""
 
-    def __deepcopy__(self, memo: Any) -> _Parted:
-        return _Parted()
+    def __deepcopy__(self, memo: Any) -> _FoundAt:
+        return _FoundAt()
 
 
 def _matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
@@ -83,12 +84,14 @@ class DeftConfig(LayersConfig):
     DeftConfig,
     peft_type="DEFT",
     label="DEFT",
-    when="new content in place of old: a subject, a style",
-    paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
+    listing=Listing(
+        when="new content in place of old: a subject, a style",
+        paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
+        variant=lambda config: "PaRa" if config.para else "",
+        summary=lambda config: {"r": str(config.r), "by": config.decomposition_method},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    variant=lambda config: "PaRa" if config.para else "",
-    summary=lambda config: {"r": str(config.r), "by": config.decomposition_method},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "relu": {"r": 4, "alpha": 8},
         "qr": {"r": 3, "decomposition_method": "qr"},
@@ -142,12 +145,12 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
     @property
     def rank(self) -> int:
         """Number of directions."""
-        return int(self.held[DIRECTIONS].shape[1])
+        return int(self.tensor(DIRECTIONS).shape[1])
 
     @property
     def only_removes(self) -> bool:
         """Whether nothing is put in."""
-        return INJECTION not in self.held
+        return self.tensor(INJECTION, optional=True) is None
 
     @property
     def delta_rank(self) -> int | None:
@@ -168,22 +171,22 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``Q (s R dropout(x) - Nᵀ W x)``; see ``Adapter``."""
-        directions, reader = _projection(self.held[DIRECTIONS], self.decomposition)
+        directions, reader = _projection(self.tensor(DIRECTIONS), self.decomposition)
         dtype = compute_dtype(x, directions)
         product = base_output.to(dtype)
         product = product if base.bias is None else product - base.bias.to(product)
         change = -(product @ reader.to(dtype))
         if not self.only_removes:
             dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-            change = change + F.linear(dropped, self.held[INJECTION].to(dtype) * self.factor)
+            change = change + F.linear(dropped, self.tensor(INJECTION).to(dtype) * self.factor)
         return F.linear(change, directions.to(dtype))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What is put in less what is taken out, (r, in), and Q, (out, r), detached."""
-        directions, reader = _projection(self.held[DIRECTIONS].detach(), self.decomposition)
+        directions, reader = _projection(self.tensor(DIRECTIONS).detach(), self.decomposition)
         rows = -(reader.T @ weight.to(directions.dtype))
         if not self.only_removes:
-            rows = rows + self.held[INJECTION].detach().to(rows) * self.factor
+            rows = rows + self.tensor(INJECTION).detach().to(rows) * self.factor
         return rows, directions
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:

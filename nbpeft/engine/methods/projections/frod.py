@@ -33,7 +33,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, with_entries
@@ -315,11 +315,13 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
     FrodConfig,
     peft_type="FROD",
     label="FRoD",
-    when="a full rank from few numbers: fast to converge, slow to put in",
-    paper="https://doi.org/10.1609/aaai.v40i31.39813",
+    listing=Listing(
+        when="a full rank from few numbers: fast to converge, slow to put in",
+        paper="https://doi.org/10.1609/aaai.v40i31.39813",
+        summary=lambda config: {"sparse": f"{config.sparse_rate:g}"},
+        smaller=lambda config: config.copy(sparse_rate=config.sparse_rate / 2) if config.sparse_rate > 1e-4 else None,
+    ),
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
-    summary=lambda config: {"sparse": f"{config.sparse_rate:g}"},
-    smaller=lambda config: config.copy(sparse_rate=config.sparse_rate / 2) if config.sparse_rate > 1e-4 else None,
     sample_configs={
         "entries": {"sparse_rate": 0.05},
         "found": {"sparse_rate": 0.02, "projection_prng_key": 3, "save_projection": False},
@@ -409,7 +411,7 @@ class Frod(Adapter, ReplacesCall):
 
     def _between(self, x: Tensor, base: BaseLayer, compute: Callable[..., Tensor], bias: Tensor | None) -> Tensor:
         """``U M Vᵀ x`` and a bias, in the dtype of U or autocast's."""
-        outputs, trained = self.outputs, (self.held[SCALES], self.held[ENTRIES])
+        outputs, trained = self.outputs, (self.tensor(SCALES), self.tensor(ENTRIES))
         dtype = compute_dtype(x, outputs)
         inner = F.linear(x.to(dtype), self.directions.to(outputs.device, dtype).T)
         bias = None if bias is None else bias.to(dtype)
@@ -430,7 +432,7 @@ class Frod(Adapter, ReplacesCall):
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``U (S + diag(λ - λ₀)) Vᵀ``; see ``Adapter``."""
         outputs = widened(self.outputs)
-        change = self.change(self.held[SCALES], self.held[ENTRIES]).to(outputs.dtype)
+        change = self.change(self.tensor(SCALES), self.tensor(ENTRIES)).to(outputs.dtype)
         return outputs @ (change @ self.directions.to(outputs).T)
 
     @torch.no_grad()

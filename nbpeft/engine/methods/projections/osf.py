@@ -26,7 +26,7 @@ from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
 from nbpeft.engine.config.targets import ALL_LINEAR
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import composes, compute_dtype, widened
@@ -154,10 +154,12 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     OSFConfig,
     peft_type="OSF",
     label="OSF",
-    when="one task after another: what a weight does most is kept, the rest trained",
-    paper="arXiv:2504.07097",
+    listing=Listing(
+        when="one task after another: what a weight does most is kept, the rest trained",
+        paper="arXiv:2504.07097",
+        summary=lambda config: {"kept": "half" if config.effective_rank is None else f"{config.effective_rank:g}"},
+    ),
     default_targets=_targets,
-    summary=lambda config: {"kept": "half" if config.effective_rank is None else f"{config.effective_rank:g}"},
     sample_configs={"half": {}, "most": {"effective_rank": 0.8}},
     files=FileFormat(keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)}),
 )
@@ -212,12 +214,12 @@ class Osf(Adapter, ConvertsToLora):
     @property
     def trained(self) -> nn.ParameterDict:
         """Its parameters by PEFT's names."""
-        return nn.ParameterDict({name.removeprefix("osf_"): self.held[name] for name in (VALUES, LEFT, RIGHT)})
+        return nn.ParameterDict({name.removeprefix("osf_"): self.tensor(name) for name in (VALUES, LEFT, RIGHT)})
 
     @property
     def delta_rank(self) -> int | None:
         """That of what is taken out and of what is put in together."""
-        return 2 * int(self.held[VALUES].shape[0])
+        return 2 * int(self.tensor(VALUES).shape[0])
 
     def _start(self) -> tuple[Tensor, Tensor, Tensor]:
         """U₀, s₀ and V₀."""
@@ -226,7 +228,7 @@ class Osf(Adapter, ConvertsToLora):
 
     def _now(self) -> tuple[Tensor, Tensor, Tensor]:
         """U, s and V; gradients of U and V are projected."""
-        left, values, right = (self.held[name] for name in (LEFT, VALUES, RIGHT))
+        left, values, right = (self.tensor(name) for name in (LEFT, VALUES, RIGHT))
         if not torch.is_grad_enabled():
             return left, values, right
         tall, wide = left.shape[0] > right.shape[1], right.shape[1] > left.shape[0]
@@ -236,7 +238,7 @@ class Osf(Adapter, ConvertsToLora):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``U diag(s) V x - U₀ diag(s₀) V₀ x``; see ``Adapter``."""
-        dtype = compute_dtype(x, self.held[LEFT])
+        dtype = compute_dtype(x, self.tensor(LEFT))
         now, start = (_apply(x.to(dtype), *parts) for parts in (self._now(), self._start()))
         return now - start
 

@@ -124,7 +124,7 @@ class ProjectedVectors(Adapter, HotSwaps):
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
         """b and d."""
-        b, d = (self.held[name] for name in self.names)
+        b, d = (self.tensor(name) for name in self.names)
         return b, d
 
     def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:

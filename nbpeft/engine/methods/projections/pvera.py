@@ -25,7 +25,7 @@ from nbpeft.engine.config.config_checks import check_seed
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.training_hooks import HasTrainingState
@@ -141,11 +141,13 @@ class WideProjections(Projections):
     peft_type="PVERA",
     draws_in_training=True,
     label="PVeRA",
-    when="as VeRA, where adapters shall not be too sure of few examples",
-    paper="arXiv:2512.07703",
+    listing=Listing(
+        when="as VeRA, where adapters shall not be too sure of few examples",
+        paper="arXiv:2512.07703",
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "r8": {"r": 8, "generator_seed": 3},
         "drawn": {"r": 5, "save_projection": False, "generator_seed": 0},

@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
-from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.shared_state import DrawnTensors
@@ -140,11 +140,13 @@ def _sparse_bases(
     RandLoraConfig,
     peft_type="RANDLORA",
     label="RandLoRA",
-    when="a full rank from few trained numbers",
-    paper="arXiv:2502.00987",
+    listing=Listing(
+        when="a full rank from few trained numbers",
+        paper="arXiv:2502.00987",
+        summary=lambda config: {"r": str(config.r), "α": f"{config.randlora_alpha:g}"},
+        smaller=lambda config: config.copy(r=config.r * 2),
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "α": f"{config.randlora_alpha:g}"},
-    smaller=lambda config: config.copy(r=config.r * 2),
     sample_configs={
         "r4": {"r": 4, "randlora_alpha": 8},
         "drawn": {"r": 5, "randlora_alpha": 5, "sparse": True, "save_projection": False},
@@ -192,11 +194,11 @@ class RandLora(Adapter, Rescales):
     @property
     def rank(self) -> int:
         """The rank of a basis."""
-        return int(self.held[LAMBDA].shape[0])
+        return int(self.tensor(LAMBDA).shape[0])
 
     def _factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """The bases with their scales as two matrices, (width, in) and (out, width), where the layer is."""
-        scales, columns = self.held[LAMBDA], self.held[GAMMA]
+        scales, columns = self.tensor(LAMBDA), self.tensor(GAMMA)
         (count, small), large = columns.shape, max(base.in_features, base.out_features)
         whole_a, whole_b = self.bases.matrices
         first = whole_a[:, :, :small].to(columns.device)
@@ -211,7 +213,7 @@ class RandLora(Adapter, Rescales):
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The sum of the scaled bases on the input; see ``Adapter``."""
         first, second = self._factors(base)
-        dtype = compute_dtype(x, self.held[LAMBDA])
+        dtype = compute_dtype(x, self.tensor(LAMBDA))
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         return F.linear(F.linear(dropped, first.to(dtype)), second.to(dtype)) * self.scaling
 

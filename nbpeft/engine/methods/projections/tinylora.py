@@ -25,7 +25,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.bindable import Bindable
-from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
@@ -98,7 +98,7 @@ class _Numbered(Bindable):
         return self.tensor(number)
 
     def __len__(self) -> int:
-        return len(self._parameters)
+        return sum(1 for _ in self.parameters())
 
 
 class TinyVectors(SharedState):
@@ -141,7 +141,7 @@ class TinyVectors(SharedState):
 
     def group_of(self, path: str) -> str:
         """The number of the vector of a layer."""
-        count = len(self.tinylora_v.held)
+        count = len(self.tinylora_v)
         size = max(1, len(self.numbers) // count)
         return str(min(self.numbers[path] // size, count - 1))
 
@@ -150,11 +150,13 @@ class TinyVectors(SharedState):
     TinyLoraConfig,
     peft_type="TINYLORA",
     label="TinyLoRA",
-    when="a dozen trained numbers for a whole model, as reinforcement learning needs",
-    paper="arXiv:2602.04118",
+    listing=Listing(
+        when="a dozen trained numbers for a whole model, as reinforcement learning needs",
+        paper="arXiv:2602.04118",
+        summary=lambda config: {"r": str(config.r), "u": str(config.u)},
+        smaller=lambda config: config.copy(u=config.u // 2) if config.u > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "u": str(config.u)},
-    smaller=lambda config: config.copy(u=config.u // 2) if config.u > 1 else None,
     sample_configs={
         "u8": {"r": 2, "u": 8, "weight_tying": 0.5},
         "drawn": {"r": 3, "u": 5, "save_projection": False},

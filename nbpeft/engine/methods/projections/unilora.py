@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_, skip
-from nbpeft.engine.contract.method_records import SharedTensors
+from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
@@ -170,11 +170,13 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
     UniLoraConfig,
     peft_type="UNILORA",
     label="Uni-LoRA",
-    when="a file of some hundred numbers for all low-rank factors of a model",
-    paper="arXiv:2506.00799",
+    listing=Listing(
+        when="a file of some hundred numbers for all low-rank factors of a model",
+        paper="arXiv:2506.00799",
+        summary=lambda config: {"r": str(config.r), "d": str(config.theta_d_length)},
+        smaller=lambda config: _of_length(config, config.theta_d_length // 2),
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r), "d": str(config.theta_d_length)},
-    smaller=lambda config: _of_length(config, config.theta_d_length // 2),
     sample_configs={
         "d16": {"r": 3, "theta_d_length": 16, "init_theta_d_bound": 1e-4},
         "saved": {"r": 2, "theta_d_length": 20, "init_theta_d_bound": 1e-4, "save_indices": True},

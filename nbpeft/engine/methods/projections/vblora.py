@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import drawn, normal_
-from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors, keeping_inputs
@@ -176,7 +176,7 @@ def savable_parameters(manager: Any, adapter: str = "default") -> tuple[int, int
     manager.require(adapter)
     config, layers = manager.configs[adapter], manager.layers.values()
     held = [found for layer in layers if isinstance(found := layer.adapters._modules.get(adapter), VBLoRA)]
-    logits = sum(one.held[name].numel() for one in held for name in (LOGITS_A, LOGITS_B))
+    logits = sum(one.tensor(name).numel() for one in held for name in (LOGITS_A, LOGITS_B))
     if config.save_only_topk_weights:
         bytes_of_index = _index_dtype(config.num_vectors).itemsize
         logits = int(logits / config.num_vectors * (config.topk - 1 + config.topk * bytes_of_index / 4))
@@ -196,11 +196,13 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
     VBLoRAConfig,
     peft_type="VBLORA",
     label="VB-LoRA",
-    when="the smallest files of many adapters: vectors from one bank",
-    paper="arXiv:2405.15179",
+    listing=Listing(
+        when="the smallest files of many adapters: vectors from one bank",
+        paper="arXiv:2405.15179",
+        summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_wide_targets,
-    summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "k2": {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.0},
     },
@@ -265,11 +267,11 @@ class VBLoRA(ComputedFactors):
     @property
     def rank(self) -> int:
         """The rank of the factors."""
-        return int(self.held[LOGITS_A].shape[0])
+        return int(self.tensor(LOGITS_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, (r, in), and B, (out, r)."""
-        logits_A, logits_B = self.held[LOGITS_A], self.held[LOGITS_B]
+        logits_A, logits_B = self.tensor(LOGITS_A), self.tensor(LOGITS_B)
         held = self.bank.vectors.to(logits_A.device)
         first = keeping_inputs(self._mixed, logits_A, held).flatten(1)
         second = keeping_inputs(self._mixed, logits_B, held).transpose(1, 2).flatten(0, 1)
@@ -286,7 +288,7 @@ class VBLoRA(ComputedFactors):
         Raises:
             TrainingError: it is trained, and came from a file that holds the largest logits alone.
         """
-        if self.is_picked and self.training and self.held[LOGITS_A].requires_grad:
+        if self.is_picked and self.training and self.tensor(LOGITS_A).requires_grad:
             raise TrainingError(
                 "a VB-LoRA saved with save_only_topk_weights=True cannot be trained further: the other logits are gone"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -53,11 +53,13 @@ class VeraProjections(Projections):
     VeraConfig,
     peft_type="VERA",
     label="VeRA",
-    when="very many adapters of one model: two vectors a layer in each file",
-    paper="arXiv:2310.11454",
+    listing=Listing(
+        when="very many adapters of one model: two vectors a layer in each file",
+        paper="arXiv:2310.11454",
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r8": {"r": 8}, "drawn": {"r": 5, "save_projection": False}},
     files=FileFormat(prefix="vera_lambda_"),
     shares=SharedTensors(state=VeraProjections),

@@ -23,7 +23,7 @@ from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.targets import is_all_linear
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import AddsInside, ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -108,7 +108,7 @@ class AdaptionPromptConfig(AdapterConfig):
                 f"{strange[0]} is no attention of {kind}: target_modules is their name, {_ATTENTIONS[kind]!r}",
                 field="target_modules",
             )
-        vars(self).update(places=tuple(chosen), features=width)
+        self.set_derived(places=tuple(chosen), features=width)
 
 
 class AdaptedAttention(nn.Module):
@@ -139,11 +139,13 @@ def _unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     AdaptionPromptConfig,
     peft_type="ADAPTION_PROMPT",
     label="LLaMA-Adapter",
-    summary=lambda config: {"tokens": str(config.adapter_len), "layers": str(config.adapter_layers)},
-    smaller=lambda config: config.copy(adapter_len=max(1, int(config.adapter_len or 1) // 2)),
-    when="few examples: starts as the model itself, and learns what to attend to besides",
-    paper="arXiv:2303.16199",
-    listed_with={"adapter_len": 10, "adapter_layers": 2},
+    listing=Listing(
+        when="few examples: starts as the model itself, and learns what to attend to besides",
+        paper="arXiv:2303.16199",
+        summary=lambda config: {"tokens": str(config.adapter_len), "layers": str(config.adapter_layers)},
+        smaller=lambda config: config.copy(adapter_len=max(1, int(config.adapter_len or 1) // 2)),
+        listed_with={"adapter_len": 10, "adapter_layers": 2},
+    ),
     sample_configs={"one-layer": {"adapter_len": 4, "adapter_layers": 1}},
     files=FileFormat(prefix="adaption_", pack=_packed, unpack=_unpacked),
 )

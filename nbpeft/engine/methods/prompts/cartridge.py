@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.config.prompt_config import PROMPT_KEY
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import ConfigError, shown
 
@@ -75,13 +75,15 @@ def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[st
     CartridgeConfig,
     peft_type="CARTRIDGE",
     label="Cartridge",
-    summary=lambda config: {"tokens": str(config.num_virtual_tokens), "frozen": str(config.num_frozen_tokens)},
-    smaller=lambda config: config.copy(
-        num_virtual_tokens=max(1, config.num_frozen_tokens, config.num_virtual_tokens // 2)
+    listing=Listing(
+        when="many questions about one long text: its keys and values are learned once",
+        paper="arXiv:2506.06266",
+        summary=lambda config: {"tokens": str(config.num_virtual_tokens), "frozen": str(config.num_frozen_tokens)},
+        smaller=lambda config: config.copy(
+            num_virtual_tokens=max(1, config.num_frozen_tokens, config.num_virtual_tokens // 2)
+        ),
+        listed_with={"num_virtual_tokens": 20},
     ),
-    when="many questions about one long text: its keys and values are learned once",
-    paper="arXiv:2506.06266",
-    listed_with={"num_virtual_tokens": 20},
     sample_configs={
         "sink": {"num_virtual_tokens": 4},
         "trained": {"num_virtual_tokens": 3, "num_frozen_tokens": 0},

@@ -30,7 +30,7 @@ from nbpeft.engine.config.config_checks import check_number
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import WeighsTokens
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import AdapterError, ConfigError, shown
@@ -131,13 +131,15 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     CPTConfig,
     peft_type="CPT",
     label="CPT",
-    summary=lambda config: {
-        "tokens": str(config.num_virtual_tokens),
-        "ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}",
-    },
-    when="few examples, as in in-context learning, which overfitting would spoil",
-    paper="arXiv:2410.17222",
-    listed_with={"task_type": "CAUSAL_LM"},
+    listing=Listing(
+        when="few examples, as in in-context learning, which overfitting would spoil",
+        paper="arXiv:2410.17222",
+        summary=lambda config: {
+            "tokens": str(config.num_virtual_tokens),
+            "ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}",
+        },
+        listed_with={"task_type": "CAUSAL_LM"},
+    ),
     sample_configs={
         "two-examples": {
             "cpt_token_ids": [5, 7, 9, 3, 6, 8, 4, 9],

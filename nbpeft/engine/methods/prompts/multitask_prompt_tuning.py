@@ -20,7 +20,7 @@ from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import ConfigError
 
@@ -86,15 +86,17 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
     MultitaskPromptTuningConfig,
     peft_type="MULTITASK_PROMPT_TUNING",
     label="multitask prompt tuning",
-    summary=lambda config: {
-        "tokens": str(config.num_virtual_tokens),
-        "tasks": str(config.num_tasks),
-        "r": str(config.num_ranks),
-    },
-    smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="several tasks that have much in common, and little data for each",
-    paper="arXiv:2303.02861",
-    listed_with={"num_virtual_tokens": 20},
+    listing=Listing(
+        when="several tasks that have much in common, and little data for each",
+        paper="arXiv:2303.02861",
+        summary=lambda config: {
+            "tokens": str(config.num_virtual_tokens),
+            "tasks": str(config.num_tasks),
+            "r": str(config.num_ranks),
+        },
+        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+        listed_with={"num_virtual_tokens": 20},
+    ),
     sample_configs={"two-tasks": {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 2}},
     files=FileFormat(keys={"embedding.weight": PROMPT_KEY}),
     calls=CallInputs(context=_task_ids, arguments=(TASK_IDS,)),

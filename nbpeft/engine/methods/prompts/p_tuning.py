@@ -19,7 +19,7 @@ from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with
 from nbpeft.engine.config.config_checks import check_count, check_share
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.registry import register
 
 _MLP_LAYERS = 2
@@ -79,16 +79,18 @@ class PromptEncoderConfig(PromptLearningConfig):
     PromptEncoderConfig,
     peft_type="P_TUNING",
     label="P-tuning",
-    summary=lambda config: {
-        "tokens": str(config.num_virtual_tokens),
-        "encoder": str(
-            getattr(config.encoder_reparameterization_type, "value", config.encoder_reparameterization_type)
-        ),
-    },
-    smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="prompts that learn slowly by themselves, as of small models",
-    paper="arXiv:2103.10385",
-    listed_with={"num_virtual_tokens": 20},
+    listing=Listing(
+        when="prompts that learn slowly by themselves, as of small models",
+        paper="arXiv:2103.10385",
+        summary=lambda config: {
+            "tokens": str(config.num_virtual_tokens),
+            "encoder": str(
+                getattr(config.encoder_reparameterization_type, "value", config.encoder_reparameterization_type)
+            ),
+        },
+        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+        listed_with={"num_virtual_tokens": 20},
+    ),
     sample_configs={
         "mlp": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
         "lstm": {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},

@@ -18,7 +18,7 @@ from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
 from nbpeft.engine.config.prompt_config import PROMPT_KEY
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.registry import register
 
 
@@ -59,13 +59,15 @@ class PrefixTuningConfig(CachedPrefixConfig):
     PrefixTuningConfig,
     peft_type="PREFIX_TUNING",
     label="prefix tuning",
-    summary=lambda config: (
-        {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
+    listing=Listing(
+        when="generation: it steers every layer, and the input keeps its length",
+        paper="arXiv:2101.00190",
+        summary=lambda config: (
+            {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
+        ),
+        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+        listed_with={"num_virtual_tokens": 20},
     ),
-    smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="generation: it steers every layer, and the input keeps its length",
-    paper="arXiv:2101.00190",
-    listed_with={"num_virtual_tokens": 20},
     sample_configs={
         "plain": {"num_virtual_tokens": 4},
         "projected": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},

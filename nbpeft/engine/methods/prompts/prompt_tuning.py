@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.registry import register
 
 
@@ -38,11 +38,13 @@ class PromptTuningConfig(InitialisedPromptConfig):
     PromptTuningConfig,
     peft_type="PROMPT_TUNING",
     label="prompt tuning",
-    summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
-    smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="large models and many tasks: a few tokens each, and no layer changes",
-    paper="arXiv:2104.08691",
-    listed_with={"num_virtual_tokens": 20},
+    listing=Listing(
+        when="large models and many tasks: a few tokens each, and no layer changes",
+        paper="arXiv:2104.08691",
+        summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
+        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+        listed_with={"num_virtual_tokens": 20},
+    ),
     sample_configs={
         "random": {"num_virtual_tokens": 4},
         "vocabulary": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"},

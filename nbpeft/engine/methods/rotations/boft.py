@@ -23,6 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
@@ -102,15 +103,17 @@ _LARGEST_EXPONENT = 24
     BOFTConfig,
     peft_type="BOFT",
     label="BOFT",
-    when="as OFT, with every input turned against every other",
-    paper="arXiv:2311.06243",
+    listing=Listing(
+        when="as OFT, with every input turned against every other",
+        paper="arXiv:2311.06243",
+        summary=lambda config: (
+            {"block": str(config.boft_block_size)} if config.boft_block_size else {"blocks": str(config.boft_block_num)}
+        ),
+        smaller=lambda config: (
+            config.copy(boft_block_size=config.boft_block_size // 2) if config.boft_block_size > 3 else None
+        ),
+    ),
     default_targets=usual_targets,
-    summary=lambda config: (
-        {"block": str(config.boft_block_size)} if config.boft_block_size else {"blocks": str(config.boft_block_num)}
-    ),
-    smaller=lambda config: (
-        config.copy(boft_block_size=config.boft_block_size // 2) if config.boft_block_size > 3 else None
-    ),
     sample_configs={
         "b4": {"boft_block_size": 4},
         "blocks": {"boft_block_size": 0, "boft_block_num": 2},
@@ -151,9 +154,10 @@ class BOFT(Adapter):
         return {ROTATION: matrices, SCALE: (rows, 1) if kind.is_linear else (1, rows)}
 
     @classmethod
-    def class_at(cls, config: BOFTConfig, site: AdapterSite) -> type[BOFT]:
+    def create(cls, config: BOFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> BOFT:
         """One for linear layers and one for convolutions; see ``Adapter``."""
-        return BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
+        own: type[BOFT] = BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
+        return super(BOFT, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: BOFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -167,13 +171,13 @@ class BOFT(Adapter):
     @property
     def matrices(self) -> Tensor:
         """What the rotations are made of, (factors, blocks, b, b)."""
-        found: Tensor = self.held[ROTATION]
+        found: Tensor = self.tensor(ROTATION)
         return found
 
     @property
     def scale(self) -> Tensor:
         """s, (out,)."""
-        found: Tensor = self.held[SCALE]
+        found: Tensor = self.tensor(SCALE)
         return found.flatten()
 
     @property

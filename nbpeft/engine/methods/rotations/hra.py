@@ -21,6 +21,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
@@ -55,11 +56,13 @@ class HRAConfig(LayersConfig):
     HRAConfig,
     peft_type="HRA",
     label="HRA",
-    when="as OFT, for fewer parameters",
-    paper="arXiv:2405.17484",
+    listing=Listing(
+        when="as OFT, for fewer parameters",
+        paper="arXiv:2405.17484",
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,
     sample_configs={"r2": {"r": 2}, "r4": {"r": 4}},
 )
 class HRA(Adapter):
@@ -90,9 +93,10 @@ class HRA(Adapter):
         return {VECTORS: (features, config.r)}
 
     @classmethod
-    def class_at(cls, config: HRAConfig, site: AdapterSite) -> type[HRA]:
+    def create(cls, config: HRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> HRA:
         """One for linear layers and one for convolutions; see ``Adapter``."""
-        return HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
+        own: type[HRA] = HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
+        return super(HRA, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: HRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:

@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta
@@ -116,13 +116,15 @@ def nearest_divisor(number: int, wanted: int) -> int:
     OFTConfig,
     peft_type="OFT",
     label="OFT",
-    when="keeping what the model knows: rotations leave the angles between outputs",
-    paper="arXiv:2306.07280",
-    default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r)} if config.r else {"block": str(config.oft_block_size)},
-    smaller=lambda config: (
-        config.copy(oft_block_size=config.oft_block_size // 2) if config.oft_block_size > 3 else None
+    listing=Listing(
+        when="keeping what the model knows: rotations leave the angles between outputs",
+        paper="arXiv:2306.07280",
+        summary=lambda config: {"r": str(config.r)} if config.r else {"block": str(config.oft_block_size)},
+        smaller=lambda config: (
+            config.copy(oft_block_size=config.oft_block_size // 2) if config.oft_block_size > 3 else None
+        ),
     ),
+    default_targets=usual_targets,
     sample_configs={
         "whole": {"r": 1, "oft_block_size": 0, "use_cayley_neumann": False},
         "blocks": {"oft_block_size": 4},
@@ -156,10 +158,11 @@ class OFT(Adapter):
         return {name: (1 if config.block_share else count, size * (size - 1) // 2)}
 
     @classmethod
-    def class_at(cls, config: OFTConfig, site: AdapterSite) -> type[OFT]:
+    def create(cls, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> OFT:
         """One for each kind of layer; see ``Adapter``."""
         kind = site.base.kind
-        return OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
+        own: type[OFT] = OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
+        return super(OFT, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: OFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -182,7 +185,7 @@ class OFT(Adapter):
     @property
     def triangles(self) -> Tensor:
         """The parameter; in a training with ``coft`` it is made small first."""
-        triangles: Tensor = self.held[self.parameter_name]
+        triangles: Tensor = self.tensor(self.parameter_name)
         if self.eps is not None and self.training and triangles.requires_grad:
             with torch.no_grad():
                 factor = self._shrinking(triangles, self.eps)
@@ -230,7 +233,7 @@ class OFT(Adapter):
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``W R - W``, in the dtype of the parameter; see ``Adapter``."""
-        return self._change_of_weight(weight, self.held[self.parameter_name].detach(), None)
+        return self._change_of_weight(weight, self.tensor(self.parameter_name).detach(), None)
 
     def _change_of_weight(self, weight: Tensor, triangles: Tensor, kept: Tensor | None) -> Tensor:
         rows = weight.to(triangles.dtype).flatten(1)

@@ -25,7 +25,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
-from nbpeft.engine.contract.method_records import FileFormat
+from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -127,11 +127,13 @@ class PsoftConfig(LayersConfig):
     PsoftConfig,
     peft_type="PSOFT",
     label="PSOFT",
-    when="as OFT, in the directions that matter alone: few numbers",
-    paper="https://openreview.net/forum?id=FSHrinMArK",
+    listing=Listing(
+        when="as OFT, in the directions that matter alone: few numbers",
+        paper="https://openreview.net/forum?id=FSHrinMArK",
+        summary=lambda config: {"r": str(config.r)},
+        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"r": str(config.r)},
-    smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
         "r4": {"r": 4, "psoft_alpha": 8},
         "series": {
@@ -208,7 +210,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
 
     def change(self) -> Tensor:
         """``diag(b) Q diag(a) - I``, (r, r), in the dtype of what is trained."""
-        names = [name for name in (CORE, SCALE_B, SCALE_A) if name in self.held]
+        names = [name for name in (CORE, SCALE_B, SCALE_A) if self.tensor(name, optional=True) is not None]
 
         def made(*given: Tensor) -> Tensor:
             held = dict(zip(names, given, strict=True))
@@ -219,7 +221,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
                 core = core * held[SCALE_A]
             return core - torch.eye(self.rank, device=core.device, dtype=core.dtype)
 
-        return keeping_inputs(made, *(self.held[name] for name in names))
+        return keeping_inputs(made, *(self.tensor(name) for name in names))
 
     def _rotation(self, triangle: Tensor) -> Tensor:
         """Q, from the numbers above the diagonal of what it is the Cayley transform of."""

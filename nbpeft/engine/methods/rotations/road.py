@@ -22,6 +22,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
@@ -63,10 +64,12 @@ class RoadConfig(LayersConfig):
     RoadConfig,
     peft_type="ROAD",
     label="RoAd",
-    when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
-    paper="arXiv:2409.00119",
+    listing=Listing(
+        when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
+        paper="arXiv:2409.00119",
+        summary=lambda config: {"variant": config.variant, "group": str(config.group_size)},
+    ),
     default_targets=usual_targets,
-    summary=lambda config: {"variant": config.variant, "group": str(config.group_size)},
     sample_configs={
         "one": {"group_size": 4},
         "two": {"variant": "road_2", "group_size": 8},
@@ -136,7 +139,7 @@ class Road(Adapter, TransformsOutput):
         return scale * angle.cos(), scale * angle.sin()
 
     def _parts(self) -> tuple[Tensor, Tensor]:
-        return self.held[ANGLE], self.held[SCALE]
+        return self.tensor(ANGLE), self.tensor(SCALE)
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
         """``R y``, in the dtype of ``y``."""

@@ -121,4 +121,4 @@ class ShadowConfig(LayersConfig):
                 field="target_modules",
             )
         made = recipe_for(self, model, backbone)
-        vars(self).update(places=tuple(blocks[number] for number in numbers), recipe=made)
+        self.set_derived(places=tuple(blocks[number] for number in numbers), recipe=made)

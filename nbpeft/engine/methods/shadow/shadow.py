@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import ModelAdapter, RunsBeside
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -127,10 +127,12 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     ShadowConfig,
     peft_type="SHADOW",
     label="ShadowPEFT",
-    summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
-    smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
-    when="a small model is wanted, too: it steers the large one, and can be taken out",
-    paper="arXiv:2604.19254",
+    listing=Listing(
+        when="a small model is wanted, too: it steers the large one, and can be taken out",
+        paper="arXiv:2604.19254",
+        summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
+        smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
+    ),
     sample_configs={"one-layer": {"shadow_num_hidden_layers": 1, "shadow_alpha": 1.0}},
     calls=CallInputs(context=lambda config, args, kwargs: None),
     files=FileFormat(pack=_packed, unpack=_unpacked),

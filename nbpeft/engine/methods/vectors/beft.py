@@ -19,6 +19,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, MergesInPlace, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -56,10 +57,12 @@ def _value_projections(model_type: str | None) -> list[str] | None:
     BeftConfig,
     peft_type="BEFT",
     label="BEFT",
-    when="few examples: one bias a layer, hardly any parameters, and a cheap step",
-    paper="arXiv:2509.15974",
+    listing=Listing(
+        when="few examples: one bias a layer, hardly any parameters, and a cheap step",
+        paper="arXiv:2509.15974",
+        summary=lambda config: {"trains": "biases"},
+    ),
     default_targets=_value_projections,
-    summary=lambda config: {"trains": "biases"},
     sample_configs={"bias": {}},
 )
 class Beft(Adapter, TransformsOutput, MergesInPlace):

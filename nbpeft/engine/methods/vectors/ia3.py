@@ -30,6 +30,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import AdapterError, ConfigError, LayerKindError
@@ -191,10 +192,12 @@ def _vector_of(path: str, member: Member) -> Tensor:
     IA3Config,
     peft_type="IA3",
     label="(IA)³",
-    when="few rows to learn from, and very few parameters",
-    paper="arXiv:2205.05638",
+    listing=Listing(
+        when="few rows to learn from, and very few parameters",
+        paper="arXiv:2205.05638",
+        summary=lambda config: {"vectors": _scaled(config)},
+    ),
     default_targets=lambda model_type: found[0] if (found := _usual(model_type)) else None,
-    summary=lambda config: {"vectors": _scaled(config)},
     sample_configs={
         "output": {"feedforward_modules": []},
         "input": {"feedforward_modules": ["target"]},
@@ -222,9 +225,10 @@ class IA3(Adapter):
         return {VECTOR: (1, features, *[1] * (len(kind.weight_shape(module)) - 2))}
 
     @classmethod
-    def class_at(cls, config: IA3Config, site: AdapterSite) -> type[IA3]:
-        """The class that scales the input or the output; see ``Adapter``."""
-        return IA3OnInput if config.scales_input(site.path) else IA3OnOutput
+    def create(cls, config: IA3Config, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> IA3:
+        """An adapter that scales the input or the output; see ``Adapter``."""
+        own: type[IA3] = IA3OnInput if config.scales_input(site.path) else IA3OnOutput
+        return super(IA3, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: IA3Config, site: AdapterSite) -> Mapping[str, Tensor]:

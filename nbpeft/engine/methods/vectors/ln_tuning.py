@@ -19,7 +19,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.bindable import parameter_of, with_parameters
-from nbpeft.engine.contract.method_records import FileFormat, OwnKinds
+from nbpeft.engine.contract.method_records import FileFormat, Listing, OwnKinds
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register, resolve_backend
 from nbpeft.engine.layer_kinds.conv1d import TransformersConv1D
@@ -110,10 +110,12 @@ class LNTuningConfig(LayersConfig):
     LNTuningConfig,
     peft_type="LN_TUNING",
     label="LN tuning",
-    when="norms alone: very few parameters, and nothing added to the model",
-    paper="arXiv:2312.11420",
+    listing=Listing(
+        when="norms alone: very few parameters, and nothing added to the model",
+        paper="arXiv:2312.11420",
+        summary=lambda config: {"trains": "norms"},
+    ),
     default_targets=lambda model_type: _TARGETS.get(model_type or ""),
-    summary=lambda config: {"trains": "norms"},
     sample_configs={"norms": {}},
     files=FileFormat(keys={name: f"{COPIES}.{own}" for name, own in OWN.items()}),
     kinds=OwnKinds(only=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear())),
@@ -150,8 +152,8 @@ class LNTuning(Adapter, ReplacesCall):
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor:
         """The layer's output with the copies; see ``ReplacesCall``."""
-        held, dtype = self.held, base.dtype
-        copies = {own: one.to(x.device, dtype) for name, own in OWN.items() if (one := held.get(name)) is not None}
+        copies = {own: copy for name, own in OWN.items() if (copy := self.tensor(name, optional=True)) is not None}
+        copies = {own: copy.to(x.device, base.dtype) for own, copy in copies.items()}
         return _computed(base.module, x, copies)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -160,12 +162,12 @@ class LNTuning(Adapter, ReplacesCall):
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """The copy of the weight minus the frozen one; see ``Adapter``."""
-        copied = base.kind.canonical(base.module, self.held[COPIES].detach())
+        copied = base.kind.canonical(base.module, self.tensor(COPIES).detach())
         return copied - weight.to(copied)
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         """The copy of the bias minus the frozen one."""
-        bias, copied = base.bias, self.held.get(f"{COPIES}_bias")
+        bias, copied = base.bias, self.tensor(f"{COPIES}_bias", optional=True)
         return None if bias is None or copied is None else copied.detach() - bias.detach().to(copied)
 
     @torch.no_grad()

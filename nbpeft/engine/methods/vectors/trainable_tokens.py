@@ -40,7 +40,7 @@ from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.bindable import parameter_of
 from nbpeft.engine.contract.combination import Member
 from nbpeft.engine.contract.initial_draws import normal_
-from nbpeft.engine.contract.method_records import FileFormat, OwnKinds, SharedTensors
+from nbpeft.engine.contract.method_records import FileFormat, Listing, OwnKinds, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import Part, register, resolve_backend, resolve_layer_kind
 from nbpeft.engine.tree.model_tree import embedding_of
@@ -167,9 +167,11 @@ _REQUESTED = replace(_NAMES, container="token_adapter")
     TrainableTokensConfig,
     peft_type="TRAINABLE_TOKENS",
     label="trainable tokens",
-    when="new tokens, and nothing else of the model",
-    listed_with={"token_indices": [0]},
-    summary=lambda config: {"tokens": str(len(config.token_indices))},
+    listing=Listing(
+        when="new tokens, and nothing else of the model",
+        summary=lambda config: {"tokens": str(len(config.token_indices))},
+        listed_with={"token_indices": [0]},
+    ),
     sample_configs={"tokens": {"token_indices": [0, 2, 5]}},
     shares=SharedTensors(companion=_Companion()),
     files=FileFormat(prefix="trainable_tokens_"),

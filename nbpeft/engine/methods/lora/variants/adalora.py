@@ -37,7 +37,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_, skip
-from nbpeft.engine.contract.method_records import FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.lora.autograd import Dropout
@@ -345,12 +345,14 @@ def _distance(matrix: Tensor) -> Tensor:
     AdaLoraConfig,
     peft_type="ADALORA",
     label="AdaLoRA",
-    when="where ranks should differ by layer: it shares them out as it trains",
-    paper="arXiv:2303.10512",
-    listed_with={"total_step": 1000},
+    listing=Listing(
+        when="where ranks should differ by layer: it shares them out as it trains",
+        paper="arXiv:2303.10512",
+        summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},
+        smaller=lambda config: config.resized(config.init_r // 2) if config.init_r > 1 else None,
+        listed_with={"total_step": 1000},
+    ),
     default_targets=lambda model_type: _ROBERTA if model_type == "roberta" else usual_wide_targets(model_type),
-    summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},
-    smaller=lambda config: config.resized(config.init_r // 2) if config.init_r > 1 else None,
     sample_configs={
         "r4": {"init_r": 4, "target_r": 2, "total_step": 10},
         "pruned": {"init_r": 6, "target_r": 2, "total_step": 20, "tinit": 2, "tfinal": 5, "lora_alpha": 16},
@@ -430,7 +432,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     @property
     def rank(self) -> int:
         """The rank: rows of A."""
-        return int(self.held[_E].shape[0])
+        return int(self.tensor(_E).shape[0])
 
     @property
     def delta_rank(self) -> int | None:
@@ -440,11 +442,11 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     @property
     def orthogonal_rows(self) -> tuple[Tensor, Tensor]:
         """A, (r, in), and B, (r, out), transposed so that the rows of both should be orthogonal."""
-        return self.held[_A], self.held[_B].T
+        return self.tensor(_A), self.tensor(_B).T
 
     def _factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """diag(E) A and B in the shapes of two consecutive layers."""
-        first, second = self.held[_A] * self.held[_E], self.held[_B]
+        first, second = self.tensor(_A) * self.tensor(_E), self.tensor(_B)
         kernel = base.kind.weight_shape(base.module)[2:]
         if not kernel:
             return first, second
@@ -482,7 +484,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         else:
             flags = iter(left.tolist())
             pattern[f"{self.path}.{_E}"] = [has and next(flags) for has in self.flags_of_places]
-        self.held[_E].masked_fill_(~left.view(-1, 1).to(self.held[_E].device), 0.0)
+        self.tensor(_E).masked_fill_(~left.view(-1, 1).to(self.tensor(_E).device), 0.0)
 
     def _own(self, left: Sequence[bool]) -> list[bool]:
         """Selects from flags for all initial ranks those of the ranks that the factors contain."""

@@ -27,7 +27,7 @@ from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta
 from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY, FILES
+from nbpeft.engine.methods.lora.family import FAMILY, FILES, listing
 from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.errors import AdapterError
@@ -118,9 +118,11 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
 @register(
     LoraConfig,
     label="aLoRA",
-    when="switching within a conversation: what a cache holds of the prompt stays valid",
-    paper="arXiv:2504.12397",
-    listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
+    listing=listing(
+        when="switching within a conversation: what a cache holds of the prompt stays valid",
+        paper="arXiv:2504.12397",
+        listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
+    ),
     applies=lambda config: config.variant == "alora_invocation_tokens",
     calls=CallInputs(context=_invoked, arguments=(_OFFSETS,)),
     **{**FAMILY, "combine": _CombineInvoked(), "files": replace(FILES, without_weight=_no_plain_lora)},

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, IsLowRank
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.trained import optimizer_steps
@@ -66,16 +67,17 @@ def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[
 @register(
     LoraConfig,
     label="Arrow",
-    when="adapters of several tasks at once: each token takes those that suit it",
-    paper="arXiv:2405.11157",
-    listed_with={"arrow_config": {}},
+    listing=Listing(
+        summary=lambda config: {"top k": str(config.arrow_config.top_k)},
+        when="adapters of several tasks at once: each token takes those that suit it",
+        paper="arXiv:2405.11157",
+        variant=lambda config: "Arrow + GenKnowSub" if config.arrow_config.use_gks else "",
+        listed_with={"arrow_config": {}},
+    ),
     applies=lambda config: config.variant == "arrow_config",
-    variant=lambda config: "Arrow + GenKnowSub" if config.arrow_config.use_gks else "",
     **{
         **FAMILY,
         "files": replace(FILES, unpack=_without_factors, has_tensors=False),
-        "summary": lambda config: {"top k": str(config.arrow_config.top_k)},
-        "smaller": lambda config: None,
         "combine": None,
     },
 )

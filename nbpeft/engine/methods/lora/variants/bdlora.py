@@ -17,7 +17,7 @@ from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_linear, init_whole_factors
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor, block_diagonal
 from nbpeft.engine.methods.lora.plain import LowRankProduct
@@ -30,16 +30,18 @@ _ANYWHERE = ["target", "first", "proj"]
 @register(
     LoraConfig,
     label="BD-LoRA",
-    when="serving many adapters of a model that is split over several devices",
-    paper="arXiv:2510.23346",
-    listed_with={
-        "use_bdlora": {
-            "target_modules_bd_a": ["o_proj", "out_proj", "down_proj", "c_proj"],
-            "target_modules_bd_b": ["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"],
-            "nblocks": 2,
-            "match_strict": False,
-        }
-    },
+    listing=listing(
+        when="serving many adapters of a model that is split over several devices",
+        paper="arXiv:2510.23346",
+        listed_with={
+            "use_bdlora": {
+                "target_modules_bd_a": ["o_proj", "out_proj", "down_proj", "c_proj"],
+                "target_modules_bd_b": ["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"],
+                "nblocks": 2,
+                "match_strict": False,
+            }
+        },
+    ),
     applies=lambda config: config.variant == "use_bdlora",
     sample_configs={
         "first": {"r": 4, "lora_alpha": 8, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": _ANYWHERE}},

@@ -25,7 +25,7 @@ from nbpeft.engine.kernels.numerics import stamp
 from nbpeft.engine.methods.lora.adapter import MAGNITUDE, LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 
@@ -37,11 +37,13 @@ _CANCELLATION = 1e-2
 @register(
     LoraConfig,
     label="DoRA",
-    when="low ranks, where it learns a little more than LoRA, at a slower step",
-    paper="arXiv:2402.09353",
-    listed_with={"use_dora": True},
+    listing=listing(
+        when="low ranks, where it learns a little more than LoRA, at a slower step",
+        paper="arXiv:2402.09353",
+        variant=lambda config: "rsDoRA" if config.use_rslora else "",
+        listed_with={"use_dora": True},
+    ),
     applies=lambda config: config.variant == "use_dora",
-    variant=lambda config: "rsDoRA" if config.use_rslora else "",
     sample_configs={
         "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
         "dora-pissa": {"r": 4, "use_dora": True, "init_lora_weights": "pissa"},
@@ -153,7 +155,7 @@ class DoRA(LowRankAdapter):
         """
         factors = (*self.factors, self.scaling)
         kind, module = base.kind, base.module
-        magnitude = self.held[MAGNITUDE]
+        magnitude = self.tensor(MAGNITUDE)
         assert magnitude is not None
         norm = self.row_norm(base, learning=torch.is_grad_enabled() and magnitude.requires_grad)
         scale = kind.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
@@ -174,7 +176,7 @@ class DoRA(LowRankAdapter):
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``m / ||W + s B A|| * (W + s B A) - W``, shaped like the canonical weight."""
-        magnitude = self.held[MAGNITUDE]
+        magnitude = self.tensor(MAGNITUDE)
         assert magnitude is not None
         whole = weight.to(self.trained_factors[0].dtype)
         summed = whole + super().delta_weight(weight, base)

@@ -30,7 +30,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.training_hooks import LearnsWithHooks
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, init_factors, start_of
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.errors import HotSwapError
@@ -62,11 +62,13 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
 @register(
     LoraConfig,
     label="KaSA",
-    when="as LoRA, learned as singular values in the place of the base's smallest",
-    paper="arXiv:2412.06071",
-    listed_with={"kasa_config": {}},
+    listing=listing(
+        when="as LoRA, learned as singular values in the place of the base's smallest",
+        paper="arXiv:2412.06071",
+        variant=lambda config: "rsKaSA" if config.use_rslora else "",
+        listed_with={"kasa_config": {}},
+    ),
     applies=lambda config: config.variant == "kasa_config",
-    variant=lambda config: "rsKaSA" if config.use_rslora else "",
     sample_configs={"kasa": {"r": 4, "lora_alpha": 8, "kasa_config": {"beta": 1e-2, "gamma": 1e-2}}},
     **FAMILY,
 )
@@ -109,7 +111,7 @@ class KaSA(LowRankProduct, LearnsWithHooks):
     @property
     def diagonal(self) -> Tensor:
         """E, (r,)."""
-        held: Tensor = self.held[DIAGONAL]
+        held: Tensor = self.tensor(DIAGONAL)
         return held
 
     @property

@@ -12,18 +12,20 @@ from typing import ClassVar
 
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.lora import LoRA
 
 
 @register(
     LoraConfig,
     label="MiCA",
-    when="half of LoRA's parameters, in directions that the base makes little use of",
-    paper="arXiv:2604.01694",
-    listed_with={"init_lora_weights": "mica"},
+    listing=listing(
+        when="half of LoRA's parameters, in directions that the base makes little use of",
+        paper="arXiv:2604.01694",
+        variant=lambda config: "rsMiCA" if config.use_rslora else "",
+        listed_with={"init_lora_weights": "mica"},
+    ),
     applies=lambda config: config.variant == "mica",
-    variant=lambda config: "rsMiCA" if config.use_rslora else "",
     sample_configs={"mica": {"r": 4, "lora_alpha": 8, "init_lora_weights": "mica"}},
     **FAMILY,
 )

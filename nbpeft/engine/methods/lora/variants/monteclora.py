@@ -36,7 +36,7 @@ from nbpeft.engine.contract.training_hooks import LearnsWithHooks
 from nbpeft.engine.kernels.numerics import composes, without_autocast
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY, FILES
+from nbpeft.engine.methods.lora.family import FAMILY, FILES, listing
 from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
@@ -152,11 +152,13 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
     LoraConfig,
     draws_in_training=True,
     label="MonteCLoRA",
-    when="small data: A is trained together with how sure it is",
-    paper="arXiv:2411.04358",
-    listed_with={"monteclora_config": {}},
+    listing=listing(
+        when="small data: A is trained together with how sure it is",
+        paper="arXiv:2411.04358",
+        variant=lambda config: "rsMonteCLoRA" if config.use_rslora else "",
+        listed_with={"monteclora_config": {}},
+    ),
     applies=lambda config: config.variant == "monteclora_config",
-    variant=lambda config: "rsMonteCLoRA" if config.use_rslora else "",
     sample_configs={
         "plain": {"r": 4, "lora_alpha": 8, "monteclora_config": {"num_samples": 3}},
         "entropy": {"r": 4, "monteclora_config": {"num_samples": 2, "use_entropy": True, "sample_scaler": 1e-3}},
@@ -216,8 +218,8 @@ class MonteCLoRA(LowRankProduct):
 
     def _perturbation(self, lora_A: Tensor) -> Tensor:
         """N, (r, in), in the dtype of A; zero in rows of padding."""
-        std: Tensor = self.held[STD]
-        prior: Tensor = self.held[PRIOR]
+        std: Tensor = self.tensor(STD)
+        prior: Tensor = self.tensor(PRIOR)
         self.bind(drawn=_draws(draw_seed(), len(std), len(prior), lora_A.device))
         with without_autocast(lora_A.device.type):
             variances, weights = self._posterior()
@@ -231,8 +233,8 @@ class MonteCLoRA(LowRankProduct):
         """σ², (r,), and w, (num_samples,), of the last draws, in at least float32."""
         assert self.drawn is not None
         wishart, normal = self.drawn
-        variances = (wishart * (2 * self.held[STD]).exp()).clamp_min(_LEAST_VARIANCE)
-        concentration, count = self.held[PRIOR].exp().clamp_min(_LEAST), len(normal)
+        variances = (wishart * (2 * self.tensor(STD)).exp()).clamp_min(_LEAST_VARIANCE)
+        concentration, count = self.tensor(PRIOR).exp().clamp_min(_LEAST), len(normal)
         inverse, middle = 1 / concentration, concentration.log()
         spread = (inverse * (1 - 2 / count) + inverse.sum() / count**2).clamp_min(_LEAST)
         logits = (spread + _LEAST).sqrt() * normal + middle - middle.mean()
@@ -243,8 +245,8 @@ class MonteCLoRA(LowRankProduct):
         if self.drawn is None:
             return None
         settings, (variances, weights) = self.settings, self._posterior()
-        std: Tensor = self.held[STD]
-        prior: Tensor = self.held[PRIOR]
+        std: Tensor = self.tensor(STD)
+        prior: Tensor = self.tensor(PRIOR)
         rank = len(std)
         wishart = rank * ((2 * std).exp().sum() - 2 * std.sum() - rank) / 2
         normal = len(weights) * (variances.sum() - variances.log().sum() - rank) / 2

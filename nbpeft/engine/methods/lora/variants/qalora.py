@@ -25,7 +25,7 @@ from nbpeft.engine.kernels.numerics import compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_linear, init_whole_factors
 from nbpeft.engine.methods.lora.low_rank import Shapes
 from nbpeft.engine.methods.lora.plain import LowRankProduct
@@ -37,9 +37,11 @@ _NOT_DROPPED = Dropout(0.0, False)
 @register(
     LoraConfig,
     label="QALoRA",
-    when="a smaller first factor: it sees groups of inputs, as a quantized weight does",
-    paper="arXiv:2309.14717",
-    listed_with={"use_qalora": True},
+    listing=listing(
+        when="a smaller first factor: it sees groups of inputs, as a quantized weight does",
+        paper="arXiv:2309.14717",
+        listed_with={"use_qalora": True},
+    ),
     applies=lambda config: config.variant == "use_qalora",
     sample_configs={"groups": {"r": 4, "lora_alpha": 8, "use_qalora": True, "qalora_group_size": 4}},
     **FAMILY,

@@ -28,7 +28,7 @@ from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig
@@ -55,11 +55,13 @@ def normalised(direction: Tensor) -> Tensor:
 @register(
     LoraConfig,
     label="VeLoRA",
-    when="long sequences: of a layer's input a training step keeps a fraction",
-    paper="arXiv:2405.17991",
-    listed_with={"velora_config": {}},
+    listing=listing(
+        when="long sequences: of a layer's input a training step keeps a fraction",
+        paper="arXiv:2405.17991",
+        variant=lambda config: "rsVeLoRA" if config.use_rslora else "",
+        listed_with={"velora_config": {}},
+    ),
     applies=lambda config: config.variant == "velora_config",
-    variant=lambda config: "rsVeLoRA" if config.use_rslora else "",
     sample_configs={
         "average": {"r": 4, "lora_alpha": 8, "velora_config": {"num_groups": 4}},
         "once": {"r": 4, "velora_config": {"num_groups": 3, "init_type": "batch_average_once"}},

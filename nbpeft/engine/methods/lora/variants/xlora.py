@@ -27,7 +27,7 @@ from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HasInnerAdapters, HotSwaps, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat, SharedTensors
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
@@ -103,7 +103,7 @@ class XLoraState(SharedState, NeedsFirstPass):
             for path, shapes in expert.shapes.items():
                 site = AdapterSite(path, layers[path], shapes, dtype)
                 made = LoRA.create(expert.config, site, None)
-                for name, parameter in made.held.items():
+                for name, parameter in made.named_parameters():
                     _fill(parameter, tensors[path][name])
                 self.start.setdefault(path, {})[str(number)] = made
         if self.is_new:
@@ -259,12 +259,14 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     XLoraConfig,
     peft_type="XLORA",
     label="X-LoRA",
-    when="several trained adapters at once: a classifier weighs them for each token",
-    paper="arXiv:2402.07148",
-    summary=lambda config: {
-        "adapters": str(len(config.adapters)),
-        **({"top k": str(config.top_k_lora)} if config.top_k_lora else {}),
-    },
+    listing=Listing(
+        when="several trained adapters at once: a classifier weighs them for each token",
+        paper="arXiv:2402.07148",
+        summary=lambda config: {
+            "adapters": str(len(config.adapters)),
+            **({"top k": str(config.top_k_lora)} if config.top_k_lora else {}),
+        },
+    ),
     shares=SharedTensors(state=XLoraState),
     calls=CallInputs(context=lambda config, args, kwargs: None, generation=_without_cache),
     files=FileFormat(has_tensors=False, pack=_packed, unpack=_unpacked, parts=_parts, with_parts=with_parts),

@@ -138,7 +138,7 @@ class XLoraConfig(AdapterConfig):
         made = self.copy(hidden_size=self._width(model))
         experts = tuple(self._read(name, source, model, planned) for name, source in self.adapters.items())
         paths = dict.fromkeys(path for expert in experts for path in expert.shapes)
-        vars(made).update(experts=experts, target_modules=set(paths))
+        made.set_derived(experts=experts, target_modules=set(paths))
         return made
 
     def check_top_k(self, value: int | None) -> None:
