@@ -36,7 +36,6 @@ from .engine.methods.projections.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.projections.vera import VeraConfig as VeraConfig
 from .engine.methods.prompts.adaption_prompt import AdaptedAttention as AdaptedAttention
 from .engine.methods.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
-from .engine.methods.prompts.adaption_prompt import AdaptionPromptModel as AdaptionPromptModel
 from .engine.methods.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from .engine.methods.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
 from .engine.methods.prompts.cpt import CPTConfig as CPTConfig
@@ -93,6 +92,7 @@ from .losses import chunked_loss as chunked_loss
 from .memory import Forecast as Forecast
 from .memory import forecast as forecast
 from .model import AdapterPool as AdapterPool
+from .model import AdaptionPromptModel as AdaptionPromptModel
 from .model import ArrowConfig as ArrowConfig
 from .model import AutoPeftModel as AutoPeftModel
 from .model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM

@@ -243,6 +243,20 @@ def test_snippets_compile(page: Path) -> None:
         assert not magic or re.match(r"%load_ext nbpeft|%%?q?lora", magic)
 
 
+def used_names(page: Path) -> Iterator[str]:
+    """Names that the snippets of a page use, import or read from something, if they run."""
+    for snippet in snippets(page):
+        body = snippet.code.partition("\n")[2] if snippet.is_cell else snippet.code
+        for node in ast.walk(ast.parse(body)) if snippet.runs else ():
+            if isinstance(node, ast.Name | ast.Attribute | ast.alias):
+                yield getattr(node, "id", "") or getattr(node, "attr", "") or getattr(node, "name", "")
+
+
+def test_every_public_name_has_an_example_that_runs() -> None:
+    used = {name for page in PAGES for name in used_names(page)}
+    assert not set(nbpeft.__all__) - used
+
+
 def variables() -> dict[str, Any]:
     """What the pages take for granted: names of nbpeft, a model, a tokenizer, rows and batches."""
     from tests.char_tokenizer import CharTokenizer

@@ -94,3 +94,4 @@ from nbpeft.peft_layers.custom_layers import LoraLayer as LoraLayer
 
 PeftConfig = AdapterConfig
 LoraModel: type[BaseTuner] = tuner_class(methods_of_type("LORA")[0])
+AdaptionPromptModel: type[BaseTuner] = tuner_class(methods_of_type("ADAPTION_PROMPT")[0])
