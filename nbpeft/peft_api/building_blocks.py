@@ -23,6 +23,7 @@ from nbpeft.engine.methods.lora.optimizers import RiemannianPreconditioner, trai
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
 from nbpeft.engine.methods.lora.variants.alora import invocation_starts
 from nbpeft.engine.methods.lora.variants.velora import normalised, pieces
+from nbpeft.engine.methods.products.lokr import two_factors
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.model.handle.arrow import repository_of
 
@@ -32,6 +33,7 @@ _Result = TypeVar("_Result")
 _RiemannianPreconditioner = RiemannianPreconditioner
 _collect_lora_pairs = trained_pairs
 _normalize_projection = normalised
+factorization = two_factors
 
 
 def calculate_alora_offsets(

@@ -119,7 +119,7 @@ METHODS = {
     "lily": ("Lily", "LilyConfig LilyLayer LilyModel Linear"),
     "ln_tuning": ("LayerNorm tuning", "LNTuningConfig LNTuningLayer LNTuningModel"),
     "loha": ("LoHa", "Conv1d Conv2d Linear LoHaConfig LoHaLayer LoHaModel"),
-    "lokr": ("LoKr", "Conv1d Conv2d Linear LoKrConfig LoKrLayer LoKrModel factorization"),
+    "lokr": ("LoKr", "Conv1d Conv2d Linear LoKrConfig LoKrLayer LoKrModel"),
     "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
     "mixed": (
         "a class apart for mixed methods, which any PeftModel takes",
@@ -296,6 +296,11 @@ MODULES: dict[str, dict[str, str]] = {
         f"tuners.{package}{part}": {OWN: names, "missing": _targets_of(package)}
         for package, (_, names) in METHODS.items()
         for part in ("", ".bnb", ".config", ".layer", ".model")
+    },
+    "tuners.lokr.layer": {
+        OWN: METHODS["lokr"][1],
+        "building_blocks": "factorization",
+        "missing": _targets_of("lokr"),
     },
     "tuners.adalora.gptq": {OWN: "SVDQuantLinear"},
     "tuners.adamss.asa_callback": {"callbacks": "AdamssAsaCallback"},

@@ -427,6 +427,68 @@ def diffusers_casts(peft: Any, folder: str) -> list[Any]:
     return [*found, noise(model), sorted(kept)]
 
 
+@case
+def diffusers_configs(peft: Any, folder: str) -> list[Any]:
+    """The config of an adapter that was read, whose metadata has one, and what is drawn after reading it."""
+    fields = {"target_modules": ["to_q", "to_v"], "exclude_modules": ["attn2.to_v"], "lora_alpha": 7}
+    model = unet()
+    model.add_adapter(config(peft, 3, **fields), "one")
+    model.save_lora_adapter(folder, adapter_name="one")
+    found = [noise(model)]
+    for low in (True, False):
+        model = unet()
+        model.load_lora_adapter(
+            folder, prefix=None, adapter_name="read", low_cpu_mem_usage=low,
+            weight_name="pytorch_lora_weights.safetensors",
+        )  # fmt: skip
+        read = model.peft_config["read"].to_dict()
+        found += [{key: sorted(value) if isinstance(value, set) else value for key, value in read.items()}]
+        found += [noise(model), torch.rand(1).item()]
+    return found
+
+
+@case
+def diffusers_refusals(peft: Any, folder: str) -> list[Any]:
+    """Adapters that do not fit, or whose name is taken: the kinds of the errors, and the model afterwards."""
+    model = unet()
+    model.add_adapter(attention(peft), "one")
+    tensors = peft.get_peft_model_state_dict(model, adapter_name="one")
+    found: list[Any] = [refused(ValueError, model.add_adapter, attention(peft), "one")]
+    narrow = {key: value[:, :3] if "lora_A" in key else value for key, value in tensors.items()}
+    for given, name, kind in ((tensors, "one", ValueError), (narrow, "two", RuntimeError), (tensors, "two", None)):
+        found.append(refused(kind, model.load_lora_adapter, given, prefix=None, adapter_name=name))
+        found.append(sorted(model.peft_config))
+    return [*found, noise(model)]
+
+
+def refused(kind: type[Exception] | None, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
+    """Whether a call ends with an error of a class, or without one."""
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return kind is not None and isinstance(error, kind)
+    return kind is None
+
+
+@case
+def diffusers_lokr(peft: Any, folder: str) -> list[Any]:
+    """Factors of LoKr as LyCORIS saves them, read, fused and unloaded."""
+    from peft.tuners.lokr.layer import LoKrLayer, factorization
+
+    model, tensors = unet(), {}
+    for path, module in model.named_modules():
+        if path.endswith(("to_q", "to_v")):
+            (out, more), (inputs, rest) = (factorization(size, 2) for size in module.weight.shape)
+            tensors[f"{path}.lokr_w1"], tensors[f"{path}.lokr_w2"] = torch.randn(out, inputs), torch.randn(more, rest)
+    found = [noise(model)]
+    model.load_lora_adapter(tensors, prefix=None, adapter_name="one")
+    found += [noise(model), sum(isinstance(module, LoKrLayer) for module in model.modules())]
+    model.fuse_lora()
+    found.append(noise(model))
+    model.unload_lora()
+    return [*found, noise(model)]
+
+
 # sentence-transformers
 
 

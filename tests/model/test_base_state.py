@@ -10,7 +10,9 @@ import peft
 import pytest
 import torch
 
+import nbpeft
 from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import BaseMismatchError, MergeError, TargetError
 from nbpeft.model import (
     LoraConfig,
@@ -105,6 +107,68 @@ def test_injection_by_the_keys_of_a_state_dict() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inject_adapter_in_model(config(target_modules=some), llama(), state_dict=tensors)
+
+
+def test_a_config_that_selects_the_modules_of_the_keys_is_left_as_it_is() -> None:
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*1\.self_attn\.v_proj"}
+    tensors = get_peft_model_state_dict(inject_adapter_in_model(config(**fields), llama()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model: Any = inject_adapter_in_model(config(**fields), llama(), state_dict=tensors)
+    assert len(tensors) == 2 * 3 and get_peft_model_state_dict(model).keys() == tensors.keys()
+    own = model.peft_config["default"]
+    assert (own.target_modules, own.exclude_modules) == ({"q_proj", "v_proj"}, fields["exclude_modules"])
+
+
+LINEAR = {"target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "lacking"),
+    [
+        (LoraConfig(**LINEAR, init_lora_weights=False), "lora_A"),
+        (LoraConfig(**LINEAR, init_lora_weights=False), ""),
+        (LoraConfig(**LINEAR, init_lora_weights=False, use_dora=True), "lora_magnitude_vector"),
+        (LoraConfig(**LINEAR, init_lora_weights=False, use_dora=True), ""),
+        (nbpeft.IA3Config(**LINEAR, feedforward_modules=[], init_ia3_weights=False), ""),
+    ],
+)
+def test_what_a_state_dict_lacks_adds_nothing_where_it_had_no_values(given: Any, lacking: str) -> None:
+    """PEFT computes with memory that nobody has written then."""
+    layer = "model.layers.1.self_attn.v_proj"
+    tensors = get_peft_model_state_dict(inject_adapter_in_model(given, llama()))
+    some = {key: value for key, value in tensors.items() if not key.startswith(f"{layer}.{lacking}")}
+    base, before = llama(), torch.get_rng_state()
+    model = inject_adapter_in_model(given, base, low_cpu_mem_usage=True)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn for parameters without values"
+    lacks = set_peft_model_state_dict(model, some)
+    assert len(lacks.missing_keys) == len(tensors) - len(some) > 0
+    if lacking:
+        assert torch.equal(model.state_dict()[f"{layer}.lora_B.default.weight"], tensors[f"{layer}.lora_B.weight"])
+    if lacking != "lora_magnitude_vector":  # there the factors act, and the weight keeps its norm
+        rows = torch.randn(2, 32)
+        assert torch.equal(model.get_submodule(layer)(rows), llama().get_submodule(layer)(rows))
+    set_peft_model_state_dict(model, {key: value for key, value in tensors.items() if key not in some})
+    assert all(torch.equal(value, tensors[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+@pytest.mark.filterwarnings("ignore:Adapter other was active")
+def test_a_config_can_be_taken_out_after_its_layers_were() -> None:
+    """As libraries undo a load that failed."""
+    model: Any = inject_adapter_in_model(config(), llama())
+    inject_adapter_in_model(config(), model, "other")
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            module.delete_adapter("other")
+    own = model.peft_config
+    assert "other" not in own and own.pop("other").r == 4 and own.pop("other", None) is None
+    with pytest.raises(KeyError):
+        own.pop("other")
+    with pytest.raises(KeyError):
+        del own["nobody"]
+    manager_of(model).remove("default")
+    del own["default"]
+    assert not own
 
 
 def test_a_state_dict_that_names_nothing_changes_nothing() -> None:

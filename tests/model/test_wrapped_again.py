@@ -96,6 +96,20 @@ def test_biases_of_a_copied_module_train_in_the_copy_alone(bias: str, tmp_path: 
     assert torch.equal(loaded.base_model.model["head"].modules_to_save["default"].weight, theirs.head.weight)
 
 
+def test_names_below_a_handle_are_those_of_its_base() -> None:
+    model = get_peft_model(llama(), config())
+    path = "model.layers.1.self_attn.o_proj"
+    below: dict[str, Any] = {"modules_to_save": ["base_model.model.lm_head"]}
+    below["rank_pattern"] = {f"base_model.model.{path}": 2}
+    for targets in (f"base_model.model.{path}", [f"base_model.model.{path}"]):
+        given = config(target_modules=targets, **below)
+        with pytest.warns(UserWarning, match="You are trying to modify a model"):
+            again: Any = get_peft_model(model, given)
+        assert [*again.manager.layers] == [path] and [*again.manager.copies] == ["lm_head"]
+        assert again.peft_config["default"] is given and given.rank_pattern == {path: 2}
+        model = again
+
+
 def test_merging_turns_adapters_on_that_were_off() -> None:
     model = adapted(llama())
     on = logits(model)

@@ -37,6 +37,14 @@ def test_buffers_by_name() -> None:
         assert not list(buffers({"a": torch.ones(1)}).state_dict())
 
 
+def test_two_factors_of_a_size() -> None:
+    (ours,), (theirs,) = both("tuners.lokr.layer", "factorization")
+    for size in (1, 12, 50, 97, 512, 1000):
+        assert [ours(size)] + [ours(size, factor) for factor in (2, 4, 7, 16)] == [
+            theirs(size), *(theirs(size, factor) for factor in (2, 4, 7, 16))
+        ]  # fmt: skip
+
+
 def test_places_of_invocations() -> None:
     rows = torch.tensor([[0, 1, 2, 3], [1, 2, 1, 2], [0, 4, 5, 6]])
     configs = {

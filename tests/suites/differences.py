@@ -43,7 +43,6 @@ WHY = {
     "lora_variants": "variants are no classes on layers; beams with aLoRA work",
     "lorafa": "a patched function",
     "low_level_api": "methods that share state are injected without a handle",
-    "mapping": "names below a handle are those of its base",
     "mixed": "layers of all methods have one class",
     "multitask_prompt_tuning": "one task needs no `task_ids`",
     "osf": "unmerging OSF",

@@ -21,7 +21,29 @@ class ByName(dict[str, Any]):
     """A dictionary by adapter name in which a missing name raises ``UnknownAdapterError``.
 
     Another thread may delete an adapter at any time, so that even a name that was just checked can be missing.
+
+    An adapter leaves its model with its last layer. Other libraries take it out of the layers first and out of this
+    dictionary afterwards, so ``pop`` returns its entry once more, and ``del`` accepts it.
     """
+
+    def leave(self, name: str) -> None:
+        """Removes an entry, which can be popped or deleted once more."""
+        self._left[name] = super().pop(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Removes an entry and returns it, also one that left; without a default, a missing name is an error."""
+        return super().pop(name, *default) if name in self else self._left.pop(name, *default)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self or name not in self._left:
+            super().__delitem__(name)
+        else:
+            del self._left[name]
+
+    @property
+    def _left(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.__dict__.setdefault("left", {})
+        return found
 
     def __missing__(self, name: object) -> Any:
         raise unknown_adapter(name, self)

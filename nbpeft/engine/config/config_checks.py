@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -165,6 +166,22 @@ def check_bias(bias: object, choices: Sequence[str]) -> None:
             + did_you_mean(str(bias), choices),
             field="bias",
         )
+
+
+def warn_of_unused(config: Any, needed: Mapping[str, object], *fields: str) -> None:
+    """Warns of fields that were set although another field turns off what they are for.
+
+    Args:
+        config: a config.
+        needed: the other field -> the value with which the fields are used.
+        *fields: names of the fields.
+    """
+    ((switch, value),) = needed.items()
+    if getattr(config, switch) == value:
+        return
+    for name in fields:
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            warnings.warn(f"`{name}` is only used when `{switch}={value!r}`.", stacklevel=4)
 
 
 def checked_pattern(name: str, patterns: Mapping[str, Any] | None, check: Callable[..., None]) -> dict[str, Any]:

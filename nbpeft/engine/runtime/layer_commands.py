@@ -16,7 +16,8 @@ from nbpeft.engine.changes.active_state import ActiveState, LayerState
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, source_of
-from nbpeft.engine.contract.registry import companions, method_of
+from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.registry import companions, method_of, resolve_layer_kind
 from nbpeft.engine.injection.build import build, commit, hook_in
 from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.runtime.merging import check_merge
@@ -151,12 +152,35 @@ class LayerCommands:
             tree = manager._read_tree()
         if before is None:
             return False
+        if self._move_prompts(before, tree, change):
+            tree = manager._read_tree()
         gone, come = before.without(tree), tree.without(before)
         self._let_go(gone, before, change)
         if gone:
             take_hooks(called_modules(manager.model), gone, change)
         self._take_back(come.values(), change)
         return bool(gone or come)
+
+    def _move_prompts(self, before: AdaptedTree, tree: AdaptedTree, change: Transaction) -> bool:
+        """Moves learned prompts to the embedding that replaced theirs; see ``update`` for the arguments.
+
+        ``set_input_embeddings`` replaces it. Prompts do not depend on its values, so they are not lost with it.
+
+        Returns:
+            Whether any were moved.
+        """
+        moved = False
+        for wrapper, modules, name in before.places(before.without(tree)):
+            new = modules.get(name)
+            if new is None or not isinstance(wrapper, AdaptedLayer) or new is wrapper.base_layer:
+                continue  # with its own layer in its place, it was taken out
+            only_prompts = all(isinstance(one, ModelAdapter) for one in wrapper.adapters._modules.values())
+            kind, old = resolve_layer_kind(new), wrapper.base_layer
+            if only_prompts and kind is wrapper.kind and kind.features(new)[1] == kind.features(old)[1]:
+                wrapper.replace_base_layer(new, change)
+                change.set_item(modules, name, wrapper)
+                moved = True
+        return moved
 
     def see_off(self, names: Sequence[str], change: Transaction) -> None:
         """Unregisters adapters that are no longer in the module tree, and records them: they may come back."""

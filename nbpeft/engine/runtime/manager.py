@@ -293,7 +293,7 @@ class AdapterManager:
         """Unregisters adapters that are no longer in the module tree; see ``remove`` for what is active then."""
         for name in names:
             self._forget_tensors(name, change)
-            del self._configs[name]
+            self._configs.leave(name)
             self._scales.pop(name, None)
             self.frozen.discard(name)
 

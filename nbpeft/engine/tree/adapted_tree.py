@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -62,6 +62,13 @@ class AdaptedTree:
         known = other.wrappers()
         return {key: wrapper for key, wrapper in self.wrappers().items() if key not in known}
 
+    def places(self, wrappers: Container[int]) -> Iterator[tuple[nn.Module, Modules, str]]:
+        """Yields each wrapper, given by ``id``, with the submodules of its parent, live, and its name among them."""
+        for modules, children in zip(self.parents, self.read, strict=True):
+            for name, child in children.items():
+                if child is not None and id(child) in wrappers:
+                    yield child, modules, name
+
     def returns(self, wrappers: Container[int]) -> dict[int, Callable[[], bool]]:
         """Functions that check whether wrappers are in their old place again.
 
@@ -71,12 +78,7 @@ class AdaptedTree:
         Returns:
             Id of each that had a parent -> function that returns whether it is there now.
         """
-        return {
-            id(child): partial(_hangs, modules, name, child)
-            for modules, children in zip(self.parents, self.read, strict=True)
-            for name, child in children.items()
-            if child is not None and id(child) in wrappers
-        }
+        return {id(child): partial(_hangs, modules, name, child) for child, modules, name in self.places(wrappers)}
 
 
 def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:

@@ -15,7 +15,7 @@ from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of, unwrapped
 from nbpeft.errors import ConfigError, TargetError, few
-from nbpeft.model.handle.state_dicts import drop_values
+from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
 from nbpeft.model.saving.given_configs import as_given, take_given
 
 
@@ -86,7 +86,8 @@ def inject(
         replace: replace an existing adapter with the same name.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
-    put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace, training=True)
+    with drawing_nothing(empty):
+        put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace, training=True)
     put_active(manager, put, name, empty=empty)
 
 
@@ -109,7 +110,10 @@ def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *,
 
 
 def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
-    """Returns the plan for the modules that keys name; warns if the config selects others."""
+    """Returns the plan for the modules that keys name.
+
+    A config that selects them is left as it is; if it selects others, its targets become those modules, with a warning.
+    """
     if getattr(config, "target_parameters", None):
         raise ConfigError(
             "the keys of a state_dict do not say which target_parameters they belong to: inject without state_dict and "
@@ -122,11 +126,13 @@ def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterabl
     everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     plan = manager.plan(config.copy(target_modules=list(paths), **everywhere))
     try:
-        selected = set(manager.plan(config).paths)
+        selected = manager.plan(config)
     except TargetError:
-        selected = set()
-    differing = selected ^ set(plan.paths)
-    if selected and differing:
+        return plan
+    differing = set(selected.paths) ^ set(plan.paths)
+    if not differing:
+        return selected
+    if selected.paths:
         warnings.warn(
             f"the state_dict and the config mean different modules ({few(sorted(differing), 3)}): "
             "those of the state_dict are adapted",

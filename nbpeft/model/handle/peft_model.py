@@ -27,7 +27,7 @@ from nbpeft.errors import UnknownAdapterError
 from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.serving import of_the_model, serving
-from nbpeft.model.handle.state_dicts import drop_values
+from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
 from nbpeft.model.handle.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.handle.tuner import (
     BaseTuner,
@@ -103,7 +103,8 @@ class PeftModel(nn.Module):
         """Adds an adapter to the base model, and becomes its PeftModel."""
         config = wanted.config if isinstance(wanted, InjectionPlan) else wanted
         options: dict[str, Any] = {"trainable": not config.inference_mode, "replace": name in manager.configs}
-        put = manager.prepare(name, wanted, half=half, training=True, **options)
+        with drawing_nothing(empty):
+            put = manager.prepare(name, wanted, half=half, training=True, **options)
         with manager.transaction() as change:
             put_active(manager, put, name, empty=empty)
             take_given(manager, name, given, change)
@@ -400,7 +401,7 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         config = self.completed(peft_config, self.get_base_model())
-        with self.manager.transaction() as change:
+        with drawing_nothing(low_cpu_mem_usage), self.manager.transaction() as change:
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
             self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
             take_given(self.manager, adapter_name, peft_config, change)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ParamSpec
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
+from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
+from nbpeft.engine.contract.adapter import Adapter, AdapterWeights, StartsInWeight, UsesAnother, source_of
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -87,7 +89,8 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: accepted for compatibility with PEFT and ignored.
 
     Returns:
-        The missing and unexpected keys.
+        The missing and unexpected keys. A missing tensor keeps its value; on the meta device, where it has none, it
+        gets that with which the layer adds nothing.
 
     Raises:
         CheckpointError: no key fits, or tied tensors have different values.
@@ -198,6 +201,7 @@ def _write(
     ]
     change.keep_values([own for own, _ in writes if not own.is_meta])
     _fill_in(manager, name, {id(own): value for own, value in writes if own.is_meta}, change)
+    _complete(manager, name, loaded.weights.adapters, change)
     for own, value in writes:
         if not own.is_meta:
             own.copy_(like(own, value))
@@ -205,6 +209,15 @@ def _write(
     if shared is not None and loaded.weights.shared:
         adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
         shared.settle({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
+
+
+def drawing_nothing(empty: bool) -> AbstractContextManager[None]:
+    """Context manager: if ``empty``, what is drawn inside leaves the random generators where they were.
+
+    An adapter whose parameters are on the meta device has no initial values, so none are drawn as far as the caller
+    can see.
+    """
+    return drawing_from(random_state()) if empty else nullcontext()
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:
@@ -222,6 +235,38 @@ def _fill_in(manager: AdapterManager, name: str, values: Mapping[int, Tensor], c
 
     if values:
         _replace_data(manager, name, filled, change)
+
+
+def _complete(
+    manager: AdapterManager, name: str, given: Mapping[str, Mapping[str, Tensor]], change: Transaction
+) -> None:
+    """Gives the parameters that are still on the meta device the values with which their layer adds nothing.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        given: path -> tensors that were loaded, which stay as they are.
+        change: the transaction of the load.
+    """
+    adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    incomplete = {
+        path: adapter
+        for path, adapter in adapters.items()
+        if isinstance(adapter, Adapter) and any(parameter.is_meta for parameter in adapter.parameters())
+    }
+    if not incomplete:
+        return
+
+    def zeros(parameter: nn.Parameter, layer: AdaptedLayer) -> Tensor | None:
+        return torch.zeros_like(parameter, device=layer.base.device) if parameter.is_meta else None
+
+    _replace_data(manager, name, zeros, change)
+    for path, adapter in incomplete.items():
+        adapter.reset_(manager.layers[path].base)
+        for key, value in given.get(path, {}).items():
+            own = adapter._parameters[key]
+            if own is not None:
+                own.copy_(like(own, value))
 
 
 def _replace_data(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
+from nbpeft.checkpoint import without_prefix
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
@@ -108,6 +109,12 @@ class PeftModelForFeatureExtraction(_TaskModel):
     forward = _forward(*_TEXT, *_OPTIONS)
 
 
+_NAME_FIELDS = (
+    *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern"),
+)
+"""Fields of configs with names or patterns of modules."""
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: AdapterConfig,
@@ -124,7 +131,8 @@ def get_peft_model(
 
     Args:
         model: the base model, or a PeftModel.
-        peft_config: config of the adapter.
+        peft_config: config of the adapter. If ``model`` is a PeftModel, its names may also be paths in it, such as
+            ``base_model.model.lm_head``.
         adapter_name: name of the adapter.
         mixed: accepted for compatibility with PEFT and ignored; adapters of different methods can always be mixed.
         autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
@@ -144,7 +152,7 @@ def get_peft_model(
         raise ConfigError(f"get_peft_model needs a config such as LoraConfig, not a {type(peft_config).__name__}")
     manager = manager_of(model)
     names = () if manager is None else manager.names
-    config = peft_config
+    config = _with_names_in_base(peft_config, model) if isinstance(model, PeftModel) else peft_config
     if revision is not None:
         if config.revision not in (None, revision):
             warnings.warn(
@@ -164,3 +172,21 @@ def get_peft_model(
             stacklevel=2,
         )
     return handle
+
+
+def _with_names_in_base(config: AdapterConfig, model: PeftModel) -> AdapterConfig:
+    """Returns a config whose names are paths in the base model; those of the given one may be paths in a PeftModel."""
+    if "base_model" in model.get_base_model()._modules:
+        return config
+    changed: dict[str, Any] = {}
+    for field in _NAME_FIELDS:
+        value, bare = getattr(config, field, None), None
+        if isinstance(value, str):
+            bare = without_prefix(value)
+        elif isinstance(value, Mapping):
+            bare = {without_prefix(name): of_name for name, of_name in value.items()}
+        elif value:
+            bare = type(value)(map(without_prefix, value))
+        if bare != value:
+            changed[field] = bare
+    return as_given(config).copy(**changed) if changed else config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
@@ -90,8 +91,9 @@ def explaining(method: Callable[..., Any]) -> Callable[..., Any]:
         except NbpeftError:
             raise
         except (ImportError, TypeError, ValueError) as error:
-            if not isinstance(adapter_config, AdapterConfig):
-                raise
+            theirs = getattr(sys.modules.get("peft"), "PeftConfig", ())
+            if not isinstance(adapter_config, AdapterConfig) or isinstance(adapter_config, theirs):
+                raise  # about another argument: diffusers takes such a config
             raise NotSupportedError(
                 "diffusers supports only adapters of the package peft: call nbpeft.install_as_peft() in a new process, "
                 "before anything imports peft or diffusers"

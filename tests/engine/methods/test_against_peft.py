@@ -193,9 +193,7 @@ NAMED_OTHERWISE = {
         *("glora-r4", "glora-vectors", "glora-numbers", "osf-half", "osf-most", "peanut-deep", "psoft-r4"),
         "psoft-series",
     ),
-    "what was drawn or found is a buffer": (
-        *("adamss-k3", "adamss-dynamic", "shira-r2", "shira-seeded", "supertuning-smallest"),
-    ),
+    "what was drawn or found is a buffer": (*("adamss-k3", "adamss-dynamic", "shira-r2", "shira-seeded"),),
 }
 """Reason -> samples whose parameters, or what else is in a state dict, have other names than in peft."""
 

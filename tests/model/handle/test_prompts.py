@@ -113,3 +113,29 @@ def test_embeddings_without_adapters_are_resized_as_they_are() -> None:
     expected = logits(model)
     model.resize_token_embeddings(VOCABULARY + 4)
     assert torch.equal(logits(model)[..., :VOCABULARY], expected)
+
+
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_prompt_stays_when_its_embedding_is_replaced(name: str) -> None:
+    config = getattr(nbpeft, name)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = get_peft_model(llama(), config).eval()
+    randomize(model)
+    base: Any = model.get_base_model()
+    new = nn.Embedding.from_pretrained(torch.randn(VOCABULARY, 32))
+    base.set_input_embeddings(new)
+    before = logits(model)
+    assert model.word_embeddings is new and [*model.peft_config] == ["default"]
+    fresh = llama()
+    fresh.set_input_embeddings(new)
+    again = get_peft_model(fresh, config).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again), before)
+    base.set_input_embeddings(nn.Embedding(VOCABULARY, 16))
+    assert not model.peft_config, "a prompt does not fit there"
+
+
+def test_a_prompt_leaves_where_its_embedding_is_put_back_by_hand() -> None:
+    model = get_peft_model(llama(), nbpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    base: Any = model.get_base_model()
+    base.set_input_embeddings(model.word_embeddings)
+    assert not model.peft_config and torch.equal(logits(base), logits(llama()))

@@ -118,6 +118,16 @@ def test_a_library_that_cannot_take_them_says_what_to_do() -> None:
         add(Mixin(), "strange")
 
 
+def test_an_error_about_another_argument_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_adapter(self: object, adapter_config: Any, adapter_name: str = "default") -> None:
+        raise ValueError(f"Adapter with name {adapter_name} already exists.")
+
+    monkeypatch.setitem(sys.modules, "peft", nbpeft)
+    with pytest.raises(ValueError, match="Adapter with name one already exists") as raised:
+        explaining(add_adapter)(Mixin(), nbpeft.LoraConfig(), "one")
+    assert not isinstance(raised.value, NotSupportedError)
+
+
 def test_methods_import_from_the_library_that_an_argument_is_of() -> None:
     kinds = methods_with_imports(Mixin, lambda value: value == "ours")["kinds"]
     ours, theirs = nbpeft.LoraConfig(), peft.LoraConfig()

@@ -168,7 +168,8 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     def prepare(self, config: SupertuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """The positions of the entries, which may be loaded; see ``Adapter``."""
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _places(config, site)
-        self.register_buffer(INDICES, places.to(tensors[VALUES].device, torch.int32))
+        places = places.to(tensors[VALUES].device, torch.int32)
+        self.register_buffer(INDICES, places, persistent=config.save_precomputed_indices)
 
     @property
     def places(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.config_checks import check_linear, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
@@ -58,6 +58,10 @@ class MissConfig(LayersConfig):
         "bias": ("none", "all", "MiSS_only"),
     }
     value_fields: ClassVar[tuple[str, ...]] = ("miss_dropout",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        warn_of_unused(self, {"init_weights": "mini"}, "mini_r")
 
 
 @register(

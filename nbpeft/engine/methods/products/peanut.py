@@ -116,7 +116,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
         "peanut_A peanut_B peanut_encoders peanut_decoders",
         "r depth scaling act_fn res_num",
         wrapped=(FIRST, LAST),
-        attributes={"r": "rank", "depth": "depth", "act_fn": "activation"},
+        attributes={"r": "rank", "depth": "depth", "res_num": "depth", "act_fn": "activation"},
     )
     from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "activation": "act_fn", "function": "activation"}
     identity: ClassVar[Mapping[str, float]] = {LAST: 0.0}

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed
+from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import (
@@ -130,6 +130,9 @@ class AdamssConfig(LayersConfig):
             )
         if self.use_asa:
             self._check_schedule()
+        schedule = ("asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval", "asa_schedule_exponent")
+        warn_of_unused(self, {"use_asa": True}, *schedule, "asa_importance_beta", "asa_uncertainty_beta")
+        warn_of_unused(self, {"use_dynamic_rank": True}, "svd_threshold")
 
     def _check_schedule(self) -> None:
         check_count("asa_target_subspaces", self.asa_target_subspaces)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_number
+from nbpeft.engine.config.config_checks import check_number, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
@@ -85,6 +85,8 @@ class OFTConfig(LayersConfig):
                 f"num_cayley_neumann_terms must be from 1 to {_MOST_TERMS}, not {self.num_cayley_neumann_terms:.3g}",
                 field="num_cayley_neumann_terms",
             )
+        warn_of_unused(self, {"use_cayley_neumann": True}, "num_cayley_neumann_terms")
+        warn_of_unused(self, {"coft": True}, "eps")
 
     def blocks_of(self, features: int) -> tuple[int, int]:
         """The number and the size of the blocks of a layer with so many inputs."""

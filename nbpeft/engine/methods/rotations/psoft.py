@@ -8,7 +8,6 @@ when an adapter is loaded. Singular vectors with other signs, from another imple
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
+from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
@@ -104,8 +103,8 @@ class PsoftConfig(LayersConfig):
                 f"cayley_neumann_eps must be between 0 and 1, not {self.cayley_neumann_eps:g}",
                 field="cayley_neumann_eps",
             )
-        if self.cayley_neumann_eps is not None and not self.use_cayley_neumann:
-            warnings.warn("`cayley_neumann_eps` is only used when `use_cayley_neumann=True`.", stacklevel=3)
+        warn_of_unused(self, {"use_cayley_neumann": True}, "num_cayley_neumann_terms", "cayley_neumann_eps")
+        warn_of_unused(self, {"psoft_svd": "lowrank"}, "psoft_svd_lowrank_niter")
 
     @property
     def initialised_from_weight(self) -> bool:

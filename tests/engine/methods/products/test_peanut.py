@@ -31,6 +31,7 @@ def test_outputs_and_parameters_are_those_of_peft(depth: int, activation: str, t
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     layer: Any = ours.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.depth["default"] == depth and layer.act_fn["default"] == activation and layer.r["default"] == 3
+    assert layer.res_num["default"] == depth
     assert layer.peanut_A["default"].weight.shape == (3, layer.out_features)
     layer.set_scale("default", 2.0)
     assert layer.scaling["default"] == 3.0

@@ -114,9 +114,22 @@ def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> No
         get_peft_model(llama(), nbpeft.PsoftConfig(r=99))
 
 
-def test_a_norm_that_nothing_reads_is_named() -> None:
-    with pytest.warns(UserWarning, match="only used when `use_cayley_neumann=True`"):
-        nbpeft.PsoftConfig(cayley_neumann_eps=0.5)
+@pytest.mark.parametrize(
+    ("config", "fields", "switch"),
+    [
+        ("PsoftConfig", {"cayley_neumann_eps": 0.5}, "use_cayley_neumann=True"),
+        ("PsoftConfig", {"num_cayley_neumann_terms": 9}, "use_cayley_neumann=True"),
+        ("PsoftConfig", {"psoft_svd_lowrank_niter": 9}, "psoft_svd='lowrank'"),
+        ("OFTConfig", {"num_cayley_neumann_terms": 9, "use_cayley_neumann": False}, "use_cayley_neumann=True"),
+        ("OFTConfig", {"eps": 1e-3}, "coft=True"),
+        ("MissConfig", {"mini_r": 4}, "init_weights='mini'"),
+        ("AdamssConfig", {"mask_interval": 7}, "use_asa=True"),
+        ("AdamssConfig", {"svd_threshold": 0.3}, "use_dynamic_rank=True"),
+    ],
+)
+def test_fields_that_nothing_reads_are_named(config: str, fields: dict[str, Any], switch: str) -> None:
+    with pytest.warns(UserWarning, match=f"`{next(iter(fields))}` is only used when `{switch}`"):
+        getattr(nbpeft, config)(**fields)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nbpeft.PsoftConfig(cayley_neumann_eps=0.5, use_cayley_neumann=True)
