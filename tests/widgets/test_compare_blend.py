@@ -354,7 +354,7 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     before = len(parts(shown, ipywidgets.Widget))
     count = len(live_widgets())
     button(shown, "Compare answers").click()
-    assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Send" in labels(shown)
+    assert len(parts(shown, ipywidgets.Textarea)) == 2 and "Send" in labels(shown)
     parts(shown, ipywidgets.Textarea)[0].value = PROMPT
     button(shown, "Blend adapters").click()
     assert "Answer" in labels(shown) and "Send" not in labels(shown)

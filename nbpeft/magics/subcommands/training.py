@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbpeft.errors import CellError
@@ -96,7 +96,14 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         metavar="N",
         help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
     ),
-    argument("--sample", action="append", metavar="PROMPT", help="answer this prompt during training; may be repeated"),
+    argument(
+        "--sample",
+        action="append",
+        metavar="PROMPT|N",
+        completes="variable",
+        help="answer this prompt during training, as for %%lora ask; may be repeated. A number: ask so many evaluation "
+        "rows (without --eval, training rows) and show the wanted answers",
+    ),
     argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five per run)"),
     *PROCESSES,
     TRAINER,
@@ -164,12 +171,27 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["columns"] = None if columns is None else dict(columns)
-    line["sample"] = [prompt_text(text) for text in sample] if sample else None
+    line["sample"] = _samples(sample, notebook) if sample else None
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in line.items() if value is not None}
     refuse_fields(options, (*_RESERVED, *given))
     return {**options.fields, **given}
+
+
+def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
+    """The prompts of ``--sample``, or how many rows to ask.
+
+    Raises:
+        CellError: prompts and a number are given, or a variable holds neither.
+    """
+    counts = [int(word) for word in words if word.isdecimal()]
+    if counts and len(words) > 1:
+        raise CellError("--sample: either how many rows to ask, or prompts")
+    if counts:
+        return counts[0]
+    prompts = [notebook.prompt(prompt_text(word), "--sample") for word in words]
+    return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
 
 
 @subcommand(

@@ -27,6 +27,7 @@ from nbpeft.training.data.forms import (
     row_of,
 )
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
+from nbpeft.training.data.seen_formats import system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, Unused
 from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
@@ -76,6 +77,7 @@ class CodedRow:
             tokenizer, which keeps special tokens at the end.
         weight: The factor on the loss of ``label``.
         unused: The parts of the row that are not trained on.
+        system: The system prompt, empty if there is none; None for a row without the chat template.
     """
 
     number: int
@@ -87,6 +89,7 @@ class CodedRow:
     more: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     unused: tuple[Unused, ...] = ()
+    system: str | None = None
 
     @property
     def row(self) -> dict[str, Any]:
@@ -194,9 +197,16 @@ class Reading:
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
-        encoder_decoder = self.inputs.encoder_decoder
         return CodedRow(
-            row.number, whole, self.limit, encoder_decoder, reason, None, more, unused=(*unused, *more_unused)
+            row.number,
+            whole,
+            self.limit,
+            self.inputs.encoder_decoder,
+            reason,
+            None,
+            more,
+            unused=(*unused, *more_unused),
+            system=system_of(example),
         )
 
     def _check_good(self, row: Row) -> None:
@@ -413,11 +423,7 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     Raises:
         TrainingError: the rows have no known form.
     """
-    return rows_are_plain(open_data(data), tokenizer, columns)
-
-
-def rows_are_plain(rows: Any, tokenizer: Any, columns: Mapping[str, str] | None) -> bool | None:
-    """As :func:`is_plain`, of opened rows."""
+    rows = open_data(data)
     found = columns_of(rows)
     reader = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
     return None if reader.form is None else not isinstance(reader.example(first_row(rows), 0), Chat)

@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
+from nbpeft.training.data.forms import LABELLED
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
+from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, named_rows
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
@@ -75,6 +78,7 @@ class DataSummary:
         unused: parts of the rows that are not trained on, one line for each reason.
         has_labels: whether the labels are one class or number for each row, for a classifier.
         unused_label: whether rows of text have a label that is not used.
+        format: the form in which the rows are written; None if they are tokenised or for a classifier.
     """
 
     form: str
@@ -94,6 +98,7 @@ class DataSummary:
     unused: tuple[str, ...] = ()
     has_labels: bool = False
     unused_label: bool = False
+    format: PromptFormat | None = None
 
 
 def summarize(
@@ -126,7 +131,7 @@ def summarize(
     lengths: list[int] = []
     left_out: list[tuple[int, str]] = []
     shown_rows: list[CodedRow] = []
-    unused = UnusedParts()
+    unused, formats = UnusedParts(), SeenFormats()
     token_count = learned = cut_rows = cut_tokens = 0
     for row in coded:
         lengths.append(_length(row))
@@ -136,6 +141,7 @@ def summarize(
         if row.missing:
             left_out.append((row.number, row.missing))
         else:
+            formats.add(row.system)
             token_count += len(row.row["input_ids"])
             learned += row.learned_count
         if len(lengths) <= rows or (len(shown_rows) < rows + _EXTRA and _is_first_of_its_kind(row, shown_rows[rows:])):
@@ -159,9 +165,10 @@ def summarize(
         bins=bins_of(lengths, reader.limit if cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
-        unused=unused.lines(len(lengths)),
+        unused=(*unused.lines(len(lengths)), *formats.lines()),
         has_labels=reader.inputs.classes is not None,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
+        format=formats.format if reader.form not in (None, LABELLED) else None,
     )
 
 

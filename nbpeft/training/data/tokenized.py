@@ -9,10 +9,11 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
+from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError, few
 from nbpeft.names import LOSS_WEIGHTS
-from nbpeft.training.data.forms import row_of
+from nbpeft.training.data.forms import LABELLED, row_of
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
@@ -24,6 +25,7 @@ from nbpeft.training.data.reading import (
     renamed,
 )
 from nbpeft.training.data.row import WEIGHT
+from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
@@ -42,6 +44,8 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         truncated: Number of rows that were truncated to ``max_length``.
         left_out: (number, reason) of each row with nothing to train on.
         unused: Parts of the rows that are not trained on, one line for each reason.
+        format: The form in which the rows are written; None if they were given as tokens.
+        numbers: The number of each row in the data; None if they were given as tokens.
     """
 
     def __init__(
@@ -51,11 +55,15 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         truncated: int = 0,
         left_out: Sequence[tuple[int, str]] = (),
         unused: Sequence[str] = (),
+        format: PromptFormat | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self._rows = rows
         self.truncated = truncated
         self.left_out = tuple(left_out)
         self.unused = tuple(unused)
+        self.format = format
+        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,11 +93,13 @@ class TokenizedRows(Dataset[dict[str, Any]]):
 
     def select(self, indices: Iterable[int]) -> TokenizedRows:
         """The rows with these indices."""
-        return TokenizedRows([self._rows[index] for index in indices])
+        chosen = list(indices)
+        numbers = None if self.numbers is None else [self.numbers[index] for index in chosen]
+        return TokenizedRows([self._rows[index] for index in chosen], format=self.format, numbers=numbers)
 
     def noting(self, *lines: str) -> TokenizedRows:
         """The same rows with other notes."""
-        return TokenizedRows(self._rows, unused=lines)
+        return TokenizedRows(self._rows, unused=lines, format=self.format, numbers=self.numbers)
 
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
@@ -100,6 +110,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         check: called with each row and its number.
         skipped: number of trainable rows at the start to skip, which are evaluation rows.
         unused: the counts of unused parts so far.
+        formats: the forms of the rows read so far.
 
     Attributes:
         report: called with a line about a part of rows that is not trained on, once for each such part.
@@ -111,12 +122,14 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         check: Callable[[Mapping[str, Any], int], None] = lambda row, number: None,
         skipped: int = 0,
         unused: UnusedParts | None = None,
+        formats: SeenFormats | None = None,
     ) -> None:
         self._coded = coded
         self.check = check
         self.skipped = skipped
         self.report: Callable[[str], None] = lambda line: None
         self._unused = unused or UnusedParts()
+        self._formats = formats or SeenFormats()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         passed = 0
@@ -125,6 +138,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
                 self.report(line_of(part))
             if coded.missing:
                 continue
+            self._formats.add(coded.system)
             passed += 1
             if passed > self.skipped:
                 row = coded.row
@@ -137,11 +151,18 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         for coded in self._coded():
             self._unused.add(coded.unused)
             break
-        return "; ".join(self._unused.lines())
+        return "; ".join((*self._unused.lines(), *self._formats.lines()))
+
+    @property
+    def format(self) -> PromptFormat | None:
+        """The form of the first row, and of the rows read so far; None for rows that were given as tokens."""
+        if self._formats.format is None:
+            self._formats.add(next((coded.system for coded in self._coded() if not coded.missing), None))
+        return self._formats.format
 
     def after(self, count: int) -> StreamedRows:
         """The same stream without its first ``count`` trainable rows."""
-        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused)
+        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused, self._formats)
 
 
 @dataclass(frozen=True)
@@ -201,22 +222,28 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    unused, truncated = UnusedParts(), 0
+    unused, formats, truncated = UnusedParts(), SeenFormats(), 0
+    numbers: list[int] = []
     for coded in reader.coded():
         truncated += coded.cut
         unused.add(coded.unused)
         if coded.missing:
             left_out.append((coded.number, coded.missing))
-        else:
-            rows.append(coded.row)
+            continue
+        formats.add(coded.system)
+        rows.append(coded.row)
+        numbers.append(coded.number)
     if not rows:
         raise TrainingError(
             f"None of the {len(left_out)} rows has anything to learn within {reader.limit} tokens: "
             f"{named_rows(left_out)}.",
             dropped=len(left_out),
         )
-    lines = unused.lines(len(rows) + len(left_out))
-    return TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
+    lines = (*unused.lines(len(rows) + len(left_out)), *formats.lines())
+    found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
+    if reader.form not in (None, LABELLED):
+        found.format, found.numbers = formats.format, numbers
+    return found
 
 
 def _tokens(reader: Reading) -> PreparedRows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
 from nbpeft.engine.tree.model_tree import embedding_of
@@ -59,6 +60,12 @@ class TrainingRows:
     evaluation: Any = None
     notes: tuple[str, ...] = ()
     held_out: str = ""
+
+    @property
+    def format(self) -> PromptFormat | None:
+        """The form in which the training rows are written; None if they were given as tokens."""
+        form: PromptFormat | None = getattr(self.train, "format", None)
+        return form if isinstance(form, PromptFormat) else None
 
 
 def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
