@@ -302,19 +302,18 @@ class SystemField:
 
     def __init__(self, command: Command, system: str | None) -> None:
         self._command = command
-        self._drawn = None if system is not None else ""
+        self._default = None if system is not None else ""
         self._field = ipywidgets.Textarea(value=system or "", rows=1, continuous_update=False)
         words = "Empty: none. Until it is edited, each adapter is asked as it was trained"
         self.box = labelled("system prompt", self._field, 0, words)
         self.box.layout.width, self.box.layout.height, self.box.layout.margin = "100%", "32px", "0 0 8px 0"
         self._field.observe(weakly(self._edited), names="value")
         self.box.add_class("nbpeft-system")
-        self.draw(())
 
     @property
     def system(self) -> str | None:
         """The argument ``system`` of ``session.compare``."""
-        return None if self._field.value == self._drawn else str(self._field.value).strip()
+        return None if self._field.value == self._default else str(self._field.value).strip()
 
     def draw(self, adapters: Iterable[AdapterState]) -> None:
         """Shows the system prompt that the adapters have in common, unless the field was edited.
@@ -325,12 +324,12 @@ class SystemField:
         systems = {item.system for item in adapters if item.system is not None}
         several = len(systems) > 1
         self._field.placeholder = "of each adapter's training rows" if several else "none"
-        if self._field.value == self._drawn:
-            self._drawn = "" if several or not systems else str(systems.pop())
-            self._field.value = self._drawn
+        former, self._default = self._default, "" if several or not systems else str(systems.pop())
+        if self._field.value == former:
+            self._field.value = self._default
 
     def _edited(self) -> None:
-        if self._field.value != self._drawn:
+        if self._field.value != self._default:
             self._command("form")
 
 

@@ -18,6 +18,7 @@ from nbpeft.training.watching.generation import (
     answered,
     evaluating,
     generate_batch,
+    is_conversation,
     waits,
 )
 
@@ -76,6 +77,8 @@ def ask(
         AdapterError: there is no tokenizer, or no conversation to continue.
     """
     sampling = Sampling(temperature, top_p, seed)
+    if isinstance(prompt, list | tuple) and not is_conversation(prompt):
+        raise AdapterError("ask answers one prompt, a text or a conversation; session.compare() takes several")
     tracked = ctx.find_adapted(model)
     manager = tracked.manager
     names = _names(manager, adapter)
