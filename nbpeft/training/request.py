@@ -48,6 +48,8 @@ class TrainRequest:
     tokenizer: Any = None
     max_length: int | None = None
     columns: Mapping[str, str] | None = None
+    separator: str | None = None
+    skip_bad: bool | None = False
     data_hint: str = ""
     adapter: str | None = None
     patience: int | None = None
@@ -105,9 +107,11 @@ class TrainRequest:
         """
         if self.is_open:
             return self
-        rows, measured = open_data(self.data), self.eval_data
+        skip_bad, measured = bool(self.skip_bad), self.eval_data
+        rows = open_data(self.data, self.separator, skip_bad=skip_bad)
         if measured is not None and not is_amount(measured):
-            measured = open_data(measured)
+            separator = self.separator if isinstance(measured, str | os.PathLike) else None
+            measured = open_data(measured, separator, skip_bad=skip_bad)
         return replace(self, data=rows, eval_data=measured, is_open=True)
 
     def kept(self) -> dict[str, Any]:

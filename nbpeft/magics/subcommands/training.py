@@ -9,7 +9,18 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, refuse_fields, subcommand
+from nbpeft.magics.registry import (
+    COLUMNS,
+    DATA,
+    MAX_LENGTH,
+    MODEL,
+    SEPARATOR,
+    SKIP_BAD,
+    TOKENIZER,
+    refuse_fields,
+    separator_of,
+    subcommand,
+)
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -80,9 +91,9 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     DATA,
     EVAL,
     COLUMNS,
-    argument(
-        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="required unless the rows are tokenised"
-    ),
+    SEPARATOR,
+    SKIP_BAD,
+    TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
@@ -167,11 +178,12 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that is an option of the line.
     """
-    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
+    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace", "skip_bad")
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["columns"] = None if columns is None else dict(columns)
     line["sample"] = _samples(sample, notebook) if sample else None
+    line["separator"] = separator_of(options) if getattr(options, "separator", None) else None
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in line.items() if value is not None}

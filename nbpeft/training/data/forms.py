@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
     SHAREGPT_ROLES,
@@ -185,6 +186,8 @@ def row_of(value: Any, number: int, columns: Mapping[str, str]) -> Row:
     Raises:
         TrainingError: it is none of them.
     """
+    if isinstance(value, Unreadable):
+        raise TrainingError(f"Row {number}: {value.why}", index=number)
     if isinstance(value, str):
         return Row({"text": value}, number)
     if _is_pair(value):

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
+from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import Encoded, Span, encode
@@ -132,6 +133,7 @@ class Reading:
         limit: greatest number of tokens of a row; the rest is cut off.
         inputs: the inputs of the model.
         class_names: the dataset's names for labels that are numbers, if it has them.
+        skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
     """
 
     rows: Any
@@ -141,6 +143,7 @@ class Reading:
     limit: int = DEFAULT_MAX_LENGTH
     inputs: ModelInputs = field(default_factory=ModelInputs)
     class_names: tuple[str, ...] = ()
+    skip_bad: bool | None = None
 
     @property
     def has_template(self) -> bool:
@@ -169,17 +172,38 @@ class Reading:
     def coded(self) -> Iterator[CodedRow]:
         """Tokenises the rows one after the other; rows that are tokenised already get their masks and weights applied.
 
+        Rows that cannot be read have a reason to be left out if ``skip_bad`` is set. Otherwise all rows are read to
+        count them; of a stream, only up to the first.
+
         Raises:
-            TrainingError: a row cannot be read; names the row.
+            TrainingError: rows cannot be read; names them.
         """
-        renderer, used = ChatRenderer(self.tokenizer), self.used
+        renderer, used, number = ChatRenderer(self.tokenizer), self.used, -1
+        bad: list[tuple[int, TrainingError]] = []
         for number, value in enumerate(self.rows):
-            row = row_of(value, number, self.columns)
-            coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
-            weighted = coded.whole.weights is not None or coded.weight != 1
-            if weighted and self.inputs.unweighted and not coded.missing:
-                raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
-            yield coded
+            try:
+                coded = self._row(value, number, renderer, used)
+            except TrainingError as error:
+                if error.details.get("index") != number:  # what is wrong with all rows
+                    raise
+                bad.append((number, error))
+                if self.skip_bad:
+                    yield CodedRow(number, Encoded([], []), self.limit, reason=reason_of(error))
+                elif is_stream(self.rows) or len(bad) == number + 1 == GIVE_UP:
+                    break
+            else:
+                if self.skip_bad or not bad:
+                    yield coded
+        if bad and not self.skip_bad:
+            raise refusal(bad, number + 1, can_skip=self.skip_bad is not None)
+
+    def _row(self, value: Any, number: int, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
+        row = row_of(value, number, self.columns)
+        coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
+        weighted = coded.whole.weights is not None or coded.weight != 1
+        if weighted and self.inputs.unweighted and not coded.missing:
+            raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
+        return coded
 
     def _coded(self, row: Row, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         assert self.form is not None
@@ -375,6 +399,7 @@ def reading(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
+    skip_bad: bool | None = None,
 ) -> Reading:
     """How opened rows are read; see :func:`prepare_data`.
 
@@ -388,13 +413,14 @@ def reading(
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     if form is None:
-        return Reading(rows, None, mapping, tokenizer, inputs=inputs)
+        return Reading(rows, None, mapping, tokenizer, inputs=inputs, skip_bad=skip_bad)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
     feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
     names = tuple(getattr(feature, "names", None) or ())
-    return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), inputs, names)
+    limit = max_length or default_length(tokenizer)
+    return Reading(rows, form, mapping, tokenizer, limit, inputs, names, skip_bad)
 
 
 def default_length(tokenizer: Any) -> int:

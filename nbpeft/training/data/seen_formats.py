@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from nbpeft.checkpoint import PromptFormat
-from nbpeft.display.numbers import plural
 from nbpeft.training.data.forms import Chat, Example
 from nbpeft.training.watching.generation import system_text
 
@@ -35,12 +34,12 @@ class SeenFormats:
     def lines(self) -> tuple[str, ...]:
         """A line about rows with different system prompts; none if they agree."""
         systems = [system for system in self._systems if system]
-        form, without = self.format, self._systems.get("", 0)
+        form, total = self.format, sum(count for system, count in self._systems.items() if system is not None)
         if form is None or form.system is not None:
             return ()
-        found = f"the rows have {len(systems)} different system prompts" if len(systems) > 1 else ""
-        if without:
-            found = f"{found}{', and ' if found else ''}{plural(without, 'row')} without a system prompt"
+        found = f"the rows have {len(systems)} different system prompts"
+        if len(systems) == 1:
+            found = f"only {total - self._systems['']:,} of {total:,} rows have a system prompt"
         return (f"{found}: the adapter has no default system prompt",)
 
 

@@ -15,10 +15,11 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data.forms import LABELLED
+from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
-from nbpeft.training.data.tokenized import check_columns, named_rows
+from nbpeft.training.data.tokenized import check_columns
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
@@ -109,6 +110,8 @@ def summarize(
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
     rows: int = 3,
+    separator: str | None = None,
+    skip_bad: bool = False,
 ) -> DataSummary:
     """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
 
@@ -119,11 +122,14 @@ def summarize(
         columns: as for ``prepare_data``.
         inputs: as for ``prepare_data``.
         rows: the number of rows to show; up to two rows that are truncated or left out follow them.
+        separator: as for ``prepare_data``.
+        skip_bad: as for ``prepare_data``.
 
     Raises:
         TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
-    reader = reading(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    opened = open_data(data, separator, skip_bad=skip_bad)
+    reader = reading(opened, tokenizer, max_length=max_length, columns=columns, inputs=inputs, skip_bad=skip_bad)
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
-from nbpeft.errors import TrainingError, few
+from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS
 from nbpeft.training.data.forms import LABELLED, row_of
+from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
@@ -29,8 +29,6 @@ from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
-_NAMED = 5
-"""The greatest number of rows that a note names for one reason."""
 _READ_THROUGH = 10_000
 """The greatest number of rows to read for their columns from a dataset of unknown type, where reading may be slow."""
 _REWRITTEN = (WEIGHT, LOSS_WEIGHTS, *MASKS)
@@ -185,6 +183,8 @@ def prepare_data(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
 ) -> Any:
     """Prepares rows for a Trainer.
 
@@ -196,14 +196,18 @@ def prepare_data(
             most 1024.
         columns: Name -> the column in the data: ``{"prompt": "question", "completion": "answer"}``.
         inputs: The inputs of the model; by default those of a decoder.
+        separator: What separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
+        skip_bad: Leave out rows that cannot be read.
 
     Returns:
         A dataset of tokenised rows, for ``Trainer(train_dataset=…)``.
 
     Raises:
-        TrainingError: the data has no known form; the message names its columns.
+        TrainingError: the data has no known form, or a row cannot be read; the message names its columns, or the row.
     """
-    return prepared(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
+    opened = open_data(data, separator, skip_bad=skip_bad)
+    reading_options = {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
+    return prepared(opened, tokenizer, **reading_options).rows
 
 
 def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
@@ -296,15 +300,6 @@ def check_columns(reader: Reading) -> tuple[str, ...]:
         if missing is not None:
             raise TrainingError(f"Row {number} has no {missing!r}, which other rows have.", index=number)
     return available
-
-
-def named_rows(left_out: Sequence[tuple[int, str]]) -> str:
-    """Rows by number with the reason, as text: ``rows 3, 8: nothing to learn``."""
-    parts = []
-    for reason, count in Counter(reason for _, reason in left_out).items():
-        numbers = [str(number) for number, why in left_out if why == reason]
-        parts.append(f"{'row' if count == 1 else 'rows'} {few(numbers, _NAMED, quoted=False)}: {reason}")
-    return "; ".join(parts)
 
 
 def _renamed_rows(rows: Any, columns: Mapping[str, str]) -> Any:

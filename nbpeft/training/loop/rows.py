@@ -226,7 +226,7 @@ def first_rows(
     """
     from nbpeft.training.request import TrainRequest  # here, as it imports transformers' Trainer
 
-    found = training_rows(TrainRequest(model, data, tokenizer=tokenizer, **reading), loss=loss)
+    found = training_rows(TrainRequest(model, data, tokenizer=tokenizer, skip_bad=None, **reading), loss=loss)
     return FirstRows(list(itertools.islice(iter(found.train), rows)), collator_for(model, tokenizer), found.notes)
 
 
@@ -260,7 +260,8 @@ def check_reading(tokenizer: Any, max_length: Any) -> None:
 def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> PreparedRows:
     model, tokenizer, max_length = request.model, request.tokenizer, request.max_length
     check_reading(tokenizer, max_length)
-    read = prepared(rows, tokenizer, max_length=max_length, columns=request.columns, inputs=inputs)
+    options = {"columns": request.columns, "inputs": inputs, "skip_bad": request.skip_bad}
+    read = prepared(rows, tokenizer, max_length=max_length, **options)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,

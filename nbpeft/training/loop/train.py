@@ -66,6 +66,8 @@ def train(
     tokenizer: Any = None,
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
     data_hint: str = "",
     adapter: str | None = None,
     patience: int | None = None,
@@ -107,6 +109,9 @@ def train(
         max_length: Greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at most
             1024.
         columns: Names of the columns in the data: ``{"prompt": "question", "completion": "answer"}``.
+        separator: What separates the cells of a ``.csv`` or ``.tsv`` file, e.g. ``";"``; by default it is detected.
+        skip_bad: Leave out rows that cannot be read, and say how many; by default they are refused. Rows with nothing
+            to learn are always left out.
         data_hint: Where a person sees what was cut or left out; follows the note that says so.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
