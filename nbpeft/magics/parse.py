@@ -36,8 +36,8 @@ class Argument:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
         completes: the kind of its value, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
-            ``method``, ``model``, ``modules`` (of a model), ``variable``, ``data``, ``path``, ``name`` (a new one),
-            or empty.
+            ``method``, ``model``, ``modules`` (of a model), ``variable``, ``data``, ``path``, ``saved`` (a saved
+            adapter), ``name`` (a new one), or empty.
         words: further values to complete. A word such as ``prompt=`` declares that ``prompt=value`` after the option
             belongs to the option and is not a field.
     """
@@ -205,6 +205,8 @@ def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
         elif names and _is_field(word) and (first or near(word.text.partition("=")[0], names, cutoff=_CLOSE)):
             pairs.append(word)
             first = False
+        elif names and word.quoted and word.text.partition("=")[0] in names:
+            first = False
         else:
             names = []
     return pairs
@@ -302,14 +304,18 @@ def prompt_text(text: str) -> str:
 
 
 def pair(text: str) -> tuple[str, str]:
-    """Parse ``name=value``; for the ``type`` of an argument.
+    """Parse ``name=value``, with quotes around the value or not; for the ``type`` of an argument.
 
     Raises:
         argparse.ArgumentTypeError: the text is not of this form.
     """
     name, equals, value = text.partition("=")
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected name=column, e.g. prompt=question, not {text!r:.60}")
+        raise argparse.ArgumentTypeError(
+            f'expected name=column, e.g. prompt=question, not {text!r:.60} (with spaces: prompt="my question")'
+        )
     return name, value
 
 

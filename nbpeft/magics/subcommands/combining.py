@@ -129,7 +129,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
 @subcommand(
     "swap",
     "Replace an adapter of the model by a saved one in place, after checks and without recompiling.",
-    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the Hub"),
+    argument("path", metavar="PATH", completes="saved", help="a folder, or a repository on the Hub"),
     argument("--into", "-i", metavar="NAME", completes="adapter", help="adapter to replace (default: the active one)"),
     argument(
         "--check",

@@ -21,6 +21,7 @@ from nbpeft.magics.registry import (
     separator_of,
     subcommand,
 )
+from nbpeft.magics.tokenize import quoted
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -270,9 +271,10 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
 def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
     """The command that shows the rows of a training."""
-    name = f'"{options.data}"' if " " in options.data else options.data
-    words = [f"%lora data {name}"]
+    words = [f"%lora data {quoted(options.data)}"]
     words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
-    pairs = [f"{name}={column}" for name, column in options.columns or ()]
+    words += [f"--separator {quoted(options.separator)}"] if options.separator else []
+    words += ["--skip-bad"] if options.skip_bad else []
+    pairs = [f"{name}={quoted(column)}" for name, column in options.columns or ()]
     return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

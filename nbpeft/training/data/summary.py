@@ -7,14 +7,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
-from nbpeft.training.data.forms import LABELLED
+from nbpeft.training.data.forms import LABELLED, PAIR
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
@@ -80,6 +80,7 @@ class DataSummary:
         has_labels: whether the labels are one class or number for each row, for a classifier.
         unused_label: whether rows of text have a label that is not used.
         format: the form in which the rows are written; None if they are tokenised or for a classifier.
+        for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
     """
 
     form: str
@@ -100,6 +101,7 @@ class DataSummary:
     has_labels: bool = False
     unused_label: bool = False
     format: PromptFormat | None = None
+    for_template: Mapping[str, str] = field(default_factory=dict)
 
 
 def summarize(
@@ -175,7 +177,16 @@ def summarize(
         has_labels=reader.inputs.classes is not None,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
         format=formats.format if reader.form not in (None, LABELLED) else None,
+        for_template=_for_template(reader, formats.format),
     )
+
+
+def _for_template(reader: Reading, form: PromptFormat | None) -> dict[str, str]:
+    """The columns with which the chat template would be applied to prompts and completions that are plain text."""
+    if reader.form is not PAIR or form != PromptFormat(chat=False) or not reader.has_template:
+        return {}
+    names = {"instruction": "prompt", "output": "completion"}
+    return {name: reader.columns.get(column, column) for name, column in names.items()}
 
 
 def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:

@@ -84,7 +84,7 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
         where = "evaluation rows" if evaluates else "training rows"
         raise ConfigError(
             f"sample={count} asks the prompts of rows, and none of the {where} has a prompt and an answer of its own: "
-            "give the prompts (sample=…)",
+            "give the prompts themselves",
             field="sample",
         )
     prompts, wanted = zip(*asked, strict=True)
