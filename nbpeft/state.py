@@ -38,6 +38,8 @@ class AdapterState:
     """Whether it is frozen, so that it does not train even while it is active."""
     unsaved: bool = False
     """Whether it was trained since it was added, loaded or saved."""
+    system: str | None = None
+    """System prompt with which it is asked by default, empty for none; None if it is unknown how it was trained."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,14 @@ class Sample:
         prompt: the prompt.
         answer: answer with the adapter at that step.
         base: answer of the base model.
+        wanted: the wanted answer; empty if it is unknown.
     """
 
     step: int
     prompt: str
     answer: str
     base: str = ""
+    wanted: str = ""
 
 
 MemberStatus = Literal["training", "finished", "stopped", "diverged"]

@@ -50,6 +50,10 @@ from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
 from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
 from nbpeft.checkpoint.present import other_adapter as other_adapter
 from nbpeft.checkpoint.present import other_config as other_config
+from nbpeft.checkpoint.prompt_format import PromptFormat as PromptFormat
+from nbpeft.checkpoint.prompt_format import common_format as common_format
+from nbpeft.checkpoint.prompt_format import prompt_format as prompt_format
+from nbpeft.checkpoint.prompt_format import set_prompt_format as set_prompt_format
 from nbpeft.checkpoint.source import CONFIG_NAME as CONFIG_NAME
 from nbpeft.checkpoint.source import present_file as present_file
 from nbpeft.checkpoint.source import push as push

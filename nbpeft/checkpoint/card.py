@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from nbpeft.checkpoint.prompt_format import prompt_format
 from nbpeft.confidential import masked, without_secrets
 from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
@@ -248,7 +249,19 @@ def _with_settings(body: str, config: AdapterConfig) -> str:
         return body
     fields = config.to_dict()
     rows = [f"| `{name}` | {_code(fields[name])} |" for name in _listed_fields(config)]
-    return f"{before}{begin}\n" + "\n".join(["| field | value |", "|---|---|", *rows]) + f"\n{end}{after}"
+    lines = ["| field | value |", "|---|---|", *rows, *_asked(config)]
+    return f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}"
+
+
+def _asked(config: AdapterConfig) -> list[str]:
+    """Returns lines about how the adapter is to be asked; empty if the form of its training rows is unknown."""
+    form = prompt_format(config)
+    if form is None:
+        return []
+    if not form.chat:
+        return ["", "Trained on text without a chat template: ask it with plain text."]
+    system = f" and the system prompt {_code(masked(form.system))}" if form.system else ""
+    return ["", f"Trained with the chat template{system}: ask it in the same form."]
 
 
 def _listed_fields(config: AdapterConfig) -> list[str]:

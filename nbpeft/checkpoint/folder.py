@@ -21,6 +21,7 @@ from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_te
 from nbpeft.checkpoint.identity import Fingerprint
 from nbpeft.checkpoint.key_conversion import key_conversion_of
 from nbpeft.checkpoint.present import NAME_KEY
+from nbpeft.checkpoint.prompt_format import PromptFormat, prompt_format, set_prompt_format
 from nbpeft.checkpoint.source import CONFIG_NAME, Source, download_options, push
 from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import (
@@ -158,6 +159,7 @@ def read_checkpoint(
         if file.is_current:
             break
     config, unknown = parse_config(text, str(path))
+    set_prompt_format(config, PromptFormat.from_metadata(file.metadata))
     _warn_of_unknown(unknown, path)
     unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).files.unpack, config))
     return Checkpoint(config, unread, file.metadata, file.path.parent, tuple(sorted(unknown)))
@@ -238,7 +240,8 @@ def write_checkpoints(
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
             text, ready = config_text(config, inference_mode=True), storable(tensors)
             metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
-            metadata.update((notes or {}).get(subfolder, {}))
+            form = prompt_format(config)
+            metadata |= {**(form.to_metadata() if form else {}), **(notes or {}).get(subfolder, {})}
             metadata |= {NAME_KEY: names[subfolder]} if names else {}
             weights = LEGACY_WEIGHTS_NAME if pickled else WEIGHTS_NAME
             paths[subfolder] = [os.path.join(subfolder, name) for name in (weights, CONFIG_NAME)]

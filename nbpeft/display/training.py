@@ -183,7 +183,8 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
     mine = Box(adapter or "model", ((_cut(sample.answer), False),), aside=f"step {sample.step:,}")
-    return Columns((Box("base", ((_cut(sample.base), False),)), mine) if sample.base else (mine,))
+    others = [Box(title, ((_cut(text), False),)) for title, text in (("wanted", sample.wanted), ("base", sample.base))]
+    return Columns((*(box for box in others if box.text), mine))
 
 
 def _cut(text: str) -> str:

@@ -6,9 +6,12 @@ The session names Python calls and arguments, ``session.use('sql')`` and ``(name
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from typing import Any
+
+from nbpeft.magics.tokenize import quoted
 
 _PHRASES = {
     "session.add(model, config)": "a cell that begins with %%lora MODEL",
@@ -18,21 +21,23 @@ _PHRASES = {
     "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
-_COLUMNS = re.compile(r"columns=\{('\w+': '.*?')\}")
+_COLUMNS = re.compile(r"columns=(\{['\"][^{}]*\})")
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
 _MODEL = re.compile(r"\bmodel='([^']+)'")
-_PAIR = r"'(\w+)': '(.*?)'(?:, )?(?=(')?)"
 
 
-def _as_option(pair: re.Match[str]) -> str:
-    """``'prompt': 'my question', `` as ``prompt="my question" ``."""
-    column = f'"{pair[2]}"' if " " in pair[2] else pair[2]
-    return f"{pair[1]}={column}{' ' if pair[3] else ''}"
+def _as_option(columns: re.Match[str]) -> str:
+    """``columns={'prompt': 'my question'}`` as ``--columns prompt="my question"``."""
+    try:
+        pairs: dict[str, str] = ast.literal_eval(columns[1])
+    except (SyntaxError, ValueError):
+        return columns[0]
+    return " ".join(["--columns", *(f"{name}={quoted(column)}" for name, column in pairs.items())])
 
 
 def _with_model(name: re.Match[str]) -> str:
     """``model='a'`` as ``--model a``; a name with spaces in quotes."""
-    return f'--model "{name[1]}"' if " " in name[1] else f"--model {name[1]}"
+    return f"--model {quoted(name[1])}"
 
 
 def _with_option(argument: re.Match[str]) -> str:
@@ -48,7 +53,7 @@ def in_cell_spelling(said: Any) -> Any:
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
-        said = _COLUMNS.sub(lambda found: f"--columns {re.sub(_PAIR, _as_option, found[1])}", said)
+        said = _COLUMNS.sub(_as_option, said)
         return _ARGUMENT.sub(_with_option, _MODEL.sub(_with_model, said))
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}

@@ -49,6 +49,9 @@ FieldSource = Callable[[str], Iterable[str]]
 """Returns the fields of a method; the empty string means the default method."""
 
 HELP = "help"
+ADAPTER_CONFIG = "adapter_config.json"
+_DEPTH = 3
+"""The number of levels of folders that are searched for saved adapters."""
 _STATEMENT = re.compile(r"([^\W\d]\w*)\s*(?::[^=]*)?=(?!=)")
 _VALUE = re.compile(
     r"""\s*(?P<before>[\[({]\s*(?:(?:'[^']*'|"[^"]*"|[^\s,'"]+)\s*,\s*)*)?(?P<quote>['"])?(?P<typed>[^'"\[\](){},=\s]*)"""
@@ -209,12 +212,25 @@ def paths(fragment: str) -> Suggestions:
     return Suggestions(fragment, tuple(f'"{word}"' if " " in word else word for word in words))
 
 
+def _leads_to_adapter(path: str) -> bool:
+    """Whether a path is a file of weights, or a folder with a saved adapter in it or in one of its folders."""
+    place = os.path.expanduser(path)
+    if not os.path.isdir(place):
+        return place.endswith(".safetensors")
+    inside = (glob.iglob(os.path.join(glob.escape(place), *["*"] * depth, ADAPTER_CONFIG)) for depth in range(_DEPTH))
+    return any(next(found, None) is not None for found in inside)
+
+
 def _values(item: Argument, fragment: str, words: Sequence[Word], sources: CompletionSources) -> Suggestions:
     if item.completes == "path":
         return paths(fragment)
+    if item.completes == "saved":
+        return Suggestions(
+            fragment, tuple(word for word in paths(fragment).words if _leads_to_adapter(word.strip('"')))
+        )
     if item.completes == "data":
-        files = paths(fragment).words if fragment else ()
-        fitting = [word for word in files if word.rstrip('"').endswith(("/", *DATA_SUFFIXES))]
+        endings = ("/", *DATA_SUFFIXES) if fragment else DATA_SUFFIXES
+        fitting = [word for word in paths(fragment).words if word.rstrip('"').endswith(endings)]
         return Suggestions(fragment, (*choose(fragment, sources.variables()).words, *fitting))
     if item.completes == "source":
         files_and_folders = paths(fragment) if fragment else Suggestions(fragment, ())

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from nbpeft.confidential import masked, without_secrets
 from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
+from nbpeft.magics.parse import Expression
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
@@ -198,6 +199,25 @@ class NotebookContext:
         if name.isidentifier():
             return look_up(name, self.namespace)
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
+
+    def prompt(self, text: str | None, what: str = "the prompt") -> Any:
+        """Return a prompt: a text, or the value of an expression: a text, a conversation or a list of them.
+
+        Args:
+            text: the text of an option, parsed by ``prompt_text``; None if there is none.
+            what: the option, for the message.
+
+        Raises:
+            CellError: the value is something else, or the expression cannot be evaluated.
+        """
+        if not isinstance(text, Expression):
+            return text
+        value = self.value(text, what)
+        if isinstance(value, str | list | tuple):
+            return value
+        raise CellError(
+            f"{what}: {text!r:.60} is {with_article(value)}, neither a text nor a conversation; as a text it is quoted"
+        )
 
     def by_name(self, text: object) -> Any:
         """Return what a text from an untrusted source names, e.g. one stored in a run folder.

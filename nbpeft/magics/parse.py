@@ -22,6 +22,8 @@ _CLOSE = 0.8
 not as a field."""
 _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
 """Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
+_VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
+"""A variable, or an expression that begins with one."""
 _DIGITS = 18
 """The greatest number of digits of a whole number in an option."""
 
@@ -34,8 +36,8 @@ class Argument:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
         completes: the kind of its value, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
-            ``method``, ``model``, ``modules`` (of a model), ``variable``, ``data``, ``path``, ``name`` (a new one),
-            or empty.
+            ``method``, ``model``, ``modules`` (of a model), ``variable``, ``data``, ``path``, ``saved`` (a saved
+            adapter), ``name`` (a new one), or empty.
         words: further values to complete. A word such as ``prompt=`` declares that ``prompt=value`` after the option
             belongs to the option and is not a field.
     """
@@ -203,6 +205,8 @@ def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
         elif names and _is_field(word) and (first or near(word.text.partition("=")[0], names, cutoff=_CLOSE)):
             pairs.append(word)
             first = False
+        elif names and word.quoted and word.text.partition("=")[0] in names:
+            first = False
         else:
             names = []
     return pairs
@@ -258,6 +262,9 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     whole = reference(text)
     match = None if word.quoted else folder(text) if whole is None else (whole, "")
     if match is None:
+        variable = None if word.quoted else _VARIABLE.fullmatch(text)
+        if variable is not None and variable[1] in namespace:
+            return Expression(text)
         if not word.quoted and _EXPRESSION.fullmatch(text):
             message = f"{text:.60} is an expression, and only a variable is replaced, as in {{name}}: assign it first"
             raise CellError(message, column=word.start)
@@ -267,9 +274,20 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
         near = did_you_mean(name, own_names(namespace))
         raise CellError(f"name {name!r:.60} is not defined.{near}", column=word.start)
     value = namespace[name]
+    if _has_messages(value) and not (head or rest):
+        return Expression(name)
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
         return head + str(value) + rest if head else Verbatim(f"{value}{rest}")
     raise CellError(f"{text:.60} is {with_article(value)}, not text, a number or a path", column=word.start)
+
+
+def _has_messages(value: object) -> bool:
+    """Whether a value is a conversation, or a list of them."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping | list | tuple)
+
+
+class Expression(str):
+    """Text without quotes that begins with a variable of the notebook, so that it can be its value: ``rows[0]``."""
 
 
 class Verbatim(str):
@@ -278,20 +296,26 @@ class Verbatim(str):
 
 def prompt_text(text: str) -> str:
     r"""A prompt with its escapes replaced: ``\n``, ``\t`` and ``\\`` are a line break, a tab and a backslash."""
+    if isinstance(text, Expression):
+        return text
     if isinstance(text, Verbatim):
         return str(text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
 def pair(text: str) -> tuple[str, str]:
-    """Parse ``name=value``; for the ``type`` of an argument.
+    """Parse ``name=value``, with quotes around the value or not; for the ``type`` of an argument.
 
     Raises:
         argparse.ArgumentTypeError: the text is not of this form.
     """
     name, equals, value = text.partition("=")
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected name=column, e.g. prompt=question, not {text!r:.60}")
+        raise argparse.ArgumentTypeError(
+            f'expected name=column, e.g. prompt=question, not {text!r:.60} (with spaces: prompt="my question")'
+        )
     return name, value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import Argument, Subcommand, argument, pair, positive
+from nbpeft.magics.parse import Argument, Subcommand, argument, pair, positive, prompt_text
 from nbpeft.names import DEFAULT_ADAPTER
 
 Run = Callable[[argparse.Namespace, NotebookContext], object]
@@ -72,6 +72,19 @@ COLUMNS = argument(
     help="names of the columns, e.g. prompt=question completion=answer; with instruction=question output=answer the "
     "chat template is applied",
 )
+
+
+SEPARATOR = argument(
+    "--separator",
+    metavar="CHARACTER",
+    help=r"what separates the cells of a .csv or .tsv file, e.g. ';', '|' or '\t' (default: it is detected)",
+)
+SKIP_BAD = argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say how many")
+
+
+def separator_of(options: argparse.Namespace) -> str | None:
+    r"""The character of ``--separator``, in which ``\t`` is a tab; None if it is not given."""
+    return None if options.separator is None else prompt_text(options.separator)
 
 
 def subcommand(

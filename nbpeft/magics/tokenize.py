@@ -81,6 +81,18 @@ def tokenize(line: str) -> list[Word]:
     return words
 
 
+def quoted(text: str) -> str:
+    """Return a text as one word of a line, in quotes if it needs them."""
+    for quote in ("", '"', "'"):
+        try:
+            words = tokenize(f"{quote}{text}{quote}")
+        except CellError:
+            continue
+        if [word.text for word in words] == [text] and (quote or not text.startswith(("-", "{", "$"))):
+            return f"{quote}{text}{quote}"
+    return f'"{text}"'
+
+
 def _word(line: str, start: int, *, brackets: bool) -> Word | None:
     """The word at ``start``, or None when a quote or bracket in it is not closed."""
     text: list[str] = []

@@ -211,7 +211,7 @@ def checked_sample(given: Any) -> Sample | None:
     """Returns a sample read from a file; None if it is invalid."""
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
-    texts = [given.get(name, "") for name in ("prompt", "answer", "base")]
+    texts = [given.get(name, "") for name in ("prompt", "answer", "base", "wanted")]
     return Sample(given["step"], *texts) if all(map(_is_unicode, texts)) else None
 
 

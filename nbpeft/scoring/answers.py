@@ -116,11 +116,12 @@ def _one_pass(
     should_stop: Callable[[], bool] | None,
 ) -> list[GivenAnswer] | None:
     """The answers of columns to a batch of rows, one column after the other; None if it was stopped."""
-    batch = PromptBatch.of_tokens([row.prompt_ids for row in rows], tokenizer, base_of(model))
+    prompts = [row.prompt_ids for _ in columns for row in rows]
+    batch = PromptBatch.of_tokens(prompts, tokenizer, base_of(model))
     batch = replace(batch, ends=batch.ends | ends)
     watch = _Choosing(settings, [row.number for _ in columns for row in rows])
     options = {"logits_processor": LogitsProcessorList([watch])}
-    names = [column.row for column in columns] if columns[0].row else None
+    names = [column.row for column in columns for _ in rows] if columns[0].row else None
     request = GenerationRequest(names, limit, options, None, should_stop)
     if names is None:
         with serving_alone(model, columns[0]):
@@ -130,7 +131,6 @@ def _one_pass(
     if not complete:
         return None
     finite = watch.finite
-    prompts = [row.prompt_ids for _ in columns for row in rows]
     return [
         _answer(batch, prompt, given, limit, finite[place])
         for place, (prompt, given) in enumerate(zip(prompts, tokens, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nbpeft.errors import AdapterError
+from nbpeft.training.watching.generation import is_conversation
 
 _LONGEST_PART, _LONGEST = 255, 4095
 """Usual limits in bytes of one component of a path, and of the whole path."""
@@ -90,5 +91,7 @@ def names_of(names: object) -> tuple[Any, ...]:
 
 
 def prompts_of(prompts: object) -> list[Any]:
-    """Return one prompt or several as a list."""
+    """Return one prompt, a text or a conversation, or several as a list."""
+    if is_conversation(prompts):
+        return [prompts]
     return listed(prompts, "a prompt is a text, or several are a list of them")

@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.session.background import BackgroundTraining
     from nbpeft.training import Run, TrainResult
+    from nbpeft.training.watching.generation import Conversation
 
     ConfigLike = AdapterConfig | Mapping[str, Any]
     ModelLike = nn.Module | str | None
+    Earlier = tuple[tuple[tuple[str, str], ...], Conversation]
+    """(prompt, answer) of each turn of a conversation, and all its messages."""
 
 _MOST_NOTES = 20
 _RUNS_DIR = "nbpeft_runs"
@@ -56,7 +59,7 @@ class SessionContext:
         background: model -> its last training in the background.
         last_result: result of the last training.
         tokenizers: base model -> the tokenizer that was last given for it.
-        conversations: base model -> adapter -> (prompt, answer) of each turn of the last conversation.
+        conversations: base model -> adapter -> its last conversation.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         last_traceback: traceback of the last command that failed, as text.
         history: adapters that commands deleted or replaced.
@@ -76,7 +79,7 @@ class SessionContext:
         self.background: weakref.WeakKeyDictionary[TrackedModel, BackgroundTraining] = weakref.WeakKeyDictionary()
         self.last_result: TrainResult | None = None
         self.tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-        self.conversations: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[str, str], ...]]]
+        self.conversations: weakref.WeakKeyDictionary[nn.Module, dict[str, Earlier]]
         self.conversations = weakref.WeakKeyDictionary()
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.last_traceback = ""

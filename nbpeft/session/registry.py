@@ -32,7 +32,6 @@ class TrackedModel:
         memory: the last measurement.
         training: the state of the last run.
         training_call: the arguments of that run, if ``train`` started it.
-        trained_on_plain_text: whether the text of the last training had no chat template.
         requested: adapter name -> its config, and the fields with which it was requested.
         trained_steps: adapter name -> its config, its number of training steps, and the run that did the last of them.
         first_random: adapter name -> its config, and the random state of its initialization.
@@ -52,7 +51,6 @@ class TrackedModel:
         self.memory: MemoryState | None = None
         self.training: TrainState | None = None
         self.training_call: TrainingCall | None = None
-        self.trained_on_plain_text = False
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}

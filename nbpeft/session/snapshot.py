@@ -123,7 +123,9 @@ class Snapshots:
         )
 
     def _adapter(self, name: str, manager: AdapterManager) -> AdapterState:
-        facts = self._adapters[name]
+        from nbpeft.checkpoint import prompt_format
+
+        facts, form = self._adapters[name], prompt_format(manager.configs[name])
         return AdapterState(
             name=name,
             method=facts.label,
@@ -138,6 +140,7 @@ class Snapshots:
             summary=facts.summary,
             frozen=name in manager.frozen,
             unsaved=name in manager.unsaved,
+            system=None if form is None else form.system or "",
         )
 
 

@@ -13,11 +13,12 @@ from transformers import TrainingArguments
 from nbpeft.names import DEFAULT_SEED
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.data import is_amount, open_data, rows_are_plain
+from nbpeft.training.data import is_amount, open_data
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.transformers.trainer import Trainer
-from nbpeft.training.watching.generation import PromptBatch
+from nbpeft.training.watching.generation import Prompt
+from nbpeft.training.watching.sample_prompts import SamplePrompts
 
 _NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open")
 NOT_KEPT = frozenset(
@@ -47,10 +48,12 @@ class TrainRequest:
     tokenizer: Any = None
     max_length: int | None = None
     columns: Mapping[str, str] | None = None
+    separator: str | None = None
+    skip_bad: bool | None = False
     data_hint: str = ""
     adapter: str | None = None
     patience: int | None = None
-    sample: str | Sequence[str] | PromptBatch | None = None
+    sample: str | Sequence[Prompt] | int | SamplePrompts | None = None
     every: int | None = None
     packing: bool = False
     control: RunControl | None = None
@@ -104,21 +107,19 @@ class TrainRequest:
         """
         if self.is_open:
             return self
-        rows, measured = open_data(self.data), self.eval_data
+        skip_bad, measured = bool(self.skip_bad), self.eval_data
+        rows = open_data(self.data, self.separator, skip_bad=skip_bad)
         if measured is not None and not is_amount(measured):
-            measured = open_data(measured)
+            separator = self.separator if isinstance(measured, str | os.PathLike) else None
+            measured = open_data(measured, separator, skip_bad=skip_bad)
         return replace(self, data=rows, eval_data=measured, is_open=True)
-
-    def is_plain(self) -> bool | None:
-        """Returns whether the training rows are text without chat template; None for tokenized rows."""
-        return rows_are_plain(self.opened().data, self.tokenizer, self.columns)
 
     def kept(self) -> dict[str, Any]:
         """Returns what the record of a run stores in addition to ``arguments``: changed keyword arguments, no rows."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["trainer_class"] = getattr(self.trainer_class, "given_class", self.trainer_class)  # of a sweep
-        if isinstance(self.sample, PromptBatch):
-            values["sample"] = list(self.sample.prompts)
+        if isinstance(self.sample, SamplePrompts):
+            values["sample"] = self.sample.given
         if not is_amount(self.eval_data):
             values["eval_data"] = None
         own = {item.name: item.default for item in fields(self) if item.name not in NOT_KEPT}

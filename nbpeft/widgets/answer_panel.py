@@ -38,6 +38,7 @@ class AnswerPanel(SessionPanel):
         prompt: The initial prompt.
         max_new_tokens: The initial limit of an answer, in tokens.
         chat: The initial choice whether to apply the tokenizer's chat template; see ``session.compare``.
+        system: The initial system prompt, empty for none; None for that of each adapter's training rows.
     """
 
     heading: ClassVar[str]
@@ -52,11 +53,13 @@ class AnswerPanel(SessionPanel):
         prompt: str = "",
         max_new_tokens: int = 64,
         chat: bool | None = None,
+        system: str | None = None,
     ) -> None:
         super().__init__(session, model_name, ui)
         self._prompt = prompt
         self._tokens = max_new_tokens
         self._chat = chat
+        self._system = system
         self._source: TokenizerSource = (
             tokenizer if callable(tokenizer) and not hasattr(tokenizer, "decode") else (lambda: tokenizer)
         )
@@ -142,7 +145,7 @@ class AnswerPanel(SessionPanel):
         self._parts.question.running(True)
         self._parts.frame.head("answering …", running=True)
         options = {"model": self._name, "tokenizer": self._source(), "chat": self._parts.form.chat}
-        options["max_new_tokens"] = tokens
+        options |= {"system": self._parts.system.system, "max_new_tokens": tokens}
         self._worker.submit(lambda stopped: self._guarded(lambda: self._answer(ask, options, stopped)), delay)
 
     def _answer(self, ask: Callable[..., CompareResult], options: dict[str, Any], stopped: Stopped) -> str:

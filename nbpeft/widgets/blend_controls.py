@@ -16,6 +16,7 @@ from nbpeft.widgets.controls import (
     Frame,
     PromptForm,
     Question,
+    SystemField,
     button,
     html,
     labelled,
@@ -88,17 +89,21 @@ class BlendControls:
         prompt: The initial prompt.
         tokens: The initial limit of an answer, in tokens.
         chat: The initial choice whether to apply the chat template; see ``session.compare``.
+        system: The initial system prompt; see ``session.compare``.
     """
 
-    def __init__(self, title: str, command: Command, prompt: str, tokens: int, chat: bool | None) -> None:
+    def __init__(
+        self, title: str, command: Command, prompt: str, tokens: int, chat: bool | None, system: str | None
+    ) -> None:
         self._command = command
         self._sliders: dict[str, Slider] = {}
         self.question = Question(command, prompt, "Answer")
+        self.system = SystemField(command, system)
         self._rows = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%"))
         self._scale = scale()
         self.form = PromptForm(command, chat)
         settings, save = self._make_settings(command, tokens), self._make_save(command)
-        self.frame = Frame(title, self.question.box, self._rows, self._scale, settings, below=(save,))
+        self.frame = Frame(title, self.question.box, self.system.box, self._rows, self._scale, settings, below=(save,))
         self.root, self.message = self.frame.root, self.frame.message
 
     def _make_settings(self, command: Command, tokens: int) -> Any:
@@ -171,6 +176,7 @@ class BlendControls:
             missing: The message shown if there is no model.
         """
         names = [item.name for item in model.adapters] if model is not None else []
+        self.system.draw(() if model is None else model.adapters)
         active = model.active if model is not None and not self._sliders else ()
         self._sliders = one_each(
             self._rows, self._sliders, names, lambda name: Slider(name, float(name in active), self._command)

@@ -42,12 +42,12 @@ class BlendPanel(AnswerPanel):
 
     def __init__(self, *arguments: Any, max_new_tokens: int = 48, **options: Any) -> None:
         super().__init__(*arguments, max_new_tokens=max_new_tokens, **options)
-        self._base: tuple[tuple[str, int, bool | None], Column] | None = None
+        self._base: tuple[tuple[str, int, bool | None, str | None], Column] | None = None
 
     def _build(self) -> Any:
         from nbpeft.widgets.blend_controls import BlendControls
 
-        return BlendControls(self._title, self._command, self._prompt, self._tokens, self._chat)
+        return BlendControls(self._title, self._command, self._prompt, self._tokens, self._chat, self._system)
 
     def _answered_by(self, result: CompareResult) -> str:
         return result.columns[-1].title
@@ -92,7 +92,7 @@ class BlendPanel(AnswerPanel):
         prompt, _ = self._asked()
         weights = parts.weights
         _require(weights)
-        key = (prompt, parts.tokens, parts.form.chat)
+        key = (prompt, parts.tokens, parts.form.chat, parts.system.system)
         known = self._base is not None and self._base[0] == key
         command: Callable[..., CompareResult]
         if parts.type == EXACT:

@@ -38,7 +38,7 @@ class ComparePanel(AnswerPanel):
         self._sampling = (temperature, top_p, seed)
 
     def _build(self) -> Any:
-        return _Parts(self._title, self._command, self._prompt, self._tokens, self._chat, self._sampling)
+        return _Parts(self._title, self._command, self._prompt, self._tokens, self._chat, self._system, self._sampling)
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -101,6 +101,7 @@ class _Parts:
         prompt: str,
         tokens: int,
         chat: bool | None,
+        system: str | None,
         sampling: tuple[float | None, float | None, int | None],
     ) -> None:
         import ipywidgets
@@ -108,6 +109,7 @@ class _Parts:
         from nbpeft.widgets import controls as parts
 
         self.question = parts.Question(command, prompt, "Send")
+        self.system = parts.SystemField(command, system)
         self._picks = parts.ToggleRow(command, "chips", margin="0 0 10px 0")
         self._tokens = parts.tokens_field(tokens)
         self.sampling = parts.SamplingFields(*sampling)
@@ -118,7 +120,7 @@ class _Parts:
         self._new = parts.button("New conversation", words, weakly(command, "new"), hides=True)
         self._new.layout.display = "none"
         settings = parts.settings_row(self._tokens, *self.sampling.boxes, self.form.box, self._against, self._new)
-        self.frame = parts.Frame(title, self.question.box, self._picks.box, settings)
+        self.frame = parts.Frame(title, self.question.box, self.system.box, self._picks.box, settings)
         self.root, self.message = self.frame.root, self.frame.message
 
     @property
@@ -148,6 +150,7 @@ class _Parts:
             name: Its name in the session.
             left_out: The columns that are switched off.
         """
+        self.system.draw(() if model is None else model.adapters)
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         picks: dict[tuple[str, ...], tuple[str, str]]
         picks = {("pick", item): (item, f"Answer with {item}, or not") for item in names}

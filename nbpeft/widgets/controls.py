@@ -11,6 +11,7 @@ from nbpeft.display.blocks import Text, Tone
 from nbpeft.display.html import head, span
 from nbpeft.display.names import shortened
 from nbpeft.errors import ConfigError
+from nbpeft.state import AdapterState
 from nbpeft.widgets.lifetime import close_tree, shared, weakly
 from nbpeft.widgets.styles import style_sheet
 
@@ -289,6 +290,47 @@ class PromptForm:
     def chat(self) -> bool | None:
         """The argument ``chat`` of ``session.compare``."""
         return CHAT_TEMPLATE[self._form.value]
+
+
+class SystemField:
+    """The field for the system prompt. Until it is edited, each adapter is asked with that of its training rows.
+
+    Args:
+        command: Called with ``form`` when it is edited.
+        system: The initial text; None for the adapters' own.
+    """
+
+    def __init__(self, command: Command, system: str | None) -> None:
+        self._command = command
+        self._default = None if system is not None else ""
+        self._field = ipywidgets.Textarea(value=system or "", rows=1, continuous_update=False)
+        words = "Empty: none. Until it is edited, each adapter is asked as it was trained"
+        self.box = labelled("system prompt", self._field, 0, words)
+        self.box.layout.width, self.box.layout.height, self.box.layout.margin = "100%", "32px", "0 0 8px 0"
+        self._field.observe(weakly(self._edited), names="value")
+        self.box.add_class("nbpeft-system")
+
+    @property
+    def system(self) -> str | None:
+        """The argument ``system`` of ``session.compare``."""
+        return None if self._field.value == self._default else str(self._field.value).strip()
+
+    def draw(self, adapters: Iterable[AdapterState]) -> None:
+        """Shows the system prompt that the adapters have in common, unless the field was edited.
+
+        Args:
+            adapters: The adapters that answer.
+        """
+        systems = {item.system for item in adapters if item.system is not None}
+        several = len(systems) > 1
+        self._field.placeholder = "of each adapter's training rows" if several else "none"
+        former, self._default = self._default, "" if several or not systems else str(systems.pop())
+        if self._field.value == former:
+            self._field.value = self._default
+
+    def _edited(self) -> None:
+        if self._field.value != self._default:
+            self._command("form")
 
 
 class Frame:

@@ -43,7 +43,7 @@ def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictur
     panel = page.output(1)
 
     page.click("Compare answers", cell=1)
-    panel.locator("textarea").fill("Ana needs 12 chairs")
+    panel.get_by_label("Prompt", exact=True).fill("Ana needs 12 chairs")
     panel.get_by_label("max new tokens").fill("20")
     panel.get_by_label("max new tokens").press("Tab")
     page.click("Send", cell=1)
@@ -53,7 +53,7 @@ def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictur
 
     page.click("Blend adapters", cell=1)
     expect(page.button("Answer", cell=1)).to_be_visible()
-    expect(panel.locator("textarea")).to_have_value("Ana needs 12 chairs")
+    expect(panel.get_by_label("Prompt", exact=True)).to_have_value("Ana needs 12 chairs")
     weight = panel.locator(".widget-readout").first
     weight.fill("0.3")
     weight.press("Enter")
@@ -132,8 +132,8 @@ def test_a_conversation_goes_on_in_every_column(open_notebook: Opener, pictures:
     panel = page.output(0)
     page.click("Send", cell=0)
     page.wait_for("answered in", cell=0)
-    expect(panel.locator("textarea")).to_have_value("")
-    panel.locator("textarea").fill("And 3 sofas?")
+    expect(panel.get_by_label("Prompt", exact=True)).to_have_value("")
+    panel.get_by_label("Prompt", exact=True).fill("And 3 sofas?")
     panel.get_by_label("temperature").or_(panel.locator("input[type=number]").nth(1)).first.fill("0.7")
     panel.locator("input[type=number]").nth(1).press("Tab")
     page.click("Send", cell=0)
@@ -153,10 +153,54 @@ def test_a_conversation_goes_on_in_every_column(open_notebook: Opener, pictures:
     page.run_cell(2)
     page.run_cell(3)
     for prompt in ("Hi", "Why"):
-        page.output(3).locator("textarea").fill(prompt)
+        page.output(3).get_by_label("Prompt", exact=True).fill(prompt)
         page.click("Send", cell=3)
         page.wait_for(prompt, cell=3)
         page.wait_for("answered in", cell=3)
-        expect(page.output(3).locator("textarea")).to_have_value("")
+        expect(page.output(3).get_by_label("Prompt", exact=True)).to_have_value("")
     page.run_cell(4)
     assert "same as asked by hand True turns 1" in page.output_text(4)
+
+
+TRAINED = """\
+tokenizer = CharTokenizer('yes')
+def chat(system):
+    pairs = [('system', system), ('user', 'Bob Li cancels Friday'), ('assistant', '{"intent": "cancel"}')]
+    return {'messages': [{'role': role, 'content': text} for role, text in pairs]}
+rows = [chat('Extract the appointment as JSON.')] * 4
+%lora use orders
+%lora_train model --data rows --sample 1 --eval 2 --no-keep max_steps=2
+"""
+
+
+def test_the_system_prompt_of_the_training_rows_is_in_the_panels(
+    open_notebook: Opener, pictures: Path, app: str
+) -> None:
+    page = open_notebook(
+        MODEL, TRAINED, "%lora panel compare", "%lora panel blend", '%lora ask "Bob" --max-new-tokens 9'
+    )
+    page.run_all()
+    page.wait_for("greedy", cell=4)
+    assert "Extract the appointment" in page.output_text(4)
+    assert "wanted" in page.output_text(1) and '"cancel"' in page.output_text(1)
+    panel, blend = page.output(2), page.output(3)
+    field = panel.get_by_label("system prompt")
+    expect(field).to_have_value("Extract the appointment as JSON.")
+    expect(blend.get_by_label("system prompt")).to_have_value("Extract the appointment as JSON.")
+    panel.get_by_label("Prompt", exact=True).fill("Bob Li, Friday")
+    page.click("Send", cell=2)
+    page.wait_for("answered in", cell=2)
+    assert "system prompt: Extract the appointment as JSON." in page.output_text(2).replace("\n", "")
+    for theme in ("light", "dark") if app == "lab" else ("light",):
+        page.theme(theme) if app == "lab" else None
+        for width in (600, 1280):
+            page.page.set_viewport_size({"width": width, "height": 1000})
+            page.screenshot(pictures / f"system-prompt-{app}-{width}-{theme}.png")
+    page.click("New conversation", cell=2)
+    prompt = panel.get_by_label("Prompt", exact=True)
+    expect(prompt).to_have_attribute("placeholder", "A prompt")
+    prompt.fill("Again")
+    field.fill("Sing")
+    page.click("Send", cell=2)
+    page.wait_for("system prompt: Sing", cell=2)
+    page.check()

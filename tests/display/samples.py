@@ -116,7 +116,8 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
     other = ANSWERS["orders"].replace("12", "13")
     answers = {**ANSWERS, word: ANSWERS["orders"] + word, "orders (1 / 0.5)": other}
     columns = tuple(
-        Column(name, (), (Answer(text, 12, True), Answer(word, 1, cut=True))) for name, text in answers.items()
+        Column(name, (), (Answer(text, 12, True), Answer(word, 1, cut=True)), form="chat template not applied")
+        for name, text in answers.items()
     )
     path = "model.layers.{}.self_attn.{}_proj"
     changes = tuple(
@@ -134,7 +135,7 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
             word, f"adapters/{word}", adapter, 60, ("lm_head",), (), 0.012, state,
             PROMPT + word, ANSWERS["orders"], other + word, notes,
         ),
-        "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, form="chat template not applied", notes=notes),
+        "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, notes=notes),
         "data": _data(word),
         "inspect": InspectResult(word, word, changes, notes),
         "merge": MergedCopy(

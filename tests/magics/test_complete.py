@@ -63,7 +63,16 @@ def test_paths_come_with_folders_first(tmp_path: Path) -> None:
     found = paths(f"{tmp_path}/").words
     assert found == (f"{tmp_path}/[odd]/", f"{tmp_path}/b_folder/", f'"{tmp_path}/with space/"', f"{tmp_path}/a_file")
     assert paths(f"{tmp_path}/[").words == (f"{tmp_path}/[odd]/",)
-    assert words(f"load {tmp_path}/b") == (f"{tmp_path}/b_folder/",)
+    assert words(f"save {tmp_path}/b") == (f"{tmp_path}/b_folder/",)
+
+
+def test_load_offers_what_can_be_loaded(tmp_path: Path) -> None:
+    for name in ("saved/deep", "runs", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("saved/deep/adapter_config.json", "a.ipynb", "a.csv", "lora.safetensors", "other/adapter_model.bin"):
+        (tmp_path / name).touch()
+    for command in ("load", "swap"):
+        assert words(f"{command} {tmp_path}/") == (f"{tmp_path}/saved/", f"{tmp_path}/lora.safetensors")
 
 
 def fields() -> list[str]:

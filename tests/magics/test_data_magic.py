@@ -124,7 +124,9 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1").message
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
-    assert "say what they are called: --columns prompt=COLUMN completion=COLUMN" in ready.run("%lora data odd").line
+    assert (
+        'say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
+    )
     ready["pairs"] = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     assert "--columns completion=chosen takes the chosen ones" in ready.run("%lora data pairs").line
 
@@ -148,7 +150,62 @@ def test_a_stream_needs_a_number_of_steps(ready: Notebook) -> None:
 def test_data_is_completed(ready: Notebook) -> None:
     assert "sums.jsonl" in ready.complete("%lora_train model --data su")
     assert ready.complete("%lora data su") == ["sums.jsonl"]
+    assert {"rows", "sums.jsonl", '"with space.jsonl"'} <= {*ready.complete("%lora_train model --data ")}
     assert '"with space.jsonl"' in ready.complete("%lora data wi")
     assert "rows" in ready.complete("%lora_train model --data ro")
     assert ready.complete("%lora data rows --columns pro") == ["prompt="]
     assert "completion=" in ready.complete("%lora data rows --columns prompt=question comp")
+
+
+ODD = [{"ID": f"{n}", "Ticket Text ": f"it's {n}", 'Team "A" (label)': "red"} for n in range(4)]
+
+
+def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook) -> None:
+    ready["odd"] = ODD
+    hint = ready.run("%lora data odd").line.partition("Say which is which: ")[2].rstrip(".")
+    assert hint == """--columns prompt="Ticket Text " completion='Team "A" (label)'"""
+    assert ready.do(f"%lora data odd {hint}").summary.row_count == 4
+    for first in ('prompt="Ticket Text "', "prompt='Ticket Text '", '"prompt=Ticket Text "', "'prompt=Ticket Text '"):
+        line = f"odd --columns {first} completion=ID"
+        assert ready.do(f"%lora data {line}").summary.row_count == 4
+        assert ready.do(f"%lora_train model --data {line} max_steps=1 --no-keep").steps == 1
+    told = ready.do(f"%lora_train model --data odd {hint} --max-length 15 --skip-bad --no-keep max_steps=1").message
+    command = told.partition("(")[2].rpartition(" shows them)")[0]
+    assert ready.do(command).summary.row_count == 4 and "--skip-bad --columns" in command
+    assert "with spaces: prompt=" in ready.run("%lora data odd --columns prompt=Ticket Text completion=ID").line
+
+
+def test_a_prompt_and_a_completion_say_that_no_template_is_applied(ready: Notebook) -> None:
+    ready["tok"] = CharTokenizer("yes")
+    note = ready.do("%lora data rows").notes[0]
+    assert note.startswith("no chat template is applied to prompts and completions")
+    hint = note.partition("one: ")[2].removesuffix(" applies it")
+    assert hint == "--columns instruction=prompt output=completion"
+    applied = ready.do(f"%lora data rows {hint}")
+    assert applied.summary.form == "instruction and output" and not applied.notes
+    mapped = ready.do("%lora data asked --columns prompt=question completion=answer").notes[0]
+    assert "--columns instruction=question output=answer applies it" in mapped
+    ready["tok"] = CharTokenizer()
+    assert not ready.do("%lora data rows").notes
+
+
+def test_bad_rows_are_counted_and_left_out_on_request(ready: Notebook) -> None:
+    ready["bad"] = [*PAIRS, {"prompt": "a", "completion": 3}, {"prompt": "a", "completion": 4}, {"prompt": "b"}]
+    line = ready.run("%lora data bad").line
+    assert line.startswith("3 of 11 rows cannot be read: rows 8, 9: 'completion' is an int (3), not text; row 10: ")
+    assert line.endswith("(skip_bad, --skip-bad).")
+    assert ready.run("%lora_train model --data bad --no-keep max_steps=1").line == line
+    shown = ready.do("%lora data bad --skip-bad")
+    assert shown.summary.row_count == 8 and shown.notes[0].startswith("3 rows left out: row 8: ")
+    assert "3 rows left out" in ready.do("%lora_train model --data bad --skip-bad --no-keep max_steps=1").message
+
+
+@pytest.mark.parametrize("given", ["';'", '";"', ";"])
+def test_a_separator_is_given(ready: Notebook, given: str) -> None:
+    Path("odd.csv").write_text("prompt,x;completion\na,b;c\nd,e;f\n")
+    hint = "--columns prompt=prompt,x"
+    assert ready.do(f"%lora data odd.csv --separator {given} {hint}").summary.row_count == 2
+    assert ready.do(f"%lora_train model --data odd.csv --separator {given} {hint} --no-keep max_steps=1").steps == 1
+    assert "separator is for .csv and .tsv files" in ready.run(f"%lora data rows --separator {given} --rows 1").line
+    Path("tab.tsv").write_text("prompt|completion\na|c\n")
+    assert ready.do(r"%lora data tab.tsv --separator '|'").summary.row_count == 1

@@ -171,7 +171,7 @@ class NoRows:
         ),
         (
             [{"ID": "a", "Ticket Text ": "b"}],
-            r"Did you mean 'text'\? Or say what they are called: columns=\{'prompt': 'COLUMN', 'comp",
+            r"'. Or say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
         ),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], r"\(DPO\).*: columns=\{'completion': 'chosen'\} takes"),
         (

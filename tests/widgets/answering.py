@@ -38,6 +38,7 @@ class AnsweringSession(FakeSession):
         self.sampling: dict[str, float | None] = {}
         self.threads: list[str] = []
         self.chats: list[bool | None] = []
+        self.systems: list[str | None] = []
         self.go = threading.Event()
         self.go.set()
 
@@ -51,6 +52,7 @@ class AnsweringSession(FakeSession):
         blends: Sequence[Mapping[str, float]] = (),
         max_new_tokens: int,
         chat: bool | None = None,
+        system: str | None = None,
         tokenizer: Any,
         on_text: Callable[[CompareResult], object],
         should_stop: Callable[[], bool],
@@ -58,6 +60,7 @@ class AnsweringSession(FakeSession):
         **sampling: float | None,
     ) -> CompareResult:
         self.chats.append(chat)
+        self.systems.append(system)
         self.sampling = sampling
         self._take("compare", prompt, tuple(adapters), include_base, *(dict(weights) for weights in blends))
         texts = {BASE: ANSWERS[BASE]} if include_base else {}
@@ -77,11 +80,13 @@ class AnsweringSession(FakeSession):
         model: str,
         max_new_tokens: int,
         chat: bool | None = None,
+        system: str | None = None,
         tokenizer: Any,
         on_text: Callable[[CompareResult], object],
         should_stop: Callable[[], bool],
     ) -> CompareResult:
         self.chats.append(chat)
+        self.systems.append(system)
         self._take("try", prompt, dict(weights), type, density, include_base)
         texts = {BASE: ANSWERS[BASE]} if include_base else {}
         texts[f"{type}: {blend_title(tuple(weights.items()))}"] = BLENDED
@@ -113,7 +118,7 @@ class AnsweringSession(FakeSession):
             raise AdapterError("a prompt is empty")
         started = time.perf_counter()
         longest = min(limit, max(len(text.split()) for text in texts.values()))
-        result = CompareResult("model", (prompt,), (), 0.0, 1, "running", chat=conversing)
+        result = CompareResult("model", (prompt,), (), 0.0, 1, "running")
         said = {column.title: column for column in after.columns} if after is not None else {}
         turns = {
             title: (*column.turns, (after.prompts[0], column.answers[0].text))
@@ -123,7 +128,7 @@ class AnsweringSession(FakeSession):
         for count in range(longest + 1):
             self.go.wait(PATIENCE)
             columns = tuple(
-                Column(title, (), (_answer(text, count, limit),), turns=turns.get(title, ()))
+                Column(title, (), (_answer(text, count, limit),), turns=turns.get(title, ()), chat=conversing)
                 for title, text in texts.items()
             )
             result = dataclasses.replace(result, columns=columns, seconds=time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -354,7 +355,7 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     before = len(parts(shown, ipywidgets.Widget))
     count = len(live_widgets())
     button(shown, "Compare answers").click()
-    assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Send" in labels(shown)
+    assert len(parts(shown, ipywidgets.Textarea)) == 2 and "Send" in labels(shown)
     parts(shown, ipywidgets.Textarea)[0].value = PROMPT
     button(shown, "Blend adapters").click()
     assert "Answer" in labels(shown) and "Send" not in labels(shown)
@@ -433,3 +434,49 @@ def test_without_the_chat_template_it_begins_anew(session: Any) -> None:
     press(compare, "Send")
     assert compare.result is not None and not any(column.turns for column in compare.result.columns)
     compare.close()
+
+
+# The system prompt
+
+
+def trained_with(session: AnsweringSession, **systems: str | None) -> None:
+    adapters = session.models["model"].adapters
+    changed = tuple(dataclasses.replace(item, system=systems.get(item.name)) for item in adapters)
+    session.change("model", adapters=changed)
+
+
+@pytest.mark.parametrize("panel_class", [ComparePanel, BlendPanel])
+def test_the_system_prompt_is_that_of_the_training_until_it_is_edited(
+    session: Any, panel_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 0.05)
+    trained_with(session, orders="Be brief")
+    shown = panel_class(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT)
+    field, send = number(shown, "system prompt"), "Send" if panel_class is ComparePanel else "Answer"
+    assert (field.value, field.placeholder) == ("Be brief", "none")
+    press(shown, send)
+    trained_with(session, orders="Be long")
+    assert field.value == "Be long"
+    trained_with(session, orders="Be long", pirate="Ahoy")
+    assert (field.value, field.placeholder) == ("", "of each adapter's training rows")
+    press(shown, send)
+    field.value = " Sing "
+    assert shown.wait(PATIENCE)
+    press(shown, send)
+    trained_with(session, orders="Be brief")
+    assert field.value == " Sing "
+    field.value = ""
+    assert shown.wait(PATIENCE)
+    press(shown, send)
+    assert list(dict.fromkeys(session.systems)) == [None, "Sing", ""]
+    shown.close()
+    assert shown.wait(PATIENCE)
+
+
+def test_a_panel_begins_with_a_given_system_prompt(session: Any) -> None:
+    trained_with(session, orders="Be brief")
+    for given in ("Sing", ""):
+        shown = ComparePanel(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT, system=given)
+        press(shown, "Send")
+        assert session.systems[-1] == given
+        shown.close()

@@ -103,7 +103,9 @@ def _rows_to_start_from(options: argparse.Namespace, notebook: NotebookContext) 
 @subcommand(
     "load",
     "Load a saved adapter from a folder or the Hub, with the access token that push uses.",
-    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the Hub: user/name@revision"),
+    argument(
+        "path", metavar="PATH", completes="saved", help="a folder, or a repository on the Hub: user/name@revision"
+    ),
     argument("--name", "-n", metavar="NAME", help="name of the adapter (default: the last part of PATH)"),
     argument("--revision", metavar="REVISION", help="a branch, tag or commit on the Hub (default: main)"),
     argument("--subfolder", metavar="DIR", help="folder of the adapter in PATH"),

@@ -12,8 +12,15 @@ from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
 from nbpeft.session.results.comparing import BASE
 
+PROMPT_HELP = r"in quotes, \n is a line break; or a variable or expression with a text or a list of messages"
 RAW = argument("--raw", action="store_true", help="send the prompt as it is, without the tokenizer's chat template")
 CHAT = argument("--chat", action="store_true", help="apply the chat template to the prompt (default: as in training)")
+SYSTEM = argument(
+    "--system",
+    type=prompt_text,
+    metavar="TEXT",
+    help='system prompt, "" for none (default: that of the rows the adapter was trained on)',
+)
 SAMPLING = (
     argument("--temperature", type=float, metavar="T", help="sample tokens, e.g. 0.7; 0, the default, is greedy"),
     argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens with this total probability"),
@@ -40,7 +47,8 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 @subcommand(
     "ask",
     "Answer a prompt with the active adapter or another one. The active adapters do not change.",
-    argument("prompt", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
+    argument("prompt", type=prompt_text, metavar="PROMPT", help=PROMPT_HELP),
+    SYSTEM,
     argument(
         "--adapter",
         "-a",
@@ -72,7 +80,8 @@ def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
         return notebook.session.ask(
-            options.prompt,
+            notebook.prompt(options.prompt),
+            system=notebook.prompt(options.system, "--system"),
             adapter=None if options.adapter is None else options.adapter.split(","),
             go_on=options.go_on,
             max_new_tokens=options.max_new_tokens,

@@ -12,7 +12,7 @@ from nbpeft.errors import CellError, ConfigError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
-from nbpeft.magics.subcommands.asking import CHAT, RAW, SAMPLING, chat_of, sampling_of
+from nbpeft.magics.subcommands.asking import CHAT, PROMPT_HELP, RAW, SAMPLING, SYSTEM, chat_of, sampling_of
 from nbpeft.magics.subcommands.panels import show_panel
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.handles import is_module
@@ -72,7 +72,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 @subcommand(
     "compare",
     "Compare the answers of all adapters and the base model to the same prompt, side by side, in one batch.",
-    argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
+    argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=PROMPT_HELP),
     argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
     argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
     argument(
@@ -86,6 +86,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     argument(
         "--max-new-tokens", "--tokens", type=positive, default=64, metavar="N", help="limit of an answer (default: 64)"
     ),
+    SYSTEM,
     *SAMPLING,
     argument("--no-base", action="store_true", help="leave the base model out"),
     RAW,
@@ -98,8 +99,11 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Compare answers, which appear while they are generated, or show the panel for it."""
     if options.panel:
-        initial = {"prompt": options.prompt or "", "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
-        initial |= sampling_of(options)
+        prompt = notebook.prompt(options.prompt) or ""
+        if not isinstance(prompt, str):
+            raise CellError("--panel takes a prompt as text; a conversation is compared without it")
+        initial = {"prompt": prompt, "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
+        initial |= {"system": notebook.prompt(options.system, "--system"), **sampling_of(options)}
         return show_panel(notebook, "compare", options.model, **initial)
     model = notebook.chosen(options.model)
     prompts: Any = _prompts(options, notebook)
@@ -116,6 +120,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
             **sampling_of(options),
             tokenizer=notebook.tokenizer(options.tokenizer),
             chat=chat_of(options),
+            system=notebook.prompt(options.system, "--system"),
             on_text=live.draw,
             model=model,
         )
@@ -124,7 +129,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
 @subcommand(
     "swap",
     "Replace an adapter of the model by a saved one in place, after checks and without recompiling.",
-    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the Hub"),
+    argument("path", metavar="PATH", completes="saved", help="a folder, or a repository on the Hub"),
     argument("--into", "-i", metavar="NAME", completes="adapter", help="adapter to replace (default: the active one)"),
     argument(
         "--check",
@@ -162,7 +167,7 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
         options.path,
         into=options.into,
         validate=validate,
-        check_prompt=options.check,
+        check_prompt=notebook.prompt(options.check, "--check"),
         max_new_tokens=options.max_new_tokens,
         tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
         chat=chat_of(options),
@@ -196,7 +201,7 @@ def _prompts(options: argparse.Namespace, notebook: NotebookContext) -> Any:
     if (options.prompt is None) == (options.prompts is None):
         raise CellError('%lora compare needs a prompt in quotes: %lora compare "…" (or --prompts LIST, or --panel)')
     if options.prompts is None:
-        return options.prompt
+        return notebook.prompt(options.prompt)
     prompts = notebook.value(options.prompts, "--prompts")
     if isinstance(prompts, str):
         return prompts

@@ -7,7 +7,17 @@ from dataclasses import replace
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.registry import (
+    COLUMNS,
+    DATA,
+    MAX_LENGTH,
+    ON_MODEL,
+    SEPARATOR,
+    SKIP_BAD,
+    TOKENIZER,
+    separator_of,
+    subcommand,
+)
 
 
 @subcommand(
@@ -18,6 +28,8 @@ from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, ON_MODEL, TOKENIZE
     TOKENIZER,
     MAX_LENGTH,
     COLUMNS,
+    SEPARATOR,
+    SKIP_BAD,
     argument("--rows", type=positive, metavar="N", default=3, help="number of rows to show (default: 3)"),
     ON_MODEL,
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
@@ -29,6 +41,8 @@ def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
         notebook.tokenizer(options.tokenizer),
         max_length=options.max_length,
         columns=None if options.columns is None else dict(options.columns),
+        separator=separator_of(options),
+        skip_bad=options.skip_bad,
         rows=options.rows,
         name=options.data,
         model=notebook.chosen(options.model),

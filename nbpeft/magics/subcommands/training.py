@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, refuse_fields, subcommand
+from nbpeft.magics.registry import (
+    COLUMNS,
+    DATA,
+    MAX_LENGTH,
+    MODEL,
+    SEPARATOR,
+    SKIP_BAD,
+    TOKENIZER,
+    refuse_fields,
+    separator_of,
+    subcommand,
+)
+from nbpeft.magics.tokenize import quoted
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -80,9 +92,9 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     DATA,
     EVAL,
     COLUMNS,
-    argument(
-        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="required unless the rows are tokenised"
-    ),
+    SEPARATOR,
+    SKIP_BAD,
+    TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
@@ -96,7 +108,14 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         metavar="N",
         help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
     ),
-    argument("--sample", action="append", metavar="PROMPT", help="answer this prompt during training; may be repeated"),
+    argument(
+        "--sample",
+        action="append",
+        metavar="PROMPT|N",
+        completes="variable",
+        help="answer this prompt during training, as for %%lora ask; may be repeated. A number: ask so many evaluation "
+        "rows (without --eval, training rows) and show the wanted answers",
+    ),
     argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five per run)"),
     *PROCESSES,
     TRAINER,
@@ -160,16 +179,32 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that is an option of the line.
     """
-    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
+    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace", "skip_bad")
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["columns"] = None if columns is None else dict(columns)
-    line["sample"] = [prompt_text(text) for text in sample] if sample else None
+    line["sample"] = _samples(sample, notebook) if sample else None
+    line["separator"] = separator_of(options) if getattr(options, "separator", None) else None
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in line.items() if value is not None}
     refuse_fields(options, (*_RESERVED, *given))
     return {**options.fields, **given}
+
+
+def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
+    """The prompts of ``--sample``, or how many rows to ask.
+
+    Raises:
+        CellError: prompts and a number are given, or a variable holds neither.
+    """
+    counts = [int(word) for word in words if word.isdecimal()]
+    if counts and len(words) > 1:
+        raise CellError("--sample: either how many rows to ask, or prompts")
+    if counts:
+        return counts[0]
+    prompts = [notebook.prompt(prompt_text(word), "--sample") for word in words]
+    return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
 
 
 @subcommand(
@@ -236,9 +271,10 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
 def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
     """The command that shows the rows of a training."""
-    name = f'"{options.data}"' if " " in options.data else options.data
-    words = [f"%lora data {name}"]
+    words = [f"%lora data {quoted(options.data)}"]
     words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
-    pairs = [f"{name}={column}" for name, column in options.columns or ()]
+    words += [f"--separator {quoted(options.separator)}"] if options.separator else []
+    words += ["--skip-bad"] if options.skip_bad else []
+    pairs = [f"{name}={quoted(column)}" for name, column in options.columns or ()]
     return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft import checkpoint
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import CHANGED_MEANWHILE
 from nbpeft.engine.config.adapter_names import check_name
@@ -91,7 +92,10 @@ def combine_adapters(
     if name in manager.configs:
         raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
     with manager.ensure_loaded(adapters), manager.deciding():
-        return _combined(manager, adapters, weights, name, settings)
+        combined = _combined(manager, adapters, weights, name, settings)
+        form = checkpoint.common_format(manager.configs[adapter] for adapter in adapters)
+        checkpoint.set_prompt_format(manager.configs[name], form)
+        return combined
 
 
 def _combined(

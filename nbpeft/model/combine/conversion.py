@@ -164,7 +164,9 @@ def converted(manager: AdapterManager, name: str, rank: int | float, *, progress
     if biases:
         for path, layer in layers.items():
             add_bias(tensors[path], biases.get(path), layer.base)
-    plan = plan_on(manager, nearest_config(config, rank, ranks, biased=bool(biases)), tensors)
+    nearest = nearest_config(config, rank, ranks, biased=bool(biases))
+    checkpoint.set_prompt_format(nearest, checkpoint.prompt_format(config))
+    plan = plan_on(manager, nearest, tensors)
     return Converted(plan, AdapterWeights(tensors, own.copies), tuple(losses))
 
 

@@ -172,9 +172,11 @@ def _reconfigured(
     trainable: bool,
 ) -> InjectionPlan:
     """Reconfigure an adapter; its weights are preserved if they have the same meaning with the new config."""
+    from nbpeft.checkpoint import prompt_format, set_prompt_format
     from nbpeft.engine.runtime.snapshots import keeps_weights
 
     manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
+    former = manager.configs[name]
     steps = tracked.steps_of([name])
     kept, stays = going.kept, rows is None and keeps_weights(manager, name, planned)
     weights = kept.weights.copied() if stays else None
@@ -187,6 +189,7 @@ def _reconfigured(
             manager.activate(name)
             start(manager, name)
             if stays:
+                set_prompt_format(manager.configs[name], prompt_format(former))
                 manager.set_scale(name, kept.scale)
                 manager.unsaved |= {name} if kept.unsaved else set()
     if stays:

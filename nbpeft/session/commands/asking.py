@@ -13,11 +13,18 @@ from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.asking import AskResult
 from nbpeft.session.results.comparing import BASE, Answer
 from nbpeft.session.sampling import Sampling
-from nbpeft.training.watching.generation import GenerationRequest, conversation, evaluating, generate_batch, waits
+from nbpeft.training.watching.generation import (
+    GenerationRequest,
+    answered,
+    evaluating,
+    generate_batch,
+    is_conversation,
+    waits,
+)
 
 if TYPE_CHECKING:
     from nbpeft.engine.runtime.manager import AdapterManager
-    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.context import Earlier, ModelLike, SessionContext
     from nbpeft.session.results.comparing import Status, Turn
     from nbpeft.training.watching.generation import Prompt, PromptBatch
 
@@ -35,6 +42,7 @@ def ask(
     seed: int | None = None,
     tokenizer: Any = None,
     chat: bool | None = None,
+    system: str | None = None,
     on_text: Callable[[AskResult], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
     model: ModelLike = None,
@@ -55,8 +63,9 @@ def ask(
         max_new_tokens: maximal number of new tokens.
         seed: seed of the random numbers, which are separate from those of the notebook.
         tokenizer: the model's tokenizer; the last one given if None.
-        chat: apply the tokenizer's chat template to a text; None decides by how the adapters were last trained in
-            this session, or else by whether the tokenizer has one.
+        chat: apply the tokenizer's chat template to a text; None decides by how the adapters were trained, or else by
+            whether the tokenizer has one.
+        system: the system prompt, empty for none; None for that of the rows the adapters were trained on.
         on_text: called with the answer so far, several times per second.
         should_stop: called after each token; True ends the answer early.
         model: an adapted model.
@@ -68,6 +77,8 @@ def ask(
         AdapterError: there is no tokenizer, or no conversation to continue.
     """
     sampling = Sampling(temperature, top_p, seed)
+    if isinstance(prompt, list | tuple) and not is_conversation(prompt):
+        raise AdapterError("ask answers one prompt, a text or a conversation; session.compare() takes several")
     tracked = ctx.find_adapted(model)
     manager = tracked.manager
     names = _names(manager, adapter)
@@ -75,16 +86,27 @@ def ask(
     title = title or BASE
     conversations = ctx.conversations.setdefault(manager.model, {})
     turns: tuple[Turn, ...] = ()
-    batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat)
+    answering = manager.active if names is None else names
+    batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat, system, answering)
     if go_on:
-        turns = _turns(conversations, title, batch)
-        batch = prompt_batch(ctx, tracked, [conversation(turns, prompt)], tokenizer, chat)
+        turns, earlier = _earlier(conversations, title, batch)
+        batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat, system, answering, earlier)
 
     def result(answer: Answer, status: Status, notes: Sequence[str] = ()) -> AskResult:
         seconds = time.perf_counter() - started
         settings = sampling.settings
         return AskResult(
-            tracked.name, title, batch.prompts[0], answer, seconds, settings, turns, status, batch.form, tuple(notes)
+            tracked.name,
+            title,
+            batch.prompts[0],
+            answer,
+            seconds,
+            settings,
+            turns,
+            status,
+            batch.form,
+            tuple(notes),
+            batch.system,
         )
 
     def report(answers: list[Answer]) -> None:
@@ -102,12 +124,13 @@ def ask(
             answers, complete = generate_batch(tracked.model, batch, request)
         made = result(answers[0], "finished" if complete else "stopped", (*notes, *sampling.notes))
     if batch.chat:
-        conversations[title] = (*turns, (batch.prompts[0], answers[0].text))
+        text = answers[0].text
+        conversations[title] = ((*turns, (batch.prompts[0], text)), answered(batch.conversations[0], text))
     return made
 
 
-def _turns(conversations: Mapping[str, tuple[Turn, ...]], title: str, batch: PromptBatch) -> tuple[Turn, ...]:
-    """Return the turns of the conversation to continue.
+def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatch) -> Earlier:
+    """Return the turns and the messages of the conversation to continue.
 
     Raises:
         AdapterError: there is no conversation, or no chat template.

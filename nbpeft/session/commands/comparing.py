@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from nbpeft.session.sampling import Sampling
 from nbpeft.training.watching.generation import (
     GenerationRequest,
     PromptBatch,
-    conversation,
+    answered,
     evaluating,
     generate_batch,
     waits,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     Report = Callable[[CompareResult], object]
 
 BASE_ROW = "__base__"
+_NO_TEMPLATE = "a conversation needs the chat template, which is not applied here: ask anew"
 TRIAL = "trial"
 """Name of the temporary adapter of ``try_combination``; a number is appended if it is taken."""
 
@@ -47,6 +49,7 @@ def compare(
     max_new_tokens: int = 64,
     tokenizer: Any = None,
     chat: bool | None = None,
+    system: str | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
@@ -69,8 +72,10 @@ def compare(
         include_base: whether to include the base model.
         max_new_tokens: maximal number of new tokens per answer.
         tokenizer: the model's tokenizer; the last one given if None.
-        chat: apply the tokenizer's chat template to texts; None decides by how the adapters were last trained in
-            this session, or else by whether the tokenizer has one.
+        chat: apply the tokenizer's chat template to texts; None decides for each adapter by how it was trained, or else
+            by whether the tokenizer has one.
+        system: the system prompt, empty for none; None for that of the rows that each adapter was trained on. The base
+            model gets what the adapters have in common.
         temperature: sampling temperature; 0 is greedy.
         top_p: sample from the most likely tokens whose probabilities sum up to this value.
         seed: seed of the random numbers, which are separate from those of the notebook.
@@ -95,10 +100,15 @@ def compare(
     blends = [weights_of(weights) for weights in blends]
     manager.require_available(*names, *(name for weights in blends for name in weights))
     columns, prompts = _columns(names, blends, include_base), prompts_of(prompts)
-    batch = prompt_batch(ctx, tracked, prompts, tokenizer, chat)
-    answering = _Answering(tracked, batch, columns, request, on_text, sampling.settings)
     if after is not None:
-        answering.go_on(after, prompts)
+        columns = _continuing(columns, after, prompts, chat)
+
+    def batch_of(column: Column) -> PromptBatch:
+        answering = tuple(name for name, _ in column.weights) or names
+        return prompt_batch(ctx, tracked, prompts, tokenizer, chat, system, answering, column.conversation)
+
+    batches = [batch_of(column) for column in columns]
+    answering = _Answering(tracked, batches, columns, request, on_text, sampling.settings)
     with ctx.command("comparing", slow=True) as notes:
         answering.wait()
         with evaluating(tracked.model), sampling.random_numbers():
@@ -119,6 +129,7 @@ def try_combination(
     max_new_tokens: int = 64,
     tokenizer: Any = None,
     chat: bool | None = None,
+    system: str | None = None,
     on_text: Report | None = None,
     should_stop: Callable[[], bool] | None = None,
     model: ModelLike = None,
@@ -137,6 +148,7 @@ def try_combination(
         max_new_tokens: maximal number of new tokens per answer.
         tokenizer: see ``compare``.
         chat: see ``compare``.
+        system: see ``compare``; None for that which the adapters have in common.
         on_text: called with the answers so far, several times per second.
         should_stop: called after each token; True ends the generation early.
         model: an adapted model.
@@ -145,7 +157,7 @@ def try_combination(
     weights = weights_of(weights)
     tracked = ctx.models.get(model, command="try_combination")
     tracked.manager.active_state.refuse_changes()
-    batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat)
+    batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat, system, weights)
     with ctx.command(f"trying {type}", slow=True) as notes, evaluating(tracked.model):
         name = free_name(TRIAL, tracked.manager.names)
         try:
@@ -155,7 +167,7 @@ def try_combination(
             columns = [*_columns((), (), True)] if include_base else []
             columns.append(Column(f"{type}: {blend_title(pairs)}", pairs, row=name))
             request = GenerationRequest(None, max_new_tokens, {}, None, should_stop)
-            result = _Answering(tracked, batch, columns, request, on_text).run()
+            result = _Answering(tracked, [batch] * len(columns), columns, request, on_text).run()
         finally:
             with HeldInterrupts(to_the_end=True):
                 if name in tracked.manager.configs:
@@ -168,7 +180,7 @@ class _Answering:
 
     Args:
         tracked: the model.
-        batch: the prompts.
+        batches: the prompts of each column.
         columns: the columns without answers.
         request: the common settings of all generations.
         on_text: called with the answers so far.
@@ -178,38 +190,22 @@ class _Answering:
     def __init__(
         self,
         tracked: TrackedModel,
-        batch: PromptBatch,
+        batches: Sequence[PromptBatch],
         columns: list[Column],
         request: GenerationRequest,
         on_text: Report | None,
         settings: Mapping[str, float] | None = None,
     ) -> None:
-        self._tracked, self._batch, self._request = tracked, batch, request
+        self._tracked, self._batches, self._request = tracked, batches, request
         self._on_text, self._settings = on_text, settings or {}
-        self._columns = [dataclasses.replace(column, answers=(Answer(),) * len(batch.prompts)) for column in columns]
-        self._prompt: Prompt | None = None
+        self._columns = [
+            dataclasses.replace(
+                column, answers=(Answer(),) * len(batch.prompts), form=batch.form, system=batch.system, chat=batch.chat
+            )
+            for column, batch in zip(columns, batches, strict=True)
+        ]
+        self._prompts = tuple(batches[0].prompts)
         self._started = time.perf_counter()
-
-    def go_on(self, after: CompareResult, prompts: Sequence[Prompt]) -> None:
-        """Continues each column's own conversation.
-
-        Args:
-            after: result with the conversations so far.
-            prompts: the next prompt, as a list of one.
-
-        Raises:
-            AdapterError: there is not exactly one prompt, or no chat template.
-        """
-        if len(prompts) != 1 or len(after.prompts) != 1:
-            raise AdapterError("a conversation continues with one prompt at a time")
-        if not (self._batch.chat and after.chat):
-            raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
-        self._prompt, columns = prompts[0], {column.title: column for column in after.columns}
-        for place, column in enumerate(self._columns):
-            before = columns.get(column.title)
-            if before is not None:
-                turns = (*before.turns, (after.prompts[0], before.answers[0].text))
-                self._columns[place] = dataclasses.replace(column, turns=turns)
 
     def wait(self) -> None:
         """Reports that the answers wait, if a training in the background is using the model."""
@@ -241,22 +237,20 @@ class _Answering:
             self._fill(places, answers)
             self._report("running")
 
-        rows = [self._columns[place].row for place in places] if first.row else None
-        batch, paired = self._batch, self._prompt is not None
-        if self._prompt is not None:
-            prompts = [conversation(self._columns[place].turns, self._prompt) for place in places]
-            batch = PromptBatch.of(prompts, batch.tokenizer, self._tracked.manager.model)
-        request = dataclasses.replace(self._request, rows=rows, paired=paired, report=self._on_text and report)
+        batch = PromptBatch.joined([self._batches[place] for place in places])
+        rows = [self._columns[place].row for place in places for _ in self._batches[place].prompts]
+        request = dataclasses.replace(self._request, rows=rows if first.row else None, report=self._on_text and report)
         with nullcontext() if first.row else blended(self._tracked.manager, dict(first.weights)):
             answers, complete = generate_batch(model, batch, request)
         self._fill(places, answers)
         return complete
 
     def _fill(self, places: list[int], answers: list[Answer]) -> None:
-        count = len(self._batch.prompts)
-        for number, place in enumerate(places):
-            mine = tuple(answers[number * count : (number + 1) * count])
-            self._columns[place] = dataclasses.replace(self._columns[place], answers=mine)
+        rest = iter(answers)
+        for place in places:
+            batch, mine = self._batches[place], tuple(itertools.islice(rest, len(self._batches[place].prompts)))
+            said = answered(batch.conversations[0], mine[0].text) if len(batch.conversations) == 1 else ()
+            self._columns[place] = dataclasses.replace(self._columns[place], answers=mine, conversation=said)
 
     def _report(self, status: Status) -> None:
         if self._on_text is not None:
@@ -265,15 +259,36 @@ class _Answering:
     def _result(self, status: Status) -> CompareResult:
         return CompareResult(
             self._tracked.name,
-            self._batch.prompts,
+            self._prompts,
             tuple(self._columns),
             time.perf_counter() - self._started,
             len(self._passes()),
             status,
-            self._batch.form,
-            chat=self._batch.chat,
             settings=self._settings,
         )
+
+
+def _continuing(
+    columns: list[Column], after: CompareResult, prompts: Sequence[Prompt], chat: bool | None
+) -> list[Column]:
+    """Return the columns, each with its own conversation so far.
+
+    Raises:
+        AdapterError: there is not exactly one prompt, or no chat template was applied.
+    """
+    if len(prompts) != 1 or len(after.prompts) != 1:
+        raise AdapterError("a conversation continues with one prompt at a time")
+    if chat is False or not after.chat:
+        raise AdapterError(_NO_TEMPLATE)
+    earlier = {column.title: column for column in after.columns}
+    found = []
+    for column in columns:
+        before = earlier.get(column.title)
+        if before is not None:
+            turns = (*before.turns, (after.prompts[0], before.answers[0].text))
+            column = dataclasses.replace(column, turns=turns, conversation=before.conversation)
+        found.append(column)
+    return found
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:

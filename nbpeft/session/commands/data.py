@@ -21,6 +21,8 @@ def data(
     *,
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
     rows: int = 3,
     name: str = "data",
     model: ModelLike = None,
@@ -33,6 +35,8 @@ def data(
         tokenizer: as for ``train``.
         max_length: number of tokens to which rows are cut; by default the tokenizer's limit, at most 1024.
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
+        separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
+        skip_bad: leave out rows that cannot be read, as for ``train``.
         rows: number of rows to show; some that are cut or left out are shown in addition.
         name: display name of the data.
         model: the model to train; by default the current one. It matters for encoder-decoders, for classifiers and for
@@ -56,6 +60,8 @@ def data(
             tokenizer,
             max_length=max_length,
             columns=columns,
+            separator=separator,
+            skip_bad=skip_bad,
             inputs=None if trained is None else model_inputs(trained),
             rows=rows,
         )

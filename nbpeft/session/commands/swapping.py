@@ -70,7 +70,7 @@ def swap(
         raise AdapterError(f"{name!r} was trained and is not saved: save it first, or replace it (replace=…)")
     tracked.manager.active_state.refuse_changes()
     target: Any = model if uncompiled(model) is not model else tracked.model
-    batch = None if check_prompt is None else prompt_batch(ctx, tracked, [check_prompt], tokenizer, chat)
+    batch = None if check_prompt is None else prompt_batch(ctx, tracked, [check_prompt], tokenizer, chat, None, [name])
     checks = batch is not None or validate is not None
     check = _SwapCheck(tracked, name, batch, max_new_tokens, validate)
     with (

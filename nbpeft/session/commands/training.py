@@ -225,8 +225,6 @@ def _trained(
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()
             tracked.training_call = training_call(made[-1].run_id, request)
-            plain = opened.is_plain()
-            tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
     return result
 
 

@@ -9,7 +9,7 @@ from nbpeft.display.blocks import Block, Card, Text, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import plural
 from nbpeft.session.results.base import Result
-from nbpeft.session.results.comparing import WAITING, Answer, Status, Turn
+from nbpeft.session.results.comparing import WAITING, Answer, Status, Turn, system_line
 from nbpeft.session.sampling import shown_settings
 
 
@@ -28,6 +28,7 @@ class AskResult(Result):
         status: ``running`` while it is generated, ``waiting`` before that, ``stopped`` if it was ended early.
         form: whether the chat template was applied; empty if the tokenizer has none.
         notes: messages for the user.
+        system: the system prompt; empty if there is none.
     """
 
     model_name: str
@@ -40,6 +41,7 @@ class AskResult(Result):
     status: Status = "finished"
     form: str = ""
     notes: tuple[str, ...] = ()
+    system: str = ""
 
     @property
     def text(self) -> str:
@@ -68,11 +70,14 @@ class AskResult(Result):
     def __str__(self) -> str:
         parts = [part for turn in (*self.turns, (self.prompt, self.text + self._ending)) for part in turn]
         words = "\n".join([f"{'>' if not index % 2 else ' '} {text}" for index, text in enumerate(parts)])
+        words = f"{system_line(self.system)}\n{words}" if self.system else words
         return with_notes(f"{words}\n{self.adapter}: {self.aside}", self.notes)
 
     def view(self) -> Card:
         """Shows the conversation."""
         blocks: list[Block] = []
+        if self.system:
+            blocks.append(line(Text(system_line(self.system), "dim", tooltip=self.system, wrap="cut")))
         for prompt, text, ending in (*((*turn, "") for turn in self.turns), (self.prompt, self.text, self._ending)):
             blocks.append(line(Text(prompt, "dim", wrap="as is")))
             blocks.append(line(Text(text, wrap="as is"), dim(ending)))

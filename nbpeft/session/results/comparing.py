@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nbpeft.display.blocks import Block, Box, Card, Columns, Text, card, line, notes
 from nbpeft.display.differences import Runs, differences
@@ -12,6 +12,9 @@ from nbpeft.display.models import with_notes
 from nbpeft.session.results.base import Result
 from nbpeft.session.sampling import shown_settings
 from nbpeft.state import Answer as Answer
+
+if TYPE_CHECKING:
+    from nbpeft.training.watching.generation import Conversation
 
 BASE = "base"
 WAITING = "waiting for the training step to end …"
@@ -32,6 +35,10 @@ class Column:
         answers: one per prompt.
         row: name of the adapter for its rows of the batch; empty for a blend, which needs a generation of its own.
         turns: the earlier turns of a continued conversation.
+        form: ``chat template applied`` or ``chat template not applied``; empty if the tokenizer has none.
+        system: the system prompt; empty if there is none.
+        chat: whether the chat template was applied.
+        conversation: the messages of a single prompt and its answer, if the chat template was applied.
     """
 
     title: str
@@ -39,6 +46,10 @@ class Column:
     answers: tuple[Answer, ...] = ()
     row: str = ""
     turns: tuple[Turn, ...] = ()
+    form: str = ""
+    system: str = ""
+    chat: bool = False
+    conversation: Conversation = field(default=(), repr=False, hash=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,9 +64,7 @@ class CompareResult(Result):
         passes: number of generations: one for the base and all adapters, and one for each blend.
         status: ``running`` while answers are generated, ``waiting`` before that for a training in the background,
             ``stopped`` if they were ended early.
-        form: ``chat template applied`` or ``chat template not applied``; empty if the tokenizer has none.
         notes: messages for the user.
-        chat: whether the chat template was applied, so that the conversation can be continued.
         settings: temperature, top-p and seed for sampling; empty for greedy decoding.
     """
 
@@ -65,10 +74,32 @@ class CompareResult(Result):
     seconds: float = 0.0
     passes: int = 1
     status: Status = "finished"
-    form: str = ""
     notes: tuple[str, ...] = ()
-    chat: bool = False
     settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def form(self) -> str:
+        """Whether the chat template was applied: for all columns, or by column if they differ."""
+        forms = {column.form: self._titles(form=column.form) for column in self.columns}
+        return next(iter(forms)) if len(forms) == 1 else "; ".join(f"{form} for {who}" for form, who in forms.items())
+
+    @property
+    def chat(self) -> bool:
+        """Whether the chat template was applied in every column, so that the conversation can be continued."""
+        return all(column.chat for column in self.columns)
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """A line with the system prompt, or one for each if the columns have different ones; empty without any."""
+        found = dict.fromkeys(column.system for column in self.columns)
+        if len(found) == 1:
+            return tuple(system_line(system) for system in found if system)
+        return tuple(system_line(system, self._titles(system=system)) for system in found)
+
+    def _titles(self, **shared: str) -> str:
+        """Returns the titles of the columns with these values."""
+        chosen = (c for c in self.columns if all(getattr(c, name) == value for name, value in shared.items()))
+        return ", ".join(column.title for column in chosen)
 
     @property
     def is_coming(self) -> bool:
@@ -98,7 +129,7 @@ class CompareResult(Result):
     def __str__(self) -> str:
         from nbpeft.display.text import columns
 
-        blocks = []
+        blocks = list(self.systems)
         for number, prompt in enumerate(self.prompts):
             boxes = [_box(column, number, self._reference()) for column in self.columns]
             answers = columns([(box.title, box.plain, box.aside) for box in boxes])
@@ -121,7 +152,8 @@ class CompareResult(Result):
             shown: a prompt that is already displayed elsewhere and is left out.
         """
         reference = self._reference(against)
-        blocks = list(self._earlier())
+        blocks: list[Block] = [line(Text(text, "dim", tooltip=text, wrap="cut")) for text in self.systems]
+        blocks += self._earlier()
         for number, prompt in enumerate(self.prompts):
             if prompt != shown:
                 blocks.append(line(Text(prompt, "dim", wrap="as is")))
@@ -140,6 +172,17 @@ class CompareResult(Result):
             yield line(Text(next(prompt for prompt, _ in turns if prompt), "dim", wrap="as is"))
             boxes = zip(self.columns, turns, strict=True)
             yield Columns(tuple(Box(column.title, ((answer, False),)) for column, (_, answer) in boxes))
+
+
+def system_line(system: str, who: str = "") -> str:
+    """Returns a line that shows a system prompt.
+
+    Args:
+        system: the system prompt; empty for none.
+        who: what was asked with it; empty if that is clear.
+    """
+    label = f"{'system prompt' if system else 'no system prompt'}{' of ' if who else ''}{who}"
+    return f"{label}: {' '.join(system.split())}" if system else label
 
 
 def blend_title(weights: tuple[tuple[str, float], ...]) -> str:

@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbpeft.display.blocks import Block, Card, Figure, Figures, Histogram, Tokens, TokenSpan, card, dim, line, notes
+from nbpeft.display.blocks import (
+    Block,
+    Card,
+    Figure,
+    Figures,
+    Histogram,
+    Text,
+    Tokens,
+    TokenSpan,
+    card,
+    dim,
+    line,
+    notes,
+)
 from nbpeft.display.numbers import count, plural, short_count
 from nbpeft.session.results.base import Result
+from nbpeft.session.results.comparing import system_line
 
 if TYPE_CHECKING:
     from nbpeft.training.data import DataSummary
@@ -37,21 +51,29 @@ class DataResult(Result):
             *([] if summary.has_labels else [learned]),
             f"the longest row has {summary.longest}",
         ]
+        system = [system_line(self._system)] if self._system else []
         return "\n".join(
-            [f"{self.name} ({summary.form}): {', '.join(parts)}", *(f"note: {note}" for note in self.notes)]
+            [f"{self.name} ({summary.form}): {', '.join(parts)}", *system, *(f"note: {note}" for note in self.notes)]
         )
 
     def view(self) -> Card:
         """Shows counts, a histogram of lengths, and rows in which the learned tokens are marked."""
+        system = self._system
         return card(
             f"{self.name} · training data",
             self._figures(),
             self._lengths(),
+            line(Text(system_line(system), "dim", tooltip=system, wrap="cut")) if system else None,
             notes(self.notes),
             self._key(),
             *(part for row in self.summary.rows for part in self._row(row)),
             aside=self.summary.form,
         )
+
+    @property
+    def _system(self) -> str:
+        """The system prompt of all rows; empty if there is none."""
+        return (self.summary.format.system if self.summary.format is not None else "") or ""
 
     def _figures(self) -> Figures:
         summary = self.summary
@@ -120,6 +142,11 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
         messages.append(
             "a language model is trained on the text, whatever its label: columns={'prompt': 'text', 'completion': "
             "'label'} makes it answer with the label, and a classifier learns it as it is"
+        )
+    if summary.for_template:
+        messages.append(
+            "no chat template is applied to prompts and completions, though the tokenizer has one: "
+            f"columns={dict(summary.for_template)} applies it"
         )
     if summary.row_count and not summary.learned_count:
         messages.append("no token of these rows is learned")

@@ -24,7 +24,6 @@ from nbpeft.training.data.packing import joined as joined
 from nbpeft.training.data.reading import ModelInputs as ModelInputs
 from nbpeft.training.data.reading import columns_of as columns_of
 from nbpeft.training.data.reading import is_plain as is_plain
-from nbpeft.training.data.reading import rows_are_plain as rows_are_plain
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.split import hold_out as hold_out

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from nbpeft._util.optional import needs
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
+from nbpeft.training.data.bad_rows import SKIP, Unreadable
 
-Rows = list[dict[str, Any]]
+Rows = list[Any]
+"""Dictionaries, and ``Unreadable`` for lines that cannot be parsed."""
+_SHOWN = 3
+"""The number of lines that cannot be parsed that a message names."""
 _COMPARED = 100
 """The number of rows from which the separator of a table's cells is detected."""
 
@@ -25,14 +30,23 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
     return suffix if suffix in _READERS else ""
 
 
-def read_file(path: str | os.PathLike[str]) -> Rows:
+def read_file(path: str | os.PathLike[str], separator: str | None = None, *, skip_bad: bool = False) -> Rows:
     """Reads all rows of a file.
 
+    Args:
+        path: the file.
+        separator: what separates the cells of a CSV or TSV file; None detects it.
+        skip_bad: return lines that cannot be parsed as ``Unreadable``.
+
     Raises:
-        TrainingError: there is no such file, or its content does not fit its suffix; names the line.
+        TrainingError: there is no such file, or its content does not fit its suffix; names the lines.
     """
     place = Path(path)
-    reader = _READERS[suffix_of(place)]
+    suffix = suffix_of(place)
+    reader = _READERS[suffix]
+    if separator is not None:
+        refuse_separator(place, separator)
+        reader = functools.partial(_table, separators=(separator,))
     if not place.is_file():
         raise TrainingError(f"There is no file {str(place)!r:.200}.{_nearest(place)}", path=str(place))
     try:
@@ -43,7 +57,24 @@ def read_file(path: str | os.PathLike[str]) -> Rows:
         raise TrainingError(f"{place.name} cannot be read: {error.strerror or error}.", path=str(place)) from None
     if not rows:
         raise TrainingError(f"{place.name} has no rows.", path=str(place))
+    bad = [row.why for row in rows if isinstance(row, Unreadable)]
+    if bad and not (skip_bad and len(bad) < len(rows)):
+        hint = "" if len(bad) == len(rows) else f" {SKIP}"
+        count = f"{len(bad):,} of {len(rows):,} rows cannot be read: " if len(bad) > 1 else ""
+        raise TrainingError(f"{count}{'; '.join(bad[:_SHOWN])}.{hint}", path=str(place), bad=len(bad))
     return rows
+
+
+def refuse_separator(path: str | os.PathLike[str], separator: str) -> None:
+    """Refuses a separator that is invalid, or without effect because the data is no table of text.
+
+    Raises:
+        TrainingError: the separator is refused.
+    """
+    if not isinstance(separator, str) or len(separator) != 1 or separator in '"\r\n':
+        raise TrainingError(f"separator must be one character, such as ';' or a tab, not {separator!r:.40}.")
+    if suffix_of(path) not in _SEPARATORS:
+        raise TrainingError(f"separator is for {' and '.join(_SEPARATORS)} files, and {os.fspath(path)!r:.60} is none.")
 
 
 def _nearest(place: Path) -> str:
@@ -86,20 +117,50 @@ def _decoded(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{where} is not JSON: {in_one_line(error)}.") from None
+        return Unreadable(f"{where} is not JSON: {in_one_line(error)}")
 
 
-def _separated(*delimiters: str) -> Callable[[Path], Rows]:
-    """A reader of tables with the first separator that gives the same number of columns, at least 2, in each row."""
+def _table(path: Path, separators: Sequence[str]) -> Rows:
+    """The rows of a table with a header.
 
-    def read(path: Path) -> Rows:
-        with open(path, encoding="utf-8-sig", newline="") as lines, _long_fields():
-            fits = (separator for separator in delimiters if len(delimiters) > 1 and _fits(lines, separator))
-            delimiter = next(fits, delimiters[0])
-            lines.seek(0)
-            return list(_cells(csv.DictReader(lines, delimiter=delimiter), path, delimiter))
+    Args:
+        path: the file.
+        separators: the separators of its cells that are possible.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as lines, _long_fields():
+        begin, chosen = 0, _given_inside(lines.readline())
+        if chosen:
+            begin = lines.tell()
+        separator = chosen or _best(lines, separators)
+        lines.seek(begin)
+        return list(_cells(csv.DictReader(lines, delimiter=separator), path, separator))
 
-    return read
+
+def _given_inside(line: str) -> str:
+    """The separator that a first line ``sep=;`` names, as spreadsheets write it; empty for any other line."""
+    line = line.strip("\r\n")
+    return line[-1] if len(line) == 5 and line.startswith("sep=") else ""
+
+
+def _best(lines: TextIO, separators: Sequence[str]) -> str:
+    """The separator that gives most rows as many cells, at least 2, as the header; the first one if none does."""
+    if len(separators) == 1:
+        return separators[0]
+    fits = {separator: _fit(lines, separator) for separator in separators}
+    return max(separators, key=lambda separator: fits[separator])
+
+
+def _fit(lines: TextIO, separator: str) -> tuple[float, int]:
+    """The share of rows with as many cells as the header, and this number; zeros if the header has one cell."""
+    lines.seek(0)
+    try:
+        read = csv.reader(lines, delimiter=separator)
+        widths = [len(row) for row in itertools.islice(read, _COMPARED) if row]
+    except csv.Error:
+        return 0.0, 0
+    if not widths or widths[0] < 2:
+        return 0.0, 0
+    return sum(width == widths[0] for width in widths[1:]) / max(1, len(widths) - 1), widths[0]
 
 
 @contextmanager
@@ -115,16 +176,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(previous_limit)
 
 
-def _fits(lines: TextIO, delimiter: str) -> bool:
-    lines.seek(0)
-    try:
-        widths = {len(row) for row in itertools.islice(csv.reader(lines, delimiter=delimiter), _COMPARED) if row}
-    except csv.Error:
-        return False
-    return len(widths) == 1 and widths.pop() > 1
-
-
-def _cells(table: csv.DictReader[str], path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+def _cells(table: csv.DictReader[str], path: Path, delimiter: str) -> Iterator[dict[str, Any] | Unreadable]:
     names = list(table.fieldnames or ())
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
@@ -134,12 +186,13 @@ def _cells(table: csv.DictReader[str], path: Path, delimiter: str) -> Iterator[d
     try:
         for row in table:
             if None in row:
-                raise TrainingError(
+                yield Unreadable(
                     f"{path.name}, line {table.line_num} has more cells than the {len(row) - 1} of its header "
-                    f"(separated by {delimiter!r}): text that contains the separator must be quoted.",
-                    path=str(path),
+                    f"(separated by {delimiter!r}): text that contains the separator must be quoted, or another "
+                    "separator is given (separator=…)"
                 )
-            yield row
+            else:
+                yield row
     except csv.Error as error:
         raise TrainingError(f"{path.name}, line {table.line_num}: {error}.", path=str(path)) from None
 
@@ -154,12 +207,12 @@ def _parquet(path: Path) -> Rows:
     return rows
 
 
+_SEPARATORS: dict[str, tuple[str, ...]] = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t",)}
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _separated(",", ";", "\t", "|"),
-    ".tsv": _separated("\t"),
+    **{suffix: functools.partial(_table, separators=those) for suffix, those in _SEPARATORS.items()},
     ".parquet": _parquet,
 }
 SUFFIXES = tuple(_READERS)

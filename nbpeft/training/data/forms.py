@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
     SHAREGPT_ROLES,
@@ -21,6 +23,9 @@ TOKENISED = "input_ids"
 
 _PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user")
 _COMPLETIONS = ("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen")
+_PROMPT_WORDS = ("text", "message", "body", "sentence", "review", "comment", "document", "article")
+_COMPLETION_WORDS = ("label", "labels", "category", "class", "intent", "tag", "team", "summary", "translation")
+"""Words in names of columns that are not names of a form."""
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -157,10 +162,11 @@ def _chat(row: Row, learned: Messages, before: Messages) -> Chat:
     )
 
 
+PAIR = Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT))
 TEXT = Form("text", ("text",), _read_text, (WEIGHT,))
 FORMS = (
     Form("messages", ("messages",), _read_messages, ("tools", "system", WEIGHT)),
-    Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT)),
+    PAIR,
     Form("conversations", ("conversations",), _read_conversations, ("system", "tools", WEIGHT)),
     Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", "tools", WEIGHT)),
     TEXT,
@@ -185,6 +191,8 @@ def row_of(value: Any, number: int, columns: Mapping[str, str]) -> Row:
     Raises:
         TrainingError: it is none of them.
     """
+    if isinstance(value, Unreadable):
+        raise TrainingError(f"Row {number}: {value.why}", index=number)
     if isinstance(value, str):
         return Row({"text": value}, number)
     if _is_pair(value):
@@ -276,19 +284,35 @@ def _is_pair(value: Any) -> bool:
 
 
 def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion")) -> str:
-    """A hint: a mapping of these columns that would work, or the nearest names."""
+    """A hint: a mapping of these columns that would work, as far as their names say which is which."""
     lower = {column.lower(): column for column in columns}
-    prompt = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
+    prompt, completion = _likely(columns)
     if {"chosen", "rejected"} <= lower.keys():
-        names = {"messages" if prompt is None else "completion": lower["chosen"]}
-        names |= {} if prompt in (None, "prompt") else {"prompt": prompt}
+        asked = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
+        names = {"messages" if asked is None else "completion": lower["chosen"]}
+        names |= {} if asked in (None, "prompt") else {"prompt": asked}
         return (
-            " Chosen and rejected answers are for preference tuning (DPO); here a model is trained on one answer to "
-            f"each prompt: columns={names} takes the chosen ones."
+            " Chosen and rejected answers are for preference tuning (DPO), for which there is TRL's DPOTrainer; here a "
+            f"model is trained on one answer to each prompt: columns={names} takes the chosen ones."
         )
-    completion = next((lower[name] for name in _COMPLETIONS if name in lower and lower[name] != prompt), None)
-    if prompt and completion and "label" not in needs:
-        return f" Say which is which: columns={{'prompt': {prompt!r:.40}, 'completion': {completion!r:.40}}}."
+    names = dict(zip(needs, (prompt or "COLUMN", completion or "COLUMN"), strict=True))
+    if prompt and completion:
+        return f" Say which is which: columns={names}."
     known = (*NAMES, TOKENISED, "labels")
-    nearest = next((hint for column in columns if column not in known and (hint := did_you_mean(column, known))), "")
-    return f"{nearest} Or say what they are called: columns={dict.fromkeys(needs, 'COLUMN')}."
+    close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
+    nearest = next(filter(None, close), "")
+    return f"{nearest} Or say what they are called: columns={names}."
+
+
+def _likely(columns: Sequence[str]) -> tuple[str | None, str | None]:
+    """The columns that are likely the prompt and the completion, by their names or by a word in them."""
+    lower = {column.lower(): column for column in columns}
+
+    def find(names: Sequence[str], words: Sequence[str], other: str | None = None) -> str | None:
+        exact = [lower[name] for name in names if name in lower]
+        words_of = {column: re.findall(r"[^\W_]+", column.lower()) for column in columns}
+        inside = [column for word in (*names, *words) for column in columns if word in words_of[column]]
+        return next((column for column in (*exact, *inside) if column != other), None)
+
+    prompt = find(("prompt", *_PROMPTS), _PROMPT_WORDS)
+    return prompt, find(_COMPLETIONS, _COMPLETION_WORDS, prompt)

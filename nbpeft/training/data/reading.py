@@ -9,6 +9,7 @@ from typing import Any
 
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
+from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import Encoded, Span, encode
@@ -27,6 +28,7 @@ from nbpeft.training.data.forms import (
     row_of,
 )
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
+from nbpeft.training.data.seen_formats import system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, Unused
 from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
@@ -76,6 +78,7 @@ class CodedRow:
             tokenizer, which keeps special tokens at the end.
         weight: The factor on the loss of ``label``.
         unused: The parts of the row that are not trained on.
+        system: The system prompt, empty if there is none; None for a row without the chat template.
     """
 
     number: int
@@ -87,6 +90,7 @@ class CodedRow:
     more: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     unused: tuple[Unused, ...] = ()
+    system: str | None = None
 
     @property
     def row(self) -> dict[str, Any]:
@@ -129,6 +133,7 @@ class Reading:
         limit: greatest number of tokens of a row; the rest is cut off.
         inputs: the inputs of the model.
         class_names: the dataset's names for labels that are numbers, if it has them.
+        skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
     """
 
     rows: Any
@@ -138,6 +143,7 @@ class Reading:
     limit: int = DEFAULT_MAX_LENGTH
     inputs: ModelInputs = field(default_factory=ModelInputs)
     class_names: tuple[str, ...] = ()
+    skip_bad: bool | None = None
 
     @property
     def has_template(self) -> bool:
@@ -166,17 +172,38 @@ class Reading:
     def coded(self) -> Iterator[CodedRow]:
         """Tokenises the rows one after the other; rows that are tokenised already get their masks and weights applied.
 
+        Rows that cannot be read have a reason to be left out if ``skip_bad`` is set. Otherwise all rows are read to
+        count them; of a stream, only up to the first.
+
         Raises:
-            TrainingError: a row cannot be read; names the row.
+            TrainingError: rows cannot be read; names them.
         """
-        renderer, used = ChatRenderer(self.tokenizer), self.used
+        renderer, used, number = ChatRenderer(self.tokenizer), self.used, -1
+        bad: list[tuple[int, TrainingError]] = []
         for number, value in enumerate(self.rows):
-            row = row_of(value, number, self.columns)
-            coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
-            weighted = coded.whole.weights is not None or coded.weight != 1
-            if weighted and self.inputs.unweighted and not coded.missing:
-                raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
-            yield coded
+            try:
+                coded = self._row(value, number, renderer, used)
+            except TrainingError as error:
+                if error.details.get("index") != number:  # what is wrong with all rows
+                    raise
+                bad.append((number, error))
+                if self.skip_bad:
+                    yield CodedRow(number, Encoded([], []), self.limit, reason=reason_of(error))
+                elif is_stream(self.rows) or len(bad) == number + 1 == GIVE_UP:
+                    break
+            else:
+                if self.skip_bad or not bad:
+                    yield coded
+        if bad and not self.skip_bad:
+            raise refusal(bad, number + 1, can_skip=self.skip_bad is not None)
+
+    def _row(self, value: Any, number: int, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
+        row = row_of(value, number, self.columns)
+        coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
+        weighted = coded.whole.weights is not None or coded.weight != 1
+        if weighted and self.inputs.unweighted and not coded.missing:
+            raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
+        return coded
 
     def _coded(self, row: Row, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         assert self.form is not None
@@ -194,9 +221,16 @@ class Reading:
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
-        encoder_decoder = self.inputs.encoder_decoder
         return CodedRow(
-            row.number, whole, self.limit, encoder_decoder, reason, None, more, unused=(*unused, *more_unused)
+            row.number,
+            whole,
+            self.limit,
+            self.inputs.encoder_decoder,
+            reason,
+            None,
+            more,
+            unused=(*unused, *more_unused),
+            system=system_of(example),
         )
 
     def _check_good(self, row: Row) -> None:
@@ -365,6 +399,7 @@ def reading(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
+    skip_bad: bool | None = None,
 ) -> Reading:
     """How opened rows are read; see :func:`prepare_data`.
 
@@ -378,13 +413,14 @@ def reading(
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     if form is None:
-        return Reading(rows, None, mapping, tokenizer, inputs=inputs)
+        return Reading(rows, None, mapping, tokenizer, inputs=inputs, skip_bad=skip_bad)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
     feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
     names = tuple(getattr(feature, "names", None) or ())
-    return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), inputs, names)
+    limit = max_length or default_length(tokenizer)
+    return Reading(rows, form, mapping, tokenizer, limit, inputs, names, skip_bad)
 
 
 def default_length(tokenizer: Any) -> int:
@@ -413,11 +449,7 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     Raises:
         TrainingError: the rows have no known form.
     """
-    return rows_are_plain(open_data(data), tokenizer, columns)
-
-
-def rows_are_plain(rows: Any, tokenizer: Any, columns: Mapping[str, str] | None) -> bool | None:
-    """As :func:`is_plain`, of opened rows."""
+    rows = open_data(data)
     found = columns_of(rows)
     reader = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
     return None if reader.form is None else not isinstance(reader.example(first_row(rows), 0), Chat)

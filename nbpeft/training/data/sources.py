@@ -11,7 +11,8 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from nbpeft.errors import TrainingError, few, with_article
-from nbpeft.training.data.files import SUFFIXES, read_file, suffix_of
+from nbpeft.training.data.bad_rows import Unreadable
+from nbpeft.training.data.files import SUFFIXES, read_file, refuse_separator, suffix_of
 from nbpeft.training.data.hub import DatasetName, load_named, slice_of
 
 SOURCES = "a list of rows, a dataset, a DataFrame, a file or the name of a dataset"
@@ -19,7 +20,7 @@ _NAME = re.compile(r"(?P<place>[^\[\]:]+)(?::(?P<first>[\w.-]+))?(?::(?P<second>
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def open_data(data: Any) -> Any:
+def open_data(data: Any, separator: str | None = None, *, skip_bad: bool = False) -> Any:
     """Opens rows of any source.
 
     The result can be passed to it again and is then returned unchanged.
@@ -28,6 +29,8 @@ def open_data(data: Any) -> Any:
         data: a list, a ``datasets.Dataset`` or ``IterableDataset``, a torch dataset, a DataFrame of pandas or
             polars, the path of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the name of a
             dataset on the Hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``.
+        separator: what separates the cells of a ``.csv`` or ``.tsv`` file; None detects it.
+        skip_bad: keep lines of a file that cannot be parsed as rows that cannot be read.
 
     Returns:
         A sequence with a length, or a stream that can only be iterated.
@@ -38,7 +41,9 @@ def open_data(data: Any) -> Any:
     if isinstance(data, Mapping):
         raise _dictionary(data)
     if isinstance(data, (str, os.PathLike)):
-        return _named(os.fspath(data))
+        return _named(os.fspath(data), separator, skip_bad=skip_bad)
+    if separator is not None:
+        raise TrainingError(f"separator is for .csv and .tsv files, and the data is {with_article(data)}.")
     if hasattr(data, "columns") and not hasattr(data, "column_names"):
         data = _records(data)
     if not is_stream(data) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
@@ -71,20 +76,22 @@ def first_row(rows: Any) -> Any:
         TrainingError: the stream has no rows.
     """
     if not is_stream(rows):
-        return rows[0]
+        return next((row for row in rows if not isinstance(row, Unreadable)), rows[0])
     rows_read = list(itertools.islice(rows, 1))
     if not rows_read:
         raise TrainingError("The stream has no rows.")
     return rows_read[0]
 
 
-def _named(text: str) -> Any:
+def _named(text: str, separator: str | None, *, skip_bad: bool) -> Any:
     text = os.path.expanduser(text)
     match = _NAME.fullmatch(text)
     place, part = (text, "") if match is None or os.path.exists(text) else (match["place"], match["part"] or "")
     if suffix_of(place) and not os.path.isdir(place):
-        rows = read_file(place)
+        rows = read_file(place, separator, skip_bad=skip_bad)
         return rows[slice_of(part)] if part else rows
+    if separator is not None:
+        refuse_separator(place, separator)
     if match is not None and (os.path.isdir(place) or _HUB_ID.fullmatch(place)):
         first, second = match["first"] or "", match["second"] or ""
         config, split = (first, second) if second else ("", first)

@@ -7,15 +7,19 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
+from nbpeft.training.data.forms import LABELLED, PAIR
+from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
+from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
-from nbpeft.training.data.tokenized import check_columns, named_rows
+from nbpeft.training.data.tokenized import check_columns
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
@@ -75,6 +79,8 @@ class DataSummary:
         unused: parts of the rows that are not trained on, one line for each reason.
         has_labels: whether the labels are one class or number for each row, for a classifier.
         unused_label: whether rows of text have a label that is not used.
+        format: the form in which the rows are written; None if they are tokenised or for a classifier.
+        for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
     """
 
     form: str
@@ -94,6 +100,8 @@ class DataSummary:
     unused: tuple[str, ...] = ()
     has_labels: bool = False
     unused_label: bool = False
+    format: PromptFormat | None = None
+    for_template: Mapping[str, str] = field(default_factory=dict)
 
 
 def summarize(
@@ -104,6 +112,8 @@ def summarize(
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
     rows: int = 3,
+    separator: str | None = None,
+    skip_bad: bool = False,
 ) -> DataSummary:
     """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
 
@@ -114,11 +124,14 @@ def summarize(
         columns: as for ``prepare_data``.
         inputs: as for ``prepare_data``.
         rows: the number of rows to show; up to two rows that are truncated or left out follow them.
+        separator: as for ``prepare_data``.
+        skip_bad: as for ``prepare_data``.
 
     Raises:
         TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
-    reader = reading(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    opened = open_data(data, separator, skip_bad=skip_bad)
+    reader = reading(opened, tokenizer, max_length=max_length, columns=columns, inputs=inputs, skip_bad=skip_bad)
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)
@@ -126,7 +139,7 @@ def summarize(
     lengths: list[int] = []
     left_out: list[tuple[int, str]] = []
     shown_rows: list[CodedRow] = []
-    unused = UnusedParts()
+    unused, formats = UnusedParts(), SeenFormats()
     token_count = learned = cut_rows = cut_tokens = 0
     for row in coded:
         lengths.append(_length(row))
@@ -136,6 +149,7 @@ def summarize(
         if row.missing:
             left_out.append((row.number, row.missing))
         else:
+            formats.add(row.system)
             token_count += len(row.row["input_ids"])
             learned += row.learned_count
         if len(lengths) <= rows or (len(shown_rows) < rows + _EXTRA and _is_first_of_its_kind(row, shown_rows[rows:])):
@@ -159,10 +173,20 @@ def summarize(
         bins=bins_of(lengths, reader.limit if cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
-        unused=unused.lines(len(lengths)),
+        unused=(*unused.lines(len(lengths)), *formats.lines()),
         has_labels=reader.inputs.classes is not None,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
+        format=formats.format if reader.form not in (None, LABELLED) else None,
+        for_template=_for_template(reader, formats.format),
     )
+
+
+def _for_template(reader: Reading, form: PromptFormat | None) -> dict[str, str]:
+    """The columns with which the chat template would be applied to prompts and completions that are plain text."""
+    if reader.form is not PAIR or form != PromptFormat(chat=False) or not reader.has_template:
+        return {}
+    names = {"instruction": "prompt", "output": "completion"}
+    return {name: reader.columns.get(column, column) for name, column in names.items()}
 
 
 def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
+from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
-from nbpeft.errors import TrainingError, few
+from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS
-from nbpeft.training.data.forms import row_of
+from nbpeft.training.data.forms import LABELLED, row_of
+from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
@@ -24,11 +25,10 @@ from nbpeft.training.data.reading import (
     renamed,
 )
 from nbpeft.training.data.row import WEIGHT
+from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
-_NAMED = 5
-"""The greatest number of rows that a note names for one reason."""
 _READ_THROUGH = 10_000
 """The greatest number of rows to read for their columns from a dataset of unknown type, where reading may be slow."""
 _REWRITTEN = (WEIGHT, LOSS_WEIGHTS, *MASKS)
@@ -42,6 +42,8 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         truncated: Number of rows that were truncated to ``max_length``.
         left_out: (number, reason) of each row with nothing to train on.
         unused: Parts of the rows that are not trained on, one line for each reason.
+        format: The form in which the rows are written; None if they were given as tokens.
+        numbers: The number of each row in the data; None if they were given as tokens.
     """
 
     def __init__(
@@ -51,11 +53,15 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         truncated: int = 0,
         left_out: Sequence[tuple[int, str]] = (),
         unused: Sequence[str] = (),
+        format: PromptFormat | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self._rows = rows
         self.truncated = truncated
         self.left_out = tuple(left_out)
         self.unused = tuple(unused)
+        self.format = format
+        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,11 +91,13 @@ class TokenizedRows(Dataset[dict[str, Any]]):
 
     def select(self, indices: Iterable[int]) -> TokenizedRows:
         """The rows with these indices."""
-        return TokenizedRows([self._rows[index] for index in indices])
+        chosen = list(indices)
+        numbers = None if self.numbers is None else [self.numbers[index] for index in chosen]
+        return TokenizedRows([self._rows[index] for index in chosen], format=self.format, numbers=numbers)
 
     def noting(self, *lines: str) -> TokenizedRows:
         """The same rows with other notes."""
-        return TokenizedRows(self._rows, unused=lines)
+        return TokenizedRows(self._rows, unused=lines, format=self.format, numbers=self.numbers)
 
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
@@ -100,6 +108,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         check: called with each row and its number.
         skipped: number of trainable rows at the start to skip, which are evaluation rows.
         unused: the counts of unused parts so far.
+        formats: the forms of the rows read so far.
 
     Attributes:
         report: called with a line about a part of rows that is not trained on, once for each such part.
@@ -111,12 +120,14 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         check: Callable[[Mapping[str, Any], int], None] = lambda row, number: None,
         skipped: int = 0,
         unused: UnusedParts | None = None,
+        formats: SeenFormats | None = None,
     ) -> None:
         self._coded = coded
         self.check = check
         self.skipped = skipped
         self.report: Callable[[str], None] = lambda line: None
         self._unused = unused or UnusedParts()
+        self._formats = formats or SeenFormats()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         passed = 0
@@ -125,6 +136,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
                 self.report(line_of(part))
             if coded.missing:
                 continue
+            self._formats.add(coded.system)
             passed += 1
             if passed > self.skipped:
                 row = coded.row
@@ -137,11 +149,18 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         for coded in self._coded():
             self._unused.add(coded.unused)
             break
-        return "; ".join(self._unused.lines())
+        return "; ".join((*self._unused.lines(), *self._formats.lines()))
+
+    @property
+    def format(self) -> PromptFormat | None:
+        """The form of the first row, and of the rows read so far; None for rows that were given as tokens."""
+        if self._formats.format is None:
+            self._formats.add(next((coded.system for coded in self._coded() if not coded.missing), None))
+        return self._formats.format
 
     def after(self, count: int) -> StreamedRows:
         """The same stream without its first ``count`` trainable rows."""
-        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused)
+        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused, self._formats)
 
 
 @dataclass(frozen=True)
@@ -164,6 +183,8 @@ def prepare_data(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
 ) -> Any:
     """Prepares rows for a Trainer.
 
@@ -175,14 +196,18 @@ def prepare_data(
             most 1024.
         columns: Name -> the column in the data: ``{"prompt": "question", "completion": "answer"}``.
         inputs: The inputs of the model; by default those of a decoder.
+        separator: What separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
+        skip_bad: Leave out rows that cannot be read.
 
     Returns:
         A dataset of tokenised rows, for ``Trainer(train_dataset=…)``.
 
     Raises:
-        TrainingError: the data has no known form; the message names its columns.
+        TrainingError: the data has no known form, or a row cannot be read; the message names its columns, or the row.
     """
-    return prepared(open_data(data), tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
+    opened = open_data(data, separator, skip_bad=skip_bad)
+    reading_options = {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
+    return prepared(opened, tokenizer, **reading_options).rows
 
 
 def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
@@ -201,22 +226,28 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    unused, truncated = UnusedParts(), 0
+    unused, formats, truncated = UnusedParts(), SeenFormats(), 0
+    numbers: list[int] = []
     for coded in reader.coded():
         truncated += coded.cut
         unused.add(coded.unused)
         if coded.missing:
             left_out.append((coded.number, coded.missing))
-        else:
-            rows.append(coded.row)
+            continue
+        formats.add(coded.system)
+        rows.append(coded.row)
+        numbers.append(coded.number)
     if not rows:
         raise TrainingError(
             f"None of the {len(left_out)} rows has anything to learn within {reader.limit} tokens: "
             f"{named_rows(left_out)}.",
             dropped=len(left_out),
         )
-    lines = unused.lines(len(rows) + len(left_out))
-    return TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
+    lines = (*unused.lines(len(rows) + len(left_out)), *formats.lines())
+    found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
+    if reader.form not in (None, LABELLED):
+        found.format, found.numbers = formats.format, numbers
+    return found
 
 
 def _tokens(reader: Reading) -> PreparedRows:
@@ -269,15 +300,6 @@ def check_columns(reader: Reading) -> tuple[str, ...]:
         if missing is not None:
             raise TrainingError(f"Row {number} has no {missing!r}, which other rows have.", index=number)
     return available
-
-
-def named_rows(left_out: Sequence[tuple[int, str]]) -> str:
-    """Rows by number with the reason, as text: ``rows 3, 8: nothing to learn``."""
-    parts = []
-    for reason, count in Counter(reason for _, reason in left_out).items():
-        numbers = [str(number) for number, why in left_out if why == reason]
-        parts.append(f"{'row' if count == 1 else 'rows'} {few(numbers, _NAMED, quoted=False)}: {reason}")
-    return "; ".join(parts)
 
 
 def _renamed_rows(rows: Any, columns: Mapping[str, str]) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
 from nbpeft.engine.tree.model_tree import embedding_of
@@ -59,6 +60,12 @@ class TrainingRows:
     evaluation: Any = None
     notes: tuple[str, ...] = ()
     held_out: str = ""
+
+    @property
+    def format(self) -> PromptFormat | None:
+        """The form in which the training rows are written; None if they were given as tokens."""
+        form: PromptFormat | None = getattr(self.train, "format", None)
+        return form if isinstance(form, PromptFormat) else None
 
 
 def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
@@ -219,7 +226,7 @@ def first_rows(
     """
     from nbpeft.training.request import TrainRequest  # here, as it imports transformers' Trainer
 
-    found = training_rows(TrainRequest(model, data, tokenizer=tokenizer, **reading), loss=loss)
+    found = training_rows(TrainRequest(model, data, tokenizer=tokenizer, skip_bad=None, **reading), loss=loss)
     return FirstRows(list(itertools.islice(iter(found.train), rows)), collator_for(model, tokenizer), found.notes)
 
 
@@ -253,7 +260,8 @@ def check_reading(tokenizer: Any, max_length: Any) -> None:
 def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> PreparedRows:
     model, tokenizer, max_length = request.model, request.tokenizer, request.max_length
     check_reading(tokenizer, max_length)
-    read = prepared(rows, tokenizer, max_length=max_length, columns=request.columns, inputs=inputs)
+    options = {"columns": request.columns, "inputs": inputs, "skip_bad": request.skip_bad}
+    read = prepared(rows, tokenizer, max_length=max_length, **options)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,

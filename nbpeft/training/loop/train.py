@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.optional import needs
-from nbpeft.checkpoint import scratch_folder
+from nbpeft.checkpoint import PromptFormat, prompt_format, scratch_folder, set_prompt_format
+from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
@@ -51,8 +52,9 @@ from nbpeft.training.transformers.arguments import build_arguments, check_option
 from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
 from nbpeft.training.watching.divergence import DivergenceStop
 from nbpeft.training.watching.early_stop import EarlyStop, check_patience
-from nbpeft.training.watching.generation import PromptBatch
-from nbpeft.training.watching.sampling import SampleCallback, sample_batch
+from nbpeft.training.watching.generation import Prompt
+from nbpeft.training.watching.sample_prompts import SamplePrompts, sample_prompts
+from nbpeft.training.watching.sampling import SampleCallback
 from nbpeft.training.watching.trackers import TrackCallback, check_report_to, tracker_names
 
 
@@ -64,10 +66,12 @@ def train(
     tokenizer: Any = None,
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
     data_hint: str = "",
     adapter: str | None = None,
     patience: int | None = None,
-    sample: str | Sequence[str] | None = None,
+    sample: str | Sequence[Prompt] | int | None = None,
     every: int | None = None,
     packing: bool = False,
     control: RunControl | None = None,
@@ -105,13 +109,17 @@ def train(
         max_length: Greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at most
             1024.
         columns: Names of the columns in the data: ``{"prompt": "question", "completion": "answer"}``.
+        separator: What separates the cells of a ``.csv`` or ``.tsv`` file, e.g. ``";"``; by default it is detected.
+        skip_bad: Leave out rows that cannot be read, and say how many; by default they are refused. Rows with nothing
+            to learn are always left out.
         data_hint: Where a person sees what was cut or left out; follows the note that says so.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
         patience: Stop after this many evaluations without improvement, and restore the best state. ``eval_data`` is
             evaluated ten times a run unless ``eval_strategy`` or ``eval_steps`` says when.
-        sample: A prompt, or several, that the adapter and the base answer during training; the answers are in
-            ``result.state.samples``.
+        sample: A prompt, a text or a conversation, or several, that the adapter and the base answer during training;
+            or how many evaluation rows to ask, without evaluation rows of the training rows, whose wanted answers are
+            shown too. The answers are in ``result.state.samples``.
         every: Number of steps between two such answers; by default there are about five in a run.
         packing: Put several rows into one sequence of ``max_length`` tokens, so that nothing is padding; each row is
             learned as it would be alone. The batch size counts sequences. Rows to evaluate on are not packed. Without
@@ -164,7 +172,7 @@ def run_training(request: TrainRequest) -> TrainResult:
     rows = training_rows(request)
     _has_an_end(rows.train, fields)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None)
-    request = replace(request, sample=_sample_batch(request))
+    request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
     learned = rows.train
     collator: Any = collator_for(model, request.tokenizer)
@@ -182,8 +190,10 @@ def run_training(request: TrainRequest) -> TrainResult:
                 activation.run = run = request.run_factory(
                     model, None, control=request.control, publish=request.publish
                 )
+                activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
-                said = _note(run, rows, settings, request.data_hint)
+                sampled = request.sample.note if isinstance(request.sample, SamplePrompts) else ""
+                said = _note(run, rows, settings, request.data_hint, sampled)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
@@ -249,7 +259,7 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
+def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str, sample_note: str) -> str:
     """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
@@ -257,6 +267,7 @@ def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: 
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
     note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
     run.note(note_on_rows)
+    run.note(sample_note)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
     return note_on_rows
@@ -313,9 +324,34 @@ def _can_learn(model: nn.Module) -> None:
 
 
 class _Activation:
-    """Records the run for which an adapter may have been activated."""
+    """Records the run for which an adapter may have been activated, and the form of its rows with the adapters."""
 
     run: Run | None = None
+
+    def __init__(self) -> None:
+        self._rows: TrainingRows | None = None
+        self._formers: list[tuple[AdapterConfig, PromptFormat | None]] = []
+
+    def note_format(self, model: nn.Module, rows: TrainingRows) -> None:
+        """Records the form of the rows with the adapters to train, before their first state is saved."""
+        manager = manager_of(model)
+        if manager is not None and rows.format is not None:
+            self._rows = rows
+            configs = [manager.configs[name] for name in trained_names(model)]
+            self._formers = [(config, prompt_format(config)) for config in configs]
+            self._put()
+
+    def end(self) -> None:
+        """Restores the former form of rows of the adapters if they learned nothing."""
+        if not self.learned:
+            for config, former in self._formers:
+                set_prompt_format(config, former)
+        elif self._rows is not None:
+            self._put()  # more of a stream was read
+
+    def _put(self) -> None:
+        for config, _ in self._formers:
+            set_prompt_format(config, self._rows and self._rows.format)
 
     @property
     def learned(self) -> bool:
@@ -328,7 +364,10 @@ def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
     """Activates an adapter; restores the active and merged adapters if nothing was learned."""
     activation = _Activation()
     if adapter is None:
-        yield activation
+        try:
+            yield activation
+        finally:
+            activation.end()
         return
     manager = model.manager
     active, enabled, merged = manager.active, manager.enabled, manager.merged
@@ -340,6 +379,7 @@ def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
             _can_learn(model)
         yield activation
     finally:
+        activation.end()
         if not activation.learned:
             with HeldInterrupts(to_the_end=True), manager.transaction():
                 if active:
@@ -356,13 +396,12 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
     return given
 
 
-def _sample_batch(request: TrainRequest) -> PromptBatch | None:
+def _sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts | None:
     """Returns the prompts to sample, if there are any, in the same form as the training rows."""
-    if isinstance(request.sample, PromptBatch):  # of the process that launched this one
+    if isinstance(request.sample, SamplePrompts):  # of the process that launched this one
         return request.sample
     if request.sample is not None:
-        plain = request.is_plain()
-        return sample_batch(request.model, request.sample, request.tokenizer, request.every, plain=plain)
+        return sample_prompts(request, rows)
     if request.every is not None:
         raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
     return None
@@ -402,7 +441,7 @@ def _inside(request: TrainRequest, run: Run, check: PackingCheck | None) -> list
     )
     found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
     prompts = request.sample
-    return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, PromptBatch) else [])
+    return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
 
 
 def _keeper(

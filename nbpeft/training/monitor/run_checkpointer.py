@@ -27,10 +27,11 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
 from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.checkpoint import prompt_format
 from nbpeft.confidential import without_secrets
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import CheckpointError, TrainingError, in_one_line
+from nbpeft.errors import CheckpointError, TrainingError, cut, in_one_line
 from nbpeft.model.saving import files
 from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.runs.folder import RunFolder
@@ -50,6 +51,8 @@ SHORTEST = 10.0
 """The shortest time between two checkpoints, in seconds."""
 _MOST_STATES = 2
 _MARKED_ROWS = 8
+_LONGEST_SYSTEM = 200
+"""Most characters of a system prompt among the settings."""
 _SHOWN_FIELDS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -350,7 +353,9 @@ class RunCheckpointer(TrainerCallback):
         return round(self._seconds_before + self._run.elapsed, 3)
 
     def _own_settings(self) -> dict[str, Any]:
+        form = prompt_format(self._model.peft_config[trained_names(self._model)[0]])
         own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
+        own["system prompt"] = cut(form.system, _LONGEST_SYSTEM) if form is not None and form.system else None
         return {name: value for name, value in own.items() if value}
 
     def _swept_settings(self) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.errors import AdapterError, in_one_line
+from nbpeft.errors import AdapterError, in_one_line, shown
 from nbpeft.state import Answer
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: ``[{"role": "user", "content": "…"}]``."""
+
+Conversation = tuple[Mapping[str, Any], ...]
+"""The messages of a conversation, as chat templates take them."""
 
 INTERVAL = 0.12
 """The shortest time between two reports of the text so far, in seconds."""
@@ -36,6 +39,7 @@ class PromptBatch:
         ends: ids of tokens that end an answer.
         form: whether the chat template was applied, as text; empty if the tokenizer has none.
         chat: whether the chat template was applied.
+        conversations: the messages of each prompt, if the chat template was applied; else empty.
     """
 
     prompts: tuple[str, ...]
@@ -45,9 +49,12 @@ class PromptBatch:
     ends: frozenset[int]
     form: str = ""
     chat: bool = False
+    conversations: tuple[Conversation, ...] = ()
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None) -> PromptBatch:
+    def of(
+        cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None, system: str = ""
+    ) -> PromptBatch:
         """Tokenize prompts.
 
         Args:
@@ -55,10 +62,11 @@ class PromptBatch:
             tokenizer: the tokenizer of the model.
             base: the model that answers.
             chat: whether to apply the tokenizer's chat template to texts; None: if it has one.
+            system: system prompt of the prompts to which the template is applied; conversations that have one keep it.
 
         Raises:
-            AdapterError: a prompt is empty, the tokenizer has no chat template but needs one, or it
-                does not belong to the model.
+            AdapterError: a prompt is empty, the tokenizer has no chat template but needs one, it refuses a
+                conversation, or it does not belong to the model.
         """
         if not prompts:
             raise AdapterError("no prompt given")
@@ -66,7 +74,11 @@ class PromptBatch:
         if not templated and (chat or any(not isinstance(prompt, str) for prompt in prompts)):
             raise AdapterError("the tokenizer has no chat template: give prompts as plain text")
         chat = templated if chat is None else chat
-        rows = [_tokens(prompt, tokenizer, chat) for prompt in prompts]
+        conversations = [_messages(prompt, system) if chat or not isinstance(prompt, str) else () for prompt in prompts]
+        rows = [
+            _rendered(messages, tokenizer) if messages else _tokens(prompt, tokenizer)
+            for prompt, messages in zip(prompts, conversations, strict=True)
+        ]
         table = base.get_input_embeddings()
         if table is not None and (largest := max(map(max, rows))) >= table.weight.shape[0]:
             raise AdapterError(
@@ -76,7 +88,8 @@ class PromptBatch:
         applied = chat or not isinstance(prompts[0], str)  # without a template, both are errors above
         form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
         batch = cls.of_tokens(rows, tokenizer, base)
-        return replace(batch, prompts=tuple(map(_words, prompts)), form=form, chat=applied)
+        turns = tuple(conversations) if applied else ()
+        return replace(batch, prompts=tuple(map(_words, prompts)), form=form, chat=applied, conversations=turns)
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[Sequence[int]], tokenizer: Any, base: Any) -> PromptBatch:
@@ -92,12 +105,23 @@ class PromptBatch:
         pad = pad if pad is not None else min(ends, default=0)
         return cls(("",) * len(token_ids), tuple(map(tuple, token_ids)), tokenizer, pad, ends)
 
-    def inputs(self, device: Any, repeats: int = 1, *, left: bool = True) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, int64 of shape (repeats * prompts, longest).
+    @property
+    def system(self) -> str:
+        """The system prompt of the first prompt; empty if it has none."""
+        return system_text(self.conversations[0][0]) if self.conversations else ""
+
+    @classmethod
+    def joined(cls, batches: Sequence[PromptBatch]) -> PromptBatch:
+        """All prompts of several batches for the same model as one batch, in their order."""
+        prompts = tuple(prompt for batch in batches for prompt in batch.prompts)
+        token_ids = tuple(ids for batch in batches for ids in batch.token_ids)
+        return replace(batches[0], prompts=prompts, token_ids=token_ids)
+
+    def inputs(self, device: Any, *, left: bool = True) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, int64 of shape (prompts, longest).
 
         Args:
             device: the device of the tensors.
-            repeats: how often the list of prompts is repeated.
             left: whether to pad on the left, so that the answers follow the prompts; an encoder is padded on the right.
         """
         import torch
@@ -106,7 +130,7 @@ class PromptBatch:
         fill = [longest - len(row) for row in self.token_ids]
         rows = [_padded(row, [self.pad] * count, left) for row, count in zip(self.token_ids, fill, strict=True)]
         mask = [_padded([1] * len(row), [0] * count, left) for row, count in zip(self.token_ids, fill, strict=True)]
-        both = (torch.tensor(values * repeats, dtype=torch.long, device=device) for values in (rows, mask))
+        both = (torch.tensor(values, dtype=torch.long, device=device) for values in (rows, mask))
         return dict(zip(("input_ids", "attention_mask"), both, strict=True))
 
     def answer(self, tokens: Sequence[int], limit: int) -> Answer:
@@ -133,12 +157,11 @@ class GenerationRequest:
     """The settings of one generation.
 
     Attributes:
-        rows: the adapter for each repeat of the prompts, ``"__base__"`` for none; None: the active adapters.
+        rows: the adapter for each prompt, ``"__base__"`` for none; None: the active adapters.
         max_new_tokens: the limit of an answer, in tokens.
         options: further arguments of ``generate``.
         report: called with the answers so far, one for each row.
         should_stop: called after each token; the generation ends if it returns True.
-        paired: whether each row has its own prompt, in the same order, instead of all prompts for each adapter.
 
     Raises:
         AdapterError: ``max_new_tokens`` is not a number of at least 1.
@@ -149,7 +172,6 @@ class GenerationRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[list[Answer]], object] | None = None
     should_stop: Callable[[], bool] | None = None
-    paired: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -198,7 +220,7 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
         request: the settings.
 
     Returns:
-        One answer for each row, and whether the generation was completed: neither ``should_stop`` nor an
+        One answer for each prompt, and whether the generation was completed: neither ``should_stop`` nor an
         interrupt ended it early.
 
     Raises:
@@ -230,17 +252,13 @@ def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) 
     base: Any = model if manager is None else manager.model
     if not hasattr(base, "generate"):
         raise AdapterError(f"a {type(base).__name__} cannot answer prompts: it has no generate()")
-    repeats = 1 if request.rows is None or request.paired else len(request.rows)
     two_halves = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    inputs = batch.inputs(_input_device(base), repeats, left=not two_halves)
-    names = request.rows
-    if names is not None and not request.paired:
-        names = [name for name in names for _ in batch.prompts]
+    inputs, names = batch.inputs(_input_device(base), left=not two_halves), request.rows
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}
     options.setdefault("pad_token_id", batch.pad)
     if batch.ends:
         options.setdefault("eos_token_id", sorted(batch.ends))
-    stream = _Stream(batch, request, repeats * len(batch.prompts))
+    stream = _Stream(batch, request, len(batch.prompts))
     if options.get("num_beams", 1) == 1:
         options["streamer"] = stream
     # Adapters named in a request answer even while all adapters are disabled.
@@ -295,18 +313,45 @@ def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
         raise AdapterError("its output on the prompt is not finite")
 
 
-def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
-    """A prompt with the earlier turns before it, as messages for a chat template; without turns, the prompt itself.
+def continued(conversation: Conversation, prompt: Prompt) -> Prompt:
+    """A prompt with the earlier messages of a conversation before it; without earlier messages, the prompt itself.
 
     Args:
-        turns: (prompt, answer) of each earlier turn.
+        conversation: the earlier messages; the last one is an answer.
         prompt: the new prompt.
     """
-    if not turns:
+    if not conversation:
         return prompt
-    roles = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
-    messages = [{"role": role, "content": text} for role, text in roles]
-    return [*messages, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+    return [*conversation, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+
+
+def answered(conversation: Conversation, answer: str) -> Conversation:
+    """A conversation with the answer to its last message.
+
+    Args:
+        conversation: the messages.
+        answer: the answer.
+    """
+    return (*conversation, {"role": "assistant", "content": answer})
+
+
+def system_text(message: object) -> str:
+    """The text of a message of the system; empty for any other message.
+
+    Args:
+        message: the first message of a conversation.
+    """
+    if not isinstance(message, Mapping) or message.get("role") != "system":
+        return ""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def is_conversation(prompt: object) -> bool:
+    """Whether a prompt is a list of messages, and not a text or a list of prompts."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def waits(model: PeftModel) -> bool:
@@ -344,14 +389,43 @@ def _padded(row: Sequence[int], fill: list[int], left: bool) -> list[int]:
     return [*fill, *row] if left else [*row, *fill]
 
 
-def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
-    if isinstance(prompt, str) and not prompt.strip():
-        raise AdapterError("a prompt is empty")
-    if isinstance(prompt, str) and not chat:
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def _messages(prompt: Prompt, system: str) -> Conversation:
+    """The messages of a prompt, with a system prompt if they have none.
+
+    Raises:
+        AdapterError: the prompt is empty, or neither a text nor a conversation that can be answered.
+    """
+    if isinstance(prompt, str):
+        _refuse_empty(prompt)
+        messages: Conversation = ({"role": "user", "content": prompt},)
+    else:
+        messages = tuple(prompt) if isinstance(prompt, list | tuple) else ()
+        if not messages or not all(isinstance(item, Mapping) and "role" in item for item in messages):
+            expected = "a text, or a conversation [{'role': 'user', 'content': '…'}, …]"
+            raise AdapterError(f"a prompt is {expected}, not {shown(prompt)}")
+        if messages[-1]["role"] == "assistant":
+            raise AdapterError("the conversation ends with the assistant's answer: ask without it (messages[:-1])")
+    begins = messages[0]["role"] in ("system", "developer")
+    return messages if begins or not system else ({"role": "system", "content": system}, *messages)
+
+
+def _rendered(messages: Conversation, tokenizer: Any) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
+        why = in_one_line(error) or type(error).__name__
+        raise AdapterError(f"the chat template refuses the prompt: {why:.200}") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _tokens(prompt: str, tokenizer: Any) -> list[int]:
+    _refuse_empty(prompt)
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def _refuse_empty(prompt: str) -> None:
+    if not prompt.strip():
+        raise AdapterError("a prompt is empty")
 
 
 def _words(prompt: Prompt) -> str:

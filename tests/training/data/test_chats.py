@@ -74,9 +74,10 @@ def test_what_is_not_printed_is_counted_by_rows(tokenizer: Any, use: Any) -> Non
 
 def test_a_role_that_is_not_printed_is_named(tokenizer: Any, use: Any) -> None:
     rows = [[{"role": "system", "content": "be brief"}, USER, REPLY], [USER, REPLY]]
-    assert notes(tokenizer, *rows) == ""
+    no_default = "only 1 of 2 rows have a system prompt: the adapter has no default system prompt"
+    assert notes(tokenizer, *rows) == no_default
     use(WITHOUT_SYSTEM)
-    assert notes(tokenizer, *rows) == f"{UNPRINTED}'content' of system messages (1 of 2 rows)"
+    assert notes(tokenizer, *rows) == f"{UNPRINTED}'content' of system messages (1 of 2 rows); {no_default}"
     assert notes(tokenizer, {"messages": rows[1], "system": "is"}) == f"{UNPRINTED}'content' of system messages"
 
 

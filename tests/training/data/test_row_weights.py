@@ -146,7 +146,7 @@ def test_weights_of_what_is_not_learned_are_named(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "much", "", [1], "-0.5"])
 def test_what_is_no_weight_is_refused(tokenizer: Any, weight: Any) -> None:
-    with pytest.raises(TrainingError, match=r"^Row 1: 'weight' is .*; expected a number of at least 0\.$"):
+    with pytest.raises(TrainingError, match=r"^Row 1: 'weight' is .*; expected a number of at least 0\. "):
         prepare_data([ONCE, {**TWICE, "weight": weight}], CHARACTERS)
     with pytest.raises(TrainingError, match=r"^Row 0: 'weight' of message 1 of 'messages' is .*; expected a number"):
         prepare_data([{"messages": [USER, {**REPLY, "weight": weight}]}], tokenizer)

@@ -1,0 +1,125 @@
+"""The prompts that are answered during a run: given by the user, or taken from the rows with their wanted answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.checkpoint import PromptFormat
+from nbpeft.errors import ConfigError
+from nbpeft.training.watching.generation import Prompt, PromptBatch, is_conversation
+
+if TYPE_CHECKING:
+    from nbpeft.training.loop.rows import TrainingRows
+    from nbpeft.training.request import TrainRequest
+
+MOST_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class SamplePrompts:
+    """Prompts to answer during a run.
+
+    Attributes:
+        batch: the tokenised prompts.
+        given: the argument ``sample`` of the training.
+        wanted: the wanted answer to each prompt; empty if they are unknown.
+        note: where the prompts come from; empty if they were given.
+    """
+
+    batch: PromptBatch
+    given: str | Sequence[Prompt] | int
+    wanted: tuple[str, ...] = ()
+    note: str = ""
+
+
+def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
+    """Tokenises the prompts to sample, in the form of the training rows.
+
+    Args:
+        request: the arguments of the training.
+        rows: its rows.
+
+    Raises:
+        ConfigError: an argument is invalid, the model or tokenizer cannot generate answers, or the rows have no
+            prompts.
+        AdapterError: the prompts cannot be tokenised.
+    """
+    given, every, tokenizer = request.sample, request.every, request.tokenizer
+    is_count = isinstance(given, int) and not isinstance(given, bool)
+    prompts: Any = [given] if isinstance(given, str) or is_conversation(given) else given
+    fits = isinstance(prompts, list | tuple) and all(isinstance(text, str) or is_conversation(text) for text in prompts)
+    if not is_count and not (fits and prompts):
+        raise ConfigError(
+            "sample must be a prompt (a text or a conversation), several in a list, or how many rows to ask, "
+            f"not {given!r:.60}",
+            field="sample",
+        )
+    number: int = given if is_count else len(prompts)  # type: ignore[assignment]
+    if not 1 <= number <= MOST_PROMPTS:
+        raise ConfigError(f"sample takes 1 to {MOST_PROMPTS} prompts, not {number}", field="sample")
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ConfigError(f"every must be a number of steps of at least 1, not {every!r:.60}", field="every")
+    if tokenizer is None or not hasattr(tokenizer, "decode"):
+        raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
+    base: Any = request.model.manager.model if hasattr(request.model, "manager") else request.model
+    if not hasattr(base, "generate"):
+        raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
+    if is_count:
+        return _of_rows(request, rows, number, base)
+    form = rows.format or PromptFormat(chat=True)
+    asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
+    options = {"chat": None if form.chat else False, "system": form.system or ""}
+    batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
+    return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
+
+
+def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -> SamplePrompts:
+    """Returns the prompts and answers of the first evaluation rows, or of training rows if there are none."""
+    evaluates = rows.evaluation is not None
+    asked = list(itertools.islice(_asked(request, rows), count))
+    if not asked:
+        where = "evaluation rows" if evaluates else "training rows"
+        raise ConfigError(
+            f"sample={count} asks the prompts of rows, and none of the {where} has a prompt and an answer of its own: "
+            "give the prompts themselves",
+            field="sample",
+        )
+    prompts, wanted = zip(*asked, strict=True)
+    batch = PromptBatch.of(prompts, request.tokenizer, base, chat=None if not isinstance(prompts[0], str) else False)
+    note = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
+    return SamplePrompts(batch, count, tuple(wanted), note)
+
+
+def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
+    """Yields the prompt and the wanted answer of each row that has both."""
+    from nbpeft.training.data import is_amount, open_data  # here, as they import torch
+    from nbpeft.training.data.forms import Chat, Pair
+    from nbpeft.training.data.reading import reading
+    from nbpeft.training.loop.rows import inputs_of
+
+    apart = rows.evaluation is not None and not is_amount(request.eval_data)
+    source = open_data(request.eval_data if apart else request.data)
+    numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
+    if numbers is None:  # given as tokens, or read from a stream
+        return
+    reader = reading(source, request.tokenizer, columns=request.columns, inputs=inputs_of(request))
+    for number in numbers:
+        example = reader.example(source[number], number)
+        if isinstance(example, Pair):
+            yield example.prompt, example.completion.strip()
+        elif isinstance(example, Chat) and example.tools is None:
+            roles = [message["role"] for message in example.messages]
+            end = len(roles) - roles[::-1].index("assistant") if "assistant" in roles[1:] else 0
+            prompt, wanted = _last_answer(example.messages[:end])
+            if wanted:
+                yield prompt, wanted
+
+
+def _last_answer(messages: Sequence[Mapping[str, Any]]) -> tuple[Prompt, str]:
+    """Returns a conversation without the answer at its end, and this answer; empty if it ends with another message."""
+    if len(messages) < 2 or messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
+        return messages, ""
+    return messages[:-1], messages[-1]["content"].strip()

@@ -1,0 +1,157 @@
+"""Adapters are asked as they were trained: with the system prompt of their rows, also after they were saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbpeft.checkpoint import PromptFormat, prompt_format
+from nbpeft.errors import AdapterError
+from nbpeft.session import Session
+from nbpeft.session.results.comparing import CompareResult
+from tests.char_tokenizer import CharTokenizer
+from tests.tiny_models import llama
+
+CHAT = CharTokenizer("template")
+FEW: dict[str, Any] = {"max_new_tokens": 3, "tokenizer": CHAT}
+
+
+def chat(system: str = "Be brief", question: str = "Hi") -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+    return {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
+
+
+def train(session: Session, rows: list[Any], **options: Any) -> Any:
+    return session.train(None, rows, tokenizer=CHAT, max_steps=1, keep=False, **options)
+
+
+@pytest.fixture
+def model(session: Session, two_adapters: Any) -> Any:
+    session.use("orders")
+    return two_adapters
+
+
+def systems(result: CompareResult) -> dict[str, str]:
+    return {column.title: column.system for column in result.columns}
+
+
+def test_the_system_prompt_of_the_rows_is_the_default_and_shown(session: Session, model: Any) -> None:
+    train(session, [chat()] * 2)
+    answer = session.ask("Hi", **FEW)
+    assert answer.system == "Be brief" and answer.form == "chat template applied"
+    assert "system prompt: Be brief" in str(answer) and 'title="Be brief"' in answer._repr_html_()
+    assert answer.text == session.ask("Hi", system="Be brief", **FEW).text
+    without = session.ask("Hi", system="", **FEW)
+    assert without.system == "" and "system prompt" not in str(without)
+    assert session.ask("Hi", system="Sing", **FEW).system == "Sing"
+    both = session.compare("Hi", blends=[{"orders": 0.5}], **FEW)
+    assert set(systems(both).values()) == {"Be brief"} and str(both).count("system prompt: Be brief") == 1
+    assert session.try_combination({"orders": 1.0}, "Hi", **FEW).columns[-1].system == "Be brief"
+
+
+def test_each_adapter_is_compared_with_its_own_system_prompt(session: Session, model: Any) -> None:
+    train(session, [chat()] * 2)
+    train(session, [chat("Ahoy")] * 2, adapter="pirate")
+    result = session.compare("Hi", **FEW)
+    assert systems(result) == {"base": "", "pirate": "Ahoy", "orders": "Be brief"}
+    assert "system prompt of pirate: Ahoy" in str(result) and "no system prompt of base" in str(result)
+    for name in ("pirate", "orders"):
+        assert result.answers[name] == (session.ask("Hi", adapter=name, **FEW).text,)
+    assert set(systems(session.compare("Hi", system="Sing", **FEW)).values()) == {"Sing"}
+
+
+def test_the_form_of_the_rows_is_saved_loaded_and_carried_along(session: Session, model: Any, tmp_path: Path) -> None:
+    train(session, [chat("Be  brief |x|")] * 2)
+    session.save(tmp_path / "a", name="orders")
+    assert "Trained with the chat template and the system prompt" in (tmp_path / "a" / "README.md").read_text()
+    other = Session()
+    loaded = other.load(tmp_path / "a", name="again", model=llama(), variable="model").model
+    assert other.ask("Hi", **FEW).system == "Be  brief |x|"
+    assert other.state.models[0].adapters[0].system == "Be  brief |x|"
+    other.rename("again", "renamed")
+    other.copy("renamed", "twin")
+    other.combine({"renamed": 1.0, "twin": 1.0}, as_name="sum")
+    other.delete("renamed")
+    other.undo()
+    for name in ("renamed", "twin", "sum"):
+        assert other.ask("Hi", adapter=name, **FEW).system == "Be  brief |x|"
+    other.swap(tmp_path / "a", into="sum")
+    assert prompt_format(loaded.manager.configs["sum"]) == PromptFormat(True, "Be  brief |x|")
+
+
+def test_plain_rows_are_asked_plainly_after_loading_too(session: Session, model: Any, tmp_path: Path) -> None:
+    train(session, [{"prompt": "Hi", "completion": " you"}] * 2)
+    session.save(tmp_path, name="orders")
+    other = Session()
+    kept = other.load(tmp_path, name="again", model=llama(), variable="model").model
+    assert prompt_format(kept.manager.configs["again"]) == PromptFormat(chat=False)
+    assert other.ask("Hi", **FEW).form == "chat template not applied"
+    assert "without a chat template" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rows", [[chat("a"), chat("b")], [chat("a"), chat("")]])
+def test_rows_with_different_system_prompts_give_no_default(session: Session, model: Any, rows: list[Any]) -> None:
+    result = train(session, rows)
+    assert "the adapter has no default system prompt" in result.message
+    assert session.ask("Hi", **FEW).system == ""
+    assert any("no default system prompt" in note for note in session.data(rows, CHAT).notes)
+
+
+def test_a_training_without_a_step_changes_nothing(session: Session, model: Any) -> None:
+    train(session, [chat()] * 2)
+    with pytest.raises(Exception, match="learning_rate"):
+        train(session, [chat("b")] * 2, learning_rate="x")
+    assert session.ask("Hi", **FEW).system == "Be brief"
+
+
+def test_conversations_are_asked_and_continued(session: Session, model: Any) -> None:
+    train(session, [chat()] * 2)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    first = session.ask(talk, **FEW)
+    assert first.prompt == "c" and first.system == "Be brief"
+    assert session.compare(talk, adapters=["orders"], **FEW).answers["orders"] == (first.text,)
+    assert session.compare([talk, talk], adapters=["orders"], **FEW).answers["orders"] == (first.text,) * 2
+    second = session.ask("d", go_on=True, **FEW)
+    whole = [*talk, {"role": "assistant", "content": first.text}, {"role": "user", "content": "d"}]
+    assert second.text == session.ask(whole, **FEW).text
+    own = [{"role": "system", "content": "Sing"}, *talk]
+    assert session.ask(own, **FEW).system == "Sing"
+    assert session.ask("d", go_on=True, **FEW).system == "Sing"
+    compared = session.compare(own, adapters=["orders"], **FEW)
+    assert systems(session.compare("d", adapters=["orders"], after=compared, **FEW)) == {
+        "base": "Sing",
+        "orders": "Sing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("Hi", {"system": "x", "chat": False}, "the chat template is not applied here"),
+        ("Hi", {"system": 3}, "system must be a text, not 3"),
+        (chat()["messages"], {}, r"messages\[:-1\]"),
+        (chat()["messages"][:-1], {"system": "x"}, "another system prompt already: Be brief"),
+        (chat()["messages"][:-1], {"system": ""}, "another system prompt already: Be brief"),
+        (chat(), {}, "a prompt is a text, or a conversation"),
+        ([{"content": "no role"}], {}, "a prompt is a text, or a conversation"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(
+    session: Session, model: Any, prompt: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(AdapterError, match=words) as raised:
+        session.ask(prompt, **FEW, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_that_refuses_a_system_prompt_is_one_line(session: Session, model: Any) -> None:
+    class NoSystem(CharTokenizer):
+        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+            if messages[0]["role"] == "system":
+                raise ValueError("System role not supported")
+            return super().apply_chat_template(messages, **options)
+
+    with pytest.raises(AdapterError, match="the chat template refuses the prompt: System role not supported"):
+        session.ask("Hi", system="x", tokenizer=NoSystem("yes"))
