@@ -373,7 +373,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
             block.enter_context(selective_recompute(model, verify=False))
             if setting.on_cpu:
                 block.enter_context(grouped_heads(model))
-        with chunked_head(model, setting.loss_chunk_size), without_logits(model):
+        with chunked_head(model, setting.loss_chunk_size, sampled=True), without_logits(model):
             output = _output(model, setting, batch)
         loss = getattr(output, "loss", None)
         if loss is None:
