@@ -49,7 +49,7 @@ _WRAPS = {
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
 _HISTOGRAM = 64
-_NAME, _PROSE = 84, 190
+_NAME, _PROSE = 84, 150
 """Least width of a table's first column, and of columns with sentences, in pixels."""
 _CELL, _LEAST_CELL = 16, 5
 """Width of a heat map's cell in pixels, and the least width to which it shrinks if there is not enough room."""
@@ -63,7 +63,7 @@ def _shade(angle: int, edge: str, colour: str, whole: str, width: int, attachmen
 
 
 _PAPER, _SHADOW = "var(--jp-layout-color0, transparent)", "rgba(128,128,128,.5)"
-_SCROLLS = "overflow-x:auto;background:" + ",".join(
+SCROLLS = "overflow-x:auto;background:" + ",".join(
     (
         *(_shade(angle, edge, _PAPER, "40%", 40, "local") for angle, edge in ((90, "0"), (270, "100%"))),
         *(_shade(angle, edge, _SHADOW, "0%", 12, "scroll") for angle, edge in ((90, "0"), (270, "100%"))),
@@ -213,7 +213,7 @@ def _(block: blocks.Table) -> str:
         )
         rows.append(f'<tr style="background:transparent">{"".join(cells)}</tr>')
     return (
-        f'<div style="{_SCROLLS}">'
+        f'<div style="{SCROLLS}">'
         '<table style="border-collapse:collapse;table-layout:auto;width:100%;margin:8px 0 0;font-size:13px;'
         'overflow-wrap:normal">'
         f"<thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -324,7 +324,7 @@ def _(block: blocks.HeatMap) -> str:
         for name, cells in block.rows
     )
     grid = "display:grid;grid-template-columns:max-content minmax(0,1fr);row-gap:2px;align-items:center"
-    return f'<div style="{grid};margin-top:10px;{_SCROLLS}">{rows}</div>'
+    return f'<div style="{grid};margin-top:10px;{SCROLLS}">{rows}</div>'
 
 
 def _least_width(cells: Sequence[object]) -> int:

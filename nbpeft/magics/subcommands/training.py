@@ -9,7 +9,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, refuse_fields, subcommand
+from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, TOKENIZER, refuse_fields, subcommand
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -80,9 +80,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     DATA,
     EVAL,
     COLUMNS,
-    argument(
-        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="required unless the rows are tokenised"
-    ),
+    TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
@@ -97,7 +95,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
     ),
     argument("--sample", action="append", metavar="PROMPT", help="answer this prompt during training; may be repeated"),
-    argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five per run)"),
+    argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five times per run)"),
     *PROCESSES,
     TRAINER,
     argument("--background", "-b", action="store_true", help="train in the background: the cell returns at once"),

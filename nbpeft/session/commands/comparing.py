@@ -203,7 +203,7 @@ class _Answering:
         if len(prompts) != 1 or len(after.prompts) != 1:
             raise AdapterError("a conversation continues with one prompt at a time")
         if not (self._batch.chat and after.chat):
-            raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
+            raise AdapterError("a conversation needs the chat template, which is not applied here: start a new one")
         self._prompt, columns = prompts[0], {column.title: column for column in after.columns}
         for place, column in enumerate(self._columns):
             before = columns.get(column.title)

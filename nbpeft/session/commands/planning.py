@@ -36,7 +36,7 @@ _SETTINGS = (
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
 )
 _WHOLE_NOTE = "logits are counted as a whole, which nbpeft's own Trainer computes in chunks"
-_CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
+_CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
 
 def plan_memory(

@@ -77,7 +77,7 @@ class FourierFTConfig(LayersConfig):
     FourierFTConfig,
     peft_type="FOURIERFT",
     label="FourierFT",
-    when="very small files: some numbers a layer, whatever its size",
+    when="very small files: a fixed number of values per layer, whatever its size",
     paper="arXiv:2405.03003",
     default_targets=usual_unfused_targets,
     summary=lambda config: {"frequencies": str(config.n_frequency)},

@@ -97,7 +97,7 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
     ShiraConfig,
     peft_type="SHIRA",
     label="SHiRA",
-    when="few entries of each weight: adapters that hardly touch each other",
+    when="several adapters that should not interfere: each trains few entries of a weight",
     paper="arXiv:2406.13175",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},

@@ -94,7 +94,7 @@ class SupertuningConfig(LayersConfig):
     SupertuningConfig,
     peft_type="SUPERTUNING",
     label="Super-Tuning",
-    when="as SHiRA, with the entries that matter most; together with a LoRA if needed",
+    when="like SHiRA, with entries chosen by magnitude; optionally together with LoRA",
     paper="arXiv:2607.09287",
     default_targets=usual_targets,
     variant=lambda config: "" if config.r is None else "Supra",

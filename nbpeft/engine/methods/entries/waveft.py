@@ -224,7 +224,7 @@ def _coiflet(order: int) -> NDArray[np.float64]:
     WaveFTConfig,
     peft_type="WAVEFT",
     label="WaveFT",
-    when="as FourierFT, with changes that stay local: pictures of one subject",
+    when="like FourierFT, with localized changes: images of one subject",
     paper="arXiv:2505.12532",
     default_targets=usual_unfused_targets,
     summary=lambda config: {"coefficients": str(config.n_frequency), "wavelet": config.wavelet_family},

@@ -52,7 +52,7 @@ def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
 @register(
     LoraConfig,
     label="LoRA",
-    when="the usual choice: every tool and every server takes it",
+    when="the usual choice: every tool and inference server supports it",
     paper="arXiv:2106.09685",
     applies=lambda config: not config.variant,
     variant=_variant,

@@ -64,7 +64,7 @@ class C3AConfig(LayersConfig):
     C3AConfig,
     peft_type="C3A",
     label="C3A",
-    when="a high rank from few parameters, where blocks divide the layers",
+    when="high rank from few parameters; the block size must divide the layer's sizes",
     paper="arXiv:2407.19342",
     default_targets=usual_unfused_targets,
     summary=lambda config: {"block": str(config.block_size)},

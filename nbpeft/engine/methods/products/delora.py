@@ -79,7 +79,7 @@ class DeloraConfig(LayersConfig):
     DeloraConfig,
     peft_type="DELORA",
     label="DeLoRA",
-    when="as LoRA, with a bound on how far each layer may move",
+    when="like LoRA, with a limit on how far each layer can move; robust learning rates",
     paper="arXiv:2503.18225",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},

@@ -82,7 +82,7 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
     GloraConfig,
     peft_type="GLORA",
     label="GLoRA",
-    when="as LoRA, where weights should be scaled and biases learn too",
+    when="like LoRA, but also scales weights and trains biases",
     paper="arXiv:2306.07967",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "AB": config.config_A_B, "C": config.config_C, "DE": config.config_D_E},

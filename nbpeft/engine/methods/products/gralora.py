@@ -86,7 +86,7 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
     GraloraConfig,
     peft_type="GRALORA",
     label="GraLoRA",
-    when="as LoRA with a high rank, for the parameters of a lower one",
+    when="a higher rank than LoRA with the same number of parameters",
     paper="arXiv:2505.20355",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "k": str(config.gralora_k), "α": f"{config.alpha:g}"},

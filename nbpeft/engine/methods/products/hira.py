@@ -64,7 +64,7 @@ class HiraConfig(LayersConfig):
     peft_type="HIRA",
     label="HiRA",
     paper="https://openreview.net/forum?id=TwJrTz9cRS",
-    when="much to learn: a high rank for LoRA's parameters",
+    when="hard tasks: a high-rank change with as many parameters as LoRA",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

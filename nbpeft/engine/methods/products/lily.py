@@ -92,7 +92,7 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
     LilyConfig,
     peft_type="LILY",
     label="Lily",
-    when="many layers that learn alike: they share factors of a higher rank",
+    when="layers that share factors, and so afford a higher rank",
     paper="arXiv:2407.09946",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},

@@ -58,7 +58,7 @@ class LoHaConfig(RankedConfig):
     LoHaConfig,
     peft_type="LOHA",
     label="LoHa",
-    when="a high rank from few parameters; images",
+    when="high rank from few parameters; common for image models",
     paper="arXiv:2108.06098",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},

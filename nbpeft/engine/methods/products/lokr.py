@@ -92,7 +92,7 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
     LoKrConfig,
     peft_type="LOKR",
     label="LoKr",
-    when="very small files; images",
+    when="very small files; common for image models",
     paper="arXiv:2212.10650",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},

@@ -63,7 +63,7 @@ class MissConfig(LayersConfig):
     MissConfig,
     peft_type="MISS",
     label="MiSS",
-    when="LoRA's memory, for about half of its parameters at the same rank",
+    when="about half of LoRA's parameters at the same rank, with the same memory",
     paper="arXiv:2409.15371",
     default_targets=usual_targets,
     variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),

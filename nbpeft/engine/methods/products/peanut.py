@@ -95,7 +95,7 @@ def _activations() -> Any:
     PeanutConfig,
     peft_type="PEANUT",
     label="PEANuT",
-    when="changes that follow from the weights themselves",
+    when="changes that a small network computes from the weights themselves",
     paper="arXiv:2410.01870",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},

@@ -81,7 +81,7 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
     peft_type="POLY",
     draws_in_training=True,
     label="Polytropon",
-    when="several tasks that need some of the same skills; a new task learns which",
+    when="multi-task training: tasks share skills, and a new task learns how to mix them",
     paper="arXiv:2202.13914",
     default_targets=usual_targets,
     summary=lambda config: {

@@ -268,7 +268,7 @@ class SubspaceAllocator(Allocator):
     AdamssConfig,
     peft_type="ADAMSS",
     label="AdaMSS",
-    when="few numbers in each part of a weight; may train fewer and fewer of them",
+    when="few parameters per cluster of a weight; can reduce their number in training",
     paper="https://openreview.net/forum?id=8ZdWmpYxT0",
     default_targets=usual_targets,
     summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},

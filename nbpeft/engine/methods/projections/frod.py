@@ -315,7 +315,7 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
     FrodConfig,
     peft_type="FROD",
     label="FRoD",
-    when="a full rank from few numbers: fast to converge, slow to put in",
+    when="full rank from few parameters: fast convergence, slow to add",
     paper="https://doi.org/10.1609/aaai.v40i31.39813",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"sparse": f"{config.sparse_rate:g}"},

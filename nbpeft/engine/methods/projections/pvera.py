@@ -141,7 +141,7 @@ class WideProjections(Projections):
     peft_type="PVERA",
     draws_in_training=True,
     label="PVeRA",
-    when="as VeRA, where adapters shall not be too sure of few examples",
+    when="like VeRA, for few examples: a probabilistic version that avoids overconfidence",
     paper="arXiv:2512.07703",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},

@@ -140,7 +140,7 @@ def _sparse_bases(
     RandLoraConfig,
     peft_type="RANDLORA",
     label="RandLoRA",
-    when="a full rank from few trained numbers",
+    when="full rank from few parameters",
     paper="arXiv:2502.00987",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.randlora_alpha:g}"},

@@ -150,7 +150,7 @@ class TinyVectors(SharedState):
     TinyLoraConfig,
     peft_type="TINYLORA",
     label="TinyLoRA",
-    when="a dozen trained numbers for a whole model, as reinforcement learning needs",
+    when="reinforcement learning: about a dozen parameters for a whole model",
     paper="arXiv:2602.04118",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "u": str(config.u)},

@@ -170,7 +170,7 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
     UniLoraConfig,
     peft_type="UNILORA",
     label="Uni-LoRA",
-    when="a file of some hundred numbers for all low-rank factors of a model",
+    when="tiny files: some hundred parameters for all low-rank factors of a model",
     paper="arXiv:2506.00799",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "d": str(config.theta_d_length)},

@@ -196,7 +196,7 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
     VBLoRAConfig,
     peft_type="VBLORA",
     label="VB-LoRA",
-    when="the smallest files of many adapters: vectors from one bank",
+    when="very many adapters: the smallest files, vectors from a shared bank",
     paper="arXiv:2405.15179",
     default_targets=usual_wide_targets,
     summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},

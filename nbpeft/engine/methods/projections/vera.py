@@ -53,7 +53,7 @@ class VeraProjections(Projections):
     VeraConfig,
     peft_type="VERA",
     label="VeRA",
-    when="very many adapters of one model: two vectors a layer in each file",
+    when="very many adapters of one model: two vectors per layer in each file",
     paper="arXiv:2310.11454",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},

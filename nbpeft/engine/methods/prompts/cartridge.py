@@ -79,7 +79,7 @@ def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[st
     smaller=lambda config: config.copy(
         num_virtual_tokens=max(1, config.num_frozen_tokens, config.num_virtual_tokens // 2)
     ),
-    when="many questions about one long text: its keys and values are learned once",
+    when="many questions about one long text: a trained KV cache takes its place",
     paper="arXiv:2506.06266",
     listed_with={"num_virtual_tokens": 20},
     sample_configs={

@@ -135,7 +135,7 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "tokens": str(config.num_virtual_tokens),
         "ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}",
     },
-    when="few examples, as in in-context learning, which overfitting would spoil",
+    when="few examples: starts from in-context examples and avoids overfitting",
     paper="arXiv:2410.17222",
     listed_with={"task_type": "CAUSAL_LM"},
     sample_configs={

@@ -92,7 +92,7 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
         "r": str(config.num_ranks),
     },
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="several tasks that have much in common, and little data for each",
+    when="several related tasks with little data each",
     paper="arXiv:2303.02861",
     listed_with={"num_virtual_tokens": 20},
     sample_configs={"two-tasks": {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 2}},

@@ -86,7 +86,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         ),
     },
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="prompts that learn slowly by themselves, as of small models",
+    when="small models, where plain prompt tuning learns slowly",
     paper="arXiv:2103.10385",
     listed_with={"num_virtual_tokens": 20},
     sample_configs={

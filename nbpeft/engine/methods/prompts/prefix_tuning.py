@@ -63,7 +63,7 @@ class PrefixTuningConfig(CachedPrefixConfig):
         {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
     ),
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="generation: it steers every layer, and the input keeps its length",
+    when="generation tasks: steers every layer, and the input keeps its length",
     paper="arXiv:2101.00190",
     listed_with={"num_virtual_tokens": 20},
     sample_configs={

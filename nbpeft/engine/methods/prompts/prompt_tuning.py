@@ -40,7 +40,7 @@ class PromptTuningConfig(InitialisedPromptConfig):
     label="prompt tuning",
     summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-    when="large models and many tasks: a few tokens each, and no layer changes",
+    when="large models with many tasks: a few tokens per task, no layer changes",
     paper="arXiv:2104.08691",
     listed_with={"num_virtual_tokens": 20},
     sample_configs={

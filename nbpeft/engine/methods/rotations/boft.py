@@ -102,7 +102,7 @@ _LARGEST_EXPONENT = 24
     BOFTConfig,
     peft_type="BOFT",
     label="BOFT",
-    when="as OFT, with every input turned against every other",
+    when="like OFT, but every input can be rotated against every other one",
     paper="arXiv:2311.06243",
     default_targets=usual_targets,
     summary=lambda config: (

@@ -55,7 +55,7 @@ class HRAConfig(LayersConfig):
     HRAConfig,
     peft_type="HRA",
     label="HRA",
-    when="as OFT, for fewer parameters",
+    when="like OFT, with fewer parameters",
     paper="arXiv:2405.17484",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},

@@ -116,7 +116,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
     OFTConfig,
     peft_type="OFT",
     label="OFT",
-    when="keeping what the model knows: rotations leave the angles between outputs",
+    when="preserving the base model's knowledge: rotations keep angles between neurons",
     paper="arXiv:2306.07280",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)} if config.r else {"block": str(config.oft_block_size)},

@@ -127,7 +127,7 @@ class PsoftConfig(LayersConfig):
     PsoftConfig,
     peft_type="PSOFT",
     label="PSOFT",
-    when="as OFT, in the directions that matter alone: few numbers",
+    when="like OFT, with few parameters: rotates only a weight's main directions",
     paper="https://openreview.net/forum?id=FSHrinMArK",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},

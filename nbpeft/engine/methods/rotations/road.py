@@ -63,7 +63,7 @@ class RoadConfig(LayersConfig):
     RoadConfig,
     peft_type="ROAD",
     label="RoAd",
-    when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
+    when="like (IA)³, but also rotates outputs; fast steps",
     paper="arXiv:2409.00119",
     default_targets=usual_targets,
     summary=lambda config: {"variant": config.variant, "group": str(config.group_size)},

@@ -129,7 +129,7 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     label="ShadowPEFT",
     summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
     smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,
-    when="a small model is wanted, too: it steers the large one, and can be taken out",
+    when="if a small model is wanted as well: it steers the large one and can be detached",
     paper="arXiv:2604.19254",
     sample_configs={"one-layer": {"shadow_num_hidden_layers": 1, "shadow_alpha": 1.0}},
     calls=CallInputs(context=lambda config, args, kwargs: None),

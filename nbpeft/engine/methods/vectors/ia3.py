@@ -191,7 +191,7 @@ def _vector_of(path: str, member: Member) -> Tensor:
     IA3Config,
     peft_type="IA3",
     label="(IA)³",
-    when="few rows to learn from, and very few parameters",
+    when="few training rows; very few parameters",
     paper="arXiv:2205.05638",
     default_targets=lambda model_type: found[0] if (found := _usual(model_type)) else None,
     summary=lambda config: {"vectors": _scaled(config)},

@@ -110,7 +110,7 @@ class LNTuningConfig(LayersConfig):
     LNTuningConfig,
     peft_type="LN_TUNING",
     label="LN tuning",
-    when="norms alone: very few parameters, and nothing added to the model",
+    when="very few parameters: trains only norms, and adds nothing to the model",
     paper="arXiv:2312.11420",
     default_targets=lambda model_type: _TARGETS.get(model_type or ""),
     summary=lambda config: {"trains": "norms"},

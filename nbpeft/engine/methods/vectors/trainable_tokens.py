@@ -142,7 +142,7 @@ class _Companion:
     TrainableTokensConfig,
     peft_type="TRAINABLE_TOKENS",
     label="trainable tokens",
-    when="new tokens, and nothing else of the model",
+    when="new tokens: trains only their embeddings",
     listed_with={"token_indices": [0]},
     summary=lambda config: {"tokens": str(len(config.token_indices))},
     sample_configs={"tokens": {"token_indices": [0, 2, 5]}},

@@ -344,7 +344,7 @@ def _distance(matrix: Tensor) -> Tensor:
     AdaLoraConfig,
     peft_type="ADALORA",
     label="AdaLoRA",
-    when="where ranks should differ by layer: it shares them out as it trains",
+    when="a fixed budget of ranks, which training distributes among the layers",
     paper="arXiv:2303.10512",
     listed_with={"total_step": 1000},
     default_targets=lambda model_type: _ROBERTA if model_type == "roberta" else usual_wide_targets(model_type),

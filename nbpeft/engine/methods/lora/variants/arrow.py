@@ -66,7 +66,7 @@ def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[
 @register(
     LoraConfig,
     label="Arrow",
-    when="adapters of several tasks at once: each token takes those that suit it",
+    when="routing each token among the existing adapters of several tasks",
     paper="arXiv:2405.11157",
     listed_with={"arrow_config": {}},
     applies=lambda config: config.variant == "arrow_config",

@@ -37,7 +37,7 @@ _CANCELLATION = 1e-2
 @register(
     LoraConfig,
     label="DoRA",
-    when="low ranks, where it learns a little more than LoRA, at a slower step",
+    when="low ranks: slightly better than LoRA, at slower steps",
     paper="arXiv:2402.09353",
     listed_with={"use_dora": True},
     applies=lambda config: config.variant == "use_dora",

@@ -62,7 +62,7 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
 @register(
     LoraConfig,
     label="KaSA",
-    when="as LoRA, learned as singular values in the place of the base's smallest",
+    when="like LoRA, but trains singular values that replace the weight's smallest ones",
     paper="arXiv:2412.06071",
     listed_with={"kasa_config": {}},
     applies=lambda config: config.variant == "kasa_config",

@@ -19,7 +19,7 @@ from nbpeft.engine.methods.lora.lora import LoRA
 @register(
     LoraConfig,
     label="MiCA",
-    when="half of LoRA's parameters, in directions that the base makes little use of",
+    when="half of LoRA's parameters, in directions that the base model uses least",
     paper="arXiv:2604.01694",
     listed_with={"init_lora_weights": "mica"},
     applies=lambda config: config.variant == "mica",

@@ -152,7 +152,7 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
     LoraConfig,
     draws_in_training=True,
     label="MonteCLoRA",
-    when="small data: A is trained together with how sure it is",
+    when="small datasets: also learns the uncertainty of the factor A",
     paper="arXiv:2411.04358",
     listed_with={"monteclora_config": {}},
     applies=lambda config: config.variant == "monteclora_config",

@@ -37,7 +37,7 @@ _NOT_DROPPED = Dropout(0.0, False)
 @register(
     LoraConfig,
     label="QALoRA",
-    when="a smaller first factor: it sees groups of inputs, as a quantized weight does",
+    when="quantized models: a smaller first factor, which sees groups of inputs",
     paper="arXiv:2309.14717",
     listed_with={"use_qalora": True},
     applies=lambda config: config.variant == "use_qalora",

@@ -55,7 +55,7 @@ def normalised(direction: Tensor) -> Tensor:
 @register(
     LoraConfig,
     label="VeLoRA",
-    when="long sequences: of a layer's input a training step keeps a fraction",
+    when="long sequences: only a part of each layer's input is kept for backward",
     paper="arXiv:2405.17991",
     listed_with={"velora_config": {}},
     applies=lambda config: config.variant == "velora_config",
