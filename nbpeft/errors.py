@@ -161,11 +161,25 @@ class MissingPackageError(NbpeftError, ImportError):
     """An optional dependency that this feature needs is not installed."""
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """An interruption (Ctrl-C, the kernel's stop button) ended a training run.
+class Interrupted(KeyboardInterrupt):
+    """An interruption (Ctrl-C, the kernel's stop button) ended a command.
 
-    It is raised after the run was ended cleanly, so that the notebook does not run the cells queued after it. A
-    notebook shows it as one line instead of a traceback.
+    It keeps the notebook from running the cells queued after it. A notebook shows it as one line instead of a
+    traceback.
+
+    Args:
+        message: one line about what was interrupted.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class TrainingInterrupted(Interrupted):
+    """An interruption ended a training run. It is raised after the run was ended cleanly.
 
     Args:
         message: one line that says what happened to the trained weights.
@@ -175,9 +189,6 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
         self.result = result
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
 
 
 class CellError(NbpeftError, ValueError):

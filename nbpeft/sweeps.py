@@ -52,6 +52,8 @@ _SHORT = {
 }
 """Abbreviations of fields in adapter names; empty if the value is clear without the field."""
 _LONGEST = 24
+_SEPARATOR = re.compile(r"(?<!\de)-")
+"""Separates the parts of an adapter's name; the minus of an exponent, as in ``lr1e-4``, does not."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,8 @@ def names_of(stem: str, combined: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def stem_of(names: Iterable[str]) -> str:
     """Returns the common stem of a sweep's names: ``codes`` for ``codes-lr1e-4`` and ``codes-lr3e-4``."""
-    first, *others = names
-    while first and not all(name.startswith(f"{first}-") for name in others):
-        first = first.rpartition("-")[0]
-    return first
+    parts = zip(*(_SEPARATOR.split(name) for name in names), strict=False)
+    return "-".join(part for part, *_ in itertools.takewhile(lambda same: len(set(same)) == 1, parts))
 
 
 def _label(name: str, value: Any) -> str:

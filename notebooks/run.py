@@ -7,6 +7,7 @@ tells what it showed. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def main() -> int:
         print(f"\n{problem}", file=sys.stderr)
         return 1
     if arguments.lab:
-        return call([str(python), "-m", "jupyterlab", str(notebook)])
+        return call([str(python), "-m", "jupyterlab", str(notebook), *as_root()])
     environment.ARTIFACTS.mkdir(exist_ok=True)
     script = str(NOTEBOOKS / "execute.py")
     return call([str(python), script, str(notebook), str(environment.ARTIFACTS), "--timeout", str(arguments.timeout)])
@@ -61,6 +62,11 @@ def find(name: str) -> Path | None:
     exact = [path for path in notebooks() if path.stem == wanted]
     begins = [path for path in notebooks() if path.stem.startswith(wanted)]
     return next(iter(exact or begins), None)
+
+
+def as_root() -> list[str]:
+    """The option without which JupyterLab refuses to start as root, which is the usual user of a container."""
+    return ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
 
 
 def call(command: list[str]) -> int:

@@ -192,5 +192,5 @@ def test_a_run_on_another_base_or_of_tomorrow_is_not_taken(stopped: Notebook, pl
         save_file(load_file(weights), weights)  # without the mark of its base
     stopped.do("%lora delete sql")
     told = stopped.run("%lora resume sql-1").line
-    assert told.startswith("run sql-1 does not go on on this model: the adapter does not say which base model")
+    assert told.startswith("cannot resume sql-1 on this model: the adapter does not say which base model")
     assert stopped["model"].manager.names == ()

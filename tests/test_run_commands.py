@@ -57,6 +57,17 @@ def test_an_old_python_can_parse_what_tells_it_that_it_is_old(path: str) -> None
     }
 
 
+@pytest.mark.parametrize(("user", "options"), [(0, ["--allow-root"]), (1000, [])])
+def test_the_lab_starts_as_root_too(monkeypatch: pytest.MonkeyPatch, user: int, options: list[str]) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(notebook_run.os, "geteuid", lambda: user, raising=False)
+    monkeypatch.setattr(notebook_run.environment, "ensure", lambda extra: Path("python"))
+    monkeypatch.setattr(notebook_run, "call", lambda command: called.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--lab"])
+    assert notebook_run.main() == 0
+    assert called[0][4:] == options
+
+
 def test_an_old_python_is_told_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 9, 2, "final", 0))
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)

@@ -54,6 +54,8 @@ def test_the_names_of_a_sweep_tell_what_they_have_in_common() -> None:
     assert stem_of(["codes-lr1e-4", "codes-lr3e-4"]) == "codes"
     assert stem_of(["a-b-r8", "a-b-r64"]) == "a-b"
     assert stem_of(["chat", "sql"]) == ""
+    assert stem_of(["c-lr1e-4", "c-lr1e-3"]) == "c"  # a minus in an exponent separates nothing
+    assert stem_of(["c-r8-lr1e-4", "c-r8-lr5e-4"]) == "c-r8"
 
 
 @pytest.mark.parametrize("value", [1e-4, 3e-4, 0.05, 8, 64.0, 0.0, 1.5, 1e30, 1 / 3])

@@ -18,7 +18,7 @@ from nbpeft.display.numbers import percent, plural
 from nbpeft.state import Curve, MemoryPart, TrainState
 
 Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning", "code"]
-Wrap = Literal["", "names", "never", "cut", "as is"]
+Wrap = Literal["", "names", "never", "words", "cut", "as is"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Text:
         text: plain text.
         tone: its emphasis or colour.
         tooltip: further text, shown on hover.
-        wrap: ``names``: may wrap after underscores and slashes; ``never``; ``cut``: an ellipsis in the middle if there
-            is not enough room; ``as is``: line breaks are kept.
+        wrap: ``names``: may wrap after underscores and slashes; ``never``; ``words``: wraps also in a column of
+            figures; ``cut``: an ellipsis in the middle if there is not enough room; ``as is``: line breaks are kept.
         href: URL that it links to.
         curve: index of a curve in a chart; a swatch of its colour is shown before the text.
     """
@@ -41,6 +41,17 @@ class Text:
     wrap: Wrap = ""
     href: str = ""
     curve: int | None = None
+
+
+@dataclass(frozen=True)
+class Spark(Text):
+    """A curve as large as a word; ``text`` describes it.
+
+    Attributes:
+        points: the values by step.
+    """
+
+    points: Curve = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ class Table:
         right: indices of columns with figures, which are right-aligned and never wrapped.
         marked: indices of rows that are highlighted at their left edge.
         first: width of the first column in percent; 0 for automatic.
+        prose: indices of columns with sentences, which keep a readable width; the table scrolls then.
     """
 
     head: tuple[str, ...]
@@ -107,6 +119,7 @@ class Table:
     right: tuple[int, ...] = ()
     marked: tuple[int, ...] = ()
     first: int = 0
+    prose: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ TOP, BOTTOM = 18, 38
 RIGHT = 1.0
 """Margin to the right of the curves in percent of the width."""
 _SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
+_SPARK_WIDTH, _SPARK_HEIGHT = 84, 22
 _SMOOTHING = 0.9
 _DECADES = 100.0
 """A larger ratio of the largest to the smallest value is drawn on a logarithmic axis."""
@@ -270,19 +271,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
     ended = train.status in ENDED
     style = NEUTRAL if ended else THEME
     points = decimate(_finite(curve), 60)
-    first, end = _begin(train), _end(train)
-    low, high = min(value for _, value in points), max(value for _, value in points)
-    span = high - low
-    placed = [
-        (
-            (step - first) / max(end - first, 1.0) * _SMALL_WIDTH,
-            _SMALL_HEIGHT - 3 - ((value - low) / span if span > 0 else 0.5) * (_SMALL_HEIGHT - 6),
-        )
-        for step, value in points
-    ]
-    if len(placed) == 1:
-        placed.append((placed[0][0] + 2, placed[0][1]))
-    corners = " ".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+    corners = _corners(points, _begin(train), _end(train), _SMALL_WIDTH, _SMALL_HEIGHT)
     box = f'width="{_SMALL_WIDTH}" height="{_SMALL_HEIGHT}"'
     shape = f"display:block;width:100%;height:{_SMALL_HEIGHT}px;margin:0"
     svg = (
@@ -293,6 +282,43 @@ def small_chart(curve: Curve, train: TrainState) -> str:
         f'vector-effect="non-scaling-stroke" style="stroke:{style.line}"/></svg>'
     )
     return f'<img src="{_data_uri(svg)}" {box} alt="" style="{shape}">' if ended else svg
+
+
+def spark_image(curve: Curve, words: str) -> str:
+    """Returns a curve as large as a word, as a self-contained ``<img>``.
+
+    Args:
+        curve: the values; empty text is returned if none is finite.
+        words: description for screen readers and as a tooltip.
+    """
+    points = decimate(_finite(curve), _SPARK_WIDTH // 2)
+    if not points:
+        return ""
+    corners = _corners(points, points[0][0], points[-1][0], _SPARK_WIDTH, _SPARK_HEIGHT)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_SPARK_WIDTH}" height="{_SPARK_HEIGHT}">'
+        f'<path d="M{corners}" fill="none" stroke-width="1.5" stroke-linejoin="round" stroke="{NEUTRAL.line}"/></svg>'
+    )
+    return (
+        f'<img src="{_data_uri(svg)}" width="{_SPARK_WIDTH}" height="{_SPARK_HEIGHT}" alt="{escape(words)}" '
+        f'title="{escape(words)}" style="display:block;max-width:none;margin:0">'
+    )
+
+
+def _corners(points: Sequence[Point], first: float, end: float, width: int, height: int) -> str:
+    """Returns a curve that fills a box, as the points of an SVG path."""
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    span = high - low
+    placed = [
+        (
+            (step - first) / max(end - first, 1.0) * width,
+            height - 3 - ((value - low) / span if span > 0 else 0.5) * (height - 6),
+        )
+        for step, value in points
+    ]
+    if len(placed) == 1:
+        placed.append((placed[0][0] + 2, placed[0][1]))
+    return " ".join(f"{x:.1f} {y:.1f}" for x, y in placed)
 
 
 def describe(train: TrainState) -> str:

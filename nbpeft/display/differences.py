@@ -22,14 +22,14 @@ def differences(text: str, reference: str) -> tuple[Runs, str]:
         reference: the text to compare with.
 
     Returns:
-        The text in runs; and ``same``, ``other answer`` (nothing is marked then) or the empty string.
+        The text in runs; and ``same``, ``differs`` (nothing is marked then) or the empty string.
     """
     plain = ((text, False),)
     if text.split() == reference.split():
         return plain, "same"
     new, old = _PIECES.findall(text), _PIECES.findall(reference)
     if _likeness(new, old) < _ALIKE:
-        return plain, "other answer" if text and reference else ""
+        return plain, "differs" if text and reference else ""
     return _runs(new, old), ""
 
 

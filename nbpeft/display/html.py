@@ -6,7 +6,7 @@ All styles are inline, because JupyterLab removes style sheets from notebooks th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import singledispatch
 from html import escape
@@ -21,6 +21,7 @@ from nbpeft.display.charts import (
     loss_image,
     loss_left,
     small_chart,
+    spark_image,
 )
 from nbpeft.display.memory import label, part_message
 from nbpeft.display.numbers import count, plural, size
@@ -41,19 +42,37 @@ _TONES = {
 }
 _WRAPS = {
     "never": "white-space:nowrap",
+    "words": "white-space:normal",
     "cut": "display:flex;white-space:pre;min-width:0",
     "as is": "white-space:pre-wrap;overflow-wrap:anywhere",
 }
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
 _HISTOGRAM = 64
-_NARROWEST = 64
-"""Minimum width of a table's first column in pixels; a table that is too wide can be scrolled."""
-_CELL = 16
-"""Size of a heat map's cell in pixels."""
+_NAME, _PROSE = 84, 150
+"""Least width of a table's first column, and of columns with sentences, in pixels."""
+_CELL, _LEAST_CELL = 16, 5
+"""Width of a heat map's cell in pixels, and the least width to which it shrinks if there is not enough room."""
 _TAIL = 8
 """Number of characters at the end of a name that are always shown."""
 _ELLIPSIS = "overflow:hidden;text-overflow:ellipsis"
+
+
+def _shade(angle: int, edge: str, colour: str, whole: str, width: int, attachment: str) -> str:
+    return f"linear-gradient({angle}deg,{colour} {whole},transparent) {edge} 0/{width}px 100% no-repeat {attachment}"
+
+
+_PAPER, _SHADOW = "var(--jp-layout-color0, transparent)", "rgba(128,128,128,.5)"
+SCROLLS = "overflow-x:auto;background:" + ",".join(
+    (
+        *(_shade(angle, edge, _PAPER, "40%", 40, "local") for angle, edge in ((90, "0"), (270, "100%"))),
+        *(_shade(angle, edge, _SHADOW, "0%", 12, "scroll") for angle, edge in ((90, "0"), (270, "100%"))),
+    )
+)
+"""Style of a box that scrolls if its content is too wide: a shadow lies at an edge behind which there is more.
+
+The shadows stay at the edges; covers in the colour of the page scroll with the content and hide them at its ends.
+"""
 
 
 @singledispatch
@@ -82,6 +101,8 @@ def span(item: blocks.Span) -> str:
             f'<span style="{_TONES.get(item.tone, "")};font-weight:600;font-size:12px;white-space:nowrap;'
             f'border:1px solid currentColor;border-radius:10px;padding:1px 9px">{escape(item.text)}</span>'
         )
+    if isinstance(item, blocks.Spark):
+        return spark_image(item.points, item.text)
     if item.curve is not None:
         return _swatch(colour_of(item.curve)) + span(replace(item, curve=None))
     text = _broken(item.text) if item.wrap == "names" else _cut(item.text) if item.wrap == "cut" else escape(item.text)
@@ -174,27 +195,36 @@ def _(block: blocks.Details) -> str:
 @to_html.register
 def _(block: blocks.Table) -> str:
     def cell(tag: str, column: int, content: str, extra: str) -> str:
-        # Only the first column may shrink: in others, words would be broken after each letter.
-        align = "right;white-space:nowrap" if column in block.right else "left"
-        align += "" if column else f";overflow-wrap:anywhere;min-width:{_NARROWEST}px"
+        align = "left" if column not in block.right else "right;white-space:nowrap" if tag == "td" else "right"
         align += f";width:{block.first}%" if block.first and not column else ""
+        least = _PROSE if column in block.prose else _NAME if not column else 0
+        align += f";min-width:{least}px" if least else ""
         return (
             f'<{tag} style="text-align:{align};padding:3px 8px;border-bottom:1px solid {palette.BORDER};'
             f'background:transparent;{extra}">{content}</{tag}>'
         )
 
     faint = f"font-weight:500;color:{palette.DIM}"
-    titles = "".join(cell("th", column, escape(title), faint) for column, title in enumerate(block.head))
+    titles = "".join(cell("th", column, _broken(title), faint) for column, title in enumerate(block.head))
     rows = []
     for number, row in enumerate(block.rows):
         first = f"box-shadow:inset 3px 0 {palette.ACCENT};" if number in block.marked else ""
-        cells = (cell("td", column, _content(item), "" if column else first) for column, item in enumerate(row))
+        cells = (
+            cell("td", column, _content(_name(item) if not column else item), "" if column else first)
+            for column, item in enumerate(row)
+        )
         rows.append(f'<tr style="background:transparent">{"".join(cells)}</tr>')
     return (
-        '<div style="overflow-x:auto">'
-        '<table style="border-collapse:collapse;table-layout:auto;width:100%;margin:8px 0 0;font-size:13px">'
+        f'<div style="{SCROLLS}">'
+        '<table style="border-collapse:collapse;table-layout:auto;width:100%;margin:8px 0 0;font-size:13px;'
+        'overflow-wrap:normal">'
         f"<thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _name(item: blocks.Cell) -> blocks.Cell:
+    """Returns a cell of the first column, whose plain text may wrap after underscores."""
+    return blocks.Text(item, wrap="names") if isinstance(item, str) else item
 
 
 def _content(item: blocks.Cell) -> str:
@@ -291,15 +321,21 @@ def _marked(piece: str) -> str:
 def _(block: blocks.HeatMap) -> str:
     label = "font-size:12px;text-align:right;white-space:nowrap;padding-right:8px"
     rows = "".join(
-        f'<div style="{label}">{escape(name)}</div><div style="display:flex;gap:1px">{"".join(map(_heat, cells))}</div>'
+        f'<div style="{label}">{escape(name)}</div><div style="display:flex;gap:1px;min-width:{_least_width(cells)}px">'
+        f"{''.join(map(_heat, cells))}</div>"
         for name, cells in block.rows
     )
-    grid = "display:grid;grid-template-columns:max-content auto;row-gap:2px;align-items:center"
-    return f'<div style="{grid};margin-top:10px;overflow-x:auto">{rows}</div>'
+    grid = "display:grid;grid-template-columns:max-content minmax(0,1fr);row-gap:2px;align-items:center"
+    return f'<div style="{grid};margin-top:10px;{SCROLLS}">{rows}</div>'
+
+
+def _least_width(cells: Sequence[object]) -> int:
+    """Returns the width in pixels to which a row of a heat map can shrink."""
+    return len(cells) * (_LEAST_CELL + 1)
 
 
 def _heat(cell: tuple[float, str] | None) -> str:
-    shape = f"width:{_CELL}px;height:{_CELL}px;border-radius:2px;flex:none"
+    shape = f"width:{_CELL}px;height:{_CELL}px;border-radius:2px;flex:0 1 auto;min-width:0"
     if cell is None:
         return f'<div style="{shape}"></div>'
     value, tooltip = cell

@@ -6,7 +6,7 @@ tokens with labels, and of trained parameters of the head, are saved for backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def chunked_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     divisor: Tensor | float | None = None,
+    sampled: bool = False,
 ) -> Tensor:
     """Compute ``cross_entropy(head(hidden), targets, …)`` in chunks, without all logits in memory at once.
 
@@ -46,6 +47,7 @@ def chunked_cross_entropy(
         label_smoothing: share of the target probability that is distributed over all classes, 0 to 1.
         divisor: the number by which the caller will divide a sum, if known; bfloat16 gradients are rounded after the
             division then.
+        sampled: compute only the first two chunks and the last one: the others allocate the same memory as the second.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits); NaN for the mean of no rows.
@@ -62,7 +64,10 @@ def chunked_cross_entropy(
     total = count if weights is None else weights.sum()
     divisor = total if reduction == "mean" else divisor
     apply: Any = _ChunkedCrossEntropy.apply
-    loss: Tensor = apply(head, chunk_size, label_smoothing, divisor, targets, weights, hidden, *trained)
+    starts = range(0, count, chunk_size)
+    chosen = (*starts[:2], *starts[2:][-1:]) if sampled else starts
+    chunks = [slice(start, start + chunk_size) for start in chosen]
+    loss: Tensor = apply(head, chunks, label_smoothing, divisor, targets, weights, hidden, *trained)
     if reduction == "sum":
         return loss
     return loss / total if count else loss + float("nan")
@@ -78,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         head: Head,
-        chunk_size: int,
+        chunks: Sequence[slice],
         smoothing: float,
         divisor: Tensor | float | None,
         targets: Tensor,
@@ -93,8 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in trained]
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         ctx.divisor = None
-        for start in range(0, hidden.shape[0], chunk_size):
-            place = slice(start, start + chunk_size)
+        for place in chunks:
             rows = hidden[place].detach().requires_grad_(inside)
             with torch.set_grad_enabled(learns):
                 logits = head(rows)

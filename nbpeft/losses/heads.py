@@ -73,7 +73,11 @@ def check_chunk_size(size: object) -> int:
 
 @contextmanager
 def chunked_head(
-    model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE, divisor: Tensor | float | None = None
+    model: nn.Module,
+    chunk_size: int = LOSS_CHUNK_SIZE,
+    divisor: Tensor | float | None = None,
+    *,
+    sampled: bool = False,
 ) -> Iterator[ChunkedHead]:
     """Makes a language model compute its loss in chunks inside the block, in the thread that enters it.
 
@@ -84,6 +88,7 @@ def chunked_head(
             head are not changed.
         chunk_size: number of tokens whose logits are in memory at once; 0 does not change the model.
         divisor: the number by which a sum over tokens will be divided, if known.
+        sampled: skip chunks that allocate the same memory as another one, for a memory forecast; the loss is wrong.
 
     Yields:
         The settings, which also record whether a loss was computed in chunks.
@@ -91,7 +96,7 @@ def chunked_head(
     Raises:
         ConfigError: ``chunk_size`` is not an integer of at least 0.
     """
-    found = ChunkedHead(check_chunk_size(chunk_size), divisor)
+    found = ChunkedHead(check_chunk_size(chunk_size), divisor, sampled)
     head = None if not chunk_size or is_compiled(model) else _head_of(model)
     size = getattr(head, "out_features", None)
     if head is None or not isinstance(size, int):

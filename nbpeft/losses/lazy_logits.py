@@ -54,12 +54,14 @@ class ChunkedHead:
     Attributes:
         chunk_size: number of tokens whose logits may be in memory at once.
         divisor: the number by which a sum over tokens will be divided, if known; gradients are rounded after it.
+        sampled: whether chunks that allocate the same memory as another one are skipped.
         chunked: whether a loss was computed in chunks.
         needed_by: name of the first function that needed the logits with their data; empty if none did.
     """
 
     chunk_size: int
     divisor: Tensor | float | None = None
+    sampled: bool = False
     chunked: bool = False
     needed_by: str = ""
 
@@ -233,6 +235,7 @@ class LazyLogits(Tensor):
             weights=weights,
             chunk_size=self._settings.chunk_size,
             divisor=self._settings.divisor,
+            sampled=self._settings.sampled,
             **{name: values[name] for name in ("ignore_index", "reduction", "label_smoothing")},
         )
 

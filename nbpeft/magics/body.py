@@ -113,7 +113,8 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
         failure = in_one_line(error.msg)
     except NameError as error:
         name = getattr(error, "name", None) or ""
-        failure = f"name {name!r} is not defined.{did_you_mean(name, own_names(scope))}" if name else str(error)
+        hint = did_you_mean(name, own_names(scope)) or f" Text is written in quotes: {name!r}" if name else ""
+        failure = f"name {name!r} is not defined.{hint}" if name else str(error)
     except NbpeftError as error:
         failure = in_one_line(error)
     except Exception as error:

@@ -1,7 +1,7 @@
 """Rewrites the messages of the session in the notation of cells.
 
 The session names Python calls and arguments, ``session.use('sql')`` and ``(name=…)``. In a cell these are
-``%lora use sql`` and ``(name, --name)``.
+``%lora use sql`` and ``(--name)``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _with_model(name: re.Match[str]) -> str:
 
 
 def _with_option(argument: re.Match[str]) -> str:
-    """``(max_length=…)`` as ``(max_length, --max-length)``."""
-    return f"({argument[1]}, --{argument[1].replace('_', '-')})"
+    """``(max_length=…)`` as ``(--max-length)``."""
+    return f"(--{argument[1].replace('_', '-')})"
 
 
 def in_cell_spelling(said: Any) -> Any:

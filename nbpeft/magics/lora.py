@@ -12,7 +12,7 @@ from IPython.core.error import UsageError
 from IPython.display import display
 from traitlets import Enum, Unicode, observe
 
-from nbpeft.errors import CellError, NbpeftError, TrainingInterrupted, in_one_line
+from nbpeft.errors import CellError, Interrupted, NbpeftError, TrainingInterrupted, in_one_line
 from nbpeft.magics.body import excerpt, parse_body, with_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
 from nbpeft.magics.complete import CompletionSources, Values
@@ -118,7 +118,7 @@ class NbpeftMagics(magic.Magics):
         notebook.silent = silent
         if name == "lora" and cell is None:
             word, _, rest = line.strip().partition(" ")
-            if word in ("help", "-h", "--help"):
+            if word in ("help", "?", "-h", "--help"):
                 name = rest.strip().lstrip("%")
                 if f"lora_{name}" in CELLS and name not in SUBCOMMANDS:
                     name = f"lora_{name}"
@@ -127,7 +127,7 @@ class NbpeftMagics(magic.Magics):
                 if name in CELLS:
                     return command_help(CELLS[name], f"%%{name}")
                 line = f"{name} --help"
-            request = parse_line(line, SUBCOMMANDS, notebook.namespace)
+            request = parse_line(line, SUBCOMMANDS, notebook.namespace, cells=CELLS)
             if request is None:
                 return StatusReport(self.session.state)
             prog = f"%lora {request.command.name}"
@@ -150,12 +150,12 @@ class NbpeftMagics(magic.Magics):
 
         Raises:
             UsageError: the mistake, in one line (and the line of the cell it is in).
-            TrainingInterrupted: a run was interrupted; shown as one line, and the queued cells do not run.
+            Interrupted: the command was interrupted; shown as one line, and the queued cells do not run.
         """
         silent = (line if cell is None else cell).rstrip().endswith(";")
         if silent and cell is None:
             line = line.rstrip().rstrip(";")
-        interrupted: TrainingInterrupted | None = None
+        interrupted: Interrupted | None = None
         self.session.adopt(self.shell.user_ns)
         self._show_notices()
         try:
@@ -168,6 +168,9 @@ class NbpeftMagics(magic.Magics):
             self._keep_traceback(error)
         except TrainingInterrupted as error:
             interrupted = TrainingInterrupted(str(error), error.result)
+        except KeyboardInterrupt as error:
+            interrupted = Interrupted(f"{'%' if cell is None else '%%'}{name} was interrupted")
+            self._keep_traceback(error)
         except Exception as error:
             if name != "lora_train":  # in any other command an unexpected exception is a bug of nbpeft
                 raise

@@ -98,8 +98,12 @@ class NotebookContext:
             if not name.startswith("_") and is_module(value) and name not in known
         ]
 
-    def module(self, name: str) -> Any:
+    def module(self, name: str, *, base: str = "…") -> Any:
         """Return the model in a variable, bare or adapted.
+
+        Args:
+            name: the variable.
+            base: Hub id or folder of the model, for the message that no model was loaded yet.
 
         Raises:
             CellError: the variable is not defined, or is not a model; names variables that are.
@@ -108,7 +112,7 @@ class NotebookContext:
         if text not in self.namespace and text in self.session.names:  # no variable holds it any more
             return self.session.model(text)
         if text not in self.namespace:
-            raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text)}")
+            raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text, base)}")
         value = self.namespace[text]
         if not is_module(value):
             raise CellError(f"{text!r:.60} is {with_article(value)}, not a model.{self._models_instead(text)}")
@@ -307,12 +311,15 @@ class NotebookContext:
                 setattr(displayhook, attribute, None)
         forget_tracebacks(self.shell)
 
-    def _models_instead(self, name: str) -> str:
+    def _models_instead(self, name: str, base: str = "…") -> str:
         models = self.model_names()
         similar = near(name, models)
         if similar:
             return f" Did you mean {' or '.join(map(repr, similar))}?"
-        return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
+        if models:
+            return f" Models here: {', '.join(models)}."
+        load = f'{name} = AutoModelForCausalLM.from_pretrained("{base:.200}")'
+        return f" No variable holds a model yet: load one, e.g. with {load}"
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -213,7 +213,12 @@ def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
 
 
 def parse_line(
-    line: str, subcommands: Mapping[str, Subcommand], namespace: Mapping[str, Any], *, magic: str = "%lora"
+    line: str,
+    subcommands: Mapping[str, Subcommand],
+    namespace: Mapping[str, Any],
+    *,
+    magic: str = "%lora",
+    cells: Iterable[str] = (),
 ) -> Request | None:
     """Find the subcommand of a line and parse its arguments.
 
@@ -222,6 +227,7 @@ def parse_line(
         subcommands: the subcommands, by name.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
         magic: the magic, for messages.
+        cells: names of the cell magics, for messages.
 
     Returns:
         None for an empty line.
@@ -237,9 +243,40 @@ def parse_line(
         if name in namespace and is_module(namespace[name]):
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, subcommands)}"
-        raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(subcommands)}")
+        hint = _meant(name, magic, subcommands, cells) or f" {magic} help lists the commands"
+        raise CellError(f"{magic} has no command {name!r:.60}.{hint}")
     return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
+
+
+_USUAL = {
+    "list": "",
+    "ls": "",
+    "status": "",
+    "show": "",
+    "remove": "delete",
+    "rm": "delete",
+    "activate": "use",
+    "set": "use",
+    "enable": "on",
+    "disable": "off",
+    "generate": "ask",
+    "upload": "push",
+}
+"""Words that other tools use for a command; empty for the magic alone."""
+
+
+def _meant(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
+    """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
+    if name in _USUAL:
+        return f" Did you mean {f'{magic} {_USUAL[name]}'.strip()!r}?"
+    own = magic.lstrip("%")
+    forms = {word: word for word in subcommands}
+    forms |= {cell: f"%%{cell}" for cell in cells} | {
+        cell.removeprefix(f"{own}_"): f"%%{cell}" for cell in cells if cell != own
+    }
+    close = [name] if name in forms else near(name, forms)
+    found = list(dict.fromkeys(forms[word] for word in close))
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:

@@ -60,7 +60,7 @@ DATA = argument(
     help="training rows: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, or user/name:split",
 )
 MAX_LENGTH = argument(
-    "--max-length", type=positive, metavar="N", help="greatest length of a row, in tokens; the rest is cut off"
+    "--max-length", type=positive, metavar="N", help="maximum length of a row in tokens; longer rows are truncated"
 )
 _COLUMNS = ("prompt", "completion", "text", "messages", "conversations", "instruction", "input", "output", "system")
 COLUMNS = argument(

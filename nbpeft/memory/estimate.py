@@ -325,8 +325,9 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model = setting.architecture.build(setting.dtype, layers)
     checkpointed = setting.gradient_checkpointing and setting.training
     chosen = _to_quantize(model, setting)
-    # With only a few layers, a config may name modules of missing ones, as "all-linear" does once it is resolved.
-    _add_adapter(model, setting, allow_missing=layers is not None)
+    _add_adapter(
+        model, setting if layers is None else _without_missing(setting, model), allow_missing=layers is not None
+    )
     if setting.adapter_config is None:
         model.requires_grad_(setting.training)
     if setting.quantization is not None:
@@ -352,6 +353,17 @@ def _add_adapter(model: nn.Module, setting: Setting, *, allow_missing: bool = Fa
         AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=allow_missing)
 
 
+def _without_missing(setting: Setting, model: nn.Module) -> Setting:
+    """Return the setting without targets of layers that a smaller model lacks: a resolved config names every layer."""
+    config = setting.adapter_config
+    targets = getattr(config, "target_modules", None)
+    if config is None or not isinstance(targets, list | set | tuple):
+        return setting
+    paths = [path for path, _ in model.named_modules()]
+    known = {*paths, *(path[at + 1 :] for path in paths for at, letter in enumerate(path) if letter == ".")}
+    return replace(setting, adapter_config=config.copy(target_modules=[name for name in targets if name in known]))
+
+
 def _checkpoint(model: nn.Module) -> None:
     if not can_checkpoint(type(model)):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
@@ -373,7 +385,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
             block.enter_context(selective_recompute(model, verify=False))
             if setting.on_cpu:
                 block.enter_context(grouped_heads(model))
-        with chunked_head(model, setting.loss_chunk_size), without_logits(model):
+        with chunked_head(model, setting.loss_chunk_size, sampled=True), without_logits(model):
             output = _output(model, setting, batch)
         loss = getattr(output, "loss", None)
         if loss is None:

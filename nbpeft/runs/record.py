@@ -15,6 +15,8 @@ VERSION = 1
 """Format version of ``run.json``; other versions are not read."""
 CRASHED = "crashed"
 """Status of a run whose process ended without recording it."""
+BASE, METHOD, ROWS = "base model", "method", "rows"
+"""Settings that every run has: name of the base model, name of the method, number of training rows."""
 UNREADABLE = "unreadable"
 """Status of a run whose ``run.json`` or curve cannot be read; its message says why."""
 STATUSES = ("running", "finished", "stopped", "failed", CRASHED)

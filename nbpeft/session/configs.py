@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError, did_you_mean
@@ -77,7 +77,8 @@ def build_config(
     for name in fields:
         if name not in known:
             raise ConfigError(
-                f"{cls.__name__} has no field {name!r}.{did_you_mean(name, known) or _elsewhere(name)}",
+                f"{cls.__name__} has no field {name!r}."
+                f"{_meant(name, known) or did_you_mean(name, known) or _elsewhere(name)}",
                 field=name,
                 known=known,
             )
@@ -89,6 +90,29 @@ def build_config(
         return cls(**fields)
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+_USUAL = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "modules": "target_modules",
+    "targets": "target_modules",
+    "target": "target_modules",
+    "layers": "layers_to_transform",
+    "dora": "use_dora",
+    "rslora": "use_rslora",
+    "init": "init_lora_weights",
+}
+"""Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """Return a hint at the field that a common wrong name means; empty if there is none."""
+    meant = _USUAL.get(name.lower(), "")
+    return f" Did you mean {meant!r}?" if meant in known else ""
 
 
 def _elsewhere(name: str) -> str:

@@ -33,6 +33,7 @@ class TrackedModel:
         training: the state of the last run.
         training_call: the arguments of that run, if ``train`` started it.
         requested: adapter name -> its config, and the fields with which it was requested.
+        written: adapter name -> names of the fields that the user wrote, also those with their default values.
         trained_steps: adapter name -> its config, its number of training steps, and the run that did the last of them.
         first_random: adapter name -> its config, and the random state of its initialization.
         sweep: adapters that a cell added for several values, until they are trained.
@@ -52,6 +53,7 @@ class TrackedModel:
         self.training: TrainState | None = None
         self.training_call: TrainingCall | None = None
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
+        self.written: dict[str, tuple[str, ...]] = {}
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()

@@ -37,7 +37,8 @@ def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
         run_id: id of the run.
         request: the arguments of the training, with its data as given.
     """
-    plain = {name: value for name, value in request.given.items() if isinstance(value, str | int | float | bool)}
+    given = {name: value for name, value in request.given.items() if name != "data_hint"}
+    plain = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
     evaluation = describe_data(request.eval_data) if request.eval_data is not None else ""
     return TrainingCall(run_id, describe_data(request.data), evaluation, plain)
 

@@ -41,6 +41,7 @@ class Shipment:
         commands: command lines that start the engine.
         notes: notes for the user.
         written: whether the files were written; False for a dry run.
+        texts: names of files without weights that the engine reads, e.g. a Modelfile.
     """
 
     adapter: str
@@ -53,6 +54,7 @@ class Shipment:
     commands: tuple[str, ...]
     notes: tuple[str, ...]
     written: bool = False
+    texts: tuple[str, ...] = ()
 
     @property
     def byte_count(self) -> int:
@@ -156,6 +158,7 @@ def _plan(
         package.files,
         chosen.start(facts, merged, str(folder)),
         tuple(notes),
+        texts=tuple(file.name for file in texts),
     )
     return planned, package
 

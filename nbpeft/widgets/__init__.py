@@ -6,6 +6,7 @@
     BlendPanel(session, model_name)        a slider for each adapter, and the answer of the blend
     LiveAnswers()                          answers while a cell runs
     PlanPanel(planner)                     sliders, and what a run with them would need
+    RunsPanel(session, runs)               the saved runs, to sort and compare
     close_all()                            closes what is shown, e.g. when the extension is unloaded
 
 Importing this imports neither torch nor ipywidgets.
@@ -19,6 +20,7 @@ from nbpeft.widgets.compare_panel import ComparePanel
 from nbpeft.widgets.live_answers import LiveAnswers
 from nbpeft.widgets.panel import close_panels
 from nbpeft.widgets.plan_panel import PlanPanel
+from nbpeft.widgets.runs_panel import RunsPanel
 from nbpeft.widgets.training_panel import RunView, close_views, show_run
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "LiveAnswers",
     "PlanPanel",
     "RunView",
+    "RunsPanel",
     "close_all",
     "show_run",
 ]

@@ -14,7 +14,7 @@ from nbpeft.display.html import grid_row, span
 from nbpeft.display.models import ADAPTER_HEAD, adapter_cells, condition
 from nbpeft.display.numbers import plural
 from nbpeft.state import AdapterState, ModelState
-from nbpeft.widgets.controls import Command, button, html, labelled, mark, one_each
+from nbpeft.widgets.controls import Command, button, html, labelled, mark, on_enter, one_each
 from nbpeft.widgets.lifetime import close_tree, shared, weakly
 
 MOST = 12
@@ -79,6 +79,7 @@ class Row:
         self._folder = ipywidgets.Text(value=f"adapters/{self._name}", placeholder="folder")
         labelled("Save to folder", self._folder, 200)
         self._folder.layout.flex = "1 1 260px"
+        on_enter(self._folder, weakly(self._saved))
         return _form(
             self._folder,
             button("Save", f"Write {self._name} into this folder", weakly(self._saved), "primary"),

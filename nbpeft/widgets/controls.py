@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -171,6 +172,18 @@ def labelled(label: str, field: Any, width: int, tooltip: str = "") -> Any:
     if tooltip and hasattr(field, "tooltip"):  # ipywidgets 8
         field.tooltip = tooltip
     return field
+
+
+def on_enter(field: Any, handler: Callable[[Any], None]) -> None:
+    """Calls a function when Enter is pressed in a text field.
+
+    Args:
+        field: A ``Text`` of ipywidgets.
+        handler: Called with the field.
+    """
+    with warnings.catch_warnings():  # ipywidgets recommends to observe the value, which also changes on each key
+        warnings.simplefilter("ignore", DeprecationWarning)
+        field.on_submit(handler)
 
 
 def settings_row(*fields: Any, margin: str = "0") -> Any:

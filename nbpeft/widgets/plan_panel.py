@@ -1,6 +1,6 @@
 """The memory plan with sliders: the memory a run would need, part by part, updated as the settings change.
 
-A worker thread answers a change in less than half a second: first the parts, then suggestions what to change.
+A worker thread answers a change in less than half a second: first the parts, then what to change if it does not fit.
 A newer change stops the computation for an older one.
 """
 

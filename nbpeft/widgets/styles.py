@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nbpeft.display.html import SCROLLS
 from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH
 
 _ROW_BUTTONS = 164
@@ -63,6 +64,19 @@ PANEL_CSS = f"""
 .nbpeft-row-buttons {{ flex-wrap: nowrap; width: {_ROW_BUTTONS}px; justify-content: flex-end; padding-right: 4px;
   box-sizing: border-box; }}
 .nbpeft-foot {{ padding-top: 6px; }}
+.nbpeft-runs {{ width: 100%; {SCROLLS} }}
+.nbpeft-runs > .nbpeft-row, .nbpeft-runs-grid {{ min-width: 774px; overflow: visible; }}
+.nbpeft-runs-grid {{ display: grid; padding-left: 22px; align-items: end; border-bottom: 1px solid {BORDER}; }}
+.nbpeft-runs-grid, .nbpeft-runs .nbpeft-grid {{ grid-template-columns: minmax(92px, 1.3fr) 76px minmax(128px, 1.2fr)
+  minmax(76px, .6fr) 56px 76px 64px 84px 100px; }}
+.nbpeft-runs .nbpeft-grid > div {{ overflow: visible; overflow-wrap: normal; }}
+.nbpeft-runs-grid > * {{ margin: 0 !important; }}
+.nbpeft-panel .nbpeft-runs-grid .jupyter-button {{ padding: 0 8px; text-align: left; white-space: normal; height: auto;
+  min-height: 26px; line-height: 16px; }}
+.nbpeft-panel .nbpeft-runs-grid .jupyter-button:nth-child(n+5) {{ text-align: right; }}
+.nbpeft-panel .nbpeft-runs-grid .jupyter-button:hover:enabled {{ color: {TEXT}; }}
+.nbpeft-panel .nbpeft-runs-grid .jupyter-button.nbpeft-on::after {{ content: " ↓"; }}
+.nbpeft-runs .widget-checkbox {{ min-width: 22px; overflow: hidden; }}
 .nbpeft-grid {{ display: grid; align-items: start;
   grid-template-columns: minmax(0, 1.9fr) minmax(0, 1.1fr) minmax(92px, 1fr) minmax(0, 1.1fr); }}
 .nbpeft-grid > div {{ padding: 4px 8px; overflow: hidden; overflow-wrap: anywhere; }}

@@ -77,7 +77,7 @@ def test_a_conversation_goes_on_or_begins_anew(ready: Notebook) -> None:
     assert ready.do('%lora ask "Why" --continue --max-new-tokens 4').turns == (("Hi", first.text),)
     assert ready.do('%lora ask "Hi" --new --max-new-tokens 4').turns == ()
     refused = ready.run('%lora ask "Hi" --continue --tokenizer plain')
-    assert refused.line == "a conversation needs the chat template, which is not applied here: ask anew"
+    assert refused.line == "a conversation needs the chat template, which is not applied here: start a new one"
     assert ready.run('%lora ask "Hi" --continue --new').line == "--continue and --new exclude each other"
 
 
@@ -100,7 +100,7 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
         assert ready.run(f"%lora {command}").line.startswith(("busy: training sql", "there is no folder"))
     assert ready.run("%lora_train model --data rows max_steps=1").line.startswith("busy: training sql")
     assert ready.run("%%lora model --name more\nr = 2").line.startswith("busy: training sql")
-    assert str(ready.do("%lora pause")) == "training sql pauses after the step it is in (step 0 of 4)"
+    assert str(ready.do("%lora pause")) == "training sql pauses after the current step (step 0 of 4)"
     gate.opened.set()
     assert ready.do('%lora ask "Hi" --max-new-tokens 3').status == "finished"
     assert run.state is not None and run.state.step == 1

@@ -34,7 +34,7 @@ def ready(adapted: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_cell_takes_rows_from_everywhere(ready: Notebook, data: str) -> None:
     result = ready.do(f"%%lora_train model --data {data} --eval 0.25 --tokenizer tok\nmax_steps = 2")
     assert result.steps == 2 and result.eval_loss is not None
-    assert "2 rows of 8 held out to evaluate on" in result.message
+    assert "2 of 8 rows held out for evaluation" in result.message
     same = ready.session.train(ready["model"], PAIRS, 0.25, tokenizer=ready["tok"], adapter="chat", max_steps=2)
     assert same.token_count == result.token_count
 

@@ -82,7 +82,7 @@ def test_help_is_the_docstring(bare: Notebook, magic: str, option: str) -> None:
     assert option in text
 
 
-@pytest.mark.parametrize("line", ["%lora help", "%lora --help", "%lora -h"])
+@pytest.mark.parametrize("line", ["%lora help", "%lora --help", "%lora -h", "%lora ?"])
 def test_help_by_its_name(bare: Notebook, line: str) -> None:
     text = repr(bare.do(line))
     assert re.search(r"%%lora_train model --data .*\n.*num_train_epochs = 1\n +Train the active adapters", text)

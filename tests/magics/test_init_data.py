@@ -143,17 +143,17 @@ def test_values_of_a_sweep_each_start_from_the_rows(ready: Notebook) -> None:
     [
         (
             cell("eva"),
-            "init_lora_weights='eva' starts from rows of what is to be learned: give them (init_data, --init-data)",
+            "init_lora_weights='eva' starts from rows of what is to be learned: give them (--init-data)",
         ),
-        (cell("corda"), "give them (init_data, --init-data)"),
-        (cell("lora_ga"), "give them (init_data, --init-data)"),
+        (cell("corda"), "give them (--init-data)"),
+        (cell("lora_ga"), "give them (--init-data)"),
         (cell("pissa", "--init-data rows"), "go with init_lora_weights='eva' or 'corda' or 'lora_ga', not 'pissa'"),
         (cell("eva", "--init-data nothing"), "The data has no rows"),
         (cell("eva", "--init-data texts"), "need a tokenizer"),
         (cell("eva", "--init-data rowz"), "name 'rowz' is not defined. Did you mean 'rows'"),
         (
             cell("eva", "--init-rows 5"),
-            "init_rows is of rows to start from, and none are given (init_data, --init-data)",
+            "init_rows is of rows to start from, and none are given (--init-data)",
         ),
         (cell("eva", "--init-data rows", target_modules=["embed_tokens"]), "EVA takes linear layers"),
         (cell("lora_ga", "--init-data rows", r=40), "takes a rank of at most"),

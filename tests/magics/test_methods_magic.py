@@ -75,7 +75,7 @@ def test_a_mixture_of_saved_adapters_is_made_in_a_cell(adapted: Notebook, tmp_pa
     refused = adapted.run("%%lora model --method xlora --name other\nadapters = {'sql': 'nowhere'}").line
     assert "nowhere" in refused and "other" not in adapted["model"].manager.names
     adapted.do("%lora use mix")
-    assert "X-LoRA weighs its adapters anew for each token" in adapted.run("%lora merge").line
+    assert "X-LoRA weights its adapters for each token" in adapted.run("%lora merge").line
     adapted.do("%lora delete mix")
     adapted.do("%lora undo")
     assert "mix" in adapted["model"].manager.names

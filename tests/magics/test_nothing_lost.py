@@ -140,8 +140,10 @@ def test_a_trained_adapter_is_reconfigured_and_comes_back(trained: Notebook) -> 
     assert "its trained weights stay as they are" in said
     assert all(map(torch.equal, before, weights(trained)))
     cell = "%%lora model --name sql{} \nr = 8\ntarget_modules = ['q_proj']"
-    assert "its weights would start anew" in str(trained.do(cell.format(" --dry-run")))
-    assert "its weights start anew; %lora undo brings the trained ones back" in str(trained.do(cell.format("")))
+    assert "its weights would be initialized again" in str(trained.do(cell.format(" --dry-run")))
+    assert "its weights are initialized again; %lora undo brings the trained ones back" in str(
+        trained.do(cell.format(""))
+    )
     assert weights(trained)[0].shape[0] == 8
     trained.do("%lora undo")
     assert all(map(torch.equal, before, weights(trained)))
@@ -150,7 +152,7 @@ def test_a_trained_adapter_is_reconfigured_and_comes_back(trained: Notebook) -> 
 def test_an_adapter_starts_anew_and_comes_back(trained: Notebook) -> None:
     before = weights(trained)
     said = str(trained.do("%lora reset sql"))
-    assert said == "reset 'sql': its weights start anew [note: %lora undo brings the old ones back]"
+    assert said == "reset 'sql': its weights are initialized again [note: %lora undo brings the old ones back]"
     assert not weights(trained)[1].any()
     trained.do("%lora undo")
     assert all(map(torch.equal, before, weights(trained)))

@@ -90,7 +90,11 @@ def test_help_can_be_asked_for_without_arguments() -> None:
     ("line", "message"),
     [
         ("uze sql", "%lora has no command 'uze'. Did you mean 'use'"),
-        ("xyzzy", "%lora has no command 'xyzzy'. It has: "),
+        ("xyzzy", "%lora has no command 'xyzzy'. %lora help lists the commands"),
+        ("trian", "%lora has no command 'trian'. Did you mean '%%lora_train'?"),
+        ("lora_train", "%lora has no command 'lora_train'. Did you mean '%%lora_train'?"),
+        ("remove sql", "%lora has no command 'remove'. Did you mean '%lora delete'?"),
+        ("list", "%lora has no command 'list'. Did you mean '%lora'?"),
         ("use", "%lora use needs NAME, e.g. %lora use sql"),
         ("use a --modle m", "%lora use has no option --modle. Did you mean '--model'?"),
         ("use a --mod m", "%lora use has no option --mod. Did you mean '--model'?"),
@@ -106,7 +110,7 @@ def test_help_can_be_asked_for_without_arguments() -> None:
 )
 def test_a_mistake_is_one_line(line: str, message: str) -> None:
     with pytest.raises(CellError) as caught:
-        parse_line(line, SUBCOMMANDS, {"folder": "x", "model": object()})
+        parse_line(line, SUBCOMMANDS, {"folder": "x", "model": object()}, cells=CELLS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -34,7 +34,7 @@ def test_push_and_load(hub: Hub, adapted: Any) -> None:
 
 
 def test_mistakes_are_one_line(hub: Hub, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "say which one to push (name, --name): chat, sql" in adapted.run("%lora push me/sql").line
+    assert "say which one to push (--name): chat, sql" in adapted.run("%lora push me/sql").line
     assert "push needs a repository as user/name" in adapted.run("%lora push a/b/c --name sql").line
     assert "USER/NAME" in adapted.run("%lora push").line
     monkeypatch.delenv("HF_TOKEN")

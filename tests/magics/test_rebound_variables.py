@@ -154,7 +154,7 @@ def test_another_base_model_gets_nothing(trained: Notebook) -> None:
     )
     line = trained.run("%lora undo").line
     assert line.startswith("'sql' cannot be put on 'model': ") and is_module(trained["model"])
-    assert line.endswith("load the base model again, and name it (model, --model)")
+    assert line.endswith("load the base model again, and name it (--model)")
     trained["other"] = llama(seed=1)
     assert "other weights of the same shapes" in trained.run("%lora undo --model other").line
     assert not hasattr(trained["other"], "peft_config")

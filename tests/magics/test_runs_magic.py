@@ -143,7 +143,7 @@ def test_running_a_cell_again_and_restarting_it(bare: Notebook) -> None:
     prepare(bare)
     first = bare.do(CELL)
     second = bare.do(CELL)
-    assert "continues from the weights after step 6 of run sql-1, with a new schedule" in str(second)
+    assert "continues from the weights after step 6 of run sql-1 (new learning-rate schedule)" in str(second)
     assert second.state.first_step == 0 and second.state.history != first.state.history
     third = bare.do(CELL.replace("--max-length", "--restart --max-length"))
     assert third.state.history == first.state.history and "goes on" not in str(third)

@@ -30,7 +30,7 @@ def test_ship_and_load(adapted: Any, tmp_path: Path) -> None:
 def test_merged_for_llama_cpp(adapted: Any, tmp_path: Path) -> None:
     place = tmp_path / "served"
     line = adapted.run(f"%lora ship sql --for llama.cpp --merged --to {place}").line
-    assert "holds its tokenizer: give it (tokenizer, --tokenizer)" in line
+    assert "holds its tokenizer: give it (--tokenizer)" in line
     adapted["tokenizer"] = tokenizer()
     line = adapted.run(f"%lora ship sql --for llama.cpp --merged --to {place}").line
     assert line == "the tokenizer has an id 279, and the model's embedding 97 rows"
@@ -42,12 +42,12 @@ def test_mistakes_are_one_line(adapted: Any, tmp_path: Path) -> None:
     place = tmp_path / "served"
     assert "%lora ship needs --for" in adapted.run("%lora ship sql").line
     assert "no engine 'vlm' is known" in adapted.run("%lora ship sql --for vlm").line
-    assert "say which one to ship (name, --name)" in adapted.run(f"%lora ship --for vllm --to {place}").line
+    assert "say which one to ship (--name)" in adapted.run(f"%lora ship --for vllm --to {place}").line
     adapted.do("%lora add model --name dora r=2 target_modules=q_proj use_dora=True")
     line = adapted.run(f"%lora ship dora --for vllm --to {place}").line
-    assert "DoRA on 2 layers" in line and "(merged, --merged)" in line
+    assert "DoRA on 2 layers" in line and "(--merged)" in line
     adapted.do(f"%lora ship sql --for vllm --to {place}")
-    assert "replace it (overwrite, --overwrite)" in adapted.run(f"%lora ship sql --for vllm --to {place}").line
+    assert "replace it (--overwrite)" in adapted.run(f"%lora ship sql --for vllm --to {place}").line
     adapted.do(f"%lora ship sql --for vllm --to {place} --overwrite")
 
 

@@ -68,7 +68,7 @@ def test_another_adapter_s_folder_is_replaced_only_where_the_line_says_so(ready:
     ready.do(cell)  # its own, by another name
     shutil.copytree(tmp_path / "codes", tmp_path / "chat", dirs_exist_ok=True)
     told = ready.run(cell).line
-    assert "chat holds another adapter, 'codes'" in told and told.endswith("replace it (replace, --replace)")
+    assert "chat holds another adapter, 'codes'" in told and told.endswith("replace it (--replace)")
     ready.do(cell.replace("--data", "--replace --data"))
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     assert '"replace"' not in (tmp_path / "train.py").read_text()
@@ -187,10 +187,10 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     told = ready.run(f"%lora export {script}").line
     assert told == "nothing was trained by a %%lora_train cell in this notebook, so there is nothing to export yet"
     ready.do(CELL)
-    assert "does not say where it came from" in ready.run(f"%lora export {script}").line
+    assert "the source of this LlamaForCausalLM is unknown" in ready.run(f"%lora export {script}").line
     assert not script.exists()
     result = ready.do(f"%lora export {script} --base {tmp_path}")
-    assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data-")
+    assert str(result).startswith(f"wrote {script}, which trains 'sql', and 8 rows in {tmp_path}/train_data-")
     text = script.read_text()
     assert '"max_steps": 3' in text and '"learning_rate": 0.05' in text and "train_eval-" in text
 
@@ -255,13 +255,22 @@ def test_an_interruption_keeps_what_was_learned_and_is_one_quiet_line(ready: Not
     outcome = ready.run(f"{CELL}\ncallbacks = callbacks")
     assert isinstance(outcome.error, KeyboardInterrupt)  # a cell that fails keeps those queued behind from running
     (line,) = outcome.error._render_traceback_()  # type: ignore[attr-defined]
-    assert line.startswith("sql stopped · 2 of 3 steps") and line.endswith("what it learned is kept")
+    assert line.startswith("sql stopped · 2 of 3 steps") and line.endswith("progress is kept")
     assert line in outcome.printed + outcome.complained
     assert "Traceback" not in outcome.printed + outcome.complained
     assert any(not torch.equal(p, before[name]) for name, p in ready["model"].named_parameters())
     result = ready.session.last_result
     assert result is not None and (result.status, result.steps) == ("stopped", 2)
     assert ready.do("1 + 1") == 2
+
+
+@pytest.mark.parametrize("line", ["%lora plan model", "%lora methods model --batch 1 --seq 8"])
+def test_an_interrupted_command_is_one_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setattr("nbpeft.memory.estimate.weights_of", lambda setting: interrupt())
+    outcome = ready.run(line)
+    assert isinstance(outcome.error, KeyboardInterrupt)
+    assert outcome.error._render_traceback_() == ["%lora was interrupted"]  # type: ignore[attr-defined]
+    assert "Traceback" not in outcome.printed + outcome.complained
 
 
 def test_an_interruption_of_the_session_is_one_line_too(ready: Notebook) -> None:

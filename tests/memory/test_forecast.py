@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from nbpeft.engine.methods.prompts.adaption_prompt import AdaptionPromptConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
-from nbpeft.memory import forecast, measure
+from nbpeft.memory import estimate, forecast, measure
 from nbpeft.memory.allocations import fake_tensors
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.estimate import run_step
@@ -106,6 +107,28 @@ def test_less_is_needed_for_a_loss_in_chunks():
     assert any(suggestion.change == "loss_chunk_size=128" for suggestion in whole.suggestions)
     with pytest.raises(ConfigError, match="loss_chunk_size must be"):
         forecast(CONFIG, lora(), loss_chunk_size=-1)
+
+
+@pytest.mark.parametrize(("length", "size"), [(96, 16), (95, 16), (33, 16), (16, 16), (8, 16)])
+def test_chunks_of_the_loss_that_are_skipped_change_nothing(monkeypatch, length, size):
+    setting = forecast(CONFIG, lora(), batch_size=1, sequence_length=length, loss_chunk_size=size).setting
+    sampled = run_step(setting)
+    real = estimate.chunked_head
+    monkeypatch.setattr(estimate, "chunked_head", lambda model, size, sampled: real(model, size))
+    assert run_step(setting) == sampled
+
+
+def test_a_resolved_config_warns_of_no_missing_layer_in_another_thread():
+    model = LlamaForCausalLM(CONFIG)
+    AdapterManager.attach(model).add("default", lora(target_modules="all-linear"))
+    config = manager_of(model).configs["default"]
+    found = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        worker = threading.Thread(target=lambda: found.append(forecast(model, config, sequence_length=24)))
+        worker.start()
+        worker.join()
+    assert found and not [one for one in told if "not found" in str(one.message)]
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_a_kernel_that_is_killed_again_and_again_goes_on_each_time(tmp_path: Pat
     with kernel(tmp_path / "broken") as last:
         last.run(PREPARE)
         told = last.run("%lora resume")
-        assert re.search(r"run sql-1 went on from step \d+: sql finished · ", told), told
+        assert re.search(r"resumed sql-1 at step \d+: sql finished · ", told), told
     with kernel(tmp_path / "whole") as straight:
         straight.run(PREPARE + ADAPT)
         straight.run(train)

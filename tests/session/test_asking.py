@@ -77,9 +77,9 @@ def test_a_conversation_goes_on(session: Session, model: Any) -> None:
     assert second.text == session.ask(whole, max_new_tokens=10).text
     assert ask(session, "Hi", tokenizer=chatting).text == first.text, "without go_on it begins anew"
     assert ask(session, "And", tokenizer=chatting, go_on=True).turns == (("Hi", first.text),)
-    with pytest.raises(AdapterError, match="no conversation with base yet: ask anew"):
+    with pytest.raises(AdapterError, match="no conversation with base to continue yet"):
         ask(session, "Hi", tokenizer=chatting, adapter="base", go_on=True)
-    with pytest.raises(AdapterError, match="needs the chat template, which is not applied here: ask anew"):
+    with pytest.raises(AdapterError, match="needs the chat template, which is not applied here: start a new one"):
         ask(session, "Hi", go_on=True)
 
 

@@ -262,7 +262,7 @@ def test_it_is_stopped_by_word_and_has_a_result(session: Session, model: Any) ->
     with pytest.raises(TimeoutError, match="training sql is still running"):
         run.wait(0)
     assert run.result is None and "session.stop()" in str(run)
-    assert str(session.stop("model")) == f"training sql stops after the step it is in (step 0 of {STEPS})"
+    assert str(session.stop("model")) == f"training sql stops after the current step (step 0 of {STEPS})"
     gate.open()
     result = run.wait(60)
     assert (result.status, result.steps) == ("stopped", 1)

@@ -12,7 +12,7 @@ import nbpeft
 from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.errors import ConfigError, HotSwapError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
-from nbpeft.model.analysis.method_facts import facts_of_method, listed_config
+from nbpeft.model.analysis.method_facts import GROUPS, facts_of_method, listed_config
 from nbpeft.session import Session
 from tests.session.support import everything
 from tests.tiny_models import llama, same_state
@@ -99,18 +99,44 @@ def test_the_list_of_an_adapted_model_changes_nothing(session: Session, two_adap
     result = session.methods()
     assert same_state(everything(two_adapters), before)
     assert str(result).startswith(f"{len(result.rows)} methods on model, with their defaults\n")
-    counts = [row.cost.parameter_count for row in result.rows if row.cost is not None and not row.cost.refusal]
+    assert [row.label for row in result.rows[:3]] == ["LoRA", "DoRA", "AdaLoRA"]
+    groups = [row.group for row in result.rows]
+    assert groups == sorted(groups, key=GROUPS.index) and len({*groups}) > 5
+    by_size = session.methods(sort="parameters").rows
+    counts = [row.cost.parameter_count for row in by_size if row.cost is not None and not row.cost.refusal]
     assert counts == sorted(counts) and len(counts) > 8
     c3a = next(row for row in result.rows if row.label == "C3A")
     assert c3a.cost is not None and "must divide its 32 inputs" in c3a.cost.refusal
     html = result._repr_html_()
-    assert "https://arxiv.org/abs/2106.09685" in html and "not as it is" in html and "Peak" not in html
+    assert "https://arxiv.org/abs/2106.09685" in html and "not with these defaults" in html and "Peak" not in html
 
 
 def test_without_a_model_there_are_no_costs(session: Session) -> None:
     result = session.methods()
     assert all(row.cost is None for row in result.rows)
     assert "Parameters" not in str(result) and "give a model to see what each costs on it" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("sort", "words"),
+    [
+        ("size", "cannot be sorted by 'size'"),
+        ("memory", "sorting the methods by memory needs a model"),
+        ("peak", "sorting the methods by peak needs a model"),
+    ],
+)
+def test_an_order_that_is_not_possible_is_refused(session: Session, sort: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        session.methods(sort=sort)
+
+
+def test_headings_belong_to_groups_and_references_are_cited(session: Session) -> None:
+    page, by_name = session.methods()._repr_html_(), session.methods(sort="name")
+    assert page.index("Most used") < page.index("LoRA and its variants") < page.index("Learned prompts")
+    assert ">doi.org<" not in page and "doi:10.1609/" in page and "paper on openreview.net" in page
+    assert "Most used" not in by_name._repr_html_() and "MOST USED" not in str(by_name)
+    names = [row.label.lower() for row in by_name.rows]
+    assert names == sorted(names)
 
 
 @pytest.mark.slow

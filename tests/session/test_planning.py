@@ -70,6 +70,12 @@ def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.Monk
     assert told not in str(session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings))
 
 
+def test_changes_are_suggested_only_if_it_does_not_fit() -> None:
+    sizes: dict[str, Any] = {"batch_size": 2, "sequence_length": 32}
+    assert not Session().plan_memory(CONFIG, FIELDS, device="1GB", **sizes).changes
+    assert Session().plan_memory(CONFIG, FIELDS, device="1kB", **sizes).changes
+
+
 def test_what_exceeds() -> None:
     found = plan(600, 100, 100, 400, room=Room("1 kB", 1000))
     assert (found.peak_bytes, found.fits, found.excess) == (1200, False, 200)
@@ -173,7 +179,7 @@ def test_a_planner_answers_for_other_settings() -> None:
     plan = Session().plan_memory(config, FIELDS | {"r": 2}, batch_size=3, sequence_length=80, device="20MB")
     assert found.parts == plan.parts and found.changes == plan.changes
     assert found.settings == settings and found.adapter == "LoRA r=2"
-    assert found.notes == ("a CUDA context and fragmentation take about 0.5 to 1 GB more",)
+    assert found.notes == ("allow 0.5 to 1 GB more for the CUDA context and fragmentation",)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_adapter_there_is(straight: Any,
     result = session.resume(model="model", data=rows(), eval_data=token_rows(4, seed=5))
     assert (result.step, result.training.steps) == (4, 14)
     assert same_state(weights(model, "sql"), straight[1])
-    assert str(result).startswith("run sql-1 went on from step 4: sql finished · 14 steps")
+    assert str(result).startswith("resumed sql-1 at step 4: sql finished · 14 steps")
 
 
 class Mine(TrainerCallback):
@@ -165,7 +166,7 @@ def test_weights_are_as_before_when_a_resumed_run_cannot_begin(broken_off: Path)
 def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path: Path) -> None:
     unbroken(tmp_path, eval_data=token_rows(4, seed=5))
     result = session_in(tmp_path).resume(model=llama(), variable="model")
-    assert str(result) == "run sql-1 had finished: sql is back as it was after step 14"
+    assert str(result) == "run sql-1 had finished: sql is restored as it was after step 14"
     assert same_state(weights(result.model, "sql"), straight[1])
     with pytest.raises(AdapterError, match="run sql-1 had finished, and 'sql' is on the model"):
         session_in(tmp_path).resume(model=result.model)
@@ -302,18 +303,18 @@ def test_of_a_run_without_states_only_the_curve_is_left(tmp_path: Path) -> None:
 def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     first = session.train(model, rows(), **ARGUMENTS | {"max_steps": 5})
-    assert "goes on" not in str(first)
+    assert "continues from" not in str(first)
     session.rename("sql", "orders")
     second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 3})
     assert (second.state.first_step, second.state.step, second.steps) == (0, 3, 3)
-    assert "continues from the weights after step 5 of run sql-1, with a new schedule" in str(second)
+    assert "continues from the weights after step 5 of run sql-1 (new learning-rate schedule)" in str(second)
     settings = {record.path: record.settings for record in session.runs().records}
     own = settings[second.state.folder]
     assert (own["starts from"], own["rows"]) == ("the weights after step 5 of run sql-1", len(rows()))
     assert "starts from" not in settings[first.state.folder]
     assert "after step 8 of run" in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
     session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
-    assert "goes on" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
+    assert "continues from" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
 
 
 @pytest.mark.drawn(2)
@@ -404,8 +405,12 @@ def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
     assert compared.differing == {"learning_rate": (0.001, 0.02), "max_steps": (4, 3)}
     assert [len(curve) for curve in compared.curves] == [4, 3] and all(compared.eval_curves)
     page = compared._repr_html_()
-    assert page.count("<img") == 1 and "sql-1" in page and "learning_rate" in page and "lora_alpha" not in page
-    table = session.runs()._repr_html_()
+    assert page.count("<img") == 1 and "sql-1" in page and "learning_<wbr>rate" in page and "lora_" not in page
+    listed = session.runs()
+    table = listed._repr_html_()
+    assert table.count("<img") == 3 and len(listed.curves) == 3 and all(listed.curves)
+    assert {"Base model", "Method", "Rows"} <= set(re.findall(r">([^<>]+)</th>", table)) and "LoRA" in str(listed)
+    assert "peft_type" not in table + page
     assert "<table" in table and "<script" not in table and "learning_rate 0.02" in table
 
 

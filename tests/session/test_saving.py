@@ -20,6 +20,7 @@ from nbpeft.model.saving import saved_places
 from nbpeft.model.saving.saved_places import owner_of
 from nbpeft.session import Session
 from tests.tiny_models import gpt2, llama, randomize
+from tests.training.support import token_rows
 from tests.waiting import PATIENCE
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
@@ -269,3 +270,13 @@ def test_marks_and_places_are_read_together(session: Session, two: Any, tmp_path
         assert owner_of(two.manager, "c", tmp_path / "one") == ""
     other.join(PATIENCE)
     assert owner_of(two.manager, "c", tmp_path / "one") is None and two.manager.unsaved == {"c", "d"}
+
+
+def test_its_readme_says_what_it_was_trained_on(session: Session, tmp_path: Path) -> None:
+    model = session.add(llama(), FIELDS, name="c", variable="model").model
+    session.train(model, token_rows(4), max_steps=2, per_device_train_batch_size=2, eval_data=token_rows(2))
+    session.save(tmp_path / "one", name="c")
+    text = (tmp_path / "one" / "README.md").read_text()
+    assert "A LoRA adapter for a LlamaForCausalLM with" in text and "# c" in text
+    assert "| data | 4 rows" in text and "evaluation loss" in text and "| `max_steps` | `2` |" in text
+    assert "data_hint" not in text and not (tmp_path / "one" / "loss_curve.svg").exists()

@@ -60,7 +60,7 @@ TAKING: dict[str, tuple[str, Callable[[Session, Path], object]]] = {
     "load": ("replaced", lambda session, folder: session.load(folder, name="sql", replace=True)),
     "swap": ("swapped", lambda session, folder: session.swap(folder, into="sql", replace=True)),
     "combine": (
-        "combined anew",
+        "combined again",
         lambda session, folder: session.combine({"chat": 0.5}, as_name="sql", replace=True),
     ),
 }
@@ -218,8 +218,8 @@ class TestUnsavedTraining:
         assert session.add(model, alpha, name="sql").notes == ("its trained weights stay as they are",)
         assert all(map(torch.equal, before, model.manager.parameters("sql"))) and state_of(session, "sql").unsaved
         assert model.manager.layers["model.layers.0.self_attn.q_proj"].adapter("sql").scaling == 32.0
-        assert session.preview(model, OTHER, name="sql").notes == ("its weights would start anew",)
-        note = "its weights start anew; session.undo() brings the trained ones back"
+        assert session.preview(model, OTHER, name="sql").notes == ("its weights would be initialized again",)
+        note = "its weights are initialized again; session.undo() brings the trained ones back"
         assert session.add(model, OTHER, name="sql").notes == (note,)
         assert not state_of(session, "sql").unsaved
         assert session.add(model, FIELDS, name="sql").notes == (note.replace("trained", "old"),)
@@ -231,7 +231,7 @@ class TestReset:
         session.freeze("chat")
         config = model.manager.configs["chat"].to_dict()
         result = session.reset("chat")
-        assert result.line == "reset 'chat': its weights start anew"
+        assert result.line == "reset 'chat': its weights are initialized again"
         assert result.notes == ("session.undo() brings the old ones back",)
         first, second = model.manager.parameters("chat")[:2]
         assert first.any() and not second.any(), "as a new LoRA adapter: A drawn, B zero"

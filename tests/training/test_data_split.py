@@ -65,7 +65,7 @@ def test_a_stream_gives_its_first_rows() -> None:
 def test_a_training_evaluates_on_what_it_holds_out_and_says_how_many() -> None:
     result = train(trainable(), token_rows(20), 0.25, max_steps=2, seed=7)
     assert result.eval_loss is not None
-    assert "5 rows of 20 held out to evaluate on" in result.message
+    assert "5 of 20 rows held out for evaluation" in result.message
     same = train(trainable(), token_rows(20), 0.25, max_steps=2, seed=7)
     assert same.eval_loss == result.eval_loss
     tokenised = datasets.Dataset.from_list(token_rows(20))

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
         export_script(model, folder / "train.py", token_rows(2), callbacks=[object()])
     with pytest.raises(ConfigError, match="a script's name ends in \\.py, not 'train'"):
         export_script(model, folder / "train", token_rows(2))
-    with pytest.raises(TrainingError, match="does not say where it came from"):
+    with pytest.raises(TrainingError, match="the source of this LlamaForCausalLM is unknown"):
         export_script(trainable(llama()), folder / "train.py", token_rows(2))
     with pytest.raises(TrainingError, match="need a tokenizer"):
         export_script(model, folder / "train.py", [{"text": "a"}])
@@ -188,6 +189,26 @@ def test_targets_are_said_shortly(folder: Path, targets: Any, said: Any) -> None
     assert found["CONFIG"]["target_modules"] == said
 
 
+def test_fields_that_were_written_are_there_with_their_defaults_too(folder: Path) -> None:
+    model = loaded(folder, r=8)
+    assert "r" not in constants(export_script(model, folder / "t.py", token_rows(2)).script)["CONFIG"]
+    files = export_script(model, folder / "t.py", token_rows(2), written=["r", "bias"])
+    config = constants(files.script)["CONFIG"]
+    assert config["r"] == 8 and config["bias"] == "none" and "lora_alpha" not in config
+
+
+def test_a_base_that_lies_apart_from_the_script_is_named_by_its_whole_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    files = export_script(model, folder / "project" / "t.py", token_rows(2))
+    assert constants(files.script)["BASE"] == str((folder / "base").resolve())
+    assert any("give the base model's Hub id" in note for note in files.notes)
+    monkeypatch.setenv("HOME", str(folder / "elsewhere"))
+    assert constants(export_script(model, folder / "project" / "t.py", token_rows(2)).script)["BASE"] == "../base"
+
+
 def test_its_dependencies_are_inline_metadata(folder: Path) -> None:
     text = export_script(loaded(folder), folder / "t.py", token_rows(2)).script.read_text()
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
@@ -199,6 +220,7 @@ def test_its_dependencies_are_inline_metadata(folder: Path) -> None:
     names = [Requirement(text) for text in found["dependencies"]]
     assert [one.name for one in names] == ["nbpeft", "torch", "transformers"] and names[0].extras == {"train"}
     assert all(one.specifier.contains(importlib.metadata.version(one.name)) for one in names)
+    assert str(names[1].specifier) in map(str, (Requirement(one).specifier for one in requires("nbpeft") or ()))
 
 
 @pytest.mark.parametrize("quantized", [False, True])

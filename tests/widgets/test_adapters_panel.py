@@ -184,6 +184,15 @@ def test_save_asks_for_a_folder(panel: AdaptersPanel, session: Any) -> None:
     assert len(live_widgets()) == before
 
 
+def test_enter_in_the_field_saves(panel: AdaptersPanel, session: Any) -> None:
+    button(panel, "Save").click()
+    (field,) = (part for part in fields(panel) if part.description == "Save to folder")
+    field.value = "kept"
+    field._handle_string_msg(field, {"event": "submit"}, [])
+    assert session.commands == [("save", "orders", "kept")]
+    assert "saved" in text(panel)
+
+
 def test_save_without_a_folder_says_so(panel: AdaptersPanel, session: Any) -> None:
     button(panel, "Save").click()
     fields(panel)[0].value = "  "

@@ -313,7 +313,8 @@ class LayerCommands:
         if present is not None and (
             source_of(present) is not None or any(source_of(other) is present for other in others)
         ):
-            raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: add it anew instead")
+            shared = f"adapter {name!r} has the same tensors on {path} and another layer"
+            raise ConfigError(f"{shared}: delete it and add it again instead")
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
             plan = manager.plan(config, name)

@@ -59,7 +59,7 @@ def unmergeable_reason(base: BaseLayer, *, biased: bool = False) -> str:
         derived = _derivation(module, name)
         if derived:
             return (
-                f"its {name} is computed anew from other tensors in each forward ({derived:.60}), so what is merged "
+                f"its {name} is computed from other tensors in each forward ({derived:.60}), so what is merged "
                 "would be lost: make it an ordinary parameter first, or keep the adapter unmerged"
             )
     changing = _changing_hook(module)

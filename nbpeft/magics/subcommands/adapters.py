@@ -129,7 +129,7 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "save",
-    "Save adapters as PEFT does.",
+    "Save adapters in PEFT's format.",
     argument("folder", metavar="DIR", completes="path", help="the folder, created if needed"),
     argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter (default: all)"),
     argument("--replace", action="store_true", help="overwrite another adapter in that folder"),

@@ -24,7 +24,7 @@ SYSTEM = argument(
 SAMPLING = (
     argument("--temperature", type=float, metavar="T", help="sample tokens, e.g. 0.7; 0, the default, is greedy"),
     argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens with this total probability"),
-    argument("--seed", type=int, metavar="N", help="seed of the random numbers, so that the answer can be reproduced"),
+    argument("--seed", type=int, metavar="N", help="random seed, for an answer that can be reproduced"),
 )
 
 

@@ -8,6 +8,7 @@ from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ADAPTER, ON_MODEL, subcommand
 from nbpeft.magics.subcommands.planning import SIZES, settings_of
+from nbpeft.session.results.methods import SORTS
 
 
 @subcommand(
@@ -15,6 +16,14 @@ from nbpeft.magics.subcommands.planning import SIZES, settings_of
     "List the methods: the cost of each on a model, its features, and when to choose it.",
     argument("target", nargs="?", metavar="MODEL", completes="model", help="variable with the model"),
     *SIZES,
+    argument(
+        "--sort",
+        metavar="ORDER",
+        default="group",
+        choices=SORTS,
+        words=SORTS,
+        help="group (the most used first), name, parameters, memory (to train), peak (with --batch or --seq)",
+    ),
     fields="config",
     example="%lora methods model target_modules=all-linear --batch 4 --seq 512",
 )
@@ -23,7 +32,7 @@ def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
     names = notebook.model_names()
     variable = options.target or (names[0] if len(names) == 1 else None)
     model = None if variable is None else notebook.chosen(variable)
-    return notebook.session.methods(model, options.fields, variable=variable, **settings_of(options))
+    return notebook.session.methods(model, options.fields, variable=variable, sort=options.sort, **settings_of(options))
 
 
 def rank_or_share(text: str) -> int | float:

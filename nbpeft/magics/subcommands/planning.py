@@ -12,7 +12,7 @@ from nbpeft._util.device_names import DEVICES, THIS_MACHINE, named
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import COLUMNS, METHOD, fields_of, subcommand
+from nbpeft.magics.registry import COLUMNS, METHOD, TOKENIZER, fields_of, subcommand
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES
 from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.session.handles import is_module
@@ -91,7 +91,7 @@ def sizes_without_dry_run() -> CellError:
     ),
     *SIZES,
     argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
-    argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as the model is)"),
+    argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4 or int8 (default: that of the model)"),
     argument("--checkpointing", action="store_true", help="gradient checkpointing: recompute layers in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--adapters", type=positive, metavar="N", help="number of adapters trained side by side (default: 1)"),
@@ -100,10 +100,8 @@ def sizes_without_dry_run() -> CellError:
     argument("--inference", action="store_true", help="a forward pass over a prompt of that length, no training"),
     argument("--data", metavar="DATA", completes="data", help="training rows, which determine the sequence lengths"),
     COLUMNS,
-    argument(
-        "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="tokenizer of rows that are not tokenised"
-    ),
-    argument("--packing", action="store_true", help="several rows in each sequence, as %%lora_train --packing"),
+    TOKENIZER,
+    argument("--packing", action="store_true", help="several rows in each sequence, as with %%lora_train --packing"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
     METHOD,
     argument("--rank", type=positive, metavar="R", help="rank of the adapter (default: the active adapter's, or 16)"),

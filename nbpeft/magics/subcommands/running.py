@@ -24,14 +24,14 @@ def _register(name: str, summary: str, method: str) -> Callable[[argparse.Namesp
 
 @subcommand(
     "stop",
-    "End the training in the background after the current step, and keep the weights trained so far.",
+    "Stop a background training after the current step; progress is kept.",
     _MODEL,
     argument(
         "--adapter",
         "-a",
         metavar="NAME",
         completes="adapter",
-        help="end only this adapter of a sweep; the others continue",
+        help="stop only this adapter of a sweep; the others continue",
     ),
     example="%lora stop",
 )
@@ -42,9 +42,9 @@ def stop(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "clone",
-    "Copy an adapter of a sweep after the current step, and train the copy too, with other settings.",
+    "Fork an adapter of a sweep after the current step: the copy is trained too, with other settings.",
     argument("name", metavar="NAME", completes="adapter", help="the adapter, which continues unchanged"),
-    argument("--as", dest="as_name", metavar="NEW", help="name of the copy (default: made from its new settings)"),
+    argument("--as", dest="as_name", metavar="NEW", help="name of the copy (default: derived from its new settings)"),
     argument(
         "--model", "-m", metavar="MODEL", completes="model", help="the model; not needed if only one training runs"
     ),
@@ -61,11 +61,18 @@ def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
 
 
-_register("pause", "Pause the training in the background after the current step.", "pause")
+_register("pause", "Pause a background training after the current step.", "pause")
 _register("continue", "Continue a paused training.", "go_on")
 
 
-@subcommand("result", "Show how the last training of a model ended.", _MODEL, example="%lora result")
+@subcommand(
+    "result",
+    "Show how the last training of a model ended.",
+    argument(
+        "target", nargs="?", metavar="MODEL", completes="model", help="the model; not needed if only one has adapters"
+    ),
+    example="%lora result",
+)
 def result(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """The result of the last training."""
     return notebook.session.result(notebook.chosen(options.target))

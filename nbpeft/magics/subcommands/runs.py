@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nbpeft.errors import AdapterError, CellError
@@ -13,8 +14,9 @@ from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
 from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, TRACK, TRAINER, training_arguments
+from nbpeft.runs.record import BASE
 from nbpeft.session.handles import is_handle, uncompiled
-from nbpeft.session.results.kept_runs import SORTS
+from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult
 
 _SAID = {
     "data": ("--data", "ROWS"),
@@ -60,7 +62,8 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
         message = f"run {record.name} used values that are not kept in a file; give them again"
         raise CellError(f"{message}: %lora resume {record.name} {words}")
-    model = notebook.module(target)
+    base = str(record.settings.get(BASE, ""))
+    model = notebook.module(target, base=base if "/" in base else "…")
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
     except BaseException:
@@ -98,7 +101,7 @@ def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     "runs",
     "List the training runs on disk, or compare some of them: their curves and the settings that differ.",
     argument("names", nargs="*", metavar="RUN", completes="run", help="runs to compare (default: list all)"),
-    argument("--sort", metavar="COLUMN", default="time", choices=SORTS, words=SORTS, help=" ".join(SORTS)),
+    argument("--sort", metavar="COLUMN", default="time", choices=SORTS, words=SORTS, help=f"one of {', '.join(SORTS)}"),
     argument("--delete", metavar="NAME", completes="run", help="delete the run with exactly this name"),
     argument("--rename", nargs=2, metavar=("NAME", "NEW"), help="give a run another name"),
     example="%lora runs sql-1 sql-3",
@@ -109,4 +112,25 @@ def runs(options: argparse.Namespace, notebook: NotebookContext) -> object:
         return notebook.session.delete_run(options.delete)
     if options.rename is not None:
         return notebook.session.rename_run(*options.rename)
-    return notebook.session.runs(*options.names, sort=options.sort)
+    result = notebook.session.runs(*options.names, sort=options.sort)
+    if isinstance(result, RunsComparison) or not result.records:
+        return result
+    listed = _Listed(result.place, result.records, result.curves)
+    vars(listed)["panel"] = partial(_panel, notebook, result, options.sort)
+    return listed
+
+
+class _Listed(RunsResult):
+    """The runs; where widgets work, a panel shows them, in which they can be sorted and selected."""
+
+    def _ipython_display_(self) -> None:
+        show = vars(self).get("panel")
+        if show is None:  # a copy, or one that was unpickled
+            raise NotImplementedError  # IPython then calls _repr_html_
+        show()._ipython_display_()
+
+
+def _panel(notebook: NotebookContext, result: RunsResult, sort: str) -> Any:
+    from nbpeft.widgets import RunsPanel
+
+    return RunsPanel(notebook.session, result, sort, ui=notebook.ui)

@@ -38,7 +38,7 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "ship",
-    "Export an adapter in the format of an inference engine, after a report whether the engine supports it.",
+    "Export an adapter for an inference engine, after checking that the engine supports it.",
     argument("name", nargs="?", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
     argument(
         "--for",
@@ -56,7 +56,11 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
         words=STORED_TYPES,
         help="data type of the weights: f32, f16, bf16, or q8_0 in GGUF files (default: the engine's usual one)",
     ),
-    argument("--base", metavar="NAME", help="for ollama: its name for the base model, to use with the adapter"),
+    argument(
+        "--base",
+        metavar="NAME",
+        help="for ollama: the base model's name in Ollama, e.g. llama3.2:1b; without it the model is exported merged",
+    ),
     argument("--overwrite", action="store_true", help="replace an earlier export in that folder"),
     argument("--dry-run", action="store_true", help="only show what would be written"),
     TOKENIZER,

@@ -116,7 +116,9 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         help="answer this prompt during training, as for %%lora ask; may be repeated. A number: ask so many evaluation "
         "rows (without --eval, training rows) and show the wanted answers",
     ),
-    argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five per run)"),
+    argument(
+        "--every", type=positive, metavar="STEPS", help="steps between samples (default: about five times per run)"
+    ),
     *PROCESSES,
     TRAINER,
     argument("--background", "-b", action="store_true", help="train in the background: the cell returns at once"),

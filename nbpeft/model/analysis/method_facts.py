@@ -16,6 +16,21 @@ from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import NbpeftError
 
+COMMON = ("LoRA", "DoRA", "AdaLoRA", "(IA)³", "OFT", "VeRA", "LoHa", "LoKr", "prompt tuning", "prefix tuning")
+"""Labels of the methods that most people use, in the order in which they are listed."""
+_FAMILIES = {
+    "lora": "LoRA and its variants",
+    "products": "Products of small matrices",
+    "projections": "Few parameters in fixed directions",
+    "entries": "Selected entries or coefficients",
+    "rotations": "Rotations",
+    "vectors": "Vectors, biases and norms",
+    "prompts": "Learned prompts",
+    "shadow": "A network beside the model",
+}
+"""Folder of a method's config -> the heading of its group."""
+GROUPS = ("Most used", *_FAMILIES.values(), "From other packages")
+"""Headings of the groups of methods, in display order."""
 _TARGET = "target"
 """Path of the layer that sample configs are applied to."""
 _FEATURES = 64
@@ -91,6 +106,14 @@ def _tried(method: Method, fields: Mapping[str, Any]) -> AdapterManager | None:
             if _TARGET in manager.layers:
                 return manager
     return None
+
+
+def group_of(method: Method) -> str:
+    """Returns the heading of the group in which a method is listed, one of ``GROUPS``."""
+    if method.label in COMMON:
+        return GROUPS[0]
+    folders = method.config_class.__module__.split(".")
+    return next((title for folder, title in _FAMILIES.items() if folder in folders[:-1]), GROUPS[-1])
 
 
 def listed_methods() -> tuple[Method, ...]:

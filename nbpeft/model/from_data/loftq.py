@@ -103,7 +103,7 @@ def _folder(model: nn.Module, model_path: str | os.PathLike[str] | None) -> str:
         if model_path:
             raise
         raise CheckpointNotFoundError(f"{error}: give model_path, the full-precision model's folder") from None
-    raise CheckpointNotFoundError("the model does not say where it is from: give model_path, its folder")
+    raise CheckpointNotFoundError("the source of the model is unknown: give model_path, its folder")
 
 
 def _key(path: str, files: checkpoint.ModelFolder, prefix: str) -> str:

@@ -27,6 +27,7 @@ from nbpeft.sweeps import largest_of, swept
 if TYPE_CHECKING:
     from torch import nn
 
+    from nbpeft.checkpoint import CardFacts
     from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.engine.injection.plan import InjectionPlan
     from nbpeft.engine.runtime.manager import AdapterManager
@@ -90,7 +91,7 @@ def add(
         options = {"variable": variable, "allow_missing": allow_missing, "trainable": trainable, "init_data": rows}
         return _add_sweep(ctx, model, config, name, **options)
     made = build_config(config, instead_of=_present(ctx, model, name))
-    fields = meaning(made)
+    fields, written = meaning(made), tuple(config) if isinstance(config, Mapping) else ()
     with ctx.command(f"adding {name!r}", slow=True) as notes:
         tracked, first_random = ctx.find(model, variable, command="add"), random_state()
         if tracked is None:
@@ -104,7 +105,7 @@ def add(
                     if not trainable:
                         handle.manager.freeze(name)
                     tracked = ctx.models.new(variable, handle)
-                    result = _added(tracked, name, fields, notes, plan=planned)
+                    result = _added(tracked, name, fields, notes, written, plan=planned)
                     tracked.first_random[name] = (handle.manager.configs[name], first_random)
                 ctx.models.select(tracked)
                 ctx.changed = True
@@ -115,8 +116,8 @@ def add(
             if name not in manager.active:
                 notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
             if rows is not None:
-                notes.append(f"the rows were not looked at again; session.delete({name!r}) first starts it anew")
-            result = _added(tracked, name, None, notes, unchanged=True)
+                notes.append(f"the rows were not read again; to initialize it again, session.delete({name!r}) first")
+            result = _added(tracked, name, None, notes, written, unchanged=True)
             ctx.models.select(tracked)
             return result
         named = manager.plan(completed(made, tracked, manager.model), name, allow_missing=allow_missing)
@@ -130,7 +131,7 @@ def add(
         else:
             planned = _reconfigured(ctx, tracked, name, named, rows, notes, trainable=trainable)
         tracked.first_random[name] = (manager.configs[name], first_random)
-        return _added(tracked, name, fields, notes, plan=planned, reconfigured=present is not None)
+        return _added(tracked, name, fields, notes, written, plan=planned, reconfigured=present is not None)
 
 
 def _add_sweep(
@@ -214,7 +215,7 @@ def weights_message(*, stays: bool, unsaved: bool, done: bool = True) -> str:
     if stays:
         return f"its {which} {'stay' if done else 'would stay'} as they are"
     back = "session.undo() brings the trained ones back" if unsaved else "session.undo() brings the old ones back"
-    return f"its weights {'start' if done else 'would start'} anew{'; ' + back if done else ''}"
+    return f"its weights {'are' if done else 'would be'} initialized again{'; ' + back if done else ''}"
 
 
 def preview(
@@ -404,7 +405,10 @@ def save(
     if not names:
         raise AdapterError(f"{tracked.name} has no adapter to save")
     with ctx.command(f"saving {', '.join(names)}", slow=True) as notes:
-        written = files.save(tracked.manager, place, names=list(names), flat=len(names) == 1, replace=replace)
+        facts = _facts(tracked, names[0]) if len(names) == 1 else None
+        written = files.save(
+            tracked.manager, place, names=list(names), flat=len(names) == 1, replace=replace, facts=facts
+        )
         saved = tuple(
             SavedAdapter(
                 adapter,
@@ -417,6 +421,13 @@ def save(
         for adapter in saved:
             _note_with_run(ctx, tracked, adapter)
         return SaveResult(tracked.name, saved, tuple(notes))
+
+
+def _facts(tracked: TrackedModel, name: str) -> CardFacts:
+    """Return what the README of a saved adapter says in addition to the config; its loss curve stays in the run."""
+    from nbpeft.session.commands.pushing import card_facts
+
+    return dataclasses.replace(card_facts(tracked, name, "path/to/this/folder", name), curve="")
 
 
 def _note_with_run(ctx: SessionContext, tracked: TrackedModel, saved: SavedAdapter) -> None:
@@ -496,7 +507,14 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
 
 
-def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:
+def _added(
+    tracked: TrackedModel,
+    name: str,
+    fields: dict[str, Any] | None,
+    notes: list[str],
+    written: tuple[str, ...],
+    **more: Any,
+) -> AddResult:
     """Return the result of adding an adapter, and record the fields with which it was requested, if they are new."""
     state, notes = tracked.state(), [*notes, *_notes_of_mode(tracked.manager, name)]
     result = AddResult(
@@ -504,6 +522,7 @@ def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, note
     )
     if fields is not None:
         tracked.requested[name] = (tracked.manager.configs[name], fields)
+    tracked.written[name] = written
     return result
 
 

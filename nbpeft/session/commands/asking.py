@@ -136,9 +136,9 @@ def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatc
         AdapterError: there is no conversation, or no chat template.
     """
     if not batch.chat:
-        raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
+        raise AdapterError("a conversation needs the chat template, which is not applied here: start a new one")
     if title not in conversations:
-        raise AdapterError(f"there is no conversation with {title} yet: ask anew")
+        raise AdapterError(f"there is no conversation with {title} to continue yet")
     return conversations[title]
 
 

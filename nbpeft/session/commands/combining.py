@@ -145,7 +145,7 @@ def make_combination(
         try:
             combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, settings)
             if replaces:
-                with Undoable(ctx, tracked, name, "combined anew").change():
+                with Undoable(ctx, tracked, name, "combined again").change():
                     if name in manager.active:
                         manager.activate([made if other == name else other for other in manager.active])
                     manager.remove(name)

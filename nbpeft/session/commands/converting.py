@@ -67,7 +67,7 @@ def convert(
         half = all(tensor.itemsize < 4 for named in weights.adapters.values() for tensor in named.values())
         plan = dataclasses.replace(made.plan, config=config)
         put = manager.prepare(made_name, plan, weights, trainable=False, half=half, replace=exists)
-        with Undoable(ctx, tracked, made_name, "converted anew").change() if exists else manager.transaction():
+        with Undoable(ctx, tracked, made_name, "converted again").change() if exists else manager.transaction():
             put()
         state, method = tracked.state(), method_of(manager.configs[name]).title(manager.configs[name])
         return ConvertResult(tracked.name, name, method, adapter_in(state, made_name), made.layers, state, tuple(notes))

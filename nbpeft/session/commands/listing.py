@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.session.commands.planning import plan_memory
 from nbpeft.session.handles import uncompiled
-from nbpeft.session.results.methods import MethodCost, MethodRow, MethodsResult
+from nbpeft.session.results.methods import OF_COSTS, MethodCost, MethodRow, MethodsResult, check_sort, sorted_rows
 
 if TYPE_CHECKING:
     from nbpeft.engine.contract.registry import Method
@@ -26,6 +26,7 @@ def methods(
     fields: Mapping[str, Any] = {},
     *,
     variable: str | None = None,
+    sort: str = "group",
     **settings: Any,
 ) -> MethodsResult:
     """List the methods: what each costs on a model with its defaults, what it supports and when to choose it.
@@ -35,15 +36,18 @@ def methods(
         model: a bare or an adapted model; with None and not exactly one adapted model, no costs are listed.
         fields: config fields, used for the methods that have them, e.g. ``{"target_modules": "all-linear"}``.
         variable: name for a model that the session does not know yet.
+        sort: ``group`` (the most used methods first, then by family), ``name``, ``parameters``, ``memory`` (to train)
+            or ``peak``.
         **settings: settings of a memory forecast, as for ``plan_memory``; with any of them, the peak memory of a
             training step is listed.
 
     Raises:
-        ConfigError: no method has one of the fields.
+        ConfigError: no method has one of the fields, or the sort order is unknown or needs a model or a forecast.
     """
-    from nbpeft.model.analysis.method_facts import facts_of_method, listed_methods
+    from nbpeft.model.analysis.method_facts import facts_of_method, group_of, listed_methods
 
     known = listed_methods()
+    check_sort(sort)
     for name in fields:
         having = {field for method in known for field in method.config_class.__dataclass_fields__}
         if name not in having:
@@ -53,20 +57,23 @@ def methods(
     tracked = None if model is None else ctx.find(model, variable, command="methods")
     base = None if model is None else uncompiled(model) if tracked is None else tracked.manager.model
     title = "" if base is None else tracked.name if tracked is not None else variable or "model"
+    if base is None and sort in OF_COSTS:
+        raise ConfigError(f"sorting the methods by {sort} needs a model", field="sort")
+    if sort == "peak" and not settings:
+        raise ConfigError("sorting the methods by peak needs a batch size or a sequence length", field="sort")
     with ctx.command("listing methods", slow=True) as notes:
         rows = []
         for method in known:
             facts = facts_of_method(method)
             cost = None if base is None else _cost(ctx, method, base, fields, settings)
-            rows.append(
-                MethodRow(method.label, _written(method), cost, facts, method.listing.when, method.listing.paper)
-            )
-        rows.sort(key=lambda row: row.cost.parameter_count if row.cost and not row.cost.refusal else 1 << 60)
+            shown = method.listing
+            row = MethodRow(method.label, _written(method), cost, facts, shown.when, shown.paper, group_of(method))
+            rows.append(row)
         if base is None:
             notes.append("give a model to see what each costs on it")
         words = ", ".join(f"{name}={value}" for name, value in fields.items())
         given = f"{words} where they have it" if words else "their defaults"
-        return MethodsResult(title, tuple(rows), given, bool(settings), tuple(notes))
+        return MethodsResult(title, sorted_rows(rows, sort), given, bool(settings), tuple(notes), sort)
 
 
 def _written(method: Method) -> str:

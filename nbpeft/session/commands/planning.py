@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.memory.estimate import Setting, Weights
-    from nbpeft.memory.suggest import Suggestion
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
     from nbpeft.state import MemoryPart
@@ -37,7 +36,7 @@ _SETTINGS = (
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
 )
 _WHOLE_NOTE = "logits are counted as a whole, which nbpeft's own Trainer computes in chunks"
-_CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
+_CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
 
 def plan_memory(
@@ -57,7 +56,7 @@ def plan_memory(
             sets it too), ``processes`` and ``sharded`` (memory of one of several processes, with DDP or with FSDP2),
             ``loss_chunk_size`` and ``recompute`` (as in ``nbpeft.Trainer``; a ``trainer_class`` of another library
             stores complete logits and activations), ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by
-            default this machine's), ``suggest=False`` for no suggestions. ``rank`` and ``changes`` (fields by name)
+            default this machine's), ``suggest=False`` for no suggestions if it does not fit. ``rank`` and ``changes`` (fields by name)
             are differences from ``config``; another ``peft_type`` in ``changes`` means an adapter of that method with
             these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``): rows whose longest one, or
             fullest packed sequence, determines the sequence length; ``sequence_length`` is then the length to which
@@ -229,13 +228,13 @@ class MemoryPlanner:
         suggest: bool = True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> PlanResult:
-        """Estimates the memory of a step; takes about a second the first time, and longer with suggestions.
+        """Estimates the memory of a step; takes about a second the first time, and longer if it does not fit.
 
         Can be called from another thread.
 
         Args:
             settings: changes of the planner's settings; None for none.
-            suggest: whether to look for changes that lower the peak.
+            suggest: whether to look for changes that lower the peak, if it does not fit.
             stopped: returns True to end the search for suggestions early.
         """
         from nbpeft.memory.estimate import estimate
@@ -245,8 +244,9 @@ class MemoryPlanner:
         room = _room(None if device == THIS_MACHINE else device, self._source) if device else self.room
         setting = dataclasses.replace(self._setting(settings), on_cpu=room.on_cpu)
         parts = estimate(setting)
-        suggestions = suggestions_for(setting, room.total, stopped) if suggest else ()
-        result = self._result(setting, parts, suggestions, room)
+        result = self._result(setting, parts, room)
+        if suggest and not (result.fits and result.fits_now is not False):
+            result = dataclasses.replace(result, changes=suggestions_for(setting, room.total, stopped))
         if settings is None and self.assumed:
             return dataclasses.replace(result, notes=(self.assumed, *result.notes))
         return result
@@ -287,9 +287,7 @@ class MemoryPlanner:
             sharded=setting.sharded,
         )
 
-    def _result(
-        self, setting: Setting, parts: tuple[MemoryPart, ...], suggestions: tuple[Suggestion, ...], room: Room
-    ) -> PlanResult:
+    def _result(self, setting: Setting, parts: tuple[MemoryPart, ...], room: Room) -> PlanResult:
         from nbpeft.memory.estimate import weights_of
         from nbpeft.memory.processor import slow_dtype_message, slow_here
 
@@ -301,7 +299,7 @@ class MemoryPlanner:
         notes = tuple(note for note in found if note)
         if room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_dtype_message(setting.dtype))
-        return PlanResult(self.name, self.class_name, adapter, settings, parts, room, suggestions, notes)
+        return PlanResult(self.name, self.class_name, adapter, settings, parts, room, notes=notes)
 
 
 def _of_experts(weights: Weights) -> str:

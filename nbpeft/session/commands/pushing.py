@@ -67,7 +67,7 @@ def push(
             tracked.manager,
             repo,
             name=chosen,
-            facts=_facts(tracked, chosen, repo),
+            facts=card_facts(tracked, chosen, repo, repo.rpartition("/")[2]),
             private=private,
             token=token,
             endpoint=endpoint,
@@ -95,22 +95,29 @@ def _adapter(tracked: TrackedModel, name: str | None) -> str:
     return names[0]
 
 
-def _facts(tracked: TrackedModel, name: str, repo: str) -> CardFacts:
-    """Return information for the card in addition to the config."""
+def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> CardFacts:
+    """Return information for an adapter's card in addition to its config.
+
+    Args:
+        tracked: the model.
+        name: name of the adapter.
+        source: repository or folder from which the card's code loads the adapter.
+        title: heading of the card.
+    """
     from nbpeft.checkpoint import CardFacts
     from nbpeft.display.svg import loss_svg
 
-    state, title = tracked.state(), repo.rpartition("/")[2]
+    state = tracked.state()
     own = sum(adapter.parameter_count for adapter in state.adapters)
     base = f"a {state.class_name} with {numbers.count(state.parameter_count - own)} parameters"
     train, call = tracked.training, tracked.training_call
     if train is None or train.status not in ENDED or name not in re.split(r",\s*", train.adapter):
-        return CardFacts(repo, title, base)
+        return CardFacts(source, title, base)
     known = call if call is not None and call.run_id == train.run_id else None
     rows = [("data", known.data), ("evaluated on", known.eval_data)] if known else []
     rows += _results(train)
     return CardFacts(
-        repo,
+        source,
         title,
         base,
         tuple((label, words) for label, words in rows if words),

@@ -74,9 +74,9 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
         _check_learns(run, adapter)
         run.control.request_stop_of(adapter)
         state = run.state
-        return RequestResult(adapter, "learns no more after this step; the others go on", state.step, state.total_steps)
+        return RequestResult(adapter, "stops after this step; the others continue", state.step, state.total_steps)
     run.control.request_stop()
-    return _requested(run, "stops after the step it is in")
+    return _requested(run, "stops after the current step")
 
 
 def clone(
@@ -131,7 +131,7 @@ def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
     """
     run = _running(ctx, model, "pause")
     run.control.pause()
-    return _requested(run, "pauses after the step it is in")
+    return _requested(run, "pauses after the current step")
 
 
 def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
@@ -146,7 +146,7 @@ def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
     """
     run = _running(ctx, model, "continue")
     run.control.resume()
-    return _requested(run, "goes on")
+    return _requested(run, "continues")
 
 
 def _check_learns(run: Run, adapter: str) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nbpeft.runs.record import RunRecord
     from nbpeft.runs.store import RunStore
     from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.state import Curve
 
 _SAME = ("peft_type", "r", "lora_alpha")
 """Settings whose values must be equal for an adapter to be that of a run."""
@@ -45,7 +46,8 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
     Args:
         ctx: context of the session.
         *names: names of runs to compare; without any, all runs are listed.
-        sort: ``time`` (newest first), ``loss``, ``eval``, ``best``, ``steps``, ``seconds``, ``name`` or ``status``.
+        sort: ``time`` (newest first), ``loss``, ``eval``, ``best``, ``steps``, ``rows``, ``seconds``, ``name``,
+            ``status``, ``base`` or ``method``.
 
     Raises:
         CheckpointNotFoundError: there is no such run.
@@ -56,7 +58,8 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
 
     store = _store(ctx)
     if not names:
-        return RunsResult(str(store.place), sorted_records(tuple(store.records()), sort))
+        records = sorted_records(tuple(store.records()), sort)
+        return RunsResult(str(store.place), records, tuple(map(_loss_curve, records)))
     found = [_with_entries(store.find(name)) for name in dict.fromkeys(names)]
     if all(record.status == UNREADABLE for record, _ in found):
         raise _cannot_be_read(found[0][0])
@@ -65,6 +68,17 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
         curves=tuple(curve_of(logged, "loss") for _, logged in found),
         eval_curves=tuple(curve_of(logged, "eval_loss") for _, logged in found),
     )
+
+
+def _loss_curve(record: RunRecord) -> Curve:
+    """Return the loss curve of a run; empty if it cannot be read."""
+    from nbpeft.runs.folder import RunFolder
+    from nbpeft.runs.record import UNREADABLE, curve_of
+
+    try:
+        return () if record.status == UNREADABLE else curve_of(RunFolder(Path(record.path)).entries(), "loss")
+    except CheckpointError:
+        return ()
 
 
 def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
@@ -244,7 +258,7 @@ def _put_back(
         if record.is_complete:
             raise AdapterError(
                 f"run {record.name} had finished, and {name!r} is on the model: delete or rename that one first "
-                "to have the adapter of the run back"
+                "to restore the run's adapter"
             )
         _check_config(record, name, manager.configs[name])
         tracked = ctx.find_adapted(model, variable)
@@ -309,7 +323,7 @@ def _check_base(record: RunRecord, place: Path, base: Any) -> None:
 
     difference = compare(read_metadata(place / WEIGHTS_NAME), base)
     if difference is not None:
-        raise BaseMismatchError(f"run {record.name} does not go on on this model: {difference}")
+        raise BaseMismatchError(f"cannot resume {record.name} on this model: {difference}")
 
 
 def _check_config(record: RunRecord, name: str, config: Any) -> None:

@@ -301,7 +301,8 @@ def export(
 
     tracked, place = ctx.models.get(model, command="export"), place_of(path, "export")
     with ctx.command(f"exporting to {place}", slow=True) as notes:
-        how = {"tokenizer": tokenizer, "base": base, "replace": replace}
+        written = {field for adapter in tracked.manager.active for field in tracked.written.get(adapter, ())}
+        how = {"tokenizer": tokenizer, "base": base, "replace": replace, "written": written}
         files = export_script(tracked.model, place, data, eval_data, **how, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
         return ExportResult(str(files.script), files.adapter, data_files, (*files.notes, *notes))

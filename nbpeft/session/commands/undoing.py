@@ -125,7 +125,7 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
     with ctx.command(f"resetting {name!r}") as notes:
         draw_anew(ctx, tracked, name)
         notes.append("session.undo() brings the old ones back")
-        return ctx.result(tracked, f"reset {name!r}: its weights start anew", notes)
+        return ctx.result(tracked, f"reset {name!r}: its weights are initialized again", notes)
 
 
 def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) -> None:

@@ -49,8 +49,8 @@ class InspectResult(Result):
         if not ranked or ranked[0].relative == 0:
             return "it changes nothing yet: train it first"
         return (
-            f"moves {plural(len(ranked), 'layer')} by {percent(self.median)} of their weight in the median "
-            f"({percent(ranked[-1].relative)} to {percent(ranked[0].relative)}){self._intruders}"
+            f"median weight change {percent(self.median)} ({plural(len(ranked), 'layer')}, "
+            f"{percent(ranked[-1].relative)} to {percent(ranked[0].relative)}){self._intruders}"
         )
 
     @property

@@ -5,20 +5,37 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from nbpeft._util.optional import needs
-from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line, notes
-from nbpeft.display.numbers import clock, loss, plural
+from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
+from nbpeft.display.numbers import NONE, clock, loss, plural
 from nbpeft.errors import ConfigError, cut, did_you_mean, few
-from nbpeft.runs.record import UNREADABLE, RunRecord, differing
+from nbpeft.runs.record import BASE, METHOD, ROWS, UNREADABLE, RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.state import Curve
 from nbpeft.training.monitor.result import TrainResult
 
-SORTS = ("time", "name", "status", "steps", "loss", "eval", "best", "seconds")
-_HEAD = ("Run", "Status", "Steps", "Loss", "Eval loss", "Settings that differ")
-_RIGHT = (2, 3, 4)
+SORTS = ("time", "name", "status", "base", "method", "rows", "steps", "loss", "eval", "best", "seconds")
+HEAD: tuple[tuple[str, str], ...] = (
+    ("Run", "name"),
+    ("Status", "status"),
+    ("Base model", "base"),
+    ("Method", "method"),
+    ("Rows", "rows"),
+    ("Steps", "steps"),
+    ("Loss", "loss"),
+    ("Best eval loss", "best"),
+    ("Curve", ""),
+    ("Settings that differ", ""),
+)
+"""The columns of the table, each with its sort order, if it has one."""
+RIGHT = (4, 5, 6, 7)
+"""Columns with figures."""
+_TITLES = tuple(title for title, _ in HEAD)
+_IN_COLUMNS = (BASE, METHOD, ROWS, "peft_type")
+"""Settings that have columns of their own."""
 _MOST_SETTINGS = 4
 _LONGEST_VALUE = 40
 _TONES: Mapping[str, Any] = {
@@ -47,6 +64,9 @@ def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord
         "time": lambda record: -record.started,
         "name": lambda record: record.name,
         "status": lambda record: record.status,
+        "base": lambda record: _setting(record, BASE),
+        "method": lambda record: _setting(record, METHOD),
+        "rows": lambda record: -(record.settings.get(ROWS) or 0),
         "steps": lambda record: -record.step,
         "loss": lambda record: last if record.loss is None else record.loss,
         "eval": lambda record: last if record.eval_loss is None else record.eval_loss,
@@ -63,24 +83,26 @@ class RunsResult(Result):
     Attributes:
         place: the folder of the runs.
         records: the runs, in display order.
+        curves: the loss curve of each; empty if they were not read.
     """
 
     place: str
     records: tuple[RunRecord, ...]
+    curves: tuple[Curve, ...] = ()
 
     def __str__(self) -> str:
         from nbpeft.display.text import columns
 
         if not self.records:
             return f"no run is kept in {self.place} yet"
-        rows = [tuple(_flat(cell) for cell in row) for row in (_HEAD, *self._rows())]
+        rows = [tuple(_flat(cell) for cell in row) for row in (_TITLES, *self.rows())]
         return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
 
     def view(self) -> Card:
         """Shows all runs as a table."""
         if not self.records:
             return card("Runs", line(dim("No run is kept here yet: every training adds one.")), aside=self.place)
-        table = Table(_HEAD, tuple(self._rows()), right=_RIGHT)
+        table = Table(_TITLES, tuple(self.rows()), right=RIGHT, prose=(len(HEAD) - 1,))
         return card(plural(len(self.records), "run"), table, aside=self.place)
 
     def to_dataframe(self) -> Any:
@@ -93,16 +115,22 @@ class RunsResult(Result):
             import pandas
         return pandas.DataFrame([_fields(record) for record in self.records])
 
-    def _rows(self) -> list[tuple[Any, ...]]:
+    def rows(self) -> list[tuple[Cell, ...]]:
+        """Returns the cells of each run."""
         readable = [record for record in self.records if record.status != UNREADABLE]
-        settings = differing(readable)
-        rows = [
+        curves = dict(zip((record.name for record in self.records), self.curves, strict=False))
+        settings = {name: values for name, values in differing(readable).items() if name not in _IN_COLUMNS}
+        rows: list[tuple[Cell, ...]] = [
             (
                 (Text(record.name, "bold", tooltip=record.path, wrap="names"), dim(_origin(record))),
                 Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
+                Text(_base(record), tooltip=_setting(record, BASE), wrap="names"),
+                _setting(record, METHOD),
+                f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
-                (loss(record.eval_loss), dim(_best(record))),
+                (loss(record.best_loss), dim(f"at step {record.best_step:,}" if record.best_step is not None else "")),
+                _spark(curves.get(record.name, ())),
                 _settings_words(settings, index),
             )
             for index, record in enumerate(readable)
@@ -146,7 +174,8 @@ class RunsComparison(Result):
         names = self._names()
         labelled = tuple(zip(names, self.curves, self.eval_curves, strict=True))
         width = range(1, 1 + len(names))
-        table = Table(("", *names), tuple(self._rows()), right=tuple(width))
+        rows = tuple((name, *(Text(value, wrap="words") for value in values)) for name, *values in self._rows())
+        table = Table(("", *names), rows, right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
         why = (line(dim(words)) for words in self._why_unreadable())
         return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same, *why)
@@ -162,13 +191,16 @@ class RunsComparison(Result):
     def _rows(self) -> list[tuple[str, ...]]:
         results = [
             ("status", *(record.status for record in self.records)),
+            (BASE, *(_base(record) for record in self.records)),
+            *((name, *(_setting(record, name) for record in self.records)) for name in (METHOD, ROWS)),
             ("steps", *(f"{record.step:,}" for record in self.records)),
             ("loss", *(loss(record.loss) for record in self.records)),
             ("eval loss", *(loss(record.eval_loss) for record in self.records)),
             ("best eval loss", *(loss(record.best_loss) for record in self.records)),
             ("time", *(clock(record.seconds) for record in self.records)),
         ]
-        return results + [(name, *map(_value_words, values)) for name, values in self.differing.items()]
+        others = {name: values for name, values in self.differing.items() if name not in _IN_COLUMNS}
+        return results + [(name, *map(_value_words, values)) for name, values in others.items()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,21 +237,21 @@ class ResumeResult(ModelResult):
 
     def __str__(self) -> str:
         if self.training is None:
-            return f"run {self.run} had finished: {', '.join(self.adapters)} is back as it was after step {self.step:,}"
-        return " · ".join((f"run {self.run} went on from step {self.step:,}: {self.training}", *self.notes))
+            return f"run {self.run} had finished: {', '.join(self.adapters)} is restored as it was after step {self.step:,}"
+        return " · ".join((f"resumed {self.run} at step {self.step:,}: {self.training}", *self.notes))
 
     def view(self) -> Block:
         """Shows from which step the run was resumed, and its result."""
         if self.training is None:
             return Card(str(self))
-        went_on = line(dim(f"run {self.run} went on from step {self.step:,}"))
+        went_on = line(dim(f"resumed {self.run} at step {self.step:,}"))
         return Stack((went_on, self.training.view(), *notes(self.notes)))
 
 
-def _unreadable_row(record: RunRecord) -> tuple[Any, ...]:
+def _unreadable_row(record: RunRecord) -> tuple[Cell, ...]:
     """Returns the row of a run that cannot be read, with the reason."""
     name = Text(record.name, "bold", tooltip=record.path, wrap="names")
-    return name, Text(record.status, _TONES[record.status]), "", "", "", Text(record.message, "dim")
+    return name, Text(record.status, _TONES[record.status]), *[""] * (len(HEAD) - 3), Text(record.message, "dim")
 
 
 def _origin(record: RunRecord) -> str:
@@ -234,11 +266,21 @@ def _took(record: RunRecord) -> str:
     return f"in {clock(record.seconds)}"
 
 
-def _best(record: RunRecord) -> str:
-    """Returns the best evaluation as text, unless it is the last one."""
-    if record.best_loss is None or record.best_loss == record.eval_loss:
-        return ""
-    return f"best {loss(record.best_loss)}" + (f" at step {record.best_step:,}" if record.best_step is not None else "")
+def _setting(record: RunRecord, name: str) -> str:
+    """Returns a setting as text; a dash for a run that has none, e.g. of an earlier version."""
+    return str(record.settings.get(name) or NONE)
+
+
+def _base(record: RunRecord) -> str:
+    """Returns the base model's Hub id, or the name of its folder without the path."""
+    name = _setting(record, BASE)
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def _spark(curve: Curve) -> Spark:
+    """Returns the loss curve as large as a word."""
+    words = f"{loss(curve[0][1])} → {loss(curve[-1][1])}" if curve else ""
+    return Spark(words, points=curve)
 
 
 def _settings_words(settings: Mapping[str, tuple[Any, ...]], index: int) -> Text:

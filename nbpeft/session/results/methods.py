@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -10,18 +11,23 @@ from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Card, Cell, Table, Text, bold, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, count, size
+from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.session.results.base import Result
 
 if TYPE_CHECKING:
     from nbpeft.model.analysis.method_facts import MethodFacts
 
+OF_COSTS = ("parameters", "memory", "peak")
+SORTS = ("group", "name", *OF_COSTS)
+"""Sort orders of the table."""
 _YES, _NO = "✓", NONE
 _CAN = ("Merge", "Swap", "4‑bit", "Rows")
 _LEGEND = (
-    "Merge: into the weights. Swap: another one in its place while the model runs. 4‑bit: on quantized layers (slow: "
-    "it needs the whole weight at each call). Rows: several of them in a batch in one pass; others one after the other."
+    "Merge: can be merged into the weights. Swap: can be replaced by another adapter without recompiling the model. "
+    "4‑bit: works on quantized layers (slow: each call dequantizes the whole weight). Rows: one forward pass serves "
+    "different adapters in different rows of a batch."
 )
-_TIME = "The time of a step depends on the machine: train a few steps of each."
+_TIME = "The time of a step depends on the machine: train a few steps of each method to compare."
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class MethodRow:
         facts: what the method supports; None for a method that does not adapt layers.
         when: when to choose it.
         paper: reference.
+        group: heading of its group.
     """
 
     label: str
@@ -62,6 +69,7 @@ class MethodRow:
     facts: MethodFacts | None
     when: str
     paper: str
+    group: str = ""
 
     @property
     def can(self) -> tuple[str, ...]:
@@ -76,7 +84,7 @@ class MethodRow:
 
 @dataclass(frozen=True, repr=False)
 class MethodsResult(Result):
-    """All methods, those with the fewest parameters first.
+    """All methods.
 
     Attributes:
         model_name: the notebook variable of the model; empty if none was given.
@@ -84,6 +92,7 @@ class MethodsResult(Result):
         settings: the config fields used for the table, as text.
         forecast: whether the peak of a training step was requested.
         notes: messages for the user.
+        sort: the order of the rows, one of ``SORTS``.
     """
 
     model_name: str
@@ -91,6 +100,7 @@ class MethodsResult(Result):
     settings: str = ""
     forecast: bool = False
     notes: tuple[str, ...] = ()
+    sort: str = "group"
 
     @property
     def _costs(self) -> tuple[str, ...]:
@@ -102,9 +112,10 @@ class MethodsResult(Result):
     def __str__(self) -> str:
         from nbpeft.display.text import columns
 
-        rows = [
-            (row.label, row.written, *_figures(row, self._costs), *row.can, _why(row), row.paper) for row in self.rows
-        ]
+        rows: list[tuple[str, ...]] = []
+        for row, heading in self._headed():
+            rows += [(heading.upper(),)] if heading else []
+            rows.append((row.label, row.written, *_figures(row, self._costs), *row.can, _why(row), row.paper))
         head = ("Method", "", *self._costs, *_CAN, "When to choose it", "Paper")
         return with_notes(f"{self._title}\n{columns((head, *rows))}\n{_LEGEND} {_TIME}", self.notes)
 
@@ -114,19 +125,20 @@ class MethodsResult(Result):
 
     def view(self) -> Card:
         """Shows all methods as a table."""
-        rows = tuple(
-            (
-                (bold(row.label), Text(row.written, "dim", wrap="names")),
-                *_figures(row, self._costs),
-                *(Text(sign, "" if sign == _YES else "dim") for sign in row.can),
-                _reason(row),
+        head = ("Method", *self._costs, *_CAN, "When to choose it")
+        rows: list[tuple[Cell, ...]] = []
+        for row, heading in self._headed():
+            rows += [(Text(heading, "accent"), *[""] * (len(head) - 1))] if heading else []
+            rows.append(
+                (
+                    (bold(row.label), Text(row.written, "dim", wrap="names")),
+                    *_figures(row, self._costs),
+                    *(Text(sign, "" if sign == _YES else "dim") for sign in row.can),
+                    _reason(row),
+                )
             )
-            for row in self.rows
-        )
-        count_of_figures = len(self._costs)
-        table = Table(
-            ("Method", *self._costs, *_CAN, "When to choose it"), rows, right=tuple(range(1, 1 + count_of_figures))
-        )
+        figures = tuple(range(1, 1 + len(self._costs)))
+        table = Table(head, tuple(rows), right=figures, prose=(len(head) - 1,))
         added = "To train: the adapter with gradients and AdamW's moments." if self.model_name else ""
         return card(
             self._title,
@@ -134,6 +146,14 @@ class MethodsResult(Result):
             line(dim(" ".join(filter(None, (added, _LEGEND, _TIME))))),
             notes(self.notes),
         )
+
+    def _headed(self) -> Iterable[tuple[MethodRow, str]]:
+        """Yields each row with the heading above it; empty for a row in the group of the one before."""
+        before = ""
+        for row in self.rows:
+            heading = row.group if self.sort == "group" and row.group != before else ""
+            before = row.group
+            yield row, heading
 
     def to_dataframe(self) -> Any:
         """Returns the methods as a pandas DataFrame with one row each.
@@ -148,7 +168,10 @@ class MethodsResult(Result):
             facts = {name: None if row.facts is None else getattr(row.facts, name) for name in _FACTS}
             costs = vars(row.cost) if row.cost is not None else {}
             rows.append(
-                {"method": row.label, "written": row.written, **costs, **facts, "when": row.when, "paper": row.paper}
+                {
+                    **{"method": row.label, "group": row.group, "written": row.written, **costs, **facts},
+                    **{"when": row.when, "paper": row.paper},
+                }
             )
         return pandas.DataFrame(rows)
 
@@ -166,15 +189,51 @@ def _figures(row: MethodRow, titles: tuple[str, ...]) -> tuple[str, ...]:
 
 def _why(row: MethodRow) -> str:
     """Returns when to choose the method, or why it cannot be used on the model."""
-    return f"not as it is: {row.cost.refusal}" if row.cost is not None and row.cost.refusal else row.when
+    return f"not with these defaults: {row.cost.refusal}" if row.cost is not None and row.cost.refusal else row.when
 
 
 def _reason(row: MethodRow) -> Cell:
-    shown = urlsplit(row.paper).hostname or row.paper  # a complete URL has no position for a line break
-    paper = Text(shown, "dim", href=_address(row.paper)) if row.paper else ""
+    paper = Text(_short_reference(row.paper), "dim", row.paper, "names", _address(row.paper)) if row.paper else ""
     refused = row.cost is not None and row.cost.refusal
     first = Text(_why(row), "warning") if refused else Text(row.when)
     return (first, paper) if paper else first
+
+
+def _short_reference(paper: str) -> str:
+    """Returns a reference as it is cited: ``arXiv:2106.09685``, ``doi:10.1609/…``, or the site of any other URL."""
+    url = urlsplit(paper)
+    if url.hostname == "doi.org":
+        return f"doi:{url.path.lstrip('/')}"
+    return f"paper on {url.hostname}" if url.hostname else paper
+
+
+def check_sort(sort: str) -> None:
+    """Checks a sort order.
+
+    Raises:
+        ConfigError: there is no such order.
+    """
+    if sort not in SORTS:
+        raise ConfigError(f"methods cannot be sorted by {sort!r:.60}.{did_you_mean(sort, SORTS)}", field="sort")
+
+
+def sorted_rows(rows: Iterable[MethodRow], sort: str) -> tuple[MethodRow, ...]:
+    """Returns the rows in one of the orders ``SORTS``; methods whose cost is unknown come last."""
+    from nbpeft.model.analysis.method_facts import COMMON, GROUPS
+
+    def cost(row: MethodRow) -> int:
+        if row.cost is None or row.cost.refusal:
+            return 1 << 60
+        if sort == "peak":
+            return row.cost.peak_bytes or 0
+        return row.cost.byte_count + row.cost.training_bytes if sort == "memory" else row.cost.parameter_count
+
+    place = {label: number for number, label in enumerate(COMMON)}
+    keys: dict[str, Callable[[MethodRow], Any]] = {
+        "group": lambda row: (GROUPS.index(row.group), place.get(row.label, len(place))),
+        "name": lambda row: row.label.lower(),
+    }
+    return tuple(sorted(rows, key=keys.get(sort, cost)))
 
 
 def _address(paper: str) -> str:

@@ -97,7 +97,8 @@ class PlanResult(Result):
         settings: the settings of the forecast.
         parts: the peak memory, part by part.
         room: the device that it should fit.
-        changes: settings that would lower the peak, those that make it fit first; empty if not requested.
+        changes: settings that would lower the peak, those that make it fit first; empty if it fits anyway, or if not
+            requested.
         notes: messages for the user.
     """
 

@@ -14,7 +14,7 @@ class RequestResult(Result):
 
     Attributes:
         adapter: the adapter that it trains.
-        request: what the training will do, e.g. ``stops after the step it is in``.
+        request: what the training will do, e.g. ``stops after the current step``.
         step: the last completed step.
         total_steps: number of planned steps; None if unknown.
     """

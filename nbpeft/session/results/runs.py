@@ -31,7 +31,7 @@ class ExportResult(Result):
     def __str__(self) -> str:
         rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
         data = f", and {rows}" if rows else ""
-        line = f"wrote {self.script}, which trains {self.adapter!r} anew{data}; accelerate launch {quote(self.script)}"
+        line = f"wrote {self.script}, which trains {self.adapter!r}{data}; run it with: accelerate launch {quote(self.script)}"
         return with_notes(line, self.notes)
 
     def view(self) -> Card:

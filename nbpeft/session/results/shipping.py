@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.blocks import Card, Table, Text, card, dim, line, notes
 from nbpeft.display.models import with_notes
-from nbpeft.display.numbers import size
+from nbpeft.display.numbers import NONE, size
 from nbpeft.session.results.base import Result
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class ShipResult(Result):
     def view(self) -> Card:
         """Shows the files with their sizes, and the commands."""
         done = self.shipment
-        rows = tuple((name, done.stored_as or "as it is", size(count)) for name, count in done.files)
+        rows = tuple((name, done.stored_as or "unchanged", size(count)) for name, count in done.files)
+        rows += tuple((name, NONE, NONE) for name in done.texts)
         return card(
             f"{done.adapter} · {'shipped' if done.written else 'would be shipped'} for {done.engine}",
             line(dim(f"{done.verdict.label} takes it {self._form()}; in {done.folder}")),

@@ -17,7 +17,7 @@ def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
 ENGINE = Engine(
     name="ollama",
     label="Ollama",
-    checked="of the import guide and convert.go at 01cf744",
+    checked="(import guide and convert.go at 01cf744)",
     source="https://docs.ollama.com/import",
     adapter=Form("gguf", rules=ADAPTER_RULES, types=("f16", "f32", "bf16", "q8_0")),
     merged=Form("gguf", merges=True, rules=MERGED_RULES, types=TYPES),

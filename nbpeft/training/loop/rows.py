@@ -89,13 +89,13 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
-        notes += [f"of the rows to evaluate on: {measured.notes}"] if measured.notes else []
+        notes += [f"of the evaluation rows: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
     train, evaluation = hold_out(rows, amount, request.seed)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
         notes = [rows.notes]
-    known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
-    held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
+    known = f"{count(len(evaluation))} of {plural(len(rows), 'row')}" if hasattr(rows, "__len__") else ""
+    held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
     return TrainingRows(train, evaluation, tuple(notes), held)
 
 

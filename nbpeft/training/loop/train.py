@@ -239,7 +239,7 @@ def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str,
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
     """Returns the result, or raises TrainingInterrupted with it."""
     if run.interrupted:
-        left = run.lost or ("what it learned is kept" if run.steps_done else "the adapters are as before")
+        left = run.lost or ("progress is kept" if run.steps_done else "the adapters are as before")
         raise TrainingInterrupted(f"{result} · {left}", result)
     return result
 

@@ -339,7 +339,7 @@ class Run:
         self.steps_before = steps
         if steps:
             self.starts_from = f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
-            self.note(f"continues from {self.starts_from}, with a new schedule")
+            self.note(f"continues from {self.starts_from} (new learning-rate schedule)")
 
     def mirror(self, state: TrainState) -> None:
         """Takes over the state of the run from the processes that train, and publishes it.

@@ -30,14 +30,16 @@ from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.checkpoint import prompt_format
 from nbpeft.confidential import without_secrets
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, TrainingError, cut, in_one_line
 from nbpeft.model.saving import files
 from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.runs.folder import RunFolder
+from nbpeft.runs.record import BASE, METHOD, ROWS
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.adapters.adapted_model import trained_names
+from nbpeft.training.adapters.adapted_model import base_of, trained_names
 from nbpeft.training.adapters.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.disk.agreement import broadcast_from_rank0, is_distributed, is_main_process, save_collectively
 from nbpeft.training.disk.checkpoints import drop_after, put_checkpoint
@@ -353,9 +355,15 @@ class RunCheckpointer(TrainerCallback):
         return round(self._seconds_before + self._run.elapsed, 3)
 
     def _own_settings(self) -> dict[str, Any]:
-        form = prompt_format(self._model.peft_config[trained_names(self._model)[0]])
-        own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
-        own["system prompt"] = cut(form.system, _LONGEST_SYSTEM) if form is not None and form.system else None
+        config = self._model.peft_config[trained_names(self._model)[0]]
+        form = prompt_format(config)
+        own = {
+            BASE: _name_of_base(self._model),
+            METHOD: method_of(config).title(config),
+            ROWS: self._data.get("rows"),
+            "starts from": self._run.starts_from,
+            "system prompt": cut(form.system, _LONGEST_SYSTEM) if form is not None and form.system else None,
+        }
         return {name: value for name, value in own.items() if value}
 
     def _swept_settings(self) -> dict[str, list[str]]:
@@ -470,3 +478,9 @@ def _comparable(row: Any) -> Any:
     if isinstance(row, Mapping):
         return {str(name): _comparable(value) for name, value in row.items()}
     return row.tolist() if isinstance(row, Tensor | np.ndarray) else row
+
+
+def _name_of_base(model: Any) -> str:
+    """The Hub id of the base model, or its folder; its class if neither is known."""
+    base: Any = base_of(model)
+    return str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)

@@ -10,10 +10,11 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
 from torch import nn
 
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
@@ -40,6 +41,10 @@ from nbpeft.training.script.sources import (
 )
 
 _DIGEST_LENGTH = 12
+_LOCAL_BASE = (
+    "the base model is a folder of this machine: for another machine, give the base model's Hub id or its folder there "
+    "(base=…)"
+)
 _MARK = "# Exported by nbpeft, and unchanged as long as this is its digest: "
 """Start of the last line of a script."""
 
@@ -115,6 +120,7 @@ def export_script(
     columns: Mapping[str, str] | None = None,
     base: str | None = None,
     replace: bool = False,
+    written: Collection[str] = (),
     **arguments: Any,
 ) -> ScriptFiles:
     """Writes a script that trains a new adapter, configured like the active one, on the same rows.
@@ -136,6 +142,7 @@ def export_script(
         columns: as for ``train``.
         base: folder or hub id from which the script loads the base model; by default that of this model.
         replace: overwrite an existing file that was not exported, or was changed since.
+        written: fields of the adapter's config to write even if they have their default values.
         **arguments: fields of ``TrainingArguments``, as for ``train``.
 
     Returns:
@@ -173,16 +180,16 @@ def export_script(
         "ADAPTER": names[0],
         "DATA": rows.train.text,
         "EVAL_DATA": rows.evaluation.text if isinstance(rows.evaluation, Source) else rows.evaluation,
-        "CONFIG": _changed(config) | _targets(model, config),
+        "CONFIG": _fields(config, written) | _targets(model, config),
         "ARGUMENTS": {
             "output_dir": f"{target.stem}_output",
             **arguments,
             **{name: value for name, value in own.items() if value is not None},
         },
     }
-    written = {name: value for name, value in constants.items() if value is not None}
-    body = _body(written, type(config).__name__, _load(plain_base, source, place), rows)
-    text = _script(written, body, _dependencies(plain_base, rows, place))
+    present = {name: value for name, value in constants.items() if value is not None}
+    body = _body(present, type(config).__name__, _load(plain_base, source, place), rows)
+    text = _script(present, body, _dependencies(plain_base, rows, place))
     parts = [part for part in (rows.tokenizer, rows.train, rows.evaluation) if isinstance(part, Source)]
     files = [file for part in parts for file in part.files]
     replace_files(target.parent, [*files, NewFile.of_text(target.name, text)])
@@ -192,7 +199,8 @@ def export_script(
             f"{', '.join(left_out)} left out of the script, which is no place for secrets: {LOG_IN}", stacklevel=2
         )
     data_files = tuple(target.parent / name for name in rows.counts)
-    return ScriptFiles(target, data_files, tuple(rows.counts.values()), names[0], left_out, rows.notes)
+    notes = (*rows.notes, *([_LOCAL_BASE] if os.path.isabs(source.text) else []))
+    return ScriptFiles(target, data_files, tuple(rows.counts.values()), names[0], left_out, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +342,7 @@ def _refuse_other(path: Path) -> None:
 
 
 def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:
-    """Returns the requirements of a script, with the installed versions as minimum."""
+    """Returns the requirements of a script, in the versions that nbpeft requires."""
     quantized = any(part.name == "quantized layers" for part in stored_parts(model))
     needed = ["nbpeft[bnb]" if quantized else "nbpeft[train]", "torch", "transformers"]
     sources = [part for part in (rows.train, rows.evaluation) if isinstance(part, Source)]
@@ -348,9 +356,12 @@ def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:
 
 
 def _version(package: str) -> str:
-    """Returns a requirement for at least the installed version, without its local build label."""
+    """Returns the versions that nbpeft requires of a package; of nbpeft itself at least the installed one."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return f">={importlib.metadata.version(package).partition('+')[0]}"
+        if package == "nbpeft":
+            return f">={importlib.metadata.version(package).partition('+')[0]}"
+        found = map(Requirement, importlib.metadata.requires("nbpeft") or ())
+        return next((str(needed.specifier) for needed in found if needed.name == package), "")
     return ""
 
 
@@ -396,13 +407,13 @@ def _gguf_file(folder: Path) -> str | None:
     return files[0] if len(files) == 1 else None
 
 
-def _changed(config: Any) -> dict[str, Any]:
-    """Returns the fields of a config that differ from their defaults."""
+def _fields(config: Any, written: Collection[str]) -> dict[str, Any]:
+    """Returns the fields of a config that differ from their defaults, and those named."""
     usual = type(config)().to_dict()
     fields = {
         name: plain(value) for name, value in config.to_dict().items() if name not in ("peft_type", *ORIGIN_FIELDS)
     }
-    return {name: value for name, value in fields.items() if value != plain(usual.get(name))}
+    return {name: value for name, value in fields.items() if name in written or value != plain(usual.get(name))}
 
 
 def _digest(text: str) -> str:

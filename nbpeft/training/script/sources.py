@@ -31,7 +31,7 @@ class Source:
     """Something that a script loads.
 
     Attributes:
-        text: name on the hub, or path relative to the script's folder.
+        text: name on the hub; or a path, relative to the script's folder or absolute.
         local: whether it is a path.
         files: files to write next to the script.
     """
@@ -48,6 +48,9 @@ class Source:
 def source_of_path(text: str, folder: Path) -> Source:
     """Returns a file or folder of this machine relative to the script's folder; anything else unchanged.
 
+    The path is absolute if the two have only the home folder or one above it in common, so that they do not move
+    together.
+
     Args:
         text: a path or a name on the hub, optionally followed by a slice (``rows.jsonl[:100]``).
         folder: folder of the script.
@@ -56,8 +59,12 @@ def source_of_path(text: str, folder: Path) -> Source:
     place = place_in(text)
     if not os.path.exists(place):
         return Source(text)
-    relative = os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
-    return Source(Path(relative).as_posix() + text[len(place) :], local=True)
+    there, here = os.path.realpath(place), os.path.realpath(folder)
+    common = Path(os.path.commonpath([there, here]))
+    home = Path(os.path.realpath(Path.home()))
+    apart = common == home or common in home.parents
+    path = there if apart else os.path.relpath(there, here)
+    return Source(Path(path).as_posix() + text[len(place) :], local=True)
 
 
 def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source, str]:
@@ -73,9 +80,7 @@ def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source,
     """
     found = given or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not found:
-        raise TrainingError(
-            f"this {type(model).__name__} does not say where it came from; give a folder or hub id (base=…)"
-        )
+        raise TrainingError(f"the source of this {type(model).__name__} is unknown; give its folder or Hub id (base=…)")
     return source_of_path(found, folder), found
 
 

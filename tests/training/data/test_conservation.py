@@ -240,7 +240,7 @@ def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:
         [{"text": "the cat", "id": 1}, {"text": "the cat", "early": 1}, {"text": "a"}, {"text": "a", "late": 1}]
     )
     assert train(model(False), rows, 2, max_steps=1, **arguments).message == (
-        "columns not used: 'early', 'id'; 2 rows held out to evaluate on · columns not used: 'late'"
+        "columns not used: 'early', 'id'; 2 rows held out for evaluation · columns not used: 'late'"
     )
 
 
@@ -248,5 +248,5 @@ def test_rows_to_evaluate_on_are_held_to_the_same(tokenizer: Any) -> None:
     rows = [{"text": "the cat", "id": 1}, {"text": None}]
     result = train(model(False), [{"text": "the cat"}], rows, tokenizer=tokenizer, max_steps=1)
     assert result.message == (
-        "of the rows to evaluate on: 1 row left out: row 1: the text is empty; columns not used: 'id' (1 of 2 rows)"
+        "of the evaluation rows: 1 row left out: row 1: the text is empty; columns not used: 'id' (1 of 2 rows)"
     )

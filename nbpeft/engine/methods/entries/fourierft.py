@@ -79,7 +79,7 @@ class FourierFTConfig(LayersConfig):
     peft_type="FOURIERFT",
     label="FourierFT",
     listing=Listing(
-        when="very small files: some numbers a layer, whatever its size",
+        when="very small files: a fixed number of values per layer, whatever its size",
         paper="arXiv:2405.03003",
         summary=lambda config: {"frequencies": str(config.n_frequency)},
         smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,

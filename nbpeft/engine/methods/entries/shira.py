@@ -99,7 +99,7 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
     peft_type="SHIRA",
     label="SHiRA",
     listing=Listing(
-        when="few entries of each weight: adapters that hardly touch each other",
+        when="several adapters that should not interfere: each trains few entries of a weight",
         paper="arXiv:2406.13175",
         summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -95,7 +95,7 @@ class SupertuningConfig(LayersConfig):
     peft_type="SUPERTUNING",
     label="Super-Tuning",
     listing=Listing(
-        when="as SHiRA, with the entries that matter most; together with a LoRA if needed",
+        when="like SHiRA, with entries chosen by magnitude; optionally together with LoRA",
         paper="arXiv:2607.09287",
         variant=lambda config: "" if config.r is None else "Supra",
         summary=lambda config: (

@@ -228,7 +228,7 @@ def _coiflet(order: int) -> NDArray[np.float64]:
     peft_type="WAVEFT",
     label="WaveFT",
     listing=Listing(
-        when="as FourierFT, with changes that stay local: pictures of one subject",
+        when="like FourierFT, with localized changes: images of one subject",
         paper="arXiv:2505.12532",
         summary=lambda config: {"coefficients": str(config.n_frequency), "wavelet": config.wavelet_family},
         smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,

@@ -62,7 +62,7 @@ def reset_factors(adapted: AdaptedLayer, adapter_name: str, init_lora_weights: b
     check_init(config, "the layer", layer.module, layer.kind)
     if config.initialised_from_weight or adapter.initial is not None or config.init_name == "mica":
         raise ConfigError(
-            "an adapter that starts in the weight cannot be reset on a layer: delete it and add it anew",
+            "an adapter that starts in the weight cannot be reset on a layer: delete it and add it again",
             field="init_lora_weights",
         )
     parameters = {name: parameter for name, parameter in adapter.named_parameters() if name != MAGNITUDE}

@@ -58,7 +58,7 @@ def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
     LoraConfig,
     label="LoRA",
     listing=listing(
-        when="the usual choice: every tool and every server takes it", paper="arXiv:2106.09685", variant=_variant
+        when="the usual choice: every tool and inference server supports it", paper="arXiv:2106.09685", variant=_variant
     ),
     applies=lambda config: not config.variant,
     sample_configs={

@@ -327,7 +327,7 @@ def create_riemannian_optimizer(
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, not {optimizer_cls!r:.60}")
     if _needs_closure(optimizer_cls):
         raise ConfigError(
-            f"{optimizer_cls.__name__} requires a closure, which computes the gradients anew after they were rescaled; "
+            f"{optimizer_cls.__name__} requires a closure, which computes the gradients again after they were rescaled; "
             "use an optimizer such as AdamW or SGD"
         )
     pairs = trained_pairs(model)
@@ -339,7 +339,7 @@ def create_riemannian_optimizer(
     def rescale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise ConfigError(
-                "create_riemannian_optimizer does not support closures, which compute the gradients anew after they "
+                "create_riemannian_optimizer does not support closures, which compute the gradients again after they "
                 "were rescaled: call step() without one"
             )
         preconditioner.step()

@@ -66,7 +66,7 @@ class C3AConfig(LayersConfig):
     peft_type="C3A",
     label="C3A",
     listing=Listing(
-        when="a high rank from few parameters, where blocks divide the layers",
+        when="high rank from few parameters; the block size must divide the layer's sizes",
         paper="arXiv:2407.19342",
         summary=lambda config: {"block": str(config.block_size)},
     ),

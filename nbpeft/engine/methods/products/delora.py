@@ -81,7 +81,7 @@ class DeloraConfig(LayersConfig):
     peft_type="DELORA",
     label="DeLoRA",
     listing=Listing(
-        when="as LoRA, with a bound on how far each layer may move",
+        when="like LoRA, with a limit on how far each layer can move; robust learning rates",
         paper="arXiv:2503.18225",
         summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

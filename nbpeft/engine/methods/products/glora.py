@@ -83,7 +83,7 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
     peft_type="GLORA",
     label="GLoRA",
     listing=Listing(
-        when="as LoRA, where weights should be scaled and biases learn too",
+        when="like LoRA, but also scales weights and trains biases",
         paper="arXiv:2306.07967",
         summary=lambda config: {
             "r": str(config.r),

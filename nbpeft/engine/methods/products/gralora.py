@@ -87,7 +87,7 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
     peft_type="GRALORA",
     label="GraLoRA",
     listing=Listing(
-        when="as LoRA with a high rank, for the parameters of a lower one",
+        when="a higher rank than LoRA with the same number of parameters",
         paper="arXiv:2505.20355",
         summary=lambda config: {"r": str(config.r), "k": str(config.gralora_k), "α": f"{config.alpha:g}"},
         smaller=_smaller,

@@ -65,7 +65,7 @@ class HiraConfig(LayersConfig):
     peft_type="HIRA",
     label="HiRA",
     listing=Listing(
-        when="much to learn: a high rank for LoRA's parameters",
+        when="hard tasks: a high-rank change with as many parameters as LoRA",
         paper="https://openreview.net/forum?id=TwJrTz9cRS",
         summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -93,7 +93,7 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
     peft_type="LILY",
     label="Lily",
     listing=Listing(
-        when="many layers that learn alike: they share factors of a higher rank",
+        when="layers that share factors, and so afford a higher rank",
         paper="arXiv:2407.09946",
         summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

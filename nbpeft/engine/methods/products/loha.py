@@ -59,7 +59,7 @@ class LoHaConfig(RankedConfig):
     peft_type="LOHA",
     label="LoHa",
     listing=Listing(
-        when="a high rank from few parameters; images",
+        when="high rank from few parameters; common for image models",
         paper="arXiv:2108.06098",
         summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

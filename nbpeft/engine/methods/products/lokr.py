@@ -94,7 +94,7 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
     peft_type="LOKR",
     label="LoKr",
     listing=Listing(
-        when="very small files; images",
+        when="very small files; common for image models",
         paper="arXiv:2212.10650",
         summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

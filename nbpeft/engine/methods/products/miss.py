@@ -69,7 +69,7 @@ class MissConfig(LayersConfig):
     peft_type="MISS",
     label="MiSS",
     listing=Listing(
-        when="LoRA's memory, for about half of its parameters at the same rank",
+        when="about half of LoRA's parameters at the same rank, with the same memory",
         paper="arXiv:2409.15371",
         variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
         summary=lambda config: {"r": str(config.r)},

@@ -96,7 +96,7 @@ def _activations() -> Any:
     peft_type="PEANUT",
     label="PEANuT",
     listing=Listing(
-        when="changes that follow from the weights themselves",
+        when="changes that a small network computes from the weights themselves",
         paper="arXiv:2410.01870",
         summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -82,7 +82,7 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
     draws_in_training=True,
     label="Polytropon",
     listing=Listing(
-        when="several tasks that need some of the same skills; a new task learns which",
+        when="multi-task training: tasks share skills, and a new task learns how to mix them",
         paper="arXiv:2202.13914",
         summary=lambda config: {
             "r": str(config.r),

@@ -284,7 +284,7 @@ class SubspaceAllocator(Allocator):
     peft_type="ADAMSS",
     label="AdaMSS",
     listing=Listing(
-        when="few numbers in each part of a weight; may train fewer and fewer of them",
+        when="few parameters per cluster of a weight; can reduce their number in training",
         paper="https://openreview.net/forum?id=8ZdWmpYxT0",
         summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

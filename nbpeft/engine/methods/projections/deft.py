@@ -85,7 +85,7 @@ class DeftConfig(LayersConfig):
     peft_type="DEFT",
     label="DEFT",
     listing=Listing(
-        when="new content in place of old: a subject, a style",
+        when="replacing content of an image model: a subject or a style",
         paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
         variant=lambda config: "PaRa" if config.para else "",
         summary=lambda config: {"r": str(config.r), "by": config.decomposition_method},

@@ -316,7 +316,7 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
     peft_type="FROD",
     label="FRoD",
     listing=Listing(
-        when="a full rank from few numbers: fast to converge, slow to put in",
+        when="full rank from few parameters: fast convergence, slow to add",
         paper="https://doi.org/10.1609/aaai.v40i31.39813",
         summary=lambda config: {"sparse": f"{config.sparse_rate:g}"},
         smaller=lambda config: config.copy(sparse_rate=config.sparse_rate / 2) if config.sparse_rate > 1e-4 else None,

@@ -155,7 +155,7 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     peft_type="OSF",
     label="OSF",
     listing=Listing(
-        when="one task after another: what a weight does most is kept, the rest trained",
+        when="continual learning: trains minor directions and preserves the main ones",
         paper="arXiv:2504.07097",
         summary=lambda config: {"kept": "half" if config.effective_rank is None else f"{config.effective_rank:g}"},
     ),

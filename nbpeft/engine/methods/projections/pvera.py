@@ -142,7 +142,7 @@ class WideProjections(Projections):
     draws_in_training=True,
     label="PVeRA",
     listing=Listing(
-        when="as VeRA, where adapters shall not be too sure of few examples",
+        when="like VeRA, for few examples: a probabilistic version that avoids overconfidence",
         paper="arXiv:2512.07703",
         summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -141,7 +141,7 @@ def _sparse_bases(
     peft_type="RANDLORA",
     label="RandLoRA",
     listing=Listing(
-        when="a full rank from few trained numbers",
+        when="full rank from few parameters",
         paper="arXiv:2502.00987",
         summary=lambda config: {"r": str(config.r), "α": f"{config.randlora_alpha:g}"},
         smaller=lambda config: config.copy(r=config.r * 2),

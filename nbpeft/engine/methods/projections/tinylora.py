@@ -151,7 +151,7 @@ class TinyVectors(SharedState):
     peft_type="TINYLORA",
     label="TinyLoRA",
     listing=Listing(
-        when="a dozen trained numbers for a whole model, as reinforcement learning needs",
+        when="reinforcement learning: about a dozen parameters for a whole model",
         paper="arXiv:2602.04118",
         summary=lambda config: {"r": str(config.r), "u": str(config.u)},
         smaller=lambda config: config.copy(u=config.u // 2) if config.u > 1 else None,

@@ -171,7 +171,7 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
     peft_type="UNILORA",
     label="Uni-LoRA",
     listing=Listing(
-        when="a file of some hundred numbers for all low-rank factors of a model",
+        when="tiny files: some hundred parameters for all low-rank factors of a model",
         paper="arXiv:2506.00799",
         summary=lambda config: {"r": str(config.r), "d": str(config.theta_d_length)},
         smaller=lambda config: _of_length(config, config.theta_d_length // 2),

@@ -197,7 +197,7 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
     peft_type="VBLORA",
     label="VB-LoRA",
     listing=Listing(
-        when="the smallest files of many adapters: vectors from one bank",
+        when="very many adapters: the smallest files, vectors from a shared bank",
         paper="arXiv:2405.15179",
         summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

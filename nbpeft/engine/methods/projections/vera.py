@@ -54,7 +54,7 @@ class VeraProjections(Projections):
     peft_type="VERA",
     label="VeRA",
     listing=Listing(
-        when="very many adapters of one model: two vectors a layer in each file",
+        when="very many adapters of one model: two vectors per layer in each file",
         paper="arXiv:2310.11454",
         summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

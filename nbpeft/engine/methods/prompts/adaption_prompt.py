@@ -140,7 +140,7 @@ def _unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     peft_type="ADAPTION_PROMPT",
     label="LLaMA-Adapter",
     listing=Listing(
-        when="few examples: starts as the model itself, and learns what to attend to besides",
+        when="few examples: learned prompts in the top layers, gated to start at zero",
         paper="arXiv:2303.16199",
         summary=lambda config: {"tokens": str(config.adapter_len), "layers": str(config.adapter_layers)},
         smaller=lambda config: config.copy(adapter_len=max(1, int(config.adapter_len or 1) // 2)),

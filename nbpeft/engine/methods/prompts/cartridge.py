@@ -76,7 +76,7 @@ def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[st
     peft_type="CARTRIDGE",
     label="Cartridge",
     listing=Listing(
-        when="many questions about one long text: its keys and values are learned once",
+        when="many questions about one long text: a trained KV cache takes its place",
         paper="arXiv:2506.06266",
         summary=lambda config: {"tokens": str(config.num_virtual_tokens), "frozen": str(config.num_frozen_tokens)},
         smaller=lambda config: config.copy(

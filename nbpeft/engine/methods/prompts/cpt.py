@@ -132,7 +132,7 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     peft_type="CPT",
     label="CPT",
     listing=Listing(
-        when="few examples, as in in-context learning, which overfitting would spoil",
+        when="few examples: starts from in-context examples and avoids overfitting",
         paper="arXiv:2410.17222",
         summary=lambda config: {
             "tokens": str(config.num_virtual_tokens),

@@ -87,7 +87,7 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
     peft_type="MULTITASK_PROMPT_TUNING",
     label="multitask prompt tuning",
     listing=Listing(
-        when="several tasks that have much in common, and little data for each",
+        when="several related tasks with little data each",
         paper="arXiv:2303.02861",
         summary=lambda config: {
             "tokens": str(config.num_virtual_tokens),

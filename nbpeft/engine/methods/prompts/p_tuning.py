@@ -80,7 +80,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     peft_type="P_TUNING",
     label="P-tuning",
     listing=Listing(
-        when="prompts that learn slowly by themselves, as of small models",
+        when="small models, where plain prompt tuning learns slowly",
         paper="arXiv:2103.10385",
         summary=lambda config: {
             "tokens": str(config.num_virtual_tokens),

@@ -60,7 +60,7 @@ class PrefixTuningConfig(CachedPrefixConfig):
     peft_type="PREFIX_TUNING",
     label="prefix tuning",
     listing=Listing(
-        when="generation: it steers every layer, and the input keeps its length",
+        when="generation tasks: steers every layer, and the input keeps its length",
         paper="arXiv:2101.00190",
         summary=lambda config: (
             {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})

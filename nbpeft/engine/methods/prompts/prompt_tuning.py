@@ -39,7 +39,7 @@ class PromptTuningConfig(InitialisedPromptConfig):
     peft_type="PROMPT_TUNING",
     label="prompt tuning",
     listing=Listing(
-        when="large models and many tasks: a few tokens each, and no layer changes",
+        when="large models with many tasks: a few tokens per task, no layer changes",
         paper="arXiv:2104.08691",
         summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
         smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),

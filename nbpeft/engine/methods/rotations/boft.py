@@ -104,7 +104,7 @@ _LARGEST_EXPONENT = 24
     peft_type="BOFT",
     label="BOFT",
     listing=Listing(
-        when="as OFT, with every input turned against every other",
+        when="like OFT, but every input can be rotated against every other one",
         paper="arXiv:2311.06243",
         summary=lambda config: (
             {"block": str(config.boft_block_size)} if config.boft_block_size else {"blocks": str(config.boft_block_num)}

@@ -57,7 +57,7 @@ class HRAConfig(LayersConfig):
     peft_type="HRA",
     label="HRA",
     listing=Listing(
-        when="as OFT, for fewer parameters",
+        when="like OFT, with fewer parameters",
         paper="arXiv:2405.17484",
         summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,

@@ -119,7 +119,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
     peft_type="OFT",
     label="OFT",
     listing=Listing(
-        when="keeping what the model knows: rotations leave the angles between outputs",
+        when="preserving the base model's knowledge: rotations keep angles between neurons",
         paper="arXiv:2306.07280",
         summary=lambda config: {"r": str(config.r)} if config.r else {"block": str(config.oft_block_size)},
         smaller=lambda config: (

@@ -127,7 +127,7 @@ class PsoftConfig(LayersConfig):
     peft_type="PSOFT",
     label="PSOFT",
     listing=Listing(
-        when="as OFT, in the directions that matter alone: few numbers",
+        when="like OFT, with few parameters: rotates only a weight's main directions",
         paper="https://openreview.net/forum?id=FSHrinMArK",
         summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -65,7 +65,7 @@ class RoadConfig(LayersConfig):
     peft_type="ROAD",
     label="RoAd",
     listing=Listing(
-        when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
+        when="like (IA)³, but also rotates outputs; fast steps",
         paper="arXiv:2409.00119",
         summary=lambda config: {"variant": config.variant, "group": str(config.group_size)},
     ),

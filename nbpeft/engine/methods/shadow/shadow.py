@@ -128,7 +128,7 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     peft_type="SHADOW",
     label="ShadowPEFT",
     listing=Listing(
-        when="a small model is wanted, too: it steers the large one, and can be taken out",
+        when="if a small model is wanted as well: it steers the large one and can be detached",
         paper="arXiv:2604.19254",
         summary=lambda config: {"r": str(config.r), "network": shown_network(config)},
         smaller=lambda config: config.copy(r=max(1, config.r // 2)) if config.r > 1 else None,

@@ -58,7 +58,7 @@ def _value_projections(model_type: str | None) -> list[str] | None:
     peft_type="BEFT",
     label="BEFT",
     listing=Listing(
-        when="few examples: one bias a layer, hardly any parameters, and a cheap step",
+        when="few examples: one bias per layer, very few parameters, fast steps",
         paper="arXiv:2509.15974",
         summary=lambda config: {"trains": "biases"},
     ),

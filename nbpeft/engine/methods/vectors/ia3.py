@@ -193,7 +193,7 @@ def _vector_of(path: str, member: Member) -> Tensor:
     peft_type="IA3",
     label="(IA)³",
     listing=Listing(
-        when="few rows to learn from, and very few parameters",
+        when="few training rows; very few parameters",
         paper="arXiv:2205.05638",
         summary=lambda config: {"vectors": _scaled(config)},
     ),

@@ -111,7 +111,7 @@ class LNTuningConfig(LayersConfig):
     peft_type="LN_TUNING",
     label="LN tuning",
     listing=Listing(
-        when="norms alone: very few parameters, and nothing added to the model",
+        when="very few parameters: trains only norms, and adds nothing to the model",
         paper="arXiv:2312.11420",
         summary=lambda config: {"trains": "norms"},
     ),

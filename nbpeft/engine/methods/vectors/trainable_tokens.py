@@ -168,7 +168,7 @@ _REQUESTED = replace(_NAMES, container="token_adapter")
     peft_type="TRAINABLE_TOKENS",
     label="trainable tokens",
     listing=Listing(
-        when="new tokens, and nothing else of the model",
+        when="new tokens: trains only their embeddings",
         summary=lambda config: {"tokens": str(len(config.token_indices))},
         listed_with={"token_indices": [0]},
     ),

@@ -186,7 +186,7 @@ def test_mica_in_half_precision_is_cast_as_a_whole() -> None:
 
 def test_mica_cannot_be_reset_on_a_layer_to_what_it_started_from() -> None:
     layer: Any = adapted("MiCA").get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    with pytest.raises(ConfigError, match="delete it and add it anew"):
+    with pytest.raises(ConfigError, match="delete it and add it again"):
         layer.reset_lora_parameters("default", "mica")
 
 

@@ -346,7 +346,7 @@ def _distance(matrix: Tensor) -> Tensor:
     peft_type="ADALORA",
     label="AdaLoRA",
     listing=Listing(
-        when="where ranks should differ by layer: it shares them out as it trains",
+        when="a fixed budget of ranks, which training distributes among the layers",
         paper="arXiv:2303.10512",
         summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},
         smaller=lambda config: config.resized(config.init_r // 2) if config.init_r > 1 else None,

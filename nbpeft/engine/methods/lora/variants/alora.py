@@ -119,7 +119,7 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
     LoraConfig,
     label="aLoRA",
     listing=listing(
-        when="switching within a conversation: what a cache holds of the prompt stays valid",
+        when="switching adapters within a conversation: the KV cache of the prompt is reused",
         paper="arXiv:2504.12397",
         listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
     ),

@@ -69,7 +69,7 @@ def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[
     label="Arrow",
     listing=Listing(
         summary=lambda config: {"top k": str(config.arrow_config.top_k)},
-        when="adapters of several tasks at once: each token takes those that suit it",
+        when="routing each token among the existing adapters of several tasks",
         paper="arXiv:2405.11157",
         variant=lambda config: "Arrow + GenKnowSub" if config.arrow_config.use_gks else "",
         listed_with={"arrow_config": {}},

@@ -38,7 +38,7 @@ _CANCELLATION = 1e-2
     LoraConfig,
     label="DoRA",
     listing=listing(
-        when="low ranks, where it learns a little more than LoRA, at a slower step",
+        when="low ranks: slightly better than LoRA, at slower steps",
         paper="arXiv:2402.09353",
         variant=lambda config: "rsDoRA" if config.use_rslora else "",
         listed_with={"use_dora": True},

@@ -63,7 +63,7 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
     LoraConfig,
     label="KaSA",
     listing=listing(
-        when="as LoRA, learned as singular values in the place of the base's smallest",
+        when="like LoRA, but trains singular values that replace the weight's smallest ones",
         paper="arXiv:2412.06071",
         variant=lambda config: "rsKaSA" if config.use_rslora else "",
         listed_with={"kasa_config": {}},

@@ -20,7 +20,7 @@ from nbpeft.engine.methods.lora.lora import LoRA
     LoraConfig,
     label="MiCA",
     listing=listing(
-        when="half of LoRA's parameters, in directions that the base makes little use of",
+        when="half of LoRA's parameters, in directions that the base model uses least",
         paper="arXiv:2604.01694",
         variant=lambda config: "rsMiCA" if config.use_rslora else "",
         listed_with={"init_lora_weights": "mica"},

@@ -38,7 +38,7 @@ _NOT_DROPPED = Dropout(0.0, False)
     LoraConfig,
     label="QALoRA",
     listing=listing(
-        when="a smaller first factor: it sees groups of inputs, as a quantized weight does",
+        when="quantized models: a smaller first factor, which sees groups of inputs",
         paper="arXiv:2309.14717",
         listed_with={"use_qalora": True},
     ),

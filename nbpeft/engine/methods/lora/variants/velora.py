@@ -56,7 +56,7 @@ def normalised(direction: Tensor) -> Tensor:
     LoraConfig,
     label="VeLoRA",
     listing=listing(
-        when="long sequences: of a layer's input a training step keeps a fraction",
+        when="long sequences: only a part of each layer's input is kept for backward",
         paper="arXiv:2405.17991",
         variant=lambda config: "rsVeLoRA" if config.use_rslora else "",
         listed_with={"velora_config": {}},

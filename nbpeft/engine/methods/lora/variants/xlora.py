@@ -39,7 +39,7 @@ from nbpeft.engine.methods.lora.variants.xlora_config import XLoraConfig, with_p
 from nbpeft.errors import AdapterError, ConfigError, MergeError, shown
 
 CLASSIFIER = "internal_xlora_classifier"
-_UNMERGEABLE = "a weight: X-LoRA weighs its adapters anew for each token"
+_UNMERGEABLE = "a weight: X-LoRA weights its adapters for each token"
 _IN_PEFT = re.compile(r"base_model\.lora_model\.model\.(.+)\.(lora_(?:embedding_)?[AB])\.(\d+)(\.weight|\.bias)?")
 """Name of an adapter's tensor in a file, as in PEFT's model."""
 _HERE = re.compile(r"base_model\.model\.(.+)\.(\d+)\.(lora_(?:embedding_)?[AB])(_bias)?")
@@ -260,7 +260,7 @@ def _without_cache(config: XLoraConfig, model: nn.Module) -> dict[str, Any]:
     peft_type="XLORA",
     label="X-LoRA",
     listing=Listing(
-        when="several trained adapters at once: a classifier weighs them for each token",
+        when="mixing several trained LoRAs: a classifier weights them for each token",
         paper="arXiv:2402.07148",
         summary=lambda config: {
             "adapters": str(len(config.adapters)),

@@ -517,7 +517,7 @@ def test_an_encoder_and_decoder_are_refused(adapters: dict[str, str]) -> None:
 def test_it_is_no_weight(adapters: dict[str, str], tmp_path: Path) -> None:
     model = made(adapters)
     before = logits(model)
-    with pytest.raises(MergeError, match="X-LoRA weighs its adapters anew for each token"):
+    with pytest.raises(MergeError, match="X-LoRA weights its adapters for each token"):
         model.merge_adapter()
     model.add_adapter("plain", nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="is X-LoRA, which cannot be combined"):

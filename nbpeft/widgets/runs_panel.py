@@ -1,0 +1,197 @@
+"""The saved runs: a click on a column sorts them, and those selected are compared below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nbpeft.display.blocks import Block, Stack, card, dim, line
+from nbpeft.display.html import grid_row, head, span, to_html
+from nbpeft.display.numbers import plural
+from nbpeft.session.results.kept_runs import HEAD, RIGHT, RunsComparison, RunsResult, sorted_records
+from nbpeft.widgets.environment import Ui
+from nbpeft.widgets.lifetime import weakly
+from nbpeft.widgets.panel import Panel
+
+if TYPE_CHECKING:
+    from nbpeft.session import Session
+
+MOST = 12
+"""Number of runs that are shown at first."""
+_SHOWN = tuple(range(len(HEAD) - 1))
+"""The columns of the panel: settings are shown in the comparison."""
+_HINT = "Select two or more runs to compare them."
+
+
+class RunsPanel(Panel):
+    """The table of runs with a check box in each row.
+
+    Args:
+        session: Reads the runs to compare.
+        result: The runs.
+        sort: The order in which they are given.
+        ui: How to show it; by default the richest form that works here.
+    """
+
+    kind: ClassVar[str] = "runs"
+
+    def __init__(self, session: Session, result: RunsResult, sort: str = "time", *, ui: Ui = "auto") -> None:
+        super().__init__(ui)
+        self._session, self._result, self._sort = session, result, sort
+        self._selected: list[str] = []
+        self._limit = MOST
+        self._comparison: RunsComparison | None = None
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """Names of the selected runs."""
+        return tuple(self._selected)
+
+    @property
+    def result(self) -> RunsResult:
+        """The runs in the order shown."""
+        return self._result
+
+    @property
+    def _key(self) -> tuple[int, str]:
+        return (id(self._session), self._result.place)
+
+    def _build(self) -> _Parts:
+        return _Parts(self._command)
+
+    def _opened(self) -> None:
+        self._draw()
+
+    def _text(self) -> str:
+        return str(self._result) if self._comparison is None else f"{self._result}\n{self._comparison}"
+
+    def _card(self, hint: str) -> Block:
+        listed = self._result.view()
+        listed = card(listed.title, *listed.blocks, line(dim(hint)), aside=listed.aside)
+        return listed if self._comparison is None else Stack((listed, self._comparison.view()))
+
+    def _command(self, *command: Any) -> None:
+        """The entry point of all widgets."""
+        with self._lock:
+            if self._parts is not None:
+                self._guarded(lambda: self._run(*command))
+
+    def _run(self, what: str, *arguments: Any) -> str:
+        if what == "sort":
+            self._sort = arguments[0]
+            order = {record.name: place for place, record in enumerate(self._result.records)}
+            records = sorted_records(self._result.records, self._sort)
+            curves = self._result.curves
+            sorted_curves = tuple(curves[order[record.name]] for record in records) if curves else ()
+            self._result = RunsResult(self._result.place, records, sorted_curves)
+        elif what == "more":
+            self._limit = len(self._result.records)
+        else:  # "select"
+            name, wanted = arguments
+            self._selected = [*(other for other in self._selected if other != name), *([name] if wanted else [])]
+            several = len(self._selected) > 1
+            compared = self._session.runs(*self._selected) if several else None
+            self._comparison = compared if isinstance(compared, RunsComparison) else None
+        self._draw()
+        self._changed()
+        return ""
+
+    def _draw(self) -> None:
+        self._parts.draw(self._result, self._sort, self._limit, self._selected, self._comparison)
+
+
+class _Parts:
+    """The widgets of the panel."""
+
+    def __init__(self, command: Callable[..., None]) -> None:
+        import ipywidgets
+
+        from nbpeft.widgets import controls as parts
+
+        self._command = command
+        self._head = parts.html()
+        self._titles = {
+            sort: parts.button(title, f"Sort by {title.lower()}", weakly(command, "sort", sort), "bare")
+            for title, sort in HEAD
+            if sort
+        }
+        self._rows: dict[str, _Row] = {}
+        cells = [self._titles[sort] if sort else parts.html(span(dim(title))) for title, sort in HEAD[: len(_SHOWN)]]
+        titles = ipywidgets.Box(cells)
+        titles.add_class("nbpeft-runs-grid")
+        self._table = ipywidgets.VBox([titles])
+        self._table.add_class("nbpeft-runs")
+        self._more = parts.button("Show all", "Show all runs", weakly(command, "more"), hides=True)
+        self._hint = parts.html()
+        self._compared = parts.html()
+        self.message = parts.Message()
+        foot = ipywidgets.HBox([self._hint, self._more])
+        foot.add_class("nbpeft-foot")
+        self.root = parts.panel_root(self._head, self._table, foot, self._compared, self.message.box)
+
+    def draw(
+        self,
+        result: RunsResult,
+        sort: str,
+        limit: int,
+        selected: list[str],
+        comparison: RunsComparison | None,
+    ) -> None:
+        """Shows the runs and the comparison.
+
+        Args:
+            result: The runs in order.
+            sort: Their order.
+            limit: The number of runs to show.
+            selected: Names of the selected runs.
+            comparison: The comparison of these, or None.
+        """
+        from nbpeft.widgets.controls import mark, one_each
+
+        count = len(result.records)
+        self._head.value = head(plural(count, "run"), dim(result.place), below=8)
+        for name, title in self._titles.items():
+            mark(title, "nbpeft-on", name == sort)
+        cells = dict(zip((record.name for record in result.records), result.rows(), strict=True))
+        names = [record.name for record in result.records[:limit]]
+        self._rows = one_each(self._table, self._rows, names, lambda name: _Row(name, self._command))
+        for name in names:
+            self._rows[name].draw(cells[name], on=name in selected)
+        self._more.layout.display = None if count > limit else "none"
+        self._hint.value = span(dim(_HINT if count > 1 else ""))
+        self._compared.value = "" if comparison is None else f'<div style="margin-top:10px">{_inner(comparison)}</div>'
+
+
+class _Row:
+    """One run with its check box."""
+
+    def __init__(self, name: str, command: Callable[..., None]) -> None:
+        import ipywidgets
+
+        from nbpeft.widgets import controls as parts
+
+        self._name, self._command = name, command
+        self._box = ipywidgets.Checkbox(
+            description=f"Compare {name}", indent=False, layout=ipywidgets.Layout(width="22px", margin="0")
+        )
+        self._box.add_class("nbpeft-unlabelled")
+        self._box.observe(weakly(self._toggled), names="value")
+        self._cells = parts.html(flex="1 1 auto", min_width="0")
+        self.box = ipywidgets.HBox([self._box, self._cells])
+        self.box.add_class("nbpeft-row")
+
+    def draw(self, cells: Any, *, on: bool) -> None:
+        """Shows the run as it is now."""
+        from nbpeft.widgets.controls import mark
+
+        kinds = ("nbpeft-number" if column in RIGHT else "" for column in _SHOWN)
+        self._cells.value = grid_row(zip(cells[: len(_SHOWN)], kinds, strict=True))
+        mark(self.box, "nbpeft-on", on)
+
+    def _toggled(self) -> None:
+        self._command("select", self._name, bool(self._box.value))
+
+
+def _inner(comparison: RunsComparison) -> str:
+    view = comparison.view()
+    return head(view.title) + to_html(tuple(block for block in view.blocks if block is not None))
