@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import PurePath
 
 from nbpeft.display import numbers
 from nbpeft.display.blocks import (
@@ -11,6 +13,7 @@ from nbpeft.display.blocks import (
     Card,
     Cell,
     Columns,
+    Commands,
     CurveChart,
     Details,
     Figure,
@@ -29,7 +32,7 @@ from nbpeft.display.blocks import (
 from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
 from nbpeft.errors import cut
-from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
+from nbpeft.state import ENDED, Curve, MemberState, Sample, SessionState, TrainState
 
 _STATUS_TONES: dict[str, Tone] = {
     "failed": "error",
@@ -42,17 +45,89 @@ _STATUS_TONES: dict[str, Tone] = {
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
 _MORE = "%lora traceback shows where it failed."
 _LONGEST_ANSWER = 400
+_ICONS: dict[Tone, str] = {"error": "✖", "warning": "⚠\ufe0e", "success": "✓"}  # the selector asks for text, not emoji
+_STEPS = (
+    ("Save", "%lora save adapters/{folder}{named}{model}"),
+    ("Ask", '%lora ask "{prompt}" --adapter {names}{model}'),
+    ("Compare", "%lora panel compare{target}"),
+    ("Ship", "%lora ship {name} --for ollama{model}"),
+)
+"""What to do with a trained adapter, and the command for it."""
 
 
-def training_card(train: TrainState, *, model_name: str = "", hint: str = "", seen: str = "") -> Card:
-    """Returns a card of a run: figures, progress, messages, curves, samples and memory.
+@dataclass(frozen=True)
+class NextSteps:
+    """What to do after a training.
+
+    Attributes:
+        saved: whether the adapter is saved as it is now; None if it is no longer on the model as this run trained it.
+        note: why there is nothing to save, or that nothing was trained.
+        commands: (what it does, command).
+    """
+
+    saved: bool | None
+    note: str = ""
+    commands: tuple[tuple[str, str], ...] = ()
+
+
+def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextSteps | None:
+    """Returns what to do with the adapter that a run has trained; None if it still runs, or has no adapter.
+
+    Args:
+        train: the run.
+        state: state of the session.
+        model_name: name of the run's model in the session.
+    """
+    best = min(train.members, key=lambda member: member.rank).name if train.members else train.adapter
+    names = tuple(name for name in best.split(", ") if name)
+    if train.status not in ENDED or not names:
+        return None
+    run = PurePath(train.folder).name if train.folder else ""
+    resume = f"%lora resume {run}"
+    model = state.model(model_name)
+    found = [item for item in model.adapters if item.name in names] if model is not None else []
+    last = model.training if model is not None else None
+    learned = (train.step if train.kept_step is None else train.kept_step) > train.first_step
+    if not learned:
+        return None
+    if len(found) < len(names):
+        where = f"{', '.join(names)} is not on the model {model_name}." if model_name else ""
+        return NextSteps(None, where, (("Restore", resume),) if run else ())
+    if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
+        return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
+    alone = len(state.models) == 1
+    one, several = names[0], len(names) > 1
+    words = {
+        "folder": "+".join(names),
+        "named": "" if several else f" --name {one}",
+        "names": ",".join(names),
+        "name": one,
+        "prompt": cut(train.samples[-1].prompt, 60).replace('"', "'") if train.samples else "your prompt",
+        "model": "" if alone else f" --model {model_name}",
+        "target": "" if alone else f" {model_name}",
+    }
+    commands = tuple((label, command.format_map(words)) for label, command in _STEPS)
+    unfinished = train.status != "finished" and bool(run) and train.kept_step is None
+    commands += (("Resume", resume),) if unfinished else ()
+    return NextSteps(not any(item.unsaved for item in found), "", commands)
+
+
+def training_card(
+    train: TrainState,
+    *,
+    model_name: str = "",
+    hint: str = "",
+    seen: str = "",
+    next_steps: NextSteps | None = None,
+) -> Card:
+    """Returns a card of a run: figures, progress, messages, curves, samples, memory, and what to do next.
 
     Args:
         train: the run.
         model_name: name of its model.
         hint: how to stop the run if there are no buttons.
-        seen: the current time as text. A saved notebook shows it as the time at which a running run was last seen; see
-            ``Pill``.
+        seen: the current time as text, for a card in a file: it shows when a running run was last seen.
+        next_steps: what to do after the run.
     """
     begun = train.first_step
     planned = (train.total_steps or 0) - begun
@@ -61,38 +136,51 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "", se
         f"Training {_subject(train)}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
-        line(*_message(train)),
-        line(dim(_MORE if train.status == "failed" else "")),
+        _notes(train),
         _curves(train),
         members_table(train) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
+        _following(next_steps) if next_steps is not None else None,
         line(dim(hint)),
-        aside=(dim(model_name), _pill(train, seen)),
+        aside=(dim(model_name), _status(train, seen)),
     )
 
 
-def _pill(train: TrainState, seen: str) -> Pill:
-    """Returns the status; for a running run also the text for a saved notebook."""
+def _status(train: TrainState, seen: str) -> Text:
+    """Returns the status; in a file, for a running run, when it was last seen."""
+    if not seen or train.status in ENDED:
+        return Pill(status_message(train), _status_tone(train))
     status = "" if train.status in ("starting", "running") else f" ({status_message(train)})"
-    saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
-    return Pill(status_message(train), _status_tone(train), saved=saved)
+    return dim(f"last seen {seen}, {_at(train)}{status}")
+
+
+def _following(steps: NextSteps) -> tuple[Block, ...]:
+    """Returns whether the adapter is saved, and the commands that follow a training."""
+    tone: Tone = "success" if steps.saved else "warning"
+    saved = "" if steps.saved is None else "saved" if steps.saved else "not saved"
+    mark = line(Text(f"{_ICONS[tone]} {saved}" if saved else "", tone), dim(steps.note))
+    return mark, *([Commands(steps.commands)] if steps.commands else [])
 
 
 def _at(train: TrainState) -> str:
     return f"step {train.step:,}" + (f" of {train.total_steps:,}" if train.total_steps else "")
 
 
-def _message(train: TrainState) -> tuple[Text, ...]:
-    """Returns the messages for the user: the error of a failed run, else warnings, then notes."""
+def _notes(train: TrainState) -> tuple[Block, ...]:
+    """Returns the messages for the user: errors, then warnings, one per line, then facts in one line."""
     if train.status == "failed":
-        return (Text(train.message, "error"),)
-    rest = train.message
-    for warning in train.warnings:
-        rest = rest.replace(warning, "")
-    notes = [part.strip() for part in rest.split(" · ") if part.strip()]
-    texts = (Text(" · ".join(train.warnings), "warning"), dim(" · ".join(notes)))
-    return tuple(text for text in texts if text.text)
+        return line(_problem(train.message, "error")), line(dim(_MORE))
+    facts = train.message
+    for problem in (*train.errors, *train.warnings):
+        facts = facts.replace(problem, "")
+    errors = [line(_problem(words, "error")) for words in train.errors]
+    warnings = [line(_problem(words, "warning")) for words in train.warnings]
+    return *errors, *warnings, line(dim(" · ".join(part.strip() for part in facts.split(" · ") if part.strip())))
+
+
+def _problem(words: str, tone: Tone) -> Text:
+    return Text(f"{_ICONS[tone]} {words}", tone)
 
 
 def _subject(train: TrainState) -> str:
@@ -110,7 +198,9 @@ def _curves(train: TrainState) -> Block:
 
 def _smoothed(curve: Curve) -> Curve:
     """Returns a smoothed curve: noise would hide which of several curves is lower."""
-    return tuple((int(step), value) for step, value in smooth(curve))
+    return tuple(
+        (int(step), value) for step, value in smooth([(step, value) for step, value in curve if math.isfinite(value)])
+    )
 
 
 def _figures(train: TrainState) -> Figures:
@@ -240,9 +330,10 @@ def _member_words(member: MemberState) -> str:
 
 
 def _status_tone(train: TrainState) -> Tone:
-    """Returns the tone of the status; ``warning`` for a run that ended with a warning."""
-    warned = train.warnings and train.status in ("finished", "stopped")
-    return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
+    """Returns the tone of the status; that of the worst note for a run that has ended."""
+    if train.status in ("finished", "stopped") and (train.errors or train.warnings):
+        return "error" if train.errors else "warning"
+    return _STATUS_TONES.get(train.status, "accent")
 
 
 def status_message(train: TrainState) -> str:

@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any,
     reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or check the labels"
     back = "the weights of step 4, the last good ones, were restored"
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
-    assert result.message == f"{reason} · {back}" and result.state.warnings == (reason, back)
+    assert result.message == f"{reason} · {back}" and result.state.errors == (reason, back)
     assert str(result).endswith(result.message)
     assert same_state(weights(model), kept.weights[4])
     assert model.manager.unsaved == {"default"}
@@ -126,7 +126,7 @@ def test_it_can_be_switched_off() -> None:
     model, _, result = trained(stop_on_divergence=False)
     assert (result.status, result.steps, result.kept_step) == ("finished", 12, None)
     assert not all(bool(value.isfinite().all()) for value in weights(model).values())
-    assert any("NaN" in warning for warning in result.state.warnings)
+    assert any("NaN" in warning for warning in result.state.errors)
 
 
 def test_weights_that_have_exploded_before_are_trained_on() -> None:
