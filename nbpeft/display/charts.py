@@ -387,7 +387,7 @@ def _no_curve(train: TrainState) -> str:
         return "the loss is not a finite number"
     if train.status in ENDED:
         return "no loss was logged" if train.step else "no step was finished"
-    return "waiting for the first loss"
+    return "no loss was logged yet" if train.step > train.first_step else "waiting for the first loss"
 
 
 def _inside(curve: list[Point], raw: Sequence[Point]) -> list[Point]:

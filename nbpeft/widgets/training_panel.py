@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.html import to_html
-from nbpeft.display.training import NextSteps, next_steps, training_card
+from nbpeft.display.next_steps import NextSteps, next_steps
+from nbpeft.display.training import training_card
 from nbpeft.state import ENDED, SessionState, TrainState
 from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
 from nbpeft.widgets.run_buttons import RunButtons

@@ -16,7 +16,8 @@ from nbpeft.display.crosshair import style_rules
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import adapter_cells, adapter_table, condition, model_card, model_text, modules
-from nbpeft.display.training import NextSteps, next_steps, training_card, training_text
+from nbpeft.display.next_steps import NextSteps, next_steps
+from nbpeft.display.training import training_card, training_text
 from nbpeft.session.results import MemoryReport
 from nbpeft.state import AdapterState, MemberState, MemoryPart, MemoryState, Sample, SessionState
 from nbpeft.widgets import styles

@@ -363,7 +363,7 @@ class Run:
         Args:
             token_count: the number of input tokens of all steps.
         """
-        self._record.token_count, self._came_back = token_count, True
+        self._record.done_tokens, self._came_back = token_count, True
 
     def wait_or_stop(self) -> bool:
         """Waits while paused; returns whether the loop should end."""
