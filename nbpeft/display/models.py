@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from nbpeft.display.blocks import Block, Card, Cell, Details, Line, Table, Text, bold, card, dim, line
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.numbers import count, plural, share, short_count, size
+from nbpeft.display.training import training_text
 from nbpeft.errors import few
-from nbpeft.state import AdapterState, ModelState
+from nbpeft.state import ENDED, AdapterState, ModelState
 
 ADAPTER_HEAD = ("Adapter", "Modules", "Parameters", "State")
 ADAPTER_FIGURES = (2,)
@@ -142,6 +143,14 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
         line(dim(hint)),
         aside=model_summary(model),
     )
+
+
+def training_now(model: ModelState) -> str:
+    """Returns which training runs on a model and how far it is; empty if none does."""
+    train = model.training
+    if train is None or train.status in ENDED:
+        return ""
+    return f"{training_text(train, brief=True)} (%lora watch shows its card)"
 
 
 def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:

@@ -12,13 +12,16 @@ _BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 
   border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
   box-shadow: none;"""
 
-RUN_BUTTONS_CSS = f"""
-.nbpeft-run {{ gap: 6px; padding: 2px 0 4px; }}
+RUN_CSS = f"""
+.nbpeft-run {{ overflow: visible; }}
+.nbpeft-run > .widget-hbox {{ gap: 6px; padding: 6px 0 4px; }}
+.nbpeft-run .widget-inline-hbox {{ height: auto; }}
+.nbpeft-run .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-run .jupyter-button {{ {_BUTTON} min-width: 88px; }}
 .nbpeft-run .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-run .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 1px; }}
 """
-"""Style rules of the buttons below a run's card."""
+"""Style rules of a run's card with its buttons."""
 
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
