@@ -76,7 +76,7 @@ def score(
         base: whether to score the base model, too.
         max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
             reference may come later in the answer.
-        batch_size: rows that are answered together by the base and all adapters; by default up to 32 answers.
+        batch_size: rows that are answered together by the base and all adapters; by default 8, or more up to 32 answers.
         seed: seed of the bootstrap and of sampled answers.
         strip: whether white space at both ends of answers and references is ignored.
         casefold: whether upper and lower case are ignored.
