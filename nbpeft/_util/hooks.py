@@ -1,15 +1,17 @@
-"""Hooks for the creation of configs and adapted models: upper layers register callbacks, lower layers call them.
+"""Hooks for the creation of configs, adapted models and scorers: upper layers register callbacks, lower ones call them.
 
-The package root registers the patch of transformers' Trainer here. So importing nbpeft changes nothing in other
-libraries, and the engine and the model layer import nothing from the layers above them.
+The package root registers the patch of transformers' Trainer here, and what scores a model in training. So importing
+nbpeft changes nothing in other libraries, and no layer imports anything from the layers above it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 _when_configured: list[Callable[[], None]] = []
 _when_adapted: list[Callable[[], None]] = []
+_scorers: list[Callable[..., Any]] = []
 
 
 def when_configured(call: Callable[[], None]) -> None:
@@ -34,3 +36,13 @@ def adapted() -> None:
     """Runs the callbacks for models; ``BaseTuner`` calls it when it is created, copied or unpickled."""
     for call in _when_adapted:
         call()
+
+
+def when_scored(make: Callable[..., Any]) -> None:
+    """Registers the function that makes the scorers of trainings."""
+    _scorers[:] = [make]
+
+
+def new_scorer(*args: Any, **options: Any) -> Any:
+    """Makes a scorer; see ``nbpeft.scoring.in_training.Scorer`` for the arguments."""
+    return _scorers[0](*args, **options)

@@ -117,7 +117,7 @@ def score(
         raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
     found, column_notes = columns_of(model, adapters, base)
     read = read_rows(model, rows, metrics, tokenizer, max_length=max_length, columns=columns)
-    state = _Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
+    state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, max_length)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
     parts = [state] if further is None else [state, further]
@@ -143,8 +143,8 @@ def score(
 
 
 def _elsewhere(
-    model: nn.Module, state: _Scoring, also: Any, general: bool, tokenizer: Any, max_length: int | None
-) -> _Scoring | None:
+    model: nn.Module, state: Scoring, also: Any, general: bool, tokenizer: Any, max_length: int | None
+) -> Scoring | None:
     """The scoring of the loss on further rows; None if there are none.
 
     Raises:
@@ -159,11 +159,11 @@ def _elsewhere(
     rows = _GENERAL.read_text(encoding="utf-8").strip().split("\n\n") if general else also
     read = read_rows(model, rows, metrics, tokenizer, max_length=max_length)
     title = "general text" if general else "the further rows"
-    return _Scoring(title, state.columns, metrics, read, state.settings, list(read.notes))
+    return Scoring(title, state.columns, metrics, read, state.settings, list(read.notes))
 
 
 @dataclass
-class _Scoring:
+class Scoring:
     """What was computed so far.
 
     Attributes:

@@ -64,7 +64,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
         if (value := getattr(options, name)) is not None:
             given[name] = value
     rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
-    metrics = [_metric(word, notebook) for word in options.metric]
+    metrics = [metric_of(word, notebook) for word in options.metric]
     from nbpeft.widgets import LiveAnswers
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
@@ -85,8 +85,12 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
         )
 
 
-def _metric(word: str, notebook: NotebookContext) -> Any:
+def metric_of(word: str, notebook: NotebookContext) -> Any:
     """The name of a metric, or what a variable or an expression holds.
+
+    Args:
+        word: the word of the line.
+        notebook: the notebook.
 
     Raises:
         CellError: it is neither.

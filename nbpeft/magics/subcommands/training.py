@@ -10,6 +10,8 @@ from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, refuse_fields, subcommand
+from nbpeft.magics.subcommands.scoring import metric_of
+from nbpeft.names import METRICS
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -35,9 +37,9 @@ _RESERVED = (
     "processes",
     "machines",
 )
-ROWS = ("data", "eval_data", "tokenizer")
+ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_OF_THIS_NOTEBOOK = ("sample", "every", "processes", "machines")
+_OF_THIS_NOTEBOOK = ("sample", "every", "score", "metric", "processes", "machines")
 """Arguments that are not written into an exported script."""
 EVAL = argument(
     *("--eval", "-e"),
@@ -45,6 +47,22 @@ EVAL = argument(
     metavar="DATA",
     completes="data",
     help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
+)
+SCORE = (
+    argument(
+        "--score",
+        metavar="DATA",
+        completes="data",
+        help="score the adapter on these rows during training; --patience goes by it",
+    ),
+    argument(
+        "--metric",
+        nargs="+",
+        metavar="METRIC",
+        words=METRICS,
+        completes="variable",
+        help="how to score, as for %%lora score (default: exact)",
+    ),
 )
 TRACK = argument(
     "--track",
@@ -94,10 +112,16 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         "--patience",
         type=positive,
         metavar="N",
-        help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
+        help="early stopping: end after N evaluations, or scores, without improvement, and restore the best weights",
     ),
     argument("--sample", action="append", metavar="PROMPT", help="answer this prompt during training; may be repeated"),
-    argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five per run)"),
+    *SCORE,
+    argument(
+        "--every",
+        type=positive,
+        metavar="STEPS",
+        help="steps between samples and between scores (default: about five and ten per run)",
+    ),
     *PROCESSES,
     TRAINER,
     argument("--background", "-b", action="store_true", help="train in the background: the cell returns at once"),
@@ -165,6 +189,9 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     line = {name: getattr(options, name, None) or None for name in names}
     line["columns"] = None if columns is None else dict(columns)
     line["sample"] = [prompt_text(text) for text in sample] if sample else None
+    score, metric = getattr(options, "score", None), getattr(options, "metric", None)
+    line["score"] = None if score is None else notebook.data(score, "--score")
+    line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in line.items() if value is not None}
