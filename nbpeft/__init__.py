@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from nbpeft._util.former_modules import add_former_names
-from nbpeft._util.hooks import when_adapted, when_configured, when_engine_imported
+from nbpeft._util.hooks import when_adapted, when_configured, when_engine_imported, when_scored
 from nbpeft._util.lazy import lazy_names
 from nbpeft.peft_api.modules import add_import_paths, attribute
 
@@ -66,9 +66,16 @@ def _add_peft_attributes() -> None:
     importlib.import_module(f"{__name__}.peft_layers")
 
 
+def _new_scorer(*args: Any, **options: Any) -> Any:
+    from nbpeft.scoring.in_training import Scorer
+
+    return Scorer(*args, **options)
+
+
 when_engine_imported(_add_peft_attributes)
 when_configured(_patch_libraries)
 when_adapted(_patch_libraries)
+when_scored(_new_scorer)
 add_import_paths()
 add_former_names()
 

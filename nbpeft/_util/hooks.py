@@ -1,16 +1,18 @@
-"""Hooks for the import of the engine and for new configs and models: upper layers register callbacks, lower call them.
+"""Hooks for the import of the engine and for new configs, models and scorers: upper layers register callbacks.
 
-The package root registers PEFT's attributes of layers and the patch of transformers' Trainer here. So importing nbpeft
-changes nothing in other libraries, and the engine and the model layer import nothing from the layers above them.
+The package root registers PEFT's attributes of layers, the patch of transformers' Trainer, and what scores a model in
+training. So importing nbpeft changes nothing in other libraries, and no layer imports anything from the layers above it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 _when_imported: list[Callable[[], None]] = []
 _when_configured: list[Callable[[], None]] = []
 _when_adapted: list[Callable[[], None]] = []
+_scorers: list[Callable[..., Any]] = []
 
 
 def when_engine_imported(call: Callable[[], None]) -> None:
@@ -47,3 +49,13 @@ def adapted() -> None:
     """Runs the callbacks for models; ``BaseTuner`` calls it when it is created, copied or unpickled."""
     for call in _when_adapted:
         call()
+
+
+def when_scored(make: Callable[..., Any]) -> None:
+    """Registers the function that makes the scorers of trainings."""
+    _scorers[:] = [make]
+
+
+def new_scorer(*args: Any, **options: Any) -> Any:
+    """Makes a scorer; see ``nbpeft.scoring.in_training.Scorer`` for the arguments."""
+    return _scorers[0](*args, **options)

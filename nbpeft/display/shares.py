@@ -16,8 +16,7 @@ from nbpeft.display.numbers import percent
 from nbpeft.errors import cut
 
 _WIDTH = 640
-_BLUE, _GREY, _TRACK = "#2b88e0", "#808080", "rgba(128,128,128,.18)"
-_WHISKER = "#173f66"
+_BLUE, _ORANGE, _GREY, _TRACK = "#2b88e0", "#f58518", "#808080", "rgba(128,128,128,.18)"
 _ROW, _BAR = 34, 18
 _TALL_ROW = 44
 _LETTER = 7.4
@@ -51,8 +50,7 @@ def _whisker(left: float, whole: float, middle: float, low: float, high: float) 
     first, last = left + whole * low, left + whole * high
     lines = ((first, middle, last, middle), *((x, middle - 5, x, middle + 5) for x in (first, last)))
     return tuple(
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
-        for colour, width in (("#fff", 4), (_WHISKER, 2))
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{_ORANGE}" stroke-width="2"/>'
         for x1, y1, x2, y2 in lines
     )
 

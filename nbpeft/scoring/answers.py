@@ -120,7 +120,8 @@ def _one_pass(
     batch = PromptBatch.of_tokens(prompts, tokenizer, base_of(model))
     batch = replace(batch, ends=batch.ends | ends)
     watch = _Choosing(settings, [row.number for _ in columns for row in rows])
-    options = {"logits_processor": LogitsProcessorList([watch])}
+    # The cache is switched off in the config while a model with gradient checkpointing is trained.
+    options = {"logits_processor": LogitsProcessorList([watch]), "use_cache": True}
     names = [column.row for column in columns for _ in rows] if columns[0].row else None
     request = GenerationRequest(names, limit, options, None, should_stop)
     if names is None:

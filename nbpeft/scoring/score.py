@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
 from nbpeft.training.watching.generation import evaluating
 
 Report = Callable[[ScoreResult], object]
+_GENERAL = Path(__file__).with_name("general_text.txt")
 
 
 def score(
@@ -44,6 +46,8 @@ def score(
     top_p: float | None = None,
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
+    also: Any = None,
+    general: bool = False,
     progress: bool = True,
     on_progress: Report | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -76,7 +80,7 @@ def score(
         base: whether to score the base model, too.
         max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
             reference may come later in the answer.
-        batch_size: rows that are answered together by the base and all adapters; by default up to 32 answers.
+        batch_size: rows that are answered together by the base and all adapters; at least 8 by default.
         seed: seed of the bootstrap and of sampled answers.
         strip: whether white space at both ends of answers and references is ignored.
         casefold: whether upper and lower case are ignored.
@@ -88,6 +92,9 @@ def score(
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
+        also: further rows, of which the loss is measured, to see what an adapter forgot.
+        general: the same with a general text that the package has: 23 short paragraphs in English of many kinds,
+            written for this purpose, so that no model has learned them.
         progress: whether to show a progress bar.
         on_progress: called with the result so far after each batch.
         should_stop: called after each token; True ends the scoring early.
@@ -110,27 +117,53 @@ def score(
         raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
     found, column_notes = columns_of(model, adapters, base)
     read = read_rows(model, rows, metrics, tokenizer, max_length=max_length, columns=columns)
-    state = _Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
+    state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
+    further = _elsewhere(model, state, also, general, tokenizer, max_length)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
-    with progress_bar(state.steps, "scoring", show=progress and on_progress is None) as bar:
+    parts = [state] if further is None else [state, further]
+    steps = sum(part.steps for part in parts)
+    with progress_bar(steps, "scoring", show=progress and on_progress is None) as bar:
 
         def advanced() -> None:
-            bar(state.done)
+            done = sum(part.done for part in parts)
+            bar(done)
             if on_progress is not None:
-                on_progress(state.result("running"))
+                on_progress(replace(state.result("running"), done=done / steps))
 
-        if on_progress is not None:
-            on_progress(state.result("running"))
         try:
             with evaluating(model):
-                state.run(model, tokenizer, limit, should_stop, advanced)
+                advanced()
+                for part in parts:
+                    if state.is_complete or part is state:
+                        part.run(model, tokenizer, limit, should_stop, advanced)
         except KeyboardInterrupt:
             pass
-    return state.result("finished" if state.done >= state.steps else "stopped")
+    result = state.result("finished" if all(part.is_complete for part in parts) else "stopped")
+    return replace(result, elsewhere=further.result("finished") if further is not None and further.done else None)
+
+
+def _elsewhere(
+    model: nn.Module, state: Scoring, also: Any, general: bool, tokenizer: Any, max_length: int | None
+) -> Scoring | None:
+    """The scoring of the loss on further rows; None if there are none.
+
+    Raises:
+        ConfigError: both kinds of rows are given, or the model has no loss of tokens.
+        TrainingError: the rows cannot be read.
+    """
+    if also is not None and general:
+        raise ConfigError("also and general exclude each other: both are rows of which the loss is measured")
+    if also is None and not general:
+        return None
+    metrics = metrics_of("loss", AnswerSettings())
+    rows = _GENERAL.read_text(encoding="utf-8").strip().split("\n\n") if general else also
+    read = read_rows(model, rows, metrics, tokenizer, max_length=max_length)
+    title = "general text" if general else "the further rows"
+    return Scoring(title, state.columns, metrics, read, state.settings, list(read.notes))
 
 
 @dataclass
-class _Scoring:
+class Scoring:
     """What was computed so far.
 
     Attributes:
@@ -170,6 +203,11 @@ class _Scoring:
         """The value of ``done`` at the end."""
         kinds = {metric.needs for metric in self.metrics}
         return len(kinds) * len(self.read.rows) * len(self.columns)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is computed."""
+        return self.done >= self.steps
 
     def run(
         self,

@@ -18,8 +18,8 @@ from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.serving import blended
 
 BASE = "base"
-_SEQUENCES = 32
-"""The default number of sequences in one generation."""
+_ROWS, _SEQUENCES = 8, 32
+"""The least number of rows in one generation by default, and the number of answers up to which there are more."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ScoreSettings:
         Args:
             columns: the number of columns that answer each row.
         """
-        return self.batch_size or max(1, _SEQUENCES // columns)
+        return self.batch_size or max(_ROWS, _SEQUENCES // columns)
 
 
 def _is_number(value: object) -> bool:

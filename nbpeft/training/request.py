@@ -30,6 +30,10 @@ NOT_KEPT = frozenset(
 """Fields that the record of a run does not store: data and tokenizer are given again, the others belong to the call."""
 
 
+GIVEN_AGAIN = object()
+"""What the record of a run has for rows that a resumed run has to be given again: nothing that a file can hold."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainRequest:
     """The arguments of :func:`nbpeft.train`, which documents them, as one value.
@@ -37,6 +41,7 @@ class TrainRequest:
     Attributes:
         members: adapters to train side by side, as given; a :class:`SideBySide` during training.
         sample: prompts to answer; tokenized for training processes.
+        score: rows to score, or where they are; only their presence is stored with a run.
         arguments: fields of the arguments class and options of the Trainer.
         is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
     """
@@ -55,6 +60,8 @@ class TrainRequest:
     patience: int | None = None
     sample: str | Sequence[Prompt] | int | SamplePrompts | None = None
     every: int | None = None
+    score: Any = None
+    metric: Any = None
     packing: bool = False
     control: RunControl | None = None
     publish: Callable[[TrainState], None] | None = None
@@ -118,6 +125,8 @@ class TrainRequest:
         """Returns what the record of a run stores in addition to ``arguments``: changed keyword arguments, no rows."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["trainer_class"] = getattr(self.trainer_class, "given_class", self.trainer_class)  # of a sweep
+        if self.score is not None:
+            values["score"] = GIVEN_AGAIN
         if isinstance(self.sample, SamplePrompts):
             values["sample"] = self.sample.given
         if not is_amount(self.eval_data):

@@ -58,7 +58,7 @@ def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictu
     summary.click()
     output.get_by_text("broken by orders: 3").click()
     expect(output.locator("details[open]")).to_have_count(1)  # one filter at a time
-    expect(output.get_by_text("wrong").last).to_be_visible()
+    expect(output.locator("details[open]").get_by_text("wrong").first).to_be_visible()
     page.check()
 
 

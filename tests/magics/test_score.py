@@ -72,3 +72,14 @@ def test_names_metrics_and_data_are_completed(ready: Notebook) -> None:
     assert "rows" in ready.complete("%lora score --data ")
     assert "--casefold" in ready.complete("%lora score --data rows --ca")
     assert "intervals and paired tests" in str(ready.run("%lora help score").everything)
+
+
+def test_a_training_is_scored_and_stops_by_it(ready: Notebook) -> None:
+    ready["train_rows"] = ROWS
+    cell = "%%lora_train model --data train_rows --score rows --metric f1 exact --every 2 --patience 5 --no-keep"
+    result = ready.do(f"{cell}\nmax_steps = 4\nper_device_train_batch_size = 2")
+    assert [step for step, _ in result.state.metric_history["f1"]] == [2, 4]
+    assert {"f1", "exact"} <= result.state.metrics.keys()
+    assert "--metric: there is no 'exakt'" in ready.run(f"{cell.replace('f1 exact', 'exakt')}\nmax_steps = 1").line
+    assert "pass score=" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
+    assert {"exact", "f1"} <= set(ready.complete("%%lora_train model --data rows --score rows --metric "))

@@ -105,9 +105,9 @@ def test_a_running_result_shows_its_progress() -> None:
 
 
 def test_what_was_not_scored_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"nothing called 'sqll' was scored. Did you mean 'sql'"):
+    with pytest.raises(ConfigError, match=r"nothing called 'sqll' was scored\. Did you mean 'sql'"):
         result().flips("base", "sqll")
-    with pytest.raises(ConfigError, match=r"the result has no metric 'f1'. There are: exact"):
+    with pytest.raises(ConfigError, match=r"the result has no metric 'f1'\. There are: exact"):
         result().by("f1")
 
 

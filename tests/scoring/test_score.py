@@ -377,6 +377,41 @@ def test_progress_is_reported_batch_by_batch() -> None:
     assert "exact so far: base" in seen[1]._repr_html_()
 
 
+# What it cost elsewhere
+
+
+def test_the_loss_on_further_rows_is_measured_too() -> None:
+    model, texts = adapted(), ["The sun rose.", "Bread needs flour."]
+    result = scored(model, max_new_tokens=2, also=texts)
+    assert result.elsewhere.scores == scored(model, texts, metric="loss").scores
+    base, sql = (result.elsewhere.scores[name].value for name in ("base", "sql"))
+    words = f"loss on the further rows {base:.3f} with base, {sql:.3f} with sql ({100 * (sql / base - 1):+.1f} %), "
+    assert words in str(result) and words in result._repr_html_()
+    assert result.status == "finished" and len(result.items) == len(ROWS)
+
+
+def test_the_package_has_a_general_text() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    result = scored(model, ROWS[:2], tokenizer=tokenizer, max_new_tokens=1, general=True)
+    assert len(result.elsewhere.items) == 23
+    assert sum(len(item.prompt) for item in result.elsewhere.items) > 7_000
+    assert "loss on general text" in str(result)
+
+
+def test_a_stop_before_the_further_rows_leaves_them_out() -> None:
+    calls: list[int] = []
+
+    def stops() -> bool:
+        calls.append(1)
+        return len(calls) > 2
+
+    result = scored(adapted(), batch_size=2, also=["The sun rose."], should_stop=stops, max_new_tokens=2)
+    assert (result.status, result.elsewhere) == ("stopped", None)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        scored(adapted(), also=["x"], general=True)
+
+
 # Kinds of models
 
 

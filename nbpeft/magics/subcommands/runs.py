@@ -13,7 +13,7 @@ from nbpeft.errors import AdapterError, CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
-from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, TRACK, TRAINER, training_arguments
+from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, SCORE, TRACK, TRAINER, training_arguments
 from nbpeft.runs.record import BASE
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult
@@ -21,6 +21,8 @@ from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult
 _SAID = {
     "data": ("--data", "ROWS"),
     "eval_data": ("--eval", "ROWS"),
+    "score": ("--score", "ROWS"),
+    "metric": ("--metric", "METRIC"),
     "tokenizer": ("--tokenizer", "TOKENIZER"),
     "trainer_class": ("--trainer", "CLASS"),
 }
@@ -35,6 +37,7 @@ _SAID = {
     argument("--model", "-m", metavar="MODEL", completes="model", help="variable with the model (default: the same)"),
     replace(DATA, options={**DATA.options, "required": False}),
     EVAL,
+    *SCORE,
     COLUMNS,
     TOKENIZER,
     TRAINER,
@@ -82,6 +85,8 @@ def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: Note
     for name in ("data", "eval_data"):
         text = getattr(options, name)
         arguments[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _SAID[name][0])
+    if "score" not in arguments and (rows := notebook.by_name(source.get("score"))) is not None:
+        arguments["score"] = rows
     text = options.tokenizer
     if text is None and notebook.by_name(source.get("tokenizer")) is not None:
         text = source["tokenizer"]

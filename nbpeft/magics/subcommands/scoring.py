@@ -44,6 +44,13 @@ from nbpeft.names import METRICS
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
     argument("--max-new-tokens", type=positive, metavar="N", help="limit of an answer (default: by the metric)"),
     *SAMPLING,
+    argument(
+        "--also",
+        metavar="DATA",
+        completes="data",
+        help="further rows of which the loss is measured, to see what an adapter forgot",
+    ),
+    argument("--general", action="store_true", help="the same with a general text that the package has"),
     MAX_LENGTH,
     COLUMNS,
     TOKENIZER,
@@ -57,7 +64,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
         if (value := getattr(options, name)) is not None:
             given[name] = value
     rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
-    metrics = [_metric(word, notebook) for word in options.metric]
+    metrics = [metric_of(word, notebook) for word in options.metric]
     from nbpeft.widgets import LiveAnswers
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
@@ -68,6 +75,8 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             base=not options.no_base,
             strip=options.strip,
             casefold=options.casefold,
+            also=None if options.also is None else notebook.data(options.also, "--also"),
+            general=options.general,
             columns=None if options.columns is None else dict(options.columns),
             tokenizer=notebook.tokenizer(options.tokenizer),
             on_progress=live.draw,
@@ -76,8 +85,12 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
         )
 
 
-def _metric(word: str, notebook: NotebookContext) -> Any:
+def metric_of(word: str, notebook: NotebookContext) -> Any:
     """The name of a metric, or what a variable or an expression holds.
+
+    Args:
+        word: the word of the line.
+        notebook: the notebook.
 
     Raises:
         CellError: it is neither.

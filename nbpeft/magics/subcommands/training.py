@@ -21,7 +21,9 @@ from nbpeft.magics.registry import (
     separator_of,
     subcommand,
 )
+from nbpeft.magics.subcommands.scoring import metric_of
 from nbpeft.magics.tokenize import quoted
+from nbpeft.names import METRICS
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -47,9 +49,9 @@ _RESERVED = (
     "processes",
     "machines",
 )
-ROWS = ("data", "eval_data", "tokenizer")
+ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_OF_THIS_NOTEBOOK = ("sample", "every", "processes", "machines")
+_OF_THIS_NOTEBOOK = ("sample", "every", "score", "metric", "processes", "machines")
 """Arguments that are not written into an exported script."""
 EVAL = argument(
     *("--eval", "-e"),
@@ -57,6 +59,22 @@ EVAL = argument(
     metavar="DATA",
     completes="data",
     help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
+)
+SCORE = (
+    argument(
+        "--score",
+        metavar="DATA",
+        completes="data",
+        help="score the adapter on these rows during training; --patience goes by it",
+    ),
+    argument(
+        "--metric",
+        nargs="+",
+        metavar="METRIC",
+        words=METRICS,
+        completes="variable",
+        help="how to score, as for %%lora score (default: exact)",
+    ),
 )
 TRACK = argument(
     "--track",
@@ -106,7 +124,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         "--patience",
         type=positive,
         metavar="N",
-        help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
+        help="early stopping: end after N evaluations, or scores, without improvement, and restore the best weights",
     ),
     argument(
         "--sample",
@@ -116,8 +134,12 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         help="answer this prompt during training, as for %%lora ask; may be repeated. A number: ask so many evaluation "
         "rows (without --eval, training rows) and show the wanted answers",
     ),
+    *SCORE,
     argument(
-        "--every", type=positive, metavar="STEPS", help="steps between samples (default: about five times per run)"
+        "--every",
+        type=positive,
+        metavar="STEPS",
+        help="steps between samples and between scores (default: about five and ten per run)",
     ),
     *PROCESSES,
     TRAINER,
@@ -187,6 +209,9 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     line["columns"] = None if columns is None else dict(columns)
     line["sample"] = _samples(sample, notebook) if sample else None
     line["separator"] = separator_of(options) if getattr(options, "separator", None) else None
+    score, metric = getattr(options, "score", None), getattr(options, "metric", None)
+    line["score"] = None if score is None else notebook.data(score, "--score")
+    line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in line.items() if value is not None}

@@ -33,7 +33,7 @@ _TAKEN_OVER = frozenset(
         *("eval_accumulation_steps", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics"),
         *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
         *("max_length", "packing", "columns", "separator", "skip_bad", "members", "patience", "sample", "every"),
-        "stop_on_divergence",
+        *("metric", "stop_on_divergence"),
     }
 )
 """Arguments that affect the losses or what is shown during the training."""

@@ -55,6 +55,7 @@ from nbpeft.training.watching.early_stop import EarlyStop, check_patience
 from nbpeft.training.watching.generation import Prompt
 from nbpeft.training.watching.sample_prompts import SamplePrompts, sample_prompts
 from nbpeft.training.watching.sampling import SampleCallback
+from nbpeft.training.watching.scoring import ScoreCallback, Scorer, scorer_of
 from nbpeft.training.watching.trackers import TrackCallback, check_report_to, tracker_names
 
 
@@ -73,6 +74,8 @@ def train(
     patience: int | None = None,
     sample: str | Sequence[Prompt] | int | None = None,
     every: int | None = None,
+    score: Any = None,
+    metric: Any = None,
     packing: bool = False,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
@@ -116,11 +119,17 @@ def train(
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
         patience: Stop after this many evaluations without improvement, and restore the best state. ``eval_data`` is
-            evaluated ten times a run unless ``eval_strategy`` or ``eval_steps`` says when.
+            evaluated ten times a run unless ``eval_strategy`` or ``eval_steps`` says when. With ``score`` the scores
+            are the evaluations that count.
         sample: A prompt, a text or a conversation, or several, that the adapter and the base answer during training;
             or how many evaluation rows to ask, without evaluation rows of the training rows, whose wanted answers are
             shown too. The answers are in ``result.state.samples``.
-        every: Number of steps between two such answers; by default there are about five in a run.
+        every: Number of steps between two such answers, and between two scores; by default there are about five
+            answers and ten scores in a run.
+        score: Rows to score during training, or where they are, as for :func:`nbpeft.score`. The scores are in the
+            card, in the run folder and in what trackers get, as metrics of an evaluation.
+        metric: How to score: the name of a metric of :func:`nbpeft.score` (default: ``exact``), a function
+            ``(answer, row) -> bool | float``, or several in a list, of which the first decides about the best state.
         packing: Put several rows into one sequence of ``max_length`` tokens, so that nothing is padding; each row is
             learned as it would be alone. The batch size counts sequences. Rows to evaluate on are not packed. Without
             packing, batches are of rows about as long, in an order drawn by ``seed``, unless
@@ -171,7 +180,10 @@ def run_training(request: TrainRequest) -> TrainResult:
     request = request.opened()
     rows = training_rows(request)
     _has_an_end(rows.train, fields)
-    check_patience(request.patience, fields, evaluates=rows.evaluation is not None)
+    if launch is not None and request.score is not None:
+        raise ConfigError("score works in one process: score the adapter when it is trained", field="score")
+    scorer = scorer_of(request, fields)
+    check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
     learned = rows.train
@@ -202,7 +214,9 @@ def run_training(request: TrainRequest) -> TrainResult:
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
                     around = (request, run, kept, rows)
-                    metrics = _fit(request, run, options, _around(*around), _inside(request, run, check), fields)
+                    metrics = _fit(
+                        request, run, options, _around(*around), _inside(request, run, check, scorer), fields
+                    )
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -402,8 +416,8 @@ def _sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts 
         return request.sample
     if request.sample is not None:
         return sample_prompts(request, rows)
-    if request.every is not None:
-        raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
+    if request.every is not None and request.score is None:
+        raise ConfigError("every says how often to sample or score: pass sample=… or score=…, too", field="every")
     return None
 
 
@@ -429,7 +443,9 @@ def _around(
     return [part for part in (keeper, tracking) if part is not None]
 
 
-def _inside(request: TrainRequest, run: Run, check: PackingCheck | None) -> list[TrainerCallback]:
+def _inside(
+    request: TrainRequest, run: Run, check: PackingCheck | None, scorer: Scorer | None
+) -> list[TrainerCallback]:
     """Returns the callbacks that end before the run does.
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
@@ -440,6 +456,10 @@ def _inside(request: TrainRequest, run: Run, check: PackingCheck | None) -> list
         [DivergenceStop(run, model)] if guarded else []
     )
     found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
+    if scorer is not None:
+        for note in scorer.notes:
+            run.note(f"of the rows to score: {note}")
+        found.append(ScoreCallback(run, model, scorer, request.every))
     prompts = request.sample
     return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
 
@@ -525,6 +545,9 @@ def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], 
     for guard in inside:
         if isinstance(guard, DivergenceStop) and stops:
             guard.best = stops[0]
+    for part in inside:
+        if isinstance(part, ScoreCallback):
+            part.trainer = trainer
     for keeper in around:
         if isinstance(keeper, RunCheckpointer):
             keeper.trainer = trainer

@@ -41,6 +41,7 @@ _REFUSED = {
     "optimizer_cls_and_kwargs": "each adapter has its own; say which with optim=…",
     "patience": "stop an adapter when its curve says so",
     "sample": "compare the adapters when they are trained",
+    "score": "score the adapters when they are trained",
 }
 """Arguments that would affect all adapters together, with the reason or an alternative."""
 

@@ -125,13 +125,14 @@ class EarlyStop(TrainerCallback):
         self._run.note(f"the weights of step {self._state.step:,}, the best, were restored")
 
 
-def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool) -> None:
+def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool, scores: bool = False) -> None:
     """Refuses an invalid patience, and sets the default evaluation strategy.
 
     Args:
         patience: the argument ``patience`` as given.
         fields: fields of the training arguments; an evaluation strategy is added if there is none.
         evaluates: whether there is evaluation data.
+        scores: whether the model is scored during the training, which counts as evaluations.
 
     Raises:
         ConfigError: it is not a number of evaluations, there is nothing to evaluate, or ``load_best_model_at_end`` is
@@ -141,12 +142,14 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool)
         return
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise ConfigError(f"patience must be a number of evaluations of at least 1, not {patience!r:.60}")
-    if not evaluates:
+    if not evaluates and not scores:
         raise ConfigError("patience needs data to evaluate on: pass eval_data=…", field="patience")
     if fields.get("load_best_model_at_end"):
         raise ConfigError(
             "patience keeps the best weights in memory: remove load_best_model_at_end", field="load_best_model_at_end"
         )
+    if scores:
+        return
     strategy = str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy")))
     if strategy == "no":
         raise ConfigError("patience needs evaluations: remove eval_strategy='no'", field="eval_strategy")

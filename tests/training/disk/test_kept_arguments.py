@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from nbpeft.training import Trainer, train
 from nbpeft.training.disk.kept_arguments import is_plain_value, missing_for_losses, plain, to_keep, to_take_over
-from nbpeft.training.request import NOT_KEPT, TrainRequest
+from nbpeft.training.request import GIVEN_AGAIN, NOT_KEPT, TrainRequest
 from tests.training.support import token_rows, trainable
 
 
@@ -34,6 +34,8 @@ GIVEN: dict[str, Any] = {
     "patience": 3,
     "sample": ["Who?"],
     "every": 2,
+    "score": GIVEN_AGAIN,
+    "metric": "f1",
     "packing": True,
     "track": "tensorboard",
     "eval_data": 0.25,

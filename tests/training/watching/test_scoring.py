@@ -1,0 +1,148 @@
+"""Scores during a training: a curve like that of an evaluation, early stopping by it, and no other effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft import LoraConfig, get_peft_model, score, sweep, train
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.runs.store import RunStore
+from nbpeft.session import Session
+from tests.char_tokenizer import CharTokenizer
+from tests.tiny_models import llama, same_state, state
+
+TOKENIZER = CharTokenizer()
+ROWS = [{"prompt": f"{number}>", "completion": "ab"} for number in range(8)]
+HELD_OUT = ROWS[:3]
+SETTINGS: dict[str, Any] = {"learning_rate": 0.05, "per_device_train_batch_size": 4, "tokenizer": TOKENIZER}
+
+
+def model() -> Any:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"])
+    torch.manual_seed(0)
+    return get_peft_model(llama(), config)
+
+
+def trained(target: Any = None, **options: Any) -> Any:
+    return train(model() if target is None else target, ROWS, **SETTINGS | {"max_steps": 6} | options)
+
+
+def test_the_scores_are_those_of_the_model_at_that_time_and_change_nothing() -> None:
+    plain, watched = model(), model()
+    trained(plain)
+    result = trained(watched, score=HELD_OUT, metric=["loss", "exact"], every=2)
+    assert same_state(state(plain), state(watched))
+    curve = dict(result.state.metric_history["exact"])
+    assert list(curve) == [2, 4, 6]
+    after = score(watched, HELD_OUT, metric=["loss", "exact"], tokenizer=TOKENIZER, base=False, progress=False)
+    assert result.state.metrics["exact"] == curve[6] == after.by("exact").scores["default"].value
+    losses = dict(result.state.eval_history)
+    assert list(losses) == [2, 4, 6]
+    assert losses[6] == pytest.approx(after.scores["default"].value, abs=1e-6)
+
+
+def test_patience_goes_by_the_score_and_keeps_the_best_state() -> None:
+    seen = iter([0.2, 0.9, 0.5, 0.5, 0.5, 0.5])
+    values: dict[int, float] = {}
+
+    def own(answer: str, row: Any) -> float:
+        if row is HELD_OUT[0]:
+            values[len(values)] = next(seen)
+        return values[len(values) - 1] if values else 0.2
+
+    watched = model()
+    rows = HELD_OUT[:1]
+    result = trained(watched, score=rows, metric=own, every=1, patience=2)
+    assert [value for _, value in result.state.metric_history["own"]] == [0.2, 0.9, 0.5, 0.5]
+    assert result.steps == 4
+    assert "the weights of step 2, the best, were restored" in result.message
+    assert result.state.best_step == 2
+
+
+def test_a_smaller_loss_is_better_and_a_greater_share() -> None:
+    for metric, best in (("loss", False), ("exact", True)):
+        seen: list[Any] = []
+        trained(score=HELD_OUT, metric=metric, every=3, patience=5, callbacks=[Seeing(seen)])
+        assert (seen[0].metric_for_best_model, seen[0].greater_is_better) == (metric, best)
+        assert seen[0].eval_strategy == "no"
+
+
+class Seeing:
+    """Notes the arguments with which a Trainer begins."""
+
+    def __new__(cls, seen: list[Any]) -> Any:
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                seen.append(args)
+
+        return Callback()
+
+
+def test_evaluations_that_are_due_at_the_same_step_are_made() -> None:
+    result = trained(eval_data=ROWS[:2], score=HELD_OUT, every=2, eval_strategy="steps", eval_steps=2)
+    assert [step for step, _ in result.state.eval_history] == [2, 4, 6]
+    assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4, 6]
+
+
+def test_a_metric_that_fails_ends_the_scores_and_not_the_run() -> None:
+    def own(answer: str, row: Any) -> float:
+        raise KeyError("target")
+
+    result = trained(score=HELD_OUT, metric=own, every=1)
+    assert result.steps == 6
+    assert "no scores: TrainingError: metric 'own' fails at row" in result.message
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"metric": "exact"}, ConfigError, "pass score=…"),
+        ({"every": 2}, ConfigError, "pass sample=… or score=…"),
+        ({"score": HELD_OUT, "every": 0}, ConfigError, "every must be a number of steps"),
+        ({"score": HELD_OUT, "metric": "exakt"}, ConfigError, "Did you mean 'exact'"),
+        ({"score": ["text only"]}, TrainingError, "it has no reference"),
+        ({"score": HELD_OUT, "metric": "loss", "eval_data": 2}, ConfigError, "eval_data measures the loss"),
+        ({"score": HELD_OUT, "processes": 2}, ConfigError, "score works in one process"),
+        ({"score": HELD_OUT, "learning_rate": sweep(1e-3, 1e-2)}, ConfigError, "score does not go with a sweep"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_training(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    target = model()
+    before = state(target)
+    with pytest.raises(error, match=message):
+        trained(target, **options)
+    assert same_state(before, state(target))
+
+
+def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None:
+    session = Session()
+    session.context.runs_dir = str(tmp_path)
+    target = model()
+    session.watch(target, name="model")
+    given = {"score": HELD_OUT, "metric": "exact", "every": 2}
+    control: list[Any] = []
+    session.on_run(lambda run, name: control.append(run))
+
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control_: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                control[0].control.request_stop("enough")
+
+    session.train(target, ROWS, **SETTINGS | given, max_steps=8, callbacks=[Stop()])
+    (record,) = RunStore(tmp_path).records()
+    assert not record.is_complete
+    rest = {"data": ROWS, "tokenizer": TOKENIZER, "model": target, "callbacks": []}
+    with pytest.raises(TrainingError, match="score"):
+        session.resume(**rest)
+    result = session.resume(**rest, score=HELD_OUT).training
+    assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4, 6, 8]
