@@ -81,6 +81,9 @@ class PlainConfig(MethodConfig):
 class Plain(Adapter):
     """Says nothing but how it changes the weight and the bias."""
 
+    plain_w: torch.Tensor
+    plain_b: torch.Tensor
+
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: Any, kind: Any) -> dict[str, tuple[int, ...]]:
         return {"plain_w": kind.weight_shape(module), "plain_b": (kind.features(module)[1],)}

@@ -52,13 +52,13 @@ class Bindable(nn.Module):
             name: of the parameter or buffer.
             optional: return None if there is none of that name.
         """
-        tensor = self._parameters.get(name)
+        tensor: Any = self._parameters.get(name)
         if tensor is not None:
-            return tensor
+            return tensor  # type: ignore[no-any-return]
         tensor = self._buffers.get(name)
         if tensor is None:
             tensor = self.__dict__.get(name) if optional else self.__dict__[name]
-        return tensor
+        return tensor  # type: ignore[no-any-return]
 
 
 def set_plain(module: nn.Module, **attributes: Any) -> None:
