@@ -1,40 +1,35 @@
 """What a parameter-efficient method of one's own is made of.
 
 A method is a config, whose fields are what ``%%lora model --method scale`` takes, and an adapter, which says what it
-adds to the output and to the weight of one layer. Once they are registered, training, panels, files, merging and
-everything else work with them::
+adds to the weight of one layer. Once they are registered, training, panels, files, merging and everything else work
+with them::
 
     @dataclass
     class ScaleConfig(MethodConfig):
         start: float = 0.0
-        dropout: float = 0.0
 
     @register(ScaleConfig, peft_type="SCALE", label="Scale", sample_configs={"plain": {"start": 0.1}})
     class Scale(Adapter):
-        from_config = {"dropout": "dropout"}
-
         @classmethod
         def parameter_shapes(cls, config, path, module, kind):
-            return {"scale_s": (kind.features(module)[1],)}
+            return {"scale_s": (kind.features(module)[1], 1)}
 
         @classmethod
         def initial_tensors(cls, config, site):
             return {"scale_s": site.new(site.shapes["scale_s"]).fill_(config.start)}
 
-        def forward(self, x, base_output, base):
-            return F.dropout(base_output, self.dropout, self.training) * self.scale_s
-
         def delta_weight(self, weight, base):
-            return weight * self.scale_s.detach()[:, None]
+            return weight * self.scale_s
 
-That is all that a plain method needs; without ``initial_tensors`` its parameters start at zeros. ``Adapter`` says what
-else a method can override. A package makes its methods known by an entry point in the group ``nbpeft.methods``, which
-names a module whose import registers them.
+That is all that a plain method needs; without ``initial_tensors`` its parameters start at zeros. A method that computes
+what it adds to the output without a tensor of the weight's size overrides ``forward``, and names in ``from_config`` the
+settings that its adapters use. ``Adapter`` says what else a method can override. A package makes its methods known by
+an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
 
     MethodConfig, Adapter, register     what every method needs
-    AdapterSite, BaseLayer, LayerKind   what it is told about a layer
-    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do besides
-    LearnsWithHooks, HasTrainingState   taking part in training beside the gradient, and remembering it
+    AdapterSite, BaseLayer, LayerKind   what it gets of a layer
+    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do in addition
+    LearnsWithHooks, HasTrainingState   taking part in training besides the gradient, and remembering it
     SharedTensors, SharedState          tensors that layers of one adapter share
     CallInputs                          what adapters take from calls of the model
     FileFormat                          files that differ from the parameters

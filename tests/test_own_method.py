@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import nbpeft
 from nbpeft.engine.contract import registry
@@ -70,6 +71,53 @@ def test_it_trains_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     wanted = logits(model)
     assert torch.equal(logits(loaded), wanted)
     assert torch.allclose(logits(loaded.merge_and_unload()), wanted, atol=1e-5)
+
+
+@dataclass
+class PlainConfig(MethodConfig):
+    pass
+
+
+class Plain(Adapter):
+    """Says nothing but how it changes the weight and the bias."""
+
+    plain_w: torch.Tensor
+    plain_b: torch.Tensor
+
+    @classmethod
+    def parameter_shapes(cls, config: Any, path: str, module: Any, kind: Any) -> dict[str, tuple[int, ...]]:
+        return {"plain_w": kind.weight_shape(module), "plain_b": (kind.features(module)[1],)}
+
+    def delta_weight(self, weight: torch.Tensor, base: Any) -> torch.Tensor:
+        return self.plain_w * 2.0
+
+    def delta_bias(self, base: Any) -> torch.Tensor | None:
+        return None if base.bias is None else self.plain_b * 3.0
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lambda: nn.Linear(6, 4), torch.linspace(-1, 1, 36).view(2, 3, 6)),
+        (lambda: nn.Conv2d(4, 6, 3, padding=1), torch.linspace(-1, 1, 200).view(2, 4, 5, 5)),
+        (lambda: nn.Embedding(7, 4), torch.arange(6)),
+    ],
+    ids=["linear", "convolution", "embedding"],
+)
+def test_what_is_added_to_the_output_follows_from_the_weight(layer: Any, x: torch.Tensor) -> None:
+    register(PlainConfig, peft_type="PLAIN", label="Plain")(Plain)
+    base = nn.Sequential(layer())
+    model = nbpeft.get_peft_model(base, PlainConfig(target_modules=["0"]))
+    parameters = list(model.manager.parameters("default"))
+    before = model(x)
+    for parameter in parameters:
+        parameter.data.normal_()
+    learned = model(x)
+    learned.square().sum().backward()
+    assert not torch.equal(learned, before) and all(parameter.grad is not None for parameter in parameters[:1])
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(x), learned, atol=1e-5)
 
 
 @pytest.mark.usefixtures("registered")

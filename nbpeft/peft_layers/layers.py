@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import LayerState
-from nbpeft.engine.contract.adapter import Adapter, Rescales, source_of, unconvertible_reason
+from nbpeft.engine.contract.adapter import Adapter, Rescales, delta_of, source_of, unconvertible_reason
 from nbpeft.engine.contract.base import Backend
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 from nbpeft.engine.wrappers.extension import add_attributes
@@ -269,8 +269,7 @@ class PeftLayer(AdaptedLayer):
             raise UnknownAdapterError(
                 f"no adapter {adapter!r} on this layer; there is: {have}." + did_you_mean(adapter, self._named())
             )
-        delta: Tensor = found.delta_weight(self.base.weight(), self.base)
-        return self.base.kind.canonical(self.base.module, delta).detach()
+        return self.base.kind.canonical(self.base.module, delta_of(found, self.base.weight(), self.base))
 
 
 class PeftParameter(AdaptedParameter):

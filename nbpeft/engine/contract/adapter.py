@@ -66,7 +66,7 @@ from nbpeft.engine.contract.peft_types import PeftType as PeftType
 from nbpeft.engine.contract.peft_types import TaskType as TaskType
 from nbpeft.engine.contract.shared_state import SharedSite as SharedSite
 from nbpeft.engine.contract.shared_state import SharedState as SharedState
-from nbpeft.engine.kernels.numerics import add_scaled_
+from nbpeft.engine.kernels.numerics import add_scaled_, compute_dtype
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_VERSION
 
@@ -529,7 +529,9 @@ class Adapter(Bindable):
         return made
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Computes what to ADD to the layer's output.
+        """Computes what to ADD to the layer's output: by default the product with ``delta_weight``, and ``delta_bias``.
+
+        Override it if that is cheaper without a tensor of the weight's size.
 
         Args:
             x: the layer's input, (…, in), in its own dtype. The adapter casts a copy and does not change ``x``.
@@ -539,10 +541,14 @@ class Adapter(Bindable):
         Returns:
             A tensor shaped like ``base_output``, in the dtype of the adapter or of autocast.
         """
-        raise NotImplementedError
+        delta = self.delta_weight(base.weight(), base)
+        dtype = compute_dtype(x, delta)
+        output = base.kind.apply(base.module, x.to(dtype) if x.is_floating_point() else x, delta.to(dtype))
+        bias = self.delta_bias(base)
+        return output if bias is None else output + base.kind.per_channel(base.module, bias).to(output)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Computes what to ADD to the weight of the layer.
+        """Computes what to ADD to the weight of the layer; differentiable if ``forward`` is not overridden.
 
         Args:
             weight: the frozen canonical weight, (out, in) or (out, in / groups, *kernel).
@@ -624,6 +630,18 @@ class Adapter(Bindable):
         return self
 
 
+@torch.no_grad()
+def delta_of(adapter: Adapter, weight: Tensor, base: BaseLayer) -> Tensor:
+    """What an adapter adds to the weight of its layer, detached.
+
+    Args:
+        adapter: the adapter.
+        weight: the frozen canonical weight.
+        base: the layer.
+    """
+    return adapter.delta_weight(weight, base).detach()
+
+
 def add_to_(adapter: Adapter, weight: Tensor, base: BaseLayer, scale: float) -> None:
     """Adds ``scale * delta_weight(weight)`` of an adapter to a canonical weight in place.
 
@@ -636,7 +654,7 @@ def add_to_(adapter: Adapter, weight: Tensor, base: BaseLayer, scale: float) -> 
     if isinstance(adapter, MergesInPlace):
         adapter.add_to_(weight, base, scale)
     else:
-        add_scaled_(weight, adapter.delta_weight(weight, base), scale)
+        add_scaled_(weight, delta_of(adapter, weight, base), scale)
 
 
 def unconvertible_reason(adapter: Adapter, base: BaseLayer) -> str:
@@ -664,7 +682,7 @@ def norm_of_delta(adapter: Adapter, weight: Tensor, base: BaseLayer) -> float:
         weight: the frozen canonical weight.
         base: the layer.
     """
-    delta = adapter.delta_weight(weight, base)
+    delta = delta_of(adapter, weight, base)
     return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32)))
 
 

@@ -53,8 +53,9 @@ class Bindable(nn.Module):
             optional: return None if there is none of that name.
         """
         tensor: Any = self._parameters.get(name)
-        if tensor is None:
-            tensor = self._buffers.get(name)
+        if tensor is not None:
+            return tensor  # type: ignore[no-any-return]
+        tensor = self._buffers.get(name)
         if tensor is None:
             tensor = self.__dict__.get(name) if optional else self.__dict__[name]
         return tensor  # type: ignore[no-any-return]

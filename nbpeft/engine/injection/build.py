@@ -118,7 +118,9 @@ def build(
         dtype = adapter_dtype(base.dtype, half=half)
         site = AdapterSite(target.path, base, target.shapes, dtype, shared, name, start)
         given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
-        return _create(target, site, given)
+        if given is None:
+            return target.adapter_class.create(target.config, site, None)
+        return _loaded(target, site, given)
 
     for target, adapter in make_adapters(plan, create):
         layer = layers[target.path]
@@ -231,9 +233,7 @@ def shared_state(
     return made
 
 
-def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
-    if given is None:
-        return target.adapter_class.create(target.config, site, None)
+def _loaded(target: Target, site: AdapterSite, given: Mapping[str, Tensor]) -> Adapter:
     # In the order of a new adapter, because optimizer state is keyed by that order.
     placed = {
         name: given[name].to(site.base.device, site.dtype if name in site.shapes else None)

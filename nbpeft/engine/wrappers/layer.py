@@ -22,6 +22,7 @@ from nbpeft.engine.contract.adapter import (
     TransformsInput,
     TransformsOutput,
     add_to_,
+    delta_of,
     rounds,
     source_of,
 )
@@ -582,7 +583,7 @@ class AdaptedLayer(Wrapper):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As in PEFT; see ``nn.Module``."""
+        """With the adapters under their declared names; see ``nn.Module``."""
         self.show_adapters()
         if not self.is_passed_over:
             yield from super().named_modules(memo, prefix, remove_duplicate)
@@ -595,7 +596,7 @@ class AdaptedLayer(Wrapper):
         yield from self.base_layer.named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As in PEFT; see ``nn.Module``."""
+        """With the adapters under their declared names; see ``nn.Module``."""
         self.show_adapters()
         yield from super().named_children()
 
@@ -620,7 +621,7 @@ class AdaptedLayer(Wrapper):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; see ``nn.Module``."""
+        """With the adapters under their declared names; see ``nn.Module``."""
         self.show_adapters()
         if self.is_passed_over:
             return self.base_layer.state_dict(*args, **kwargs)
@@ -721,4 +722,4 @@ def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter
         return
     frozen = weight.clone()
     for adapter, scale in adapters:
-        add_scaled_(weight, adapter.delta_weight(frozen, base), scale)
+        add_scaled_(weight, delta_of(adapter, frozen, base), scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
-from nbpeft.engine.contract.adapter import source_of
+from nbpeft.engine.contract.adapter import delta_of, source_of
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
@@ -50,7 +50,7 @@ def count_intruders(
     weight = layer.base.weight()
     if weight.ndim != 2:
         return None
-    adapted = weight.float() + scale * layer.adapter(name).delta_weight(weight, layer.base).float()
+    adapted = weight.float() + scale * delta_of(layer.adapter(name), weight, layer.base).float()
     return len(_intruders(weight.float(), adapted, top_k, threshold)[0])
 
 

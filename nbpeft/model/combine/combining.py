@@ -13,7 +13,7 @@ from nbpeft import checkpoint
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import CHANGED_MEANWHILE
 from nbpeft.engine.config.adapter_names import check_name
-from nbpeft.engine.contract.adapter import AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterWeights, delta_of
 from nbpeft.engine.contract.combination import Combine, Loss, Member, check_weights
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.injection.plan import InjectionPlan
@@ -154,11 +154,11 @@ def _measured(layer: AdaptedLayer, weighted: Sequence[tuple[str, float]], name: 
     """Returns the loss of an adapter on a layer, compared with the weighted sum of the deltas of other adapters."""
     check_interrupt()
     weight = layer.base.weight().float()
-    delta = layer.adapter(name).delta_weight(weight, layer.base)
+    delta = delta_of(layer.adapter(name), weight, layer.base)
     exact = torch.zeros_like(delta)
     for adapter, factor in weighted:
         if adapter in layer.adapters._modules:
-            exact += layer.adapter(adapter).delta_weight(weight, layer.base) * factor
+            exact += delta_of(layer.adapter(adapter), weight, layer.base) * factor
     return Loss.between(exact, delta)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.contract.adapter import Adapter, ConvertsToLora, source_of
+from nbpeft.engine.contract.adapter import Adapter, ConvertsToLora, delta_of, source_of
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.combining.config import rank_patterns
@@ -112,7 +112,7 @@ def _decomposed(adapter: Adapter, base: BaseLayer) -> tuple[Tensor, Tensor, Tens
     weight = base.weight()
     if adapter.reads_weight:
         weight = widened(weight)
-    return _singular(_wide(adapter.delta_weight(weight, base)))
+    return _singular(_wide(delta_of(adapter, weight, base)))
 
 
 def _wide(tensor: Tensor) -> Tensor:
