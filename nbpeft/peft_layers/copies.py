@@ -57,5 +57,10 @@ class PeftCopies(ModulesToSaveWrapper):
         """The same as a list."""
         return [name for name in self.chosen_names() if name in self._named()]
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Returns key in an adapter's file -> key in the state dict, both below this module; transformers reads it."""
+        copy = self._named().get(adapter_name)
+        return {} if copy is None else {key: f"modules_to_save.{adapter_name}.{key}" for key in copy.state_dict()}
+
 
 add_attributes(ModulesToSaveWrapper, PeftCopies)

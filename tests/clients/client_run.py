@@ -89,6 +89,27 @@ def transformers_files(peft: Any, folder: str) -> list[Any]:
 
 
 @case
+def transformers_whole_modules(peft: Any, folder: str) -> list[Any]:
+    """A head trained as a whole and trained token rows, saved and read by another model."""
+    found: list[Any] = []
+    for rows in (None, [3, 5]):
+        model = llama()
+        fields = {"modules_to_save": ["lm_head"], "trainable_token_indices": rows}
+        model.add_adapter(config(peft, target_modules=["q_proj"], **fields))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                    parameter.mul_(1.5)
+        model.save_pretrained(folder)
+        other = llama()
+        loaded = other.load_adapter(folder, is_trainable=True)
+        assert logits(other) == logits(model) != logits(llama())
+        found += [logits(other), sorted(loaded.missing_keys), sorted(loaded.unexpected_keys)]
+        found.append(sorted(name for name, parameter in other.named_parameters() if parameter.requires_grad))
+    return found
+
+
+@case
 def transformers_experts(peft: Any, folder: str) -> list[Any]:
     """An adapter of a mixture that was saved when its experts were linear layers."""
     from tests.former_adapters import file_of_then

@@ -56,8 +56,12 @@ class AdaptedComposite(AdaptedOwner):
         return twin_of(module, {} if own is None else {self.parameter_name: own.summed()}, modules)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in getattr(self.__dict__.get("kind"), "private", ()):
+        kind = self.__dict__.get("kind")
+        if name in getattr(kind, "private", ()):
             return getattr(self.wrapped_module(), name)
+        if name in getattr(kind, "layers", ()):  # as in PEFT the frozen layer, because only its weight is read
+            inner = getattr(self.wrapped_module(), name)
+            return inner.wrapped_module() if isinstance(inner, AdaptedLayer) else inner
         return super().__getattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:

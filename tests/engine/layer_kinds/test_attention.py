@@ -152,6 +152,14 @@ def test_gradients_are_those_of_the_merged_weights() -> None:
         assert mine.grad is not None and expected.grad is not None and close(mine.grad, expected.grad, 1e-4)
 
 
+def test_what_reads_the_weight_of_the_inner_layer_is_given_the_frozen_one() -> None:
+    for model in pair():
+        attention = model.base_model.model.attn
+        inner = attention.base_layer.out_proj
+        assert attention.out_proj is inner.get_base_layer() and not hasattr(attention.out_proj, "lora_A")
+        assert attention.in_proj_weight.shape == (3 * EMBED, EMBED)
+
+
 def layer_factors(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 

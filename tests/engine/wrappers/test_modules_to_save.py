@@ -140,3 +140,13 @@ def test_the_active_adapter_is_a_string_as_in_peft(tokens: bool) -> None:
         return found
 
     assert states(nbpeft) == states(peft)
+
+
+def test_transformers_is_told_where_a_file_s_tensors_belong() -> None:
+    ours, theirs = (
+        library.get_peft_model(Model(), library.LoraConfig(target_modules=["first"], modules_to_save=["head"]))
+        for library in (nbpeft, peft)
+    )
+    for name in ("default", "nobody"):
+        found, wanted = (one.base_model.model.head.adapter_state_dict_load_map(name) for one in (ours, theirs))
+        assert found == wanted and len(found) == (2 if name == "default" else 0)
