@@ -50,7 +50,7 @@ def test_adapter_folders_load_with_the_tensors_they_have(name: str) -> None:
     fields = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
     config = model.peft_config["default"].to_dict()
     assert all(config[key] == fields[key] for key in ("peft_type", "r", "lora_alpha", "use_dora") if key in fields)
-    assert not torch.allclose(logits(model), logits(llama()))
+    assert not torch.allclose(logits(model)[:, -1], logits(llama())[:, -1])
 
 
 @pytest.mark.parametrize("file", ["kohya/default.safetensors", "diffusers/pytorch_lora_weights.safetensors"])
@@ -80,6 +80,7 @@ def test_runs_are_listed_and_their_adapters_load(runs: Path) -> None:
     assert list(model.peft_config) == ["sql"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(runs: Path) -> None:
     result = session_in(runs).resume("orders-1", model=llama(), variable="model", data=rows())
     state = result.training.state
