@@ -32,7 +32,7 @@ else a method can override. A package makes its methods known by an entry point 
 names a module whose import registers them.
 
     MethodConfig, Adapter, register     what every method needs
-    AdapterSite, BaseLayer, LayerKind   what it is told about a layer
+    AdapterSite, BaseLayer, LayerKind   what a method knows of a layer
     TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do besides
     LearnsWithHooks, HasTrainingState   taking part in training beside the gradient, and remembering it
     SharedTensors, SharedState          tensors that layers of one adapter share
