@@ -27,7 +27,7 @@ settings that its adapters use. ``Adapter`` says what else a method can override
 an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
 
     MethodConfig, Adapter, register     what every method needs
-    AdapterSite, BaseLayer, LayerKind   what it gets of a layer
+    AdapterSite, BaseLayer, LayerKind   what a method knows of a layer
     TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do in addition
     LearnsWithHooks, HasTrainingState   taking part in training besides the gradient, and remembering it
     SharedTensors, SharedState          tensors that layers of one adapter share

@@ -72,9 +72,11 @@ class Checkpoint:
         """
         return dict(self.unread.read())
 
-    def beside(self, config: AdapterConfig) -> tuple[AdapterConfig, UnreadTensors]:
-        """Returns the config and the tensors as ``AdapterConfig.beside`` adjusts them to each other."""
-        return config.beside(self.unread.header)[0], self.unread.changed(lambda tensors: config.beside(tensors)[1])
+    def reconciled(self, config: AdapterConfig) -> tuple[AdapterConfig, UnreadTensors]:
+        """Returns the config and the tensors as ``AdapterConfig.reconciled`` adjusts them to each other."""
+        return config.reconciled(self.unread.header)[0], self.unread.changed(
+            lambda tensors: config.reconciled(tensors)[1]
+        )
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ class FolderStore:
         config, conversion = read_config(source), key_conversion_of(model)
 
         def read(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Mapping[str, Mapping[str, Tensor]]:
-            _, tensors = read_checkpoint(source).beside(config)
+            _, tensors = read_checkpoint(source).reconciled(config)
             peft_type = method_of(config).peft_type
             loaded = from_file(tensors, Expected(adapters=shapes), peft_type=peft_type, conversion=conversion)
             if loaded.missing:

@@ -200,7 +200,7 @@ class RunFolder:
         found = {name: self._content(name) for name in LARGEST}
         return {name: content.decode("utf-8", "replace") for name, content in found.items() if content is not None}
 
-    def put_back(self, contents: Mapping[str, str]) -> None:
+    def restore(self, contents: Mapping[str, str]) -> None:
         """Restores the files that ``contents`` returned earlier.
 
         Raises:

@@ -100,14 +100,10 @@ def restore(tracked: TrackedModel, names: tuple[str, ...], selected: tuple[str, 
         selected: adapters to activate.
         enabled: whether adapters are enabled afterwards.
     """
+    from nbpeft.engine.runtime.snapshots import undo_additions
+
     manager = tracked.manager
-    if not names:
+    if names:
+        undo_additions(manager, set(manager.names).difference(names), selected, enabled=enabled)
+    else:
         tracked.model.unload()
-        return
-    with manager.transaction():
-        for name in set(manager.names).difference(names):
-            manager.remove(name)
-        if selected != manager.selected:
-            manager.activate(selected)
-        if not enabled:
-            manager.disable()

@@ -235,7 +235,9 @@ class Transaction:
         for tensor in tensors:
             groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
         for group in groups.values():
-            self._undo.append(functools.partial(_put_back, group, torch.cat([tensor.reshape(-1) for tensor in group])))
+            self._undo.append(
+                functools.partial(_write_back, group, torch.cat([tensor.reshape(-1) for tensor in group]))
+            )
 
     def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
         """Records ``data`` and ``grad`` of parameters, without a copy; for writes that replace both."""
@@ -303,7 +305,7 @@ class Block:
         return self._transaction.end(failed=failed, quiet=self._quiet)
 
 
-def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
+def _write_back(tensors: list[Tensor], flat: Tensor) -> None:
     """Copies the parts of a flat tensor back into the tensors that it was made from."""
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])

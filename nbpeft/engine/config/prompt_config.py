@@ -84,7 +84,7 @@ class PromptLearningConfig(AdapterConfig):
         """Number of tokens of all submodules together."""
         return int(self.num_virtual_tokens or 0) * int(self.num_transformer_submodules or 1)
 
-    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+    def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         """Removes the encoder from the config if the file has none; see ``AdapterConfig``."""
         if not self.has_encoder:
             return self, tensors

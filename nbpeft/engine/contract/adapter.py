@@ -286,7 +286,7 @@ class AdapterConfig:
             ConfigError: the model's config lacks a size that is needed.
         """
 
-    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+    def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         """Reconciles this config with the tensors of its file, where one decides how to read the other.
 
         Args:

@@ -118,7 +118,7 @@ class SharedState(Bindable):
             layers: path -> layer, in the order of the model.
         """
 
-    def settle(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
+    def recompute_derived(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
         """Called after its tensors were overwritten, to update values in adapters that were computed from them.
 
         Args:

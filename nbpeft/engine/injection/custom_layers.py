@@ -499,7 +499,7 @@ class CustomLayer(AdaptedLayer):
             raise MergeError(f"a {self._get_name()} shares its weight with another layer and cannot be merged alone")
         return WeightBackup(None, _OPAQUE_WEIGHTS.snapshot(self.base_layer), None, self.merged_names, self._frozen)
 
-    def _put_back(self, stored: WeightBackup) -> None:
+    def _restore(self, stored: WeightBackup) -> None:
         _OPAQUE_WEIGHTS.restore(self.base_layer, stored.weight)
         self.merged_names, self._frozen = stored.merged, stored.frozen
         self.custom.merged_adapters[:] = stored.merged

@@ -8,7 +8,7 @@ restore(manager, saved)              # the same tensors, bit for bit, config, sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +178,25 @@ def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = 
         selected = [other for other in kept.selected if other in manager.configs]
         if chosen and selected:
             manager.activate(selected)
+
+
+def undo_additions(manager: AdapterManager, added: Iterable[str], selected: tuple[str, ...], *, enabled: bool) -> None:
+    """Removes adapters that were added, and selects and disables the others as before.
+
+    Args:
+        manager: the model's manager.
+        added: the adapters to remove; those that are gone already are ignored.
+        selected: the adapters that were selected before; empty for no change.
+        enabled: whether adapters were enabled before.
+    """
+    with manager.transaction():
+        for name in added:
+            if name in manager.configs:
+                manager.remove(name)
+        if selected and manager.selected != selected:
+            manager.activate(selected)
+        if not enabled and manager.enabled:
+            manager.disable()
 
 
 def _patterns(config: AdapterConfig) -> dict[str, Any]:

@@ -398,7 +398,7 @@ class AdaptedLayer(Wrapper):
         self.check_mergeable([name for name, _ in chosen])
         self.restore_base(change)
         frozen = self._stored(apart=apart, spill=None if keep_frozen else change.spill)
-        change.on_undo(lambda: self._put_back(frozen))
+        change.on_undo(lambda: self._restore(frozen))
         if apart:
             self._part_weight()
         self.write_merged(chosen, self.weight_module, self.base.bias)
@@ -416,7 +416,7 @@ class AdaptedLayer(Wrapper):
             apart: see ``merge_into_base``.
         """
         before = self._stored(apart=apart, spill=change.spill)
-        change.on_undo(lambda: self._put_back(before))
+        change.on_undo(lambda: self._restore(before))
         if apart:
             self._part_weight()
         weight = self.backend.dequantize(self.weight_module)
@@ -518,7 +518,7 @@ class AdaptedLayer(Wrapper):
         )
 
     @torch.no_grad()
-    def _put_back(self, stored: WeightBackup) -> None:
+    def _restore(self, stored: WeightBackup) -> None:
         if stored.parameter is not None:
             self.weight_module._parameters["weight"] = stored.parameter
         else:
@@ -542,10 +542,10 @@ class AdaptedLayer(Wrapper):
 
         def undo() -> None:
             merged.frozen = self._frozen if self.merged_names else self._stored(apart=apart)
-            self._put_back(merged)
+            self._restore(merged)
 
         change.on_undo(undo)
-        self._put_back(frozen)
+        self._restore(frozen)
 
     # The tree, with the names that the records of methods declare
 

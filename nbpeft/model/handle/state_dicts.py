@@ -208,7 +208,7 @@ def _write(
     shared = manager.shared(name)
     if shared is not None and loaded.weights.shared:
         adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
-        shared.settle({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
+        shared.recompute_derived({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
 
 
 def drawing_nothing(empty: bool) -> AbstractContextManager[None]:

@@ -154,7 +154,7 @@ def read(
     if config is None:
         find = functools.partial(_part_in, saved.folder)
         config = method_of(saved.config).files.with_parts(saved.config, find, options)
-    config, tensors = saved.beside(config.copy(inference_mode=not trainable))
+    config, tensors = saved.reconciled(config.copy(inference_mode=not trainable))
     # Merged weights have another fingerprint than the base, so they are not compared.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)

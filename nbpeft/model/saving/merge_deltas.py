@@ -184,7 +184,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(
             f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
         )
-    config, tensors = saved.beside(saved.config)
+    config, tensors = saved.reconciled(saved.config)
     config = of_former_file(model, config, tensors)
     plan, loaded = files.fitted(AdapterManager(model), None, config, tensors)
     if loaded.missing:

@@ -140,7 +140,7 @@ class AdapterReader:
             AdapterError: an adapter of this kind cannot be in a pool.
         """
         saved = checkpoint.read_checkpoint(source.source, device="cpu", **source.options)
-        config, tensors = saved.beside(saved.config.copy(inference_mode=True))
+        config, tensors = saved.reconciled(saved.config.copy(inference_mode=True))
         config = of_former_file(self._manager.model, config, tensors)
         layout = self._layout(name, config)
         loaded = checkpoint.from_file(

@@ -338,7 +338,7 @@ def load(
 
         tracked = ctx.find(model, variable, command="load")
         if tracked is not None:
-            _load_beside(ctx, tracked, place, chosen, trainable=trainable, replace=replace, hub=hub)
+            _load_another(ctx, tracked, place, chosen, trainable=trainable, replace=replace, hub=hub)
             ctx.changed = True
             return loaded(tracked)
         bare = uncompiled(model)
@@ -351,7 +351,7 @@ def load(
         return result
 
 
-def _load_beside(
+def _load_another(
     ctx: SessionContext,
     tracked: TrackedModel,
     place: str,

@@ -295,7 +295,7 @@ def resume(
     for place in places.values():
         _check_base(record, place, under)
     with ctx.command(f"resuming {record.name}", slow=True), _undone_unless_learned(ctx, under):
-        back, present = _put_back(ctx, record, target if tracked is None else tracked.model, places, variable)
+        back, present = _restore_adapters(ctx, record, target if tracked is None else tracked.model, places, variable)
         tracked = ctx.models.get(back)
         result = None
         if not record.is_complete:
@@ -323,7 +323,7 @@ def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
     return kept_members(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
 
 
-def _put_back(
+def _restore_adapters(
     ctx: SessionContext, record: RunRecord, model: Any, places: Mapping[str, Path], variable: str | None
 ) -> tuple[Any, tuple[str, ...]]:
     """Load the adapters that the model lacks; return the model, and the names of the adapters that it already had."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_beside
+from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_other_than
 from nbpeft.shipping.facts import AdapterFacts
 
 COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "CLIPText": "text_encoder"}
@@ -35,7 +35,7 @@ ENGINE = Engine(
         rules=(
             COMPONENT_RULE,
             *PLAIN_LORA,
-            Rule(kinds_beside(("linear", "convolution2d")), "leave them out of target_modules"),
+            Rule(kinds_other_than(("linear", "convolution2d")), "leave them out of target_modules"),
         ),
     ),
     merged=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbpeft.shipping.engines.diffusers import COMPONENT_RULE
-from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_beside, shell_word
+from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_other_than, shell_word
 from nbpeft.shipping.facts import AdapterFacts
 
 
@@ -30,7 +30,7 @@ ENGINE = Engine(
             COMPONENT_RULE,
             Rule(_flow_transformer, "ship it for diffusers"),
             *PLAIN_LORA,
-            Rule(kinds_beside(("linear", "convolution2d")), "leave them out of target_modules"),
+            Rule(kinds_other_than(("linear", "convolution2d")), "leave them out of target_modules"),
         ),
     ),
     merged=None,

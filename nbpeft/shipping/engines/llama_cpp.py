@@ -13,7 +13,7 @@ from nbpeft.shipping.engines.rules import (
     Form,
     Rule,
     dtype_note,
-    kinds_beside,
+    kinds_other_than,
     shell_word,
 )
 from nbpeft.shipping.facts import AdapterFacts
@@ -33,7 +33,7 @@ def _unknown(known: list[str]) -> Callable[[AdapterFacts], str]:
 ADAPTER_RULES = (
     Rule(_unknown(sorted(LAYOUTS)), OTHER_TOOL),
     *PLAIN_LORA,
-    Rule(kinds_beside(("linear", "embedding")), f"{MERGE}, or leave them out of target_modules"),
+    Rule(kinds_other_than(("linear", "embedding")), f"{MERGE}, or leave them out of target_modules"),
     TIED_ENDS,
     RESIZED,
 )

@@ -102,7 +102,7 @@ def _resized(facts: AdapterFacts) -> str:
     return "a base whose vocabulary was resized" if facts.vocabulary_resized else ""
 
 
-def kinds_beside(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
+def kinds_other_than(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
     """Returns a rule against adapted layers whose kind contains none of the given strings."""
     kinds = tuple(allowed)
 

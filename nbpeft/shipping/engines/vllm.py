@@ -14,7 +14,7 @@ from nbpeft.shipping.engines.rules import (
     Rule,
     base_word,
     dtype_note,
-    kinds_beside,
+    kinds_other_than,
     shell_word,
 )
 from nbpeft.shipping.facts import AdapterFacts
@@ -57,7 +57,7 @@ ENGINE = Engine(
         rules=(
             *PLAIN_LORA,
             Rule(_rank, f"{MERGE}, or train with a smaller r"),
-            Rule(kinds_beside(("linear", "conv1d", "embedding")), f"{MERGE}, or leave them out of target_modules"),
+            Rule(kinds_other_than(("linear", "conv1d", "embedding")), f"{MERGE}, or leave them out of target_modules"),
             TIED_ENDS,
             RESIZED,
         ),

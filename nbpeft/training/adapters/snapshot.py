@@ -84,7 +84,7 @@ class Snapshot:
             method = {f"{_METHOD}{key}": tensor for key, tensor in (self._method or {}).items()}
             write_tensors(file, storable({**self._tensors, **method}), {"step": str(self.step)})
 
-    def put_back(self, model: nn.Module) -> None:
+    def restore(self, model: nn.Module) -> None:
         """Restores the model; an interrupt is delayed until the end, so that two states are never mixed."""
         with HeldInterrupts(to_the_end=True):
             set_method_state(model, self._method)  # first, as it makes parameters pruned since then trainable again

@@ -133,7 +133,7 @@ def drop_after(home: Path, step: int) -> None:
             staging.close()
 
 
-def save_beside(folder: Path, tokenizer: Any, arguments: Any) -> None:
+def save_tokenizer_and_arguments(folder: Path, tokenizer: Any, arguments: Any) -> None:
     """Writes what a Trainer saves next to the weights: the tokenizer, if any, and its arguments without access tokens.
 
     Args:

@@ -24,7 +24,7 @@ from nbpeft.training.adapters.method_state import (
     save_in_training,
     write_method_state,
 )
-from nbpeft.training.disk.checkpoints import in_checkpoint, save_beside
+from nbpeft.training.disk.checkpoints import in_checkpoint, save_tokenizer_and_arguments
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _LACKS = "lacks the method's training state (an earlier version wrote it), which starts from its initial value"
@@ -59,7 +59,9 @@ def save_model(
     save = save_in_training if in_checkpoint(trainer) else files.save
     save(manager, folder, write=write, base=base_mark(trainer))
     if write:
-        save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
+        save_tokenizer_and_arguments(
+            folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args
+        )
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

@@ -552,7 +552,7 @@ def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], 
         if isinstance(keeper, RunCheckpointer):
             keeper.trainer = trainer
             for stop in stops:
-                stop.keep_last, keeper.beside = keeper.keep_last, stop.write
+                stop.keep_last, keeper.write_more = keeper.keep_last, stop.write
 
 
 def _elsewhere(

@@ -303,19 +303,19 @@ class Run:
             if message and (warning or error):
                 self._severe[message] = "error" if error else "warning"
 
-    def diverge(self, reason: str, kept_step: int, *, put_back: bool = False) -> None:
+    def diverge(self, reason: str, kept_step: int, *, restored: bool = False) -> None:
         """Records that the training diverged at this step, and which weights the model has now.
 
         Args:
             reason: why it diverged.
             kept_step: the step whose weights the model has.
-            put_back: whether to add a note about the restored weights; otherwise the caller adds one.
+            restored: whether to add a note about the restored weights; otherwise the caller adds one.
         """
         with self._lock:
             self.diverged, self.kept_step = reason, kept_step
             self._warnings.append(f"Training stopped: {reason}.")
             self.replaced_weights()
-            if put_back:
+            if restored:
                 self.note(f"{self.weights_of(kept_step)}, the last good ones, were restored", error=True)
 
     def weights_of(self, step: int) -> str:

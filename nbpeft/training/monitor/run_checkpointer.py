@@ -87,10 +87,10 @@ class RunCheckpointer(TrainerCallback):
     Attributes:
         folder: the folder of the run; None before the first step, and if nothing can be written.
         trainer: the Trainer; must be set before it trains.
-        beside: writes additional files into the folder of a checkpoint; None for none.
+        write_more: writes additional files into the folder of a checkpoint; None for none.
     """
 
-    beside: Callable[[Path], None] | None = None
+    write_more: Callable[[Path], None] | None = None
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class RunCheckpointer(TrainerCallback):
             self._run.folder = ""
         else:
             folder.close()
-            folder.put_back(self._contents)
+            folder.restore(self._contents)
 
     # Writing
 
@@ -315,8 +315,8 @@ class RunCheckpointer(TrainerCallback):
         trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))
         trainer._save_rng_state(str(folder))
-        if self.beside is not None and is_main_process():
-            self.beside(folder)
+        if self.write_more is not None and is_main_process():
+            self.write_more(folder)
 
     def _write_trainer_state(self, folder: Path) -> None:
         """Writes the Trainer's state without its log, which is in the run's curves: the file would grow each step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import learns_with_hooks
+from nbpeft.engine.runtime.snapshots import undo_additions
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.names import BOOKKEEPING_FIELDS
@@ -101,18 +102,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
                 if group is not None and group.learned:
                     manager.activate(group.best, enable=True)
                 else:
-                    _put_back(manager, made, selected, enabled=enabled)
-
-
-def _put_back(manager: AdapterManager, made: Sequence[str], selected: tuple[str, ...], *, enabled: bool) -> None:
-    """Removes the new adapters and restores the selection of the others."""
-    for name in made:
-        if name in manager.configs:
-            manager.remove(name)
-    if selected and manager.selected != selected:
-        manager.activate(selected)
-    if not enabled and manager.enabled:
-        manager.disable()
+                    undo_additions(manager, made, selected, enabled=enabled)
 
 
 def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> list[Member]:

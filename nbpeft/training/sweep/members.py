@@ -104,7 +104,7 @@ class Member:
                 self._good = copied(self._numbered, self._good)
                 self.good_step = step
 
-    def put_back(self) -> int | None:
+    def restore(self) -> int | None:
         """Restores the copied weights; returns their step, or None if there are none."""
         write_back(self._good, self._numbered)
         return self.good_step

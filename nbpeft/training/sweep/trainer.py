@@ -290,7 +290,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
     def _stop_diverged(self, step: int, *, weights: bool) -> None:
         """Stops the members that have diverged, and restores their last good weights."""
         for member in [member for member in self._group.training if member.has_diverged(weights=weights)]:
-            kept = member.put_back()
+            kept = member.restore()
             self._group.stop(member.name, "diverged")
             self._run.replaced_weights()
             back = "" if kept is None else f"; {self._run.weights_of(kept)} were put back"

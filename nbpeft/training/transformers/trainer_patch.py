@@ -56,7 +56,7 @@ from nbpeft.training.adapters.method_state import (
     set_method_state,
 )
 from nbpeft.training.adapters.optimizer_steps import watch_steps
-from nbpeft.training.disk.checkpoints import in_checkpoint, resume_point, save_beside, save_whole
+from nbpeft.training.disk.checkpoints import in_checkpoint, resume_point, save_tokenizer_and_arguments, save_whole
 from nbpeft.training.disk.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.transformers.adapter_mixins import explaining, importing, is_adapted, methods_with_imports
@@ -176,7 +176,9 @@ def save(
         save_in_training(model.manager, folder, **gathered)
     else:
         model.save_pretrained(str(folder), **gathered)
-    save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
+    save_tokenizer_and_arguments(
+        folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args
+    )
 
 
 def save_checkpoint(original: Callable[..., Any], trainer: Any, model: Any, trial: Any, **kwargs: Any) -> None:

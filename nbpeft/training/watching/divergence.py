@@ -122,7 +122,7 @@ class DivergenceStop(TrainerCallback):
             reason = self._reason(args, weights=check_weights)
             self._losses = None
         if reason:
-            self._put_back(args, state, reason)
+            self._restore(args, state, reason)
             control.should_training_stop = True
             control.should_evaluate = control.should_save = False
 
@@ -152,15 +152,15 @@ class DivergenceStop(TrainerCallback):
             return f"weights of {self._run.adapter or 'the model'} have exploded: {TOO_HIGH}"
         return ""
 
-    def _put_back(self, args: TrainingArguments, state: TrainerState, reason: str) -> None:
+    def _restore(self, args: TrainingArguments, state: TrainerState, reason: str) -> None:
         """Restores the last good weights, unless those of the best evaluation will be restored at the end."""
         best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
         best = best if self.best is None else self.best.kept_step
         if best is not None:
             self._run.diverge(reason, best)
         elif self._good is not None:
-            self._good.put_back(self._model)
-            self._run.diverge(reason, self._good.step, put_back=True)
+            self._good.restore(self._model)
+            self._run.diverge(reason, self._good.step, restored=True)
             manager = manager_of(self._model)
             if (
                 manager is not None and self._good.step == self._first

@@ -111,9 +111,9 @@ class EarlyStop(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Restores the best weights when the training ends, is stopped or is interrupted, but not when it fails."""
         if kind is None or issubclass(kind, KeyboardInterrupt | StopRun):
-            self._put_back()
+            self._restore()
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         if self._worse >= self._patience:
             evaluations = f"{self._patience} evaluation{'' if self._patience == 1 else 's'}"
             self._run.note(f"stopped early: no improvement in {evaluations}")
@@ -121,7 +121,7 @@ class EarlyStop(TrainerCallback):
             return
         if self.keep_last is not None:
             self.keep_last()
-        self._state.put_back(self._model)
+        self._state.restore(self._model)
         self._run.note(f"the weights of step {self._state.step:,}, the best, were restored")
 
 

@@ -81,7 +81,7 @@ def test_an_interrupted_run_keeps_the_best_too():
 
 
 def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, put_back = snapshot.trainable, EarlyStop._put_back
+    tensors, put_back = snapshot.trainable, EarlyStop._restore
     putting: list[bool] = []
 
     def interrupted(model: Any) -> Any:
@@ -91,7 +91,7 @@ def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.Monke
             yield pair
 
     monkeypatch.setattr(snapshot, "trainable", interrupted)
-    monkeypatch.setattr(EarlyStop, "_put_back", lambda self: [putting.append(True), put_back(self)])
+    monkeypatch.setattr(EarlyStop, "_restore", lambda self: [putting.append(True), put_back(self)])
     model = trainable()
     kept = Kept(model, interrupt_at=6)
     with pytest.raises(TrainingInterrupted):

@@ -138,7 +138,7 @@ class FourierFT(WeightDelta, Rescales):
 
 
 def _real_inverse(dense: Tensor) -> Tensor:
-    """``Re(F⁻¹(E))`` of a real E (rows, columns), from the half of its spectrum that tells the other."""
+    """``Re(F⁻¹(E))`` of a real E (rows, columns), from half of its spectrum, which determines the other half."""
     rows, columns = dense.shape
     half = torch.fft.rfft2(dense).real
     rest = half[:, 1 : (columns + 1) // 2].flip(0, 1).roll(1, 0)

@@ -76,7 +76,7 @@ class SupertuningConfig(LayersConfig):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether the places have to be found in the weights again."""
+        """Whether the places must be found in the weights again."""
         return not self.save_precomputed_indices
 
     @property
@@ -86,7 +86,7 @@ class SupertuningConfig(LayersConfig):
 
     @property
     def alpha(self) -> float:
-        """That of the factors; 0 without."""
+        """The scaling of the factors; 0 without factors."""
         return float(self.lora_alpha or 0.0)
 
 

@@ -123,7 +123,7 @@ class WaveFTConfig(LayersConfig):
         return True
 
     def frequencies_at(self, path: str) -> int:
-        """The number of coefficients at a module path; 1 before they are shared out, where they are."""
+        """The number of coefficients at a module path; 1 before they are distributed over the layers."""
         if self.proportional_parameters:
             return int(self.counts_at.get(path, 1))
         return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))

@@ -72,7 +72,7 @@ class DeloraConfig(LayersConfig):
         return int(pattern_table(self, "rank_pattern").get(path, self.r))
 
     def lambda_at(self, path: str) -> float:
-        """What the bound starts with at a module path."""
+        """The initial bound at a module path."""
         return float(pattern_table(self, "lambda_pattern").get(path, self.delora_lambda))
 
 

@@ -74,7 +74,7 @@ def _shapes(path: str, form: str, rows: int, columns: int, rank: int) -> dict[st
 
 
 def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a file but for the zeros that PEFT writes, as large as they are, where there is nothing."""
+    """The tensors of a file without the large tensors of zeros that PEFT writes for parts that are left out."""
     return {key: tensor for key, tensor in tensors.items() if not (key.endswith(".zeros") and "glora_" in key)}
 
 
@@ -102,7 +102,7 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
     files=FileFormat(keys=_KEYS, unpack=_without_zeros),
 )
 class Glora(Adapter, ReplacesCall):
-    """What changes the weight and the bias of one layer."""
+    """The parameters that change the weight and the bias of one layer."""
 
     reads_weight: ClassVar[bool] = True
     peft: ClassVar[PeftNames] = PeftNames(
@@ -145,7 +145,7 @@ class Glora(Adapter, ReplacesCall):
         return weight.to(parameters[0].dtype) * _value(first) + _value(second)
 
     def _bias_change(self, base: BaseLayer) -> Tensor | None:
-        """``b ∘ D + E + W C``, (out,), in the dtype of the parameters; None where the bias stays."""
+        """``b ∘ D + E + W C``, (out,), in the dtype of the parameters; None if the bias does not change."""
         bias, coupling, factor, summand = base.bias, self._path("C"), self._path("D"), self._path("E")
         if bias is None or not (coupling or factor):
             return None

@@ -150,7 +150,7 @@ class Gralora(WeightDelta, Rescales):
 
     @property
     def delta_rank(self) -> int | None:
-        """The most that the change of the weight can have."""
+        """The largest rank that the change of the weight can have."""
         return self.gralora_k * self.rank + self.hybrid_r
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -181,7 +181,7 @@ class Gralora(WeightDelta, Rescales):
 
 
 def _drawn(config: GraloraConfig, site: AdapterSite) -> dict[str, Tensor]:
-    """New factors, drawn block by block: those that are multiplied last begin with zeros."""
+    """New factors, drawn block by block; those that are multiplied last are zeros."""
     last = None if config.init_weights else linear_
     fills, names = {BLOCKS_A: linear_, BLOCKS_B: last, WHOLE_A: linear_, WHOLE_B: last}, (BLOCKS_A, BLOCKS_B)
     pairs = zip(*([site.shapes[name][:0:-1]] * site.shapes[name][0] for name in names), strict=True)

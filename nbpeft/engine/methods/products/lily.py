@@ -142,12 +142,12 @@ class Lily(Adapter, Rescales, HotSwaps):
 
     @property
     def expert_count(self) -> int:
-        """How many experts the router mixes."""
+        """Number of experts that the router mixes."""
         return int(self.tensor(ROUTER).shape[0])
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of what it adds in one call."""
+        """The rank of the change in one call."""
         return self.rank
 
     @classmethod
@@ -169,12 +169,12 @@ class Lily(Adapter, Rescales, HotSwaps):
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:
-        """Why nothing takes its place: the layers of another one may share other tensors."""
+        """Why it cannot be hot-swapped: the layers of another adapter may share other tensors."""
         return "shares tensors between its layers"
 
 
 def _mixed(x: Tensor, first: Tensor, experts: Tensor, router: Tensor) -> Tensor:
-    """What the experts give for an input (…, in), in the shares of all its tokens together: (…, out)."""
+    """The sum of the experts' outputs, (…, out), for an input (…, in), weighted by the mean shares of its tokens."""
     dtype = compute_dtype(x, first)
     hidden = F.linear(x.to(dtype), first.to(dtype))
     shares = F.linear(hidden, router.to(dtype)).softmax(-1).view(-1, len(router)).mean(0)

@@ -69,7 +69,7 @@ class LoHaConfig(RankedConfig):
     files=FileFormat(prefix="hada_"),
 )
 class LoHa(ScaledDelta, ConvertsToLora):
-    """Four factors on one layer, and two cores where a convolution is taken apart."""
+    """Four factors on one layer, and two cores for a convolution that is decomposed."""
 
     identity: ClassVar[Mapping[str, float]] = {"hada_w2_b": 0.0}
     peft: ClassVar[PeftNames] = PeftNames(

@@ -179,7 +179,7 @@ class LoKr(ScaledDelta, ConvertsToLora):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The Kronecker products of the first factors and of the second ones, where W2 has factors."""
+        """The Kronecker products of the first factors and of the second ones, if W2 has factors."""
         held = dict(zip(self._names, self.tensors, strict=True))
         if not base.kind.is_linear or W2 in held:
             return None

@@ -2,8 +2,8 @@
 
     y = W x + Dᵀ Σ_g x_g        x_g: groups of r inputs, D: (r, out)
 
-``init_weights="mini"`` repeats a smaller block along the outputs. ``"bat"`` lets the weight itself act on the
-block: with W in tiles of (r, r), Δ = W D + D, one block (r, r) for each row of tiles.
+``init_weights="mini"`` repeats a smaller block along the outputs. ``"bat"`` multiplies the block by the weight
+itself: with W in tiles of (r, r), Δ = W D + D, one block (r, r) for each row of tiles.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Miss(WeightDelta, ConvertsToLora):
 
 
 class Bat(Miss):
-    """A block for each row of tiles of the weight, on which the weight itself acts."""
+    """A block for each row of tiles of the weight, which is multiplied by the weight itself."""
 
     reads_weight: ClassVar[bool] = True
 

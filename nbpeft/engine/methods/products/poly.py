@@ -150,17 +150,17 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @property
     def task_count(self) -> int:
-        """How many tasks the router knows."""
+        """Number of tasks that the router knows."""
         return int(self.tensor(ROUTER).shape[0])
 
     @property
     def skill_count(self) -> int:
-        """How many skills it mixes."""
+        """Number of skills that it mixes."""
         return int(self.tensor(A).shape[1])
 
     @property
     def split_count(self) -> int:
-        """How many parts have shares of their own."""
+        """Number of parts with separate shares."""
         return int(self.tensor(A).shape[0])
 
     @property
@@ -174,11 +174,11 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return shapes[A][3]
 
     def shares(self, ids: Tensor, *, drawn: bool) -> Tensor:
-        """How much of each skill a row gets, (rows, splits, skills), float32 or wider.
+        """The share of each skill for each row, (rows, splits, skills), float32 or wider.
 
         Args:
             ids: (rows,), the task of each.
-            drawn: draw them anew, as in training.
+            drawn: draw new ones, as in training.
         """
         logits = self.tensor(ROUTER)
         chosen = logits[ids.to(logits.device)].view(len(ids), self.split_count, self.skill_count)
@@ -204,7 +204,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return keeping_inputs(_mixed, x, self.tensor(A), self.tensor(B), shares, keeps_little=True)
 
     def _of_each_row(self, ids: Tensor, x: Tensor) -> Tensor:
-        """The task of each row of an input, (rows,); (1,) where one mixture serves all of them."""
+        """The task of each row of an input, (rows,); (1,) if all rows use one mixture."""
         rows = len(x) if x.dim() > 1 else 1
         if len(ids) == 1:
             return ids.expand(rows) if self.training else ids
@@ -226,7 +226,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The mixture of its one task; None where there are several. See ``ConvertsToLora``."""
+        """The mixture of its one task; None if there are several. See ``ConvertsToLora``."""
         if self.task_count > 1:
             return None
         shares = self.shares(checked_task_ids(None, 1), drawn=False)
@@ -234,7 +234,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return LowRankDelta(down[0].T, up[0].T, 1 / self.rank)
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it is not a weight, where there are several tasks."""
+        """Why it cannot be merged if there are several tasks."""
         return _UNMERGEABLE if self.task_count > 1 else ""
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
@@ -263,7 +263,7 @@ def _skills(shape: Sequence[int], site: AdapterSite) -> Tensor:
 
 
 def _mixed(x: Tensor, first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
-    """What the skills give for an input (rows, …, in), (rows, …, out): for all rows alike where there is one."""
+    """The output of the skills, (rows, …, out), for an input (rows, …, in); one mixture is used for all rows."""
     dtype, rank, rows = compute_dtype(x, first), first.shape[3], len(shares)
     down, up = _factors(first.to(dtype), second.to(dtype), shares)
     tokens = x.to(dtype).reshape(rows, x.shape[:-1].numel() // max(1, rows), x.shape[-1])

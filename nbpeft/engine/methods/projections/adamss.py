@@ -155,7 +155,7 @@ class AdamssConfig(LayersConfig):
         more = (subspaces - self.asa_target_subspaces) * left**self.asa_schedule_exponent
         return int(self.asa_target_subspaces + more)
 
-    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+    def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         """The config, which knows the sizes of the subspaces in the file; see ``AdapterConfig``."""
         found: dict[str, dict[tuple[str, int], Tensor]] = {}
         for key, tensor in tensors.items():
@@ -422,7 +422,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     @property
     def averages(self) -> SimpleNamespace:
-        """Importance (ipt) and its uncertainty (unc) of each A and B, by PEFT's names; None where not yet measured."""
+        """Importance (ipt) and its uncertainty (unc) of each A and B, by PEFT's names; None if not measured yet."""
         found = {}
         for place, what in enumerate(("ipt", "unc")):
             for of, name in (("A", A), ("B", B)):
@@ -480,7 +480,7 @@ def _matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
 
 @torch.no_grad()
 def _subspaces(config: AdamssConfig, base: BaseLayer) -> Subspaces:
-    """Parts the weight of a layer; into equal parts where it has no values."""
+    """Divides the weight of a layer into subspaces; into equal parts if it has no values."""
     outputs, inputs = _matrix_shape(base.module, base.kind)
     rank, weight, bias = min(config.r, outputs, inputs), base.weight(), base.bias
     if not _has_values(weight):
@@ -493,7 +493,7 @@ def _subspaces(config: AdamssConfig, base: BaseLayer) -> Subspaces:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether it is no tensor of a plan or a forecast, of which only the shape is there."""
+    """Whether it has values: a tensor of a plan or a forecast has only a shape."""
     return not tensor.is_meta and not isinstance(tensor, loaded("torch._subclasses.fake_tensor", "FakeTensor"))
 
 
@@ -621,7 +621,7 @@ def _start(found: Subspaces, config: AdamssConfig, site: AdapterSite) -> dict[st
 
 
 def _check_clusters(clusters: Tensor, site: AdapterSite) -> None:
-    """Raises ConfigError where numbers of clusters in a file are not those of its matrices."""
+    """Raises ConfigError if the numbers of clusters in a file differ from those of its matrices."""
     sizes = [shape[0] for name, shape in site.shapes.items() if name.startswith(B)]
     counts = clusters.long().clamp_min(-1).add(1).bincount(minlength=len(sizes) + 1).tolist()
     if counts != [0, *sizes]:
@@ -633,7 +633,7 @@ def _check_clusters(clusters: Tensor, site: AdapterSite) -> None:
 
 
 def _check_sizes(found: Subspaces, site: AdapterSite) -> None:
-    """Raises ConfigError where the clusters in a weight are not those of a file without their numbers."""
+    """Raises ConfigError if the clusters of a weight differ from those of a file without their numbers."""
     wanted = [shape[0] for name, shape in site.shapes.items() if name.startswith(B)]
     have = [outputs for outputs, _ in found.sizes]
     if _has_values(found.rows) and have == wanted:

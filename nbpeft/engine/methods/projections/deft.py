@@ -98,7 +98,7 @@ class DeftConfig(LayersConfig):
     },
 )
 class Deft(Adapter, ConvertsToLora, HotSwaps):
-    """The directions of one layer, and what is put into them."""
+    """The directions of one layer, and the values that are added to them."""
 
     reads_weight: ClassVar[bool] = True
     peft: ClassVar[PeftNames] = PeftNames(
@@ -149,7 +149,7 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
 
     @property
     def only_removes(self) -> bool:
-        """Whether nothing is put in."""
+        """Whether nothing is added."""
         return self.tensor(INJECTION, optional=True) is None
 
     @property
@@ -182,7 +182,7 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         return F.linear(change, directions.to(dtype))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What is put in less what is taken out, (r, in), and Q, (out, r), detached."""
+        """The values that are added minus those that are removed, (r, in), and Q, (out, r), detached."""
         directions, reader = _projection(self.tensor(DIRECTIONS).detach(), self.decomposition)
         rows = -(reader.T @ weight.to(directions.dtype))
         if not self.only_removes:
@@ -210,7 +210,7 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the directions with zeros, and puts in what is taken out."""
+        """Overwrites the directions with zeros, and adds what they remove."""
         directions = self.get_parameter(DIRECTIONS)
         directions.zero_()
         if not self.only_removes:

@@ -221,7 +221,7 @@ class FrodDirections(SharedState):
                 made = _directions(role, weights, self.regularization)
             held.hold(role, made.to(self.of_role(PLACES, role).device, _dtype_on(next(iter(blocks[role].values())))))
 
-    def settle(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
+    def recompute_derived(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
         """Finds U and λ₀ again; see ``SharedState``."""
         for adapter, base in layers.values():
             assert isinstance(adapter, Frod)
@@ -265,7 +265,7 @@ def _dtype_on(base: BaseLayer) -> torch.dtype:
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU, where a decomposition gives the directions that PEFT finds; one without data stays what it is."""
+    """The tensor on the CPU, where a decomposition gives the directions that PEFT finds; one without data stays so."""
     return tensor.detach().to("meta" if tensor.is_meta else "cpu", dtype)
 
 

@@ -59,8 +59,8 @@ class OSFConfig(LayersConfig):
     """Config of OSF. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        effective_rank: how many of the largest singular directions are kept; a fraction up to 1.0 is a share of the
-            weight's smaller side; None for half of it.
+        effective_rank: number of the largest singular directions that stay frozen; a fraction up to 1.0 is a share of
+            the weight's smaller side; None for half of it.
         rank_pattern: expression that is found in a path -> another effective_rank.
         init_weights: start at the base model; False for random numbers.
         target_svd_config: unused, as in PEFT.
@@ -126,7 +126,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
-        ctx.basis, ctx.inside = basis, inside  # which is no result of this call, and stays what it is
+        ctx.basis, ctx.inside = basis, inside  # not a result of this call, so it is not changed
         return tensor.view_as(tensor)
 
     @staticmethod
@@ -183,7 +183,7 @@ class Osf(Adapter, ConvertsToLora):
     def parameter_shapes(
         cls, config: OSFConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """s, (r,), U, (out, r), and V, (r, in), with r the number of directions that are not kept; see ``Adapter``."""
+        """s, (r,), U, (out, r), and V, (r, in), with r the number of trained directions; see ``Adapter``."""
         check_linear("OSF", path, kind)
         rows, columns = kind.weight_shape(module)
         rank = min(rows, columns) - config.kept_at(path, (rows, columns))

@@ -139,5 +139,5 @@ class ProjectedVectors(Adapter, HotSwaps):
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank, as the vector between the projections tells it."""
+        """The rank: the length of the vector between the projections."""
         return shapes[cls.names[1]][0] // cls.between.rows_of_rank

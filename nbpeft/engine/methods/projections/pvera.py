@@ -69,7 +69,7 @@ class PveraConfig(VectorsConfig):
         return self.pvera_dropout
 
     def normals(self, path: str) -> Normals | None:
-        """What a layer draws from, if it is a generator of its own."""
+        """The generator of a layer, if it has a separate one."""
         return None if self.generator_seed is None else Normals(self.generator_seed)
 
 
@@ -98,7 +98,7 @@ class Normals:
         self._calls.clear()
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Draws as many as a tensor has, in its dtype and where it is."""
+        """Draws a tensor with the shape, dtype and device of another."""
         start = self._start_of_this_call()
         generator = torch.Generator()
         generator.set_state(self._state if start is None else start)

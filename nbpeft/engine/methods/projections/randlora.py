@@ -197,7 +197,7 @@ class RandLora(Adapter, Rescales):
         return int(self.tensor(LAMBDA).shape[0])
 
     def _factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """The bases with their scales as two matrices, (width, in) and (out, width), where the layer is."""
+        """The bases with their scales as two matrices, (width, in) and (out, width), on the device of the layer."""
         scales, columns = self.tensor(LAMBDA), self.tensor(GAMMA)
         (count, small), large = columns.shape, max(base.in_features, base.out_features)
         whole_a, whole_b = self.bases.matrices

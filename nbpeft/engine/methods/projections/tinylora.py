@@ -259,12 +259,12 @@ class TinyLora(ComputedFactors, HasFixedTensors):
 
     @property
     def vector(self) -> Tensor:
-        """v, (u,), where the vectors are."""
+        """v, (u,), on the device of the vectors."""
         found: Tensor = self.vectors.tinylora_v[self.group]
         return found
 
     def core(self) -> Tensor:
-        """Σ_i v_i P_i, (r, r), where the layer is."""
+        """Σ_i v_i P_i, (r, r), on the device of the layer."""
         vector = self.vector.to(self.down.device)
         return torch.einsum("i,ijk->jk", vector, self.projection.to(vector.dtype))
 

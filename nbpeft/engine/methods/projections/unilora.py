@@ -80,7 +80,7 @@ class UniLoraConfig(LayersConfig):
 
 
 class UniVector(SharedState):
-    """θ, (theta_d_length,), which is trained, and which of its numbers each layer takes."""
+    """θ, (theta_d_length,), which is trained, and the indices of the numbers that each layer uses."""
 
     config: UniLoraConfig
     features: Mapping[str, tuple[int, int]]
@@ -259,7 +259,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
         return int(self.tensor(INDICES_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A, (r, in), and B, (out, r), where the layer is."""
+        """A, (r, in), and B, (out, r), on the device of the layer."""
         indices_A, indices_B, scales_A, scales_B = (self.tensor(name) for name in _BUFFERS)
         theta = self.vector.theta.to(indices_A.device)
         return theta[indices_A] * scales_A.to(theta.dtype), theta[indices_B] * scales_B.to(theta.dtype)

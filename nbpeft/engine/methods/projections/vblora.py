@@ -116,7 +116,7 @@ class VectorBank(SharedState):
 
 
 def _index_dtype(count: int) -> torch.dtype:
-    """The smallest that a file numbers so many vectors with."""
+    """The smallest integer dtype of a file's indices for so many vectors."""
     return torch.uint8 if count < 2**8 else torch.int16 if count < 2**15 else torch.int32
 
 
@@ -167,7 +167,7 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
 
 
 def savable_parameters(manager: Any, adapter: str = "default") -> tuple[int, int]:
-    """What a file of an adapter takes, and what else of the model is trained, both in numbers of 4 bytes.
+    """The sizes of an adapter's file and of the model's other trained parameters, both in numbers of 4 bytes.
 
     Args:
         manager: of the model.

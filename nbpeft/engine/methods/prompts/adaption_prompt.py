@@ -150,7 +150,7 @@ def _unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     files=FileFormat(prefix="adaption_", pack=_packed, unpack=_unpacked),
 )
 class AdaptionPromptModel(ModelAdapter, AddsInside):
-    """A prompt and a gate for each of the top attentions, below the paths of these in the model."""
+    """A prompt and a gate for each of the top attentions, saved under the paths of those attentions."""
 
     peft: ClassVar[PeftNames] = PeftNames(shown_as="adaption_prompts")
 

@@ -1,6 +1,6 @@
 """Cartridges: trained keys and values that represent a long text (Eyuboglu et al. 2025, arXiv:2506.06266).
 
-    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained but for those of the first tokens
+    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained, except those of the first tokens
 
 Like prefix tuning without an MLP. The keys and values may be initialized with those of a text: see
 ``nbpeft.initialize_kv_prefix_from_text``. Those of the first tokens, the attention sink, are frozen.

@@ -2,8 +2,8 @@
 
     x' = [e_1 + d_1 … e_n + d_n, E(x)]        e: (n, features), of the examples, frozen; d: trained, |d_i| <= ε_i
 
-Each token has a type: in the k-th example 4k + 1 for what stands around its input, 4k + 2 for the input, 4k + 3 for
-what stands around its output, 4k + 4 for the output, which the model learns; 0 is none of these. Calls with labels may
+Each token has a type: in the k-th example 4k + 1 for the format around its input, 4k + 2 for the input, 4k + 3 for
+the format around its output, 4k + 4 for the output, which the model learns; 0 is none of these. Calls with labels may
 say the types of their own tokens as ``input_type_mask`` (rows, length), counted from the first example; without it
 all are output. ε_i is ``opt_projection_format_epsilon`` for types 4k + 1 and 4k + 3, ``opt_projection_epsilon`` for
 4k + 2, each times sqrt(features / 2048); the embeddings of outputs stay as they are. With
@@ -50,13 +50,13 @@ class CPTConfig(PromptLearningConfig):
     """Config of context-aware prompt tuning. Field names and defaults are PEFT's; see ``PromptLearningConfig``.
 
     Attributes:
-        cpt_token_ids: the tokens of the examples; how many there are is ``num_virtual_tokens``.
+        cpt_token_ids: the tokens of the examples; their number is ``num_virtual_tokens``.
         cpt_mask: unused, as in PEFT; must be as long as the tokens.
-        cpt_tokens_type_mask: the type of each; by default 1, what stands around an input.
+        cpt_tokens_type_mask: the type of each; by default 1, the format around an input.
         opt_weighted_loss_type: "none", or "decay" where earlier examples count less.
-        opt_loss_decay_factor: how much an output counts for the next one's 1.
-        opt_projection_epsilon: how far the embeddings of inputs may go.
-        opt_projection_format_epsilon: how far those of what stands around inputs and outputs may go.
+        opt_loss_decay_factor: the weight of an output's loss relative to that of the next output.
+        opt_projection_epsilon: the largest change of the embeddings of inputs.
+        opt_projection_format_epsilon: likewise, for the format around inputs and outputs.
         tokenizer_name_or_path: unused, as in PEFT.
 
     Raises:
@@ -113,7 +113,7 @@ def _check_types(name: str, types: Sequence[int]) -> None:
 
 
 def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The embeddings of a file and what was added to them: zeros, where the file has but their sum."""
+    """The embeddings of a file and what was added to them: zeros if the file has only their sum."""
     others = {key: tensor for key, tensor in tensors.items() if key != PROMPT_KEY}
     whole = tensors.get(PROMPT_KEY)
     if whole is None or {_ROWS, _DELTA} <= others.keys():
@@ -195,7 +195,7 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
             raise ConfigError(f"CPT is for causal language models, and {type(model).__name__} has an encoder")
 
     def get_epsilon(self) -> Tensor:
-        """How far each embedding may go, float32 (tokens,); on the CPU."""
+        """The largest change of each embedding, float32 (tokens,); on the CPU."""
         kinds = self._kinds()
         scale = (self.delta_embedding.embedding_dim / _WIDTH) ** 0.5
         radii = torch.where(kinds % _PER_EXAMPLE == 2, float(self.config.opt_projection_epsilon) * scale, _FIXED)
@@ -203,7 +203,7 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     @torch.no_grad()
     def get_projection(self) -> Tensor:
-        """What is added, no further than it may go, (tokens, features)."""
+        """What is added, with its norm limited, (tokens, features)."""
         delta = self.delta_embedding.weight
         norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
         radii = self.get_epsilon().to(norms).unsqueeze(1)
@@ -239,7 +239,7 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
         return torch.where(outputs > 0, learned, -100), self._weights(outputs)
 
     def _weights(self, outputs: Tensor) -> Tensor:
-        """How much each token counts, of their types where they are output and 0 elsewhere, both (rows, positions)."""
+        """The weight of each token in the loss, (rows, positions), from the types of outputs, which are 0 elsewhere."""
         weights = torch.ones_like(outputs, dtype=torch.float32)
         if self.config.opt_weighted_loss_type != "decay":
             return weights

@@ -28,7 +28,7 @@ _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
-    """What prompt and matrices start as: the last three are of a trained file. Values as in PEFT's files."""
+    """How prompt and matrices are initialized: the last three read a trained file. Values as in PEFT's files."""
 
     TEXT = "TEXT"
     RANDOM = "RANDOM"

@@ -17,7 +17,7 @@ from nbpeft.engine.contract.registry import register
 
 
 class PromptTuningInit(str, enum.Enum):
-    """What the tokens of a prompt start as. Values as in PEFT's files."""
+    """How the tokens of a prompt are initialized. Values as in PEFT's files."""
 
     TEXT = "TEXT"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"

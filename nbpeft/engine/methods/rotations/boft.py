@@ -170,7 +170,7 @@ class BOFT(Adapter):
 
     @property
     def matrices(self) -> Tensor:
-        """What the rotations are made of, (factors, blocks, b, b)."""
+        """The parameters of the rotations, (factors, blocks, b, b)."""
         found: Tensor = self.tensor(ROTATION)
         return found
 

@@ -122,7 +122,7 @@ class HRA(Adapter):
         return self.rank
 
     def change(self, rows: Tensor, vectors: Tensor, *, transposed: bool) -> Tensor:
-        """What the reflections add to vectors.
+        """The change of vectors by the reflections.
 
         Args:
             rows: (…, in).
@@ -149,7 +149,7 @@ class HRA(Adapter):
 
     @classmethod
     def config_warnings(cls, config: HRAConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns where it cannot start at the base model."""
+        """Warns if it cannot start at the base model."""
         if config.init_weights and config.r % 2:
             yield f"with an odd r ({config.r}) HRA does not start at the base model: take an even one"
 

@@ -103,7 +103,7 @@ class OFTConfig(LayersConfig):
 
     @property
     def freedom(self) -> float | None:
-        """How far a rotation may be from none; None for any."""
+        """Bound on the distance of a rotation from the identity; None for no bound."""
         return self.eps if self.coft else None
 
 
@@ -301,7 +301,7 @@ class OFTOnConvolution(OFT):
 
 
 class _Rotate(torch.autograd.Function):
-    """An input times its rotations, which backward makes again: it keeps the input and the triangles."""
+    """An input times its rotations, which backward computes again; autograd stores the input and the triangles."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, triangles: Tensor, rotations: Callable[[Tensor], Tensor]) -> Tensor:
@@ -334,6 +334,6 @@ def _blockwise(rows: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _rotated(module: nn.Module, kind: LayerKind) -> int:
-    """How many features are rotated: those of an input or of a patch of it, or what an embedding gives."""
+    """Number of rotated features: those of an input, of a patch of it, or of an embedding's output."""
     shape = kind.weight_shape(module)
     return shape[0] if kind.takes_ids else math.prod(shape[1:])

@@ -144,7 +144,7 @@ class PsoftConfig(LayersConfig):
     files=FileFormat(keys={CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"}),
 )
 class Psoft(Adapter, ConvertsToLora, Rescales):
-    """What is trained between the directions of one layer."""
+    """The trained parameters between the directions of one layer."""
 
     peft: ClassVar[PeftNames] = PeftNames(
         "psoft_R",
@@ -223,7 +223,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return keeping_inputs(made, *(self.tensor(name) for name in names))
 
     def _rotation(self, triangle: Tensor) -> Tensor:
-        """Q, from the numbers above the diagonal of what it is the Cayley transform of."""
+        """Q: the Cayley transform of a skew-symmetric matrix, from the numbers above its diagonal."""
         rows, columns = torch.triu_indices(self.rank, self.rank, 1, device=triangle.device)
         skew = triangle.new_zeros(self.rank, self.rank).index_put((rows, columns), triangle)
         skew = skew - skew.T

@@ -2,8 +2,8 @@
 
     y = R (W x + b)        R: for each pair of outputs α [cos θ, -sin θ; sin θ, cos θ]
 
-Outputs are paired within groups, each of the first half with one of the second. ``road_2`` gives each output of a pair
-an α and a θ of its own, ``road_4`` each entry of the four.
+Outputs are paired within groups: one of the first half with one of the second half. ``road_2`` gives each output of a
+pair an α and a θ of its own, ``road_4`` each entry of the four.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Road(Adapter, TransformsOutput):
         return rows * kept + across * crossed
 
     def _columns(self, angle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What each output is multiplied with, and the other one of its pair, (out,)."""
+        """The factors of each output and of the other output of its pair, (out,)."""
         if self.variant == "road_4":
             (own, other), (stretch, other_stretch) = (
                 tensor.view(-1, 2, self.size).unbind(1) for tensor in (angle, scale)

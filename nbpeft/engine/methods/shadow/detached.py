@@ -58,7 +58,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         return embedding_of(self.backbone) if shared is None else shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Reads another one."""
+        """Sets another embedding."""
         if self.shared_embeddings is None:
             self.backbone.set_input_embeddings(value)
         else:
@@ -75,7 +75,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hidden states, logits of all tokens, or of classes; with the loss of labels.
+        """Computes hidden states, logits of all tokens or of classes, and the loss if labels are given.
 
         Raises:
             AdapterError: there is no input.

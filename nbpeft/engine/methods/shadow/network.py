@@ -88,7 +88,7 @@ class Recipe:
         self._source_of_head: Any = None
 
     def set_head(self, head: nn.Module) -> None:
-        """Takes the head of a classification, whose tensors it does not keep."""
+        """Uses the head of a classification, whose tensors it does not own."""
         tensors = (*head.parameters(), *head.buffers())
         memo: dict[int, Any] = {id(one): nn.Parameter(torch.empty_like(one, device="meta")) for one in tensors}
         self.head = copy.deepcopy(head, memo)
@@ -100,7 +100,7 @@ class Recipe:
         return {} if head is None else dict(head.named_parameters())
 
     def network(self) -> Any:
-        """A new network, its embedding left out where it reads the model's."""
+        """A new network, without an embedding if it reads the model's."""
         # What is read whole is not drawn first.
         with torch.random.fork_rng(devices=()) if self.source and not self.is_projected else nullcontext():
             made = self.network_class(self.network_config)

@@ -105,7 +105,7 @@ class IA3Config(AdapterConfig):
             )
 
     def fill_in(self, model_type: str | None) -> None:
-        """Takes the usual ``feedforward_modules`` of a type of model where none are given."""
+        """Sets the usual ``feedforward_modules`` of a type of model if none are given."""
         if self.feedforward_modules is None:
             usual = _usual(model_type)
             if usual is None:
@@ -127,7 +127,7 @@ class IA3Config(AdapterConfig):
 
 
 def _scaled(config: IA3Config) -> str:
-    """What the vectors of a config scale, as far as it tells."""
+    """What the vectors of a config scale, if the config determines it."""
     if not config.feedforward_modules:
         return "outputs"
     return "inputs" if config.feedforward_modules == config.target_modules else "inputs and outputs"

@@ -90,7 +90,7 @@ class TrainableTokensConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What one module's trained rows need.
+    """The settings of one module's trained rows.
 
     Attributes:
         indices: the rows.
@@ -234,7 +234,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def tie_to(self, source: Adapter) -> None:
-        """Shares the rows of another adapter from now on."""
+        """Uses the rows of another adapter from now on."""
         self.bind(source=source)
 
     @property
@@ -257,7 +257,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         return "trains rows of embeddings (trainable_token_indices)"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes the change of the output where a trained token is.
+        """Computes the change of the output at the positions of trained tokens.
 
         Args:
             x: ids (…) of an embedding, or the input (…, features) of a head.
@@ -288,7 +288,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         return delta
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Zero but for the trained rows."""
+        """Zero except for the trained rows."""
         delta = torch.zeros_like(weight)
         rows = self.rows.detach().to(weight.dtype)
         _table(delta, base)[self.tokens] = rows - _table(weight, base)[self.tokens]
