@@ -9,6 +9,7 @@ from typing import Any
 from nbpeft._util.conversations import is_conversation
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
+from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import is_amount
 from nbpeft.training.data.forms import Chat, Pair
 from nbpeft.training.data.reading import reading
@@ -47,14 +48,14 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
         raise ConfigError(f"every must be a number of steps of at least 1, not {every!r:.60}", field="every")
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
-    base: Any = request.model.manager.model if hasattr(request.model, "manager") else request.model
+    base: Any = base_of(request.model)
     if not hasattr(base, "generate"):
         raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
     if is_count:
         return _of_rows(request, rows, number, base)
     form = rows.format or PromptFormat(chat=True)
     asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
-    options = {"chat": None if form.chat else False, "system": form.system or ""}
+    options: dict[str, Any] = {"chat": None if form.chat else False, "system": form.system or ""}
     batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
     return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
 

@@ -351,8 +351,9 @@ class _Activation:
             self._put()  # more of a stream was read
 
     def _put(self) -> None:
+        form = None if self._rows is None else self._rows.format
         for config, _ in self._formers:
-            set_prompt_format(config, self._rows and self._rows.format)
+            set_prompt_format(config, form)
 
     @property
     def learned(self) -> bool:

@@ -77,7 +77,7 @@ class PromptBatch:
         chat = templated if chat is None else chat
         conversations = [_messages(prompt, system) if chat or not isinstance(prompt, str) else () for prompt in prompts]
         rows = [
-            _rendered(messages, tokenizer) if messages else _tokens(prompt, tokenizer)
+            _rendered(messages, tokenizer) if messages else _tokens(str(prompt), tokenizer)
             for prompt, messages in zip(prompts, conversations, strict=True)
         ]
         table = base.get_input_embeddings()
