@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nbpeft._util.conversations import is_conversation
 from nbpeft.errors import AdapterError
-from nbpeft.training.watching.generation import is_conversation
 
 _LONGEST_PART, _LONGEST = 255, 4095
 """Usual limits in bytes of one component of a path, and of the whole path."""

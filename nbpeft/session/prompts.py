@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.conversations import is_conversation, system_text
 from nbpeft.errors import AdapterError
-from nbpeft.training.watching.generation import (
-    Conversation,
-    Prompt,
-    PromptBatch,
-    continued,
-    is_conversation,
-    system_text,
-)
+from nbpeft.training.watching.generation import Conversation, Prompt, PromptBatch, continued
 
 if TYPE_CHECKING:
     from nbpeft.session.context import SessionContext

@@ -18,7 +18,7 @@ from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.transformers.trainer import Trainer
 from nbpeft.training.watching.generation import Prompt
-from nbpeft.training.watching.sample_prompts import SamplePrompts
+from nbpeft.training.watching.prompts import SamplePrompts
 
 _NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open")
 NOT_KEPT = frozenset(

@@ -168,7 +168,7 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
     for first in ('prompt="Ticket Text "', "prompt='Ticket Text '", '"prompt=Ticket Text "', "'prompt=Ticket Text '"):
         line = f"odd --columns {first} completion=ID"
         assert ready.do(f"%lora data {line}").summary.row_count == 4
-        assert ready.do(f"%lora_train model --data {line} max_steps=1 --no-keep").steps == 1
+    assert ready.do(f"%lora_train model --data {line} max_steps=1 --no-keep").steps == 1
     told = ready.do(f"%lora_train model --data odd {hint} --max-length 15 --skip-bad --no-keep max_steps=1").message
     command = told.partition("(")[2].rpartition(" shows them)")[0]
     assert ready.do(command).summary.row_count == 4 and "--skip-bad --columns" in command

@@ -107,6 +107,37 @@ def test_what_separates_cells_is_found(tmp_path: Path, delimiter: str, rows: Any
     assert open_data(path) == rows
 
 
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("ID;Ticket Text ;Team\n1;Hello, you, there;a\n2;b;c;d\n", ["ID", "Ticket Text ", "Team"]),
+        ("a|b\n1,2|3\n4|5\n", ["a", "b"]),
+        ("sep=;\r\na,b;c\r\n1;2\r\n", ["a,b", "c"]),
+        ('a\tb\n"1\t2"\t3\n', ["a", "b"]),
+    ],
+)
+def test_the_header_decides_what_separates_cells(tmp_path: Path, content: str, columns: list[str]) -> None:
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8-sig")
+    assert list(open_data(tmp_path / "a.csv", skip_bad=True)[0]) == columns
+
+
+def test_a_separator_is_given(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a;b,c\n1;2,3\n")
+    (tmp_path / "b.tsv").write_text("a;b\n1;2\n")
+    assert open_data(tmp_path / "a.csv", ",") == [{"a;b": "1;2", "c": "3"}]
+    assert open_data(f"{tmp_path}/a.csv[:1]", ";") == [{"a": "1", "b,c": "2,3"}]
+    assert open_data(tmp_path / "b.tsv", ";") == [{"a": "1", "b": "2"}]
+    assert len(prepare_data(tmp_path / "b.tsv", TOKENIZER, columns={"text": "b"}, separator=";")) == 1
+    for data, separator, words in (
+        (tmp_path / "a.csv", ",,", "must be one character"),
+        (tmp_path / "a.csv", "", "must be one character"),
+        ("rows.jsonl", ";", "is for .csv and .tsv files, and 'rows.jsonl' is none"),
+        (PAIRS, ";", "is for .csv and .tsv files, and the data is a list"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            open_data(data, separator)
+
+
 def test_a_table_of_one_column_is_separated_by_commas(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('text\n"a; b"\n"c, d"\n')
     assert open_data(tmp_path / "rows.csv") == [{"text": "a; b"}, {"text": "c, d"}]

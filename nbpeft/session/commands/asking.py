@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.conversations import is_conversation
 from nbpeft.errors import AdapterError
 from nbpeft.session.checks import names_of
 from nbpeft.session.prompts import prompt_batch
@@ -18,7 +19,6 @@ from nbpeft.training.watching.generation import (
     answered,
     evaluating,
     generate_batch,
-    is_conversation,
     waits,
 )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from nbpeft._util.conversations import system_text
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.training.data.forms import Chat, Example
-from nbpeft.training.watching.generation import system_text
 
 
 class SeenFormats:

@@ -9,5 +9,6 @@ Door, what other rooms import:
 
 Inside:
 
-    grouping.py  Batches of rows with similar lengths, to reduce padding
+    grouping.py      Batches of rows with similar lengths, to reduce padding
+    sampled_rows.py  The prompts to answer during a run: given, or taken from the rows with their wanted answers
 """

@@ -38,6 +38,7 @@ from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
 from nbpeft.training.loop.packing import PackingCheck, pack
 from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
+from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
@@ -53,7 +54,7 @@ from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_o
 from nbpeft.training.watching.divergence import DivergenceStop
 from nbpeft.training.watching.early_stop import EarlyStop, check_patience
 from nbpeft.training.watching.generation import Prompt
-from nbpeft.training.watching.sample_prompts import SamplePrompts, sample_prompts
+from nbpeft.training.watching.prompts import SamplePrompts
 from nbpeft.training.watching.sampling import SampleCallback
 from nbpeft.training.watching.scoring import ScoreCallback, Scorer, scorer_of
 from nbpeft.training.watching.trackers import TrackCallback, check_report_to, tracker_names
@@ -364,8 +365,9 @@ class _Activation:
             self._put()  # more of a stream was read
 
     def _put(self) -> None:
+        form = None if self._rows is None else self._rows.format
         for config, _ in self._formers:
-            set_prompt_format(config, self._rows and self._rows.format)
+            set_prompt_format(config, form)
 
     @property
     def learned(self) -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from nbpeft._util.conversations import system_text
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, in_one_line, shown
 from nbpeft.state import Answer
@@ -76,7 +77,7 @@ class PromptBatch:
         chat = templated if chat is None else chat
         conversations = [_messages(prompt, system) if chat or not isinstance(prompt, str) else () for prompt in prompts]
         rows = [
-            _rendered(messages, tokenizer) if messages else _tokens(prompt, tokenizer)
+            _rendered(messages, tokenizer) if messages else _tokens(str(prompt), tokenizer)
             for prompt, messages in zip(prompts, conversations, strict=True)
         ]
         table = base.get_input_embeddings()
@@ -333,25 +334,6 @@ def answered(conversation: Conversation, answer: str) -> Conversation:
         answer: the answer.
     """
     return (*conversation, {"role": "assistant", "content": answer})
-
-
-def system_text(message: object) -> str:
-    """The text of a message of the system; empty for any other message.
-
-    Args:
-        message: the first message of a conversation.
-    """
-    if not isinstance(message, Mapping) or message.get("role") != "system":
-        return ""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
-
-
-def is_conversation(prompt: object) -> bool:
-    """Whether a prompt is a list of messages, and not a text or a list of prompts."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def waits(model: PeftModel) -> bool:

@@ -17,7 +17,7 @@ from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.state import Sample
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.watching.generation import GenerationRequest, evaluating, generate_batch
-from nbpeft.training.watching.sample_prompts import SamplePrompts
+from nbpeft.training.watching.prompts import SamplePrompts
 
 TIMES = 5
 """The default number of samples per run."""

@@ -1,38 +1,22 @@
-"""The prompts that are answered during a run: given by the user, or taken from the rows with their wanted answers."""
+"""The prompts to answer during a run: given by the user, or taken from the rows with their wanted answers."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nbpeft._util.conversations import is_conversation
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
-from nbpeft.training.watching.generation import Prompt, PromptBatch, is_conversation
-
-if TYPE_CHECKING:
-    from nbpeft.training.loop.rows import TrainingRows
-    from nbpeft.training.request import TrainRequest
-
-MOST_PROMPTS = 8
-
-
-@dataclass(frozen=True)
-class SamplePrompts:
-    """Prompts to answer during a run.
-
-    Attributes:
-        batch: the tokenised prompts.
-        given: the argument ``sample`` of the training.
-        wanted: the wanted answer to each prompt; empty if they are unknown.
-        note: where the prompts come from; empty if they were given.
-    """
-
-    batch: PromptBatch
-    given: str | Sequence[Prompt] | int
-    wanted: tuple[str, ...] = ()
-    note: str = ""
+from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data import is_amount
+from nbpeft.training.data.forms import Chat, Pair
+from nbpeft.training.data.reading import reading
+from nbpeft.training.loop.rows import TrainingRows, inputs_of
+from nbpeft.training.request import TrainRequest
+from nbpeft.training.watching.generation import Prompt, PromptBatch
+from nbpeft.training.watching.prompts import MOST_PROMPTS, SamplePrompts
 
 
 def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
@@ -64,14 +48,14 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
         raise ConfigError(f"every must be a number of steps of at least 1, not {every!r:.60}", field="every")
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
-    base: Any = request.model.manager.model if hasattr(request.model, "manager") else request.model
+    base: Any = base_of(request.model)
     if not hasattr(base, "generate"):
         raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
     if is_count:
         return _of_rows(request, rows, number, base)
     form = rows.format or PromptFormat(chat=True)
     asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
-    options = {"chat": None if form.chat else False, "system": form.system or ""}
+    options: dict[str, Any] = {"chat": None if form.chat else False, "system": form.system or ""}
     batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
     return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
 
@@ -95,13 +79,8 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
     """Yields the prompt and the wanted answer of each row that has both."""
-    from nbpeft.training.data import is_amount, open_data  # here, as they import torch
-    from nbpeft.training.data.forms import Chat, Pair
-    from nbpeft.training.data.reading import reading
-    from nbpeft.training.loop.rows import inputs_of
-
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
-    source = open_data(request.eval_data if apart else request.data)
+    source = request.eval_data if apart else request.data
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
     if numbers is None:  # given as tokens, or read from a stream
         return
