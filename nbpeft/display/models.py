@@ -63,23 +63,21 @@ def in_pool(model: ModelState) -> str:
     return f"{model.offloaded_count:,} more in the pool" if model.offloaded_count else ""
 
 
-def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
+def condition(adapter: AdapterState, *, brief: bool = False) -> str:
     """Returns the state of an adapter as text: ``active, trainable`` or ``inactive, not saved``.
 
     Args:
         adapter: the adapter.
-        with_active: whether to say that it is active. False is for narrow tables that show this in another way; there
-            ``not saved`` also replaces ``trainable`` and ``inactive``.
+        brief: whether ``not saved`` replaces ``trainable`` and ``inactive``, for narrow tables.
     """
     if adapter.merged:
         words = ["merged"]
     elif adapter.active:
-        words = ["active"] if with_active else []
-        words.append("trainable" if adapter.trainable else "frozen")
+        words = ["active", "trainable" if adapter.trainable else "frozen"]
     else:
         words = ["inactive", "frozen"] if adapter.frozen else ["inactive"]
     if adapter.unsaved:
-        words = [*(word for word in words if with_active or word not in ("trainable", "inactive")), "not saved"]
+        words = [*(word for word in words if not brief or word not in ("trainable", "inactive")), "not saved"]
     if adapter.scale != 1.0:
         words.append(f"×\u00a0{adapter.scale:g}")
     return ", ".join(words)

@@ -69,10 +69,11 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         "model": "" if alone else f" --model {model_name}",
         "target": "" if alone else f" {model_name}",
     }
-    commands = tuple((label, command.format_map(words)) for label, command in _STEPS)
+    saved = not any(item.unsaved for item in found)
+    commands = tuple((label, command.format_map(words)) for label, command in _STEPS if not (saved and label == "Save"))
     unfinished = train.status != "finished" and bool(run) and train.kept_step is None
     commands += (("Resume", resume),) if unfinished else ()
-    return NextSteps(not any(item.unsaved for item in found), "", commands)
+    return NextSteps(saved, "", commands)
 
 
 def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: bool) -> NextSteps | None:

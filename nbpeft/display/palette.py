@@ -19,7 +19,7 @@ WARNING = "var(--jp-warn-color0, #b26a00)"
 
 ERROR_TEXT, SUCCESS_TEXT, WARNING_TEXT = (
     f"color-mix(in srgb, {colour} {share}%, var(--jp-ui-font-color0, currentColor))"
-    for colour, share in ((ERROR, 75), (SUCCESS, 80), (WARNING, 55))
+    for colour, share in ((ERROR, 80), (SUCCESS, 80), (WARNING, 70))
 )
 """Colours of text, mixed with that of plain text: their contrast is at least 4.5:1 in the light and the dark theme."""
 

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from nbpeft.widgets.aria import SCRIPT
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import view_of
 
@@ -126,5 +127,5 @@ class PanelOutput:
 
     def _framed(self) -> dict[str, str]:
         """The state, with the class name by which the widgets' style rules hide it."""
-        framed = f'<style>{DEAD_WIDGETS}</style><div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
-        return {**self._sent, "text/html": framed}
+        state = f'<div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
+        return {**self._sent, "text/html": f"<style>{DEAD_WIDGETS}</style>{SCRIPT}{state}"}

@@ -133,13 +133,13 @@ def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> N
 @pytest.mark.parametrize(
     ("changes", "words", "in_panel"),
     [
-        ({"active": True}, "active, trainable", "trainable"),
-        ({"active": True, "trainable": False, "frozen": True}, "active, frozen", "frozen"),
-        ({"active": True, "scale": 0.5}, "active, trainable, ×\u00a00.5", "trainable, ×\u00a00.5"),
+        ({"active": True}, "active, trainable", "active, trainable"),
+        ({"active": True, "trainable": False, "frozen": True}, "active, frozen", "active, frozen"),
+        ({"active": True, "scale": 0.5}, "active, trainable, ×\u00a00.5", "active, trainable, ×\u00a00.5"),
         ({"trainable": False}, "inactive", "inactive"),
         ({"trainable": False, "frozen": True}, "inactive, frozen", "inactive, frozen"),
         ({"active": True, "merged": True}, "merged", "merged"),
-        ({"active": True, "unsaved": True}, "active, trainable, not saved", "not saved"),
+        ({"active": True, "unsaved": True}, "active, trainable, not saved", "active, not saved"),
         ({"trainable": False, "unsaved": True}, "inactive, not saved", "not saved"),
         ({"trainable": False, "frozen": True, "unsaved": True}, "inactive, frozen, not saved", "frozen, not saved"),
     ],
@@ -147,7 +147,7 @@ def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> N
 )
 def test_the_state_of_an_adapter_in_words(changes: dict[str, object], words: str, in_panel: str) -> None:
     state = adapter("a", **changes)
-    assert condition(state) == words and condition(state, with_active=False) == in_panel
+    assert condition(state) == words and condition(state, brief=True) == in_panel
 
 
 def test_rows_and_their_head_have_the_same_columns() -> None:
@@ -282,7 +282,7 @@ class TestWhatFollowsATraining:
             steps = following(ended(), model(adapters=(adapter("orders", active=True, unsaved=unsaved),)))
             assert steps is not None and steps.saved is not unsaved
             text = read(training_card(ended(), next_steps=steps)).text
-            assert f"{words} Save %lora save adapters/orders --name orders" in text
+            assert words in text and ("Save %lora save adapters/orders --name orders" in text) is unsaved
             assert 'Ask %lora ask "your prompt" --adapter orders' in text
             assert "Compare %lora panel compare" in text and "Ship %lora ship orders --for ollama" in text
             assert "Resume" not in text and "--model" not in text
@@ -293,7 +293,8 @@ class TestWhatFollowsATraining:
         assert following(ended(adapter="")) is None
 
     def test_with_several_models_the_commands_name_one(self) -> None:
-        steps = following(ended(samples=(Sample(3, 'Say "hi"', ""),)), model(), model("other"))
+        trained = model(adapters=(adapter("orders", unsaved=True),))
+        steps = following(ended(samples=(Sample(3, 'Say "hi"', ""),)), trained, model("other"))
         assert steps is not None
         assert dict(steps.commands) == {
             "Save": "%lora save adapters/orders --name orders --model model",
@@ -306,10 +307,9 @@ class TestWhatFollowsATraining:
         members = tuple(
             MemberState(name, "finished", 40, eval_loss=loss) for name, loss in (("sql", 2.0), ("pirate", 1.0))
         )
-        swept, several = (
-            following(ended(adapter="sql, pirate", members=members)),
-            following(ended(adapter="sql, pirate")),
-        )
+        trained = model(adapters=(adapter("sql", unsaved=True), adapter("pirate", unsaved=True)))
+        swept = following(ended(adapter="sql, pirate", members=members), trained)
+        several = following(ended(adapter="sql, pirate"), trained)
         assert swept is not None and several is not None
         assert dict(swept.commands)["Save"] == "%lora save adapters/pirate --name pirate"
         assert dict(several.commands)["Save"] == "%lora save adapters/sql+pirate"
