@@ -325,7 +325,9 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model = setting.architecture.build(setting.dtype, layers)
     checkpointed = setting.gradient_checkpointing and setting.training
     chosen = _to_quantize(model, setting)
-    _add_adapter(model, setting if layers is None else _without_missing(setting, model), allow_missing=layers is not None)
+    _add_adapter(
+        model, setting if layers is None else _without_missing(setting, model), allow_missing=layers is not None
+    )
     if setting.adapter_config is None:
         model.requires_grad_(setting.training)
     if setting.quantization is not None:

@@ -55,7 +55,9 @@ def test_runs_are_sorted_and_compared(open_notebook: Opener, pictures: Path) -> 
         page.page.set_viewport_size({"width": width, "height": 900})
         if width == 600:  # what is left beside the file browser is 210 pixels wide
             page.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
-        figures = page.page.locator(".jp-OutputArea td[style*='nowrap'], .nbpeft-runs .nbpeft-number").filter(visible=True)
+        figures = page.page.locator(".jp-OutputArea td[style*='nowrap'], .nbpeft-runs .nbpeft-number").filter(
+            visible=True
+        )
         assert figures.count() > 50 and figures.evaluate_all(INSIDE)
         cards = page.page.locator(".jp-OutputArea div[style*='border-radius:6px']").filter(visible=True)
         assert cards.evaluate_all(INSIDE)  # what is too wide scrolls inside its card

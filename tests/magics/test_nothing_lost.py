@@ -141,7 +141,9 @@ def test_a_trained_adapter_is_reconfigured_and_comes_back(trained: Notebook) -> 
     assert all(map(torch.equal, before, weights(trained)))
     cell = "%%lora model --name sql{} \nr = 8\ntarget_modules = ['q_proj']"
     assert "its weights would be initialized again" in str(trained.do(cell.format(" --dry-run")))
-    assert "its weights are initialized again; %lora undo brings the trained ones back" in str(trained.do(cell.format("")))
+    assert "its weights are initialized again; %lora undo brings the trained ones back" in str(
+        trained.do(cell.format(""))
+    )
     assert weights(trained)[0].shape[0] == 8
     trained.do("%lora undo")
     assert all(map(torch.equal, before, weights(trained)))

@@ -547,7 +547,9 @@ def test_one_pair_is_neither_swapped_pooled_nor_remade(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="one pair of factors on lm_head and the embedding"):
         reduce_intruder_dimension(ours, "default", "less", logging_sink=None)
     for layer in (ours.get_input_embeddings(), ours.get_output_embeddings()):
-        with pytest.raises(ConfigError, match=r"has the same tensors on .* and another layer: delete it and add it again instead"):
+        with pytest.raises(
+            ConfigError, match=r"has the same tensors on .* and another layer: delete it and add it again instead"
+        ):
             layer.update_layer("default", 2, 4, nbpeft.LoraConfig(**settings()))
     assert same_state(state(ours), before)
 

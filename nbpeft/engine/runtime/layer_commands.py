@@ -286,7 +286,9 @@ class LayerCommands:
         others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
         present: Any = layer.adapters._modules.get(name)
         if present is not None and (present.source is not None or any(other.source is present for other in others)):
-            raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: delete it and add it again instead")
+            raise ConfigError(
+                f"adapter {name!r} has the same tensors on {path} and another layer: delete it and add it again instead"
+            )
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
             plan = manager.plan(config, name)

@@ -42,7 +42,13 @@ from nbpeft.session.handles import is_module
     argument(
         "--density", type=float, metavar="SHARE", help="share of entries that ties, dare and prune keep, e.g. 0.5"
     ),
-    argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="sign election of ties: total (by magnitude) or frequency"),
+    argument(
+        "--sign",
+        metavar="METHOD",
+        default="total",
+        choices=("total", "frequency"),
+        help="sign election of ties: total (by magnitude) or frequency",
+    ),
     argument("--seed", type=int, metavar="N", help="seed of the entries that dare drops"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,

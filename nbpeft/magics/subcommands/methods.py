@@ -32,9 +32,7 @@ def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
     names = notebook.model_names()
     variable = options.target or (names[0] if len(names) == 1 else None)
     model = None if variable is None else notebook.chosen(variable)
-    return notebook.session.methods(
-        model, options.fields, variable=variable, sort=options.sort, **settings_of(options)
-    )
+    return notebook.session.methods(model, options.fields, variable=variable, sort=options.sort, **settings_of(options))
 
 
 def rank_or_share(text: str) -> int | float:

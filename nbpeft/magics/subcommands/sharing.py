@@ -56,7 +56,11 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
         words=STORED_TYPES,
         help="data type of the weights: f32, f16, bf16, or q8_0 in GGUF files (default: the engine's usual one)",
     ),
-    argument("--base", metavar="NAME", help="for ollama: the base model's name in Ollama, e.g. llama3.2:1b; without it the model is exported merged"),
+    argument(
+        "--base",
+        metavar="NAME",
+        help="for ollama: the base model's name in Ollama, e.g. llama3.2:1b; without it the model is exported merged",
+    ),
     argument("--overwrite", action="store_true", help="replace an earlier export in that folder"),
     argument("--dry-run", action="store_true", help="only show what would be written"),
     TOKENIZER,

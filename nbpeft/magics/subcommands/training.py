@@ -95,7 +95,9 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         help="early stopping: end after N evaluations without improvement, and restore the best weights; needs --eval",
     ),
     argument("--sample", action="append", metavar="PROMPT", help="answer this prompt during training; may be repeated"),
-    argument("--every", type=positive, metavar="STEPS", help="steps between samples (default: about five times per run)"),
+    argument(
+        "--every", type=positive, metavar="STEPS", help="steps between samples (default: about five times per run)"
+    ),
     *PROCESSES,
     TRAINER,
     argument("--background", "-b", action="store_true", help="train in the background: the cell returns at once"),

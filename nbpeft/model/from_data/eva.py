@@ -403,7 +403,9 @@ class _Calls:
             for batch in self._batches.dataloader:
                 yield first, batch
                 first = False
-        warnings.warn(f"EVA has not converged after {_MOST_PASSES} passes: the directions found so far are used", stacklevel=4)
+        warnings.warn(
+            f"EVA has not converged after {_MOST_PASSES} passes: the directions found so far are used", stacklevel=4
+        )
 
     def run(self, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
         """Calls the model with the first batch.

@@ -80,9 +80,7 @@ def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source,
     """
     found = given or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not found:
-        raise TrainingError(
-            f"the source of this {type(model).__name__} is unknown; give its folder or Hub id (base=…)"
-        )
+        raise TrainingError(f"the source of this {type(model).__name__} is unknown; give its folder or Hub id (base=…)")
     return source_of_path(found, folder), found
 
 
