@@ -31,19 +31,23 @@ _PLACED = frozenset(getattr(torch.ops.aten, name) for name in ("select_backward"
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"))
 
 
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Make tensors that are created in the block fake."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _DefaultNumbers():  # type: ignore[no-untyped-call]
-        yield
-
-
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that skips torch's check for compilation around each operation, which is slow."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+class _FakeTensors(_Mode, FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Makes tensors that are created in the block fake."""
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Make tensors that are created in the block fake."""
+    with _FakeTensors(allow_non_fake_inputs=True), _DefaultNumbers():  # type: ignore[no-untyped-call]
+        yield
 
 
 class _DefaultNumbers(_Mode):  # type: ignore[no-untyped-call]

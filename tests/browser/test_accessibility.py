@@ -53,7 +53,15 @@ def audit(page: NotebookPage) -> list[str]:
     passed = {rule["id"]: len(rule["nodes"]) for rule in found["passes"]}
     assert passed["color-contrast"] > 100 and passed["aria-input-field-name"] >= 5, "what was looked at"
     import collections
-    print(passed, collections.Counter((r["id"], n["any"][0]["data"].get("messageKey") if n["any"] else "") for r in found["incomplete"] for n in r["nodes"]))
+
+    print(
+        passed,
+        collections.Counter(
+            (r["id"], n["any"][0]["data"].get("messageKey") if n["any"] else "")
+            for r in found["incomplete"]
+            for n in r["nodes"]
+        ),
+    )
     return [
         f"{finding['id']}: {node['html'][:160]} {node['failureSummary'][:300]}"
         for finding in found["violations"]

@@ -205,7 +205,7 @@ def test_a_base_that_lies_apart_from_the_script_is_named_by_its_whole_path(
     files = export_script(model, folder / "project" / "t.py", token_rows(2))
     assert constants(files.script)["BASE"] == str((folder / "base").resolve())
     assert any("give the base model's Hub id" in note for note in files.notes)
-    monkeypatch.setenv("HOME", str(folder / "elsewhere"))
+    monkeypatch.setenv("HOME", "/nowhere/home")
     assert constants(export_script(model, folder / "project" / "t.py", token_rows(2)).script)["BASE"] == "../base"
 
 

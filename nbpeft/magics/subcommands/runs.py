@@ -14,9 +14,8 @@ from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
 from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, SCORE, TRACK, TRAINER, training_arguments
-from nbpeft.runs.record import BASE
 from nbpeft.session.handles import is_handle, uncompiled
-from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult
+from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, source_of_base
 
 _SAID = {
     "data": ("--data", "ROWS"),
@@ -65,8 +64,7 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
         message = f"run {record.name} used values that are not kept in a file; give them again"
         raise CellError(f"{message}: %lora resume {record.name} {words}")
-    base = str(record.settings.get(BASE, ""))
-    model = notebook.module(target, base=base if "/" in base else "…")
+    model = notebook.module(target, base=source_of_base(record) or "…")
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
     except BaseException:

@@ -272,7 +272,8 @@ class ResumeResult(ModelResult):
 
     def __str__(self) -> str:
         if self.training is None:
-            return f"run {self.run} had finished: {', '.join(self.adapters)} is restored as it was after step {self.step:,}"
+            adapters = ", ".join(self.adapters)
+            return f"run {self.run} had finished: {adapters} is restored as it was after step {self.step:,}"
         return " · ".join((f"resumed {self.run} at step {self.step:,}: {self.training}", *self.notes))
 
     def view(self) -> Block:
@@ -310,6 +311,12 @@ def _base(record: RunRecord) -> str:
     """Returns the base model's Hub id, or the name of its folder without the path."""
     name = _setting(record, BASE)
     return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def source_of_base(record: RunRecord) -> str:
+    """Returns the Hub id or the folder from which a run's base model was loaded; empty if it is unknown."""
+    name = str(record.settings.get(BASE) or "")
+    return name if "/" in name or "\\" in name else ""
 
 
 def _spark(curve: Curve) -> Spark:

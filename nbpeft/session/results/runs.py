@@ -31,8 +31,10 @@ class ExportResult(Result):
     def __str__(self) -> str:
         rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
         data = f", and {rows}" if rows else ""
-        line = f"wrote {self.script}, which trains {self.adapter!r}{data}; run it with: accelerate launch {quote(self.script)}"
-        return with_notes(line, self.notes)
+        launch = f"accelerate launch {quote(self.script)}"
+        return with_notes(
+            f"wrote {self.script}, which trains {self.adapter!r}{data}; run it with: {launch}", self.notes
+        )
 
     def view(self) -> Card:
         """Shows what was written."""

@@ -327,7 +327,7 @@ def create_riemannian_optimizer(
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, not {optimizer_cls!r:.60}")
     if _needs_closure(optimizer_cls):
         raise ConfigError(
-            f"{optimizer_cls.__name__} requires a closure, which computes the gradients again after they were rescaled; "
+            f"{optimizer_cls.__name__} requires a closure, which computes the gradients again after rescaling; "
             "use an optimizer such as AdamW or SGD"
         )
     pairs = trained_pairs(model)
