@@ -306,13 +306,14 @@ def _tests(result: ScoreResult) -> list[Flips]:
 
 def _cost(result: ScoreResult) -> Iterator[str]:
     """Yields e.g. ``loss on general text 3.412 with base, 3.583 with orders (+5.0 %)``."""
-    if result.elsewhere is None:
+    further = result.elsewhere
+    if further is None:
         return
-    first, *others = result.elsewhere.scores.items()
-    losses = (f"{score.value:.3f} with {name} ({_change(first[1].value, score.value)})" for name, score in others)
-    yield f"loss on {result.elsewhere.model_name} {first[1].value:.3f} with {first[0]}" + "".join(
-        f", {words}" for words in losses
-    )
+    first, *others = further.columns
+    before = further.scores[first].value
+    after = [(name, further.scores[name].value) for name in others]
+    changes = (f"{value:.3f} with {name} ({_change(before, value)})" for name, value in after)
+    yield ", ".join([f"loss on {further.model_name} {before:.3f} with {first}", *changes])
 
 
 def _change(before: float, after: float) -> str:
@@ -320,9 +321,9 @@ def _change(before: float, after: float) -> str:
 
 
 def _notes(result: ScoreResult) -> tuple[str, ...]:
-    """The messages, those about further rows named as such."""
+    """The messages for the user, with those about further rows."""
     further = result.elsewhere
-    return (*result.notes, *(f"of {further.model_name}: {note}" for note in (further.notes if further else ())))
+    return result.notes if further is None else (*result.notes, *(f"{further.model_name}: {n}" for n in further.notes))
 
 
 def _how(result: ScoreResult, tests: Sequence[Flips]) -> str:

@@ -12,16 +12,17 @@ from typing import Any
 from torch import nn
 
 from nbpeft.display.numbers import plural
-from nbpeft.errors import ConfigError, TrainingError, few
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
+from nbpeft.scoring.folders import folder_columns, groups_of, loaded
 from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
 from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
 from nbpeft.scoring.result import ScoreResult, Status
 from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
-from nbpeft.training.watching.generation import evaluating
+from nbpeft.training.watching.generation import INTERVAL, evaluating
 
 Report = Callable[[ScoreResult], object]
 _GENERAL = Path(__file__).with_name("general_text.txt")
@@ -48,6 +49,7 @@ def score(
     max_length: int | None = None,
     also: Any = None,
     general: bool = False,
+    folders: Any = None,
     progress: bool = True,
     on_progress: Report | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -95,8 +97,10 @@ def score(
         also: further rows, of which the loss is measured, to see what an adapter forgot.
         general: the same with a general text that the package has: 23 short paragraphs in English of many kinds,
             written for this purpose, so that no model has learned them.
+        folders: further adapters to score that are not on the model: name -> folder or hub id, or several folders in a
+            list. At most four of them are on the model at a time, and none afterwards.
         progress: whether to show a progress bar.
-        on_progress: called with the result so far after each batch.
+        on_progress: called with the result so far, several times per second.
         should_stop: called after each token; True ends the scoring early.
         name: name of the model, for display.
 
@@ -115,7 +119,8 @@ def score(
         raise ConfigError("temperature is for metrics of answers: nothing is generated here", field="temperature")
     if max_new_tokens is not None and not any(item.needs == "answers" for item in metrics):
         raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
-    found, column_notes = columns_of(model, adapters, base)
+    found, column_notes = columns_of(model, adapters, base, others=bool(folders))
+    found += folder_columns(folders, [column.title for column in found])
     read = read_rows(model, rows, metrics, tokenizer, max_length=max_length, columns=columns)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, max_length)
@@ -123,11 +128,14 @@ def score(
     parts = [state] if further is None else [state, further]
     steps = sum(part.steps for part in parts)
     with progress_bar(steps, "scoring", show=progress and on_progress is None) as bar:
+        reported = -INTERVAL
 
         def advanced() -> None:
-            done = sum(part.done for part in parts)
+            nonlocal reported
+            done, now = sum(part.done for part in parts), time.perf_counter()
             bar(done)
-            if on_progress is not None:
+            if on_progress is not None and now - reported >= INTERVAL:
+                reported = now
                 on_progress(replace(state.result("running"), done=done / steps))
 
         try:
@@ -226,31 +234,63 @@ class Scoring:
             should_stop: True ends it.
             advanced: called after each batch.
         """
-        size, rows, self._limit = self.settings.rows_together(len(self.columns)), self.read.rows, limit
+        self._limit = limit
         given: dict[str, Any] = {"tokenizer": tokenizer, "should_stop": should_stop}
-        kinds = list(dict.fromkeys(metric.needs for metric in self.metrics))
-        for place, kind in enumerate(kinds):
+        expected, groups = 0, groups_of(self.columns)
+        while groups:
+            group = groups.pop(0)
+            steps = len({metric.needs for metric in self.metrics}) * len(self.read.rows) * len(group)
+            try:
+                with loaded(model, [self.columns[number] for number in group]) as serving:
+                    self._run_group(serving, group, given, advanced)
+            except CheckpointError as error:
+                if len(group) > 1:  # the others may be fine
+                    groups = [*([number] for number in group), *groups]
+                    continue
+                self.notes.append(f"not scored: {self.columns[group[0]].title}: {error}")
+                self.done = expected + steps
+            expected += steps
+            if self.done < expected:
+                return
+
+    def _run_group(
+        self, model: nn.Module, group: Sequence[int], given: Mapping[str, Any], advanced: Callable[[], None]
+    ) -> None:
+        """Computes everything for some columns, until it is stopped.
+
+        Args:
+            model: the model that serves the columns.
+            group: the columns, by index.
+            given: the tokenizer, and what stops it.
+            advanced: called after each batch.
+        """
+        rows, columns = self.read.rows, [self.columns[number] for number in group]
+        size = self.settings.rows_together(len(columns))
+        for kind in dict.fromkeys(metric.needs for metric in self.metrics):
+            before = self.done
             if kind == "answers":
                 batches: Iterable[Any] = answer_rows(
-                    model, rows, self.columns, self.settings, limit=limit, ends=self.read.ends, **given
+                    model, rows, columns, self.settings, limit=self._limit, ends=self.read.ends, **given
                 )
                 take: Callable[[Any], None] = self._take_answers
             elif kind == "tokens":
-                batches = token_losses(model, [row.coded for row in rows], self.columns, size=size, **given)
+                batches = token_losses(model, [row.coded for row in rows], columns, size=size, **given)
                 take = self._take_losses
             elif kind == "classes":
-                batches = classes(model, [row.coded for row in rows], self.columns, size=size, **given)
+                batches = classes(model, [row.coded for row in rows], columns, size=size, **given)
                 take = self._take_classes
             else:
-                batches, take = self._choices(model, size, given), self._take_choices
+                batches, take = self._choices(model, columns, size, given), self._take_choices
             for batch in batches:
-                take(batch)
+                take([(place, group[column], value) for place, column, value in batch])
                 self.done += len(batch)
                 advanced()
-            if self.done < (place + 1) * len(rows) * len(self.columns):
+            if self.done < before + len(rows) * len(columns):
                 return
 
-    def _choices(self, model: nn.Module, size: int, given: Mapping[str, Any]) -> Iterable[Outputs]:
+    def _choices(
+        self, model: nn.Module, columns: Sequence[Column], size: int, given: Mapping[str, Any]
+    ) -> Iterable[Outputs]:
         """The losses of the options of each row, of all options of a batch of rows together."""
         rows = self.read.rows
         for start in range(0, len(rows), size):
@@ -258,13 +298,13 @@ class Scoring:
             places = [(start + place, number) for place, row in enumerate(some) for number in range(len(row.options))]
             coded = [rows[place].options[number][1] for place, number in places]
             losses: dict[tuple[int, int], dict[int, tuple[float, float]]] = {}
-            for batch in token_losses(model, coded, self.columns, size=size, **given):
+            for batch in token_losses(model, coded, columns, size=size, **given):
                 for option, column, loss in batch:
                     place, number = places[option]
                     losses.setdefault((place, column), {})[number] = loss
             whole = {key: found for key, found in losses.items() if len(found) == len(rows[key[0]].options)}
             yield [(place, column, found) for (place, column), found in whole.items()]
-            if len(whole) < len(some) * len(self.columns):
+            if len(whole) < len(some) * len(columns):
                 return
 
     # What was computed for a batch

@@ -31,12 +31,14 @@ class Column:
         names: the adapters; empty for the base model.
         row: the name for its rows of a mixed batch; empty for a column that needs a batch of its own.
         as_it_is: whether the model is called as it is: without adapters, or with merged ones.
+        folder: where the adapter is, if it is not on the model.
     """
 
     title: str
     names: tuple[str, ...] = ()
     row: str = ""
     as_it_is: bool = False
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def columns_of(model: nn.Module, adapters: Any, base: bool) -> tuple[tuple[Column, ...], tuple[str, ...]]:
+def columns_of(
+    model: nn.Module, adapters: Any, base: bool, *, others: bool = False
+) -> tuple[tuple[Column, ...], tuple[str, ...]]:
     """The columns that are scored.
 
     Args:
         model: the model, adapted or bare.
         adapters: names of adapters, ``a+b`` for the sum of two; None for all.
         base: whether the base model is scored.
+        others: whether there are other columns than those of the model.
 
     Returns:
         The columns, the base first; and messages for the user.
@@ -113,9 +118,9 @@ def columns_of(model: nn.Module, adapters: Any, base: bool) -> tuple[tuple[Colum
     if manager is None:
         if given:
             raise AdapterError(f"the model has no adapters, so that {given[0]!r:.60} cannot be scored")
-        if not base:
+        if not base and not others:
             raise AdapterError("nothing to score: the model has no adapters, and base=False")
-        return (Column(BASE, as_it_is=True),), ()
+        return (Column(BASE, as_it_is=True),) if base else (), ()
     if manager.merged:
         merged = "+".join(manager.merged)
         if given is not None and given != [merged]:
@@ -126,7 +131,7 @@ def columns_of(model: nn.Module, adapters: Any, base: bool) -> tuple[tuple[Colum
     found = [_column(manager, name) for name in names]
     if base:
         found.insert(0, Column(BASE if BASE not in manager.names else f"({BASE})", row=BASE_NAME))
-    if not found:
+    if not found and not others:
         raise AdapterError("nothing to score: no adapters, and base=False")
     return tuple(found), ()
 

@@ -83,3 +83,12 @@ def test_a_training_is_scored_and_stops_by_it(ready: Notebook) -> None:
     assert "--metric: there is no 'exakt'" in ready.run(f"{cell.replace('f1 exact', 'exakt')}\nmax_steps = 1").line
     assert "pass score=" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
     assert {"exact", "f1"} <= set(ready.complete("%%lora_train model --data rows --score rows --metric "))
+
+
+def test_folders_are_found_by_a_pattern(ready: Notebook, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        ready["model"].save_pretrained(tmp_path / name / "adapter", selected_adapters=["sql"])
+    ready["runs"] = str(tmp_path)
+    line = "%lora score --data rows --max-new-tokens 1 --folders"
+    assert ready.do(f"{line} {{runs}}/*/adapter/sql").columns == ("base", "chat", "sql", "one", "two")
+    assert "there is no folder" in ready.run(f"{line} {{runs}}/x*/adapter").line

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LogitsProcessorList, T5Config
 
-from nbpeft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, ShadowConfig, get_peft_model, score
+from nbpeft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ShadowConfig,
+    get_peft_model,
+    score,
+)
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
 from nbpeft.scoring.answers import _Choosing
 from nbpeft.scoring.settings import ScoreSettings
@@ -148,9 +157,8 @@ def test_losses_equal_a_loop(many: Any) -> None:
 
 
 def test_choices_equal_a_loop() -> None:
-    model, rows = adapted(), []
-    for number in range(8):
-        rows.append({"question": f"{number}?", "options": ["a", "bb", "c c c", "dd"], "key": number % 4})
+    model, options = adapted(), ["a", "bb", "c c c", "dd"]
+    rows: list[Any] = [{"question": f"{number}?", "options": options, "key": number % 4} for number in range(8)]
     columns = {"prompt": "question", "choices": "options", "answer": "key"}
     result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", base=False, columns=columns)
     model.set_adapter("sql")
@@ -369,7 +377,8 @@ def test_wrong_arguments_are_refused_before_anything_is_answered(
         scored(adapted(), **options)
 
 
-def test_progress_is_reported_batch_by_batch() -> None:
+def test_progress_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbpeft.scoring.score.INTERVAL", 0.0)
     seen: list[Any] = []
     scored(adapted(), max_new_tokens=2, batch_size=4, on_progress=seen.append)
     assert [result.done for result in seen] == pytest.approx([0, 1 / 3, 2 / 3, 1])
@@ -410,6 +419,53 @@ def test_a_stop_before_the_further_rows_leaves_them_out() -> None:
     assert (result.status, result.elsewhere) == ("stopped", None)
     with pytest.raises(ConfigError, match="exclude each other"):
         scored(adapted(), also=["x"], general=True)
+
+
+# Folders
+
+
+def saved(folder: Path, *names: str) -> list[Path]:
+    """Folders with one adapter each, whose dropout would change the answers in training mode."""
+    found = []
+    for seed, name in enumerate(names):
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        model = get_peft_model(llama(), config)
+        randomize(model, "default", seed + 20, 0.8)
+        model.save_pretrained(folder / name / "adapter")
+        found.append(folder / name / "adapter")
+    return found
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_adapters_in_folders_are_scored_and_not_left_on_the_model(tmp_path: Path, bare: bool) -> None:
+    folders = saved(tmp_path, "one", "two", "three", "four", "v1.5")
+    model = llama() if bare else adapted()
+    before = None if bare else everything(model)
+    modules = [name for name, _ in model.named_modules()]
+    result = scored(model, metric=["exact", "loss"], folders=folders, max_new_tokens=4, adapters=None if bare else [])
+    assert result.columns == ("base", "one", "two", "three", "four", "v1_5")
+    assert [name for name, _ in model.named_modules()] == modules
+    if before is not None:
+        assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
+    else:
+        assert not hasattr(model, "peft_config")
+    for name, folder in zip(result.columns[1:], folders, strict=True):
+        alone_with = PeftModel.from_pretrained(llama(), folder).eval()
+        assert [item.answers[name] for item in result.items] == [alone(alone_with, row, 4) for row in ROWS]
+
+
+def test_a_folder_that_cannot_be_read_leaves_the_others(tmp_path: Path) -> None:
+    (folder,) = saved(tmp_path, "one")
+    folders = {"broken": tmp_path / "no", "one": folder}
+    result = scored(adapted(), folders=folders, adapters="sql", max_new_tokens=2)
+    assert len(result.items) == len(ROWS) and result.status == "finished"
+    assert [len(result.values(name)) for name in ("base", "sql", "broken", "one")] == [12, 12, 0, 12]
+    assert any(note.startswith("not scored: broken: ") for note in result.notes)
+    assert "broken" in str(result) and "broken" in result._repr_html_()
+    with pytest.raises(AdapterError, match="is the name of another column"):
+        scored(adapted(), folders={"sql": folder})
+    with pytest.raises(AdapterError, match="folders must be folders in a list"):
+        scored(adapted(), folders=3)
 
 
 # Kinds of models

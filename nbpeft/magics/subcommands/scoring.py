@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -40,6 +42,13 @@ from nbpeft.names import METRICS
     argument("--strip", action="store_true", help="ignore white space at both ends of answers and references"),
     argument("--casefold", action="store_true", help="ignore upper and lower case"),
     argument("--tolerance", type=float, metavar="SHARE", help="relative tolerance of the metric number"),
+    argument(
+        "--folders",
+        nargs="+",
+        metavar="DIR",
+        completes="path",
+        help="further adapters to score, in folders; runs/*/adapter stands for several. They are not left on the model",
+    ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
     argument("--max-new-tokens", type=positive, metavar="N", help="limit of an answer (default: by the metric)"),
@@ -77,6 +86,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             casefold=options.casefold,
             also=None if options.also is None else notebook.data(options.also, "--also"),
             general=options.general,
+            folders=None if options.folders is None else _folders(options.folders),
             columns=None if options.columns is None else dict(options.columns),
             tokenizer=notebook.tokenizer(options.tokenizer),
             on_progress=live.draw,
@@ -101,3 +111,19 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
         hint = did_you_mean(word, METRICS) or f" There are: {', '.join(METRICS)}, and functions."
         raise CellError(f"--metric: there is no {word!r:.40}.{hint}")
     return notebook.value(word, "--metric")
+
+
+def _folders(words: list[str]) -> list[str]:
+    """Folders, with those that a pattern stands for.
+
+    Raises:
+        CellError: a pattern stands for none.
+    """
+    found: list[str] = []
+    for word in words:
+        text = os.path.expanduser(word)
+        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        if not matches:
+            raise CellError(f"--folders: there is no folder {word!r:.100}")
+        found += matches
+    return found

@@ -40,7 +40,7 @@ def score(
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.
         tokenizer: the model's tokenizer; the last one given if None.
-        on_progress: called with the result so far after each batch.
+        on_progress: called with the result so far, several times per second.
         should_stop: called after each token; True ends the scoring early.
         model: an adapted model.
         **options: further arguments of ``nbpeft.score``, e.g. ``strip`` or ``batch_size``.

@@ -128,15 +128,15 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None
     target = model()
     session.watch(target, name="model")
     given = {"score": HELD_OUT, "metric": "exact", "every": 2}
-    control: list[Any] = []
-    session.on_run(lambda run, name: control.append(run))
+    runs: list[Any] = []
+    session.on_run(lambda run, name: runs.append(run))
 
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control_: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 5:
-                control[0].control.request_stop("enough")
+                runs[0].control.request_stop("enough")
 
     session.train(target, ROWS, **SETTINGS | given, max_steps=8, callbacks=[Stop()])
     (record,) = RunStore(tmp_path).records()
