@@ -107,9 +107,9 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     assert "answered" in str(ready.do('%lora compare "Hi" --max-new-tokens 3'))
     assert ready.run("%lora result").line == "training sql is still running: it has no result yet"
     ready.do("%lora continue")
-    result = run.wait(60)
+    result = ready.do("%lora result --wait")
     assert (result.status, result.steps) == ("finished", 4)
-    assert ready.do("%lora result") is result
+    assert ready.do("%lora result") is result is run.result
     ready.do("%lora use chat")
 
 

@@ -270,8 +270,13 @@ def test_it_is_stopped_by_word_and_has_a_result(session: Session, model: Any) ->
     assert not run.running and str(run) == str(result)
     assert model.manager.active_state.gate is None
     again, gate = begin(session, model)
+    session.pause()
+    with pytest.raises(AdapterError, match="training sql is paused: continue or stop it before waiting"):
+        session.result(wait=True)
+    session.go_on()
     gate.open()
-    assert again.wait(60).steps == STEPS
+    assert session.result(wait=True).steps == STEPS
+    assert again.result is session.result() is session.result(wait=True)
 
 
 def test_what_fails_before_the_first_step_fails_in_the_cell(session: Session, model: Any) -> None:

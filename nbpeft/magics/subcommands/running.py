@@ -71,8 +71,9 @@ _register("continue", "Continue a paused training.", "go_on")
     argument(
         "target", nargs="?", metavar="MODEL", completes="model", help="the model; not needed if only one has adapters"
     ),
-    example="%lora result",
+    argument("--wait", action="store_true", help="wait for a background training; interrupting ends only the wait"),
+    example="%lora result --wait",
 )
 def result(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """The result of the last training."""
-    return notebook.session.result(notebook.chosen(options.target))
+    return notebook.session.result(notebook.chosen(options.target), wait=options.wait)

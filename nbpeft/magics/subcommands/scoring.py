@@ -51,7 +51,9 @@ from nbpeft.names import METRICS
     ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
-    argument("--max-new-tokens", type=positive, metavar="N", help="limit of an answer (default: by the metric)"),
+    argument(
+        "--max-new-tokens", "--tokens", type=positive, metavar="N", help="limit of an answer (default: by the metric)"
+    ),
     *SAMPLING,
     argument(
         "--also",

@@ -242,21 +242,26 @@ def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | 
     return None if place is None else RunPlace(RunStore(place), model=model, source=source or {})
 
 
-def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
+def result(ctx: SessionContext, model: ModelLike = None, *, wait: bool = False) -> TrainResult:
     """Return the result of the last training of a model, in the background or not.
 
     Args:
         ctx: context of the session.
         model: an adapted model.
+        wait: whether to wait for the end of a training in the background; an interruption ends only the wait.
 
     Raises:
-        AdapterError: the model was not trained in this session, or is still being trained.
+        AdapterError: the model was not trained in this session, or is still being trained, or is to be waited for
+            while it is paused.
         Exception: the error with which the training failed.
     """
     tracked = ctx.models.get(model)
     training = ctx.background.get(tracked)
-    if training is not None and training.state is not None and training.state.status in _ENDED:
-        training.join()  # wait until its thread has stored the result
+    if training is not None and not training.ended and wait and training.control.paused:
+        raise AdapterError(f"{training.description} is paused: continue or stop it before waiting for its result")
+    has_ended = training is not None and training.state is not None and training.state.status in _ENDED
+    if training is not None and (wait or has_ended):
+        training.join()  # also waits until its thread has stored the result
     if training is not None and not training.ended:
         raise AdapterError(f"{training.description} is still running: it has no result yet")
     if training is not None and training.error is not None:
