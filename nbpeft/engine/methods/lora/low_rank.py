@@ -153,7 +153,7 @@ class LowRankLookup(LowRank):
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         """The second step, with the scale of the embedding's output; see ``LowRank``."""
-        output: Tensor = super().up(module, hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
+        output: Tensor = F.linear(hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
         return output
 
 
