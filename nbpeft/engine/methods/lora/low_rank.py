@@ -73,7 +73,7 @@ class LowRank:
         Returns:
             A tensor shaped like the layer's output, in the dtype of ``onto`` if that is given.
         """
-        lora_A, probability = factors[0], dropout.share
+        lora_A, probability = factors[0], dropout.active_probability
         if x.device != lora_A.device:
             x = x.to(lora_A.device)
         if probability < 1.0 and not composes():
