@@ -87,8 +87,8 @@ def test_the_record_of_a_run_has_the_system_prompt(session: Session, model: Any,
     (run,) = session.runs().records
     assert run.settings["system prompt"] == "Be brief"
     other = Session()
-    other.load(f"{run.path}/checkpoint-1/orders", name="again", model=llama(), variable="model")
-    assert other.ask("Hi", **FEW).system == "Be brief"
+    kept = other.load(f"{run.path}/checkpoint-1/orders", name="again", model=llama(), variable="model").model
+    assert other.ask("Hi", model=kept, **FEW).system == "Be brief"
 
 
 def test_plain_rows_are_asked_plainly_after_loading_too(session: Session, model: Any, tmp_path: Path) -> None:
