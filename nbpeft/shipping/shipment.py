@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint import NewFile, in_place_of
+from nbpeft.checkpoint import NewFile, in_place_of, prompt_format
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
@@ -144,7 +144,8 @@ def _plan(
     assert form is not None
     stored_as = _type(quantize, form.types, chosen.label)
     notes = list(verdict.notes)
-    texts = _modelfile(base, merged, tokenizer, notes) if chosen.name == "ollama" else []
+    system = getattr(prompt_format(manager.configs[facts.name]), "system", None) or ""
+    texts = _modelfile(base, merged, tokenizer, system, notes) if chosen.name == "ollama" else []
     package = _package(manager, facts, form, stored_as, tokenizer, texts)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
     notes += _format_notes(facts, form)
@@ -220,14 +221,14 @@ def _package(
     return formats.single_file(facts, form.format)
 
 
-def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
+def _modelfile(base: str | None, merged: bool, tokenizer: Any, system: str, notes: list[str]) -> list[NewFile]:
     """Returns Ollama's Modelfile; for an adapter it has no template, because Ollama's base model has one."""
     if not merged:
-        return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None))]
+        return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None, system))]
     chat = chat_format_of(tokenizer)
     if chat is None:
         notes.append(_NO_TEMPLATE)
-    return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat))]
+    return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat, system))]
 
 
 def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
