@@ -147,7 +147,7 @@ class RunView:
             previous = self._drawn
             changed = previous is None or previous.status != train.status
             due = at_once or changed or ended or now - self._drawn_at >= self._wait
-            if not due or (train == previous and not at_once):
+            if not due or train == previous:
                 return
             if ended:
                 self._next_steps = next_steps(train, self._session.state, self._model_name)
