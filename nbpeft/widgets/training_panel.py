@@ -98,7 +98,7 @@ class RunView:
         run.shown = "text" if self._shown_as == "text" else "card"
         self._output = self._open(run)
         self.draw(run.state)
-        if self._output is None:  # a line of text of a run that has ended
+        if self._shown_as == "text" and run.state.status in ENDED:
             return
         removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
         self._unsubscribe = lambda: [remove() for remove in removals]

@@ -113,7 +113,7 @@ class Notebook:
         values = [
             message["content"]["data"].get("state", {}).get("value")
             for message in self.messages
-            if message["msg_type"] == "comm_msg"
+            if message["msg_type"] in ("comm_open", "comm_msg")
         ]
         return [value for value in values if isinstance(value, str) and "Training orders" in value]
 
