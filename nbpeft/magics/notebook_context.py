@@ -292,7 +292,12 @@ class NotebookContext:
         similar = near(name, models)
         if similar:
             return f" Did you mean {' or '.join(map(repr, similar))}?"
-        return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
+        if models:
+            return f" Models here: {', '.join(models)}."
+        variable = name if name.isidentifier() else "model"
+        return (
+            f' No variable holds a model yet. Load one: {variable} = AutoModelForCausalLM.from_pretrained("user/name")'
+        )
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:
