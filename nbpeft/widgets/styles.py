@@ -63,7 +63,8 @@ PANEL_CSS = f"""
 .nbpeft-toggles .jupyter-button.nbpeft-on::before {{ content: "✓ "; }}
 .nbpeft-row, .nbpeft-head {{ border-bottom: 1px solid {BORDER}; align-items: center; overflow: visible; }}
 .nbpeft-head .widget-html-content {{ margin-right: {_ROW_BUTTONS}px; }}
-.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
+.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT};
+  --jp-ui-font-color2: var(--jp-ui-font-color1); }}
 .nbpeft-row-buttons {{ flex-wrap: nowrap; width: {_ROW_BUTTONS}px; justify-content: flex-end; padding-right: 4px;
   box-sizing: border-box; }}
 .nbpeft-foot {{ padding-top: 6px; }}
