@@ -57,10 +57,10 @@ def plan_memory(
             ``loss_chunk_size`` and ``recompute`` (as in ``nbpeft.Trainer``; a ``trainer_class`` of another library
             stores complete logits and activations), ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by
             default this machine's), ``suggest=False`` for no suggestions if it does not fit. ``rank`` and ``changes``
-            (fields by name) are differences from ``config``; another ``peft_type`` in ``changes`` means an adapter of that method with
-            these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``): rows whose longest one, or
-            fullest packed sequence, determines the sequence length; ``sequence_length`` is then the length to which
-            they are cut.
+            (fields by name) are differences from ``config``; another ``peft_type`` in ``changes`` means an adapter of
+            that method with these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``): rows whose
+            longest one, or fullest packed sequence, determines the sequence length; ``sequence_length`` is then the
+            length to which they are cut.
 
     Raises:
         ConfigError: a value is invalid, or the model cannot run without data.
